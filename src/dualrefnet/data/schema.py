@@ -1,0 +1,229 @@
+"""The lesion table and its schema: what every data set looks like once its adapter has read it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dualrefnet.errors import DataError
+
+Kind = Literal["numeric", "boolean", "categorical"]
+FieldTier = Literal["M1", "M2"]
+
+ID_COLUMNS = ("image_id", "image_path", "label", "patient_id", "lesion_id")
+BOOLEAN_VALUES = ("False", "True")
+
+# Names under which the answer, or what a physician did because of the answer, is found in published tables.
+# A feature with such a name is refused: `biopsed` alone says "cancer" for 1,089 of 1,089 cancers of PAD-UFES-20.
+LABEL_DERIVED_NAMES = frozenset(
+    "biopsed biopsied biopsy diagnostic diagnosis dx dx_type label target class malignant benign_malignant "
+    "diagnosis_confirm_type histopathology pathology melanocytic outcome".split()
+)
+IDENTIFIER_NAMES = frozenset("patient_id lesion_id image_id img_id image image_path isic_id id".split())
+
+
+class MetadataField(BaseModel):
+    """One question of the patient's form.
+
+    Attributes:
+        name: column of the lesion table.
+        kind: numeric, boolean (`True` / `False`) or categorical.
+        unit: unit of a numeric field, such as `years` or `mm`.
+        tier: M1 if it is recorded for every patient, M2 if it may be missing.
+        categories: legal values of a categorical field, in column order; empty: learned from the training rows.
+        missing_codes: strings that stand for "asked, not known", such as `UNK`.
+        aliases: spellings of one value, such as BRASIL -> BRAZIL.
+        minimum: smallest believable number.
+        maximum: largest believable number.
+        description: the question in plain words, for forms and documents.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    kind: Kind
+    unit: str | None = None
+    tier: FieldTier = "M2"
+    categories: tuple[str, ...] = ()
+    missing_codes: tuple[str, ...] = ()
+    aliases: dict[str, str] = Field(default_factory=dict)
+    minimum: float | None = None
+    maximum: float | None = None
+    description: str = ""
+
+    @model_validator(mode="after")
+    def _may_be_a_feature(self) -> MetadataField:
+        refuse_forbidden_features([self.name])
+        return self
+
+
+class DatasetSchema(BaseModel):
+    """What the columns of a lesion table mean.
+
+    Attributes:
+        name: the adapter's name.
+        title: name for people.
+        classes: labels in the order of the model's outputs.
+        malignant: the classes among them that are cancer.
+        fields: the metadata fields.
+        group_by: the column that must not cross a split.
+        licence: under which the data may be used.
+        citation: what to cite.
+        official_rows: number of rows of the official release; None if there is none.
+        drawn: True if a program drew the images; every table and page says so.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    title: str
+    classes: tuple[str, ...]
+    malignant: tuple[str, ...] = ()
+    fields: tuple[MetadataField, ...] = ()
+    group_by: Literal["patient_id", "lesion_id"] = "patient_id"
+    licence: str = ""
+    citation: str = ""
+    official_rows: int | None = None
+    drawn: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DatasetSchema:
+        names = [field.name for field in self.fields]
+        for what, values in (("class", list(self.classes)), ("metadata field", names)):
+            doubles = {value for value in values if values.count(value) > 1}
+            if doubles:
+                raise DataError(f"{what} named twice: {', '.join(sorted(doubles))}")
+        unknown = set(self.malignant) - set(self.classes)
+        if unknown:
+            raise DataError(f"malignant names no class: {', '.join(sorted(unknown))}; classes: {', '.join(self.classes)}")
+        return self
+
+    def field(self, name: str) -> MetadataField:
+        """Return the field of that name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for field in self.fields:
+            if field.name == name:
+                return field
+        raise KeyError(name)
+
+
+def refuse_forbidden_features(names: list[str]) -> None:
+    """Refuse columns that hold the answer or name the patient.
+
+    Raises:
+        DataError: one of `names` is derived from the label, decided after the diagnosis, or an identifier.
+    """
+    for name in names:
+        if name.lower() in LABEL_DERIVED_NAMES:
+            raise DataError(
+                f"{name!r} can't be a metadata field: it holds the diagnosis or was decided because of it "
+                "(at prediction time it isn't known); remove it from the metadata fields"
+            )
+        if name.lower() in IDENTIFIER_NAMES:
+            raise DataError(f"{name!r} can't be a metadata field: it identifies a person or a file; remove it")
+
+
+def groups(table: pd.DataFrame, schema: DatasetSchema) -> pd.Series:
+    """Return the group of every row that must stay on one side of a split.
+
+    Rows without an id in `schema.group_by` are groups of their own (`image:<image_id>`).
+    """
+    ids = table[schema.group_by]
+    return ids.where(ids.notna(), "image:" + table["image_id"].astype(str)).astype(str).rename("group")
+
+
+def normalise(table: pd.DataFrame, schema: DatasetSchema) -> tuple[pd.DataFrame, list[str]]:
+    """Bring a raw table to the lesion table's types, and check it.
+
+    Numbers become float64 with NaN for missing; booleans and categories become strings with NaN for missing, missing
+    codes (`UNK`) kept as they are, since the metadata encoder decides what they mean.
+
+    Args:
+        table: raw rows; the id columns must be there.
+        schema: what the columns mean.
+
+    Returns:
+        The lesion table (columns in the schema's order, index 0..n-1) and a list of remarks for the user: values that
+        can't be believed (infinite, outside the range) were made missing.
+
+    Raises:
+        DataError: a column is missing, the table is empty, an image_id or label is missing, doubled or unknown, or a
+            numeric column holds text.
+    """
+    wanted = [*ID_COLUMNS, *(field.name for field in schema.fields)]
+    absent = [column for column in wanted if column not in table.columns]
+    if absent:
+        raise DataError(f"columns missing from the table of {schema.title}: {', '.join(absent)}; it has: {', '.join(map(str, table.columns))}")
+    if len(table) == 0:
+        raise DataError(f"the table of {schema.title} has no rows")
+    result = table[wanted].reset_index(drop=True).copy()
+    for column in ("image_id", "label"):
+        if result[column].isna().any():
+            raise DataError(f"{int(result[column].isna().sum())} rows of {schema.title} have no {column}")
+        result[column] = result[column].astype(str)
+    doubled = result.loc[result["image_id"].duplicated(), "image_id"]
+    if len(doubled):
+        raise DataError(f"{len(doubled)} image ids stand in more than one row, the first: {doubled.iloc[0]}; remove the duplicates")
+    unknown = sorted(set(result["label"]) - set(schema.classes))
+    if unknown:
+        raise DataError(f"unknown labels: {', '.join(unknown[:8])}; the classes of {schema.title} are {', '.join(schema.classes)}")
+    remarks: list[str] = []
+    for field in schema.fields:
+        column, said = normalise_field(result[field.name], field)
+        result[field.name] = column
+        remarks.extend(said)
+    return result, remarks
+
+
+def normalise_field(values: pd.Series, field: MetadataField) -> tuple[pd.Series, list[str]]:
+    """Bring one metadata column to its type; see `normalise`.
+
+    Raises:
+        DataError: a numeric column holds text that is no number and no missing code.
+    """
+    if field.kind == "numeric":
+        return _numbers(values, field)
+    text = values.map(lambda value: _text(value, field), na_action="ignore")
+    text = text.where(values.notna(), other=np.nan).astype(object)
+    return text.where(text != "", other=np.nan), []
+
+
+def _numbers(values: pd.Series, field: MetadataField) -> tuple[pd.Series, list[str]]:
+    blank = values.isna() | values.astype(str).str.strip().isin(["", *field.missing_codes])
+    numbers = pd.to_numeric(values.where(~blank), errors="coerce").astype(float)
+    not_numbers = numbers.isna() & ~blank & (values.astype(str).str.strip().str.lower() != "nan")
+    if not_numbers.any():
+        raise DataError(f"{field.name} must be a number, and {int(not_numbers.sum())} rows hold text; is it the right column?")
+    remarks = []
+    infinite = pd.Series(np.isinf(numbers), index=numbers.index)
+    outside = ~infinite & (
+        (numbers < (-np.inf if field.minimum is None else field.minimum)) | (numbers > (np.inf if field.maximum is None else field.maximum))
+    )
+    if infinite.any():
+        remarks.append(f"{field.name}: {int(infinite.sum())} infinite values are treated as missing")
+    if outside.any():
+        remarks.append(f"{field.name}: {int(outside.sum())} values outside {field.minimum:g}..{field.maximum:g} are treated as missing"
+                       if field.minimum is not None and field.maximum is not None
+                       else f"{field.name}: {int(outside.sum())} values outside the believable range are treated as missing")
+    return numbers.mask(infinite | outside), remarks
+
+
+def _text(value: object, field: MetadataField) -> str:
+    """Spell one value as its category: 3.0 -> `3`, yes/1/true -> `True`."""
+    if field.kind == "boolean":
+        word = str(value).strip().lower()
+        if word in ("true", "yes", "y", "1", "1.0"):
+            return "True"
+        if word in ("false", "no", "n", "0", "0.0"):
+            return "False"
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    text = str(value).strip()
+    # A column of whole numbers with gaps is read as floats: `3.0` is the category `3`.
+    return text[:-2] if text.endswith(".0") and text[:-2].isdigit() else text

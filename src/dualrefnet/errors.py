@@ -1,0 +1,32 @@
+"""Errors whose message tells the user what to do next.
+
+The command line prints them as one line and exits with status 2; everything else is a bug and keeps its traceback.
+"""
+
+
+class DualRefNetError(Exception):
+    """Base of every error that the user, not the programmer, can mend."""
+
+
+class DataError(DualRefNetError):
+    """The data set on disk, or a table given by the user, is not what it must be."""
+
+
+class RecipeError(DualRefNetError):
+    """A recipe has an unknown key, a wrong value, or two values that contradict each other."""
+
+
+class SplitError(DualRefNetError):
+    """Rows cannot be divided as the protocol asks, or a group crosses the split."""
+
+
+class WeightsError(DualRefNetError):
+    """Weights were asked for and are not to be had; nothing is ever silently random instead."""
+
+
+class ImageError(DualRefNetError):
+    """One image cannot be decoded, or is outside the limits for untrusted input."""
+
+
+class RunError(DualRefNetError):
+    """A run folder is incomplete, already taken, or belongs to another recipe."""

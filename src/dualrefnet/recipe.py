@@ -1,0 +1,269 @@
+"""A recipe: one YAML file that says everything a run needs, checked before anything is computed.
+
+A key that a recipe doesn't name has the default below; a key that doesn't exist is an error with a suggestion.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dualrefnet.errors import RecipeError
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are refused, values can't be changed afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSection(Section):
+    """Which images, and how they become train, validation and test rows."""
+
+    dataset: str = Field("pad_ufes_20", description="adapter: pad_ufes_20, isic_2019, sample or csv_table")
+    root: str | None = Field(None, description="the data set's folder; empty: the folder of that name in $DUALREFNET_DATA")
+    description: str | None = Field(None, description="csv_table only: the YAML file that describes the columns")
+    protocol: Literal["paper", "grouped", "grouped-cv"] = Field("grouped", description="how rows are divided; only `paper` may leak")
+    fold: int = Field(0, ge=0, description="which fold of grouped-cv is the test set")
+    folds: int = Field(5, ge=3, le=50, description="grouped, grouped-cv: number of folds; one is the test set")
+
+
+class MetadataSection(Section):
+    """How the patient's form becomes a vector."""
+
+    tier: Literal["M0", "M1", "M2", "M3"] = Field("M3", description="M0 none, M1 always recorded, M2 all fields, M3 all and what is missing")
+    imputation: Literal["neural", "zero"] = Field("neural", description="missing fields: predicted without labels, or zero (which shows that they are missing)")
+    unknown: Literal["level", "missing"] = Field("level", description="codes such as UNK: a category of its own, or missing")
+    scale: Literal["zscore", "raw"] = Field("zscore", description="numbers: standardised with the training mean and sd, or as they are")
+    merge_aliases: bool = Field(True, description="BRASIL is BRAZIL")
+
+
+class ImageSection(Section):
+    """How a photograph becomes the square that lies in the image store."""
+
+    size: int = Field(224, ge=32, le=1024, multiple_of=32, description="side of the model's input, pixels")
+    colour_constancy: Literal["shades_of_gray", "none"] = Field("shades_of_gray", description="take the colour of the light out")
+    minkowski_p: float = Field(6.0, ge=1, description="norm of Shades of Gray; 1 is Grey World")
+    gamma: float | None = Field(None, gt=0, description="decode this gamma before colour constancy (2.2), or empty")
+    clahe: bool = Field(True, description="contrast-limited adaptive histogram equalisation of L in LAB")
+    clahe_clip: float = Field(1.0, gt=0, description="clip limit of CLAHE")
+    clahe_grid: int = Field(12, ge=1, le=64, description="CLAHE works on grid x grid tiles")
+    clahe_channel_order: Literal["correct", "hm_compat"] = Field("correct", description="hm_compat: red and blue swapped in L, as in released code of the lineage")
+    fit: Literal["squash", "crop"] = Field("squash", description="to a square: squash both sides, or crop the longer one")
+
+
+class AugmentationSection(Section):
+    """What happens to a training image before the model sees it; probabilities are per image."""
+
+    enabled: bool = True
+    horizontal_flip: float = Field(0.5, ge=0, le=1, description="probability")
+    vertical_flip: float = Field(0.5, ge=0, le=1, description="probability")
+    scale: tuple[float, float] = Field((0.7, 1.0), description="side of the random crop, as a share of the image's side")
+    rotation: float = Field(0.0, ge=0, le=180, description="rotate by up to this many degrees")
+    brightness: float = Field(0.15, ge=0, le=1, description="multiply by 1 +- this")
+    contrast: float = Field(0.15, ge=0, le=1, description="stretch about the mean by 1 +- this")
+    saturation: float = Field(0.15, ge=0, le=1, description="mix with grey by 1 +- this")
+    noise: float = Field(0.02, ge=0, le=0.5, description="sd of Gaussian noise is drawn from 0..this (image range 0..1)")
+
+    @model_validator(mode="after")
+    def _scale_in_order(self) -> AugmentationSection:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale must be 0 < low <= high <= 1, not {list(self.scale)}")
+        return self
+
+
+class ModelSection(Section):
+    """The architecture."""
+
+    method: str = Field("dualrefnet", description="dualrefnet, no_metadata (image only) or metadata_only")
+    backbone: str = Field("mobilenet_v2", description="image encoder, by its paper name; `dualrefnet doctor` lists them")
+    weights: str = Field("auto", description="auto: local file, installed package, then hub; hub; none (from scratch); or a file")
+    metadata_widths: tuple[int, ...] = Field((64, 128, 256, 512), description="layers of the metadata network")
+    hidden: int = Field(256, ge=1, description="width of the layer before the classifier")
+    dropout: float = Field(0.0, ge=0, lt=1, description="before the classifier and after the fused vector")
+    decoder: Literal["bottleneck", "plain", "none"] = Field("bottleneck", description="plain is the literal reading; none: no auxiliary task")
+    target: Literal["bilinear", "bicubic", "native"] = Field("bicubic", description="x2 image to rebuild; native: the real photograph at 2x size")
+
+
+class LossSection(Section):
+    """Equations 4 to 7 and their readings."""
+
+    classification: float = Field(0.5, ge=0, description="alpha, factor of the weighted cross-entropy")
+    reconstruction: float = Field(1.0, ge=0, description="beta, factor of the super-resolution error")
+    penalty: float = Field(1.0, ge=0, description="gamma, factor of the class-frequency-weighted L1 penalty R")
+    penalty_strength: float = Field(0.3, ge=0, description="lambda inside R: 0.3 for PAD-UFES-20, 0.2 for ISIC-2019")
+    frequency: Literal["raw", "sum1", "mean1", "balanced"] = Field("raw", description="f: 1/n, scaled to sum 1, scaled to mean 1, or N/(C n)")
+    direction: Literal["inverse", "constant", "proportional"] = Field("inverse", description="f grows with 1/n, not at all, or with n")
+    assignment: Literal["constant", "cyclic", "blocks", "affinity", "batch"] = Field("affinity", description="which f a hidden unit has")
+    reduction: Literal["sum", "mean"] = Field("sum", description="R sums over the weights, or averages")
+    class_weights: Literal["inverse", "none"] = Field("inverse", description="cross-entropy: N/n_c, or equal")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the cross-entropy")
+
+
+class TrainingSection(Section):
+    """How the parameters are found."""
+
+    epochs: int = Field(12, ge=1)
+    batch_size: int = Field(32, ge=2)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.02, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd only")
+    schedule: Literal["one_cycle", "plateau", "constant"] = Field("one_cycle", description="one_cycle: by step; plateau: by validation loss")
+    plateau_patience: int = Field(5, ge=0, description="epochs without a lower validation loss before the rate is cut")
+    plateau_factor: float = Field(0.1, gt=0, lt=1)
+    minimum_learning_rate: float = Field(1e-6, ge=0)
+    early_stopping: int | None = Field(None, ge=1, description="stop after this many epochs without a better selection value; empty: never")
+    selection: Literal["balanced_accuracy", "accuracy", "loss"] = Field("balanced_accuracy", description="best epoch by this value on validation")
+    gradient_clip: float | None = Field(None, gt=0, description="largest norm of the gradient; empty: no limit")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    tracker: Literal["none", "tensorboard"] = Field("none", description="also log to a tracker (extra `track`)")
+
+
+class EvaluationSection(Section):
+    """How the run is measured."""
+
+    bootstrap: int = Field(1000, ge=0, description="patient-level bootstrap samples for the intervals; 0: none")
+    batch_size: int = Field(64, ge=1)
+
+
+class Recipe(Section):
+    """Everything a run needs. See the YAML files that ship in `dualrefnet/recipes/`."""
+
+    name: str = Field(..., pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="names the run folder")
+    description: str = ""
+    seed: int = Field(0, ge=0, le=2**31 - 1)
+    data: DataSection = DataSection()
+    metadata: MetadataSection = MetadataSection()
+    image: ImageSection = ImageSection()
+    augmentation: AugmentationSection = AugmentationSection()
+    model: ModelSection = ModelSection()
+    loss: LossSection = LossSection()
+    training: TrainingSection = TrainingSection()
+    evaluation: EvaluationSection = EvaluationSection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.data.fold >= self.data.folds:
+            raise ValueError(f"data.fold {self.data.fold} doesn't exist: data.folds is {self.data.folds} and folds count from 0")
+        if self.data.protocol != "grouped-cv" and self.data.fold != 0:
+            raise ValueError(f"data.fold is for the protocol grouped-cv; {self.data.protocol} has one split")
+        if self.model.method == "metadata_only" and self.metadata.tier == "M0":
+            raise ValueError("model.method metadata_only needs metadata: set metadata.tier to M1, M2 or M3")
+        if self.data.description is not None and self.data.dataset != "csv_table":
+            raise ValueError("data.description is for data.dataset csv_table")
+        return self
+
+
+def shipped_recipes() -> list[str]:
+    """Return the names of the recipes inside the package, sorted."""
+    folder = resources.files("dualrefnet") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def recipe_text(name_or_file: str | Path) -> str:
+    """Return the YAML text of a shipped recipe or of a file; a file of that name wins.
+
+    Raises:
+        RecipeError: there is neither.
+    """
+    path = Path(name_or_file)
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    shipped = shipped_recipes()
+    if str(name_or_file) in shipped:
+        return (resources.files("dualrefnet") / "recipes" / f"{name_or_file}.yaml").read_text(encoding="utf-8")
+    raise RecipeError(f"there is no recipe file {name_or_file}, and no recipe of that name ships; shipped: {', '.join(shipped)}{_suggest(str(name_or_file), shipped)}")
+
+
+def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        source: a YAML file, the name of a shipped recipe, a mapping, or a recipe.
+        overrides: dotted key -> value, such as `{"training.epochs": 3}`.
+
+    Raises:
+        RecipeError: the file is missing or isn't YAML; a key is unknown; a value is wrong or contradicts another.
+    """
+    if isinstance(source, Recipe):
+        values: Any = source.model_dump(mode="json", exclude_unset=True)
+    elif isinstance(source, Mapping):
+        values = dict(source)
+    else:
+        try:
+            values = yaml.safe_load(recipe_text(source))
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{source} isn't YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(values, dict):
+            raise RecipeError(f"{source} must hold `key: value` lines")
+    for key, value in (overrides or {}).items():
+        _set(values, key, value)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError("; ".join(_explain(item) for item in error.errors()[:5])) from None
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, Any]:
+    """Turn `["training.epochs=3"]` into `{"training.epochs": 3}`; values are read as YAML.
+
+    Raises:
+        RecipeError: an argument isn't `key=value`.
+    """
+    overrides: dict[str, Any] = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"{argument!r} isn't key=value; for example training.epochs=3")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise RecipeError(f"the value of {argument!r} isn't YAML") from None
+        overrides[key] = value
+    return overrides
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for part in path:
+        inner = values.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"{key}: {part} has no keys below it")
+        # A mapping given by the caller must stay as it was.
+        values[part] = inner = dict(inner)
+        values = inner
+    values[last] = value
+
+
+def _explain(item: Any) -> str:
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        legal = _keys_of(location[:-1])
+        return f"unknown key {key!r}{_suggest(location[-1], legal)} (keys there: {', '.join(legal)})"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}" if key else message
+
+
+def _keys_of(path: list[str]) -> list[str]:
+    section: Any = Recipe
+    for part in path:
+        section = section.model_fields[part].annotation
+        if typing.get_origin(section) in (typing.Union, types.UnionType):
+            section = typing.get_args(section)[0]
+    return list(section.model_fields)
+
+
+def _suggest(word: str, legal: list[str]) -> str:
+    near = difflib.get_close_matches(word, legal, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
