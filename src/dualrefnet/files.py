@@ -20,6 +20,10 @@ import yaml
 
 from dualrefnet.errors import DataError
 
+# Read once, at import: the umask can only be read by setting it, and another thread must not write a file meanwhile.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
@@ -36,9 +40,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     try:
         yield temporary
         # mkstemp makes the file private; an ordinary file has the rights that the user's umask leaves.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(0o666 & ~_UMASK)
         os.replace(temporary, path)
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -93,7 +95,7 @@ def write_tensors(path: Path | str, tensors: Mapping[str, Any], metadata: Mappin
 
 def sha256_of_file(path: Path | str) -> str:
     """Return the SHA-256 of a file's bytes as hexadecimal digits."""
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

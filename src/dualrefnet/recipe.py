@@ -31,16 +31,26 @@ class DataSection(Section):
     dataset: str = Field("pad_ufes_20", description="adapter: pad_ufes_20, isic_2019, sample or csv_table")
     root: str | None = Field(None, description="the data set's folder; empty: the folder of that name in $DUALREFNET_DATA")
     description: str | None = Field(None, description="csv_table only: the YAML file that describes the columns")
+    rows: Literal["with_image", "all"] = Field(
+        "with_image", description="all: rows without an image too (metadata_only alone can use them)"
+    )
     protocol: Literal["paper", "grouped", "grouped-cv"] = Field("grouped", description="how rows are divided; only `paper` may leak")
     fold: int = Field(0, ge=0, description="which fold of grouped-cv is the test set")
     folds: int = Field(5, ge=3, le=50, description="grouped, grouped-cv: number of folds; one is the test set")
+    split_seed: int = Field(
+        0, ge=0, le=2**31 - 1, description="shuffles the grouped split; apart from `seed`, so that several seeds share a split"
+    )
 
 
 class MetadataSection(Section):
     """How the patient's form becomes a vector."""
 
-    tier: Literal["M0", "M1", "M2", "M3"] = Field("M3", description="M0 none, M1 always recorded, M2 all fields, M3 all and what is missing")
-    imputation: Literal["neural", "zero"] = Field("neural", description="missing fields: predicted without labels, or zero (which shows that they are missing)")
+    tier: Literal["M0", "M1", "M2", "M3"] = Field(
+        "M3", description="M0 none, M1 always recorded, M2 all fields, M3 all and what is missing"
+    )
+    imputation: Literal["neural", "zero"] = Field(
+        "neural", description="missing fields: predicted without labels, or zero (which shows that they are missing)"
+    )
     unknown: Literal["level", "missing"] = Field("level", description="codes such as UNK: a category of its own, or missing")
     scale: Literal["zscore", "raw"] = Field("zscore", description="numbers: standardised with the training mean and sd, or as they are")
     merge_aliases: bool = Field(True, description="BRASIL is BRAZIL")
@@ -56,7 +66,9 @@ class ImageSection(Section):
     clahe: bool = Field(True, description="contrast-limited adaptive histogram equalisation of L in LAB")
     clahe_clip: float = Field(1.0, gt=0, description="clip limit of CLAHE")
     clahe_grid: int = Field(12, ge=1, le=64, description="CLAHE works on grid x grid tiles")
-    clahe_channel_order: Literal["correct", "hm_compat"] = Field("correct", description="hm_compat: red and blue swapped in L, as in released code of the lineage")
+    clahe_channel_order: Literal["correct", "hm_compat"] = Field(
+        "correct", description="hm_compat: red and blue swapped in L, as in released code of the lineage"
+    )
     fit: Literal["squash", "crop"] = Field("squash", description="to a square: squash both sides, or crop the longer one")
 
 
@@ -89,8 +101,12 @@ class ModelSection(Section):
     metadata_widths: tuple[int, ...] = Field((64, 128, 256, 512), description="layers of the metadata network")
     hidden: int = Field(256, ge=1, description="width of the layer before the classifier")
     dropout: float = Field(0.0, ge=0, lt=1, description="before the classifier and after the fused vector")
-    decoder: Literal["bottleneck", "plain", "none"] = Field("bottleneck", description="plain is the literal reading; none: no auxiliary task")
-    target: Literal["bilinear", "bicubic", "native"] = Field("bicubic", description="x2 image to rebuild; native: the real photograph at 2x size")
+    decoder: Literal["bottleneck", "plain", "none"] = Field(
+        "bottleneck", description="plain is the literal reading; none: no auxiliary task"
+    )
+    target: Literal["bilinear", "bicubic", "native"] = Field(
+        "bicubic", description="x2 image to rebuild; native: the real photograph at 2x size"
+    )
 
 
 class LossSection(Section):
@@ -100,7 +116,9 @@ class LossSection(Section):
     reconstruction: float = Field(1.0, ge=0, description="beta, factor of the super-resolution error")
     penalty: float = Field(1.0, ge=0, description="gamma, factor of the class-frequency-weighted L1 penalty R")
     penalty_strength: float = Field(0.3, ge=0, description="lambda inside R: 0.3 for PAD-UFES-20, 0.2 for ISIC-2019")
-    frequency: Literal["raw", "sum1", "mean1", "balanced"] = Field("raw", description="f: 1/n, scaled to sum 1, scaled to mean 1, or N/(C n)")
+    frequency: Literal["raw", "sum1", "mean1", "balanced"] = Field(
+        "raw", description="f: 1/n, scaled to sum 1, scaled to mean 1, or N/(C n)"
+    )
     direction: Literal["inverse", "constant", "proportional"] = Field("inverse", description="f grows with 1/n, not at all, or with n")
     assignment: Literal["constant", "cyclic", "blocks", "affinity", "batch"] = Field("affinity", description="which f a hidden unit has")
     reduction: Literal["sum", "mean"] = Field("sum", description="R sums over the weights, or averages")
@@ -117,12 +135,16 @@ class TrainingSection(Section):
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.02, ge=0)
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd only")
-    schedule: Literal["one_cycle", "plateau", "constant"] = Field("one_cycle", description="one_cycle: by step; plateau: by validation loss")
+    schedule: Literal["one_cycle", "plateau", "constant"] = Field(
+        "one_cycle", description="one_cycle: by step; plateau: by validation loss"
+    )
     plateau_patience: int = Field(5, ge=0, description="epochs without a lower validation loss before the rate is cut")
     plateau_factor: float = Field(0.1, gt=0, lt=1)
     minimum_learning_rate: float = Field(1e-6, ge=0)
     early_stopping: int | None = Field(None, ge=1, description="stop after this many epochs without a better selection value; empty: never")
-    selection: Literal["balanced_accuracy", "accuracy", "loss"] = Field("balanced_accuracy", description="best epoch by this value on validation")
+    selection: Literal["balanced_accuracy", "accuracy", "loss"] = Field(
+        "balanced_accuracy", description="best epoch by this value on validation"
+    )
     gradient_clip: float | None = Field(None, gt=0, description="largest norm of the gradient; empty: no limit")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -159,6 +181,8 @@ class Recipe(Section):
             raise ValueError(f"data.fold is for the protocol grouped-cv; {self.data.protocol} has one split")
         if self.model.method == "metadata_only" and self.metadata.tier == "M0":
             raise ValueError("model.method metadata_only needs metadata: set metadata.tier to M1, M2 or M3")
+        if self.data.rows == "all" and self.model.method != "metadata_only":
+            raise ValueError(f"data.rows all is for model.method metadata_only; {self.model.method} needs images")
         if self.data.description is not None and self.data.dataset != "csv_table":
             raise ValueError("data.description is for data.dataset csv_table")
         return self
@@ -182,7 +206,8 @@ def recipe_text(name_or_file: str | Path) -> str:
     shipped = shipped_recipes()
     if str(name_or_file) in shipped:
         return (resources.files("dualrefnet") / "recipes" / f"{name_or_file}.yaml").read_text(encoding="utf-8")
-    raise RecipeError(f"there is no recipe file {name_or_file}, and no recipe of that name ships; shipped: {', '.join(shipped)}{_suggest(str(name_or_file), shipped)}")
+    names = f"{', '.join(shipped)}{_suggest(str(name_or_file), shipped)}"
+    raise RecipeError(f"there is no recipe file {name_or_file}, and no recipe of that name ships; shipped: {names}")
 
 
 def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapping[str, Any] | None = None) -> Recipe:

@@ -25,12 +25,24 @@ SCHEMA = DatasetSchema(
     malignant=("MEL", "BCC", "SCC"),
     # None of the three is recorded for every image, so all are tier M2.
     fields=(
-        MetadataField(name="age_approx", kind="numeric", unit="years", minimum=0, maximum=120, description="Age of the patient, to 5 years"),
+        MetadataField(
+            name="age_approx", kind="numeric", unit="years", minimum=0, maximum=120, description="Age of the patient, to 5 years"
+        ),
         MetadataField(name="sex", kind="categorical", categories=("female", "male"), description="Sex of the patient"),
         MetadataField(
-            name="anatom_site_general", kind="categorical", description="Where on the body the lesion is",
-            categories=("anterior torso", "head/neck", "lateral torso", "lower extremity", "oral/genital",
-                        "palms/soles", "posterior torso", "upper extremity"),
+            name="anatom_site_general",
+            kind="categorical",
+            description="Where on the body the lesion is",
+            categories=(
+                "anterior torso",
+                "head/neck",
+                "lateral torso",
+                "lower extremity",
+                "oral/genital",
+                "palms/soles",
+                "posterior torso",
+                "upper extremity",
+            ),
         ),
     ),
     # The release names no patients; a lesion photographed several times is the closest thing.
@@ -56,15 +68,19 @@ def read_raw(root: Path) -> pd.DataFrame:
     """
     truth = read_csv(root / GROUND_TRUTH)
     metadata = read_csv(root / METADATA, dtype=str, keep_default_na=False, na_values=[""])
-    for name, table, columns in ((GROUND_TRUTH, truth, ("image", *CLASSES)),
-                                 (METADATA, metadata, ("image", "age_approx", "anatom_site_general", "lesion_id", "sex"))):
+    for name, table, columns in (
+        (GROUND_TRUTH, truth, ("image", *CLASSES)),
+        (METADATA, metadata, ("image", "age_approx", "anatom_site_general", "lesion_id", "sex")),
+    ):
         absent = [column for column in columns if column not in table.columns]
         if absent:
             raise DataError(f"{root / name} has no column {', '.join(absent)}: it isn't a file of ISIC-2019")
     scores = truth[list(CLASSES)].to_numpy(dtype=float)
     wrong = (scores.sum(axis=1) != 1) | (scores.max(axis=1) != 1)
     if wrong.any():
-        raise DataError(f"{int(wrong.sum())} rows of {GROUND_TRUTH} don't have exactly one label, the first: {truth['image'][wrong].iloc[0]}")
+        raise DataError(
+            f"{int(wrong.sum())} rows of {GROUND_TRUTH} don't have exactly one label, the first: {truth['image'][wrong].iloc[0]}"
+        )
     if set(truth["image"]) != set(metadata["image"]):
         raise DataError(f"{GROUND_TRUTH} and {METADATA} don't name the same images; download both again")
     truth = truth.assign(label=[CLASSES[index] for index in scores.argmax(axis=1)])

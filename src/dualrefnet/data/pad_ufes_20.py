@@ -18,9 +18,11 @@ CLASSES = ("ACK", "BCC", "MEL", "NEV", "SCC", "SEK")
 MALIGNANT = ("BCC", "MEL", "SCC")
 
 # In the order of first appearance in the published CSV, so that the columns are those of the literature.
-_COUNTRIES_FATHER = "POMERANIA GERMANY BRAZIL NETHERLANDS ITALY POLAND UNK PORTUGAL BRASIL CZECH AUSTRIA SPAIN ISRAEL".split()
-_COUNTRIES_MOTHER = "POMERANIA ITALY GERMANY BRAZIL UNK POLAND NORWAY PORTUGAL NETHERLANDS FRANCE SPAIN".split()
-_REGIONS = "ARM NECK FACE HAND FOREARM CHEST NOSE THIGH SCALP EAR BACK FOOT ABDOMEN LIP".split()
+_COUNTRIES_FATHER = [
+    "POMERANIA", "GERMANY", "BRAZIL", "NETHERLANDS", "ITALY", "POLAND", "PORTUGAL", "BRASIL", "CZECH", "AUSTRIA", "SPAIN", "ISRAEL",
+]  # fmt: skip
+_COUNTRIES_MOTHER = ["POMERANIA", "ITALY", "GERMANY", "BRAZIL", "POLAND", "NORWAY", "PORTUGAL", "NETHERLANDS", "FRANCE", "SPAIN"]
+_REGIONS = ["ARM", "NECK", "FACE", "HAND", "FOREARM", "CHEST", "NOSE", "THIGH", "SCALP", "EAR", "BACK", "FOOT", "ABDOMEN", "LIP"]
 
 
 def _boolean(name: str, description: str) -> MetadataField:
@@ -33,8 +35,12 @@ def _symptom(name: str, description: str) -> MetadataField:
 
 def _origin(name: str, countries: list[str], whose: str) -> MetadataField:
     return MetadataField(
-        name=name, kind="categorical", categories=tuple(country for country in countries if country != "UNK"),
-        missing_codes=("UNK",), aliases={"BRASIL": "BRAZIL"}, description=f"Where {whose}'s family came from",
+        name=name,
+        kind="categorical",
+        categories=tuple(countries),
+        missing_codes=("UNK",),
+        aliases={"BRASIL": "BRAZIL"},
+        description=f"Where {whose}'s family came from",
     )
 
 

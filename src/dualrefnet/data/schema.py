@@ -19,10 +19,10 @@ BOOLEAN_VALUES = ("False", "True")
 # Names under which the answer, or what a physician did because of the answer, is found in published tables.
 # A feature with such a name is refused: `biopsed` alone says "cancer" for 1,089 of 1,089 cancers of PAD-UFES-20.
 LABEL_DERIVED_NAMES = frozenset(
-    "biopsed biopsied biopsy diagnostic diagnosis dx dx_type label target class malignant benign_malignant "
-    "diagnosis_confirm_type histopathology pathology melanocytic outcome".split()
+    """biopsed biopsied biopsy diagnostic diagnosis dx dx_type label target class malignant benign_malignant
+    diagnosis_confirm_type histopathology pathology melanocytic outcome""".split()  # noqa: SIM905
 )
-IDENTIFIER_NAMES = frozenset("patient_id lesion_id image_id img_id image image_path isic_id id".split())
+IDENTIFIER_NAMES = frozenset(["patient_id", "lesion_id", "image_id", "img_id", "image", "image_path", "isic_id", "id"])
 
 
 class MetadataField(BaseModel):
@@ -159,7 +159,9 @@ def normalise(table: pd.DataFrame, schema: DatasetSchema) -> tuple[pd.DataFrame,
     wanted = [*ID_COLUMNS, *(field.name for field in schema.fields)]
     absent = [column for column in wanted if column not in table.columns]
     if absent:
-        raise DataError(f"columns missing from the table of {schema.title}: {', '.join(absent)}; it has: {', '.join(map(str, table.columns))}")
+        raise DataError(
+            f"columns missing from the table of {schema.title}: {', '.join(absent)}; it has: {', '.join(map(str, table.columns))}"
+        )
     if len(table) == 0:
         raise DataError(f"the table of {schema.title} has no rows")
     result = table[wanted].reset_index(drop=True).copy()
@@ -175,8 +177,7 @@ def normalise(table: pd.DataFrame, schema: DatasetSchema) -> tuple[pd.DataFrame,
         raise DataError(f"unknown labels: {', '.join(unknown[:8])}; the classes of {schema.title} are {', '.join(schema.classes)}")
     remarks: list[str] = []
     for field in schema.fields:
-        column, said = normalise_field(result[field.name], field)
-        result[field.name] = column
+        result[field.name], said = normalise_field(result[field.name], field)
         remarks.extend(said)
     return result, remarks
 
@@ -194,23 +195,27 @@ def normalise_field(values: pd.Series, field: MetadataField) -> tuple[pd.Series,
     return text.where(text != "", other=np.nan), []
 
 
+def is_blank(values: pd.Series, field: MetadataField) -> pd.Series:
+    """Return which cells of a numeric column hold nothing or a missing code."""
+    return values.isna() | values.astype(str).str.strip().isin(["", "nan", "NaN", *field.missing_codes])
+
+
 def _numbers(values: pd.Series, field: MetadataField) -> tuple[pd.Series, list[str]]:
-    blank = values.isna() | values.astype(str).str.strip().isin(["", *field.missing_codes])
+    blank = is_blank(values, field)
     numbers = pd.to_numeric(values.where(~blank), errors="coerce").astype(float)
-    not_numbers = numbers.isna() & ~blank & (values.astype(str).str.strip().str.lower() != "nan")
+    not_numbers = numbers.isna() & ~blank
     if not_numbers.any():
         raise DataError(f"{field.name} must be a number, and {int(not_numbers.sum())} rows hold text; is it the right column?")
     remarks = []
     infinite = pd.Series(np.isinf(numbers), index=numbers.index)
-    outside = ~infinite & (
-        (numbers < (-np.inf if field.minimum is None else field.minimum)) | (numbers > (np.inf if field.maximum is None else field.maximum))
-    )
+    low = -np.inf if field.minimum is None else field.minimum
+    high = np.inf if field.maximum is None else field.maximum
+    outside = ~infinite & ((numbers < low) | (numbers > high))
     if infinite.any():
         remarks.append(f"{field.name}: {int(infinite.sum())} infinite values are treated as missing")
     if outside.any():
-        remarks.append(f"{field.name}: {int(outside.sum())} values outside {field.minimum:g}..{field.maximum:g} are treated as missing"
-                       if field.minimum is not None and field.maximum is not None
-                       else f"{field.name}: {int(outside.sum())} values outside the believable range are treated as missing")
+        limits = f"{'' if field.minimum is None else f'{field.minimum:g}'}..{'' if field.maximum is None else f'{field.maximum:g}'}"
+        remarks.append(f"{field.name}: {int(outside.sum())} values outside {limits} are treated as missing")
     return numbers.mask(infinite | outside), remarks
 
 

@@ -1,1 +1,1 @@
-"""."""
+"""Encoders, decoders and fusion models behind one contract: `forward(image, metadata) -> Output`."""

@@ -1,1 +1,1 @@
-"""."""
+"""Losses, the training loop and its resumption."""

@@ -1,0 +1,105 @@
+"""The same as the command line in a few lines of Python, for notebooks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dualrefnet.data.csv_table import DEFAULT_DESCRIPTION, TableDescription, describe
+from dualrefnet.errors import DataError
+from dualrefnet.files import write_csv, write_yaml
+from dualrefnet.progress import remark
+from dualrefnet.recipe import Recipe, load_recipe
+from dualrefnet.run import Run
+from dualrefnet.training.train import train_recipe
+
+
+def train(recipe: str | Path | dict[str, Any] | Recipe, *, out: str | Path | None = None, resume: bool = False, **overrides: Any) -> Run:
+    """Train and evaluate a recipe.
+
+    Args:
+        recipe: a YAML file, the name of a shipped recipe, a mapping or a `Recipe`.
+        out: the run folder; None: `runs/<name of the recipe>`.
+        resume: go on with an unfinished run.
+        overrides: dotted keys with `__` for the dot, such as `training__epochs=3`.
+
+    Returns:
+        The finished run: `run.metrics`, `run.predictions`, `run.history`, `Predictor.load(run)`.
+
+    Raises:
+        DualRefNetError: with what to do about it.
+    """
+    checked = load_recipe(recipe, {key.replace("__", "."): value for key, value in overrides.items()})
+    return train_recipe(checked, Path(out) if out else Path("runs") / checked.name, resume)
+
+
+def fit(
+    dataframe: pd.DataFrame,
+    *,
+    image: str,
+    label: str,
+    group: str | None = None,
+    metadata: Sequence[str] = (),
+    malignant: Sequence[str] = (),
+    out: str | Path = "runs/fit",
+    resume: bool = False,
+    **overrides: Any,
+) -> Run:
+    """Train DualRefNet on a table of one's own, with sensible choices that are said aloud.
+
+    Args:
+        dataframe: one row an image.
+        image: column with the image's path.
+        label: column with the class.
+        group: column that names the patient; photographs of one patient stay on one side of the split.
+        metadata: columns that describe the patient or the lesion; their kinds are guessed from the values.
+        malignant: the classes that are cancer, for sensitivity and specificity of "malignant".
+        out: the run folder; the table is kept beside it in `<out>-data/`, so that the run can be repeated.
+        resume: go on with an unfinished run.
+        overrides: of the recipe, such as `training__epochs=3`.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        DataError: a column is missing, can't be a feature, or images don't exist.
+        DualRefNetError: see the subclasses.
+    """
+    out = Path(out)
+    absent = [column for column in (image, label, group, *metadata) if column is not None and column not in dataframe.columns]
+    if absent:
+        raise DataError(f"the table has no column {', '.join(absent)}; it has: {', '.join(map(str, dataframe.columns))}")
+    fields = describe(dataframe, list(metadata))
+    for field in fields:
+        remark(f"{field.name}: {field.kind}")
+    paths = [os.path.abspath(path) for path in dataframe[image]]
+    folder = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else "."
+    columns = [column for column in dict.fromkeys([label, group, *metadata]) if column is not None]
+    table = dataframe[columns].assign(**{image: [os.path.relpath(path, folder) for path in paths]})
+    description = TableDescription(
+        title=out.name, images=folder, image=image, label=label, patient=group, malignant=tuple(malignant), metadata=fields,
+        classes=tuple(sorted(dataframe[label].dropna().astype(str).unique())),
+    )  # fmt: skip
+    data = out.with_name(out.name + "-data")
+    write_csv(data / description.table, table)
+    write_yaml(data / DEFAULT_DESCRIPTION, description.model_dump(mode="json", exclude_none=True))
+    # About 10,000 image views: enough to fine-tune, and some minutes on a CPU.
+    epochs = max(5, min(30, round(10_000 / max(len(dataframe), 1))))
+    recipe = {
+        "name": out.name,
+        "data": {"dataset": "csv_table", "root": str(data), "protocol": "grouped"},
+        "metadata": {"tier": "M3" if fields else "M0"},
+        "model": {"method": "dualrefnet", "backbone": "efficientnet_lite0", "dropout": 0.2},
+        "loss": {"classification": 1.0},
+        "training": {"epochs": epochs},
+    }
+    chosen = load_recipe(recipe, {key.replace("__", "."): value for key, value in overrides.items()})
+    apart = f"no {group} on two sides" if group else "images divided one by one, since no group was given"
+    remark(
+        f"{len(description.classes)} classes; {apart}; {chosen.model.backbone} at {chosen.image.size} px, {chosen.training.epochs} epochs"
+    )
+    return train_recipe(chosen, out, resume)

@@ -1,0 +1,161 @@
+"""Commands about runs: doctor, demo, recipes, prepare, train, evaluate, predict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.syntax import Syntax
+
+from dualrefnet.cli import app
+from dualrefnet.errors import DualRefNetError
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that ships (`dualrefnet recipes`).")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Change the recipe: training.epochs=3 data.root=DIR ...")
+]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder; default: runs/<name of the recipe>.")]
+Cache = Annotated[
+    Path | None,
+    typer.Option("--cache", metavar="DIR", help="Where prepared images lie; default: $DUALREFNET_CACHE or the user's cache folder."),
+]
+Workers = Annotated[int | None, typer.Option(help="Threads that prepare images; default: one a core.")]
+
+
+@app.command()
+def doctor() -> None:
+    """Check the environment, the weights and the data: PASS, WARN or FAIL, each with the fix. Exit status 1 on FAIL."""
+    from dualrefnet.doctor import examine
+
+    colours = {"PASS": "green", "WARN": "yellow", "FAIL": "red"}
+    findings = examine()
+    console = Console(highlight=False)
+    for finding in findings:
+        console.print(f"[{colours[finding.level]}]{finding.level}[/]  {finding.subject}: {finding.message}", soft_wrap=True)
+    raise typer.Exit(1 if any(finding.level == "FAIL" for finding in findings) else 0)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the drawn data and the run.")] = Path("runs/demo"),
+) -> None:
+    """Draw the sample data set, train DualRefNet on it, evaluate it, and leave a run folder. No network; a few minutes."""
+    from dualrefnet.demo import run_demo
+
+    run = run_demo(out)
+    _print_metrics(run.metrics)
+    typer.echo(f"The run folder is {run.path}; try: dualrefnet predict {run.path} --images {out}/data/images --out predictions.csv")
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None) -> None:
+    """List the recipes that ship, or print one: save it, change it, and give the file to `train`."""
+    from dualrefnet.recipe import load_recipe, recipe_text, shipped_recipes
+
+    if name is not None:
+        text = recipe_text(name)
+        console = Console()
+        console.print(Syntax(text, "yaml", background_color="default")) if console.is_terminal else typer.echo(text, nl=False)
+        return
+    for shipped in shipped_recipes():
+        typer.echo(f"{shipped:<20} {load_recipe(shipped).description}")
+
+
+@app.command()
+def prepare(recipe: RecipeName, overrides: Overrides = None, cache: Cache = None, workers: Workers = None) -> None:
+    """Decode and preprocess a recipe's images once, into the image store. `train` does it too if it wasn't done."""
+    from dualrefnet.data.pipeline import fill_recipe_store, read_dataset
+    from dualrefnet.recipe import load_recipe, parse_overrides
+
+    checked = load_recipe(recipe, parse_overrides(overrides or []))
+    store = fill_recipe_store(checked, read_dataset(checked), cache, workers)
+    typer.echo(f"{len(store.image_ids) - len(store.broken)} images of {store.side} px are in {store.path}")
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an unfinished run in the folder; start it if there is none.")
+    ] = False,
+    cache: Cache = None,
+    workers: Workers = None,
+) -> None:
+    """Train and evaluate a recipe; leaves a run folder with the model, predictions and measures.
+
+    Several processes or GPUs: `accelerate launch -m dualrefnet train RECIPE ...`.
+    """
+    from dualrefnet.recipe import load_recipe, parse_overrides
+    from dualrefnet.training.train import train_recipe
+
+    checked = load_recipe(recipe, parse_overrides(overrides or []))
+    folder = out or Path("runs") / checked.name
+    try:
+        run = train_recipe(checked, folder, resume, cache, workers)
+    except KeyboardInterrupt:
+        raise DualRefNetError(
+            f"interrupted; the last whole epoch is kept in {folder}, and the same command with --resume goes on"
+        ) from None
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        _print_metrics(run.metrics)
+        typer.echo(f"run folder: {run.path}")
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    root: Annotated[Path | None, typer.Option("--root", metavar="DIR", help="Where the data lie now, if they have moved.")] = None,
+    cache: Cache = None,
+) -> None:
+    """Measure a trained run again: writes predictions.csv and metrics.json, prints the tables."""
+    from dualrefnet.evaluation.evaluate import evaluate_run
+    from dualrefnet.run import Run
+
+    _print_metrics(evaluate_run(Run(run), root, cache=cache))
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    images: Annotated[
+        list[Path], typer.Option("--images", metavar="PATH", help="A photograph or a folder of them; may be given several times.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="CSV", help="Result: image, predicted, prob_<CLASS>..., malignancy, warnings, error.")
+    ],
+    metadata: Annotated[
+        Path | None,
+        typer.Option(
+            "--metadata",
+            metavar="CSV",
+            help="One row an image: a column image (file name or id) and any of the fields; absent ones are missing.",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+) -> None:
+    """Classify photographs with a trained run. A photograph that can't be read gets a row that says why."""
+    from dualrefnet.deploy.batch import predict_files
+    from dualrefnet.deploy.predictor import Predictor
+    from dualrefnet.progress import progress_bar
+
+    with progress_bar("predicting") as show:
+        done, failed = predict_files(Predictor.load(run, device), images, metadata, out, progress=show)
+    typer.echo(f"{done} photographs classified, {failed} could not be read: {out}")
+    raise typer.Exit(2 if failed and not done else 0)
+
+
+def _print_metrics(metrics: dict[str, object]) -> None:
+    from dualrefnet.evaluation.tables import metrics_table
+
+    title = f"{metrics['dataset']}, test set, protocol {metrics['protocol']}" + (
+        " - DRAWN PICTURES, NOT CLINICAL" if metrics["drawn"] else ""
+    )
+    Console().print(metrics_table(metrics, title=title))

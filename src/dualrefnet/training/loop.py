@@ -1,0 +1,215 @@
+"""The training loop: one readable pass over epochs and batches, on any device and any number of processes."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from sklearn.metrics import accuracy_score, recall_score
+from torch import Tensor, nn, optim
+from torch.nn import functional
+
+from dualrefnet.data.augment import AugmentationDraw, draw, shade, warp
+from dualrefnet.data.loader import Batch, Examples
+from dualrefnet.errors import RunError
+from dualrefnet.files import write_csv, write_tensors
+from dualrefnet.models.inference import Normalisation, autocast, normalise, predict_logits, resolve_precision
+from dualrefnet.models.superresolution import make_target, split_native
+from dualrefnet.progress import progress_bar, remark, warn
+from dualrefnet.recipe import Recipe
+from dualrefnet.run import Run
+from dualrefnet.training.checkpoint import load_checkpoint, save_checkpoint
+from dualrefnet.training.losses import DualRefNetLoss
+from dualrefnet.training.optimisation import create_optimizer, create_schedule
+
+# Below this share of their first L1 norm the last layers say nothing any more (see ClassFrequencyPenalty).
+COLLAPSED = 0.01
+
+
+class Trainer:
+    """Trains one model; `fit` does it all.
+
+    Attributes:
+        model: the bare model.
+        recipe: what to do.
+        run: where to write.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe, run: Run, counts: Tensor, normalisation: Normalisation) -> None:
+        section = recipe.training
+        self.accelerator = Accelerator(
+            cpu=section.device == "cpu", log_with="tensorboard" if section.tracker == "tensorboard" else None, project_dir=run.path
+        )
+        self.device = self.accelerator.device
+        if section.device not in ("auto", "cpu", self.device.type):
+            raise RunError(f"training.device is {section.device}, and this machine offers {self.device.type}; use training.device=auto")
+        self.precision = resolve_precision(section.precision, self.device)
+        self.model, self.recipe, self.run, self.normalisation = model, recipe, run, normalisation
+        # Convolutions on pixels-with-their-channels are faster on CPUs and on tensor cores alike.
+        self.model.to(self.device).to(memory_format=torch.channels_last)
+        self.loss = DualRefNetLoss(recipe.loss, counts).to(self.device)
+        self.optimizer = create_optimizer(model, section)
+
+    def fit(self, train: Examples, val: Examples) -> None:
+        """Train until the last epoch or early stopping; write the best epoch's parameters and the history.
+
+        Goes on from a checkpoint if the run has one. Whatever happens in between, the same seed on the same machine
+        gives the same parameters: every epoch's random numbers follow from (seed, epoch).
+        """
+        section, accelerator = self.recipe.training, self.accelerator
+        world, rank = accelerator.num_processes, accelerator.process_index
+        if min(section.batch_size, len(train)) < 2 * world:
+            raise RunError(f"a batch of {min(section.batch_size, len(train))} images is too small for {world} processes")
+        steps = train.steps(section.batch_size)
+        schedule = create_schedule(self.optimizer, section, steps * section.epochs)
+        progress: dict[str, Any] = {"epoch": 0, "history": [], "best": None, "stale": 0, "norms": head_norms(self.model)}
+        if self.run.checkpoint_file.is_file():
+            progress = load_checkpoint(self.run.checkpoint_file, self.model, self.optimizer)
+            if schedule is not None:
+                schedule.load_state_dict(progress["schedule"])
+            if accelerator.is_main_process:
+                remark(f"resumed after epoch {progress['epoch']}")
+        wrapped, self.optimizer = accelerator.prepare(self.model, self.optimizer)
+        if section.tracker != "none":
+            accelerator.init_trackers("tracker", config={"recipe": self.recipe.model_dump_json()})
+        while progress["epoch"] < section.epochs and not self._stale(progress):
+            epoch, started = progress["epoch"], time.perf_counter()
+            # Dropout and noise; each process needs numbers of its own.
+            torch.manual_seed(int(np.random.SeedSequence([self.recipe.seed, epoch, rank]).generate_state(1)[0]))
+            draws = draw(len(train), self.recipe.augmentation, self.recipe.seed, epoch) if self.recipe.augmentation.enabled else None
+            sums: dict[str, float] = {}
+            self.model.train()
+            with progress_bar(f"epoch {epoch + 1}/{section.epochs}", accelerator.is_main_process) as show:
+                for step, batch in enumerate(train.shuffled(section.batch_size, self.recipe.seed, epoch, rank, world)):
+                    terms = self._step(wrapped, batch, draws)
+                    if isinstance(schedule, optim.lr_scheduler.OneCycleLR):
+                        schedule.step()
+                    for name, value in terms.items():
+                        sums[name] = sums.get(name, 0.0) + value / steps
+                    show(step + 1, steps)
+            row = {"epoch": epoch + 1, "learning_rate": self.optimizer.param_groups[0]["lr"]}
+            row |= {f"train_{name}": value for name, value in sums.items()} | self._validate(val)
+            row |= {f"l1_{name}": value for name, value in head_norms(self.model).items()} | {
+                "seconds": round(time.perf_counter() - started, 2)
+            }
+            if isinstance(schedule, optim.lr_scheduler.ReduceLROnPlateau):
+                schedule.step(row["val_loss"])
+            progress = self._remember(progress, row, schedule)
+            if section.tracker != "none":
+                accelerator.log({name: value for name, value in row.items() if name != "epoch"}, step=epoch + 1)
+            accelerator.wait_for_everyone()
+        if section.tracker != "none":
+            accelerator.end_training()
+
+    def _step(self, wrapped: nn.Module, batch: Batch, draws: AugmentationDraw | None) -> dict[str, float]:
+        """Take one optimisation step; return the loss terms as numbers."""
+        labels, metadata = batch.labels.to(self.device), batch.metadata.to(self.device)
+        image, target = self._inputs(batch, draws)
+        with autocast(self.device, self.precision):
+            output = wrapped(image, metadata)
+        terms: dict[str, Tensor] = self.loss(output, labels, target, getattr(self.model, "head", None))
+        if not torch.isfinite(terms["total"]):
+            raise RunError("the loss is no longer a number: lower training.learning_rate, or set training.gradient_clip=1")
+        self.accelerator.backward(terms["total"])
+        if self.recipe.training.gradient_clip is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.training.gradient_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return {name: float(value.detach()) for name, value in terms.items()}
+
+    def _inputs(self, batch: Batch, draws: AugmentationDraw | None) -> tuple[Tensor | None, Tensor | None]:
+        """Return the augmented, normalised images and the x2 target of the same crop, unshaded."""
+        if batch.images is None:
+            return None, None
+        chosen = draws.of(batch.rows) if draws is not None else None
+        full = batch.images.to(self.device, non_blocking=True).float().div(255)
+        if chosen is not None:
+            full = warp(full, chosen.geometry.to(self.device))
+        target, kind = None, self.recipe.model.target
+        if full.shape[-1] == 2 * self.recipe.image.size:
+            image, target = split_native(full)
+        else:
+            image = full
+            if getattr(self.model, "decoder", None) is not None and kind != "native":
+                target = make_target(kind, image)
+        if chosen is not None:
+            # The target keeps the colours of the photograph: to take the noise out again is part of the auxiliary task.
+            image = shade(image, chosen.photometry.to(self.device))
+        return normalise(image, self.normalisation).contiguous(memory_format=torch.channels_last), target
+
+    def _validate(self, val: Examples) -> dict[str, float]:
+        """Return the validation measures; every process works on its share."""
+        accelerator, size = self.accelerator, self.recipe.image.size
+        batches = val.in_order(self.recipe.evaluation.batch_size, accelerator.process_index, accelerator.num_processes)
+        logits, labels = predict_logits(self.model, batches, size, self.normalisation, self.device, self.precision)
+        if accelerator.num_processes > 1:
+            pairs = gather_object([(logits.numpy(), labels.numpy())])
+            logits, labels = (torch.from_numpy(np.concatenate([pair[k] for pair in pairs])) for k in (0, 1))
+        predicted = logits.argmax(dim=1)
+        present = np.unique(labels.numpy())
+        return {
+            "val_loss": float(functional.cross_entropy(logits, labels, self.loss.class_weights.cpu())),
+            "val_accuracy": float(accuracy_score(labels, predicted)),
+            "val_balanced_accuracy": float(recall_score(labels, predicted, labels=present, average="macro", zero_division=0)),
+        }
+
+    def _remember(self, progress: dict[str, Any], row: dict[str, float], schedule: Any) -> dict[str, Any]:
+        """Write the epoch down: the best parameters first, then the checkpoint that counts the epoch as done."""
+        key = self.recipe.training.selection
+        # A tie goes to the lower loss.
+        value = [-row["val_loss"]] if key == "loss" else [row[f"val_{key}"], -row["val_loss"]]
+        better = progress["best"] is None or value > progress["best"]
+        progress = progress | {
+            "epoch": int(row["epoch"]),
+            "history": [*progress["history"], row],
+            "best": value if better else progress["best"],
+            "stale": 0 if better else progress["stale"] + 1,
+            "schedule": _plain(schedule.state_dict()) if schedule is not None else None,
+        }
+        if self.accelerator.is_main_process:
+            if better:
+                write_tensors(self.run.weights_file, self.model.state_dict())
+            save_checkpoint(self.run.checkpoint_file, self.model, self.optimizer, progress)
+            self._write_history(progress["history"])
+            remark(_line(row, self.recipe.training.epochs) + (" [green]best[/green]" if better else ""))
+            for name, first in progress["norms"].items():
+                if row[f"l1_{name}"] < COLLAPSED * first:
+                    share = row[f"l1_{name}"] / first
+                    warn(
+                        f"the {name} layer has collapsed: the penalty R has shrunk its weights to {share:.2%} of their first "
+                        "size; see loss.frequency, loss.reduction and loss.penalty_strength"
+                    )
+        return progress
+
+    def _write_history(self, history: list[dict[str, float]]) -> None:
+        import pandas as pd
+
+        write_csv(self.run.path / "history.csv", pd.DataFrame(history))
+
+    def _stale(self, progress: dict[str, Any]) -> bool:
+        patience = self.recipe.training.early_stopping
+        return patience is not None and progress["stale"] >= patience
+
+
+def head_norms(model: nn.Module) -> dict[str, float]:
+    """Return the L1 norms of the last two layers, by name; empty for a model without them."""
+    head = getattr(model, "head", None)
+    if head is None:
+        return {}
+    return {name: float(getattr(head, name).weight.detach().abs().sum()) for name in ("hidden", "classifier")}
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """Keep what JSON can hold; the rest of a scheduler's state is functions that its constructor sets again."""
+    return {name: value for name, value in state.items() if isinstance(value, int | float | str | bool | list | None)}
+
+
+def _line(row: dict[str, float], epochs: int) -> str:
+    return (
+        f"epoch {int(row['epoch']):>3}/{epochs}  loss {row['train_total']:.3f}  val loss {row['val_loss']:.3f}  "
+        f"val balanced accuracy {row['val_balanced_accuracy']:.3f}  {row['seconds']:.0f} s"
+    )

@@ -1,0 +1,161 @@
+"""The losses of DualRefNet, equations 4 to 7, and their readings."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dualrefnet.models.head import Head
+from dualrefnet.models.output import Output
+from dualrefnet.recipe import LossSection
+
+
+def class_weights(counts: Tensor, kind: Literal["inverse", "none"]) -> Tensor:
+    """Return the weights w_c of the cross-entropy.
+
+    Args:
+        counts: (C,) training images of each class.
+        kind: `inverse`: N / n_c; `none`: ones.
+
+    Returns:
+        (C,) float32; a class without images gets 0.
+    """
+    if kind == "none":
+        return torch.ones(len(counts))
+    return torch.where(counts > 0, counts.sum() / counts.clamp(min=1), torch.zeros(())).float()
+
+
+def class_coefficients(
+    counts: Tensor,
+    norm: Literal["raw", "sum1", "mean1", "balanced"] = "raw",
+    direction: Literal["inverse", "constant", "proportional"] = "inverse",
+) -> Tensor:
+    """Return the coefficients f_c of the penalty R (equation 4).
+
+    Args:
+        counts: (C,) training images of each class.
+        norm: `raw`: 1/n_c (the literal reading); `sum1`, `mean1`: scaled to that sum or mean; `balanced`: N / (C n_c).
+        direction: `inverse`: rare classes are penalised most, as the paper has it; `constant`: all alike, with the mean
+            coefficient of `inverse`; `proportional`: frequent classes most, with that mean too.
+
+    Returns:
+        (C,) float32.
+    """
+    counts = counts.clamp(min=1).double()
+    inverse = 1 / counts
+    if direction == "inverse":
+        f = inverse
+    elif direction == "constant":
+        f = inverse.mean().expand_as(inverse)
+    else:
+        f = counts * (inverse.mean() / counts.mean())
+    if norm == "sum1":
+        f = f / f.sum()
+    elif norm == "mean1":
+        f = f / f.mean()
+    elif norm == "balanced":
+        f = f * (counts.sum() / len(counts))
+    return f.float()
+
+
+class ClassFrequencyPenalty(nn.Module):
+    """R = lambda (sum_i f_i ||W_before,i||_1 + sum_j f_j ||W_cls,j||_1), equation 4: the second refinement stage.
+
+    A hidden unit i has no class, so its f_i needs a reading:
+
+    - `constant`: the mean of f;
+    - `cyclic`: f of class i mod C;
+    - `blocks`: f of class floor(i C / 256);
+    - `affinity`: the mean of f weighted with |W_cls,c,i|, the unit's use by each class (no gradient flows through it);
+    - `batch`: the mean of f over the labels of the batch.
+    """
+
+    def __init__(self, f: Tensor, strength: float, assignment: str = "affinity", reduction: str = "sum") -> None:
+        super().__init__()
+        self.f: Tensor
+        self.register_buffer("f", f)
+        self.strength, self.assignment, self.reduction = strength, assignment, reduction
+
+    def hidden_coefficients(self, classifier: Tensor, hidden: int, labels: Tensor) -> Tensor:
+        """Return f_i of the hidden units, (hidden,).
+
+        Args:
+            classifier: (C, hidden) weights W_cls.
+            hidden: number of hidden units.
+            labels: (B,) of the batch.
+        """
+        classes = len(self.f)
+        unit = torch.arange(hidden, device=self.f.device)
+        if self.assignment == "constant":
+            return self.f.mean().expand(hidden)
+        if self.assignment == "cyclic":
+            return self.f[unit % classes]
+        if self.assignment == "blocks":
+            return self.f[unit * classes // hidden]
+        if self.assignment == "batch":
+            return self.f[labels].mean().expand(hidden)
+        use = classifier.detach().abs()
+        return (self.f @ use) / use.sum(dim=0).clamp(min=torch.finfo(use.dtype).tiny)
+
+    def forward(self, hidden: Tensor, classifier: Tensor, labels: Tensor) -> Tensor:
+        """Return R, a scalar.
+
+        Args:
+            hidden: (256, D) weights W_before.
+            classifier: (C, 256) weights W_cls.
+            labels: (B,) of the batch, used by the reading `batch` alone.
+        """
+        per_unit = self.hidden_coefficients(classifier, len(hidden), labels) * hidden.abs().sum(dim=1)
+        per_class = self.f * classifier.abs().sum(dim=1)
+        if self.reduction == "mean":
+            return self.strength * (per_unit.sum() / hidden.numel() + per_class.sum() / classifier.numel())
+        return self.strength * (per_unit.sum() + per_class.sum())
+
+
+class DualRefNetLoss(nn.Module):
+    """L = alpha L_class + beta L_aux + gamma R (equation 7).
+
+    L_class is the weighted cross-entropy (equation 5), divided by the weights of the batch so that the scale of the
+    weights doesn't matter; L_aux is the mean squared error over all elements of the rebuilt image (equation 6).
+    """
+
+    def __init__(self, section: LossSection, counts: Tensor) -> None:
+        super().__init__()
+        self.section = section
+        self.class_weights: Tensor
+        self.register_buffer("class_weights", class_weights(counts, section.class_weights))
+        f = class_coefficients(counts, section.frequency, section.direction)
+        self.penalty = ClassFrequencyPenalty(f, section.penalty_strength, section.assignment, section.reduction)
+
+    def forward(self, output: Output, labels: Tensor, target: Tensor | None, head: Head | None) -> dict[str, Tensor]:
+        """Return the named, unweighted terms and `total`.
+
+        Args:
+            output: of the model.
+            labels: (B,) class indices.
+            target: (B, 3, 2H, 2W) in 0..1, needed if the model rebuilt an image.
+            head: the model's last two layers (`hidden`, `classifier`), or None if it has none.
+
+        Returns:
+            Scalars: `classification`, `classification_<head>` for additional heads, `reconstruction`, `penalty`,
+            `total`; a term that the model has no part for is absent.
+        """
+        section = self.section
+        terms = {"classification": self._cross_entropy(output.logits, labels)}
+        for name, logits in output.heads.items():
+            terms[f"classification_{name}"] = self._cross_entropy(logits, labels)
+        total = section.classification * torch.stack(list(terms.values())).sum()
+        if output.reconstruction is not None and target is not None:
+            # In float32 also under autocast: half precision would lose small errors of a good reconstruction.
+            terms["reconstruction"] = functional.mse_loss(output.reconstruction.float(), target.float())
+            total = total + section.reconstruction * terms["reconstruction"]
+        if head is not None and section.penalty * section.penalty_strength > 0:
+            terms["penalty"] = self.penalty(head.hidden.weight, head.classifier.weight, labels)
+            total = total + section.penalty * terms["penalty"]
+        return {**terms, "total": total}
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return functional.cross_entropy(logits.float(), labels, self.class_weights, label_smoothing=self.section.label_smoothing)

@@ -1,0 +1,123 @@
+import pytest
+import torch
+
+from dualrefnet.errors import RecipeError
+from dualrefnet.models.backbones import BACKBONES, backbone_spec, create_encoder
+
+FEATURES = {
+    "vgg13": 512,
+    "resnet50": 2048,
+    "mobilenet_v2": 1280,
+    "efficientnet_b4": 1792,
+    "densenet121": 1024,
+    "efficientnet_lite0": 1280,
+    "efficientnet_lite1": 1280,
+    "efficientnet_lite2": 1280,
+    "swin_b": 1024,
+    "vit_b_16": 768,
+    "convit_b": 768,
+}
+
+
+def test_every_backbone_has_its_row_here():
+    assert set(FEATURES) == set(BACKBONES)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_encoder_keeps_its_contract_and_every_parameter_gets_a_gradient(name):
+    torch.manual_seed(0)
+    encoder = create_encoder(name, weights="none", image_size=64)
+    spec = BACKBONES[name]
+    output = encoder.train()(torch.randn(2, 3, 64, 64))
+    side = 64 // spec.stride
+    assert output.map.shape == (2, FEATURES[name], side, side)
+    assert output.vector.shape == (2, FEATURES[name])
+    assert (encoder.features, encoder.stride, encoder.name) == (FEATURES[name], spec.stride, name)
+    assert sum(parameter.numel() for parameter in encoder.parameters()) / 1e6 == pytest.approx(spec.parameters, abs=0.3)
+    output.vector.sum().backward()
+    assert [key for key, parameter in encoder.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("name", [name for name, spec in BACKBONES.items() if not spec.class_token])
+def test_the_vector_is_the_mean_of_the_map_and_a_gradient_can_be_taken_at_the_map(name):
+    encoder = create_encoder(name, weights="none", image_size=64).eval()
+    output = encoder(torch.randn(1, 3, 64, 64))
+    torch.testing.assert_close(output.vector, output.map.mean(dim=(2, 3)))
+    (gradient,) = torch.autograd.grad(output.vector[0, 3], output.map)
+    torch.testing.assert_close(gradient[0, 3], torch.full((2, 2), 0.25))
+    assert gradient[0, 4].abs().max() == 0
+
+
+def test_the_vector_of_a_vision_transformer_is_its_class_token_and_the_map_keeps_the_places():
+    encoder = create_encoder("vit_b_16", weights="none", image_size=64).eval()
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        tokens = encoder.body.forward_features(image)
+        output = encoder(image)
+    torch.testing.assert_close(output.vector, tokens[:, 0])
+    # The token of row 2, column 1 on the 4x4 grid, after the class token.
+    torch.testing.assert_close(output.map[:, :, 2, 1], tokens[:, 1 + 2 * 4 + 1])
+
+
+def test_mobilenet_makes_seven_by_seven_of_224():
+    encoder = create_encoder("mobilenet_v2", weights="none").eval()
+    with torch.no_grad():
+        assert encoder(torch.zeros(1, 3, 224, 224)).map.shape == (1, 1280, 7, 7)
+
+
+def test_the_map_of_densenet_is_taken_after_the_relu():
+    encoder = create_encoder("densenet121", weights="none", image_size=64).eval()
+    with torch.no_grad():
+        assert encoder(torch.randn(1, 3, 64, 64)).map.min() >= 0
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "swin_b", "convit_b"])
+def test_an_exported_encoder_computes_the_same(name):
+    encoder = create_encoder(name, weights="none", image_size=64).eval()
+    image = torch.randn(3, 3, 64, 64)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(encoder, (torch.randn(2, 3, 64, 64),), dynamic_shapes=({0: batch},)).module()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(image)[1], encoder(image).vector, rtol=1e-4, atol=1e-5)
+
+
+def test_convit_gives_the_same_the_first_time_and_later():
+    encoder = create_encoder("convit_b", weights="none", image_size=48).eval()
+    before = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
+    with torch.no_grad():
+        encoder(torch.randn(1, 3, 48, 48))
+    after = dict(encoder.named_buffers())
+    assert before.keys() == after.keys()
+    for name, buffer in before.items():
+        torch.testing.assert_close(buffer, after[name])
+
+
+def test_an_encoder_can_be_built_again_from_its_options():
+    first = create_encoder("mobilenet_v2", weights="none", image_size=64, options={"pad_type": "same"}).eval()
+    assert first.options == {"pad_type": "same"}
+    again = create_encoder("mobilenet_v2", weights="none", image_size=64, options=first.options).eval()
+    again.load_state_dict(first.state_dict())
+    other = create_encoder("mobilenet_v2", weights="none", image_size=64).eval()
+    other.load_state_dict(first.state_dict())
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(again(image).vector, first(image).vector)
+        assert not torch.allclose(other(image).vector, first(image).vector), "the padding must matter, or options are needless"
+
+
+def test_options_with_weights_to_load_are_refused():
+    with pytest.raises(ValueError, match="weights none"):
+        create_encoder("mobilenet_v2", weights="auto", options={"pad_type": "same"})
+
+
+@pytest.mark.parametrize(("name", "size", "nearest"), [("mobilenet_v2", 230, 224), ("vit_b_16", 230, 224), ("swin_b", 250, 256), ("resnet50", 3, 32)])
+def test_an_illegal_image_size_names_the_nearest_legal_one(name, size, nearest):
+    with pytest.raises(RecipeError, match=f"not {size}; the nearest is {nearest}$"):
+        create_encoder(name, weights="none", image_size=size)
+
+
+def test_an_unknown_backbone_is_refused_with_a_suggestion():
+    with pytest.raises(RecipeError, match="did you mean 'mobilenet_v2'"):
+        create_encoder("mobilenetv2")
+    with pytest.raises(RecipeError, match="there are: vgg13, resnet50"):
+        backbone_spec("zzz")

@@ -1,0 +1,310 @@
+import errno
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
+from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+from sklearn.preprocessing import StandardScaler
+
+from dualrefnet.data import pad_ufes_20, sample
+from dualrefnet.data.adapters import DATA_VARIABLE, Dataset, load_dataset
+from dualrefnet.data.protocols import split_dataset
+from dualrefnet.data.sample_drawing import STYLES, draw_lesion, photograph
+from dualrefnet.errors import DataError
+
+OFFICIAL_HEADER = (
+    "patient_id,lesion_id,smoke,drink,background_father,background_mother,age,pesticide,gender,skin_cancer_history,cancer_history,"
+    "has_piped_water,has_sewage_system,fitspatrick,region,diameter_1,diameter_2,diagnostic,itch,grew,hurt,changed,bleed,elevation,img_id,biopsed"
+)
+FORMATS = {
+    "patient_id": r"PAT_\d+",
+    "lesion_id": r"\d+",
+    "age": r"\d{1,2}",
+    "gender": r"FEMALE|MALE",
+    "fitspatrick": r"[1-6]\.0",
+    "diameter_1": r"\d+\.0",
+    "diameter_2": r"\d+\.0",
+    "diagnostic": r"ACK|BCC|MEL|NEV|SCC|SEK",
+    "grew": r"True|False|UNK",
+    "changed": r"True|False|UNK",
+    "background_father": r"[A-Z]+",
+    "background_mother": r"[A-Z]+",
+    "region": r"[A-Z]+",
+    "img_id": r"PAT_\d+_\d+_\d+\.png",
+}
+SMALL = {"images": 60, "side": 64}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return sample.draw_sample(tmp_path_factory.mktemp("sample"))
+
+
+@pytest.fixture(scope="module")
+def raw(root) -> pd.DataFrame:
+    return pd.read_csv(root / "metadata.csv", dtype=str, keep_default_na=False)
+
+
+@pytest.fixture(scope="module")
+def dataset(root) -> Dataset:
+    return load_dataset("sample", root)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def test_the_table_has_the_official_columns_in_the_official_order(root):
+    assert (root / "metadata.csv").read_text().splitlines()[0] == OFFICIAL_HEADER
+
+
+def test_the_official_header_is_that_of_the_published_file():
+    if DATA_VARIABLE not in os.environ:
+        pytest.skip(f"{DATA_VARIABLE} is not set")
+    published = Path(os.environ[DATA_VARIABLE]) / "pad_ufes_20" / "metadata.csv"
+    if not published.is_file():
+        pytest.skip("PAD-UFES-20 is not there")
+    table = pd.read_csv(published, dtype=str, keep_default_na=False)
+    assert ",".join(table.columns) == OFFICIAL_HEADER
+    for column, pattern in FORMATS.items():
+        # A few published diameters have a fraction; whole numbers are all that is drawn.
+        assert table[column].map(lambda value, p=pattern: value == "" or re.fullmatch(p, value) is not None).mean() > 0.98, column
+
+
+def test_every_value_is_written_as_in_the_published_file(raw):
+    for column in raw.columns:
+        pattern = FORMATS.get(column, "True|False")
+        blank_allowed = column in sample.MISSING_TOGETHER
+        wrong = [value for value in raw[column] if not (re.fullmatch(pattern, value) or (blank_allowed and value == ""))]
+        assert not wrong, (column, wrong[:3])
+    full = raw[raw["diameter_1"] != ""]
+    assert (full["diameter_2"].astype(float) <= full["diameter_1"].astype(float)).all()
+
+
+def test_it_loads_as_a_drawn_data_set_with_every_image(dataset):
+    assert len(dataset.with_image) == len(dataset.table) == 420
+    assert dataset.remarks == []
+    assert dataset.schema.drawn
+    assert dataset.schema.name == "sample"
+    assert dataset.schema.official_rows is None
+    assert "not clinical" in dataset.schema.title
+    assert "Pacheco" not in dataset.schema.citation
+    assert dataset.schema.classes == pad_ufes_20.CLASSES
+    assert dataset.schema.fields == pad_ufes_20.FIELDS
+    assert not pad_ufes_20.SCHEMA.drawn
+    for field in dataset.schema.fields:
+        if field.kind == "categorical":
+            values = set(dataset.table[field.name].dropna())
+            assert values <= {*field.categories, *field.missing_codes, *field.aliases}, field.name
+
+
+def test_images_are_rgb_squares_of_the_side_asked_for(dataset):
+    for path in dataset.table["image_path"][::60]:
+        assert cv2.imread(path, cv2.IMREAD_UNCHANGED).shape == (192, 192, 3)
+
+
+def test_classes_are_uneven_but_none_is_rare(raw):
+    shares = raw["diagnostic"].value_counts(normalize=True)
+    assert shares.min() >= 0.07
+    assert shares[["ACK", "BCC"]].min() > shares[["MEL", "SCC"]].max() * 1.4
+    assert shares.max() < 0.35
+
+
+def test_patients_have_several_lesions_and_lesions_several_photographs(raw):
+    patients = raw.groupby("patient_id")
+    assert patients.size().max() <= 5
+    assert 0.2 < (patients.size() > 1).mean() < 0.7
+    assert (patients["diagnostic"].nunique() > 1).sum() >= 10
+    assert (raw.groupby("lesion_id").size() > 1).sum() >= 30
+    assert (raw.groupby("lesion_id")["patient_id"].nunique() == 1).all()
+    # What is true of a person or a lesion is the same in all its rows.
+    assert (patients["age"].nunique() == 1).all()
+    assert (raw.drop(columns="img_id").groupby("lesion_id").nunique() == 1).all(axis=None)
+
+
+def test_two_photographs_of_a_lesion_show_it_differently(raw, root):
+    pairs = [list(names)[:2] for _, names in raw.groupby("lesion_id")["img_id"] if len(names) > 1]
+    for first, second in pairs[:10]:
+        a, b = (cv2.imread(str(root / "images" / name)).astype(float) for name in (first, second))
+        assert np.abs(a - b).mean() > 3
+
+
+def test_thirteen_columns_are_missing_together_and_never_for_a_cancer(raw):
+    missing = raw[list(sample.MISSING_TOGETHER)] == ""
+    assert len(sample.MISSING_TOGETHER) == 13
+    assert (missing.nunique(axis=1) == 1).all()
+    missing = missing["smoke"]
+    assert 0.27 < missing.mean() < 0.43
+    assert not missing[raw["diagnostic"].isin(pad_ufes_20.MALIGNANT)].any()
+    for label in ("ACK", "NEV", "SEK"):
+        assert 0.3 < missing[raw["diagnostic"] == label].mean() < 0.9
+
+
+def test_every_cancer_and_some_others_were_biopsied(raw):
+    cancer = raw["diagnostic"].isin(pad_ufes_20.MALIGNANT)
+    assert (raw.loc[cancer, "biopsed"] == "True").all()
+    assert 0.08 < (raw.loc[~cancer, "biopsed"] == "True").mean() < 0.35
+
+
+def test_growth_and_change_are_unknown_together_and_mostly_for_cancers(raw):
+    unknown = raw["grew"] == "UNK"
+    assert (unknown == (raw["changed"] == "UNK")).all()
+    assert 0.05 < unknown.mean() < 0.3
+    assert raw.loc[unknown, "diagnostic"].isin(pad_ufes_20.MALIGNANT).mean() > 0.6
+
+
+def metadata_features(table: pd.DataFrame) -> np.ndarray:
+    answers = pd.get_dummies(table[["region", *sample.SYMPTOMS]].astype(str)).to_numpy(float)
+    return np.column_stack([StandardScaler().fit_transform(table[["age"]]), answers])
+
+
+def image_features(path: str) -> list[float]:
+    """Colour against the skin around, and roughness, in three rings."""
+    image = cv2.resize(cv2.imread(path), (96, 96), interpolation=cv2.INTER_AREA).astype(np.float32)
+    y, x = np.mgrid[:96, :96] - 47.5
+    radius = np.hypot(x, y) / 96
+    relative = np.log(image + 8) - np.log(np.median(image[radius > 0.42], axis=0) + 8)
+    rough = np.abs(cv2.Laplacian(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), cv2.CV_32F))
+    features = []
+    for inner, outer in ((0, 0.1), (0.1, 0.2), (0.2, 0.3)):
+        ring = (radius >= inner) & (radius < outer)
+        colours = relative[ring]
+        features += [*colours.mean(axis=0), *colours.std(axis=0), *np.percentile(colours, [5, 95]), rough[ring].mean()]
+    return features
+
+
+def test_metadata_and_image_each_tell_a_part_and_together_more(dataset):
+    table = dataset.table
+    metadata = metadata_features(table)
+    image = StandardScaler().fit_transform(np.array([image_features(path) for path in table["image_path"]]))
+    folds = list(StratifiedGroupKFold(5, shuffle=True, random_state=0).split(table, table["label"], table["patient_id"]))
+
+    def score(features: np.ndarray) -> float:
+        model = LogisticRegression(C=0.3, max_iter=2000, class_weight="balanced")
+        return balanced_accuracy_score(table["label"], cross_val_predict(model, features, table["label"], cv=folds))
+
+    alone, seen, both = score(metadata), score(image), score(np.hstack([metadata, image]))
+    assert 0.45 <= alone <= 0.65
+    assert 0.45 <= seen <= 0.70
+    assert both >= max(alone, seen) + 0.08
+
+
+def test_a_seed_gives_the_same_bytes_again_and_another_seed_others(tmp_path):
+    first, again, other = (sample.draw_sample(tmp_path / name, seed=seed, **SMALL) for name, seed in (("a", 3), ("b", 3), ("c", 4)))
+    assert contents(first) == contents(again)
+    images = [{name: data for name, data in contents(folder).items() if name.endswith(".png")} for folder in (first, other)]
+    assert len(images[0]) == len(images[1]) == 60
+    assert not set(images[0].values()) & set(images[1].values())
+
+
+def test_a_smaller_sample_is_the_beginning_of_a_larger_one(tmp_path):
+    small = contents(sample.draw_sample(tmp_path / "small", **SMALL))
+    large = contents(sample.draw_sample(tmp_path / "large", images=90, side=64))
+    assert large["metadata.csv"].startswith(small["metadata.csv"])
+    assert all(large[name] == data for name, data in small.items() if name.endswith(".png"))
+    assert sum(name.endswith(".png") for name in large) == 90
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.integers(min_value=0, max_value=2**64))
+def test_the_smallest_sample_of_any_seed_can_be_split_by_patient(seed):
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = sample.load(sample.draw_sample(Path(folder), seed=seed, **SMALL))
+    assert dataset.table.groupby("label")["patient_id"].nunique().reindex(list(pad_ufes_20.CLASSES), fill_value=0).min() >= 3
+    split = split_dataset(dataset, "grouped", folds=5, seed=0)
+    assert set(split.loc[split["split"] == "train", "label"]) == set(pad_ufes_20.CLASSES)
+
+
+def test_the_readme_says_first_that_nothing_is_clinical(tmp_path):
+    text = (sample.draw_sample(tmp_path, **SMALL) / "README.txt").read_text()
+    assert "NOT CLINICAL" in text.splitlines()[0]
+    assert "MADE UP BY A PROGRAM" in text
+    assert "60 images of 64 x 64 pixels, seed 0" in text
+
+
+def test_progress_is_told_after_every_image(tmp_path):
+    told = []
+    sample.draw_sample(tmp_path, progress=lambda done, total: told.append((done, total)), **SMALL)
+    assert told == [(done, 60) for done in range(1, 61)]
+
+
+def test_a_folder_that_holds_something_else_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "PAT_1_1_0.png").write_bytes(b"mine")
+    (tmp_path / "metadata.csv").write_text("mine")
+    (tmp_path / "README.txt").write_text("my own data")
+    before = contents(tmp_path)
+    with pytest.raises(DataError, match="isn't a drawn sample; give a new or empty folder"):
+        sample.draw_sample(tmp_path, **SMALL)
+    assert contents(tmp_path) == before
+    with pytest.raises(DataError, match="is a file"):
+        sample.draw_sample(tmp_path / "metadata.csv", **SMALL)
+
+
+def test_a_drawn_sample_is_replaced_but_files_of_other_names_stay(tmp_path):
+    sample.draw_sample(tmp_path / "drawn", images=90, side=64, seed=1)
+    (tmp_path / "drawn" / "images" / "notes.txt").write_text("mine")
+    sample.draw_sample(tmp_path / "drawn", **SMALL)
+    again = contents(tmp_path / "drawn")
+    assert again.pop("images/notes.txt") == b"mine"
+    assert again == contents(sample.draw_sample(tmp_path / "fresh", **SMALL))
+
+
+@pytest.mark.parametrize(("wrong", "message"), [({"images": 59}, "at least 60"), ({"side": 63}, "at least 64"), ({"seed": -1}, "negative")])
+def test_numbers_that_make_no_sample_are_refused_before_anything_is_written(tmp_path, wrong, message):
+    with pytest.raises(DataError, match=message):
+        sample.draw_sample(tmp_path / "new", **wrong)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_full_disk_leaves_no_readable_table_and_the_drawing_can_be_repeated(tmp_path, monkeypatch):
+    sample.draw_sample(tmp_path, seed=1, **SMALL)
+    write, calls = Path.write_bytes, []
+
+    def full(path: Path, data: bytes) -> int:
+        calls.append(path)
+        if len(calls) > 10:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(DataError, match="the disk is full"):
+            sample.draw_sample(tmp_path, **SMALL)
+    with pytest.raises(DataError, match=r"there is no file .*metadata\.csv"):
+        sample.load(tmp_path)
+    sample.draw_sample(tmp_path, **SMALL)
+    assert len(sample.load(tmp_path).with_image) == 60
+
+
+@pytest.mark.parametrize("label", STYLES)
+def test_a_lesion_stands_out_in_the_middle_of_the_skin(label):
+    y, x = np.mgrid[:192, :192] - 95.5
+    radius = np.hypot(x, y)
+    contrasts = []
+    for seed in range(8):
+        lesion = draw_lesion(label, np.random.default_rng([seed, 1]))
+        picture = photograph(lesion, 2, 0.2, 0, np.random.default_rng([seed, 2]), 192).astype(float)
+        skin = (radius > 75) & (radius < 95)
+        distance = np.abs(picture - np.median(picture[skin], axis=0)).sum(axis=2)
+        contrasts.append(distance[radius < 25].mean() / distance[skin].mean())
+    assert min(contrasts) > 1
+    assert np.median(contrasts) > 2
+
+
+def test_darker_skin_types_are_darker_and_the_light_has_a_colour():
+    lesion = draw_lesion("NEV", np.random.default_rng(0))
+    pictures = [photograph(lesion, skin_type, 0.12, 0, np.random.default_rng(1), 96) for skin_type in range(1, 7)]
+    brightness = [picture.mean() for picture in pictures]
+    assert brightness == sorted(brightness, reverse=True)
+    lights = [photograph(lesion, 2, 0.12, 0, np.random.default_rng(seed), 96).mean(axis=(0, 1)) for seed in range(20)]
+    assert np.std([red / blue for red, _, blue in lights]) > 0.1
