@@ -25,27 +25,20 @@ def test_every_backbone_has_its_row_here():
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_the_encoder_keeps_its_contract_and_every_parameter_gets_a_gradient(name):
-    torch.manual_seed(0)
     encoder = create_encoder(name, weights="none", image_size=64)
     spec = BACKBONES[name]
-    output = encoder.train()(torch.randn(2, 3, 64, 64))
     side = 64 // spec.stride
+    output = encoder.train()(torch.randn(2, 3, 64, 64))
     assert output.map.shape == (2, FEATURES[name], side, side)
     assert output.vector.shape == (2, FEATURES[name])
     assert (encoder.features, encoder.stride, encoder.name) == (FEATURES[name], spec.stride, name)
-    assert sum(parameter.numel() for parameter in encoder.parameters()) / 1e6 == pytest.approx(spec.parameters, abs=0.3)
+    assert sum(parameter.numel() for parameter in encoder.parameters()) / 1e6 == pytest.approx(spec.parameters, abs=0.2)
+    if not spec.class_token:
+        torch.testing.assert_close(output.vector, output.map.mean(dim=(2, 3)))
+        (gradient,) = torch.autograd.grad(output.vector[0, 3], output.map, retain_graph=True)
+        torch.testing.assert_close(gradient[0, 3], torch.full((side, side), 1 / side**2))
     output.vector.sum().backward()
     assert [key for key, parameter in encoder.named_parameters() if parameter.grad is None] == []
-
-
-@pytest.mark.parametrize("name", [name for name, spec in BACKBONES.items() if not spec.class_token])
-def test_the_vector_is_the_mean_of_the_map_and_a_gradient_can_be_taken_at_the_map(name):
-    encoder = create_encoder(name, weights="none", image_size=64).eval()
-    output = encoder(torch.randn(1, 3, 64, 64))
-    torch.testing.assert_close(output.vector, output.map.mean(dim=(2, 3)))
-    (gradient,) = torch.autograd.grad(output.vector[0, 3], output.map)
-    torch.testing.assert_close(gradient[0, 3], torch.full((2, 2), 0.25))
-    assert gradient[0, 4].abs().max() == 0
 
 
 def test_the_vector_of_a_vision_transformer_is_its_class_token_and_the_map_keeps_the_places():
@@ -71,7 +64,7 @@ def test_the_map_of_densenet_is_taken_after_the_relu():
         assert encoder(torch.randn(1, 3, 64, 64)).map.min() >= 0
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v2", "swin_b", "convit_b"])
+@pytest.mark.parametrize("name", ["mobilenet_v2", "convit_b"])
 def test_an_exported_encoder_computes_the_same(name):
     encoder = create_encoder(name, weights="none", image_size=64).eval()
     image = torch.randn(3, 3, 64, 64)
@@ -110,7 +103,9 @@ def test_options_with_weights_to_load_are_refused():
         create_encoder("mobilenet_v2", weights="auto", options={"pad_type": "same"})
 
 
-@pytest.mark.parametrize(("name", "size", "nearest"), [("mobilenet_v2", 230, 224), ("vit_b_16", 230, 224), ("swin_b", 250, 256), ("resnet50", 3, 32)])
+@pytest.mark.parametrize(
+    ("name", "size", "nearest"), [("mobilenet_v2", 230, 224), ("vit_b_16", 230, 224), ("swin_b", 250, 256), ("resnet50", 3, 32)]
+)
 def test_an_illegal_image_size_names_the_nearest_legal_one(name, size, nearest):
     with pytest.raises(RecipeError, match=f"not {size}; the nearest is {nearest}$"):
         create_encoder(name, weights="none", image_size=size)

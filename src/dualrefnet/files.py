@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,20 +35,22 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = None
     try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         # mkstemp makes the file private; an ordinary file has the rights that the user's umask leaves.
         temporary.chmod(0o666 & ~_UMASK)
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DataError(f"the disk is full: {path} was not written; free some space and run again") from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -85,12 +88,18 @@ def write_tensors(path: Path | str, tensors: Mapping[str, Any], metadata: Mappin
         tensors: name -> torch tensor.
         metadata: strings for the header.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     # safetensors refuses tensors that share memory or are not contiguous (channels_last weights are not).
     copies = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(copies, str(temporary), metadata=dict(metadata or {}))
+        try:
+            save_file(copies, str(temporary), metadata=dict(metadata or {}))
+        except SafetensorError as error:
+            # It tells the system's error in words only: "... I/O error: No space left on device (os error 28)".
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
 
 
 def sha256_of_file(path: Path | str) -> str:

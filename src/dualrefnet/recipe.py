@@ -22,7 +22,7 @@ from dualrefnet.errors import RecipeError
 class Section(BaseModel):
     """A part of a recipe: unknown keys are refused, values can't be changed afterwards."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataSection(Section):
@@ -226,8 +226,8 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapp
         values = dict(source)
     else:
         try:
-            values = yaml.safe_load(recipe_text(source))
-        except yaml.YAMLError as error:
+            values = yaml.load(recipe_text(source), Loader=_Loader)
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that doesn't exist.
             raise RecipeError(f"{source} isn't YAML: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):
             raise RecipeError(f"{source} must hold `key: value` lines")
@@ -252,10 +252,22 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
             raise RecipeError(f"{argument!r} isn't key=value; for example training.epochs=3")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             raise RecipeError(f"the value of {argument!r} isn't YAML") from None
         overrides[key] = value
     return overrides
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice; YAML readers keep the last one, and a whole section would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:

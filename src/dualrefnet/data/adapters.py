@@ -100,7 +100,8 @@ def index_images(folders: Iterable[Path]) -> dict[str, Path]:
     for folder in folders:
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             stem, suffix = os.path.splitext(entry.name)
-            if suffix.lower() not in IMAGE_SUFFIXES or entry.name.startswith("."):
+            # A folder, or a link that leads nowhere, is no image.
+            if suffix.lower() not in IMAGE_SUFFIXES or entry.name.startswith(".") or not entry.is_file():
                 continue
             if stem in found:
                 raise DataError(f"two images are called {stem}: {found[stem]} and {entry.path}; keep one of them")
@@ -112,7 +113,7 @@ def read_csv(path: Path, **options: object) -> pd.DataFrame:
     """Read a CSV of the user's, with an error that says what is wrong with it.
 
     Raises:
-        DataError: the file is missing, empty, not UTF-8 text or not a table.
+        DataError: the file is missing, unreadable, empty, not UTF-8 text or not a table.
     """
     try:
         return pd.read_csv(path, **options)  # type: ignore[call-overload, no-any-return]
@@ -120,5 +121,5 @@ def read_csv(path: Path, **options: object) -> pd.DataFrame:
         raise DataError(f"there is no file {path}") from None
     except pd.errors.EmptyDataError:
         raise DataError(f"{path} is empty") from None
-    except (pd.errors.ParserError, UnicodeDecodeError) as error:
+    except (pd.errors.ParserError, UnicodeDecodeError, OSError) as error:
         raise DataError(f"{path} can't be read as CSV: {str(error).strip().splitlines()[-1]}") from None

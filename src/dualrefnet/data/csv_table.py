@@ -52,19 +52,25 @@ def read_description(path: Path) -> TableDescription:
     """Read the YAML file.
 
     Raises:
-        DataError: it is missing, isn't YAML, or has unknown keys or wrong values.
+        DataError: it is missing, unreadable, isn't YAML, or has unknown keys or wrong values.
     """
     try:
         values: Any = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
         raise DataError(f"there is no description {path}; docs/bring-your-own-data.md shows how to write one") from None
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that doesn't exist.
         raise DataError(f"{path} isn't YAML: {str(error).splitlines()[0]}") from None
     try:
         return TableDescription.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise DataError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        # A misspelt key is also a missing one: say the first.
+        first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+        where = ".".join(map(str, first["loc"])) or "the file"
+        legal = TableDescription.model_fields if len(first["loc"]) == 1 else MetadataField.model_fields
+        said = f"unknown key; the keys there are {', '.join(legal)}" if first["type"] == "extra_forbidden" else first["msg"]
+        raise DataError(f"{path}: {where}: {said}") from None
 
 
 def load(root: Path, description_file: Path | None = None) -> Dataset:
@@ -80,6 +86,9 @@ def load(root: Path, description_file: Path | None = None) -> Dataset:
     description = read_description(description_file or root / DEFAULT_DESCRIPTION)
     raw = read_csv(root / description.table, dtype=str, keep_default_na=False, na_values=[""])
     named = [description.image, description.label, description.patient, description.lesion]
+    used = [field.name for field in description.metadata if field.name in named]
+    if used:
+        raise DataError(f"{', '.join(used)} can't be a metadata field: the column is the image, the label, the patient or the lesion")
     named += [field.name for field in description.metadata]
     absent = [column for column in named if column and column not in raw.columns]
     if absent:

@@ -84,11 +84,15 @@ def open_store(path: Path) -> ImageStore:
     Raises:
         DataError: it is damaged.
     """
-    index = read_json(path / "index.json")
-    expected = len(index["image_ids"]) * index["side"] ** 2 * 3
-    if not (path / "images.u8").is_file() or (path / "images.u8").stat().st_size != expected:
+    try:
+        index = read_json(path / "index.json")
+        whole = (path / "images.u8").stat().st_size == len(index["image_ids"]) * index["side"] ** 2 * 3
+        whole = whole and (path / "broken.csv").is_file()
+    except (FileNotFoundError, ValueError):
+        whole = False
+    if not whole:
         raise DataError(f"the image store {path} is damaged; delete that folder, and it is filled again")
-    broken = pd.read_csv(path / "broken.csv", dtype=str)
+    broken = pd.read_csv(path / "broken.csv", dtype=str, keep_default_na=False)
     return ImageStore(path, tuple(index["image_ids"]), index["side"], dict(zip(broken["image_id"], broken["reason"], strict=True)))
 
 
@@ -199,38 +203,44 @@ def _fill(
         except ImageError as error:
             return error
 
-    with (partial / "images.u8").open("r+b") as images, (partial / "status.u8").open("r+b") as states, ThreadPoolExecutor(workers) as pool:
-        waiting = iter(todo)
-        running: dict[Future[NDArray[np.uint8] | ImageError], int] = {}
-        try:
-            while True:
-                # A few images ahead of the writer, never all of them: memory stays flat for any number of images.
-                for row in waiting:
-                    running[pool.submit(work, row)] = row
-                    if len(running) >= 4 * workers:
+    try:
+        with (
+            (partial / "images.u8").open("r+b") as images,
+            (partial / "status.u8").open("r+b") as states,
+            ThreadPoolExecutor(workers) as pool,
+        ):
+            waiting = iter(todo)
+            running: dict[Future[NDArray[np.uint8] | ImageError], int] = {}
+            try:
+                while True:
+                    # A few images ahead of the writer, never all of them: memory stays flat for any number of images.
+                    for row in waiting:
+                        running[pool.submit(work, row)] = row
+                        if len(running) >= 4 * workers:
+                            break
+                    if not running:
                         break
-                if not running:
-                    break
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    row, result = running.pop(future), future.result()
-                    if isinstance(result, ImageError):
-                        reasons[ids[row]] = str(result)
-                    else:
-                        images.seek(row * row_bytes)
-                        images.write(result.tobytes())
-                        # The picture before its mark: a kill between the two costs one picture, never a wrong one.
-                        images.flush()
-                    states.seek(row)
-                    states.write(bytes([BROKEN if isinstance(result, ImageError) else READY]))
-                    states.flush()
-                    done += 1
-                    if progress:
-                        progress(done, len(ids))
-        except OSError as error:
-            raise _disk_error(error, partial) from error
-        finally:
-            for future in running:
-                future.cancel()
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        row, result = running.pop(future), future.result()
+                        if isinstance(result, ImageError):
+                            reasons[ids[row]] = str(result)
+                        else:
+                            images.seek(row * row_bytes)
+                            images.write(result.tobytes())
+                            # The picture before its mark: a kill between the two costs one picture, never a wrong one.
+                            images.flush()
+                        states.seek(row)
+                        states.write(bytes([BROKEN if isinstance(result, ImageError) else READY]))
+                        states.flush()
+                        done += 1
+                        if progress:
+                            progress(done, len(ids))
+            finally:
+                for future in running:
+                    future.cancel()
+    # Out here, since closing a file writes what it still holds and may find the disk full once more.
+    except OSError as error:
+        raise _disk_error(error, partial) from error
     return {image_id: reasons[image_id] for image_id in ids if image_id in reasons}
 
 

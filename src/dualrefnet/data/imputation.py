@@ -71,22 +71,28 @@ class NeuralImputer:
         for index, span in enumerate(spans):
             owner[index, span.start : span.stop] = 1
         optimizer = torch.optim.Adam(weights, lr=0.01)
-        for _ in range(STEPS):
-            rows = torch.randint(count, (min(BATCH, count),), generator=generator)
-            # A row hides between none and all of its fields, so that any pattern of gaps is met in training.
-            share = torch.rand(len(rows), 1, generator=generator)
-            hide = hidden_fields[rows] | (torch.rand(len(rows), fields, generator=generator) < share)
-            output = _network(torch.cat([x[rows] * (1 - hide.float() @ owner), hide.float()], dim=1), weights, torch)
-            loss = torch.zeros(())
-            for index, span in enumerate(spans):
-                known = ~hidden_fields[rows, index]
-                if not known.any():
-                    continue
-                guess, truth = output[known, span.start : span.stop], x[rows][known, span.start : span.stop]
-                loss = loss + (functional.mse_loss(guess, truth) if span.numeric else functional.cross_entropy(guess, truth))
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+        # The steps are tiny: several threads only wait for each other, and one gives the same numbers on any machine.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            for _ in range(STEPS):
+                rows = torch.randint(count, (min(BATCH, count),), generator=generator)
+                # A row hides between none and all of its fields, so that any pattern of gaps is met in training.
+                share = torch.rand(len(rows), 1, generator=generator)
+                hide = hidden_fields[rows] | (torch.rand(len(rows), fields, generator=generator) < share)
+                output = _network(torch.cat([x[rows] * (1 - hide.float() @ owner), hide.float()], dim=1), weights, torch)
+                loss = 0 * output.sum()  # A batch may hold rows without a single answer.
+                for index, span in enumerate(spans):
+                    known = ~hidden_fields[rows, index]
+                    if not known.any():
+                        continue
+                    guess, truth = output[known, span.start : span.stop], x[rows][known, span.start : span.stop]
+                    loss = loss + (functional.mse_loss(guess, truth) if span.numeric else functional.cross_entropy(guess, truth))
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+        finally:
+            torch.set_num_threads(threads)
         values = []
         for index, span in enumerate(spans):
             observed = np.unique(columns[~missing[:, index], span.start]) if span.numeric else np.empty(0, np.float32)
@@ -100,6 +106,8 @@ class NeuralImputer:
         output = _network(np.concatenate([columns, missing.astype(np.float32)], axis=1), self.weights, np)
         filled = columns.copy()
         for index, (span, values) in enumerate(zip(self.spans, self.values, strict=True)):
+            if span.stop == span.start:  # A category of which the training rows had no value has no column.
+                continue
             rows = np.flatnonzero(missing[:, index])
             guess = output[rows, span.start : span.stop]
             if not span.numeric:

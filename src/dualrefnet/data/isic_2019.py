@@ -75,7 +75,8 @@ def read_raw(root: Path) -> pd.DataFrame:
         absent = [column for column in columns if column not in table.columns]
         if absent:
             raise DataError(f"{root / name} has no column {', '.join(absent)}: it isn't a file of ISIC-2019")
-    scores = truth[list(CLASSES)].to_numpy(dtype=float)
+    # Text among the scores becomes NaN, which is no label.
+    scores = truth[list(CLASSES)].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float)
     wrong = (scores.sum(axis=1) != 1) | (scores.max(axis=1) != 1)
     if wrong.any():
         raise DataError(

@@ -208,10 +208,10 @@ def _levels(values: pd.Series, field: MetadataField, section: MetadataSection) -
     else:
         levels = sorted({_text for _text in values.dropna().astype(str) if _text not in field.missing_codes})
     if section.merge_aliases:
-        levels = [level for level in levels if level not in field.aliases]
+        levels = [field.aliases.get(level, level) for level in levels]
     if section.unknown == "level":
         levels += field.missing_codes
-    return tuple(levels)
+    return tuple(dict.fromkeys(levels))
 
 
 def _spell(value: str, field: MetadataField, section: MetadataSection) -> str | float:

@@ -6,6 +6,7 @@ ISIC-2019: one lesion) on two sides.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import pandas as pd
@@ -17,6 +18,12 @@ from dualrefnet.errors import SplitError
 
 PROTOCOLS = ("paper", "grouped", "grouped-cv")
 SPLITS = ("train", "val", "test")
+# SHA-256 of the lines `image_id label` as published: the paper's split is of row numbers, so a table in another order
+# would give another split without a word.
+PUBLISHED_ROWS = {
+    "pad_ufes_20": "9d794e1efe9000f9664be0983c8a554d6195f94b631629b97ad4081b1c18d2d0",
+    "isic_2019": "fa3757a4bc3bd7d3616c4ae195e12def7d14c1b71a35900436fa15f212658df4",
+}
 SPLIT_COLUMNS = ("image_id", "patient_id", "label", "split")
 
 
@@ -66,12 +73,18 @@ def split_dataset(dataset: Dataset, protocol: str = "grouped", fold: int = 0, fo
 def _paper_sides(dataset: Dataset) -> pd.Series:
     """Return train / val / test as in Table 1; None for rows that the paper dropped."""
     table, name = dataset.table, dataset.schema.name
-    if name not in ("pad_ufes_20", "isic_2019"):
+    if name not in PUBLISHED_ROWS:
         raise SplitError(f"the paper has no split of {dataset.schema.title}; use the protocol grouped or grouped-cv")
     if len(table) != dataset.schema.official_rows:
         raise SplitError(
             f"the paper's split needs all {dataset.schema.official_rows} rows of {dataset.schema.title} in the published order; "
             f"this table has {len(table)}"
+        )
+    rows = (table["image_id"] + " " + table["label"]).str.cat(sep="\n")
+    if hashlib.sha256(rows.encode()).hexdigest() != PUBLISHED_ROWS[name]:
+        raise SplitError(
+            f"the rows of {dataset.schema.title} aren't in the published order, or ids or labels were changed, and the paper's split "
+            "is of row numbers; take the CSV as it was released, or the protocol grouped"
         )
     sides = pd.Series("train", index=table.index, dtype=object)
     if name == "pad_ufes_20":
@@ -103,6 +116,8 @@ def _grouped_sides(dataset: Dataset, fold: int, folds: int, seed: int) -> pd.Ser
             )
     if group.nunique() < folds:
         raise SplitError(f"{group.nunique()} {kind} can't make {folds} folds")
+    if table["label"].value_counts().max() < folds:
+        raise SplitError(f"no class has {folds} images, so there can't be {folds} folds; try fewer folds")
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     parts = [test for _, test in splitter.split(table, table["label"], group)]
     sides = pd.Series("train", index=table.index, dtype=object)

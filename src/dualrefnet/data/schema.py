@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 import numpy as np
@@ -120,12 +121,13 @@ def refuse_forbidden_features(names: list[str]) -> None:
         DataError: one of `names` is derived from the label, decided after the diagnosis, or an identifier.
     """
     for name in names:
-        if name.lower() in LABEL_DERIVED_NAMES:
+        word = re.sub(r"\W+", "_", name.strip().lower())
+        if word in LABEL_DERIVED_NAMES:
             raise DataError(
                 f"{name!r} can't be a metadata field: it holds the diagnosis or was decided because of it "
                 "(at prediction time it isn't known); remove it from the metadata fields"
             )
-        if name.lower() in IDENTIFIER_NAMES:
+        if word in IDENTIFIER_NAMES:
             raise DataError(f"{name!r} can't be a metadata field: it identifies a person or a file; remove it")
 
 
@@ -169,6 +171,10 @@ def normalise(table: pd.DataFrame, schema: DatasetSchema) -> tuple[pd.DataFrame,
         if result[column].isna().any():
             raise DataError(f"{int(result[column].isna().sum())} rows of {schema.title} have no {column}")
         result[column] = result[column].astype(str)
+    for column in ("patient_id", "lesion_id"):
+        # `P1` and `P1 ` are one person: read as two, they would stand on both sides of a split.
+        ids = result[column].map(lambda value: str(value).strip(), na_action="ignore")
+        result[column] = ids.where(ids != "", other=np.nan)
     doubled = result.loc[result["image_id"].duplicated(), "image_id"]
     if len(doubled):
         raise DataError(f"{len(doubled)} image ids stand in more than one row, the first: {doubled.iloc[0]}; remove the duplicates")

@@ -144,10 +144,10 @@ def create_encoder(name: str, weights: str = "auto", image_size: int = 224, opti
         ValueError: `options` with other weights than `none`.
     """
     _check_size(name, image_size)
+    if options is not None and weights != "none":
+        raise ValueError("options are those of a trained encoder: they go with weights none")
     resolved = resolve_weights(name, weights)
     if options is not None:
-        if weights != "none":
-            raise ValueError("options are those of a trained encoder: they go with weights none")
         resolved = replace(resolved, source=replace(resolved.source, options=dict(options)))
     body = _create_body(name, image_size, resolved.source.options)
     return Encoder(name, body, load_weights(body, name, resolved))
@@ -165,6 +165,9 @@ def _create_body(name: str, image_size: int, options: Mapping[str, str]) -> nn.M
     arguments: dict[str, Any] = dict(options)
     if spec.kind == "transformer":
         arguments["img_size"] = image_size
+    if name == "vgg13":
+        # Half a gigabyte of wide layers, which are taken off below, is not worth making: one unit in place of 4096.
+        arguments["mlp_ratio"] = 1 / 4096
     body: Any = timm.create_model(spec.timm_name, pretrained=False, num_classes=0, **arguments)
     if name == "vgg13":
         # VGG's two wide layers stay in timm's network without a classifier, and nothing would train them.

@@ -26,8 +26,10 @@ from dualrefnet.training.checkpoint import load_checkpoint, save_checkpoint
 from dualrefnet.training.losses import DualRefNetLoss
 from dualrefnet.training.optimisation import create_optimizer, create_schedule
 
-# Below this share of their first L1 norm the last layers say nothing any more (see ClassFrequencyPenalty).
-COLLAPSED = 0.01
+# The last layers have collapsed if the penalty R has left less than this share of their first L1 norm, or if the
+# probabilities hardly differ between images (mean over classes of their sd over the validation images).
+COLLAPSED_NORM = 0.1
+COLLAPSED_SPREAD = 0.005
 
 
 class Trainer:
@@ -126,7 +128,8 @@ class Trainer:
         if batch.images is None:
             return None, None
         chosen = draws.of(batch.rows) if draws is not None else None
-        full = batch.images.to(self.device, non_blocking=True).float().div(255)
+        # Interpolation is twice as fast on planes; only the network gets channels_last.
+        full = batch.images.to(self.device, non_blocking=True).contiguous().float().div(255)
         if chosen is not None:
             full = warp(full, chosen.geometry.to(self.device))
         target, kind = None, self.recipe.model.target
@@ -154,6 +157,7 @@ class Trainer:
         return {
             "val_loss": float(functional.cross_entropy(logits, labels, self.loss.class_weights.cpu())),
             "val_accuracy": float(accuracy_score(labels, predicted)),
+            "val_spread": float(logits.softmax(dim=1).std(dim=0).mean()),
             "val_balanced_accuracy": float(recall_score(labels, predicted, labels=present, average="macro", zero_division=0)),
         }
 
@@ -176,13 +180,8 @@ class Trainer:
             save_checkpoint(self.run.checkpoint_file, self.model, self.optimizer, progress)
             self._write_history(progress["history"])
             remark(_line(row, self.recipe.training.epochs) + (" [green]best[/green]" if better else ""))
-            for name, first in progress["norms"].items():
-                if row[f"l1_{name}"] < COLLAPSED * first:
-                    share = row[f"l1_{name}"] / first
-                    warn(
-                        f"the {name} layer has collapsed: the penalty R has shrunk its weights to {share:.2%} of their first "
-                        "size; see loss.frequency, loss.reduction and loss.penalty_strength"
-                    )
+            for message in collapse(row, progress["norms"]):
+                warn(f"{message}; see loss.frequency, loss.reduction, loss.penalty_strength and training.learning_rate")
         return progress
 
     def _write_history(self, history: list[dict[str, float]]) -> None:
@@ -201,6 +200,23 @@ def head_norms(model: nn.Module) -> dict[str, float]:
     if head is None:
         return {}
     return {name: float(getattr(head, name).weight.detach().abs().sum()) for name in ("hidden", "classifier")}
+
+
+def collapse(row: dict[str, float], first: dict[str, float]) -> list[str]:
+    """Say in which way the last layers have collapsed, if they have.
+
+    Args:
+        row: an epoch of the history.
+        first: `head_norms` before training.
+    """
+    said = [
+        f"the {name} layer has collapsed to {row[f'l1_{name}'] / norm:.1%} of its first L1 norm"
+        for name, norm in first.items()
+        if row[f"l1_{name}"] < COLLAPSED_NORM * norm
+    ]
+    if row["val_spread"] < COLLAPSED_SPREAD:
+        said.append("the last layers have collapsed: every image gets nearly the same answer")
+    return said
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,74 @@
+"""What many tests share: a small drawn data set, and one tiny trained run."""
+
+import os
+from pathlib import Path
+
+# Before torch is imported: threads that wait must not spin, or two test runs on two cores stop each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import torch
+
+from dualrefnet.data.sample import draw_sample
+from dualrefnet.recipe import Recipe, load_recipe
+from dualrefnet.run import Run
+
+# The smallest honest training: a real encoder from scratch on 32 px pictures, seconds on two cores.
+TINY = {
+    "image.size": 32,
+    "model.backbone": "mobilenet_v2",
+    "model.weights": "none",
+    "training.epochs": 2,
+    "training.device": "cpu",
+    "evaluation.bootstrap": 50,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep prepared images of tests out of the user's cache."""
+    os.environ["DUALREFNET_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def sample_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A drawn data set of 120 pictures; don't change it."""
+    return draw_sample(tmp_path_factory.mktemp("sample") / "data", images=120, side=64)
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(sample_root: Path) -> Recipe:
+    """The recipe of `tiny_run`."""
+    return load_recipe("sample", {"data.root": str(sample_root), **TINY})
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run; don't change it."""
+    from dualrefnet.training.train import train_recipe
+
+    return train_recipe(tiny_recipe, tmp_path_factory.mktemp("runs") / "tiny")
+
+
+def _shared(variable: str, name: str) -> Path:
+    root = os.environ.get(variable)
+    if not root or not (Path(root) / name).exists():
+        pytest.skip(f"{variable} doesn't hold {name}")
+    return Path(root) / name
+
+
+@pytest.fixture(scope="session")
+def real_pad() -> Path:
+    """The real PAD-UFES-20 folder; the test is skipped where there is none."""
+    return _shared("DUALREFNET_DATA", "pad_ufes_20")
+
+
+@pytest.fixture(scope="session")
+def real_isic() -> Path:
+    """The real ISIC-2019 folder; the test is skipped where there is none."""
+    return _shared("DUALREFNET_DATA", "isic_2019")

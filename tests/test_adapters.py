@@ -1,0 +1,329 @@
+import pandas as pd
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dualrefnet.data import isic_2019, pad_ufes_20
+from dualrefnet.data.adapters import adapters, index_images, load_dataset, read_csv
+from dualrefnet.data.csv_table import describe, read_description
+from dualrefnet.errors import DataError
+
+PAD_ROW = dict.fromkeys((field.name for field in pad_ufes_20.FIELDS), "")
+PAD = pd.DataFrame(
+    [
+        PAD_ROW | {"patient_id": "PAT_1", "lesion_id": "7", "img_id": "PAT_1_7_1.png", "diagnostic": "MEL", "biopsed": "True", "age": "40"},
+        PAD_ROW | {"patient_id": "PAT_2", "lesion_id": "7", "img_id": "PAT_2_7_2.png", "diagnostic": "NEV", "biopsed": "False", "itch": "UNK"},
+        PAD_ROW | {"patient_id": "PAT_2", "lesion_id": "8", "img_id": "PAT_2_8_3.png", "diagnostic": "BCC", "biopsed": "True", "fitspatrick": "3.0"},
+    ]
+)  # fmt: skip
+
+
+def touch(file):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(b"x")
+
+
+def pad(root, table=PAD, files=()):
+    root.mkdir(exist_ok=True)
+    table.to_csv(root / "metadata.csv", index=False)
+    for file in files:
+        touch(root / file)
+    return root
+
+
+def isic(root, files=(), truth=None, metadata=None):
+    ids = ["ISIC_0000001", "ISIC_0000002_downsampled"]
+    scores = {name: [0.0, 0.0] for name in isic_2019.CLASSES} | {"MEL": [1.0, 0.0], "DF": [0.0, 1.0], "UNK": [0.0, 0.0]}
+    columns = {"age_approx": ["55", ""], "anatom_site_general": ["", "head/neck"], "lesion_id": ["", "L1"], "sex": ["male", ""]}
+    (root / isic_2019.GROUND_TRUTH).write_text(pd.DataFrame({"image": ids, **scores, **(truth or {})}).to_csv(index=False))
+    (root / isic_2019.METADATA).write_text(pd.DataFrame({"image": ids, **columns, **(metadata or {})}).iloc[::-1].to_csv(index=False))
+    for file in files:
+        touch(root / file)
+    return root
+
+
+def own(root, table, /, **description):
+    root.mkdir(exist_ok=True)
+    table.to_csv(root / "table.csv", index=False)
+    (root / "dataset.yaml").write_text(yaml.safe_dump(description))
+    return root
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["images/imgs_part_1/PAT_1_7_1.png", "images/imgs_part_2/PAT_2_7_2.png", "images/imgs_part_3/PAT_2_8_3.png"],
+        ["imgs_part_1/PAT_1_7_1.png", "imgs_part_2/PAT_2_7_2.png", "imgs_part_3/PAT_2_8_3.png"],
+        ["imgs_part_1/imgs_part_1/PAT_1_7_1.png", "images/imgs_part_2/imgs_part_2/PAT_2_7_2.png", "images/imgs_part_3/PAT_2_8_3.png"],
+        ["images/PAT_1_7_1.jpg", "images/PAT_2_7_2.JPEG", "images/PAT_2_8_3.png"],
+    ],
+)
+def test_every_layout_of_pad_ufes_20_is_read(tmp_path, files):
+    dataset = load_dataset("pad_ufes_20", pad(tmp_path, files=files))
+    assert list(dataset.table["image_id"]) == ["PAT_1_7_1", "PAT_2_7_2", "PAT_2_8_3"]
+    assert [path.removeprefix(f"{tmp_path}/") for path in dataset.table["image_path"]] == files
+    assert len(dataset.with_image) == 3
+
+
+def test_pad_rows_without_an_image_stay_and_values_are_normalised(tmp_path):
+    dataset = load_dataset("pad_ufes_20", pad(tmp_path, files=["images/PAT_2_7_2.png", "images/notes.txt", "images/._PAT_1_7_1.png"]))
+    assert list(dataset.table["image_path"].isna()) == [True, False, True]
+    assert list(dataset.with_image["image_id"]) == ["PAT_2_7_2"]
+    assert dataset.table["age"][0] == 40
+    assert dataset.table["itch"][1] == "UNK"
+    assert dataset.table["fitspatrick"][2] == "3"
+    assert "biopsed" not in dataset.table
+
+
+def test_one_lesion_number_of_two_patients_is_two_lesions(tmp_path):
+    assert list(load_dataset("pad_ufes_20", pad(tmp_path)).table["lesion_id"]) == ["PAT_1/7", "PAT_2/7", "PAT_2/8"]
+
+
+def test_two_files_of_one_stem_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"two images are called PAT_1_7_1: .*png and .*jpg; keep one"):
+        load_dataset("pad_ufes_20", pad(tmp_path, files=["imgs_part_1/PAT_1_7_1.png", "images/PAT_1_7_1.jpg"]))
+
+
+def test_folders_and_dead_links_are_no_images(tmp_path):
+    (tmp_path / "a.png").mkdir()
+    (tmp_path / "b.png").symlink_to(tmp_path / "nowhere.png")
+    touch(tmp_path / "elsewhere" / "c.png")
+    (tmp_path / "c.png").symlink_to(tmp_path / "elsewhere" / "c.png")
+    assert index_images([tmp_path]) == {"c": tmp_path / "c.png"}
+
+
+@pytest.mark.parametrize("column", ["img_id", "diagnostic", "patient_id", "lesion_id"])
+def test_a_csv_that_is_not_pads_is_refused(tmp_path, column):
+    with pytest.raises(DataError, match=rf"metadata.csv has no column {column}: it isn't the metadata of PAD-UFES-20"):
+        load_dataset("pad_ufes_20", pad(tmp_path, PAD.drop(columns=column)))
+
+
+def test_a_csv_without_a_field_is_refused_by_name(tmp_path):
+    with pytest.raises(DataError, match="columns missing from the table of PAD-UFES-20: region"):
+        load_dataset("pad_ufes_20", pad(tmp_path, PAD.drop(columns="region")))
+
+
+def test_a_csv_with_no_rows_is_refused(tmp_path):
+    with pytest.raises(DataError, match="PAD-UFES-20 has no rows"):
+        load_dataset("pad_ufes_20", pad(tmp_path, PAD.iloc[:0]))
+
+
+@pytest.mark.parametrize("folder", ["ISIC_2019_Training_Input", "ISIC_2019_Training_Input/ISIC_2019_Training_Input", "images"])
+def test_every_layout_of_isic_2019_is_read_in_the_order_of_the_ground_truth(tmp_path, folder):
+    dataset = load_dataset("isic_2019", isic(tmp_path, [f"{folder}/ISIC_0000002_downsampled.jpg"]))
+    table = dataset.table
+    assert list(table["image_id"]) == ["ISIC_0000001", "ISIC_0000002_downsampled"]
+    assert list(table["label"]) == ["MEL", "DF"]
+    assert list(table["image_path"].isna()) == [True, False]
+    assert list(table["lesion_id"].isna()) == [True, False]
+    assert table["age_approx"][0] == 55
+    assert table["age_approx"].isna()[1]
+    assert table["anatom_site_general"][1] == "head/neck"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"truth": {"NV": [1.0, 0.0]}}, "1 rows of .* don't have exactly one label, the first: ISIC_0000001"),
+        ({"truth": {"DF": [0.0, 0.0], "UNK": [0.0, 1.0]}}, "the first: ISIC_0000002_downsampled"),
+        ({"truth": {"MEL": [0.5, 0.0], "NV": [0.5, 0.0]}}, "1 rows of"),
+        ({"truth": {"MEL": ["yes", "no"]}}, "2 rows of"),
+        ({"truth": {"image": ["ISIC_0000001", "ISIC_9"]}}, "don't name the same images"),
+        ({"metadata": {"image": ["ISIC_0000001", "ISIC_9"]}}, "don't name the same images"),
+    ],
+)
+def test_isic_files_that_do_not_fit_are_refused(tmp_path, changes, message):
+    with pytest.raises(DataError, match=message):
+        load_dataset("isic_2019", isic(tmp_path, **changes))
+
+
+def test_a_row_that_stands_twice_in_isic_is_refused(tmp_path):
+    root = isic(tmp_path)
+    file = root / isic_2019.METADATA
+    file.write_text(file.read_text() + file.read_text().splitlines()[-1] + "\n")
+    with pytest.raises(DataError, match="more than one row"):
+        load_dataset("isic_2019", root)
+
+
+@pytest.mark.parametrize("name", [isic_2019.GROUND_TRUTH, isic_2019.METADATA])
+def test_a_missing_or_foreign_isic_file_is_named(tmp_path, name):
+    (isic(tmp_path) / name).write_text("a,b\n1,2\n")
+    with pytest.raises(DataError, match=rf"{name} has no column image.*isn't a file of ISIC-2019"):
+        load_dataset("isic_2019", tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(DataError, match=rf"there is no file .*{name}"):
+        load_dataset("isic_2019", tmp_path)
+
+
+TABLE = pd.DataFrame(
+    {
+        "photo": ["sub/a.jpg", "b.png", "c.png"],
+        "kind": ["cancer", "mole", "mole"],
+        "person": ["1", "1", "2"],
+        "years": ["40", "", "300"],
+        "place": ["arm", "leg", "arm"],
+    }
+)
+FIELDS = [{"name": "years", "kind": "numeric", "maximum": 120}, {"name": "place", "kind": "categorical"}]
+COLUMNS = {"image": "photo", "label": "kind", "patient": "person", "metadata": FIELDS}
+
+
+def test_an_own_table_is_read_by_its_description(tmp_path):
+    root = own(tmp_path, TABLE, **COLUMNS, malignant=["cancer"], images="pictures", title="Mine")
+    touch(root / "pictures" / "sub" / "a.jpg")
+    dataset = load_dataset("csv_table", root)
+    assert dataset.schema.classes == ("cancer", "mole")
+    assert dataset.schema.malignant == ("cancer",)
+    assert dataset.schema.title == "Mine"
+    assert list(dataset.table["image_id"]) == ["sub/a", "b", "c"]
+    assert list(dataset.table["image_path"].notna()) == [True, False, False]
+    assert list(dataset.table["patient_id"]) == ["1", "1", "2"]
+    assert dataset.table["years"].tolist()[:1] == [40]
+    assert dataset.remarks == ["years: 1 values outside ..120 are treated as missing"]
+
+
+def test_the_description_may_lie_elsewhere(tmp_path):
+    root = own(tmp_path / "data", TABLE, **COLUMNS)
+    (root / "dataset.yaml").rename(tmp_path / "other.yaml")
+    assert len(load_dataset("csv_table", root, tmp_path / "other.yaml").table) == 3
+
+
+def test_a_table_without_a_patient_column_is_remarked_on_and_grouped_by_lesion_if_it_names_them(tmp_path):
+    dataset = load_dataset("csv_table", own(tmp_path, TABLE, image="photo", label="kind", lesion="person"))
+    assert "no column names the patient" in dataset.remarks[-1]
+    assert dataset.schema.group_by == "lesion_id"
+    assert dataset.table["patient_id"].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"imgae": "photo"}, "imgae: unknown key; the keys there are title, table, images"),
+        ({"metadata": [{"name": "years", "knd": "numeric"}]}, r"metadata.0.*unknown key; the keys there are name, kind"),
+        ({"metadata": [{"name": "years", "kind": "number"}]}, "metadata.0.kind"),
+        ({"metadata": [{"name": "biopsed", "kind": "boolean"}]}, "holds the diagnosis"),
+        ({"metadata": [{"name": "kind", "kind": "categorical"}]}, "kind can't be a metadata field: the column is the image, the label"),
+        ({"metadata": [{"name": "person", "kind": "categorical"}]}, "person can't be a metadata field"),
+        ({"metadata": [{"name": "height", "kind": "numeric"}]}, "has no column height; it has: photo, kind"),
+        ({"patient": "who"}, "has no column who"),
+        ({"metadata": FIELDS[:1] * 2}, "metadata field named twice: years"),
+        ({"classes": ["cancer"]}, "unknown labels: mole"),
+        ({"malignant": ["melanoma"]}, "malignant names no class"),
+        ({"table": "nothing.csv"}, "there is no file .*nothing.csv"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_refused(tmp_path, change, message):
+    with pytest.raises(DataError, match=message):
+        load_dataset("csv_table", own(tmp_path, TABLE, **(COLUMNS | change)))
+
+
+@pytest.mark.parametrize("column", ["photo", "kind"])
+def test_a_row_without_image_or_label_is_refused(tmp_path, column):
+    with pytest.raises(DataError, match=r"1 rows of .* (no image|no label)"):
+        load_dataset("csv_table", own(tmp_path, TABLE.assign(**{column: ["a.jpg", "", "c.jpg"]}), **COLUMNS))
+
+
+@pytest.mark.parametrize("content", [b"image: [x", b"\xff\xfe", b"- a\n- b\n", b"title: 2020-13-45\n"])
+def test_a_description_that_is_no_mapping_is_refused(tmp_path, content):
+    (tmp_path / "dataset.yaml").write_bytes(content)
+    with pytest.raises(DataError, match=r"dataset.yaml"):
+        read_description(tmp_path / "dataset.yaml")
+
+
+def test_a_missing_description_and_one_that_is_a_folder_are_told(tmp_path):
+    with pytest.raises(DataError, match="there is no description"):
+        load_dataset("csv_table", tmp_path)
+    with pytest.raises(DataError, match="can't be read"):
+        read_description(tmp_path)
+
+
+def test_describe_guesses_what_a_person_would_say():
+    table = pd.DataFrame(
+        {
+            "age": range(20, 60),
+            "grew": ["yes", "no"] * 20,
+            "smoker": [1.0, 0.0, None, 1.0] * 10,
+            "type": [1, 2, 3, 4] * 10,
+            "site": ["arm", None] * 20,
+        }
+    )
+    kinds = [field.kind for field in describe(table, list(table))]
+    assert kinds == ["numeric", "boolean", "boolean", "categorical", "categorical"]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("remark", [f"text {i}" for i in range(51)], "51 different values: free text or an id"),
+        ("biopsed", [True, False] * 25 + [True], "holds the diagnosis"),
+        ("patient_id", range(51), "identifies"),
+    ],
+)
+def test_describe_refuses_what_is_no_metadata(name, values, message):
+    with pytest.raises(DataError, match=message):
+        describe(pd.DataFrame({name: values}), [name])
+
+
+def test_describe_names_a_column_that_is_not_there():
+    with pytest.raises(DataError, match="no column 'ag'; it has: age"):
+        describe(pd.DataFrame({"age": [1]}), ["ag"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "there is no file"),
+        (b"", "is empty"),
+        ("größe\n1\n".encode("latin-1"), "can't be read as CSV.*utf-8"),
+        ("a,b\n1,2\n".encode("utf-16"), "can't be read as CSV"),
+        (b'a,b\n1,2\n1,2,3,"4\n', "can't be read as CSV"),
+    ],
+)
+def test_a_file_that_is_no_csv_is_told_in_one_line(tmp_path, content, message):
+    file = tmp_path / "t.csv"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        read_csv(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_is_no_csv_and_a_byte_order_mark_is_no_part_of_a_column(tmp_path):
+    with pytest.raises(DataError, match="can't be read as CSV"):
+        read_csv(tmp_path)
+    (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbfimage,b\r\n1,2\r\n")
+    assert list(read_csv(tmp_path / "t.csv")) == ["image", "b"]
+
+
+@settings(max_examples=60)
+@given(st.binary(max_size=60) | st.text(alphabet='a,"\n;1\r\0', max_size=40).map(str.encode))
+def test_any_bytes_are_a_table_or_a_data_error(tmp_path_factory, content):
+    file = tmp_path_factory.getbasetemp() / "any.csv"
+    file.write_bytes(content)
+    try:
+        assert isinstance(read_csv(file, dtype=str), pd.DataFrame)
+    except DataError as error:
+        assert "\n" not in str(error)
+
+
+def test_an_unknown_adapter_and_a_missing_root_say_what_to_do(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="no data set adapter is called 'pad'; there are: pad_ufes_20, isic_2019"):
+        load_dataset("pad", tmp_path)
+    with pytest.raises(DataError, match="there is no folder .*nowhere; `dualrefnet fetch isic_2019"):
+        load_dataset("isic_2019", tmp_path / "nowhere")
+    with pytest.raises(DataError, match="`dualrefnet sample .* draws it"):
+        load_dataset("sample", tmp_path / "nowhere")
+    monkeypatch.delenv("DUALREFNET_DATA", raising=False)
+    with pytest.raises(DataError, match="set DUALREFNET_DATA"):
+        load_dataset("pad_ufes_20")
+
+
+def test_the_root_is_found_under_the_variable(tmp_path, monkeypatch):
+    pad(tmp_path / "pad_ufes_20")
+    monkeypatch.setenv("DUALREFNET_DATA", str(tmp_path))
+    assert load_dataset("pad_ufes_20").root == tmp_path / "pad_ufes_20"
+
+
+def test_the_four_adapters_are_there():
+    assert list(adapters()) == ["pad_ufes_20", "isic_2019", "sample", "csv_table"]

@@ -1,0 +1,334 @@
+import hashlib
+import io
+import json
+import shutil
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+from dualrefnet.data import download, pad_ufes_20
+from dualrefnet.data.download import Source
+from dualrefnet.data.fetch import RELEASES, fetch_dataset
+from dualrefnet.errors import DataError
+
+
+class Server(ThreadingHTTPServer):
+    def handle_error(self, request, address):
+        # A client that hangs up is part of these tests.
+        pass
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        server = self.server
+        server.requests.append(dict(self.headers))
+        step = server.script.pop(0) if server.script else {}
+        content = step.get("content", server.content)
+        if "status" in step:
+            return self.reply(step["status"], b"no", {"Content-Type": "text/plain"})
+        headers = {"Content-Type": step.get("type", "application/octet-stream")}
+        if server.etag:
+            headers["ETag"] = server.etag
+        start = 0
+        wanted = self.headers.get("Range")
+        valid = self.headers.get("If-Range") in (None, server.etag)
+        if wanted and server.ranges and valid:
+            start = int(wanted.removeprefix("bytes=").rstrip("-"))
+            if start >= len(content):
+                return self.reply(416, b"", {"Content-Range": f"bytes */{len(content)}"})
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        self.reply(206 if start else 200, content[start:], headers, step.get("cut"))
+
+    def reply(self, status, body, headers, cut=None):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[:cut])
+        self.server.sent += len(body[:cut])
+        if cut is not None:
+            self.close_connection = True
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(download, "BACKOFF_SECONDS", 0.0)
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    server = Server(("127.0.0.1", 0), Handler)
+    # requests: headers of each; script: what to do wrong, request by request; sent: bytes of bodies.
+    server.requests, server.script, server.sent = [], [], 0
+    server.content, server.etag, server.ranges = archive_of({"metadata.csv": b"img_id\n", "noise.bin": noise(600_000)}), '"v1"', True
+    server.url = f"http://127.0.0.1:{server.server_port}/data.zip"
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def noise(size):
+    return np.random.default_rng(0).bytes(size)
+
+
+def archive_of(members):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def source_of(server, **changes):
+    values = {
+        "url": server.url, "filename": "data.zip", "sha256": hashlib.sha256(server.content).hexdigest(),
+        "size": len(server.content), "unpack": True,
+    }  # fmt: skip
+    return Source(**{**values, **changes})
+
+
+def get(server, root, **changes):
+    return fetch_dataset("pad_ufes_20", root, accept_licence=True, sources=[source_of(server, **changes)], progress=False)
+
+
+def test_a_release_is_downloaded_verified_unpacked_and_recorded(server, tmp_path):
+    made = get(server, tmp_path / "new" / "folder")
+    root = tmp_path / "new" / "folder"
+    assert made == [root / "metadata.csv", root / "noise.bin"]
+    assert (root / "noise.bin").read_bytes() == noise(600_000)
+    record = json.loads((root / "fetched.json").read_text())
+    (entry,) = record["files"]
+    assert record["licence"] == "CC BY 4.0"
+    assert entry["sha256"] == hashlib.sha256(server.content).hexdigest()
+    assert (entry["bytes"], entry["url"], entry["verified"]) == (len(server.content), server.url, "sha256")
+    assert sorted(path.name for path in root.iterdir()) == ["data.zip", "fetched.json", "metadata.csv", "noise.bin"]
+
+
+def test_what_is_done_is_not_done_again(server, tmp_path):
+    first = get(server, tmp_path)
+    asked = len(server.requests)
+    # The archive may go once it is unpacked.
+    (tmp_path / "data.zip").unlink()
+    assert get(server, tmp_path) == first
+    assert len(server.requests) == asked
+    (tmp_path / "noise.bin").unlink()
+    assert get(server, tmp_path) == first
+    assert (tmp_path / "noise.bin").exists()
+
+
+def test_a_connection_cut_half_way_is_taken_up_where_it_broke_off(server, tmp_path):
+    server.script = [{"cut": 400_000}]
+    get(server, tmp_path)
+    assert len(server.requests) == 2
+    kept = int(server.requests[1]["Range"].removeprefix("bytes=").rstrip("-"))
+    # At most the chunk that was under way is asked for twice.
+    assert 400_000 - download.CHUNK <= kept <= 400_000
+    assert server.requests[1]["If-Range"] == '"v1"'
+    assert server.sent == 400_000 + len(server.content) - kept
+    assert (tmp_path / "noise.bin").read_bytes() == noise(600_000)
+
+
+def test_many_cuts_are_survived_as_long_as_each_brings_something(server, tmp_path):
+    server.script = [{"cut": 70_000}] * 8
+    get(server, tmp_path)
+    assert len(server.requests) == 9
+    assert server.sent < len(server.content) + 8 * download.CHUNK
+
+
+def test_a_later_run_resumes_an_interrupted_one(server, tmp_path, monkeypatch, capsys):
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    server.script = [{"cut": 300_000}]
+    with monkeypatch.context() as patch:
+        patch.setattr(download.time, "sleep", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            get(server, tmp_path)
+    kept = (tmp_path / "data.zip.partial").stat().st_size
+    assert kept > 200_000
+    assert "running it again resumes" in " ".join(capsys.readouterr().err.split())
+    get(server, tmp_path)
+    assert server.requests[-1]["Range"] == f"bytes={kept}-"
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_a_complete_partial_file_is_not_asked_for_again(server, tmp_path):
+    (tmp_path / "data.zip.partial").write_bytes(server.content)
+    (tmp_path / "data.zip.partial.json").write_text(json.dumps({"url": server.url, "validator": '"v1"', "total": len(server.content)}))
+    get(server, tmp_path)
+    assert server.requests == []
+
+
+def test_without_a_known_size_a_complete_partial_file_is_recognised_by_the_server_s_answer(server, tmp_path):
+    (tmp_path / "data.zip.partial").write_bytes(server.content)
+    (tmp_path / "data.zip.partial.json").write_text(json.dumps({"url": server.url, "validator": '"v1"', "total": None}))
+    get(server, tmp_path, size=0)
+    assert server.sent == 0
+
+
+def test_a_server_without_ranges_starts_from_zero_aloud(server, tmp_path, capsys):
+    server.ranges = False
+    server.script = [{"cut": 400_000}]
+    get(server, tmp_path)
+    assert "starts from zero" in " ".join(capsys.readouterr().err.split())
+    assert server.sent == 400_000 + len(server.content)
+    assert (tmp_path / "noise.bin").read_bytes() == noise(600_000)
+
+
+def test_a_server_without_ranges_that_always_cuts_is_given_up(server, tmp_path):
+    server.ranges = False
+    server.script = [{"cut": 400_000}] * 50
+    with pytest.raises(DataError, match="run it again later to resume"):
+        get(server, tmp_path)
+    assert len(server.requests) <= download.ATTEMPTS + 1
+
+
+def test_a_file_that_changed_meanwhile_is_not_stitched_together(server, tmp_path):
+    old = server.content
+    server.content, server.etag = archive_of({"metadata.csv": b"img_id\n", "noise.bin": noise(600_000)[::-1]}), '"v2"'
+    assert len(server.content) == len(old)
+    (tmp_path / "data.zip.partial").write_bytes(old[:300_000])
+    (tmp_path / "data.zip.partial.json").write_text(json.dumps({"url": server.url, "validator": '"v1"', "total": len(old)}))
+    get(server, tmp_path)
+    assert (tmp_path / "noise.bin").read_bytes() == noise(600_000)[::-1]
+
+
+def test_without_validators_another_length_shows_that_the_file_changed(server, tmp_path):
+    server.etag = None
+    (tmp_path / "data.zip.partial").write_bytes(noise(5000))
+    (tmp_path / "data.zip.partial.json").write_text(json.dumps({"url": server.url, "validator": None, "total": 999}))
+    get(server, tmp_path)
+    assert (tmp_path / "noise.bin").read_bytes() == noise(600_000)
+
+
+def test_a_partial_file_of_unknown_origin_is_not_continued(server, tmp_path):
+    (tmp_path / "data.zip.partial").write_bytes(noise(5000))
+    get(server, tmp_path)
+    assert "Range" not in server.requests[0]
+
+
+def test_server_errors_are_tried_again_and_in_the_end_given_up(server, tmp_path):
+    server.script = [{"status": 503}, {"status": 429}, {"status": 500}]
+    get(server, tmp_path / "a")
+    assert len(server.requests) == 4
+    server.script = [{"status": 503}] * 50
+    with pytest.raises(DataError, match="503"):
+        get(server, tmp_path / "b")
+
+
+def test_a_server_that_does_not_answer_is_a_data_error(tmp_path, monkeypatch, server):
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(DataError, match="run it again later"):
+        get(server, tmp_path)
+
+
+def test_a_wrong_checksum_deletes_the_file(server, tmp_path):
+    with pytest.raises(DataError, match="isn't the published file; it was deleted"):
+        get(server, tmp_path, sha256="0" * 64)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_checksum_the_size_is_compared_and_that_is_said(server, tmp_path, capsys):
+    get(server, tmp_path, sha256=None)
+    assert "only its size was compared" in " ".join(capsys.readouterr().err.split())
+    assert json.loads((tmp_path / "fetched.json").read_text())["files"][0]["verified"] == "size"
+    with pytest.raises(DataError, match="bytes instead of"):
+        get(server, tmp_path / "b", sha256=None, size=len(server.content) + 1)
+
+
+@pytest.mark.parametrize(
+    "step", [{"status": 403}, {"status": 404}, {"type": "text/html", "content": b"<html>"}, {"content": b"<!doctype html>" * 99}]
+)
+def test_an_answer_for_browsers_says_what_to_do_in_one(server, tmp_path, step):
+    server.script = [step]
+    with pytest.raises(DataError) as caught:
+        get(server, tmp_path, size=0)
+    for words in (
+        "https://data.mendeley.com/datasets/zr7vgbcyr2/1",
+        "Download All",
+        str(tmp_path / "zr7vgbcyr2-1.zip"),
+        "dualrefnet fetch pad_ufes_20",
+    ):
+        assert words in str(caught.value)
+    assert len(server.requests) == 1
+    assert not (tmp_path / "data.zip").exists()
+
+
+def test_an_archive_that_lies_there_is_used(server, tmp_path):
+    (tmp_path / "data.zip").write_bytes(server.content)
+    get(server, tmp_path)
+    assert server.requests == []
+    assert (tmp_path / "noise.bin").exists()
+
+
+def test_a_wrong_file_that_lies_there_is_neither_used_nor_overwritten(server, tmp_path):
+    (tmp_path / "data.zip").write_bytes(b"mine")
+    with pytest.raises(DataError, match="move it away"):
+        get(server, tmp_path)
+    assert (tmp_path / "data.zip").read_bytes() == b"mine"
+
+
+def test_the_archive_that_a_browser_gets_is_unpacked_with_its_parts(tmp_path):
+    parts = {f"images/imgs_part_{part}.zip": archive_of({f"imgs_part_{part}/PAT_{part}.png": noise(part * 1000)}) for part in (1, 2, 3)}
+    whole = {f"a long title/{name}": content for name, content in {"metadata.csv": b"img_id\n", **parts}.items()}
+    (tmp_path / "zr7vgbcyr2-1.zip").write_bytes(archive_of({**whole, "__MACOSX/a long title/._metadata.csv": b"x"}))
+    made = fetch_dataset("pad_ufes_20", tmp_path, accept_licence=True, progress=False)
+    assert made == [tmp_path / "images", tmp_path / "metadata.csv"]
+    folders = pad_ufes_20.image_folders(tmp_path)
+    assert sorted(path.name for folder in folders for path in folder.glob("*.png")) == ["PAT_1.png", "PAT_2.png", "PAT_3.png"]
+    assert not list(tmp_path.rglob("imgs_part_*.zip"))
+    (tmp_path / "zr7vgbcyr2-1.zip").unlink()
+    assert fetch_dataset("pad_ufes_20", tmp_path, accept_licence=True, progress=False) == made
+
+
+def test_the_licence_must_be_accepted(tmp_path):
+    for name, words in (("pad_ufes_20", "CC BY 4.0"), ("isic_2019", "CC BY-NC 4.0")):
+        with pytest.raises(DataError) as caught:
+            fetch_dataset(name, tmp_path / "new", accept_licence=False)
+        assert words in str(caught.value)
+        assert "--accept-licence" in str(caught.value)
+        assert RELEASES[name].schema.citation in str(caught.value)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["sample", "csv_table", "nonsense"])
+def test_a_data_set_without_a_release_is_refused(tmp_path, name):
+    with pytest.raises(DataError, match="no release"):
+        fetch_dataset(name, tmp_path, accept_licence=True)
+
+
+def test_a_small_disk_is_noticed_before_work(server, tmp_path, monkeypatch):
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12, 2 * 10**9))
+    with pytest.raises(DataError, match=r"19\.5 GB are needed and 2\.0 GB are free; free 17\.5 GB more"):
+        fetch_dataset("isic_2019", tmp_path, accept_licence=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_record_is_a_data_error(server, tmp_path):
+    (tmp_path / "fetched.json").write_text("{broken")
+    with pytest.raises(DataError, match="delete it"):
+        get(server, tmp_path)
+
+
+def test_official_sources_are_complete():
+    for name, release in RELEASES.items():
+        assert release.schema.name == name
+        for source in release.sources:
+            assert source.url.startswith("https://")
+            assert source.size > 0
+            assert source.unpack == source.filename.endswith(".zip")
+            assert source.sha256 is None or len(source.sha256) == 64
+        assert "{root}" in release.by_hand

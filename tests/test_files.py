@@ -1,0 +1,163 @@
+import errno
+import hashlib
+import os
+import shutil
+import stat
+import subprocess
+import threading
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from dualrefnet.errors import DataError
+from dualrefnet.files import (
+    atomic_path,
+    read_json,
+    sha256_of_file,
+    sha256_of_json,
+    write_csv,
+    write_json,
+    write_tensors,
+    write_text,
+    write_yaml,
+)
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    point = tmp_path / "disk"
+    point.mkdir()
+    mount = shutil.which("mount")
+    if mount is None or os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    if subprocess.run([mount, "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(point)], capture_output=True).returncode:
+        pytest.skip("this machine doesn't let a test mount a small disk")
+    yield point
+    subprocess.run(["umount", "-l", str(point)], check=True)
+
+
+def test_an_error_in_the_block_keeps_the_old_file_and_leaves_no_neighbour(tmp_path):
+    file = tmp_path / "a.txt"
+    write_text(file, "old")
+
+    def interrupted():
+        with atomic_path(file) as temporary:
+            temporary.write_text("half of the n")
+            raise KeyboardInterrupt
+
+    pytest.raises(KeyboardInterrupt, interrupted)
+    assert file.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_the_parent_folder_is_made_and_the_rights_are_those_of_the_umask(tmp_path):
+    file = tmp_path / "deep" / "er" / "a.txt"
+    write_text(file, "ä\n")
+    assert file.read_bytes() == b"\xc3\xa4\n"
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert stat.S_IMODE(file.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+def test_readers_never_see_half_a_file(tmp_path):
+    file = tmp_path / "a.json"
+    write_json(file, ["0" * 200_000])
+    seen, stop = set(), threading.Event()
+
+    def read():
+        while not stop.is_set():
+            seen.add(len(read_json(file)[0]))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for length in (100_000, 200_000) * 15:
+        write_json(file, ["0" * length])
+    stop.set()
+    reader.join()
+    assert seen <= {100_000, 200_000}
+
+
+@settings(max_examples=40)
+@given(value=json_values)
+def test_json_comes_back_as_it_was(tmp_path_factory, value):
+    file = tmp_path_factory.getbasetemp() / "round_trip.json"
+    write_json(file, value)
+    assert read_json(file) == value
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), object()])
+def test_json_that_other_programs_cannot_read_is_refused_and_the_old_file_stays(tmp_path, value):
+    file = tmp_path / "a.json"
+    write_json(file, 1)
+    with pytest.raises((ValueError, TypeError)):
+        write_json(file, {"x": value})
+    assert read_json(file) == 1
+
+
+def test_yaml_keeps_the_order_of_the_keys_and_csv_has_no_index(tmp_path):
+    write_yaml(tmp_path / "a.yaml", {"zoo": 1, "ant": {"straße": None}})
+    assert (tmp_path / "a.yaml").read_text(encoding="utf-8") == "zoo: 1\nant:\n  straße: null\n"
+    write_csv(tmp_path / "a.csv", pd.DataFrame({"b": [1, 2], "a": ["x,y", None]}, index=[7, 8]))
+    assert (tmp_path / "a.csv").read_text() == 'b,a\n1,"x,y"\n2,\n'
+
+
+def test_tensors_that_share_memory_or_lie_channels_last_come_back_equal(tmp_path):
+    whole = torch.arange(24.0).reshape(1, 2, 3, 4)
+    tensors = {"a": whole, "view": whole[:, :1], "last": whole.to(memory_format=torch.channels_last), "half": whole.bfloat16()}
+    write_tensors(tmp_path / "a.safetensors", tensors, {"format": "1"})
+    read = load_file(tmp_path / "a.safetensors")
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensors[name]) and read[name].dtype == tensors[name].dtype for name in tensors)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: write_text(path, "x" * 10**6),
+        lambda path: write_csv(path, pd.DataFrame({"x": ["y" * 1000] * 1000})),
+        lambda path: write_tensors(path, {"x": torch.zeros(10**6)}),
+    ],
+    ids=["text", "csv", "tensors"],
+)
+def test_a_full_disk_is_told_in_one_line_and_the_old_file_stays(full_disk, write):
+    file = full_disk / "state"
+    write_text(file, "old")
+    with pytest.raises(DataError, match=r"disk is full.*state was not written; free some space"):
+        write(file)
+    assert file.read_text() == "old"
+    assert os.listdir(full_disk) == ["state"]
+
+
+def test_a_disk_too_full_for_even_a_new_name_is_told_in_one_line(tmp_path, monkeypatch):
+    def no_space(**_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tempfile.mkstemp", no_space)
+    with pytest.raises(DataError, match="disk is full"):
+        write_text(tmp_path / "a", "x")
+
+
+def test_other_errors_of_the_system_are_not_called_a_full_disk(tmp_path):
+    (tmp_path / "folder" / "inside").mkdir(parents=True)
+    with pytest.raises(OSError, match="irectory"):
+        write_text(tmp_path / "folder", "x")
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_hashes(tmp_path):
+    file = tmp_path / "a"
+    file.write_bytes(b"abc" * 10**5)
+    assert sha256_of_file(file) == hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    assert sha256_of_json({"b": [1, "ä"], "a": None}) == sha256_of_json({"a": None, "b": [1, "ä"]})
+    assert sha256_of_json([1, 2]) != sha256_of_json([2, 1])

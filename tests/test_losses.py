@@ -1,0 +1,136 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from dualrefnet.models.head import Head
+from dualrefnet.models.output import Output
+from dualrefnet.recipe import LossSection
+from dualrefnet.training.losses import ClassFrequencyPenalty, DualRefNetLoss, class_coefficients, class_weights
+
+PAD_TRAIN = torch.tensor([486, 563, 35, 163, 128, 157])  # ACK BCC MEL NEV SCC SEK, Table 1
+
+
+def test_class_weights_are_those_of_the_published_code_on_table_1() -> None:
+    assert [round(float(w), 3) for w in class_weights(PAD_TRAIN, "inverse")] == [3.152, 2.721, 43.771, 9.399, 11.969, 9.758]
+    assert class_weights(torch.tensor([3, 0]), "inverse").tolist() == [1.0, 0.0]
+    assert class_weights(PAD_TRAIN, "none").tolist() == [1.0] * 6
+
+
+@given(counts=st.lists(st.integers(1, 5000), min_size=2, max_size=9))
+def test_norms_of_the_coefficients_hold_for_any_counts(counts: list[int]) -> None:
+    tensor = torch.tensor(counts)
+    total, classes = sum(counts), len(counts)
+    for direction in ("inverse", "constant", "proportional"):
+        assert float(class_coefficients(tensor, "sum1", direction).sum()) == pytest.approx(1, rel=1e-5)
+        assert float(class_coefficients(tensor, "mean1", direction).mean()) == pytest.approx(1, rel=1e-5)
+    raw = class_coefficients(tensor, "raw", "inverse")
+    assert torch.allclose(raw, 1 / tensor.float())
+    assert torch.allclose(class_coefficients(tensor, "balanced", "inverse"), total / (classes * tensor.float()))
+    for direction in ("constant", "proportional"):
+        assert float(class_coefficients(tensor, "raw", direction).mean()) == pytest.approx(float(raw.mean()), rel=1e-5)
+
+
+def test_directions_order_the_classes() -> None:
+    inverse, proportional = (class_coefficients(PAD_TRAIN, "raw", direction) for direction in ("inverse", "proportional"))
+    assert inverse.argmax() == 2
+    assert proportional.argmax() == 1
+    assert float(inverse.max()) == pytest.approx(1 / 35)
+
+
+def test_penalty_of_equation_4_on_a_hand_example() -> None:
+    f = torch.tensor([0.5, 2.0])
+    hidden = torch.tensor([[1.0, -1.0], [2.0, 0.0], [0.0, 3.0], [-1.0, -1.0]])  # row sums 2 2 3 2
+    classifier = torch.tensor([[1.0, 0.0, -1.0, 2.0], [0.0, -3.0, 1.0, 2.0]])  # row sums 4 6
+    labels = torch.tensor([0, 1, 1, 1])
+    of_classes = 0.5 * 4 + 2.0 * 6
+    expected = {
+        "constant": 1.25 * 9,
+        "cyclic": 0.5 * 2 + 2 * 2 + 0.5 * 3 + 2 * 2,
+        "blocks": 0.5 * 2 + 0.5 * 2 + 2 * 3 + 2 * 2,
+        # Use of the units by the classes: (1, 0), (0, 3), (1, 1), (2, 2).
+        "affinity": 0.5 * 2 + 2 * 2 + 1.25 * 3 + 1.25 * 2,
+        "batch": (0.5 + 3 * 2) / 4 * 9,
+    }
+    for assignment, of_units in expected.items():
+        penalty = ClassFrequencyPenalty(f, 0.3, assignment, "sum")
+        assert float(penalty(hidden, classifier, labels)) == pytest.approx(0.3 * (of_units + of_classes)), assignment
+    mean = ClassFrequencyPenalty(f, 0.3, "constant", "mean")
+    assert float(mean(hidden, classifier, labels)) == pytest.approx(0.3 * (1.25 * 9 / 8 + of_classes / 8))
+
+
+def test_a_unit_that_no_class_uses_has_a_finite_penalty() -> None:
+    penalty = ClassFrequencyPenalty(torch.tensor([1.0, 2.0]), 1.0, "affinity")
+    assert math.isfinite(float(penalty(torch.ones(3, 2), torch.zeros(2, 3), torch.zeros(1, dtype=torch.long))))
+
+
+@pytest.mark.parametrize("assignment", ["constant", "cyclic", "blocks", "affinity", "batch"])
+def test_the_penalty_pulls_every_weight_towards_zero(assignment: str) -> None:
+    head = Head(5, 8, 3, 0.0)
+    penalty = ClassFrequencyPenalty(class_coefficients(torch.tensor([10, 5, 1])), 0.3, assignment)
+    penalty(head.hidden.weight, head.classifier.weight, torch.tensor([0, 1, 2])).backward()
+    for weight in (head.hidden.weight, head.classifier.weight):
+        assert weight.grad is not None
+        assert torch.equal(weight.grad.sign(), weight.detach().sign())
+    assert head.hidden.bias.grad is None
+
+
+@pytest.mark.parametrize(
+    ("frequency", "reduction", "low", "high"),
+    [
+        ("raw", "sum", 0.5, 0.7),
+        ("sum1", "sum", 0.0, 0.1),
+        ("balanced", "sum", 0.0, 0.5),
+        ("balanced", "mean", 0.95, 1.0),
+        ("raw", "mean", 0.95, 1.0),
+    ],
+)
+def test_what_fifty_steps_at_the_published_constants_leave_of_the_layer(frequency: str, reduction: str, low: float, high: float) -> None:
+    torch.manual_seed(0)
+    head = Head(1024, 256, 6, 0.0)
+    section = LossSection(frequency=frequency, reduction=reduction, assignment="cyclic")
+    loss = DualRefNetLoss(section, PAD_TRAIN)
+    optimizer = torch.optim.SGD(head.parameters(), 0.01, momentum=0.9, weight_decay=1e-3)
+    first = float(head.hidden.weight.detach().abs().sum())
+    for _ in range(50):
+        features = torch.rand(32, 1024)
+        terms = loss(Output(head(features), features, None, {}), torch.randint(6, (32,)), None, head)
+        optimizer.zero_grad()
+        terms["total"].backward()
+        optimizer.step()
+    # With labels that can't be learned only the penalty acts. It need not leave zero: steps of lambda f lr overshoot it.
+    assert low <= float(head.hidden.weight.detach().abs().sum()) / first <= high
+
+
+def test_total_is_the_weighted_sum_of_the_named_terms() -> None:
+    torch.manual_seed(0)
+    section = LossSection(classification=0.5, reconstruction=2.0, penalty=3.0)
+    loss = DualRefNetLoss(section, PAD_TRAIN)
+    head, logits, labels = Head(4, 8, 6, 0.0), torch.randn(5, 6), torch.tensor([0, 1, 2, 3, 5])
+    rebuilt, target = torch.rand(5, 3, 8, 8), torch.rand(5, 3, 8, 8)
+    terms = loss(Output(logits, logits, rebuilt, {"image": logits * 2}), labels, target, head)
+    assert set(terms) == {"classification", "classification_image", "reconstruction", "penalty", "total"}
+    weights = class_weights(PAD_TRAIN, "inverse")[labels]
+    by_hand = (weights * -logits.log_softmax(1)[torch.arange(5), labels]).sum() / weights.sum()
+    assert float(terms["classification"]) == pytest.approx(float(by_hand), rel=1e-5)
+    assert float(terms["reconstruction"]) == pytest.approx(float(((rebuilt - target) ** 2).mean()), rel=1e-5)
+    total = 0.5 * (terms["classification"] + terms["classification_image"]) + 2 * terms["reconstruction"] + 3 * terms["penalty"]
+    assert float(terms["total"].detach()) == pytest.approx(float(total.detach()), rel=1e-6)
+
+
+def test_terms_without_a_part_in_the_model_are_absent() -> None:
+    logits = torch.randn(3, 6)
+    terms = DualRefNetLoss(LossSection(), PAD_TRAIN)(Output(logits, logits, None, {}), torch.tensor([0, 1, 2]), None, None)
+    assert set(terms) == {"classification", "total"}
+    no_penalty = DualRefNetLoss(LossSection(penalty_strength=0), PAD_TRAIN)
+    assert "penalty" not in no_penalty(Output(logits, logits, None, {}), torch.tensor([0, 1, 2]), None, Head(2, 2, 6, 0.0))
+
+
+def test_equal_weights_give_the_ordinary_cross_entropy() -> None:
+    logits, labels = torch.randn(7, 6), torch.arange(7) % 6
+    loss = DualRefNetLoss(LossSection(class_weights="none", label_smoothing=0.1), PAD_TRAIN)
+    terms = loss(Output(logits, logits, None, {}), labels, None, None)
+    assert float(terms["classification"]) == pytest.approx(float(functional.cross_entropy(logits, labels, label_smoothing=0.1)))

@@ -1,0 +1,247 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import dualrefnet
+from dualrefnet.errors import RunError, SplitError
+from dualrefnet.files import write_yaml
+from dualrefnet.models.registry import new_model
+from dualrefnet.recipe import Recipe, load_recipe
+from dualrefnet.run import Run
+from dualrefnet.training.checkpoint import load_checkpoint, save_checkpoint
+from dualrefnet.training.loop import Trainer, collapse
+from dualrefnet.training.optimisation import create_optimizer, create_schedule
+from dualrefnet.training.train import train_recipe
+
+FILES = {
+    "recipe.yaml",
+    "split.csv",
+    "model.safetensors",
+    "model.json",
+    "history.csv",
+    "predictions.csv",
+    "metrics.json",
+    "fingerprint.json",
+}
+
+
+def same_parameters(a: Run, b: Run) -> bool:
+    first, second = load_file(a.weights_file), load_file(b.weights_file)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_leaves_the_contracted_files_and_nothing_else(tiny_run: Run) -> None:
+    assert {path.name for path in tiny_run.path.iterdir()} == FILES
+    history = tiny_run.history
+    assert list(history["epoch"]) == [1, 2]
+    assert {"train_classification", "train_reconstruction", "train_penalty", "val_balanced_accuracy", "l1_hidden"} <= set(history.columns)
+    fingerprint = (tiny_run.path / "fingerprint.json").read_text()
+    assert '"seed": 0' in fingerprint
+    assert "random, not pretrained" in fingerprint
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny_run: Run, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    assert same_parameters(tiny_run, train_recipe(tiny_recipe, tmp_path / "again"))
+    other = load_recipe(tiny_recipe, {"seed": 1, "training.epochs": 1})
+    assert not same_parameters(tiny_run, train_recipe(other, tmp_path / "other"))
+
+
+def test_a_run_that_stops_after_an_epoch_resumes_to_the_same_result(
+    tiny_run: Run, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = iter(range(10_000))
+    whole = Trainer._step
+    per_epoch = len(tiny_run.split.query("split == 'train'")) // tiny_recipe.training.batch_size
+
+    def dies_in_the_second_epoch(self, *args):
+        if next(steps) == per_epoch + 1:
+            raise KeyboardInterrupt
+        return whole(self, *args)
+
+    monkeypatch.setattr(Trainer, "_step", dies_in_the_second_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        train_recipe(tiny_recipe, tmp_path / "run")
+    monkeypatch.setattr(Trainer, "_step", whole)
+    assert not Run(tmp_path / "run").finished
+    with pytest.raises(RunError, match="--resume"):
+        train_recipe(tiny_recipe, tmp_path / "run")
+    with pytest.raises(RunError, match=r"seed: 0 there, 5 now"):
+        train_recipe(load_recipe(tiny_recipe, {"seed": 5}), tmp_path / "run", resume=True)
+    resumed = train_recipe(tiny_recipe, tmp_path / "run", resume=True)
+    assert same_parameters(tiny_run, resumed)
+    assert resumed.history.drop(columns="seconds").equals(tiny_run.history.drop(columns="seconds"))
+    assert resumed.metrics == tiny_run.metrics
+    finished = resumed.weights_file.stat().st_mtime_ns
+    train_recipe(tiny_recipe, tmp_path / "run", resume=True)
+    assert resumed.weights_file.stat().st_mtime_ns == finished
+
+
+def command(*arguments: str, launcher: tuple[str, ...] = ("-m", "dualrefnet")) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, *launcher, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.fixture()
+def recipe_file(tiny_recipe: Recipe, tmp_path: Path) -> str:
+    values = load_recipe(tiny_recipe, {"training.epochs": 4}).model_dump(mode="json")
+    write_yaml(tmp_path / "recipe.yaml", values)
+    return str(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.slow()
+def test_kill_9_at_any_moment_and_resume_gives_the_same_result(recipe_file: str, tmp_path: Path) -> None:
+    undisturbed = command("train", recipe_file, "--out", str(tmp_path / "undisturbed"))
+    assert undisturbed.wait() == 0, undisturbed.stdout.read()
+    folder = tmp_path / "killed"
+    for delay in (0.0, 1.5, 4.0):
+        process = command("train", recipe_file, "--out", str(folder), "--resume")
+        deadline = time.monotonic() + 120
+        while not (folder / "checkpoint.safetensors").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    last = command("train", recipe_file, "--out", str(folder), "--resume")
+    assert last.wait() == 0, last.stdout.read()
+    assert same_parameters(Run(folder), Run(tmp_path / "undisturbed"))
+    assert {path.name for path in folder.iterdir()} == FILES
+
+
+@pytest.mark.slow()
+def test_two_processes_train_one_model(recipe_file: str, tmp_path: Path) -> None:
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+                "--dynamo_backend", "no", "--main_process_port", "0", "-m", "dualrefnet")  # fmt: skip
+    process = command("train", recipe_file, "--out", str(tmp_path / "run"), launcher=launcher)
+    output, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, output
+    run = Run(tmp_path / "run")
+    assert run.finished
+    assert '"processes": 2' in (run.path / "fingerprint.json").read_text()
+    assert len(run.predictions) == len(run.split.query("split != 'train'"))
+    assert output.count("epoch   1/4") == 1, "only the main process may speak"
+
+
+def test_a_checkpoint_holds_the_whole_state_without_pickle(tmp_path: Path) -> None:
+    recipe = load_recipe({"name": "x"}, {"model.method": "metadata_only", "training.epochs": 5})
+    models = [new_model(recipe, 4, 3)[0] for _ in range(2)]
+    optimizers = [create_optimizer(model, recipe.training) for model in models]
+    for _ in range(3):
+        models[0](None, torch.randn(8, 4)).logits.square().sum().backward()
+        optimizers[0].step()
+    save_checkpoint(tmp_path / "c.safetensors", models[0], optimizers[0], {"epoch": 3, "best": [0.5, -1.0]})
+    assert load_checkpoint(tmp_path / "c.safetensors", models[1], optimizers[1]) == {"epoch": 3, "best": [0.5, -1.0]}
+    for model, optimizer in zip(models, optimizers, strict=True):
+        torch.manual_seed(3)
+        optimizer.zero_grad()
+        model(None, torch.randn(8, 4)).logits.square().sum().backward()
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
+    (tmp_path / "c.safetensors").write_bytes(b"\x00" * 100)
+    with pytest.raises(RunError, match="can't be read"):
+        load_checkpoint(tmp_path / "c.safetensors", models[1], optimizers[1])
+
+
+def test_a_collapse_is_said() -> None:
+    first = {"hidden": 100.0, "classifier": 10.0}
+    assert collapse({"l1_hidden": 90, "l1_classifier": 9, "val_spread": 0.2}, first) == []
+    assert "hidden layer has collapsed to 5.0%" in collapse({"l1_hidden": 5, "l1_classifier": 9, "val_spread": 0.2}, first)[0]
+    assert "same answer" in collapse({"l1_hidden": 90, "l1_classifier": 9, "val_spread": 0.0001}, first)[0]
+
+
+def test_a_strong_penalty_collapses_a_real_run_and_the_run_says_so(tiny_recipe: Recipe, tmp_path: Path, capsys) -> None:
+    recipe = load_recipe(
+        tiny_recipe,
+        {"model.method": "metadata_only", "loss.frequency": "balanced", "training.optimizer": "sgd", "training.learning_rate": 0.01,
+         "training.schedule": "constant", "training.epochs": 10},
+    )  # fmt: skip
+    train_recipe(recipe, tmp_path / "run")
+    assert "collapsed" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_stops_the_run_with_advice(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    values = {"training.learning_rate": 1e30, "training.optimizer": "sgd", "training.schedule": "constant", "training.epochs": 3}
+    with pytest.raises(RunError, match="learning_rate"):
+        train_recipe(load_recipe(tiny_recipe, values), tmp_path / "run")
+
+
+def test_early_stopping_and_plateau_follow_the_recipe(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    # A rate of almost zero: nothing improves after the first epoch.
+    values = {"model.method": "metadata_only", "training.learning_rate": 1e-12, "training.optimizer": "sgd", "training.epochs": 9,
+              "training.schedule": "plateau", "training.plateau_patience": 1, "training.minimum_learning_rate": 0.0,
+              "training.early_stopping": 4, "loss.penalty": 0}  # fmt: skip
+    history = train_recipe(load_recipe(tiny_recipe, values), tmp_path / "run").history
+    assert len(history) < 9
+    assert history["learning_rate"].iloc[-1] < history["learning_rate"].iloc[0]
+
+
+def test_one_cycle_ends_near_zero() -> None:
+    recipe = load_recipe({"name": "x"}, {"model.method": "metadata_only"})
+    optimizer = create_optimizer(new_model(recipe, 4, 3)[0], recipe.training)
+    schedule = create_schedule(optimizer, recipe.training, 40)
+    rates = []
+    for _ in range(40):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert max(rates) == pytest.approx(recipe.training.learning_rate, rel=1e-3)
+    assert rates[-1] < 0.01 * max(rates)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"model.target": "native", "model.decoder": "plain"},
+        {"model.decoder": "none", "model.target": "bilinear", "metadata.tier": "M1"},
+        {"model.method": "no_metadata", "metadata.tier": "M0", "training.precision": "bf16", "augmentation.enabled": False},
+        {"model.method": "metadata_only", "data.rows": "all", "metadata.tier": "M2", "metadata.imputation": "zero"},
+        {"data.protocol": "grouped-cv", "data.fold": 3, "training.optimizer": "sgd", "training.gradient_clip": 1.0},
+    ],
+    ids=lambda overrides: " ".join(f"{key.split('.')[1]}={value}" for key, value in overrides.items()),
+)
+def test_every_kind_of_recipe_trains(overrides: dict, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    run = train_recipe(load_recipe(tiny_recipe, {**overrides, "training.epochs": 1}), tmp_path / "run")
+    assert 0 <= run.metrics["balanced_accuracy"] <= 1
+    assert run.history["train_total"].notna().all()
+
+
+def test_a_split_that_was_tampered_with_is_refused(tiny_run: Run, tmp_path: Path) -> None:
+    import shutil
+
+    folder = Run(Path(shutil.copytree(tiny_run.path, tmp_path / "copy")))
+    split = folder.split
+    patient = split["patient_id"].value_counts().index[0]
+    split.loc[split.index[split["patient_id"] == patient][0], "split"] = "val"
+    split.loc[split.index[split["patient_id"] == patient][1:], "split"] = "test"
+    split.to_csv(folder.path / "split.csv", index=False)
+    with pytest.raises(SplitError, match="more than one side"):
+        _ = folder.split
+
+
+def test_a_folder_in_use_is_not_overwritten(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match="isn't a run folder"):
+        train_recipe(tiny_recipe, tmp_path)
+    with pytest.raises(RunError, match="is a file"):
+        train_recipe(tiny_recipe, tmp_path / "notes.txt")
+
+
+def test_train_in_python_takes_overrides(sample_root: Path, tmp_path: Path) -> None:
+    run = dualrefnet.train(
+        "sample",
+        out=tmp_path / "run",
+        data__root=str(sample_root),
+        model__method="metadata_only",
+        training__epochs=1,
+        evaluation__bootstrap=0,
+    )
+    assert run.recipe.training.epochs == 1
+    assert "accuracy_ci95" not in run.metrics

