@@ -8,7 +8,7 @@ import cv2
 import pandas as pd
 
 from dualrefnet.data.decode import decode_image
-from dualrefnet.data.sample import draw_sample
+from dualrefnet.data.sample import MINIMUM_IMAGES, draw_sample
 from dualrefnet.deploy.batch import find_files
 
 DRAWN = 96
@@ -30,7 +30,7 @@ def picture_table(folder: Path, images: Path | None, count: int, width: int = 15
 
 def _draw(folder: Path, count: int, width: int, height: int) -> list[Path]:
     """Draw `count` pictures of 192 px and enlarge them to JPEGs."""
-    drawn = sorted((draw_sample(folder / "drawn", images=DRAWN) / "images").glob("*.png"))[:count]
+    drawn = sorted((draw_sample(folder / "drawn", images=max(count, MINIMUM_IMAGES)) / "images").glob("*.png"))[:count]
     files = []
     for source in drawn:
         picture = cv2.resize(decode_image(source), (width, height), interpolation=cv2.INTER_CUBIC)

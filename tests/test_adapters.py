@@ -9,14 +9,14 @@ from dualrefnet.data.adapters import adapters, index_images, load_dataset, read_
 from dualrefnet.data.csv_table import describe, read_description
 from dualrefnet.errors import DataError
 
-PAD_ROW = dict.fromkeys((field.name for field in pad_ufes_20.FIELDS), "")
+BLANK = dict.fromkeys((field.name for field in pad_ufes_20.FIELDS), "")
 PAD = pd.DataFrame(
     [
-        PAD_ROW | {"patient_id": "PAT_1", "lesion_id": "7", "img_id": "PAT_1_7_1.png", "diagnostic": "MEL", "biopsed": "True", "age": "40"},
-        PAD_ROW | {"patient_id": "PAT_2", "lesion_id": "7", "img_id": "PAT_2_7_2.png", "diagnostic": "NEV", "biopsed": "False", "itch": "UNK"},
-        PAD_ROW | {"patient_id": "PAT_2", "lesion_id": "8", "img_id": "PAT_2_8_3.png", "diagnostic": "BCC", "biopsed": "True", "fitspatrick": "3.0"},
+        BLANK | {"patient_id": "PAT_1", "lesion_id": "7", "img_id": "PAT_1_7_1.png", "diagnostic": "MEL", "age": "40"},
+        BLANK | {"patient_id": "PAT_2", "lesion_id": "7", "img_id": "PAT_2_7_2.png", "diagnostic": "NEV", "itch": "UNK"},
+        BLANK | {"patient_id": "PAT_2", "lesion_id": "8", "img_id": "PAT_2_8_3.png", "diagnostic": "BCC", "fitspatrick": "3.0"},
     ]
-)  # fmt: skip
+).assign(biopsed="True")
 
 
 def touch(file):
@@ -296,23 +296,25 @@ def test_a_folder_is_no_csv_and_a_byte_order_mark_is_no_part_of_a_column(tmp_pat
     assert list(read_csv(tmp_path / "t.csv")) == ["image", "b"]
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=60) | st.text(alphabet='a,"\n;1\r\0', max_size=40).map(str.encode))
 def test_any_bytes_are_a_table_or_a_data_error(tmp_path_factory, content):
     file = tmp_path_factory.getbasetemp() / "any.csv"
     file.write_bytes(content)
+    said = ""
     try:
         assert isinstance(read_csv(file, dtype=str), pd.DataFrame)
     except DataError as error:
-        assert "\n" not in str(error)
+        said = str(error)
+    assert "\n" not in said
 
 
 def test_an_unknown_adapter_and_a_missing_root_say_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="no data set adapter is called 'pad'; there are: pad_ufes_20, isic_2019"):
         load_dataset("pad", tmp_path)
-    with pytest.raises(DataError, match="there is no folder .*nowhere; `dualrefnet fetch isic_2019"):
+    with pytest.raises(DataError, match=r"there is no folder .*nowhere; `dualrefnet fetch isic_2019"):
         load_dataset("isic_2019", tmp_path / "nowhere")
-    with pytest.raises(DataError, match="`dualrefnet sample .* draws it"):
+    with pytest.raises(DataError, match=r"`dualrefnet sample .* draws it"):
         load_dataset("sample", tmp_path / "nowhere")
     monkeypatch.delenv("DUALREFNET_DATA", raising=False)
     with pytest.raises(DataError, match="set DUALREFNET_DATA"):

@@ -70,6 +70,14 @@ def test_a_decoder_learns_to_draw_what_the_map_says(kind):
     assert errors[-1] < errors[0] / 4
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_last_shuffle_is_a_pixel_shuffle_into_planes(layout):
+    features = torch.randn(2, 192, 3, 5).to(memory_format=layout)
+    image = create_decoder("bottleneck", 8, 32)[-1](features)
+    torch.testing.assert_close(image, F.pixel_shuffle(features, 8))
+    assert image.is_contiguous()
+
+
 def test_other_kinds_and_strides_are_refused():
     with pytest.raises(ValueError, match="plain, bottleneck"):
         create_decoder("deep", 8, 32)

@@ -134,3 +134,11 @@ def test_equal_weights_give_the_ordinary_cross_entropy() -> None:
     loss = DualRefNetLoss(LossSection(class_weights="none", label_smoothing=0.1), PAD_TRAIN)
     terms = loss(Output(logits, logits, None, {}), labels, None, None)
     assert float(terms["classification"]) == pytest.approx(float(functional.cross_entropy(logits, labels, label_smoothing=0.1)))
+
+
+def test_logit_adjustment_makes_the_frequencies_the_answer_of_a_model_that_knows_nothing() -> None:
+    loss = DualRefNetLoss(LossSection(class_weights="logit_adjustment", penalty=0), PAD_TRAIN)
+    logits = torch.zeros(1, 6)
+    for label, count in enumerate(PAD_TRAIN.tolist()):
+        expected = -math.log(count / int(PAD_TRAIN.sum()))
+        assert float(loss.cross_entropy(logits, torch.tensor([label]))) == pytest.approx(expected, rel=1e-5)

@@ -1,10 +1,11 @@
+import contextlib
 import copy
 import re
 from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -118,13 +119,11 @@ def test_an_override_that_cannot_be_read_is_named(text):
         parse_overrides([text])
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=30), max_size=3))
 def test_overrides_of_any_text_are_read_or_refused(arguments):
-    try:
-        overrides = parse_overrides(arguments)
-        load_recipe("sample", overrides)
-    except RecipeError as error:
-        assert str(error)
+    with contextlib.suppress(RecipeError):
+        assert isinstance(load_recipe("sample", parse_overrides(arguments)), Recipe)
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,9 @@ class LossSection(Section):
     direction: Literal["inverse", "constant", "proportional"] = Field("inverse", description="f grows with 1/n, not at all, or with n")
     assignment: Literal["constant", "cyclic", "blocks", "affinity", "batch"] = Field("affinity", description="which f a hidden unit has")
     reduction: Literal["sum", "mean"] = Field("sum", description="R sums over the weights, or averages")
-    class_weights: Literal["inverse", "none"] = Field("inverse", description="cross-entropy: N/n_c, or equal")
+    class_weights: Literal["inverse", "none", "logit_adjustment"] = Field(
+        "inverse", description="cross-entropy: N/n_c, equal, or equal with the log frequency added to the logits in training"
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the cross-entropy")
 
 

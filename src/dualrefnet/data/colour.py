@@ -32,7 +32,10 @@ def shades_of_gray(image: Image, p: float = 6.0, gamma: float | None = None) -> 
     if gamma is not None:
         levels = levels**gamma
     counts = np.stack([np.bincount(image[..., channel].ravel(), minlength=256) for channel in range(3)])
-    light = (counts @ levels**p / (image.shape[0] * image.shape[1])) ** (1 / p)
+    # Powers of shares of the channel's peak, since a large power of a dark level itself would underflow to zero.
+    peak = np.where(counts > 0, levels, 0).max(axis=1)
+    shares = np.minimum(levels / np.maximum(peak, 1e-12)[:, None], 1)
+    light = peak * ((counts * shares**p).sum(axis=1) / (image.shape[0] * image.shape[1])) ** (1 / p)
     length = np.linalg.norm(light)
     if length == 0:
         return image.copy()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def create_decoder(kind: str, in_features: int, stride: int) -> nn.Sequential:
@@ -54,23 +54,22 @@ def plain_decoder(in_features: int, stride: int) -> nn.Sequential:
 
 
 def bottleneck_decoder(in_features: int, stride: int) -> nn.Sequential:
-    """Six convolutions: a 1x1 bottleneck to 128, four of 3x3 that shuffle their way to a quarter of the image, 1x1 to pixels.
+    """Six convolutions: a 1x1 bottleneck to 96, four of 3x3 that shuffle their way to an eighth of the output, 1x1 to pixels.
 
-    Cost for a 224 px image and D = 1280: 85 M multiply-adds, 0.6 M parameters. Each doubling halves the channels on
-    both sides of a convolution, so that the four in the middle cost the same. For stride 16 the second keeps the size.
+    Cost for a 224 px image and D = 1280: 58 M multiply-adds, 0.3 M parameters. Each doubling halves the channels on
+    both sides of a convolution, so that the middle ones cost about the same. For stride 16 the second keeps the size.
     """
-    first = 2 if stride == 32 else 1
-    last = nn.Conv2d(32, 3 * 8 * 8, 1)
+    last = nn.Conv2d(24, 3 * 8 * 8, 1)
     _start_grey(last)
     _equal_subpixels(last, 8)
     return nn.Sequential(
-        _Block(in_features, 128, kernel=1),
-        _Block(128, 64, upscale=first),
-        _Block(64, 32, upscale=2),
-        _Block(32, 16, upscale=2),
-        _Block(16, 32),
+        _Block(in_features, 96, kernel=1),
+        _Block(96, 48, upscale=2 if stride == 32 else 1),
+        _Block(48, 24, upscale=2),
+        _Block(24, 16, upscale=2),
+        _Block(16, 24),
         last,
-        nn.PixelShuffle(8),
+        _Planes(8),
     )
 
 
@@ -84,6 +83,24 @@ class _Block(nn.Sequential):
             _equal_subpixels(convolution, upscale)
             layers.append(nn.PixelShuffle(upscale))
         super().__init__(*layers)
+
+
+class _Planes(nn.Module):
+    """A pixel shuffle that writes planes: (B,3 u u,h,w) in any memory format -> (B,3,h u,w u), contiguous.
+
+    The same values as `nn.PixelShuffle`, in one copy. On CPUs that takes about half the time, forward and backward, and
+    at the size of the image it was the dearest step of the decoder.
+    """
+
+    def __init__(self, upscale: int) -> None:
+        super().__init__()
+        self.upscale = upscale
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Shuffle."""
+        height, width = features.shape[-2:]
+        subpixels = features.unflatten(1, (3, self.upscale, self.upscale))
+        return subpixels.permute(0, 1, 4, 2, 5, 3).reshape(-1, 3, height * self.upscale, width * self.upscale)
 
 
 def _equal_subpixels(convolution: nn.Conv2d, upscale: int) -> None:

@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from sklearn.metrics import accuracy_score, recall_score
 from torch import Tensor, nn, optim
-from torch.nn import functional
 
 from dualrefnet.data.augment import AugmentationDraw, draw, shade, warp
 from dualrefnet.data.loader import Batch, Examples
@@ -88,7 +87,7 @@ class Trainer:
             with progress_bar(f"epoch {epoch + 1}/{section.epochs}", accelerator.is_main_process) as show:
                 for step, batch in enumerate(train.shuffled(section.batch_size, self.recipe.seed, epoch, rank, world)):
                     terms = self._step(wrapped, batch, draws)
-                    if isinstance(schedule, optim.lr_scheduler.OneCycleLR):
+                    if isinstance(schedule, optim.lr_scheduler.LambdaLR):
                         schedule.step()
                     for name, value in terms.items():
                         sums[name] = sums.get(name, 0.0) + value / steps
@@ -155,7 +154,7 @@ class Trainer:
         predicted = logits.argmax(dim=1)
         present = np.unique(labels.numpy())
         return {
-            "val_loss": float(functional.cross_entropy(logits, labels, self.loss.class_weights.cpu())),
+            "val_loss": float(self.loss.cross_entropy(logits.to(self.device), labels.to(self.device))),
             "val_accuracy": float(accuracy_score(labels, predicted)),
             "val_spread": float(logits.softmax(dim=1).std(dim=0).mean()),
             "val_balanced_accuracy": float(recall_score(labels, predicted, labels=present, average="macro", zero_division=0)),
@@ -167,9 +166,10 @@ class Trainer:
         # A tie goes to the lower loss.
         value = [-row["val_loss"]] if key == "loss" else [row[f"val_{key}"], -row["val_loss"]]
         better = progress["best"] is None or value > progress["best"]
+        history = progress["history"]
         progress = progress | {
             "epoch": int(row["epoch"]),
-            "history": [*progress["history"], row],
+            "history": [*history, row],
             "best": value if better else progress["best"],
             "stale": 0 if better else progress["stale"] + 1,
             "schedule": _plain(schedule.state_dict()) if schedule is not None else None,
@@ -180,7 +180,8 @@ class Trainer:
             save_checkpoint(self.run.checkpoint_file, self.model, self.optimizer, progress)
             self._write_history(progress["history"])
             remark(_line(row, self.recipe.training.epochs) + (" [green]best[/green]" if better else ""))
-            for message in collapse(row, progress["norms"]):
+            before = collapse(history[-1], progress["norms"]) if history else []
+            for message in collapse(row, progress["norms"]) if not before else []:
                 warn(f"{message}; see loss.frequency, loss.reduction, loss.penalty_strength and training.learning_rate")
         return progress
 
@@ -214,7 +215,8 @@ def collapse(row: dict[str, float], first: dict[str, float]) -> list[str]:
         for name, norm in first.items()
         if row[f"l1_{name}"] < COLLAPSED_NORM * norm
     ]
-    if row["val_spread"] < COLLAPSED_SPREAD:
+    # An untrained model gives every image the same answer too; a collapsed one has also lost weight.
+    if row["val_spread"] < COLLAPSED_SPREAD and any(row[f"l1_{name}"] < 0.5 * norm for name, norm in first.items()):
         said.append("the last layers have collapsed: every image gets nearly the same answer")
     return said
 

@@ -13,17 +13,17 @@ from dualrefnet.models.output import Output
 from dualrefnet.recipe import LossSection
 
 
-def class_weights(counts: Tensor, kind: Literal["inverse", "none"]) -> Tensor:
+def class_weights(counts: Tensor, kind: Literal["inverse", "none", "logit_adjustment"]) -> Tensor:
     """Return the weights w_c of the cross-entropy.
 
     Args:
         counts: (C,) training images of each class.
-        kind: `inverse`: N / n_c; `none`: ones.
+        kind: `inverse`: N / n_c; otherwise ones.
 
     Returns:
         (C,) float32; a class without images gets 0.
     """
-    if kind == "none":
+    if kind != "inverse":
         return torch.ones(len(counts))
     return torch.where(counts > 0, counts.sum() / counts.clamp(min=1), torch.zeros(())).float()
 
@@ -119,7 +119,9 @@ class DualRefNetLoss(nn.Module):
     """L = alpha L_class + beta L_aux + gamma R (equation 7).
 
     L_class is the weighted cross-entropy (equation 5), divided by the weights of the batch so that the scale of the
-    weights doesn't matter; L_aux is the mean squared error over all elements of the rebuilt image (equation 6).
+    weights doesn't matter. With `class_weights: logit_adjustment` (Menon et al. 2021, not in the paper) the imbalance is met
+    by log(n_c / N), added to the logits in the loss alone: weights lose their effect once a small training set is learned
+    by heart, this doesn't. L_aux is the mean squared error over all elements of the rebuilt image (equation 6).
     """
 
     def __init__(self, section: LossSection, counts: Tensor) -> None:
@@ -127,6 +129,10 @@ class DualRefNetLoss(nn.Module):
         self.section = section
         self.class_weights: Tensor
         self.register_buffer("class_weights", class_weights(counts, section.class_weights))
+        self.log_frequency: Tensor
+        adjusted = section.class_weights == "logit_adjustment"
+        frequency = counts.clamp(min=1) / counts.sum()
+        self.register_buffer("log_frequency", frequency.log().float() if adjusted else torch.zeros(len(counts)))
         f = class_coefficients(counts, section.frequency, section.direction)
         self.penalty = ClassFrequencyPenalty(f, section.penalty_strength, section.assignment, section.reduction)
 
@@ -144,9 +150,9 @@ class DualRefNetLoss(nn.Module):
             `total`; a term that the model has no part for is absent.
         """
         section = self.section
-        terms = {"classification": self._cross_entropy(output.logits, labels)}
+        terms = {"classification": self.cross_entropy(output.logits, labels)}
         for name, logits in output.heads.items():
-            terms[f"classification_{name}"] = self._cross_entropy(logits, labels)
+            terms[f"classification_{name}"] = self.cross_entropy(logits, labels)
         total = section.classification * torch.stack(list(terms.values())).sum()
         if output.reconstruction is not None and target is not None:
             # In float32 also under autocast: half precision would lose small errors of a good reconstruction.
@@ -157,5 +163,7 @@ class DualRefNetLoss(nn.Module):
             total = total + section.penalty * terms["penalty"]
         return {**terms, "total": total}
 
-    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return functional.cross_entropy(logits.float(), labels, self.class_weights, label_smoothing=self.section.label_smoothing)
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return L_class of (B, C) logits and (B,) labels."""
+        logits = logits.float() + self.log_frequency
+        return functional.cross_entropy(logits, labels, self.class_weights, label_smoothing=self.section.label_smoothing)

@@ -1,0 +1,131 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from dualrefnet.cli import app, data, runs  # noqa: F401 (the modules register the commands)
+from dualrefnet.recipe import shipped_recipes
+from dualrefnet.run import Run
+
+COMMANDS = ("doctor", "demo", "sample", "fetch", "check", "split", "recipes", "prepare", "train", "evaluate", "predict")
+
+
+def call(*arguments: str | Path):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def error_of(*arguments: str | Path) -> str:
+    """Run the real program; return its one line of error."""
+    done = subprocess.run([sys.executable, "-m", "dualrefnet", *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_that_says_what_it_does(command: str) -> None:
+    result = call(command, "--help")
+    assert result.exit_code == 0
+    assert len(result.output) > 200
+
+
+def test_the_list_of_commands_is_complete() -> None:
+    output = call("--help").output
+    assert all(command in output for command in COMMANDS)
+    assert call("--version").output.strip().count(".") == 2
+
+
+def test_recipes_are_listed_and_printed() -> None:
+    listed = call("recipes").output
+    assert all(name in listed for name in shipped_recipes())
+    assert "protocol: grouped" in call("recipes", "pad_ufes_20").output
+
+
+def test_sample_then_check_then_split(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    assert call("sample", root, "--images", "60").exit_code == 0
+    checked = call("check", "sample", "--root", root, "--json", tmp_path / "check.json")
+    assert checked.exit_code == 0, checked.output
+    assert json.loads((tmp_path / "check.json").read_text())["findings"]
+    split = call("split", "sample", "--root", root, "--out", tmp_path / "split.csv")
+    assert split.exit_code == 0, split.output
+    rows = pd.read_csv(tmp_path / "split.csv")
+    assert list(rows.columns) == ["image_id", "patient_id", "label", "split"]
+    assert len(rows) == 60
+    assert (rows.groupby("patient_id")["split"].nunique() == 1).all()
+    (root / "images" / f"{rows['image_id'][0]}.png").write_bytes(b"")
+    assert call("check", "sample", "--root", root).exit_code == 1
+
+
+def test_predict_writes_a_row_for_every_photograph_and_says_why_one_failed(tiny_run: Run, sample_root: Path, tmp_path: Path) -> None:
+    photographs = sorted((sample_root / "images").iterdir())[:3]
+    broken = tmp_path / "broken.jpg"
+    broken.write_text("this is text")
+    raw = pd.read_csv(sample_root / "metadata.csv", dtype=str).rename(columns={"img_id": "image"})
+    raw[["image", "age", "region"]].to_csv(tmp_path / "forms.csv", index=False)
+    images = [argument for path in [*photographs, broken] for argument in ("--images", path)]
+    result = call("predict", tiny_run.path, *images, "--metadata", tmp_path / "forms.csv", "--out", tmp_path / "p.csv")
+    assert result.exit_code == 0, result.output
+    table = pd.read_csv(tmp_path / "p.csv")
+    assert len(table) == 4
+    assert table["error"].notna().tolist() == [False, False, False, True]
+    probabilities = table.filter(like="prob_").iloc[:3]
+    assert probabilities.sum(axis=1).tolist() == pytest.approx([1, 1, 1], abs=1e-5)
+    assert table["warnings"].iloc[0].startswith("missing and imputed")
+
+
+def test_evaluate_again_gives_the_same_measures(tiny_run: Run) -> None:
+    before = tiny_run.metrics
+    assert call("evaluate", tiny_run.path).exit_code == 0
+    assert tiny_run.metrics == before
+
+
+def test_bad_input_is_one_clear_line(tiny_run: Run, sample_root: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "recipe.yaml").write_text("name: x\ntraining: {epoch: 3}\n")
+    image = next((sample_root / "images").iterdir())
+    expected = {
+        ("check", "pad_ufes_20", "--root", tmp_path / "nowhere"): "there is no folder",
+        ("split", "pad_ufes", "--root", tmp_path): "no data set adapter is called",
+        ("split", "sample", "--root", sample_root, "--protocol", "paper"): "the paper has no split",
+        ("train", "pad_ufes"): "did you mean 'pad_ufes_20'",
+        ("train", tmp_path / "recipe.yaml"): "did you mean 'epochs'",
+        ("train", "sample", "training.epochs"): "isn't key=value",
+        ("train", "sample", f"data.root={sample_root}", "model.backbone=resnet5", "--out", tmp_path / "r"): "resnet50",
+        ("evaluate", tmp_path): "isn't a run folder",
+        ("predict", tiny_run.path, "--images", tmp_path / "nowhere.png", "--out", tmp_path / "o.csv"): "there is no file",
+        ("predict", tiny_run.path, "--images", image, "--metadata", tmp_path / "empty.csv", "--out", tmp_path / "o.csv"): "is empty",
+        ("fetch", "pad_ufes_20", "--root", tmp_path / "pad"): "--accept-licence",
+    }
+    for arguments, words in expected.items():
+        assert words in error_of(*arguments), arguments
+    assert not (tmp_path / "o.csv").exists()
+
+
+def test_doctor_examines_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DUALREFNET_DATA", raising=False)
+    result = call("doctor")
+    assert result.exit_code == 0, result.output
+    for subject in ("Python", "libraries", "compute", "memory", "ImageNet weights here", "data", "cache"):
+        assert subject in result.output
+    monkeypatch.setenv("DUALREFNET_DATA", os.devnull)
+    assert "dualrefnet fetch pad_ufes_20" in call("doctor").output
+
+
+@pytest.mark.slow
+def test_the_demo_ends_with_a_run_that_learned_something(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dualrefnet", "demo", "--out", str(tmp_path / "demo")], capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    metrics = Run(tmp_path / "demo" / "run").metrics
+    assert metrics["drawn"] is True
+    assert metrics["balanced_accuracy"] > 0.4, "chance is 1/6"
+    assert "NOT CLINICAL" in done.stdout

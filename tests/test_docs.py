@@ -1,0 +1,245 @@
+import importlib
+import pkgutil
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import typer
+import yaml
+
+import dualrefnet
+import dualrefnet.cli
+from dualrefnet.data.adapters import load_dataset
+from dualrefnet.data.csv_table import TableDescription
+from dualrefnet.data.protocols import leakage, split_dataset
+from dualrefnet.recipe import Recipe, load_recipe, parse_overrides, shipped_recipes
+
+ROOT = Path(__file__).parents[1]
+OWN_DATA = ROOT / "docs" / "bring-your-own-data.md"
+DOCUMENTS = sorted([*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"])
+SECTIONS = [name for name, field in Recipe.model_fields.items() if hasattr(field.annotation, "model_fields")]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+
+
+def blocks(document, *languages):
+    """Return the fenced blocks of some languages."""
+    return [text for language, text in FENCE.findall(document.read_text(encoding="utf-8")) if language in languages]
+
+
+def inline(document):
+    """Return what stands between single backticks outside the blocks."""
+    return re.findall(r"`([^`\n]+)`", FENCE.sub("", document.read_text(encoding="utf-8")))
+
+
+def shell_lines(document, program):
+    """Return the commands of a program in the shell blocks, with their arguments apart."""
+    text = "\n".join(blocks(document, "bash", "sh", "shell", "console")).replace("\\\n", " ")
+    lines = [line.strip().removeprefix("$ ") for line in text.splitlines()]
+    lines += [code for code in inline(document) if re.match(rf"{program} \S+ ", code)]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith(f"{program} ")]
+
+
+def exists(dotted):
+    """Find a module, an attribute of one, or a field of a class, by its full name."""
+    parts = dotted.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[length:]:
+            if name in getattr(found, "__annotations__", {}) and not hasattr(found, name):
+                return name == parts[-1]
+            if not hasattr(found, name):
+                return False
+            found = getattr(found, name)
+        return True
+    return False
+
+
+def command_line():
+    for module in pkgutil.iter_modules(dualrefnet.cli.__path__):
+        importlib.import_module(f"dualrefnet.cli.{module.name}")
+    return typer.main.get_command(dualrefnet.cli.app)
+
+
+def parse(arguments):
+    """Parse a command as the command line would, without running it; raises if the command or an option is unknown."""
+    group = command_line()
+    if arguments[0].startswith("-"):
+        return
+    command = group.get_command(typer.Context(group), arguments[0])
+    assert command is not None, f"there is no command {arguments[0]}"
+    command.make_context(arguments[0], list(arguments[1:]))
+
+
+@every_document
+def test_every_name_of_the_package_exists(document):
+    names = [re.match(r"dualrefnet(\.\w+)+", code) for code in inline(document)]
+    missing = [match[0] for match in names if match and not exists(match[0])]
+    assert not missing
+
+
+def test_a_name_that_does_not_exist_is_noticed():
+    assert exists("dualrefnet.data.schema.MetadataField.kind")
+    assert not exists("dualrefnet.data.schema.MetadataField.sort")
+    assert not exists("dualrefnet.data.nowhere")
+
+
+@every_document
+def test_every_recipe_key_exists_and_takes_the_value(document):
+    pattern = re.compile(rf"({'|'.join(SECTIONS)})\.(\w+)(=\S+)?")
+    for code in inline(document):
+        match = pattern.fullmatch(code)
+        if match is None or match[2] in ("csv", "json", "yaml", "safetensors", "md"):
+            continue
+        assert match[2] in Recipe.model_fields[match[1]].annotation.model_fields, code
+        # fold and rows are only legal beside another key; whole commands are checked below.
+        if match[3] and "DIR" not in match[3] and match[2] not in ("fold", "rows"):
+            load_recipe("pad_ufes_20", parse_overrides([code]))
+
+
+@every_document
+def test_every_python_block_compiles(document):
+    for number, code in enumerate(blocks(document, "python")):
+        compile(code, f"{document.name}[{number}]", "exec")
+        for module, names in re.findall(r"^from (dualrefnet[\w.]*) import (.+)$", code, re.MULTILINE):
+            assert all(exists(f"{module}.{name.split(' as ')[0].strip()}") for name in names.split(",")), code
+
+
+@every_document
+def test_every_command_parses(document):
+    # Prose may name a command without its arguments.
+    named = {code.split()[1] for code in inline(document) if re.fullmatch(r"dualrefnet [a-z]+", code)}
+    assert named <= set(command_line().commands)
+    for arguments in shell_lines(document, "dualrefnet"):
+        parse(arguments)
+        if arguments[0] in ("train", "prepare") and len(arguments) > 1:
+            overrides = [argument for argument in arguments[2:] if re.match(r"[a-z_]+\.[a-z_]+=", argument)]
+            load_recipe(arguments[1] if arguments[1] in shipped_recipes() else "sample", parse_overrides(overrides))
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["check"], ["check", "sample", "--nonsense"]])
+def test_a_wrong_command_is_noticed(arguments):
+    with pytest.raises(Exception, match=r"nonsense|Missing"):
+        parse(arguments)
+
+
+@every_document
+def test_every_python_script_that_is_run_exists(document):
+    for arguments in shell_lines(document, "python"):
+        assert arguments[0].startswith("-") or (ROOT / arguments[0]).is_file(), arguments
+
+
+@every_document
+def test_relative_links_point_to_something(document):
+    text = FENCE.sub("", document.read_text(encoding="utf-8"))
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        file, _, heading = link.partition("#")
+        target = (document.parent / file).resolve() if file else document
+        assert target.exists(), link
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], link
+
+
+def test_every_yaml_block_is_a_description_or_a_recipe():
+    kinds = set()
+    for text in blocks(OWN_DATA, "yaml"):
+        values = yaml.safe_load(text)
+        kind = load_recipe if "name" in values else TableDescription.model_validate
+        kind(values)
+        kinds.add(kind)
+    assert len(kinds) == 2
+
+
+def test_the_example_of_own_data_loads_without_a_remark_and_divides(tmp_path):
+    table, new = blocks(OWN_DATA, "csv")
+    (tmp_path / "table.csv").write_text(table)
+    (tmp_path / "dataset.yaml").write_text(blocks(OWN_DATA, "yaml")[0])
+    (tmp_path / "photos").mkdir()
+    for line in table.splitlines()[1:]:
+        cv2.imwrite(str(tmp_path / "photos" / line.split(",")[0]), np.full((8, 8, 3), 128, np.uint8))
+    dataset = load_dataset("csv_table", tmp_path)
+    assert not dataset.remarks
+    assert len(dataset.with_image) == 13
+    split = split_dataset(dataset)
+    assert set(split["split"]) == {"train", "val", "test"}
+    names = [field.name for field in dataset.schema.fields]
+    assert set(new.splitlines()[0].split(",")) <= {"image", *names}
+
+
+def test_every_message_of_the_list_is_one_of_the_software():
+    source = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "src").rglob("*.py")))
+    section = OWN_DATA.read_text(encoding="utf-8").split("## Messages")[1]
+    messages = [code for line in section.splitlines() if line.startswith("| `") for code in re.findall(r"`([^`]+)`", line.split(" | ")[0])]
+    assert len(messages) > 20
+    assert not [message for message in messages if message not in source]
+
+
+def test_the_leaks_in_protocols_are_those_that_are_measured(real_pad, real_isic):
+    text = (ROOT / "docs" / "protocols.md").read_text(encoding="utf-8")
+    for name, root, kinds in (("pad_ufes_20", real_pad, ("patient", "lesion")), ("isic_2019", real_isic, ("lesion",))):
+        dataset = load_dataset(name, root)
+        shares = leakage(dataset, split_dataset(dataset, "paper"))
+        for kind in kinds:
+            worst, share = max(shares[kind]["per_class"].items(), key=lambda item: item[1])
+            title = dataset.schema.title
+            row = f"| {kind}, {title} | {shares[kind]['train']:.1%} | {shares[kind]['train_or_val']:.1%} | {worst} {share:.1%} |"
+            assert row in text
+
+
+def test_the_counts_in_limitations_are_those_of_the_data(real_pad):
+    text = (ROOT / "docs" / "limitations.md").read_text(encoding="utf-8")
+    table = load_dataset("pad_ufes_20", real_pad).table
+    assert f"**{table['fitspatrick'].isin(['5', '6']).sum()} rows**" in text
+    assert f"none at all in {table['fitspatrick'].isna().sum()}" in text
+    assert f"{len(table):,} smartphone photographs, {table['patient_id'].nunique():,} patients" in text
+    assert f"({(table['grew'] == 'UNK').sum()} and {(table['changed'] == 'UNK').sum()} rows)" in text
+
+
+def test_citation_and_changelog_name_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert citation["version"] == dualrefnet.__version__
+    assert citation["preferred-citation"]["type"] == "article"
+    assert f"## [{dualrefnet.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_hooks_download_nothing():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    assert [repository["repo"] for repository in config["repos"]] == ["local"]
+    assert all(hook["language"] == "system" for repository in config["repos"] for hook in repository["hooks"])
+
+
+def test_every_benchmark_is_listed():
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert not [path.name for path in (ROOT / "benchmarks").glob("*.py") if f"`{path.name}`" not in text]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "options", "rows"),
+    [
+        ("store_filling", ["--count", "4", "--rounds", "1"], 4),
+        ("loader", ["--count", "8", "--batch-size", "4", "--rounds", "1"], 3),
+        ("training_step", ["--batch-size", "2", "--size", "32", "--rounds", "1"], 5),
+        ("peak_memory", ["--count", "64", "--batch-size", "2", "--steps", "1"], 4),
+    ],
+)
+def test_every_benchmark_runs(script, options, rows, tmp_path):
+    subprocess.run([sys.executable, ROOT / "benchmarks" / f"{script}.py", *options, "--out", tmp_path], check=True)
+    (result,) = tmp_path.glob(f"*-torch*-{script}*.csv")
+    table = pd.read_csv(result)
+    # A machine with native bf16 measures fp32 besides.
+    assert len(table) in (rows, rows + (script == "training_step"))
+    assert (table["value"] > 0).all()

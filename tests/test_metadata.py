@@ -1,0 +1,277 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dualrefnet.data.adapters import load_dataset
+from dualrefnet.data.metadata import MetadataEncoder
+from dualrefnet.data.schema import DatasetSchema, MetadataField
+from dualrefnet.errors import DataError
+from dualrefnet.recipe import MetadataSection
+
+AGE = MetadataField(name="age", kind="numeric", tier="M1", minimum=0, maximum=120)
+ITCH = MetadataField(name="itch", kind="boolean", tier="M1", missing_codes=("UNK",))
+LAND = MetadataField(
+    name="land", kind="categorical", categories=("ITALY", "BRAZIL", "BRASIL"), missing_codes=("UNK",), aliases={"BRASIL": "BRAZIL"}
+)
+SITE = MetadataField(name="site", kind="categorical")
+SIZE = MetadataField(name="size", kind="numeric", minimum=0)
+SCHEMA = DatasetSchema(name="t", title="T", classes=("A", "B"), fields=(AGE, ITCH, LAND, SITE, SIZE))
+NAMES = [
+    *("age", "itch_False", "itch_True", "itch_UNK", "land_ITALY", "land_BRAZIL", "land_UNK"),
+    *("site_arm", "site_leg", "size", "missing_land", "missing_site", "missing_size"),
+]
+
+ROWS = pd.DataFrame(
+    {
+        "age": [40.0, 60.0, 40.0, 60.0],
+        "itch": ["True", "False", "UNK", "True"],
+        "land": ["ITALY", "BRASIL", "UNK", np.nan],
+        "site": ["leg", "arm", "leg", np.nan],
+        "size": [2.0, 4.0, 6.0, np.nan],
+        "label": ["A", "B", "A", "B"],
+    }
+)
+SD = np.sqrt(8 / 3)
+
+
+@pytest.fixture(autouse=True)
+def _short_imputer(monkeypatch):
+    # What the imputer learns is tested in test_imputation; here it only has to be there.
+    monkeypatch.setattr("dualrefnet.data.imputation.STEPS", 10)
+
+
+def fit(rows=ROWS, schema=SCHEMA, **section):
+    return MetadataEncoder.fit(rows, schema, MetadataSection(**section))
+
+
+def same(one, other):
+    return json.dumps(one.to_json()) == json.dumps(other.to_json())
+
+
+def test_two_rows_by_hand():
+    encoder = fit(tier="M3", imputation="zero")
+    assert encoder.names == NAMES
+    assert encoder.width == 13
+    encoded = encoder.encode(ROWS.iloc[[1, 3]])
+    np.testing.assert_allclose(
+        encoded.values,
+        [
+            [1, 1, 0, 0, 0, 1, 0, 1, 0, 0, 0, 0, 0],
+            [1, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1],
+        ],
+        atol=1e-6,
+    )
+    assert encoded.values.dtype == np.float32
+    assert encoded.missing.tolist() == [[False] * 5, [False, False, True, True, True]]
+    assert not encoded.rejected.any()
+    assert encoded.remarks == []
+    np.testing.assert_allclose(encoder.encode(ROWS).values[:3, 9], [-2 / SD, 0, 2 / SD], atol=1e-6)
+
+
+def test_raw_and_zero_writes_the_number_itself_and_zero_for_a_gap():
+    encoded = fit(imputation="zero", scale="raw").encode(ROWS)
+    np.testing.assert_allclose(encoded.values[:, 0], [40, 60, 40, 60], rtol=1e-6)
+    np.testing.assert_allclose(encoded.values[:, 9], [2, 4, 6, 0], rtol=1e-6)
+    assert (encoded.values[3, 4:9] == 0).all()
+
+
+def test_raw_and_neural_writes_an_observed_number_for_a_gap():
+    encoded = fit(scale="raw").encode(ROWS)
+    np.testing.assert_allclose(encoded.values[:3, 9], [2, 4, 6], rtol=1e-6)
+    assert np.isclose(encoded.values[3, 9], [2, 4, 6]).any()
+    assert encoded.missing[3].tolist() == [False, False, True, True, True]
+
+
+def test_unk_is_a_level_or_missing():
+    level = fit(imputation="zero", unknown="level").encode(ROWS)
+    assert level.values[2, 3] == level.values[2, 6] == 1
+    assert not level.missing[2].any()
+    encoder = fit(imputation="zero", unknown="missing")
+    missing = encoder.encode(ROWS)
+    assert "itch_UNK" not in encoder.names
+    assert "missing_itch" in encoder.names
+    assert missing.missing[2].tolist() == [False, True, True, False, False]
+    assert not missing.rejected.any()
+
+
+def test_an_alias_is_one_category_or_two():
+    merged, apart = fit(imputation="zero"), fit(imputation="zero", merge_aliases=False)
+    assert "land_BRASIL" not in merged.names
+    assert "land_BRASIL" in apart.names
+    assert merged.encode(ROWS).values[1, merged.names.index("land_BRAZIL")] == 1
+    assert apart.encode(ROWS).values[1, apart.names.index("land_BRASIL")] == 1
+
+
+def test_an_alias_seen_alone_still_has_a_column_when_categories_are_learned():
+    field = MetadataField(name="land", kind="categorical", aliases={"BRASIL": "BRAZIL"}, missing_codes=("UNK",))
+    encoder = fit(ROWS, SCHEMA.model_copy(update={"fields": (field,)}), imputation="zero", tier="M2")
+    assert encoder.names == ["land_BRAZIL", "land_ITALY", "land_UNK"]
+    assert encoder.encode(pd.DataFrame({"land": ["BRASIL", "BRAZIL"]})).values.tolist() == [[1, 0, 0]] * 2
+
+
+def test_a_missing_code_among_the_categories_is_one_column():
+    field = MetadataField(name="land", kind="categorical", categories=("ITALY", "UNK"), missing_codes=("UNK",))
+    assert fit(ROWS, SCHEMA.model_copy(update={"fields": (field,)}), imputation="zero", tier="M2").names == ["land_ITALY", "land_UNK"]
+
+
+def test_the_tiers_choose_the_fields_and_m3_alone_has_the_mask():
+    names = {tier: fit(tier=tier, imputation="zero").names for tier in ("M0", "M1", "M2", "M3")}
+    assert names["M0"] == []
+    assert names["M1"] == NAMES[:4]
+    assert names["M2"] == NAMES[:10]
+    assert names["M3"] == NAMES
+
+
+def test_m0_encodes_to_no_columns():
+    for imputation in ("zero", "neural"):
+        encoded = fit(tier="M0", imputation=imputation).encode(ROWS)
+        assert encoded.values.shape == (4, 0)
+        assert encoded.remarks == []
+
+
+def test_the_mask_says_what_was_missing_also_when_it_was_filled():
+    zero, neural = fit(imputation="zero").encode(ROWS), fit().encode(ROWS)
+    np.testing.assert_array_equal(zero.values[:, 10:], neural.values[:, 10:])
+    assert neural.values[3, 10:].tolist() == [1, 1, 1]
+    # Filled categories are one of the categories; observed ones are as they were.
+    assert neural.values[3, 4:7].sum() == neural.values[3, 7:9].sum() == 1
+    np.testing.assert_array_equal(zero.values[:3], neural.values[:3])
+
+
+def test_a_tier_without_fields_is_refused_with_what_to_choose():
+    with pytest.raises(DataError, match=r"choose metadata\.tier M2 or M3"):
+        fit(schema=SCHEMA.model_copy(update={"fields": (SITE,)}), tier="M1")
+    with pytest.raises(DataError, match=r"choose metadata\.tier M0"):
+        fit(schema=SCHEMA.model_copy(update={"fields": ()}), tier="M3")
+
+
+def test_an_unknown_category_and_an_unbelievable_number_are_missing_rejected_and_remarked_on_without_the_value():
+    rows = pd.DataFrame({"age": [300], "itch": ["maybe"], "land": ["ATLANTIS"], "site": ["UNK"], "size": [None]})
+    encoded = fit(imputation="zero").encode(rows)
+    assert encoded.missing.tolist() == [[True] * 5]
+    assert encoded.rejected.tolist() == [[True, True, True, True, False]]
+    assert len(encoded.remarks) == 4
+    said = " ".join(encoded.remarks)
+    assert not any(value in said for value in ("300", "maybe", "ATLANTIS"))
+
+
+def test_absent_columns_are_missing_and_named():
+    encoded = fit(imputation="zero").encode(pd.DataFrame({"age": [40, 60]}))
+    assert encoded.missing.tolist() == [[False, True, True, True, True]] * 2
+    assert encoded.remarks == ["columns absent, treated as missing: itch, land, site, size"]
+    assert not encoded.rejected.any()
+
+
+def test_raw_spellings_are_understood():
+    encoder = fit(imputation="zero")
+    raw = pd.DataFrame({"age": ["60"], "itch": ["no"], "land": [" BRAZIL"], "site": ["arm "], "size": ["4"]})
+    np.testing.assert_allclose(encoder.encode(raw).values, encoder.encode(ROWS.iloc[[1]]).values)
+
+
+def test_text_in_a_number_is_an_error():
+    with pytest.raises(DataError, match="age must be a number"):
+        fit(imputation="zero").encode(pd.DataFrame({"age": ["old"]}))
+
+
+def test_the_order_of_rows_columns_and_the_index_do_not_matter():
+    encoder = fit()
+    together = encoder.encode(ROWS).values
+    for row in range(len(ROWS)):
+        alone = ROWS.iloc[[row], ::-1].set_index(pd.Index([7]))
+        np.testing.assert_array_equal(encoder.encode(alone).values[0], together[row])
+    doubled = pd.concat([ROWS, ROWS])
+    np.testing.assert_array_equal(encoder.encode(doubled).values, np.concatenate([together, together]))
+
+
+def test_encoding_does_not_change_the_rows():
+    before = ROWS.copy(deep=True)
+    fit().encode(ROWS)
+    pd.testing.assert_frame_equal(ROWS, before)
+
+
+@pytest.mark.parametrize("section", [{}, {"imputation": "zero"}, {"scale": "raw", "unknown": "missing"}, {"tier": "M0"}, {"tier": "M2"}])
+def test_plain_json_gives_the_same_encoder_to_the_bit(section):
+    encoder = fit(**section)
+    rebuilt = MetadataEncoder.from_json(json.loads(json.dumps(encoder.to_json(), allow_nan=False)))
+    assert rebuilt.names == encoder.names
+    np.testing.assert_array_equal(rebuilt.encode(ROWS).values, encoder.encode(ROWS).values)
+    assert same(rebuilt, encoder)
+
+
+@settings(max_examples=5, deadline=None)
+@given(labels=st.permutations(["A", "B", "A", "B"]))
+def test_the_label_is_never_looked_at(labels):
+    assert same(fit(ROWS.assign(label=labels)), fit())
+    assert same(fit(ROWS.drop(columns="label")), fit())
+
+
+def test_a_field_of_one_value_and_one_that_was_never_answered():
+    rows = ROWS.assign(age=50.0, size=np.nan, site=np.nan)
+    for section in ({}, {"imputation": "zero"}, {"scale": "raw"}):
+        encoded = fit(rows, **section).encode(rows.assign(size=[1.0, 2.0, np.nan, np.nan]))
+        assert np.isfinite(encoded.values).all()
+        assert "site_arm" not in fit(rows, **section).names
+
+
+answers = {
+    "age": st.none() | st.floats(0, 120) | st.sampled_from(["", "50", "-3", "1e9"]),
+    "itch": st.none() | st.booleans() | st.sampled_from(["yes", "UNK", "0", "what"]),
+    "land": st.none() | st.sampled_from(["ITALY", "BRASIL", "UNK", "", "MARS"]),
+    "site": st.none() | st.text(max_size=3) | st.integers(0, 3),
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(st.fixed_dictionaries({}, optional=answers), min_size=1, max_size=5))
+def test_any_form_is_encoded_to_finite_numbers_that_say_what_was_missing(rows):
+    encoder = fit(imputation="zero")
+    encoded = encoder.encode(pd.DataFrame(rows, index=range(len(rows)), dtype=object))
+    assert encoded.values.shape == (len(rows), encoder.width)
+    assert np.isfinite(encoded.values).all()
+    assert (encoded.missing | ~encoded.rejected).all()
+    filled = encoded.values[:, encoder.names.index("itch_False") : encoder.names.index("itch_UNK") + 1].sum(axis=1)
+    np.testing.assert_array_equal(filled, ~encoded.missing[:, 1])
+
+
+def test_fit_sees_the_training_rows_alone(sample_root):
+    dataset = load_dataset("sample", sample_root)
+    train, rest = dataset.table.iloc[:80], dataset.table.iloc[80:].copy()
+    rest["age"], rest["region"] = 119.0, "LIP"
+    changed = pd.concat([train, rest])
+    assert same(fit(train, dataset.schema), fit(changed.iloc[:80], dataset.schema))
+    assert not same(fit(train, dataset.schema), fit(changed, dataset.schema))
+
+
+@pytest.mark.parametrize(
+    ("section", "width"),
+    [
+        ({"tier": "M2", "imputation": "zero", "scale": "raw", "merge_aliases": False}, 81),
+        ({"tier": "M2", "unknown": "missing", "merge_aliases": False}, 73),
+        ({"tier": "M1"}, 33),
+        ({"tier": "M3"}, 80 + 13),
+    ],
+)
+def test_the_encodings_of_pad_have_the_widths_of_the_literature(real_pad, section, width):
+    dataset = load_dataset("pad_ufes_20", real_pad)
+    encoder = fit(dataset.table, dataset.schema, **section)
+    assert encoder.width == len(set(encoder.names)) == width
+    encoded = encoder.encode(dataset.table)
+    assert encoded.values.shape == (2298, width)
+    assert not encoded.rejected.any()
+    assert encoded.remarks == []
+    if section.get("imputation") == "zero":
+        # Rows without the 13 columns are zero there, as in the literature's encoding.
+        gap = dataset.table["smoke"].isna().to_numpy()
+        assert (encoded.values[gap][:, [encoder.names.index(name) for name in ("smoke_True", "diameter_1", "gender_MALE")]] == 0).all()
+        np.testing.assert_allclose(encoded.values[:, encoder.names.index("age")], dataset.table["age"], rtol=1e-5)
+
+
+def test_the_encoding_of_isic_has_eleven_columns(real_isic):
+    dataset = load_dataset("isic_2019", real_isic)
+    encoder = fit(dataset.table, dataset.schema, tier="M2", imputation="zero")
+    assert encoder.width == len(set(encoder.names)) == 11
+    assert not encoder.encode(dataset.table).rejected.any()
