@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-all lint format benchmarks clean
+.PHONY: help setup demo test test-all lint format clean
 
 help:
 	@echo "make setup   install the locked versions into .venv"

@@ -1,3 +1,4 @@
+import sys
 import threading
 
 import cv2
@@ -137,19 +138,23 @@ def test_settings_of_one_call_do_not_stay_for_the_next():
 
 
 def test_threads_do_not_disturb_each_other():
-    pictures = [photograph(seed) for seed in range(4)]
-    settings_ = [(1.0, 12), (3.0, 4), (2.0, 8), (1.0, 2)]
-    expected = [clahe_lightness(picture, *setting) for picture, setting in zip(pictures, settings_, strict=True)]
+    pictures = [photograph(seed, side=60) for seed in range(4)]
+    choices = [(1.0, 12), (3.0, 4), (2.0, 8), (1.0, 2)]
+    expected = [clahe_lightness(picture, *choice) for picture, choice in zip(pictures, choices, strict=True)]
     wrong = []
 
     def work(index):
-        for _ in range(15):
-            if (clahe_lightness(pictures[index], *settings_[index]) != expected[index]).any():
+        for _ in range(100):
+            if (clahe_lightness(pictures[index], *choices[index]) != expected[index]).any():
                 wrong.append(index)
 
+    interval = sys.getswitchinterval()
+    # Threads take turns as often as they can, so that a shared filter would be met by chance at once.
+    sys.setswitchinterval(1e-6)
     threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    sys.setswitchinterval(interval)
     assert wrong == []

@@ -94,7 +94,7 @@ def fit(
         "data": {"dataset": "csv_table", "root": str(data), "protocol": "grouped"},
         "metadata": {"tier": "M3" if fields else "M0"},
         "model": {"method": "dualrefnet", "backbone": "efficientnet_lite0", "dropout": 0.2},
-        "loss": {"classification": 1.0, "penalty_strength": 0.003},
+        "loss": {"classification": 1.0, "penalty_strength": 0.003, "class_weights": "logit_adjustment"},
         "training": {"epochs": epochs},
     }
     chosen = load_recipe(recipe, {key.replace("__", "."): value for key, value in overrides.items()})
