@@ -1,4 +1,3 @@
-import sys
 import threading
 
 import cv2
@@ -138,23 +137,19 @@ def test_settings_of_one_call_do_not_stay_for_the_next():
 
 
 def test_threads_do_not_disturb_each_other():
-    pictures = [photograph(seed, side=60) for seed in range(4)]
-    choices = [(1.0, 12), (3.0, 4), (2.0, 8), (1.0, 2)]
-    expected = [clahe_lightness(picture, *choice) for picture, choice in zip(pictures, choices, strict=True)]
+    # Sides that the grid doesn't divide: OpenCV's filter then also keeps an enlarged copy of the picture in its buffers.
+    pictures = [photograph(seed, side=250 + 30 * seed) for seed in range(4)]
+    expected = [clahe_lightness(picture) for picture in pictures]
     wrong = []
 
     def work(index):
-        for _ in range(100):
-            if (clahe_lightness(pictures[index], *choices[index]) != expected[index]).any():
+        for _ in range(30):
+            if (clahe_lightness(pictures[index]) != expected[index]).any():
                 wrong.append(index)
 
-    interval = sys.getswitchinterval()
-    # Threads take turns as often as they can, so that a shared filter would be met by chance at once.
-    sys.setswitchinterval(1e-6)
     threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    sys.setswitchinterval(interval)
     assert wrong == []

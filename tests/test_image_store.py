@@ -240,8 +240,8 @@ def test_two_processes_at_once_fill_one_right_store_and_decode_each_picture_once
     processes = [start(table, cache, tmp_path) for _ in range(2)]
     for process in processes:
         assert process.stdout.readline() == "ready\n"
-    said = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
+    said = [process.stdout.read() for process in processes]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
     assert sum(text.count("decoded") for text in said) == COUNT
     assert right(fill_store(table, SECTION, cache=cache), table)
     assert decoded == []

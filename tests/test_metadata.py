@@ -140,8 +140,8 @@ def test_the_mask_says_what_was_missing_also_when_it_was_filled():
     # Filled categories are one of the categories; observed ones are as they were.
     assert neural.values[3, 4:7].sum() == neural.values[3, 7:9].sum() == 1
     np.testing.assert_array_equal(zero.values[:3], neural.values[:3])
-    one_gap = ROWS.iloc[[1]].assign(site=np.nan)
-    assert fit().encode(one_gap).values[0, 10:].tolist() == [0, 1, 0]
+    one_gap = ROWS.iloc[[1]].assign(land=np.nan)
+    assert fit().encode(one_gap).values[0, 10:].tolist() == [1, 0, 0]
 
 
 def test_a_tier_without_fields_is_refused_with_what_to_choose():

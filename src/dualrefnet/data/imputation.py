@@ -89,7 +89,7 @@ class NeuralImputer:
                     guess, truth = output[known, span.start : span.stop], x[rows][known, span.start : span.stop]
                     loss = loss + (functional.mse_loss(guess, truth) if span.numeric else functional.cross_entropy(guess, truth))
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step()
         finally:
             torch.set_num_threads(threads)

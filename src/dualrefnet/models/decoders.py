@@ -98,9 +98,9 @@ class _Planes(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Shuffle."""
-        height, width = features.shape[-2:]
-        subpixels = features.unflatten(1, (3, self.upscale, self.upscale))
-        return subpixels.permute(0, 1, 4, 2, 5, 3).reshape(-1, 3, height * self.upscale, width * self.upscale)
+        batch, _, height, width = features.shape
+        subpixels = features.view(batch, 3, self.upscale, self.upscale, height, width)
+        return subpixels.permute(0, 1, 4, 2, 5, 3).reshape(batch, 3, height * self.upscale, width * self.upscale)
 
 
 def _equal_subpixels(convolution: nn.Conv2d, upscale: int) -> None:
