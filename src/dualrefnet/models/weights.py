@@ -104,7 +104,7 @@ def resolve_weights(backbone: str, weights: str) -> ResolvedWeights:
     if weights == "none":
         return ResolvedWeights(WeightsSource("none", "random, not pretrained", None, IMAGENET_MEAN, IMAGENET_STD), None)
     if weights == "hub":
-        return _from_hub(backbone, config, mean, std)
+        return _from_hub(backbone, config, mean, std, tried=[])
     if weights != "auto":
         path = Path(weights).expanduser()
         if not path.is_file():
@@ -120,7 +120,10 @@ def resolve_weights(backbone: str, weights: str) -> ResolvedWeights:
     if package is not None:
         name = PACKAGES[backbone][0]
         return ResolvedWeights(WeightsSource("package", name, sha256_of_file(package), mean, std), package)
-    return _from_hub(backbone, config, mean, std)
+    tried = [f"no file for it in {folder}" if folder else f"{WEIGHTS_VARIABLE} isn't set"]
+    if backbone in PACKAGES:
+        tried.append(f"package {PACKAGES[backbone][0]} isn't installed")
+    return _from_hub(backbone, config, mean, std, tried)
 
 
 def load_weights(module: nn.Module, backbone: str, resolved: ResolvedWeights) -> WeightsSource:
@@ -247,15 +250,15 @@ def _from_file(path: Path, mean: Triple, std: Triple) -> ResolvedWeights:
     return ResolvedWeights(WeightsSource("file", path.name, sha256_of_file(path), mean, std, options), path)
 
 
-def _from_hub(backbone: str, config: Any, mean: Triple, std: Triple) -> ResolvedWeights:
+def _from_hub(backbone: str, config: Any, mean: Triple, std: Triple, tried: list[str]) -> ResolvedWeights:
     repository = config.hf_hub_id
     # The cache is asked first: it works offline, and a second run has the same weights as the first.
     cached = try_to_load_from_cache(repository, HUB_FILE)
-    path = Path(cached) if isinstance(cached, str) else _download(backbone, repository)
+    path = Path(cached) if isinstance(cached, str) else _download(backbone, repository, tried)
     return ResolvedWeights(WeightsSource("hub", repository, sha256_of_file(path), mean, std), path)
 
 
-def _download(backbone: str, repository: str) -> Path:
+def _download(backbone: str, repository: str, tried: list[str]) -> Path:
     try:
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in hub_constants.ENV_VARS_TRUE_VALUES:
             raise ConnectionError("HF_HUB_OFFLINE is set")
@@ -265,15 +268,10 @@ def _download(backbone: str, repository: str) -> Path:
     # The client passes on the errors of whatever HTTP library it uses.
     except Exception as error:
         reason = "HF_HUB_OFFLINE is set" if "HF_HUB_OFFLINE" in str(error) else f"out of reach ({type(error).__name__})"
-        folder = weights_folder()
-        tried = [f"no file for it in {folder}" if folder else f"{WEIGHTS_VARIABLE} isn't set"]
-        if backbone in PACKAGES:
-            tried.append(f"package {PACKAGES[backbone][0]} isn't installed")
-        tried.append(f"hub {repository}: {reason}")
-        place = folder or f"a folder, set {WEIGHTS_VARIABLE} to it"
+        place = weights_folder() or f"a folder, set {WEIGHTS_VARIABLE} to it"
+        said = "; ".join([*tried, f"hub {repository}: {reason}"])
         raise WeightsError(
-            f"no weights for {backbone}: {'; '.join(tried)}. Put {backbone}.safetensors into {place}, or go online, "
-            f"or say weights none (from scratch)"
+            f"no weights for {backbone}: {said}. Put {backbone}.safetensors into {place}, or go online, or say weights none (from scratch)"
         ) from error
 
 
