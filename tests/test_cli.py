@@ -99,7 +99,7 @@ def test_bad_input_is_one_clear_line(tiny_run: Run, sample_root: Path, tmp_path:
         ("train", tmp_path / "recipe.yaml"): "did you mean 'epochs'",
         ("train", "sample", "training.epochs"): "isn't key=value",
         ("train", "sample", f"data.root={sample_root}", "model.backbone=resnet5", "--out", tmp_path / "r"): "resnet50",
-        ("evaluate", tmp_path): "isn't a run folder",
+        ("evaluate", sample_root): "isn't a run folder",
         ("predict", tiny_run.path, "--images", tmp_path / "nowhere.png", "--out", tmp_path / "o.csv"): "there is no file",
         ("predict", tiny_run.path, "--images", image, "--metadata", tmp_path / "empty.csv", "--out", tmp_path / "o.csv"): "is empty",
         ("fetch", "pad_ufes_20", "--root", tmp_path / "pad"): "--accept-licence",

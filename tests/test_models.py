@@ -10,7 +10,8 @@ from dualrefnet.models.output import Output
 from dualrefnet.models.registry import METHODS, WITHOUT_IMAGE, load_model, new_model
 from dualrefnet.recipe import Recipe, load_recipe
 
-CNNS = [name for name, spec in BACKBONES.items() if spec.kind == "cnn"]
+# A method that reads no image has no encoder: for it one backbone's name is as good as another.
+PAIRS = [(method, name) for method in METHODS for name in BACKBONES if method not in WITHOUT_IMAGE or name == "mobilenet_v2"]
 # Fused length D + 512 of the paper's backbones (D + 512 with the metadata network's last width).
 FUSED = {"vgg13": 1024, "resnet50": 2560, "mobilenet_v2": 1792, "efficientnet_b4": 2304, "densenet121": 1536}
 
@@ -21,14 +22,12 @@ def recipe_of(method: str, backbone: str, **overrides: object) -> Recipe:
 
 
 def gradients_missing(model: nn.Module) -> list[str]:
-    return [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    # A gradient of zero is one: ResNet starts with the last normalisation of each block at zero, and what lies before it waits.
+    return [name for name, parameter in model.named_parameters() if parameter.grad is None]
 
 
-@pytest.mark.parametrize("backbone", list(BACKBONES))
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize(("method", "backbone"), PAIRS)
 def test_every_method_with_every_backbone_keeps_the_contract(method: str, backbone: str, tmp_path) -> None:
-    if method in WITHOUT_IMAGE and backbone != "mobilenet_v2":
-        pytest.skip(f"{method} reads no image: one backbone name is as good as another")
     torch.manual_seed(0)
     # Two pixels of map, so that batch normalisation has something to normalise; transformers take 64 px as well.
     recipe = recipe_of(method, backbone, **{"image.size": 64})

@@ -1,7 +1,8 @@
 """Augmentation of whole batches, on the device that trains.
 
 Drawing the random numbers is apart from applying them: `draw` makes a table with one row an image from (seed, epoch), so
-an image is changed in the same way whichever process or batch it falls into, and any change can be replayed.
+an image is cropped, turned and shaded in the same way whichever process or batch it falls into, and that can be
+replayed; the noise itself is drawn on the device, from torch's generator.
 """
 
 from __future__ import annotations

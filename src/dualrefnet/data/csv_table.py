@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dualrefnet.data.adapters import Dataset, read_csv
-from dualrefnet.data.schema import DatasetSchema, MetadataField, normalise
+from dualrefnet.data.schema import DatasetSchema, MetadataField, normalise, refuse_forbidden_features
 from dualrefnet.errors import DataError
 
 DEFAULT_DESCRIPTION = "dataset.yaml"
@@ -133,6 +133,7 @@ def describe(table: pd.DataFrame, columns: list[str]) -> tuple[MetadataField, ..
         DataError: a column is missing, holds the answer or names the patient, or is free text (more than 50 values).
     """
     fields = []
+    refuse_forbidden_features(columns)
     for name in columns:
         if name not in table.columns:
             raise DataError(f"the table has no column {name!r}; it has: {', '.join(map(str, table.columns))}")

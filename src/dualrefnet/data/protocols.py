@@ -7,6 +7,7 @@ ISIC-2019: one lesion) on two sides.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from typing import Any
 
 import pandas as pd
@@ -119,7 +120,10 @@ def _grouped_sides(dataset: Dataset, fold: int, folds: int, seed: int) -> pd.Ser
     if table["label"].value_counts().max() < folds:
         raise SplitError(f"no class has {folds} images, so there can't be {folds} folds; try fewer folds")
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    parts = [test for _, test in splitter.split(table, table["label"], group)]
+    with warnings.catch_warnings():
+        # Classes with fewer images than folds; `missing_sides` says it in the user's words.
+        warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
+        parts = [test for _, test in splitter.split(table, table["label"], group)]
     sides = pd.Series("train", index=table.index, dtype=object)
     sides.iloc[parts[fold]] = "test"
     sides.iloc[parts[(fold + 1) % folds]] = "val"
