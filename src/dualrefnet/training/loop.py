@@ -21,6 +21,7 @@ from dualrefnet.models.superresolution import make_target, split_native
 from dualrefnet.progress import progress_bar, remark, warn
 from dualrefnet.recipe import Recipe
 from dualrefnet.run import Run
+from dualrefnet.training.allocator import keep_freed_memory
 from dualrefnet.training.checkpoint import load_checkpoint, save_checkpoint
 from dualrefnet.training.losses import DualRefNetLoss
 from dualrefnet.training.optimisation import create_optimizer, create_schedule
@@ -49,6 +50,8 @@ class Trainer:
         if section.device not in ("auto", "cpu", self.device.type):
             raise RunError(f"training.device is {section.device}, and this machine offers {self.device.type}; use training.device=auto")
         self.precision = resolve_precision(section.precision, self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.model, self.recipe, self.run, self.normalisation = model, recipe, run, normalisation
         # Convolutions on pixels-with-their-channels are faster on CPUs and on tensor cores alike.
         self.model.to(self.device).to(memory_format=torch.channels_last)
