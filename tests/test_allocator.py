@@ -8,7 +8,8 @@ CODE = """
 import resource, sys, torch
 from dualrefnet.training.allocator import keep_freed_memory
 told = keep_freed_memory() if sys.argv[1] == "keep" else None
-torch.ones(1 << 24)
+for _ in range(20):  # Until the heap has grown.
+    torch.ones(1 << 24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
     torch.ones(1 << 24)

@@ -1,5 +1,6 @@
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -118,8 +119,12 @@ def test_kill_9_at_any_moment_and_resume_gives_the_same_result(recipe_file: str,
 
 @pytest.mark.slow
 def test_two_processes_train_one_model(recipe_file: str, tmp_path: Path) -> None:
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-                "--dynamo_backend", "no", "--main_process_port", "0", "-m", "dualrefnet")  # fmt: skip
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    # accelerate's --cpu starts several processes through MPI only; --multi_gpu starts them itself, and on CPUs they use gloo.
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+                "--dynamo_backend", "no", "--main_process_port", port, "-m", "dualrefnet")  # fmt: skip
     process = command("train", recipe_file, "--out", str(tmp_path / "run"), launcher=launcher)
     output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output

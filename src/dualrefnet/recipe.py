@@ -105,7 +105,7 @@ class ModelSection(Section):
         "bottleneck", description="plain is the literal reading; none: no auxiliary task"
     )
     target: Literal["bilinear", "bicubic", "native"] = Field(
-        "bicubic", description="x2 image to rebuild; native: the real photograph at 2x size"
+        "bilinear", description="x2 image to rebuild; native: the real photograph at 2x size"
     )
 
 

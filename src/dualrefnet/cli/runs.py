@@ -89,7 +89,8 @@ def train(
 ) -> None:
     """Train and evaluate a recipe; leaves a run folder with the model, predictions and measures.
 
-    Several processes or GPUs: `accelerate launch -m dualrefnet train RECIPE ...`.
+    Several GPUs: `accelerate launch --multi_gpu -m dualrefnet train RECIPE ...`; several processes on CPUs: the same with
+    `--num_processes N` and `training.device=cpu`.
     """
     from dualrefnet.recipe import load_recipe, parse_overrides
     from dualrefnet.training.train import train_recipe
