@@ -277,3 +277,15 @@ def test_the_encoding_of_isic_has_eleven_columns(real_isic):
     encoder = fit(dataset.table, dataset.schema, tier="M2", imputation="zero")
     assert encoder.width == len(set(encoder.names)) == 11
     assert not encoder.encode(dataset.table).rejected.any()
+
+
+def test_the_label_leaking_imputation_reads_the_diagnosis_and_is_useless_without_it():
+    encoder = fit(tier="M2", imputation="label_leaking")
+    assert encoder.leaked_classes == ("A", "B")
+    assert not any("A" in name.split("_") for name in encoder.names), "the diagnosis itself is no column"
+    assert encoder.encode(ROWS).values.shape == (4, encoder.width)
+    again = MetadataEncoder.from_json(json.loads(json.dumps(encoder.to_json())))
+    np.testing.assert_array_equal(again.encode(ROWS).values, encoder.encode(ROWS).values)
+    with pytest.raises(DataError, match="demonstration of a leak"):
+        encoder.encode(ROWS.drop(columns="label"))
+    assert fit(tier="M2").leaked_classes == ()

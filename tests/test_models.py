@@ -1,60 +1,160 @@
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dualrefnet.errors import RecipeError, RunError
 from dualrefnet.files import write_tensors
-from dualrefnet.models.backbones import BACKBONES
-from dualrefnet.models.metadata_encoders import metadata_mlp
+from dualrefnet.models.backbones import BACKBONES, Encoded, EncoderOutput
+from dualrefnet.models.decision_fusion import DecisionFusion
+from dualrefnet.models.method import Method
 from dualrefnet.models.output import Output
-from dualrefnet.models.registry import METHODS, WITHOUT_IMAGE, load_model, new_model
-from dualrefnet.recipe import Recipe, load_recipe
+from dualrefnet.models.registry import METHODS, count_parameters, load_model, new_model
+from dualrefnet.recipe import WITH_DECODER, Recipe, load_recipe
 
+# With transformers only methods that are special there are always tested: a decoder, taps, the encoder of the publication.
+QUICK = ("dualrefnet", "visual", "deepmetaforge")
+PAIRS = [
+    pytest.param(backbone, method, marks=[pytest.mark.slow] if spec.kind == "transformer" and method not in QUICK else [])
+    for backbone, spec in BACKBONES.items()
+    for method in METHODS
+    if METHODS[method].reads_image
+]
 # A method that reads no image has no encoder: for it one backbone's name is as good as another.
-PAIRS = [(method, name) for method in METHODS for name in BACKBONES if method not in WITHOUT_IMAGE or name == "mobilenet_v2"]
+IMAGELESS = [("mobilenet_v2", name) for name, method in METHODS.items() if not method.reads_image]
 # Fused length D + 512 of the paper's backbones (D + 512 with the metadata network's last width).
 FUSED = {"vgg13": 1024, "resnet50": 2560, "mobilenet_v2": 1792, "efficientnet_b4": 2304, "densenet121": 1536}
+# Four columns of values, and four that say which of them are missing.
+WIDTH, CLASSES = 8, 6
 
 
 def recipe_of(method: str, backbone: str, **overrides: object) -> Recipe:
     values = {"model.method": method, "model.backbone": backbone, "model.weights": "none", "image.size": 32}
+    if method == "ensemble":
+        # Three transformers would be a gigabyte.
+        values["model.members"] = (backbone, "mobilenet_v2", "efficientnet_lite0")
     return load_recipe({"name": "contract"}, {**values, **overrides})
 
 
-def gradients_missing(model: nn.Module) -> list[str]:
+def without_gradient(model: nn.Module) -> set[str]:
     # A gradient of zero is one: ResNet starts with the last normalisation of each block at zero, and what lies before it waits.
-    return [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    return {name for name, parameter in model.named_parameters() if parameter.grad is None}
 
 
-@pytest.mark.parametrize(("method", "backbone"), PAIRS)
-def test_every_method_with_every_backbone_keeps_the_contract(method: str, backbone: str, tmp_path) -> None:
+def everything(output: Output) -> Tensor:
+    parts = [output.logits, *output.heads.values(), *([] if output.reconstruction is None else [output.reconstruction])]
+    return torch.stack([part.square().mean() for part in parts]).sum()
+
+
+@pytest.mark.parametrize(("backbone", "method"), [*PAIRS, *IMAGELESS])
+def test_every_method_with_every_backbone_keeps_the_contract(backbone: str, method: str, tmp_path) -> None:
     torch.manual_seed(0)
     # Two pixels of map, so that batch normalisation has something to normalise; transformers take 64 px as well.
-    recipe = recipe_of(method, backbone, **{"image.size": 64})
-    model, architecture, source = new_model(recipe, metadata_width=7, classes=6)
-    image, metadata = torch.randn(2, 3, 64, 64), torch.randn(2, 7)
-    output = model.train()(None if method in WITHOUT_IMAGE else image, metadata)
+    model, architecture, sources = new_model(recipe_of(method, backbone, **{"image.size": 64}), WIDTH, CLASSES)
+    assert isinstance(model, METHODS[method])
+    assert [source["kind"] for source in sources] == ["none"] * max(1, len(model.encoders))
+    image, form = torch.randn(2, 3, 64, 64) if METHODS[method].reads_image else None, torch.randn(2, WIDTH)
+
+    output = model.train()(image, form)
     assert isinstance(output, Output)
-    assert output.logits.shape == (2, 6)
-    assert output.features.shape[0] == 2
-    total = output.logits.square().sum()
-    if method == "dualrefnet":
-        assert output.reconstruction is not None
+    assert output.logits.shape == (2, CLASSES)
+    assert output.features.dim() == 2
+    assert len(output.features) == 2
+    assert all(scores.shape == (2, CLASSES) for scores in output.heads.values())
+    assert (output.reconstruction is None) is (method not in WITH_DECODER)
+    if output.reconstruction is not None:
         assert output.reconstruction.shape == (2, 3, 128, 128)
-        total = total + output.reconstruction.square().sum()
-    else:
-        assert output.reconstruction is None
-    total.backward()
-    assert gradients_missing(model) == []
+    everything(output).backward()
+    assert without_gradient(model) == set()
+
     model.eval()
+    if hasattr(model, "decision"):
+        model.decision.weights.copy_(torch.tensor([0.5, 0.25, 0.25]))
     with torch.no_grad():
-        before = model(image, metadata)
-    assert before.reconstruction is None, "inference must not pay for the decoder"
+        before = model(image, form)
+        assert before.reconstruction is None, "inference must not pay for the decoder"
+        # A form of which nothing is known: zeros alone, and zeros with the columns that say so.
+        for empty in (torch.zeros(2, WIDTH), torch.cat([torch.zeros(2, 4), torch.ones(2, 4)], dim=1)):
+            assert torch.isfinite(model(image, empty).logits).all()
+
     write_tensors(tmp_path / "model.safetensors", model.state_dict())
-    description = {"architecture": architecture.model_dump(mode="json"), "weights": source}
-    again = load_model(description, tmp_path / "model.safetensors").eval()
+    again = load_model({"architecture": architecture.model_dump(mode="json"), "weights": sources}, tmp_path / "model.safetensors").eval()
     with torch.no_grad():
-        assert torch.equal(again(image, metadata).logits, before.logits)
+        assert torch.equal(again(image, form).logits, before.logits)
+
+
+@pytest.mark.parametrize(("backbone", "method"), PAIRS)
+def test_every_method_learns_from_what_frozen_encoders_gave(backbone: str, method: str) -> None:
+    torch.manual_seed(0)
+    recipe = recipe_of(method, backbone, **{"image.size": 64, "training.encoder": "frozen"})
+    model, _, _ = new_model(recipe, WIDTH, CLASSES)
+    image, form = torch.randn(2, 3, 64, 64), torch.randn(2, WIDTH)
+    given: list[EncoderOutput] = []
+    hooks = [encoder.register_forward_hook(lambda module, inputs, output: given.append(output)) for encoder in model.encoders]
+    with torch.no_grad():
+        from_image = model.eval()(image, form)
+    for hook in hooks:
+        hook.remove()
+    # The map is as a rule not kept: only methods that say so may read it.
+    kept = Encoded(tuple(output if model.maps(recipe.model) else output._replace(map=None) for output in given))
+    with torch.no_grad():
+        assert torch.equal(model(kept, form).logits, from_image.logits)
+    everything(model.train()(kept, form)).backward()
+    assert without_gradient(model) == {name for name, _ in model.named_parameters() if name.startswith("encoders.")}
+
+
+# BEiT normalises its vector after its map: a fusion that read the map alone would leave that layer without a gradient.
+@pytest.mark.parametrize(
+    ("backbone", "key", "value"),
+    [
+        ("mobilenet_v2", "fusion", "hadamard"),
+        ("mobilenet_v2", "fusion", "cross_attention"),
+        ("beit_b_16", "fusion", "cross_attention"),
+        ("mobilenet_v2", "metadata_encoder", "attention"),
+        ("mobilenet_v2", "metadata_encoder", "transformer"),
+    ],
+)
+def test_in_every_ablation_every_parameter_gets_a_gradient(backbone: str, key: str, value: str) -> None:
+    overrides = {"image.size": 64, "model.decoder": "none", f"model.{key}": value}
+    model, _, _ = new_model(recipe_of("dualrefnet", backbone, **overrides), WIDTH, CLASSES)
+    everything(model.train()(torch.randn(2, 3, 64, 64), torch.randn(2, WIDTH))).backward()
+    assert without_gradient(model) == set()
+
+
+def test_cross_attention_learns_from_kept_maps_and_asks_for_them() -> None:
+    overrides = {"model.fusion": "cross_attention", "training.encoder": "frozen"}
+    recipe = recipe_of("dualrefnet", "mobilenet_v2", **overrides)
+    model = new_model(recipe, WIDTH, CLASSES)[0].eval()
+    assert model.maps(recipe.model)
+    assert not model.maps(recipe_of("dualrefnet", "mobilenet_v2").model)
+    image, form = torch.randn(2, 3, 32, 32), torch.randn(2, WIDTH)
+    with torch.no_grad():
+        assert torch.equal(model(Encoded((model.encoder(image),)), form).logits, model(image, form).logits)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_the_image_baseline_ignores_the_form(method: str) -> None:
+    torch.manual_seed(0)
+    model = new_model(recipe_of(method, "mobilenet_v2"), 5, CLASSES)[0].eval()
+    image = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        answers = [model(image, torch.full((1, 5), value)).logits for value in (0.0, 1.0)]
+    assert torch.equal(*answers) is (method == "no_metadata")
+
+
+def test_every_method_says_what_it_is() -> None:
+    for name, method in METHODS.items():
+        assert method.title, name
+        assert method.reference, name
+    assert len({method.title for method in METHODS.values()}) == len(METHODS)
+    # A method that fills in what isn't known says so where a reader of the code looks, too.
+    for method in METHODS.values():
+        if method.reconstruction:
+            assert any(word in str(method.__doc__) for word in ("reconstruction", "our reading", "Not faithful")), method.title
+
+
+def test_the_penalty_acts_on_the_heads_of_dualrefnet_and_of_its_metadata_alone() -> None:
+    heads = {name: new_model(recipe_of(name, "mobilenet_v2"), 5, CLASSES)[0].penalised for name in METHODS}
+    assert {name for name, head in heads.items() if head is not None} == {"dualrefnet", "metadata_only"}
 
 
 @pytest.mark.parametrize(("backbone", "fused"), FUSED.items())
@@ -65,39 +165,49 @@ def test_fused_lengths_are_those_of_the_specification(backbone: str, fused: int)
     assert model.head.classifier.out_features == 6
 
 
-def test_the_metadata_network_has_four_layers_and_no_last_relu() -> None:
-    network = metadata_mlp(73, (64, 128, 256, 512))
-    assert [layer.out_features for layer in network if isinstance(layer, nn.Linear)] == [64, 128, 256, 512]
-    assert [type(layer) for layer in network][-2:] == [nn.ReLU, nn.Linear]
-    assert (network(torch.randn(64, 73)) < 0).any()
-
-
-def test_without_metadata_the_image_vector_is_classified_alone() -> None:
-    model, _, _ = new_model(recipe_of("dualrefnet", "mobilenet_v2", **{"metadata.tier": "M0", "model.decoder": "none"}), 0, 6)
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.needs_metadata])
+def test_without_metadata_the_image_vector_is_classified_alone(method: str) -> None:
+    model, _, _ = new_model(recipe_of(method, "mobilenet_v2", **{"metadata.tier": "M0", "model.decoder": "none"}), 0, CLASSES)
     output = model.train()(torch.randn(2, 3, 32, 32), torch.empty(2, 0))
     assert output.features.shape == (2, 1280)
     assert output.reconstruction is None
 
 
-def test_metadata_change_the_answer_of_dualrefnet_and_not_of_the_image_baseline() -> None:
-    image = torch.randn(1, 3, 32, 32)
-    for method, changes in (("dualrefnet", True), ("no_metadata", False)):
-        model = new_model(recipe_of(method, "mobilenet_v2"), 5, 6)[0].eval()
-        with torch.no_grad():
-            answers = [model(image, torch.full((1, 5), value)).logits for value in (0.0, 1.0)]
-        assert torch.equal(*answers) is not changes
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.needs_metadata and method.reads_image])
+def test_a_method_that_needs_a_form_refuses_to_go_without(method: str) -> None:
+    with pytest.raises(RecipeError, match=f"{method} needs metadata"):
+        new_model(recipe_of(method, "mobilenet_v2", **{"metadata.tier": "M0"}), 0, CLASSES)
+
+
+def test_an_ensemble_without_members_has_three_encoders_of_one_backbone() -> None:
+    three, architecture, sources = new_model(recipe_of("ensemble", "mobilenet_v2", **{"model.members": ()}), 5, CLASSES)
+    assert architecture.backbones == ("mobilenet_v2",) * 3
+    assert [encoder.position for encoder in three.encoders] == [0, 1, 2]
+    assert len(sources) == 3
+    one = new_model(recipe_of("no_metadata", "mobilenet_v2"), 5, CLASSES)[0]
+    assert count_parameters(three.encoders) == 3 * count_parameters(one.encoder)
+
+
+def test_a_model_that_is_loaded_expects_the_images_of_the_one_that_was_saved(tmp_path) -> None:
+    model, architecture, sources = new_model(recipe_of("ensemble", "mobilenet_v2"), 5, CLASSES)
+    model.scales[1] = 3.0
+    write_tensors(tmp_path / "model.safetensors", model.state_dict())
+    sources[2] |= {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    again = load_model({"architecture": architecture.model_dump(mode="json"), "weights": sources}, tmp_path / "model.safetensors")
+    assert (again.encoders[2].mean, again.encoders[2].std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert torch.equal(again.scales, model.scales)
 
 
 def test_unknown_names_are_refused_with_the_names_there_are() -> None:
-    with pytest.raises(RecipeError, match=r"dualrefnt.*dualrefnet, no_metadata"):
-        new_model(recipe_of("dualrefnt", "mobilenet_v2"), 5, 6)
+    with pytest.raises(RecipeError, match=r"dualrefnt.*did you mean 'dualrefnet'.*dualrefnet, auxnet, no_metadata"):
+        new_model(recipe_of("dualrefnt", "mobilenet_v2"), 5, CLASSES)
     with pytest.raises(RecipeError, match="resnet50"):
-        new_model(recipe_of("dualrefnet", "resnet-50"), 5, 6)
+        new_model(recipe_of("dualrefnet", "resnet-50"), 5, CLASSES)
 
 
 def test_missing_or_foreign_parameters_are_refused(tmp_path) -> None:
-    _, architecture, source = new_model(recipe_of("metadata_only", "mobilenet_v2"), 5, 6)
-    description = {"architecture": architecture.model_dump(mode="json"), "weights": source}
+    _, architecture, sources = new_model(recipe_of("metadata_only", "mobilenet_v2"), 5, CLASSES)
+    description = {"architecture": architecture.model_dump(mode="json"), "weights": sources}
     with pytest.raises(RunError, match="first epoch"):
         load_model(description, tmp_path / "model.safetensors")
     write_tensors(tmp_path / "model.safetensors", {"other": torch.zeros(1)})
@@ -106,3 +216,22 @@ def test_missing_or_foreign_parameters_are_refused(tmp_path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"no tensors at all")
     with pytest.raises(RunError, match="doesn't fit"):
         load_model(description, tmp_path / "model.safetensors")
+    description["architecture"]["section"]["method"] = "of_the_future"
+    with pytest.raises(RunError, match="of_the_future"):
+        load_model(description, tmp_path / "model.safetensors")
+
+
+def test_methods_with_several_heads_decide_by_all_of_them() -> None:
+    several = {name for name in METHODS if isinstance(getattr(small(name), "decision", None), DecisionFusion)}
+    assert several == {"jif_mmfa", "ensemble"}
+    for name in several:
+        model, image, form = small(name), torch.randn(2, 3, 32, 32), torch.randn(2, 5)
+        trained, asked = model.train()(image, form), model.eval()(image, form)
+        assert len(trained.heads) == 2
+        assert tuple(asked.heads) == model.decision.names
+        mean = torch.stack([scores.softmax(dim=1) for scores in asked.heads.values()]).mean(dim=0)
+        torch.testing.assert_close(asked.logits.exp(), mean)
+
+
+def small(method: str) -> Method:
+    return new_model(recipe_of(method, "mobilenet_v2"), 5, CLASSES)[0]

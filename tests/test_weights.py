@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from dualrefnet.errors import RecipeError, WeightsError
 from dualrefnet.files import sha256_of_file
 from dualrefnet.models import weights as weights_module
-from dualrefnet.models.backbones import create_encoder
+from dualrefnet.models.backbones import BACKBONES, create_encoder
 from dualrefnet.models.weights import (
     IMAGENET_MEAN,
     WEIGHTS_VARIABLE,
@@ -274,6 +274,44 @@ def test_position_embeddings_are_resampled_to_another_image_size(tmp_path):
     assert large.pos_embed.shape == (1, 1 + 36, 768)
     torch.testing.assert_close(large.pos_embed[:, 0].detach(), torch.full((1, 768), 7.0))
     torch.testing.assert_close(large.pos_embed[:, 1:].detach(), torch.full((1, 36, 768), 3.0))
+
+
+@pytest.mark.parametrize(("backbone", "shape"), [("beit_b_16", (52, 12)), ("swin_b", (961, 4))])
+def test_tables_of_relative_places_are_resized_to_another_image_size(tmp_path, backbone, shape):
+    spec = BACKBONES[backbone]
+    sizes = {"beit_b_16": {"depth": 1}, "swin_b": {"depths": (1, 1, 1, 1)}}[backbone]
+    saved = timm.create_model(spec.timm_name, num_classes=0, img_size=224, **sizes)
+    # Windows as large as the whole map of patches: a table of another size for both.
+    other = {"window_size": 16} if backbone == "swin_b" else {}
+    module = timm.create_model(spec.timm_name, num_classes=0, img_size=64, **sizes, **other)
+    name = next(name for name in saved.state_dict() if name.endswith("relative_position_bias_table"))
+    with torch.no_grad():
+        saved.get_parameter(name)[:] = torch.arange(float(shape[1]))
+        if backbone == "beit_b_16":
+            # The last three rows are those of the class token, which has no place.
+            saved.get_parameter(name)[-3:] = 9.0
+    path = tmp_path / f"{backbone}.safetensors"
+    save_file(saved.state_dict(), path)
+    weights_module.load_weights(module, backbone, resolve_weights(backbone, str(path)))
+    table = module.get_parameter(name).detach()
+    assert table.shape == shape
+    places = table[:-3] if backbone == "beit_b_16" else table
+    torch.testing.assert_close(places, torch.arange(float(shape[1])).expand(len(places), -1), atol=1e-4, rtol=0)
+    if backbone == "beit_b_16":
+        torch.testing.assert_close(table[-3:], torch.full((3, 12), 9.0))
+
+
+def test_a_beit_of_224_pixels_fits_the_network_of_64(tmp_path):
+    path = tmp_path / "beit.pth"
+    state = create_encoder("beit_b_16", weights="none", image_size=224).body.state_dict()
+    assert state["blocks.0.attn.relative_position_bias_table"].shape == (732, 12)
+    torch.save({**state, "head.weight": torch.zeros(1000, 768), "head.bias": torch.zeros(1000)}, path)
+    encoder = create_encoder("beit_b_16", weights=str(path), image_size=64)
+    own = encoder.body.state_dict()
+    assert {name for name in own if own[name].shape != state[name].shape} == {
+        f"blocks.{block}.attn.relative_position_bias_table" for block in range(12)
+    }
+    assert all(torch.equal(own[name], state[name]) for name in own if own[name].shape == state[name].shape)
 
 
 def test_the_names_of_torchvision_are_understood(tmp_path):

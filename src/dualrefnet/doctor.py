@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from dualrefnet.data.adapters import DATA_VARIABLE, load_dataset
-from dualrefnet.data.image_store import default_cache
+from dualrefnet.data.disk import default_cache
 from dualrefnet.errors import DataError
 
 

@@ -48,8 +48,10 @@ class MetadataSection(Section):
     tier: Literal["M0", "M1", "M2", "M3"] = Field(
         "M3", description="M0 none, M1 always recorded, M2 all fields, M3 all and what is missing"
     )
-    imputation: Literal["neural", "zero"] = Field(
-        "neural", description="missing fields: predicted without labels, or zero (which shows that they are missing)"
+    imputation: Literal["neural", "zero", "label_leaking"] = Field(
+        "neural",
+        description="missing fields: predicted without labels; zero (which shows that they are missing); "
+        "label_leaking: predicted from the diagnosis, only to demonstrate that leak: such a model can't be used",
     )
     unknown: Literal["level", "missing"] = Field("level", description="codes such as UNK: a category of its own, or missing")
     scale: Literal["zscore", "raw"] = Field("zscore", description="numbers: standardised with the training mean and sd, or as they are")
@@ -95,18 +97,32 @@ class AugmentationSection(Section):
 class ModelSection(Section):
     """The architecture."""
 
-    method: str = Field("dualrefnet", description="dualrefnet, no_metadata (image only) or metadata_only")
+    method: str = Field("dualrefnet", description="the system: dualrefnet, auxnet, metablock, ...; `dualrefnet methods` lists them")
     backbone: str = Field("mobilenet_v2", description="image encoder, by its paper name; `dualrefnet doctor` lists them")
+    members: tuple[str, ...] = Field(
+        (), description="ensemble: its image encoders; as published efficientnet_b4, densenet121, resnet50; empty: three of `backbone`"
+    )
     weights: str = Field("auto", description="auto: local file, installed package, then hub; hub; none (from scratch); or a file")
+    metadata_encoder: Literal["mlp", "attention", "transformer"] = Field(
+        "mlp", description="dualrefnet, auxnet: the four-layer network; the same on columns weighted by attention; or a transformer"
+    )
     metadata_widths: tuple[int, ...] = Field((64, 128, 256, 512), description="layers of the metadata network")
+    fusion: Literal["concat", "hadamard", "cross_attention"] = Field(
+        "concat", description="dualrefnet, auxnet: concatenation; product; or four heads of attention from the metadata to the image"
+    )
+    combination_factor: float = Field(0.8, gt=0, lt=1, description="concat: share of image features in the fused vector")
+    metanet_variant: Literal["original", "mb_compat"] = Field(
+        "original", description="metanet: one gate a channel; mb_compat: the re-implementation behind the published table"
+    )
     hidden: int = Field(256, ge=1, description="width of the layer before the classifier")
     dropout: float = Field(0.0, ge=0, lt=1, description="before the classifier and after the fused vector")
     decoder: Literal["bottleneck", "plain", "none"] = Field(
-        "bottleneck", description="plain is the literal reading; none: no auxiliary task"
+        "bottleneck", description="dualrefnet, auxnet: plain is the literal reading; none: no auxiliary task"
     )
-    target: Literal["bilinear", "bicubic", "native"] = Field(
-        "bilinear", description="x2 image to rebuild; native: the real photograph at 2x size"
+    target: Literal["bilinear", "bicubic", "native", "carn_m", "ninasr_b0", "ninasr_b1", "edsr"] = Field(
+        "bilinear", description="x2 image to rebuild: interpolated; native: the real photograph at 2x size; or made by a network"
     )
+    target_weights: str = Field("auto", description="weights of the network that makes the target: auto, or a file")
 
 
 class LossSection(Section):
@@ -131,6 +147,9 @@ class LossSection(Section):
 class TrainingSection(Section):
     """How the parameters are found."""
 
+    encoder: Literal["fine_tuned", "frozen"] = Field(
+        "fine_tuned", description="frozen: image features are computed once and the rest is trained on them: seconds a run, no augmentation"
+    )
     epochs: int = Field(12, ge=1)
     batch_size: int = Field(32, ge=2)
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -160,6 +179,10 @@ class EvaluationSection(Section):
     batch_size: int = Field(64, ge=1)
 
 
+# Methods with the super-resolution branch.
+WITH_DECODER = ("dualrefnet", "auxnet")
+
+
 class Recipe(Section):
     """Everything a run needs. See the YAML files that ship in `dualrefnet/recipes/`."""
 
@@ -175,6 +198,11 @@ class Recipe(Section):
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
 
+    @property
+    def rebuilds_image(self) -> bool:
+        """True if the auxiliary task is part of the training: a frozen encoder has nothing to learn from it."""
+        return self.model.method in WITH_DECODER and self.model.decoder != "none" and self.training.encoder == "fine_tuned"
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         if self.data.fold >= self.data.folds:
@@ -183,6 +211,8 @@ class Recipe(Section):
             raise ValueError(f"data.fold is for the protocol grouped-cv; {self.data.protocol} has one split")
         if self.model.method == "metadata_only" and self.metadata.tier == "M0":
             raise ValueError("model.method metadata_only needs metadata: set metadata.tier to M1, M2 or M3")
+        if self.model.members and self.model.method != "ensemble":
+            raise ValueError(f"model.members is for model.method ensemble, not {self.model.method}")
         if self.data.rows == "all" and self.model.method != "metadata_only":
             raise ValueError(f"data.rows all is for model.method metadata_only; {self.model.method} needs images")
         if self.data.description is not None and self.data.dataset != "csv_table":

@@ -143,7 +143,7 @@ def write_split(run: Run, split: pd.DataFrame) -> None:
 
 
 def fingerprint(
-    recipe: Recipe, dataset: Dataset, split: pd.DataFrame, weights: dict[str, Any], precision: str, processes: int
+    recipe: Recipe, dataset: Dataset, split: pd.DataFrame, weights: list[dict[str, Any]], precision: str, processes: int
 ) -> dict[str, Any]:
     """Describe all that a number depends on: versions, code, data, seed, hardware and the weights that it started from."""
     names = ("torch", "torchvision", "timm", "accelerate", "opencv-python-headless", "pillow", "numpy", "pandas", "scikit-learn")

@@ -1,4 +1,4 @@
-"""Commands about runs: doctor, demo, recipes, prepare, train, evaluate, predict."""
+"""Commands about runs: doctor, demo, methods, recipes, prepare, train, evaluate, predict."""
 
 from __future__ import annotations
 
@@ -49,6 +49,19 @@ def demo(
     run = run_demo(out)
     _print_metrics(run.metrics)
     typer.echo(f"The run folder is {run.path}; try: dualrefnet predict {run.path} --images {out}/data/images --out predictions.csv")
+
+
+@app.command()
+def methods() -> None:
+    """List the methods that can be trained: `train RECIPE model.method=NAME`. Where a system is a reconstruction, it says so."""
+    from rich.table import Table
+
+    from dualrefnet.models.registry import METHODS
+
+    table = Table("name", "method", "published", "filled in by us", show_lines=True)
+    for name, method in METHODS.items():
+        table.add_row(name, method.title, method.reference, method.reconstruction or "–")
+    Console().print(table)
 
 
 @app.command()

@@ -12,9 +12,7 @@ While it is filled the folder ends in `.partial`; a killed filling goes on where
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -25,23 +23,17 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dualrefnet.data.decode import decode_image
+from dualrefnet.data.disk import Lock, default_cache, disk_error, reserve
 from dualrefnet.data.preprocessing import preprocess
 from dualrefnet.errors import DataError, ImageError
 from dualrefnet.files import read_json, sha256_of_json, write_csv, write_json
 from dualrefnet.recipe import ImageSection
 
 PENDING, READY, BROKEN = 0, 1, 2
-CACHE_VARIABLE = "DUALREFNET_CACHE"
 # The layout of the folder and the meaning of the settings; part of the fingerprint.
 FORMAT = 1
 
 Progress = Callable[[int, int], None]
-
-
-def default_cache() -> Path:
-    """Return the folder for stores: `$DUALREFNET_CACHE`, else `dualrefnet` in the user's cache folder."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dualrefnet"
 
 
 @dataclass(frozen=True)
@@ -141,7 +133,7 @@ def fill_store(
     partial = final.with_name(final.name + ".partial")
     folder.mkdir(parents=True, exist_ok=True)
     ids = [str(value) for value in table["image_id"]]
-    with _Lock(final.with_name(final.name + ".lock")):
+    with Lock(final.with_name(final.name + ".lock")):
         if final.is_dir():
             return open_store(final)
         partial.mkdir(exist_ok=True)
@@ -155,27 +147,9 @@ def fill_store(
 
 def _reserve(partial: Path, count: int, side: int) -> NDArray[np.uint8]:
     """Take the disk space before any work, and return what an earlier, killed filling has done (N bytes)."""
-    size = count * side * side * 3
-    images, status = partial / "images.u8", partial / "status.u8"
-    have = images.stat().st_size if images.exists() else 0
-    free = shutil.disk_usage(partial).free
-    if have != size:
+    status = partial / "status.u8"
+    if reserve(partial / "images.u8", count * side * side * 3, extra=count):
         status.unlink(missing_ok=True)
-        if free + have < size + count:
-            raise DataError(
-                f"the image store needs {size / 2**30:.2f} GiB in {partial.parent} and {free / 2**30:.2f} GiB are free; "
-                f"free some space, or set {CACHE_VARIABLE} to a folder on a larger disk"
-            )
-        try:
-            with images.open("wb") as file:
-                # Space that is only promised (a sparse file) would end in a crash of the map when the disk is full.
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, size)
-                else:
-                    file.truncate(size)
-        except OSError as error:
-            images.unlink(missing_ok=True)
-            raise _disk_error(error, partial) from error
     if not status.exists() or status.stat().st_size != count:
         status.write_bytes(bytes(count))
     return np.fromfile(status, dtype=np.uint8)
@@ -240,32 +214,5 @@ def _fill(
                     future.cancel()
     # Out here, since closing a file writes what it still holds and may find the disk full once more.
     except OSError as error:
-        raise _disk_error(error, partial) from error
+        raise disk_error(error, partial) from error
     return {image_id: reasons[image_id] for image_id in ids if image_id in reasons}
-
-
-def _disk_error(error: OSError, partial: Path) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DataError(
-            f"the disk is full: {partial.parent} has no room for the image store; what is done is kept, free some space and run again"
-        )
-    return error
-
-
-class _Lock:
-    """One process fills a store; another one that wants the same store waits for it."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        self._file = self._path.open("w")
-        try:
-            import fcntl
-
-            fcntl.flock(self._file, fcntl.LOCK_EX)
-        except ImportError:  # Windows has no flock; two fillings at once then write the same bytes twice.
-            pass
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dualrefnet.data.derived_store import DerivedStore
 from dualrefnet.data.image_store import ImageStore
 
 
@@ -20,15 +21,19 @@ class Batch:
 
     Attributes:
         rows: (B,) positions in the examples, for looking up draws of the augmentation.
-        images: (B, 3, S, S) uint8, or None for methods that read no image.
+        images: (B, 3, S, S) uint8, or None for methods that read no image, or features in its place.
         metadata: (B, M) float32.
         labels: (B,) int64.
+        features: for each frozen encoder the parts of its features, (B, ...) each; empty if encoders are trained.
+        targets: (B, 3, 2S, 2S) uint8, the auxiliary task's stored targets, or None.
     """
 
     rows: NDArray[np.int64]
     images: Tensor | None
     metadata: Tensor
     labels: Tensor
+    features: tuple[dict[str, Tensor], ...] = ()
+    targets: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class Examples:
         metadata: (N, M) float32.
         store: the image store, or None for methods that read no image.
         store_rows: (N,) rows in the store.
+        features: stored features of frozen encoders, read instead of pictures.
+        targets: stored targets of the auxiliary task.
     """
 
     image_ids: tuple[str, ...]
@@ -48,17 +55,25 @@ class Examples:
     metadata: NDArray[np.float32]
     store: ImageStore | None
     store_rows: NDArray[np.int64] | None
+    features: tuple[DerivedStore, ...] = ()
+    targets: DerivedStore | None = None
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def batch(self, rows: NDArray[np.int64]) -> Batch:
         """Read the examples at `rows`."""
-        images = None
-        if self.store is not None and self.store_rows is not None:
-            # (B, S, S, 3) seen as (B, 3, S, S): channels_last memory, which is what convolutions like best.
-            images = torch.from_numpy(self.store.read(self.store_rows[rows])).permute(0, 3, 1, 2)
-        return Batch(rows, images, torch.from_numpy(self.metadata[rows]), torch.from_numpy(self.labels[rows]))
+        metadata, labels = torch.from_numpy(self.metadata[rows]), torch.from_numpy(self.labels[rows])
+        if self.store is None or self.store_rows is None:
+            return Batch(rows, None, metadata, labels)
+        places = self.store_rows[rows]
+        if self.features:
+            parts = [{name: torch.from_numpy(value) for name, value in store.read(places).items()} for store in self.features]
+            return Batch(rows, None, metadata, labels, tuple(parts))
+        # (B, S, S, 3) seen as (B, 3, S, S): channels_last memory, which is what convolutions like best.
+        images = torch.from_numpy(self.store.read(places)).permute(0, 3, 1, 2)
+        targets = torch.from_numpy(self.targets.read(places)["target"]).permute(0, 3, 1, 2) if self.targets is not None else None
+        return Batch(rows, images, metadata, labels, targets=targets)
 
     def in_order(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         """Give every example once, in order; process `rank` of `world` gets every world-th one."""

@@ -43,6 +43,7 @@ class MetadataEncoder:
         centre: for every field the mean of the training rows (0 for a category).
         spread: for every field their standard deviation (1 for a category).
         imputer: fills gaps; None: gaps are zero.
+        leaked_classes: the diagnoses that the imputer reads; empty but for the demonstration of that leak.
     """
 
     section: MetadataSection
@@ -51,13 +52,14 @@ class MetadataEncoder:
     centre: tuple[float, ...]
     spread: tuple[float, ...]
     imputer: NeuralImputer | None
+    leaked_classes: tuple[str, ...] = ()
 
     @classmethod
     def fit(cls, rows: pd.DataFrame, schema: DatasetSchema, section: MetadataSection, seed: int = 0) -> MetadataEncoder:
         """Learn categories, means and the imputer from training rows.
 
         Args:
-            rows: training rows of a lesion table; the label isn't looked at.
+            rows: training rows of a lesion table; the label isn't looked at (but by the imputation `label_leaking`).
             schema: what the columns mean.
             section: tier, imputation, scale and so on.
             seed: of the imputer.
@@ -65,6 +67,7 @@ class MetadataEncoder:
         Raises:
             DataError: the tier has no field.
         """
+        classes: tuple[str, ...] = ()
         fields = tuple(field for field in schema.fields if section.tier in ("M2", "M3") or (section.tier == "M1" and field.tier == "M1"))
         if not fields and section.tier != "M0":
             raise DataError(
@@ -87,8 +90,13 @@ class MetadataEncoder:
         if section.imputation == "zero" or not fields:
             return encoder
         columns, missing, _, _ = encoder._observe(rows)
-        imputer = NeuralImputer.fit(columns, missing, encoder._spans(), seed)
-        return cls(section, fields, tuple(levels), tuple(centre), tuple(spread), imputer)
+        spans = encoder._spans()
+        if section.imputation == "label_leaking":
+            classes = schema.classes
+            columns, missing = _with_diagnosis(columns, missing, rows, classes)
+            spans.append(Span(spans[-1].stop, spans[-1].stop + len(classes), False))
+        imputer = NeuralImputer.fit(columns, missing, spans, seed)
+        return cls(section, fields, tuple(levels), tuple(centre), tuple(spread), imputer, classes)
 
     @property
     def names(self) -> list[str]:
@@ -110,10 +118,13 @@ class MetadataEncoder:
             rows: table with any of the fields' columns; raw values are fine (`yes`, 3.0).
 
         Raises:
-            DataError: a numeric column holds text.
+            DataError: a numeric column holds text; or the gaps were filled from the diagnosis, and the rows have none.
         """
         columns, missing, rejected, remarks = self._observe(rows)
-        if self.imputer is not None:
+        if self.imputer is not None and self.leaked_classes:
+            width = columns.shape[1]
+            columns = self.imputer.fill(*_with_diagnosis(columns, missing, rows, self.leaked_classes))[:, :width]
+        elif self.imputer is not None:
             columns = self.imputer.fill(columns, missing)
         if self.section.scale == "raw":
             for index, (field, span) in enumerate(zip(self.fields, self._spans(), strict=True)):
@@ -136,6 +147,7 @@ class MetadataEncoder:
             "spread": list(self.spread),
             "names": self.names,
             "imputer": self.imputer.to_json() if self.imputer else None,
+            "leaked_classes": list(self.leaked_classes),
         }
 
     @classmethod
@@ -148,6 +160,7 @@ class MetadataEncoder:
             tuple(state["centre"]),
             tuple(state["spread"]),
             NeuralImputer.from_json(state["imputer"]) if state["imputer"] else None,
+            tuple(state["leaked_classes"]),
         )
 
     def _masked(self) -> tuple[MetadataField, ...]:
@@ -195,6 +208,19 @@ class MetadataEncoder:
             columns[known, span.start + codes[known]] = 1
             missing[:, index] = codes < 0
         return columns, missing, rejected, remarks
+
+
+def _with_diagnosis(
+    columns: NDArray[np.float32], missing: NDArray[np.bool_], rows: pd.DataFrame, classes: tuple[str, ...]
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Append the diagnosis as one more field, as the imputation does that the paper cites: the leak to be demonstrated."""
+    if "label" not in rows.columns:
+        raise DataError(
+            "this model was trained on metadata whose gaps were filled from the diagnosis (metadata.imputation label_leaking), "
+            "a demonstration of a leak: where the diagnosis isn't known it can't be used"
+        )
+    diagnosis = np.stack([(rows["label"] == label).to_numpy(dtype=np.float32) for label in classes], axis=1)
+    return np.concatenate([columns, diagnosis], axis=1), np.concatenate([missing, np.zeros((len(rows), 1), dtype=bool)], axis=1)
 
 
 def _levels(values: pd.Series, field: MetadataField, section: MetadataSection) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from dualrefnet.data.adapters import Dataset, load_dataset
+from dualrefnet.data.derived_store import DerivedStore
 from dualrefnet.data.image_store import ImageStore, fill_store
 from dualrefnet.data.loader import Examples
 from dualrefnet.data.metadata import MetadataEncoder
@@ -60,7 +61,7 @@ def split_rows(recipe: Recipe, dataset: Dataset, store: ImageStore | None) -> pd
 def fill_recipe_store(recipe: Recipe, dataset: Dataset, cache: Path | None = None, workers: int | None = None) -> ImageStore:
     """Fill the image store that a recipe needs, and say which images are broken."""
     # A native x2 target is the photograph itself at twice the input's side.
-    factor = 2 if recipe.model.method == "dualrefnet" and recipe.model.decoder != "none" and recipe.model.target == "native" else 1
+    factor = 2 if recipe.rebuilds_image and recipe.model.target == "native" else 1
     with progress_bar("preparing images") as show:
         store = fill_store(dataset.with_image, recipe.image, factor * recipe.image.size, cache, workers, show)
     if store.broken:
@@ -70,7 +71,15 @@ def fill_recipe_store(recipe: Recipe, dataset: Dataset, cache: Path | None = Non
     return store
 
 
-def make_examples(dataset: Dataset, split: pd.DataFrame, side: str, encoder: MetadataEncoder, store: ImageStore | None) -> Examples:
+def make_examples(
+    dataset: Dataset,
+    split: pd.DataFrame,
+    side: str,
+    encoder: MetadataEncoder,
+    store: ImageStore | None,
+    features: tuple[DerivedStore, ...] = (),
+    targets: DerivedStore | None = None,
+) -> Examples:
     """Return the examples of one side of a split, in the split's order."""
     rows = side_rows(dataset, split, side)
     position = {label: index for index, label in enumerate(dataset.schema.classes)}
@@ -83,6 +92,8 @@ def make_examples(dataset: Dataset, split: pd.DataFrame, side: str, encoder: Met
         encoded.values,
         store,
         store.rows_of(list(rows["image_id"])) if store is not None else None,
+        features,
+        targets,
     )
 
 

@@ -118,9 +118,9 @@ class Predictor:
         values, warnings = self._encode(metadata)
         images = torch.from_numpy(np.stack(prepared)).permute(0, 3, 1, 2) if self.reads_image else None  # type: ignore[arg-type]
         batch = Batch(np.arange(len(prepared)), images, torch.from_numpy(values), torch.zeros(len(prepared), dtype=torch.int64))
-        logits, _ = predict_logits(self.model, [batch], self._image.size, self._normalisation, self.device)
+        predicted = predict_logits(self.model, [batch], self._image.size, self._normalisation, self.device)
         results = []
-        for row, said in zip(logits.double().softmax(dim=1).tolist(), warnings, strict=True):
+        for row, said in zip(predicted.logits.double().softmax(dim=1).tolist(), warnings, strict=True):
             probabilities = dict(zip(self.classes, row, strict=True))
             malignancy = sum(probabilities[label] for label in self.malignant) if self.malignant else None
             results.append(Prediction(max(probabilities, key=probabilities.__getitem__), probabilities, malignancy, said))

@@ -18,6 +18,7 @@ from dualrefnet.errors import RunError
 from dualrefnet.evaluation.intervals import bootstrap_intervals, with_intervals
 from dualrefnet.evaluation.metrics import compute_metrics
 from dualrefnet.files import write_csv, write_json
+from dualrefnet.models.frozen import fill_features
 from dualrefnet.models.inference import predict_logits
 from dualrefnet.models.registry import load_model
 from dualrefnet.progress import progress_bar
@@ -54,15 +55,17 @@ def evaluate_run(
         raise RunError(f"{len(gone)} images of {run.path / 'split.csv'} are not in {dataset.root}; give the right folder with --root")
     encoder = MetadataEncoder.from_json(description["metadata"])
     normalisation = (tuple(description["preprocessing"]["mean"]), tuple(description["preprocessing"]["std"]))
+    frozen = recipe.training.encoder == "frozen"
+    features = fill_features(recipe, model, store, device) if frozen and store is not None else ()
     tables = []
     for side in SIDES:
-        examples = make_examples(dataset, split, side, encoder, store)
+        examples = make_examples(dataset, split, side, encoder, store, features)
         with progress_bar(f"predicting {side}") as show:
             batches = examples.in_order(recipe.evaluation.batch_size)
-            logits, _ = predict_logits(
+            predicted = predict_logits(
                 model, batches, recipe.image.size, normalisation, device, progress=partial(show, total=len(examples))
             )
-        probabilities = logits.double().softmax(dim=1).numpy()
+        probabilities = predicted.logits.double().softmax(dim=1).numpy()
         tables.append(prediction_table(examples.image_ids, side, examples.labels, probabilities, dataset.schema.classes))
     predictions = pd.concat(tables, ignore_index=True)
     write_csv(run.path / "predictions.csv", predictions)

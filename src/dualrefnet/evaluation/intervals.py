@@ -81,16 +81,15 @@ def bootstrap_intervals(
     classes, malignant = list(classes), list(malignant)
     check_classes(classes, malignant)
     _check_level(level)
-    codes = _group_codes(groups)
+    codes = group_codes(groups)
     resampler = Resampler(labels, probabilities, codes, classes, malignant)
-    drawn = _draw([resampler], samples, seed, progress)[0]
+    drawn = draw([resampler], samples, seed, progress)[0]
 
     values: dict[str, tuple[float, float]] = {}
     for measure, column in drawn.items():
-        defined = column[~np.isnan(column)]
-        if len(defined):
-            low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
-            values[measure] = (float(low), float(high))
+        interval = percentile_interval(column, level)
+        if interval is not None:
+            values[measure] = interval
     present = [classes[index] for index in np.unique(np.asarray(labels))]
     without = {name: int(np.isnan(drawn[f"per_class.{name}.sensitivity"]).sum()) for name in present}
     return Intervals(values, samples=samples, level=level, groups=resampler.group_count, samples_without=without)
@@ -132,7 +131,7 @@ def paired_difference(
     """
     classes, malignant = list(classes), list(malignant)
     check_classes(classes, malignant)
-    codes = _group_codes(groups)
+    codes = group_codes(groups)
     resamplers = [Resampler(labels, probabilities, codes, classes, malignant) for probabilities in (probabilities_a, probabilities_b)]
     whole = np.ones((resamplers[0].group_count, 1))
     points = [resampler.measure(whole) for resampler in resamplers]
@@ -141,20 +140,19 @@ def paired_difference(
     a, b = (float(point[measure][0]) for point in points)
     if np.isnan(a) or np.isnan(b):
         raise ValueError(f"{measure} is undefined on these images")
-    drawn = _draw(resamplers, samples, seed, None)
+    drawn = draw(resamplers, samples, seed, None)
     differences = drawn[0][measure] - drawn[1][measure]
-    differences = differences[~np.isnan(differences)]
-    if not len(differences):
+    interval = percentile_interval(differences, 0.95)
+    if interval is None:
         raise ValueError(f"{measure} is undefined in every bootstrap sample; there are too few images")
-    tail = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
     return {
         "measure": measure,
         "a": a,
         "b": b,
         "difference": a - b,
-        "ci95": [float(value) for value in np.quantile(differences, [0.025, 0.975])],
-        "p": min(1.0, 2 * (tail + 1) / (len(differences) + 1)),
-        "samples": len(differences),
+        "ci95": list(interval),
+        "p": two_sided_p(differences),
+        "samples": int((~np.isnan(differences)).sum()),
         "groups": resamplers[0].group_count,
     }
 
@@ -213,24 +211,23 @@ def with_intervals(metrics: Mapping[str, Any], intervals: Intervals) -> dict[str
     return result
 
 
-def interval_suffix(level: float) -> str:
-    """Return what is added to a measure's name for its interval: `_ci95` for 0.95."""
-    return f"_ci{100 * level:g}"
-
-
-def _beside(values: Mapping[str, Any], intervals: Intervals, prefix: str) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        result[key] = value
-        if prefix + key in intervals:
-            result[key + interval_suffix(intervals.level)] = list(intervals[prefix + key])
-    return result
-
-
-def _draw(
-    resamplers: list[Resampler], samples: int, seed: int, progress: Callable[[int, int], None] | None
+def draw(
+    resamplers: Sequence[Resampler], samples: int, seed: int, progress: Callable[[int, int], None] | None = None
 ) -> list[dict[str, NDArray[np.float64]]]:
-    """Measure every model on the same `samples` draws of groups."""
+    """Measure every model on the same draws of groups.
+
+    Args:
+        resamplers: one a model, all of the same groups.
+        samples: number of draws.
+        seed: of the draws.
+        progress: called with (samples done, samples in all).
+
+    Returns:
+        For each model, measure -> (samples,), NaN where undefined.
+
+    Raises:
+        ValueError: `samples` is below 1.
+    """
     if samples < 1:
         raise ValueError(f"samples must be at least 1, not {samples}")
     groups = resamplers[0].group_count
@@ -246,13 +243,51 @@ def _draw(
     return [{measure: np.concatenate([chunk[measure] for chunk in part]) for measure in part[0]} for part in parts]
 
 
-def _group_codes(groups: ArrayLike) -> NDArray[np.int64]:
+def group_codes(groups: ArrayLike) -> NDArray[np.int64]:
+    """Number the groups 0..G-1 in the order of their first image.
+
+    Raises:
+        ValueError: an image has no group, or there are fewer than 2 groups.
+    """
     codes, names = pd.factorize(np.asarray(groups))
     if (codes < 0).any():
         raise ValueError(f"{int((codes < 0).sum())} images have no group; give each image of an unknown patient a name of its own")
     if len(names) < 2:
         raise ValueError("a bootstrap over patients needs at least 2 patients")
     return codes.astype(np.int64)
+
+
+def percentile_interval(drawn: NDArray[np.float64], level: float) -> tuple[float, float] | None:
+    """Return the interval that holds the share `level` of the defined (not NaN) values; None if there are none."""
+    defined = drawn[~np.isnan(drawn)]
+    if not len(defined):
+        return None
+    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def two_sided_p(differences: NDArray[np.float64]) -> float:
+    """Return twice the smaller tail of bootstrap differences beyond 0, NaN left out.
+
+    Each tail has one sample added, so that p is never 0.
+    """
+    defined = differences[~np.isnan(differences)]
+    tail = min(int((defined <= 0).sum()), int((defined >= 0).sum()))
+    return min(1.0, 2 * (tail + 1) / (len(defined) + 1))
+
+
+def interval_suffix(level: float) -> str:
+    """Return what is added to a measure's name for its interval: `_ci95` for 0.95."""
+    return f"_ci{100 * level:g}"
+
+
+def _beside(values: Mapping[str, Any], intervals: Intervals, prefix: str) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result[key] = value
+        if prefix + key in intervals:
+            result[key + interval_suffix(intervals.level)] = list(intervals[prefix + key])
+    return result
 
 
 def _check_level(level: float) -> None:

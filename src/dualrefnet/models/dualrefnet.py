@@ -2,50 +2,62 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dualrefnet.models.backbones import Encoder
+from dualrefnet.models.backbones import Encoded, Encoder
+from dualrefnet.models.decoders import create_decoder
+from dualrefnet.models.fusion import create_fusion
 from dualrefnet.models.head import Head
-from dualrefnet.models.metadata_encoders import metadata_mlp
+from dualrefnet.models.metadata_encoders import create_metadata_network
+from dualrefnet.models.method import Architecture, Method
 from dualrefnet.models.output import Output
+from dualrefnet.recipe import ModelSection
 
 
-class DualRefNet(nn.Module):
+class DualRefNet(Method):
     """Image encoder and metadata network, concatenated and classified; a decoder rebuilds a x2 image in training.
 
     One forward tells the architecture: FV = [FV_image || FV_meta] (equation 3), the head of two layers, and the
-    auxiliary decoder on the feature map. Without metadata (M = 0) the image vector is classified alone.
+    auxiliary decoder on the feature map. Without metadata (M = 0) the image vector is classified alone. The paper's
+    ablations are settings: `metadata_encoder` (attention, transformer) and `fusion` (cross_attention).
 
     Attributes:
         head: the layers on which the penalty R acts.
         decoder: dropped at inference; None without the auxiliary task.
     """
 
-    reads_image = True
+    title = "DualRefNet"
+    reference = "Khurshid, Singh, Vatsa, Scientific Reports 2025"
+    needs_metadata = False
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        metadata_width: int,
-        classes: int,
-        widths: tuple[int, ...] = (64, 128, 256, 512),
-        hidden: int = 256,
-        dropout: float = 0.0,
-        decoder: nn.Module | None = None,
-    ) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.metadata_network = metadata_mlp(metadata_width, widths) if metadata_width else None
-        self.head = Head(encoder.features + (widths[-1] if metadata_width else 0), hidden, classes, dropout)
-        self.decoder = decoder
+    def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
+        super().__init__(architecture, encoders)
+        section, encoder = architecture.section, encoders[0]
+        self.metadata_network = self.fusion = None
+        features = encoder.features
+        if architecture.metadata_width:
+            self.metadata_network = create_metadata_network(section.metadata_encoder, architecture.metadata_width, section.metadata_widths)
+            self.fusion = create_fusion(section.fusion, encoder.features, section.metadata_widths[-1])
+            features = self.fusion.features
+        self.head = Head(features, section.hidden, architecture.classes, section.dropout)
+        self.decoder = None if section.decoder == "none" else create_decoder(section.decoder, encoder.features, encoder.stride)
 
-    def forward(self, image: Tensor, metadata: Tensor) -> Output:
+    @classmethod
+    def maps(cls, section: ModelSection) -> bool:
+        """Cross-attention looks at the places of the last map."""
+        return section.fusion == "cross_attention"
+
+    @property
+    def penalised(self) -> Head | None:
+        """The head: equation 4."""
+        return self.head
+
+    def forward(self, image: Tensor | Encoded, metadata: Tensor) -> Output:
         """Classify (B, 3, H, W) normalised images with (B, M) encoded metadata."""
         encoded = self.encoder(image)
         features = encoded.vector
-        if self.metadata_network is not None:
-            features = torch.cat([features, self.metadata_network(metadata)], dim=1)
+        if self.metadata_network is not None and self.fusion is not None:
+            features = self.fusion(encoded, self.metadata_network(metadata))
         # The rebuilt image is only needed for its error, so inference doesn't pay for it.
         reconstruction = self.decoder(encoded.map) if self.decoder is not None and self.training else None
         return Output(self.head(features), features, reconstruction, {})

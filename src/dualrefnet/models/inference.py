@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dualrefnet.data.loader import Batch
+from dualrefnet.models.backbones import Encoded, EncoderOutput
 
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 
@@ -46,6 +48,30 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "fp32"
 
 
+class Predicted(NamedTuple):
+    """What a model says of N images.
+
+    Attributes:
+        logits: (N, C) float32, on the CPU.
+        labels: (N,), of the batches.
+        heads: (N, C) logits of each of the model's further heads, by name.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    heads: dict[str, Tensor]
+
+
+def encoded(features: Sequence[Mapping[str, Tensor]], device: torch.device) -> Encoded:
+    """Turn a batch's stored features into what methods take in place of images."""
+    outputs = []
+    for parts in features:
+        moved = {name: value.to(device, torch.float32) for name, value in parts.items()}
+        taps = tuple(moved[name] for name in sorted(moved) if name.startswith("tap"))
+        outputs.append(EncoderOutput(moved.get("map"), moved["vector"], taps))
+    return Encoded(tuple(outputs))
+
+
 @torch.inference_mode()
 def predict_logits(
     model: nn.Module,
@@ -55,7 +81,7 @@ def predict_logits(
     device: torch.device,
     precision: str = "fp32",
     progress: Callable[[int], None] | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Predicted:
     """Run a model over batches in evaluation mode.
 
     Args:
@@ -66,23 +92,25 @@ def predict_logits(
         device: where the model is.
         precision: `fp32` or `bf16`.
         progress: called with the number of images done.
-
-    Returns:
-        (N, C) float32 logits on the CPU, and the (N,) labels of the batches.
     """
     was_training = model.training
     model.eval()
     logits, labels, done = [], [], 0
+    heads: dict[str, list[Tensor]] = {}
     for batch in batches:
-        images = None
-        if batch.images is not None:
+        images: Tensor | Encoded | None = None
+        if batch.features:
+            images = encoded(batch.features, device)
+        elif batch.images is not None:
             images = normalise(to_unit(batch.images.to(device, non_blocking=True), size), normalisation)
         with autocast(device, precision):
             output = model(images, batch.metadata.to(device))
         logits.append(output.logits.float().cpu())
         labels.append(batch.labels)
+        for name, value in output.heads.items():
+            heads.setdefault(name, []).append(value.float().cpu())
         done += len(batch.labels)
         if progress:
             progress(done)
     model.train(was_training)
-    return torch.cat(logits), torch.cat(labels)
+    return Predicted(torch.cat(logits), torch.cat(labels), {name: torch.cat(values) for name, values in heads.items()})

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from dualrefnet.models.backbones import Encoded, Encoder
 from dualrefnet.models.head import Head
-from dualrefnet.models.metadata_encoders import metadata_mlp
+from dualrefnet.models.metadata_encoders import create_metadata_network
+from dualrefnet.models.method import Architecture, Method
 from dualrefnet.models.output import Output
 
 
-class MetadataOnly(nn.Module):
+class MetadataOnly(Method):
     """Metadata network and head of DualRefNet; the image is ignored."""
 
+    title = "Metadata only"
+    reference = "baseline of this project"
     reads_image = False
 
-    def __init__(
-        self, metadata_width: int, classes: int, widths: tuple[int, ...] = (64, 128, 256, 512), hidden: int = 256, dropout: float = 0.0
-    ) -> None:
-        super().__init__()
-        self.metadata_network = metadata_mlp(metadata_width, widths)
-        self.head = Head(widths[-1], hidden, classes, dropout)
+    def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
+        super().__init__(architecture, encoders)
+        section = architecture.section
+        self.metadata_network = create_metadata_network(section.metadata_encoder, architecture.metadata_width, section.metadata_widths)
+        self.head = Head(section.metadata_widths[-1], section.hidden, architecture.classes, section.dropout)
 
-    def forward(self, image: Tensor | None, metadata: Tensor) -> Output:
+    @property
+    def penalised(self) -> Head | None:
+        """The head, as in DualRefNet."""
+        return self.head
+
+    def forward(self, image: Tensor | Encoded | None, metadata: Tensor) -> Output:
         """Classify (B, M) encoded metadata."""
         features = self.metadata_network(metadata)
         return Output(self.head(features), features, None, {})

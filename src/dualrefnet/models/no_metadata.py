@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dualrefnet.models.backbones import Encoder
+from dualrefnet.models.backbones import Encoded, Encoder
+from dualrefnet.models.method import Architecture, Method
 from dualrefnet.models.output import Output
 
 
-class NoMetadata(nn.Module):
-    """Pooled image vector -> dropout -> Linear(C); metadata are ignored."""
+class NoMetadata(Method):
+    """Image vector (D) -> dropout -> Linear(D -> C); metadata are ignored.
 
-    reads_image = True
+    The published network for VGG flattens the last map instead of pooling it; here every encoder gives one vector.
+    """
 
-    def __init__(self, encoder: Encoder, classes: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(encoder.features, classes)
+    title = "No metadata"
+    reference = "baseline of Pacheco and Krohling, MetaBlock, IEEE JBHI 2021"
+    needs_metadata = False
 
-    def forward(self, image: Tensor, metadata: Tensor) -> Output:
+    def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
+        super().__init__(architecture, encoders)
+        self.dropout = nn.Dropout(architecture.section.dropout)
+        self.classifier = nn.Linear(encoders[0].features, architecture.classes)
+
+    def forward(self, image: Tensor | Encoded, metadata: Tensor) -> Output:
         """Classify (B, 3, H, W) normalised images."""
         features = self.encoder(image).vector
         return Output(self.classifier(self.dropout(features)), features, None, {})

@@ -2,97 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from dualrefnet.errors import RecipeError, RunError
-from dualrefnet.models.backbones import Encoder, create_encoder
-from dualrefnet.models.decoders import create_decoder
+from dualrefnet.models.auxnet import AuxNet
+from dualrefnet.models.backbones import create_encoder
+from dualrefnet.models.concat import Concat
+from dualrefnet.models.deepmetaforge import DeepMetaForge
 from dualrefnet.models.dualrefnet import DualRefNet
+from dualrefnet.models.ensemble import Ensemble
+from dualrefnet.models.hmfb import HyperparametricMetadataFusion
+from dualrefnet.models.jif_mmfa import JointIndividualFusion
+from dualrefnet.models.metablock import MetaBlockNet
 from dualrefnet.models.metadata_only import MetadataOnly
+from dualrefnet.models.metanet import MetaNet
+from dualrefnet.models.method import Architecture, Method
 from dualrefnet.models.no_metadata import NoMetadata
+from dualrefnet.models.visual import Visual
 from dualrefnet.models.weights import WeightsSource
 from dualrefnet.recipe import Recipe
 
-
-class Architecture(BaseModel):
-    """All that is needed to build a model again, weights apart; stands in `model.json`.
-
-    Attributes:
-        method: name in `METHODS`.
-        backbone: name of the image encoder.
-        image_size: side of the input, pixels.
-        metadata_width: M, length of an encoded form.
-        classes: C.
-        metadata_widths: layers of the metadata network.
-        hidden: width of the layer before the classifier.
-        dropout: probability.
-        decoder: `bottleneck`, `plain` or `none`.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    method: str
-    backbone: str
-    image_size: int
-    metadata_width: int
-    classes: int
-    metadata_widths: tuple[int, ...]
-    hidden: int
-    dropout: float
-    decoder: str
-
-
-def _dualrefnet(architecture: Architecture, encoder: Encoder | None) -> nn.Module:
-    assert encoder is not None
-    decoder = None if architecture.decoder == "none" else create_decoder(architecture.decoder, encoder.features, encoder.stride)
-    return DualRefNet(
-        encoder,
-        architecture.metadata_width,
-        architecture.classes,
-        architecture.metadata_widths,
-        architecture.hidden,
-        architecture.dropout,
-        decoder,
-    )
-
-
-def _no_metadata(architecture: Architecture, encoder: Encoder | None) -> nn.Module:
-    assert encoder is not None
-    return NoMetadata(encoder, architecture.classes, architecture.dropout)
-
-
-def _metadata_only(architecture: Architecture, encoder: Encoder | None) -> nn.Module:
-    return MetadataOnly(
-        architecture.metadata_width, architecture.classes, architecture.metadata_widths, architecture.hidden, architecture.dropout
-    )
-
-
-METHODS: dict[str, Callable[[Architecture, Encoder | None], nn.Module]] = {
-    "dualrefnet": _dualrefnet,
-    "no_metadata": _no_metadata,
-    "metadata_only": _metadata_only,
+METHODS: dict[str, type[Method]] = {
+    "dualrefnet": DualRefNet,
+    "auxnet": AuxNet,
+    "no_metadata": NoMetadata,
+    "metadata_only": MetadataOnly,
+    "concat": Concat,
+    "metanet": MetaNet,
+    "metablock": MetaBlockNet,
+    "hmfb": HyperparametricMetadataFusion,
+    "visual": Visual,
+    "deepmetaforge": DeepMetaForge,
+    "jif_mmfa": JointIndividualFusion,
+    "ensemble": Ensemble,
 }
-WITHOUT_IMAGE = frozenset({"metadata_only"})
+NEUTRAL = (0.5, 0.5, 0.5)
 
 
-def check_method(method: str) -> None:
-    """Refuse an unknown method.
+def check_method(recipe: Recipe) -> type[Method]:
+    """Return the method of a recipe.
 
     Raises:
-        RecipeError: naming the methods there are.
+        RecipeError: there is none of that name (the message names those there are), or it can't work without a form.
     """
-    if method not in METHODS:
-        raise RecipeError(f"model.method: there is no method {method!r}; there are: {', '.join(METHODS)}")
+    name = recipe.model.method
+    if name not in METHODS:
+        close = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise RecipeError(f"model.method: there is no method {name!r}{hint} (there are: {', '.join(METHODS)})")
+    if METHODS[name].needs_metadata and recipe.metadata.tier == "M0":
+        raise RecipeError(f"model.method {name} needs metadata: set metadata.tier to M1, M2 or M3, or take no_metadata")
+    return METHODS[name]
 
 
-def new_model(recipe: Recipe, metadata_width: int, classes: int) -> tuple[nn.Module, Architecture, dict[str, Any]]:
+def new_model(recipe: Recipe, metadata_width: int, classes: int) -> tuple[Method, Architecture, list[dict[str, Any]]]:
     """Build the model of a recipe with the weights it starts from.
 
     Args:
@@ -101,33 +71,29 @@ def new_model(recipe: Recipe, metadata_width: int, classes: int) -> tuple[nn.Mod
         classes: C.
 
     Returns:
-        The model, its description, and the record of the encoder's weights (with `mean` and `std`).
+        The model, its description, and the record of each encoder's weights (with `mean` and `std`); a method that reads
+        no image has one record that says so.
 
     Raises:
         RecipeError: unknown method or backbone.
         WeightsError: the weights aren't to be had.
     """
-    check_method(recipe.model.method)
-    encoder = None
-    if recipe.model.method not in WITHOUT_IMAGE:
-        encoder = create_encoder(recipe.model.backbone, recipe.model.weights, recipe.image.size)
-    neutral = (0.5, 0.5, 0.5)
-    source = encoder.weights if encoder else WeightsSource("none", "no image encoder", None, neutral, neutral)
-    architecture = Architecture(
-        method=recipe.model.method,
-        backbone=recipe.model.backbone,
-        image_size=recipe.image.size,
-        metadata_width=metadata_width,
-        classes=classes,
-        metadata_widths=recipe.model.metadata_widths,
-        hidden=recipe.model.hidden,
-        dropout=recipe.model.dropout,
-        decoder=recipe.model.decoder,
-    )
-    return METHODS[architecture.method](architecture, encoder), architecture, source.as_dict()
+    method, section = check_method(recipe), recipe.model
+    if not recipe.rebuilds_image:
+        section = section.model_copy(update={"decoder": "none"})
+    architecture = Architecture(image_size=recipe.image.size, metadata_width=metadata_width, classes=classes, section=section)
+    encoders = []
+    for position, name in enumerate(architecture.backbones if method.reads_image else ()):
+        encoders.append(create_encoder(name, section.weights, recipe.image.size, None, method.taps(section), position))
+    model = method(architecture, encoders)
+    if recipe.training.encoder == "frozen":
+        for encoder in encoders:
+            encoder.freeze()
+    sources = [encoder.weights for encoder in encoders] or [WeightsSource("none", "no image encoder", None, NEUTRAL, NEUTRAL)]
+    return model, architecture, [source.as_dict() for source in sources]
 
 
-def load_model(description: Mapping[str, Any], weights_file: Path) -> nn.Module:
+def load_model(description: Mapping[str, Any], weights_file: Path) -> Method:
     """Build a trained model.
 
     Args:
@@ -140,13 +106,25 @@ def load_model(description: Mapping[str, Any], weights_file: Path) -> nn.Module:
     if not weights_file.is_file():
         raise RunError(f"there is no {weights_file}: the run's first epoch isn't over (`dualrefnet train ... --resume`)")
     architecture = Architecture.model_validate(description["architecture"])
-    check_method(architecture.method)
-    encoder = None
-    if architecture.method not in WITHOUT_IMAGE:
-        encoder = create_encoder(architecture.backbone, "none", architecture.image_size, description["weights"]["options"])
-    model = METHODS[architecture.method](architecture, encoder)
+    section = architecture.section
+    if section.method not in METHODS:
+        raise RunError(f"{weights_file.parent} holds a model of method {section.method!r}, which this version doesn't know")
+    method = METHODS[section.method]
+    encoders = []
+    for position, name in enumerate(architecture.backbones if method.reads_image else ()):
+        source = description["weights"][position]
+        encoder = create_encoder(name, "none", architecture.image_size, source["options"], method.taps(section), position)
+        # Built without its weights file, the encoder doesn't know what images it expects; the record does.
+        encoder.mean, encoder.std = tuple(source["mean"]), tuple(source["std"])
+        encoders.append(encoder)
+    model = method(architecture, encoders)
     try:
         model.load_state_dict(load_file(str(weights_file)))
     except (RuntimeError, OSError, SafetensorError) as error:
         raise RunError(f"{weights_file} doesn't fit its model.json: {str(error).splitlines()[0]}") from error
     return model
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -25,7 +25,7 @@ from huggingface_hub import constants as hub_constants
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from safetensors.torch import load_file
 from timm.layers.pos_embed import resample_abs_pos_embed
-from timm.models import swin_transformer
+from timm.models import beit, swin_transformer
 from torch import Tensor, nn
 
 from dualrefnet.errors import WeightsError
@@ -301,6 +301,8 @@ def _adapt(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
     """Rename what torchvision names otherwise, and fit position embeddings to the model's image size."""
     if isinstance(module, swin_transformer.SwinTransformer):
         tensors = swin_transformer.checkpoint_filter_fn(tensors, module)
+    if isinstance(module, beit.Beit):
+        tensors = beit.checkpoint_filter_fn(tensors, module)
     if isinstance(module, timm.models.DenseNet):
         tensors = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name): tensor for name, tensor in tensors.items()}
     wanted = getattr(module, "pos_embed", None)

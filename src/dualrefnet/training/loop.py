@@ -10,13 +10,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from sklearn.metrics import accuracy_score, recall_score
-from torch import Tensor, nn, optim
+from torch import Tensor, optim
 
 from dualrefnet.data.augment import AugmentationDraw, draw, shade, warp
 from dualrefnet.data.loader import Batch, Examples
 from dualrefnet.errors import RunError
 from dualrefnet.files import write_csv, write_tensors
-from dualrefnet.models.inference import Normalisation, autocast, normalise, predict_logits, resolve_precision
+from dualrefnet.models.backbones import Encoded
+from dualrefnet.models.decision_fusion import DecisionFusion
+from dualrefnet.models.inference import Normalisation, autocast, encoded, normalise, predict_logits, resolve_precision
+from dualrefnet.models.method import Method
 from dualrefnet.models.superresolution import make_target, split_native
 from dualrefnet.progress import progress_bar, remark, warn
 from dualrefnet.recipe import Recipe
@@ -41,7 +44,7 @@ class Trainer:
         run: where to write.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, run: Run, counts: Tensor, normalisation: Normalisation) -> None:
+    def __init__(self, model: Method, recipe: Recipe, run: Run, counts: Tensor, normalisation: Normalisation) -> None:
         section = recipe.training
         self.accelerator = Accelerator(
             cpu=section.device == "cpu", log_with="tensorboard" if section.tracker == "tensorboard" else None, project_dir=run.path
@@ -49,7 +52,10 @@ class Trainer:
         self.device = self.accelerator.device
         if section.device not in ("auto", "cpu", self.device.type):
             raise RunError(f"training.device is {section.device}, and this machine offers {self.device.type}; use training.device=auto")
-        self.precision = resolve_precision(section.precision, self.device)
+        self.frozen = section.encoder == "frozen"
+        # Small layers on stored features gain nothing from half precision.
+        self.precision = "fp32" if self.frozen else resolve_precision(section.precision, self.device)
+        self._best: dict[str, Tensor] = {}
         if self.device.type == "cpu":
             keep_freed_memory()
         self.model, self.recipe, self.run, self.normalisation = model, recipe, run, normalisation
@@ -62,7 +68,8 @@ class Trainer:
         """Train until the last epoch or early stopping; write the best epoch's parameters and the history.
 
         Goes on from a checkpoint if the run has one. Whatever happens in between, the same seed on the same machine
-        gives the same parameters: every epoch's random numbers follow from (seed, epoch).
+        gives the same parameters: every epoch's random numbers follow from (seed, epoch). With a frozen encoder the
+        training takes seconds: it leaves no checkpoint, and writes its parameters once.
         """
         section, accelerator = self.recipe.training, self.accelerator
         world, rank = accelerator.num_processes, accelerator.process_index
@@ -84,10 +91,11 @@ class Trainer:
             epoch, started = progress["epoch"], time.perf_counter()
             # Dropout and noise; each process needs numbers of its own.
             torch.manual_seed(int(np.random.SeedSequence([self.recipe.seed, epoch, rank]).generate_state(1)[0]))
-            draws = draw(len(train), self.recipe.augmentation, self.recipe.seed, epoch) if self.recipe.augmentation.enabled else None
+            augmented = self.recipe.augmentation.enabled and not self.frozen
+            draws = draw(len(train), self.recipe.augmentation, self.recipe.seed, epoch) if augmented else None
             sums: dict[str, float] = {}
             self.model.train()
-            with progress_bar(f"epoch {epoch + 1}/{section.epochs}", accelerator.is_main_process) as show:
+            with progress_bar(f"epoch {epoch + 1}/{section.epochs}", accelerator.is_main_process and not self.frozen) as show:
                 for step, batch in enumerate(train.shuffled(section.batch_size, self.recipe.seed, epoch, rank, world)):
                     terms = self._step(wrapped, batch, draws)
                     if isinstance(schedule, optim.lr_scheduler.LambdaLR):
@@ -106,16 +114,19 @@ class Trainer:
             if section.tracker != "none":
                 accelerator.log({name: value for name, value in row.items() if name != "epoch"}, step=epoch + 1)
             accelerator.wait_for_everyone()
+        if self.frozen and accelerator.is_main_process:
+            self.model.load_state_dict(self._best, strict=False)
+            write_tensors(self.run.weights_file, self.model.state_dict())
         if section.tracker != "none":
             accelerator.end_training()
 
-    def _step(self, wrapped: nn.Module, batch: Batch, draws: AugmentationDraw | None) -> dict[str, float]:
+    def _step(self, wrapped: Any, batch: Batch, draws: AugmentationDraw | None) -> dict[str, float]:
         """Take one optimisation step; return the loss terms as numbers."""
         labels, metadata = batch.labels.to(self.device), batch.metadata.to(self.device)
         image, target = self._inputs(batch, draws)
         with autocast(self.device, self.precision):
             output = wrapped(image, metadata)
-        terms: dict[str, Tensor] = self.loss(output, labels, target, getattr(self.model, "head", None))
+        terms: dict[str, Tensor] = self.loss(output, labels, target, self.model.penalised)
         if not torch.isfinite(terms["total"]):
             raise RunError("the loss is no longer a number: lower training.learning_rate, or set training.gradient_clip=1")
         self.accelerator.backward(terms["total"])
@@ -125,8 +136,10 @@ class Trainer:
         self.optimizer.zero_grad()
         return {name: float(value.detach()) for name, value in terms.items()}
 
-    def _inputs(self, batch: Batch, draws: AugmentationDraw | None) -> tuple[Tensor | None, Tensor | None]:
-        """Return the augmented, normalised images and the x2 target of the same crop, unshaded."""
+    def _inputs(self, batch: Batch, draws: AugmentationDraw | None) -> tuple[Tensor | Encoded | None, Tensor | None]:
+        """Return the augmented, normalised images (or stored features) and the x2 target of the same crop, unshaded."""
+        if batch.features:
+            return encoded(batch.features, self.device), None
         if batch.images is None:
             return None, None
         chosen = draws.of(batch.rows) if draws is not None else None
@@ -135,11 +148,15 @@ class Trainer:
         if chosen is not None:
             full = warp(full, chosen.geometry.to(self.device))
         target, kind = None, self.recipe.model.target
+        if batch.targets is not None:
+            target = batch.targets.to(self.device, non_blocking=True).contiguous().float().div(255)
+            if chosen is not None:
+                target = warp(target, chosen.geometry.to(self.device))
         if full.shape[-1] == 2 * self.recipe.image.size:
             image, target = split_native(full)
         else:
             image = full
-            if getattr(self.model, "decoder", None) is not None and kind != "native":
+            if self.recipe.rebuilds_image and target is None:
                 target = make_target(kind, image)
         if chosen is not None:
             # The target keeps the colours of the photograph: to take the noise out again is part of the auxiliary task.
@@ -150,10 +167,16 @@ class Trainer:
         """Return the validation measures; every process works on its share."""
         accelerator, size = self.accelerator, self.recipe.image.size
         batches = val.in_order(self.recipe.evaluation.batch_size, accelerator.process_index, accelerator.num_processes)
-        logits, labels = predict_logits(self.model, batches, size, self.normalisation, self.device, self.precision)
+        logits, labels, heads = predict_logits(self.model, batches, size, self.normalisation, self.device, self.precision)
         if accelerator.num_processes > 1:
-            pairs = gather_object([(logits.numpy(), labels.numpy())])
-            logits, labels = (torch.from_numpy(np.concatenate([pair[k] for pair in pairs])) for k in (0, 1))
+            parts = gather_object([(logits, labels, heads)])
+            logits, labels = (torch.cat([part[k] for part in parts]) for k in (0, 1))
+            heads = {name: torch.cat([part[2][name] for part in parts]) for name in heads}
+        decision = getattr(self.model, "decision", None)
+        if isinstance(decision, DecisionFusion):
+            stacked = torch.stack([heads[name] for name in decision.names]).to(self.device)
+            decision.choose(stacked, labels)
+            logits = decision(stacked).cpu()
         predicted = logits.argmax(dim=1)
         present = np.unique(labels.numpy())
         return {
@@ -178,11 +201,18 @@ class Trainer:
             "schedule": _plain(schedule.state_dict()) if schedule is not None else None,
         }
         if self.accelerator.is_main_process:
-            if better:
-                write_tensors(self.run.weights_file, self.model.state_dict())
-            save_checkpoint(self.run.checkpoint_file, self.model, self.optimizer, progress)
+            last = progress["epoch"] == self.recipe.training.epochs
+            if self.frozen:
+                if better:
+                    state = self.model.state_dict()
+                    self._best = {name: value.clone() for name, value in state.items() if not name.startswith("encoders.")}
+            else:
+                if better:
+                    write_tensors(self.run.weights_file, self.model.state_dict())
+                save_checkpoint(self.run.checkpoint_file, self.model, self.optimizer, progress)
             self._write_history(progress["history"])
-            remark(_line(row, self.recipe.training.epochs) + (" [green]best[/green]" if better else ""))
+            if not self.frozen or last:
+                remark(_line(row, self.recipe.training.epochs) + (" [green]best[/green]" if better else ""))
             before = collapse(history[-1], progress["norms"]) if history else []
             for message in collapse(row, progress["norms"]) if not before else []:
                 warn(f"{message}; see loss.frequency, loss.reduction, loss.penalty_strength and training.learning_rate")
@@ -198,9 +228,9 @@ class Trainer:
         return patience is not None and progress["stale"] >= patience
 
 
-def head_norms(model: nn.Module) -> dict[str, float]:
-    """Return the L1 norms of the last two layers, by name; empty for a model without them."""
-    head = getattr(model, "head", None)
+def head_norms(model: Method) -> dict[str, float]:
+    """Return the L1 norms of the penalised layers, by name; empty for a model without them."""
+    head = model.penalised
     if head is None:
         return {}
     return {name: float(getattr(head, name).weight.detach().abs().sum()) for name in ("hidden", "classifier")}

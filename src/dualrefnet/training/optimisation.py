@@ -14,11 +14,13 @@ WARM_UP = 0.25
 
 def create_optimizer(model: nn.Module, section: TrainingSection) -> optim.Optimizer:
     """Return SGD as the paper has it, or AdamW."""
+    # A frozen encoder has no part in it.
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if section.optimizer == "sgd":
-        return optim.SGD(model.parameters(), section.learning_rate, momentum=section.momentum, weight_decay=section.weight_decay)
+        return optim.SGD(learning, section.learning_rate, momentum=section.momentum, weight_decay=section.weight_decay)
     # Decaying biases and the scales of normalisation layers only pulls them away from what the data ask for.
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    matrices = [parameter for parameter in learning if parameter.ndim > 1]
+    vectors = [parameter for parameter in learning if parameter.ndim <= 1]
     parts = [{"params": matrices, "weight_decay": section.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return optim.AdamW(parts, section.learning_rate)
 

@@ -14,13 +14,16 @@ from dualrefnet.data.pipeline import fill_recipe_store, make_examples, read_data
 from dualrefnet.data.schema import DatasetSchema
 from dualrefnet.evaluation.evaluate import evaluate_run
 from dualrefnet.files import write_json
-from dualrefnet.models.registry import WITHOUT_IMAGE, Architecture, check_method, new_model
+from dualrefnet.models.frozen import fill_features
+from dualrefnet.models.learned_targets import fill_targets
+from dualrefnet.models.method import Architecture
+from dualrefnet.models.registry import check_method, count_parameters, new_model
 from dualrefnet.progress import remark
 from dualrefnet.recipe import Recipe
 from dualrefnet.run import Run, fingerprint, save_fingerprint, start_run, write_split
 from dualrefnet.training.loop import Trainer
 
-MODEL_FORMAT = 1
+MODEL_FORMAT = 2
 
 
 def train_recipe(recipe: Recipe, out: Path, resume: bool = False, cache: Path | None = None, workers: int | None = None) -> Run:
@@ -39,7 +42,7 @@ def train_recipe(recipe: Recipe, out: Path, resume: bool = False, cache: Path | 
     Raises:
         DualRefNetError: with what to do about it; see the subclasses.
     """
-    check_method(recipe.model.method)
+    method = check_method(recipe)
     state = PartialState(cpu=recipe.training.device == "cpu")
     # Several processes: the first one prepares files, the others wait and then find them.
     with state.main_process_first():
@@ -49,27 +52,34 @@ def train_recipe(recipe: Recipe, out: Path, resume: bool = False, cache: Path | 
             return run
         dataset = read_dataset(recipe)
         store = None
-        if recipe.model.method not in WITHOUT_IMAGE or recipe.data.rows == "with_image":
+        if method.reads_image or recipe.data.rows == "with_image":
             store = fill_recipe_store(recipe, dataset, cache, workers)
         split = split_rows(recipe, dataset, store)
         write_split(run, split)
-    if recipe.model.method in WITHOUT_IMAGE:
+    if not method.reads_image:
         # The rows are those of the image methods, so that the numbers can be compared; the pixels aren't read.
         store = None
     encoder = MetadataEncoder.fit(side_rows(dataset, split, "train"), dataset.schema, recipe.metadata, recipe.seed)
-    train = make_examples(dataset, split, "train", encoder, store)
-    val = make_examples(dataset, split, "val", encoder, store)
     torch.manual_seed(recipe.seed)
-    model, architecture, source = new_model(recipe, encoder.width, len(dataset.schema.classes))
+    model, architecture, sources = new_model(recipe, encoder.width, len(dataset.schema.classes))
+    frozen = recipe.training.encoder == "frozen" and method.reads_image
+    with state.main_process_first():
+        features = fill_features(recipe, model, store, state.device) if frozen and store is not None else ()
+        targets, target_source = fill_targets(recipe, store, state.device) if store is not None else (None, None)
+    train = make_examples(dataset, split, "train", encoder, store, features, targets)
+    val = make_examples(dataset, split, "val", encoder, store, features)
     if state.is_main_process:
-        write_json(run.path / "model.json", model_description(recipe, architecture, encoder, dataset.schema, source))
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        remark(f"{recipe.model.method}: {parameters / 1e6:.2f} M parameters; encoder starts from: {source['description']}")
+        write_json(run.path / "model.json", model_description(recipe, architecture, encoder, dataset.schema, sources))
+        start = "; ".join(dict.fromkeys(str(source["description"]) for source in sources))
+        remark(f"{recipe.model.method}: {count_parameters(model) / 1e6:.2f} M parameters; encoder starts from: {start}")
+        if frozen:
+            remark("the encoder is frozen: the rest is trained on its features, without augmentation and without the auxiliary task")
         remark(f"{len(train)} training and {len(val)} validation images; metadata {recipe.metadata.tier}, {encoder.width} columns")
     counts = torch.bincount(torch.tensor(train.labels), minlength=len(dataset.schema.classes))
-    trainer = Trainer(model, recipe, run, counts, (tuple(source["mean"]), tuple(source["std"])))
+    trainer = Trainer(model, recipe, run, counts, (tuple(sources[0]["mean"]), tuple(sources[0]["std"])))
     if state.is_main_process:
-        save_fingerprint(run, fingerprint(recipe, dataset, split, source, trainer.precision, state.num_processes))
+        used = sources if target_source is None else [*sources, target_source]
+        save_fingerprint(run, fingerprint(recipe, dataset, split, used, trainer.precision, state.num_processes))
     trainer.fit(train, val)
     if state.is_main_process:
         evaluate_run(run, dataset=dataset, cache=cache, device=trainer.device)
@@ -79,7 +89,7 @@ def train_recipe(recipe: Recipe, out: Path, resume: bool = False, cache: Path | 
 
 
 def model_description(
-    recipe: Recipe, architecture: Architecture, encoder: MetadataEncoder, schema: DatasetSchema, source: dict[str, Any]
+    recipe: Recipe, architecture: Architecture, encoder: MetadataEncoder, schema: DatasetSchema, sources: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Return `model.json`: everything besides the weights that prediction needs, as plain JSON."""
     return {
@@ -95,7 +105,7 @@ def model_description(
             "drawn": schema.drawn,
             "protocol": recipe.data.protocol,
         },
-        "preprocessing": {"image": recipe.image.model_dump(mode="json"), "mean": list(source["mean"]), "std": list(source["std"])},
+        "preprocessing": {"image": recipe.image.model_dump(mode="json"), "mean": list(sources[0]["mean"]), "std": list(sources[0]["std"])},
         "metadata": encoder.to_json(),
-        "weights": source,
+        "weights": sources,
     }

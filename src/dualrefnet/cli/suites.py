@@ -1,0 +1,120 @@
+"""Commands about suites: suite, tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dualrefnet.cli import app
+from dualrefnet.errors import DualRefNetError
+
+if TYPE_CHECKING:
+    from dualrefnet.suite.grid import Cell
+
+
+@app.command()
+def suite(
+    name: Annotated[str, typer.Argument(metavar="SUITE", help="A YAML file, or table1, table2, table3a, table3b, table4, figure1e, ...")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Change the recipe of every run: data.root=DIR training.epochs=3 ...; model.method, model.backbone, data.fold and seed "
+            "take lists too: seed=[0,1,2].",
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The suite folder; default: its name in suites/.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every recipe and list the runs; train nothing.")] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Minutes on a CPU: drawn pictures, one cheap CNN, one epoch. Shows that everything works.")
+    ] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at the same time on this machine; they share its cores.")] = 1,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Run on a Ray cluster (extra `scale`): its address, `auto`, or `local` to start Ray here. --out, the data and best also "
+            "--cache must be on a file system that all its machines see.",
+        ),
+    ] = None,
+    cores: Annotated[
+        int | None, typer.Option(min=1, help="CPU cores of one run; default: this machine's shared by the workers, on Ray 1.")
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option("--cache", metavar="DIR", help="Where prepared images lie; default: $DUALREFNET_CACHE or the user's cache folder."),
+    ] = None,
+) -> None:
+    """Train a grid of recipes: a table or figure of the paper, or your own. Running it again goes on where it stopped.
+
+    A run that fails is reported at the end, doesn't stop the others, and is tried again by the next call. Exit status 1 if
+    one failed. `dualrefnet tables DIR` makes the tables.
+    """
+    from dualrefnet.progress import remark
+    from dualrefnet.recipe import parse_overrides
+    from dualrefnet.suite.grid import check_names, expand, load_suite, override
+    from dualrefnet.suite.grid import smoke as smoke_of
+    from dualrefnet.suite.runner import run_suite
+
+    chosen, values = load_suite(name), parse_overrides(overrides or [])
+    folder = out or Path("suites") / (f"{chosen.name}-smoke" if smoke else chosen.name)
+    if smoke:
+        chosen, remarks = smoke_of(chosen, folder.absolute() / "data")
+        ignored = [key for key in values if key.startswith("data.")]
+        remarks += [f"{key} is ignored: a smoke test has its own data" for key in ignored]
+        values = {key: value for key, value in values.items() if key not in ignored}
+        for message in remarks:
+            remark(message)
+    chosen = override(chosen, values)
+    cells = expand(chosen)
+    check_names(cells)
+    if dry_run:
+        _print_plan(cells, [f"{split.recipe.data.dataset}, protocol {split.recipe.data.protocol}" for split in chosen.splits])
+        return
+    try:
+        outcome = run_suite(chosen, folder, workers, cache, ray, cores)
+    except KeyboardInterrupt:
+        raise DualRefNetError(f"interrupted; what is finished is kept in {folder}, and the same command goes on") from None
+    for reason in dict.fromkeys(failure.error for failure in outcome.failed.values()):
+        runs = [run for run, failure in outcome.failed.items() if failure.error == reason]
+        typer.echo(f"failed: {', '.join(runs)}: {reason}")
+    counts = f"{len(outcome.finished)} finished, {outcome.skipped} were finished before, {len(outcome.failed)} failed"
+    typer.echo(f"runs in {folder}: {outcome.total}; {counts}")
+    if outcome.failed:
+        typer.echo(f"{folder}/failures and {folder}/logs say more; the same command tries the failed runs again")
+    else:
+        typer.echo(f"now: dualrefnet tables {folder}")
+    raise typer.Exit(1 if outcome.failed else 0)
+
+
+@app.command()
+def tables(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A suite folder, finished or not.")]) -> None:
+    """Make the tables of a suite from its runs: CSV, Markdown and LaTeX, with intervals, tests and the paper's numbers.
+
+    Prints the Markdown of the printed table; the files are in DIR/tables.
+    """
+    from dualrefnet.suite.tables import write_tables
+
+    files = write_tables(folder)
+    printed = next((file for file in files if file.suffix == ".md"), None)
+    if printed is not None:
+        typer.echo(printed.read_text(encoding="utf-8"))
+    typer.echo(f"files: {', '.join(str(file) for file in files)}")
+
+
+def _print_plan(cells: list[Cell], splits: list[str]) -> None:
+    for cell in cells:
+        if cell.run == cell.name:
+            typer.echo(f"{cell.name:<64} protocol {cell.protocol}, {cell.recipe.training.epochs} epochs")
+    for split in splits:
+        typer.echo(f"split of {split}")
+    shared = [cell for cell in cells if cell.run != cell.name]
+    for cell in shared:
+        typer.echo(f"{cell.name:<64} is the run {cell.run}")
+    counts = [f"runs: {len(cells) - len(shared)}"]
+    counts += [f"cells: {len(cells)}"] if shared else []
+    counts += [f"splits: {len(splits)}"] if splits else []
+    typer.echo(f"{', '.join(counts)}; nothing was trained")

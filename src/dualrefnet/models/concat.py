@@ -1,0 +1,45 @@
+"""Concat (Pacheco and Krohling 2020): the reduced image vector beside the raw form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dualrefnet.models.backbones import Encoded, Encoder
+from dualrefnet.models.method import Architecture, Method
+from dualrefnet.models.output import Output
+
+
+def reduced_features(metadata_width: int, combination_factor: float) -> int:
+    """Return n = c_f d / (1 - c_f): image features such that their share of the fused vector is c_f.
+
+    The rule is inferred from the one pair in public code: n = 324 for d = 81 and c_f = .8.
+
+    Args:
+        metadata_width: d.
+        combination_factor: c_f, between 0 and 1.
+    """
+    return max(1, round(combination_factor * metadata_width / (1 - combination_factor)))
+
+
+class Concat(Method):
+    """Image vector (D) -> Linear(D -> n), normalisation, ReLU, dropout .5; beside it the form (d) as it is -> Linear(n + d -> C).
+
+    The layers are those of public code; the rule for n is our reading (`reduced_features`).
+    """
+
+    title = "Concat"
+    reference = "Pacheco and Krohling, Computers in Biology and Medicine 2020, arXiv 1909.12912"
+    reconstruction = "the rule for the number of image features is inferred from one pair in public code (324 beside 81)"
+
+    def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
+        super().__init__(architecture, encoders)
+        width = architecture.metadata_width
+        reduced = reduced_features(width, architecture.section.combination_factor)
+        self.reducer = nn.Sequential(nn.Linear(encoders[0].features, reduced), nn.BatchNorm1d(reduced), nn.ReLU(), nn.Dropout(0.5))
+        self.classifier = nn.Linear(reduced + width, architecture.classes)
+
+    def forward(self, image: Tensor | Encoded, metadata: Tensor) -> Output:
+        """Classify (B, 3, H, W) normalised images with (B, M) encoded metadata."""
+        features = torch.cat([self.reducer(self.encoder(image).vector), metadata], dim=1)
+        return Output(self.classifier(features), features, None, {})

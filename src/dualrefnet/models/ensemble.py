@@ -1,0 +1,88 @@
+"""The ensemble of three encoders (Pham et al. 2025): each with efficient attention and a 1-D CNN of the form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dualrefnet.models.backbones import Encoded, Encoder
+from dualrefnet.models.decision_fusion import DecisionFusion
+from dualrefnet.models.method import Architecture, Method
+from dualrefnet.models.output import Output
+
+# A kernel of 5 is what the rule of ECA gives for 512 to 1792 channels (7 for the 2048 of ResNet-50).
+METADATA_FEATURES, HIDDEN, ATTENTION_KERNEL = 128, 256, 5
+
+
+class EfficientChannelAttention(nn.Module):
+    """v * sigmoid(conv1d(v)): a gate a channel from its neighbours' means (ECA, Wang et al. 2020).
+
+    The original gates a map by its own means; gating the mean itself gives the same numbers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv1d(1, 1, ATTENTION_KERNEL, padding=ATTENTION_KERNEL // 2, bias=False)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        """Gate (B, D)."""
+        return vector * self.convolution(vector.unsqueeze(1)).squeeze(1).sigmoid()  # type: ignore[no-any-return]
+
+
+class Member(nn.Module):
+    """One encoder's part: [ECA(v) || CNN(form)] (D + 128) -> 256, ReLU -> C.
+
+    The CNN: the form as a signal of M steps -> 64 channels, normalisation, ReLU, half the steps -> 128 channels, ReLU, mean.
+    """
+
+    def __init__(self, features: int, classes: int, dropout: float) -> None:
+        super().__init__()
+        self.attention = EfficientChannelAttention()
+        self.metadata_network = nn.Sequential(
+            nn.Conv1d(1, 64, 3, padding=1), nn.BatchNorm1d(64), nn.ReLU(), nn.MaxPool1d(2, ceil_mode=True),
+            nn.Conv1d(64, METADATA_FEATURES, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(),
+        )  # fmt: skip
+        self.hidden = nn.Sequential(nn.Linear(features + METADATA_FEATURES, HIDDEN), nn.ReLU(), nn.Dropout(dropout))
+        self.classifier = nn.Linear(HIDDEN, classes)
+
+    def forward(self, vector: Tensor, metadata: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits (B, C) and the hidden features (B, 256) of (B, D) and (B, M)."""
+        hidden = self.hidden(torch.cat([self.attention(vector), self.metadata_network(metadata.unsqueeze(1))], dim=1))
+        return self.classifier(hidden), hidden
+
+
+class Ensemble(Method):
+    """Three encoders, each with the form beside it; the answer is the weighted mean of their probabilities.
+
+    All three are trained together, a cross-entropy each; the weights of the mean are chosen on validation.
+
+    A reconstruction: published, where we could read, are three different encoders with efficient attention, the 1-D CNN of
+    the form beside each, and the weighted mean. EfficientNet, DenseNet and ResNet (`model.members`), ECA as that attention,
+    and every width are our reading.
+    """
+
+    title = "Ensemble"
+    reference = "Pham et al., IUKM 2025"
+    reconstruction = "layer sizes aren't published where we could read them; the published .844 is of another test set (460 images)"
+
+    def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
+        super().__init__(architecture, encoders)
+        self.members = nn.ModuleList(Member(encoder.features, architecture.classes, architecture.section.dropout) for encoder in encoders)
+        self.decision = DecisionFusion(tuple(f"member_{number}" for number in range(1, len(encoders) + 1)))
+        # Images come normalised for the first encoder; the others' weights may expect another mean and deviation.
+        self.scales: Tensor
+        self.shifts: Tensor
+        mean, std = (torch.tensor([getattr(encoder, name) for encoder in encoders]) for name in ("mean", "std"))
+        self.register_buffer("scales", (std[0] / std)[:, :, None, None])
+        self.register_buffer("shifts", ((mean[0] - mean) / std)[:, :, None, None])
+
+    def forward(self, image: Tensor | Encoded, metadata: Tensor) -> Output:
+        """Classify (B, 3, H, W) images, normalised for the first encoder, with (B, M) encoded metadata."""
+        logits, hidden = {}, []
+        for name, encoder, member, scale, shift in zip(
+            self.decision.names, self.encoders, self.members, self.scales, self.shifts, strict=True
+        ):
+            read = image if isinstance(image, Encoded) else image * scale + shift
+            logits[name], features = member(encoder(read).vector, metadata)
+            hidden.append(features)
+        return self.decision.output(logits, torch.cat(hidden, dim=1), self.training)

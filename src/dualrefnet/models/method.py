@@ -1,0 +1,85 @@
+"""What every method is: a network that reads an image, a form or both, and says so."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from dualrefnet.models.backbones import Encoder
+from dualrefnet.models.head import Head
+from dualrefnet.recipe import ModelSection
+
+
+class Architecture(BaseModel):
+    """All that is needed to build a model again, weights apart; stands in `model.json`.
+
+    Attributes:
+        image_size: side of the input, pixels.
+        metadata_width: M, length of an encoded form.
+        classes: C.
+        section: method, backbone and their settings.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    image_size: int
+    metadata_width: int
+    classes: int
+    section: ModelSection
+
+    @property
+    def backbones(self) -> tuple[str, ...]:
+        """The image encoders that the method may have, in order: one, or the members of an ensemble."""
+        if self.section.method != "ensemble":
+            return (self.section.backbone,)
+        return self.section.members or (self.section.backbone,) * 3
+
+
+class Method(nn.Module):
+    """Base of all methods.
+
+    `forward(image, metadata)` takes (B, 3, H, W) normalised images, or what the encoders have made of them (`Encoded`),
+    and (B, M) encoded forms; it returns an `Output`. A method is built from its `Architecture` and its encoders.
+
+    Attributes:
+        title: name in tables.
+        reference: where the method was published.
+        reconstruction: what isn't known of the published system and was filled in here; None if it is known.
+        reads_image: False for a method of the metadata alone.
+        needs_metadata: False for a method that also works without a form (metadata tier M0).
+        encoders: the image encoders; `reads_image` says whether there are any.
+    """
+
+    title: ClassVar[str]
+    reference: ClassVar[str]
+    reconstruction: ClassVar[str | None] = None
+    reads_image: ClassVar[bool] = True
+    needs_metadata: ClassVar[bool] = True
+
+    def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleList(encoders)
+
+    @property
+    def encoder(self) -> Encoder:
+        """The first image encoder."""
+        encoder = self.encoders[0]
+        assert isinstance(encoder, Encoder)
+        return encoder
+
+    @classmethod
+    def taps(cls, section: ModelSection) -> bool:
+        """True if the method reads maps from inside the encoder."""
+        return False
+
+    @classmethod
+    def maps(cls, section: ModelSection) -> bool:
+        """True if the method reads the last map for its answer, not only the vector."""
+        return False
+
+    @property
+    def penalised(self) -> Head | None:
+        """The last two layers on which the penalty R acts; None if the method has no such penalty."""
+        return None

@@ -1,0 +1,248 @@
+"""From a suite directory to tidy tables: systems, comparisons, classes, splits, and what is missing.
+
+What a number is: `mean` and `sd` are over a system's runs (folds x seeds), each measured on its own test fold; `pooled`
+measures the test predictions of all folds together, once a seed, and averages over seeds; its interval resamples
+patients, the same resamples for all systems on the same test images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dualrefnet.data.protocols import split_counts
+from dualrefnet.errors import RunError
+from dualrefnet.evaluation.comparison import NAN, PooledBootstrap, flat_measures, holm, pooled_bootstrap
+from dualrefnet.suite.collect import Collection, Key, System, collect, reads_image
+from dualrefnet.suite.grid import Suite
+from dualrefnet.suite.paper import Reported, reported, reported_class, reported_classes, reported_split
+
+CLASS_MEASURES = ("sensitivity", "specificity", "ppv", "npv", "f1", "auc")
+LABEL_LEAKING = "LABEL-LEAKING IMPUTATION: the metadata were filled in from the diagnosis; no result"
+NOT_COMPARED = "not compared: "
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """All tidy tables of a suite.
+
+    Attributes:
+        collection: what they were made from.
+        systems: one row a system and measure.
+        comparisons: one row a system, reference and measure.
+        per_class: one row a system, class and measure; empty unless the suite asks for it.
+        splits: one row a split, side and class; empty unless the suite counts splits.
+        samples: bootstrap samples.
+    """
+
+    collection: Collection
+    systems: pd.DataFrame
+    comparisons: pd.DataFrame
+    per_class: pd.DataFrame
+    splits: pd.DataFrame
+    samples: int
+
+
+def aggregate(suite_dir: Path, samples: int = 1000, progress: Callable[[int, int], None] | None = None) -> Aggregate:
+    """Read a suite directory and measure its systems.
+
+    Args:
+        suite_dir: the directory.
+        samples: bootstrap samples; more are drawn where the number of comparisons asks for it.
+        progress: called with (samples done, samples in all), for each test set anew.
+
+    Raises:
+        RunError: it isn't a suite directory, or a measure of the suite doesn't exist.
+    """
+    collection = collect(suite_dir)
+    suite, systems = collection.suite, collection.systems
+    pairs = [(system, reference_of(system, systems, suite)) for system in systems]
+    # The smallest p that B samples can give is 2 / (B + 1), and Holm multiplies it by the number of comparisons.
+    samples = max(samples, 100 * sum(reference is not None for _, reference in pairs))
+    drawn = _bootstraps(systems, samples, progress)
+    for bootstrap in drawn.values():
+        known = next(iter(bootstrap.points.values()))
+        unknown = [measure for measure in suite.measures if measure not in known]
+        if unknown:
+            names = ", ".join(measure for measure in known if not measure.startswith("per_class."))
+            raise RunError(f"{suite_dir / 'suite.yaml'}: no measure is called {unknown[0]!r}; correct `measures`; there are: {names}")
+    return Aggregate(
+        collection,
+        pd.DataFrame([_system_row(system, measure, drawn, suite) for system in systems for measure in suite.measures]),
+        _comparisons(pairs, drawn, suite),
+        pd.DataFrame([row for system in systems if suite.per_class for row in _class_rows(system, drawn)]),
+        pd.DataFrame([row for which, split in collection.splits.items() for row in _split_rows(which, split)]),
+        samples,
+    )
+
+
+def reference_of(system: System, systems: list[System], suite: Suite) -> System | None:
+    """Return what a system is compared with; None: it is the reference, or there is none.
+
+    The reference has the same data set and protocol, and the same method (of a reference variant) and backbone if there is
+    such a one; a reference that exists with one backbone only is taken for systems with others.
+    """
+    if not suite.reference:
+        return None
+    rivals = [other for other in systems if other.key[:2] == system.key[:2]]
+    if suite.rows == "variant" and any(other.key.variant == suite.reference for other in rivals):
+        if system.key.variant == suite.reference:
+            return None
+        rivals = [other for other in rivals if other.key.variant == suite.reference]
+        rivals = [other for other in rivals if other.key.method == system.key.method] or rivals
+    else:
+        if system.key.method == suite.reference and (suite.rows == "method" or not system.key.variant):
+            return None
+        rivals = [other for other in rivals if other.key.method == suite.reference and other.key != system.key]
+        rivals = [other for other in rivals if other.key.variant == system.key.variant] or [r for r in rivals if not r.key.variant]
+    same = [other for other in rivals if other.key.backbone == system.key.backbone]
+    if same or len(rivals) != 1:
+        return same[0] if same else None
+    return rivals[0]
+
+
+def flags_of(system: System) -> list[str]:
+    """Return everything a reader must know before believing a system's numbers."""
+    flags = []
+    recipes = [run.recipe for run in system.runs]
+    if any(recipe.metadata.imputation == "label_leaking" for recipe in recipes):
+        flags.append(LABEL_LEAKING)
+    if system.key.protocol == "paper":
+        flags.append("leaking split: the same patients or lesions in training and test")
+    if any(run.metrics.get("drawn") for run in system.runs):
+        flags.append("drawn data, not clinical")
+    if any(recipe.training.encoder == "frozen" for recipe in recipes):
+        flags.append("frozen encoder")
+    if reads_image(system.key.method) and any(weights["kind"] == "none" for run in system.runs for weights in run.weights):
+        flags.append("encoder from random weights")
+    if len({recipe.model_copy(update=_LIKE | {"data": recipe.data.model_copy(update={"fold": 0})}) for recipe in recipes}) > 1:
+        flags.append("its runs have different recipes")
+    if len(system.runs) < system.planned:
+        flags.append(f"{len(system.runs)} of {system.planned} runs")
+    if system.pool and system.pool.runs < len(system.runs):
+        flags.append(f"pooled over {system.pool.runs} runs only")
+    if system.problem:
+        flags.append(system.problem)
+    return flags
+
+
+# In what else than the fold the recipes of one system may differ.
+_LIKE = {"name": "same", "description": "", "seed": 0}
+
+
+def _bootstraps(systems: list[System], samples: int, progress: Callable[[int, int], None] | None) -> dict[Key, PooledBootstrap]:
+    """Measure all systems; those on the same test images share one bootstrap."""
+    test_sets: dict[str, list[System]] = {}
+    for system in systems:
+        if system.pool:
+            test_sets.setdefault(system.pool.fingerprint, []).append(system)
+    result: dict[Key, PooledBootstrap] = {}
+    for members in test_sets.values():
+        first, pool = members[0].runs[0], members[0].pool
+        assert pool is not None
+        labels = np.array([first.classes.index(label) for label in pool.test["label"]])
+        seeds = {system.key.name: system.pool.seeds for system in members if system.pool}
+        groups = pool.test["group"].to_numpy()
+        drawn = pooled_bootstrap(labels, seeds, groups, first.classes, samples, malignant=first.malignant, progress=progress)
+        result |= {system.key: drawn for system in members}
+    return result
+
+
+def _system_row(system: System, measure: str, drawn: dict[Key, PooledBootstrap], suite: Suite) -> dict[str, Any]:
+    values = np.array([flat_measures(run.metrics).get(measure, NAN) for run in system.runs])
+    bootstrap = drawn.get(system.key)
+    pooled = bootstrap.value(system.key.name, measure) if bootstrap else None
+    paper = _paper(system, measure, suite)
+    difference = pooled.value - paper.value if pooled and paper and paper.comparable(measure) else NAN
+    encoders = dict.fromkeys(run.recipe.training.encoder for run in system.runs) if reads_image(system.key.method) else ["none"]
+    weights = dict.fromkeys(weights["description"] for run in system.runs for weights in run.weights)
+    return {
+        **system.key._asdict(),
+        "measure": measure,
+        "pooled": pooled.value if pooled else NAN,
+        "low": pooled.low if pooled else NAN,
+        "high": pooled.high if pooled else NAN,
+        "mean": values.mean() if len(values) else NAN,
+        "sd": values.std(ddof=1) if len(values) > 1 else NAN,
+        "runs": len(system.runs),
+        "planned": system.planned,
+        "folds": len({run.fold for run in system.runs}),
+        "seeds": len({run.seed for run in system.runs}),
+        "images": bootstrap.images if bootstrap else 0,
+        "groups": bootstrap.groups if bootstrap else 0,
+        "paper": paper.value if paper else NAN,
+        "paper_average": paper.average if paper else "",
+        "difference": difference,
+        "encoder": "/".join(encoders),
+        "weights": "; ".join(weights),
+        "flags": "; ".join(flags_of(system)),
+    }
+
+
+def _paper(system: System, measure: str, suite: Suite) -> Reported | None:
+    key, metrics = system.key, system.paper.get("metrics", {})
+    table = system.paper.get("table") or suite.table or ""
+    if key.variant and table == "text" and measure not in metrics:
+        # What the text reports under an ordinary name is of the whole system.
+        return None
+    return reported(key.dataset, table, key.method, key.backbone, measure, metrics.get(measure))
+
+
+def _comparisons(pairs: list[tuple[System, System | None]], drawn: dict[Key, PooledBootstrap], suite: Suite) -> pd.DataFrame:
+    rows = []
+    for measure in suite.measures:
+        family = []
+        for system, reference in pairs:
+            if reference is None:
+                continue
+            names = {**system.key._asdict(), "reference": " ".join(part for part in reference.key[2:] if part), "measure": measure}
+            row = {**names, "difference": NAN, "low": NAN, "high": NAN, "p": NAN, "samples": 0, "note": ""}
+            bootstrap = drawn.get(system.key)
+            if bootstrap is None or reference.key not in drawn:
+                which = system if bootstrap is None else reference
+                row["note"] = f"{NOT_COMPARED}{'the reference' if which is reference else 'it'} has no pooled value"
+            elif drawn[reference.key] is not bootstrap:
+                row["note"] = NOT_COMPARED + "the reference was tested on other images"
+            else:
+                found = bootstrap.difference(system.key.name, reference.key.name, measure)
+                row |= {"difference": found.difference, "low": found.low, "high": found.high, "p": found.p, "samples": found.samples}
+            family.append(row)
+        for row, p in zip(family, holm([row["p"] for row in family]), strict=True):
+            rows.append({**row, "p_holm": p})
+    columns = [*Key._fields, "reference", "measure", "difference", "low", "high", "p", "p_holm", "samples", "note"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _class_rows(system: System, drawn: dict[Key, PooledBootstrap]) -> list[dict[str, Any]]:
+    bootstrap, key = drawn.get(system.key), system.key
+    if bootstrap is None:
+        return []
+    rows = []
+    for name in system.runs[0].classes:
+        for measure in CLASS_MEASURES:
+            found = bootstrap.value(key.name, f"per_class.{name}.{measure}")
+            paper = None if key.variant else reported_class(key.dataset, key.method, key.backbone, name, measure)
+            numbers = {"pooled": found.value, "low": found.low, "high": found.high, "paper": NAN if paper is None else paper}
+            images = int(bootstrap.points[key.name][f"per_class.{name}.support"])
+            difference = numbers["pooled"] - numbers["paper"]
+            rows.append({**key._asdict(), "class": name, "images": images, "measure": measure, **numbers, "difference": difference})
+    return rows
+
+
+def _split_rows(which: tuple[str, str], split: pd.DataFrame) -> list[dict[str, Any]]:
+    dataset, protocol = which
+    classes = reported_classes(dataset) or tuple(sorted(set(split["label"])))
+    counts = split_counts(split, classes)
+    rows = []
+    for name, numbers in zip(classes, counts.to_numpy(), strict=False):  # The last row is the total.
+        for side, images in zip(counts.columns, numbers.tolist(), strict=True):
+            # The paper's counts are of its own split; beside another protocol's they would say nothing.
+            paper = reported_split(dataset, side, name) if protocol == "paper" else None
+            row = {"dataset": dataset, "protocol": protocol, "class": name, "split": side, "images": images, "paper": paper}
+            rows.append({**row, "equal": "" if paper is None else "yes" if images == paper else "NO"})
+    return rows
