@@ -8,11 +8,14 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from dualrefnet.cli import app, data, runs  # noqa: F401 (the modules register the commands)
+from dualrefnet.cli import app, data, runs, suites  # noqa: F401 (the modules register the commands)
 from dualrefnet.recipe import shipped_recipes
 from dualrefnet.run import Run
 
-COMMANDS = ("doctor", "demo", "sample", "fetch", "check", "split", "recipes", "prepare", "train", "evaluate", "predict")
+COMMANDS = (
+    *("doctor", "demo", "sample", "fetch", "check", "split", "methods", "recipes", "prepare", "train", "evaluate", "predict"),
+    *("suite", "tables"),
+)
 
 
 def call(*arguments: str | Path):

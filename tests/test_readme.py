@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dualrefnet.cli import app, data, runs  # noqa: F401 (the modules register the commands)
+from dualrefnet.cli import app, data, runs, suites  # noqa: F401 (the modules register the commands)
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,7 +21,7 @@ def test_the_map_names_every_source_file_once() -> None:
     mapped = re.findall(r"^\| `([\w/.-]+\.(?:py|yaml))` \|", README, flags=re.MULTILINE)
     sources = {str(path.relative_to(ROOT / "src/dualrefnet")) for path in (ROOT / "src/dualrefnet").rglob("*.py")}
     sources -= {name for name in sources if name.endswith("__init__.py") and name != "__init__.py" and name != "cli/__init__.py"}
-    recipes = {f"recipes/{path.name}" for path in (ROOT / "src/dualrefnet/recipes").glob("*.yaml")}
+    recipes = {str(path.relative_to(ROOT / "src/dualrefnet")) for path in (ROOT / "src/dualrefnet/recipes").rglob("*.yaml")}
     assert sorted(mapped) == sorted(sources | recipes)
 
 

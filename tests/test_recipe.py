@@ -42,8 +42,8 @@ def test_a_shipped_recipe_loads_under_its_own_name_and_every_key_of_it_arrives(n
         assert (list(read) if isinstance(read, tuple) else read) == value, path
 
 
-def test_the_five_recipes_ship():
-    assert shipped_recipes() == ["isic_2019", "isic_2019_paper", "pad_ufes_20", "pad_ufes_20_paper", "sample"]
+def test_the_recipes_that_ship():
+    assert shipped_recipes() == ["isic_2019", "isic_2019_paper", "pad_ufes_20", "pad_ufes_20_frozen", "pad_ufes_20_paper", "sample"]
 
 
 def test_only_the_paper_recipes_may_leak():

@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 from dualrefnet.cli import app, suites  # noqa: F401 (registers the commands)
 from dualrefnet.errors import RecipeError
 from dualrefnet.recipe import load_recipe
-from dualrefnet.suite.grid import Block, Suite, Variant, check_names, expand, load_suite, override, shipped_suites, smoke
+from dualrefnet.suite.grid import Block, Suite, Variant, check_names, expand, load_suite, override, shipped_suites
 from dualrefnet.suite.paper import reported
+from dualrefnet.suite.smoke import smoke
 
 # Suite -> cells, runs.
 SHIPPED = {

@@ -17,8 +17,11 @@ from safetensors.torch import load_file
 from dualrefnet.errors import RunError
 from dualrefnet.files import write_yaml
 from dualrefnet.run import Run
-from dualrefnet.suite.grid import Block, Suite, Variant, expand, load_suite, override, smoke, with_recipes
-from dualrefnet.suite.runner import Outcome, duration, run_suite
+from dualrefnet.suite.folder import suite_lock
+from dualrefnet.suite.grid import Block, Suite, Variant, expand, load_suite, override, with_recipes
+from dualrefnet.suite.runner import run_suite
+from dualrefnet.suite.smoke import smoke
+from dualrefnet.suite.view import Outcome, duration
 
 # Seconds a run: the metadata alone, though the rows are those of the image methods.
 QUICK = {
@@ -144,6 +147,13 @@ def test_another_suite_in_the_folder_is_refused(mixed: Suite, first: tuple[Path,
         run_suite(mixed, tmp_path / "notes.txt")
 
 
+def test_a_second_call_is_locked_out(mixed: Suite, tmp_path: Path) -> None:
+    with suite_lock(tmp_path), pytest.raises(RunError, match=rf"in use by another `dualrefnet suite` \(process {os.getpid()} on"):
+        run_suite(mixed, tmp_path)
+    assert not (tmp_path / "suite.yaml").exists()
+
+
+@pytest.mark.slow
 def test_a_killed_worker_fails_its_run_alone_and_a_second_call_is_locked_out(sample_root: Path, tmp_path: Path) -> None:
     suite = suite_of(sample_root, endless=ENDLESS, good={})
     process = start(suite, tmp_path)
@@ -159,6 +169,7 @@ def test_a_killed_worker_fails_its_run_alone_and_a_second_call_is_locked_out(sam
     assert json.loads((tmp_path / "out" / "failures" / f"{run_of('endless')}.json").read_text())["kind"] == "WorkerDied"
 
 
+@pytest.mark.slow
 def test_no_worker_outlives_its_parent_and_the_same_command_goes_on(sample_root: Path, tmp_path: Path) -> None:
     suite = suite_of(sample_root, long={"training.epochs": 30})
     run = Run(tmp_path / "out" / "runs" / run_of("long"))
@@ -214,6 +225,7 @@ def test_kill_9_at_any_moment_and_the_same_command_gives_the_same_runs(workers: 
     assert not list((tmp_path / "out").glob("failures/*"))
 
 
+@pytest.mark.slow
 def test_leftovers_of_a_kill_don_t_stop_a_run(sample_root: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out" / "runs" / run_of("good")
     # As a kill leaves it in the middle of the first write of a run.
@@ -235,6 +247,7 @@ def test_splits_are_written_without_any_training(tmp_path: Path) -> None:
     assert (rows.groupby("patient_id")["split"].nunique() == 1).all()
 
 
+@pytest.mark.slow
 def test_a_smoke_test_really_runs(tmp_path: Path) -> None:
     small = override(smoke(load_suite("table2"), tmp_path / "out" / "data")[0], {"training.device": "cpu"})
     outcome = run_suite(small, tmp_path / "out")

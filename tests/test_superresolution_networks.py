@@ -13,6 +13,7 @@ from torch import nn
 from dualrefnet.data.decode import decode_image
 from dualrefnet.errors import RecipeError, WeightsError
 from dualrefnet.files import sha256_of_file
+from dualrefnet.models import carn, edsr, ninasr
 from dualrefnet.models import superresolution_networks as networks
 from dualrefnet.models.superresolution import make_target, psnr, split_native
 from dualrefnet.models.superresolution_networks import NETWORKS, create_network, enlarge, find_network_file, load_network
@@ -140,7 +141,7 @@ def test_a_network_of_zeros_gives_the_mean(name):
 
 
 def test_ninasr_whose_blocks_are_zero_doubles_the_contrast_and_lays_subpixels_in_rows():
-    network = emptied(networks.NinaSR(2, 4))
+    network = emptied(ninasr.NinaSR(2, 4))
     copy_channels(network.head[1])
     copy_channels(network.tail[0], times=4)
     image = torch.rand(1, 3, 4, 5)
@@ -156,7 +157,7 @@ def test_ninasr_whose_blocks_are_zero_doubles_the_contrast_and_lays_subpixels_in
 
 
 def test_edsr_whose_body_is_zero_passes_the_image_on():
-    network = emptied(networks.EDSR(2, 4))
+    network = emptied(edsr.EDSR(2, 4))
     copy_channels(network.head[0])
     copy_channels(network.tail[0][0], times=4)
     copy_channels(network.tail[1])
@@ -172,7 +173,7 @@ def test_edsr_whose_body_is_zero_passes_the_image_on():
 
 
 def test_a_block_of_edsr_adds_its_convolutions():
-    block = emptied(networks._EDSRBlock(2))
+    block = emptied(edsr._EDSRBlock(2))
     copy_channels(block.body[0], channels=2)
     copy_channels(block.body[2], channels=2)
     features = torch.randn(1, 2, 4, 4)
@@ -181,7 +182,7 @@ def test_a_block_of_edsr_adds_its_convolutions():
 
 
 def test_a_block_of_ninasr_scales_before_and_after():
-    block = emptied(networks._NinaBlock(2, in_scale=0.5, out_scale=0.4))
+    block = emptied(ninasr._NinaBlock(2, in_scale=0.5, out_scale=0.4))
     with torch.no_grad():
         block.body[0].weight[3, 0, 1, 1] = 1.0
         block.body[3].weight[1, 3, 1, 1] = 10.0
@@ -212,7 +213,7 @@ def test_scaling_keeps_the_variance_of_what_a_block_gets():
 @pytest.mark.parametrize(("height", "width"), [(20, 37), (16, 5), (33, 32)])
 def test_local_attention_weighs_tiles_by_the_mean_about_their_first_pixel(height, width):
     torch.manual_seed(3)
-    attention = networks._LocalAttention(4)
+    attention = ninasr._LocalAttention(4)
     features = torch.randn(1, 4, height, width)
     (squeeze, excite) = (attention.body[1], attention.body[3])
     expected = torch.empty_like(features)
@@ -244,7 +245,7 @@ def test_carn_m_whose_cascades_pass_their_input_on_passes_the_image_on():
 
 @pytest.mark.parametrize("slot", [0, 1, 2, 3])
 def test_a_cascade_fuses_its_input_and_every_output_in_order(slot):
-    block = emptied(networks._CascadingBlock(8, groups=2))
+    block = emptied(carn._CascadingBlock(8, groups=2))
     with torch.no_grad():
         # The residual block adds 1; the first two fusions pass on its newest output.
         block.b1.body[4].bias.fill_(1)
@@ -255,7 +256,7 @@ def test_a_cascade_fuses_its_input_and_every_output_in_order(slot):
 
 
 def test_grouped_convolutions_see_their_own_channels_only():
-    first = networks._GroupedBlock(64, groups=4).body[0]
+    first = carn._GroupedBlock(64, groups=4).body[0]
     features = torch.zeros(1, 64, 3, 3)
     features[0, 20, 1, 1] = 1
     changed = (first(features) - first(torch.zeros_like(features))).abs().amax(dim=(0, 2, 3)) > 0
@@ -263,7 +264,7 @@ def test_grouped_convolutions_see_their_own_channels_only():
 
 
 def test_the_grouped_block_ends_in_relu():
-    block = emptied(networks._GroupedBlock(8, groups=4))
+    block = emptied(carn._GroupedBlock(8, groups=4))
     with torch.no_grad():
         block.body[4].bias.fill_(0.5)
         features = torch.randn(1, 8, 3, 3)

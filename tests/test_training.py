@@ -15,7 +15,7 @@ from dualrefnet.errors import RunError, SplitError
 from dualrefnet.files import write_yaml
 from dualrefnet.models.registry import new_model
 from dualrefnet.recipe import Recipe, load_recipe
-from dualrefnet.run import Run
+from dualrefnet.run import Run, start_run
 from dualrefnet.training.checkpoint import load_checkpoint, save_checkpoint
 from dualrefnet.training.loop import Trainer, collapse
 from dualrefnet.training.optimisation import create_optimizer, create_schedule
@@ -254,6 +254,23 @@ def test_a_folder_in_use_is_not_overwritten(tiny_recipe: Recipe, tmp_path: Path)
         train_recipe(tiny_recipe, tmp_path)
     with pytest.raises(RunError, match="is a file"):
         train_recipe(tiny_recipe, tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_with_nothing_but_the_leftovers_of_a_kill_counts_as_empty(resume: bool, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    # As a kill leaves it in the middle of the first write of a run.
+    (tmp_path / ".recipe.yaml.abc.partial").write_text("na")
+    run = start_run(tmp_path, tiny_recipe, resume)
+    assert run.recipe == tiny_recipe
+    assert [file.name for file in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_leftovers_do_not_make_a_run_folder_of_another_one(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / ".recipe.yaml.abc.partial").write_text("na")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match="isn't a run folder"):
+        start_run(tmp_path, tiny_recipe, resume=True)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_train_in_python_takes_overrides(sample_root: Path, tmp_path: Path) -> None:

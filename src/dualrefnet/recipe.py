@@ -115,12 +115,14 @@ class ModelSection(Section):
         "original", description="metanet: one gate a channel; mb_compat: the re-implementation behind the published table"
     )
     hidden: int = Field(256, ge=1, description="width of the layer before the classifier")
-    dropout: float = Field(0.0, ge=0, lt=1, description="before the classifier and after the fused vector")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="before the classifier and after the fused vector; methods with published rates keep those"
+    )
     decoder: Literal["bottleneck", "plain", "none"] = Field(
         "bottleneck", description="dualrefnet, auxnet: plain is the literal reading; none: no auxiliary task"
     )
     target: Literal["bilinear", "bicubic", "native", "carn_m", "ninasr_b0", "ninasr_b1", "edsr"] = Field(
-        "bilinear", description="x2 image to rebuild: interpolated; native: the real photograph at 2x size; or made by a network"
+        "bilinear", description="x2 image to rebuild: interpolated; native: the real photograph at 2x size; or a network's output"
     )
     target_weights: str = Field("auto", description="weights of the network that makes the target: auto, or a file")
 
@@ -238,7 +240,7 @@ def recipe_text(name_or_file: str | Path) -> str:
     shipped = shipped_recipes()
     if str(name_or_file) in shipped:
         return (resources.files("dualrefnet") / "recipes" / f"{name_or_file}.yaml").read_text(encoding="utf-8")
-    names = f"{', '.join(shipped)}{_suggest(str(name_or_file), shipped)}"
+    names = f"{', '.join(shipped)}{suggestion(str(name_or_file), shipped)}"
     raise RecipeError(f"there is no recipe file {name_or_file}, and no recipe of that name ships; shipped: {names}")
 
 
@@ -258,7 +260,7 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapp
         values = dict(source)
     else:
         try:
-            values = yaml.load(recipe_text(source), Loader=_Loader)
+            values = yaml.load(recipe_text(source), Loader=StrictLoader)
         except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that doesn't exist.
             raise RecipeError(f"{source} isn't YAML: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):
@@ -290,16 +292,27 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
     return overrides
 
 
-class _Loader(yaml.SafeLoader):
+class StrictLoader(yaml.SafeLoader):
     """Refuses a key that stands twice; YAML readers keep the last one, and a whole section would be lost without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Make a dict of a mapping.
+
+        Raises:
+            yaml.YAMLError: a key stands twice.
+        """
         seen: set[Any] = set()
         for key, _ in node.value:
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def suggestion(word: str, legal: list[str]) -> str:
+    """Return `; did you mean ...?` for a misspelt word, or nothing if no legal one is near."""
+    near = difflib.get_close_matches(word, legal, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
@@ -319,7 +332,7 @@ def _explain(item: Any) -> str:
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
         legal = _keys_of(location[:-1])
-        return f"unknown key {key!r}{_suggest(location[-1], legal)} (keys there: {', '.join(legal)})"
+        return f"unknown key {key!r}{suggestion(location[-1], legal)} (keys there: {', '.join(legal)})"
     message = item["msg"].removeprefix("Value error, ")
     return f"{key}: {message}" if key else message
 
@@ -331,8 +344,3 @@ def _keys_of(path: list[str]) -> list[str]:
         if typing.get_origin(section) in (typing.Union, types.UnionType):
             section = typing.get_args(section)[0]
     return list(section.model_fields)
-
-
-def _suggest(word: str, legal: list[str]) -> str:
-    near = difflib.get_close_matches(word, legal, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""

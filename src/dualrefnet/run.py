@@ -116,7 +116,12 @@ def start_run(path: Path, recipe: Recipe, resume: bool) -> Run:
     run = Run(path)
     if path.exists() and not path.is_dir():
         raise RunError(f"{path} is a file; name a folder for the run")
-    if path.is_dir() and any(path.iterdir()):
+    found = list(path.iterdir()) if path.is_dir() else []
+    if all(file.match(".*.partial") for file in found):
+        # A kill during the very first write leaves no more than this.
+        for leftover in found:
+            leftover.unlink(missing_ok=True)
+    else:
         if not (path / "recipe.yaml").is_file():
             raise RunError(f"{path} isn't empty and isn't a run folder; name another one with --out")
         if not resume:

@@ -18,7 +18,7 @@ RecipeName = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Change the recipe: training.epochs=3 data.root=DIR ...")
 ]
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder; default: runs/<name of the recipe>.")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder; default: the recipe's name in runs/.")]
 Cache = Annotated[
     Path | None,
     typer.Option("--cache", metavar="DIR", help="Where prepared images lie; default: $DUALREFNET_CACHE or the user's cache folder."),
@@ -143,7 +143,7 @@ def predict(
         list[Path], typer.Option("--images", metavar="PATH", help="A photograph or a folder of them; may be given several times.")
     ],
     out: Annotated[
-        Path, typer.Option("--out", metavar="CSV", help="Result: image, predicted, prob_<CLASS>..., malignancy, warnings, error.")
+        Path, typer.Option("--out", metavar="CSV", help="Result: image, predicted, prob_CLASS of every class, malignancy, warnings, error.")
     ],
     metadata: Annotated[
         Path | None,

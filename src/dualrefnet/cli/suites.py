@@ -56,8 +56,8 @@ def suite(
     from dualrefnet.progress import remark
     from dualrefnet.recipe import parse_overrides
     from dualrefnet.suite.grid import check_names, expand, load_suite, override
-    from dualrefnet.suite.grid import smoke as smoke_of
     from dualrefnet.suite.runner import run_suite
+    from dualrefnet.suite.smoke import smoke as smoke_of
 
     chosen, values = load_suite(name), parse_overrides(overrides or [])
     folder = out or Path("suites") / (f"{chosen.name}-smoke" if smoke else chosen.name)

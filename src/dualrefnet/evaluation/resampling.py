@@ -111,21 +111,31 @@ class Resampler:
         accuracy = hits.sum(axis=1) / total
         chance = (support * given).sum(axis=1) / total**2
         recall = _mean(sensitivity, present)
+        f1 = _ratio(2 * hits, support + given)
+        npv = _ratio(correct_negatives, total[:, None] - given)
+        specificity = _ratio(correct_negatives, negatives)
         values = {
             "accuracy": accuracy,
             "balanced_accuracy": recall,
             "auc_macro_ovr": _mean(auc, present),
-            "f1_macro": _mean(_ratio(2 * hits, support + given), present),
+            "auc_weighted_ovr": _mean(auc, present, support),
+            "f1_macro": _mean(f1, present),
+            "f1_weighted": _mean(f1, present, support),
             "precision_macro": _mean(np.nan_to_num(ppv), present),
+            "precision_weighted": _mean(np.nan_to_num(ppv), present, support),
             "recall_macro": recall,
+            "recall_weighted": _mean(sensitivity, present, support),
+            "specificity_macro": _mean(specificity, present),
+            "npv_macro": _mean(np.nan_to_num(npv), present),
             "kappa": _ratio(accuracy - chance, 1 - chance),
             "ece": np.abs(times.T @ self.gaps).sum(axis=1) / total,
         }
         by_class = {
             "sensitivity": sensitivity,
-            "specificity": _ratio(correct_negatives, negatives),
+            "specificity": specificity,
             "ppv": ppv,
-            "npv": _ratio(correct_negatives, total[:, None] - given),
+            "npv": npv,
+            "f1": f1,
             "auc": auc,
         }
         for index, name in enumerate(self.classes):
@@ -154,7 +164,7 @@ def _ratio(numerator: Floats, denominator: Floats) -> Floats:
     return result
 
 
-def _mean(values: Floats, present: NDArray[np.bool_]) -> Floats:
+def _mean(values: Floats, present: NDArray[np.bool_], weights: Floats | None = None) -> Floats:
     """Average each row over its present classes whose value is defined; NaN if there are none."""
-    chosen = present & ~np.isnan(values)
-    return _ratio(np.where(chosen, values, 0).sum(axis=1), chosen.sum(axis=1).astype(np.float64))
+    chosen = (present & ~np.isnan(values)) * (1.0 if weights is None else weights)
+    return _ratio((chosen * np.nan_to_num(values)).sum(axis=1), chosen.sum(axis=1))

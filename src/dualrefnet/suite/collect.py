@@ -212,13 +212,12 @@ def _load(suite_dir: Path, name: str, fold: int, seed: int) -> FinishedRun | str
         description, predictions, split = run.model, run.predictions, run.split
         rows = predictions[predictions["split"] == "test"].sort_values("image_id", kind="stable")
         groups = split.set_index("image_id")["patient_id"]
-        weights = read_json(run.path / "fingerprint.json")["weights"]
         return FinishedRun(
             fold,
             seed,
             run.recipe,
             run.metrics,
-            weights if isinstance(weights, list) else [weights],
+            read_json(run.path / "fingerprint.json")["weights"],
             tuple(description["classes"]),
             tuple(description["malignant"]),
             pd.DataFrame({column: rows[column].to_numpy() for column in ("image_id", "label")}).assign(

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dualrefnet.errors import RunError
-from dualrefnet.suite.runner import Event, Failure, Job, available_cores, perform
+from dualrefnet.suite.folder import Failure
+from dualrefnet.suite.workers import Event, Job, available_cores, perform
 
 # Where data, weights and prepared images lie, which the machines of a cluster can't know.
 _PASSED_ON = "DUALREFNET_"
