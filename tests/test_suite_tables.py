@@ -10,6 +10,7 @@ import pytest
 from dualrefnet.errors import RunError
 from dualrefnet.files import write_csv, write_json, write_yaml
 from dualrefnet.models.registry import METHODS
+from dualrefnet.suite import tables
 from dualrefnet.suite.aggregate import aggregate
 from dualrefnet.suite.grid import expand, load_suite
 from dualrefnet.suite.rendering import Cell as TableCell
@@ -24,7 +25,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_suite(tmp_path_factory.mktemp("suite") / "small", SUITE)
 
 
-def test_a_missing_run_is_said_and_the_complete_seed_is_pooled(small: Path, tmp_path: Path) -> None:
+def test_a_missing_run_is_said_and_the_complete_seed_is_pooled(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = shutil.copytree(small, tmp_path / "suite")
     lost, failed = "sample-concat-efficientnet_lite0-fold1-seed1", "sample-dualrefnet-efficientnet_lite0-fold0-seed0"
     shutil.rmtree(folder / "runs" / lost)
@@ -48,6 +49,13 @@ def test_a_missing_run_is_said_and_the_complete_seed_is_pooled(small: Path, tmp_
     assert escape_markdown("out of memory_") in page
     assert escape_markdown(lost) in page
     assert "| 3 of 4 |" in page
+    assert len(pd.read_csv(folder / "tables" / "missing.csv")) == 2
+    monkeypatch.setattr(tables, "NAMED", 1)
+    write_tables(folder)
+    page = (folder / "tables" / "table.md").read_text(encoding="utf-8")
+    assert failed in page
+    assert escape_markdown(lost) not in page.split("###")[1], "what failed is named before what was never started"
+    assert "and 1 more: missing.csv" in page
 
 
 def test_a_system_without_any_run_keeps_its_row(small: Path, tmp_path: Path) -> None:

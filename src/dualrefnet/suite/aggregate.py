@@ -116,7 +116,7 @@ def flags_of(system: System) -> list[str]:
         flags.append("leaking split: the same patients or lesions in training and test")
     if any(run.metrics.get("drawn") for run in system.runs):
         flags.append("drawn data, not clinical")
-    if any(recipe.training.encoder == "frozen" for recipe in recipes):
+    if reads_image(system.key.method) and any(recipe.training.encoder == "frozen" for recipe in recipes):
         flags.append("frozen encoder")
     if reads_image(system.key.method) and any(weights["kind"] == "none" for run in system.runs for weights in run.weights):
         flags.append("encoder from random weights")

@@ -18,10 +18,12 @@ from dualrefnet.suite.notes import DAGGER, LESS_IS_BETTER, class_notes, group_no
 from dualrefnet.suite.rendering import Cell, PrintedTable, escape_markdown
 
 SIGNIFICANT = 0.05
+# Cells without a result that the page names; all of them are in missing.csv.
+NAMED = 12
 
 
 def write_tables(suite_dir: Path) -> list[Path]:
-    """Write `SUITE_DIR/tables/`: systems.csv, comparisons.csv, per_class.csv, splits.csv (each if it has rows), table.md, table.tex.
+    """Write `SUITE_DIR/tables/`: systems, comparisons, per_class, splits and missing as CSV (each if it has rows), table.md, table.tex.
 
     Args:
         suite_dir: folder of a suite, whether all its cells are finished or not.
@@ -37,10 +39,8 @@ def write_tables(suite_dir: Path) -> list[Path]:
     folder = suite_dir / "tables"
     written = []
     for name in ("systems", "comparisons", "per_class", "splits"):
-        table: pd.DataFrame = getattr(found, name)
-        if len(table):
-            write_csv(folder / f"{name}.csv", table)
-            written.append(folder / f"{name}.csv")
+        written += _write_rows(folder / f"{name}.csv", getattr(found, name))
+    written += _write_rows(folder / "missing.csv", found.collection.missing)
     suite, tables = found.collection.suite, printed_tables(found)
     head = [f"# {escape_markdown(suite.title)}\n", *([f"{escape_markdown(suite.description)}\n"] if suite.description else [])]
     write_text(folder / "table.md", "\n".join([*head, *(table.markdown() for table in tables)]))
@@ -48,6 +48,15 @@ def write_tables(suite_dir: Path) -> list[Path]:
     latex = [table.latex(f"{suite.name}-{number}") for number, table in enumerate(tables, 1)]
     write_text(folder / "table.tex", "\n".join([comment, *latex]))
     return [*written, folder / "table.md", folder / "table.tex"]
+
+
+def _write_rows(path: Path, table: pd.DataFrame) -> list[Path]:
+    """Write a table that has rows; one without must not leave an older file behind."""
+    if not len(table):
+        path.unlink(missing_ok=True)
+        return []
+    write_csv(path, table)
+    return [path]
 
 
 def printed_tables(found: Aggregate) -> list[PrintedTable]:
@@ -148,11 +157,13 @@ def _split_table(dataset: str, protocol: str, rows: pd.DataFrame) -> PrintedTabl
 
 
 def _missing_table(found: Aggregate) -> PrintedTable:
-    rows = [[Cell(str(value)) for value in row] for row in found.collection.missing[["cell", "state", "error"]].to_numpy()]
+    missing = found.collection.missing.sort_values("state", key=lambda state: state != "failed", kind="stable")
+    rows = [[Cell(str(value)) for value in row] for row in missing[["cell", "state", "error"]].to_numpy()[:NAMED]]
+    more = (f"and {len(missing) - NAMED} more: missing.csv",) if len(missing) > NAMED else ()
     planned = sum(system.planned for system in found.collection.systems)
     finished = sum(len(system.runs) for system in found.collection.systems)
     title = f"INCOMPLETE: {finished} of {planned} runs are finished; without a result are"
-    return PrintedTable(title, ("cell", "state", "error"), rows, left=3)
+    return PrintedTable(title, ("cell", "state", "error"), rows, more, left=3)
 
 
 def _row_name(key: Key, found: Aggregate, members: list[Key]) -> list[Cell]:
