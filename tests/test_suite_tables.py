@@ -184,7 +184,7 @@ def test_splits_are_counted_beside_table_1(tmp_path: Path) -> None:
     ]
     assert (found.splits["equal"] == "yes").sum() == 17
     assert found.collection.missing["cell"].tolist() == ["split pad_ufes_20 grouped"]
-    assert [path.name for path in write_tables(tmp_path)] == ["splits.csv", "table.md", "table.tex"]
+    assert [path.name for path in write_tables(tmp_path)] == ["splits.csv", "missing.csv", "table.md", "table.tex"]
     page = (tmp_path / "tables" / "table.md").read_text(encoding="utf-8")
     assert "| MEL | 35 (35) | 8 (8) | 10 ≠ (9) |" in page
     assert "| total | 1532 (1532) | 383 (383) | 384 ≠ (383) |" in page
