@@ -116,7 +116,7 @@ def test_doctor_examines_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DUALREFNET_DATA", raising=False)
     result = call("doctor")
     assert result.exit_code == 0, result.output
-    for subject in ("Python", "libraries", "compute", "memory", "ImageNet weights here", "data", "cache"):
+    for subject in ("Python", "libraries", "compute", "memory", "ImageNet weights here", "super-resolution networks", "data", "cache"):
         assert subject in result.output
     monkeypatch.setenv("DUALREFNET_DATA", os.devnull)
     assert "dualrefnet fetch pad_ufes_20" in call("doctor").output

@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 
 from dualrefnet.errors import RunError
 from dualrefnet.files import write_yaml
+from dualrefnet.models.registry import METHODS
 from dualrefnet.run import Run
 from dualrefnet.suite.folder import suite_lock
-from dualrefnet.suite.grid import Block, Suite, Variant, expand, load_suite, override, with_recipes
+from dualrefnet.suite.grid import Block, Suite, Variant, expand, load_suite, override, shipped_suites, with_recipes
 from dualrefnet.suite.runner import run_suite
 from dualrefnet.suite.smoke import smoke
+from dualrefnet.suite.tables import write_tables
 from dualrefnet.suite.view import Outcome, duration
 
 # Seconds a run: the metadata alone, though the rows are those of the image methods.
@@ -134,6 +136,16 @@ def test_the_next_call_skips_the_finished_and_tries_the_failed(mixed: Suite, fir
     assert not (out / "failures" / f"{run_of('good')}.json").exists(), "a failure of a run that is finished is no more"
     logs = [(out / "logs" / f"{run_of(name)}.log").read_text().count("--- ") for name in ("good", "diverges")]
     assert logs == [1, 2]
+
+
+def test_models_can_be_discarded_and_the_runs_stay_finished(sample_root: Path, tmp_path: Path) -> None:
+    suite = suite_of(sample_root, good={})
+    outcome = run_suite(suite, tmp_path / "out", keep_models=False)
+    run = Run(tmp_path / "out" / "runs" / outcome.finished[0])
+    assert not run.weights_file.exists()
+    assert run.finished
+    assert len(run.predictions) > 0
+    assert run_suite(suite, tmp_path / "out", keep_models=False).skipped == 1
 
 
 def test_another_suite_in_the_folder_is_refused(mixed: Suite, first: tuple[Path, Outcome], tmp_path: Path) -> None:
@@ -259,12 +271,21 @@ def test_a_smoke_test_really_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_smoke_test_of_table_3a_trains_seven_methods(tmp_path: Path) -> None:
-    small, _ = smoke(load_suite("table3a"), tmp_path / "out" / "data")
-    outcome = run_suite(override(small, {"training.device": "cpu"}), tmp_path / "out", workers=2)
+@pytest.mark.parametrize("name", [name for name in shipped_suites() if name not in ("table1", "table2")])
+def test_the_smoke_test_of_every_suite_trains_and_makes_its_tables(name: str, tmp_path: Path) -> None:
+    small, _ = smoke(load_suite(name), tmp_path / "out" / "data")
+    small = override(small, {"training.device": "cpu"})
+    outcome = run_suite(small, tmp_path / "out", workers=2)
     assert not outcome.failed
-    methods = {Run(tmp_path / "out" / "runs" / name).metrics["method"] for name in outcome.finished}
-    assert methods == {"no_metadata", "concat", "metanet", "metablock", "visual", "auxnet", "dualrefnet"}
+    assert len(outcome.finished) == len({cell.run for cell in expand(small)})
+    methods = {Run(tmp_path / "out" / "runs" / run).metrics["method"] for run in outcome.finished}
+    if name == "table3a":
+        assert methods == {"no_metadata", "concat", "metanet", "metablock", "visual", "auxnet", "dualrefnet"}
+    write_tables(tmp_path / "out")
+    page = (tmp_path / "out" / "tables" / "table.md").read_text(encoding="utf-8")
+    assert "drawn data, not clinical" in page
+    assert "INCOMPLETE" not in page
+    assert small.rows == "variant" or all(METHODS[method].title in page for method in methods)
 
 
 def test_times_are_told_as_a_person_would() -> None:

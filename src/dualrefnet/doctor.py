@@ -13,7 +13,7 @@ from typing import Literal
 
 from dualrefnet.data.adapters import DATA_VARIABLE, load_dataset
 from dualrefnet.data.disk import default_cache
-from dualrefnet.errors import DataError
+from dualrefnet.errors import DataError, WeightsError
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,19 @@ def _weights() -> Iterator[Finding]:
             f"{', '.join(missing)}: fetched from timm's hub at first use; without a network put <name>.safetensors into a folder "
             "and set DUALREFNET_WEIGHTS to it",
         )  # fmt: skip
+    from dualrefnet.models.superresolution_networks import NETWORKS, find_network_file
+
+    try:
+        here = [name for name in NETWORKS if find_network_file(name)]
+    except WeightsError as error:
+        yield Finding("FAIL", "super-resolution networks", str(error))
+        return
+    others = [f"{name} ({spec.filename})" for name, spec in NETWORKS.items() if name not in here]
+    yield Finding(
+        "PASS",
+        "super-resolution networks",
+        f"here: {', '.join(here) or 'none'}" + (f"; downloaded when a recipe asks for them: {', '.join(others)}" if others else ""),
+    )
 
 
 def _data() -> Iterator[Finding]:

@@ -43,6 +43,9 @@ def suite(
     cores: Annotated[
         int | None, typer.Option(min=1, help="CPU cores of one run; default: this machine's shared by the workers, on Ray 1.")
     ] = None,
+    discard_models: Annotated[
+        bool, typer.Option("--discard-models", help="Remove the parameters of finished runs; the tables need their predictions alone.")
+    ] = False,
     cache: Annotated[
         Path | None,
         typer.Option("--cache", metavar="DIR", help="Where prepared images lie; default: $DUALREFNET_CACHE or the user's cache folder."),
@@ -75,7 +78,7 @@ def suite(
         _print_plan(cells, [f"{split.recipe.data.dataset}, protocol {split.recipe.data.protocol}" for split in chosen.splits])
         return
     try:
-        outcome = run_suite(chosen, folder, workers, cache, ray, cores)
+        outcome = run_suite(chosen, folder, workers, cache, ray, cores, not discard_models)
     except KeyboardInterrupt:
         raise DualRefNetError(f"interrupted; what is finished is kept in {folder}, and the same command goes on") from None
     for reason in dict.fromkeys(failure.error for failure in outcome.failed.values()):

@@ -100,7 +100,7 @@ class Cell:
         dataset: adapter.
         protocol: how the rows are divided.
         method: the system.
-        backbone: its image encoder.
+        backbone: its image encoder; of an ensemble with members these, joined by `+`.
         variant: name of the variant; empty for the recipe itself.
         fold: which fold is the test set.
         seed: of the training.
@@ -226,7 +226,8 @@ def expand(suite: Suite) -> list[Cell]:
             run = runs.setdefault(recipe.model_dump_json(exclude={"name", "description"}), name)
             lookup = variant.paper or block.paper
             paper = lookup.model_dump(exclude_none=True) if lookup else None
-            system = (data.dataset, data.protocol, recipe.model.method, recipe.model.backbone, variant.name)
+            backbone = "+".join(recipe.model.members) or recipe.model.backbone
+            system = (data.dataset, data.protocol, recipe.model.method, backbone, variant.name)
             cell = Cell(name, run, recipe, *system, data.fold, recipe.seed, paper)
             if cells.setdefault(name, cell) != cell:
                 differences = ", ".join(_differing(cells[name].recipe.model_dump(), recipe.model_dump())) or "the paper's numbers"

@@ -9,6 +9,7 @@ from dualrefnet.errors import DualRefNetError
 from dualrefnet.files import write_csv
 from dualrefnet.progress import progress_bar, remark, warn
 from dualrefnet.recipe import Recipe
+from dualrefnet.run import Run
 from dualrefnet.suite.folder import Failure, is_finished, open_folder, record_end, suite_lock
 from dualrefnet.suite.grid import Suite, expand, with_recipes
 from dualrefnet.suite.ray_runner import require_ray, work_on_ray
@@ -19,7 +20,13 @@ SMOKE_IMAGES, SMOKE_SIDE = 120, 64
 
 
 def run_suite(
-    suite: Suite, out: Path, workers: int = 1, cache: Path | None = None, ray_address: str | None = None, cores: int | None = None
+    suite: Suite,
+    out: Path,
+    workers: int = 1,
+    cache: Path | None = None,
+    ray_address: str | None = None,
+    cores: int | None = None,
+    keep_models: bool = True,
 ) -> Outcome:
     """Train what a suite folder lacks.
 
@@ -30,6 +37,7 @@ def run_suite(
         cache: where image stores lie; None: the user's cache folder.
         ray_address: run on a Ray cluster instead: its address, or `local`.
         cores: CPU cores of one run; None: the machine's, shared by the workers (on Ray: 1).
+        keep_models: keep the parameters of finished runs; the tables need their predictions alone.
 
     Raises:
         DualRefNetError: the folder is in use or holds something else; Ray isn't there; nothing can be read.
@@ -61,6 +69,8 @@ def run_suite(
             for event in events:
                 if event.state == "ended":
                     record_end(out, event.run, event.failure)
+                    if event.failure is None and not keep_models:
+                        Run(out / "runs" / event.run).weights_file.unlink(missing_ok=True)
                     outcome.count(event.run, event.failure)
                 view.show(event)
     return outcome

@@ -177,7 +177,8 @@ def _row_name(key: Key, found: Aggregate, members: list[Key]) -> list[Cell]:
         text = title + (f", {key.variant}" if key.variant else "")
     row = next(row for (other, _), row in _by_cell(found.systems).items() if other == key)
     text += " (LABEL-LEAKING IMPUTATION)" if LABEL_LEAKING in row["flags"] else ""
-    return [Cell(text, mark=DAGGER if method and method.reconstruction else ""), Cell(key.backbone)]
+    backbone = "–" if method and not method.reads_image else key.backbone.replace("+", " + ")
+    return [Cell(text, mark=DAGGER if method and method.reconstruction else ""), Cell(backbone)]
 
 
 def _best(rows: pd.DataFrame, measure: str) -> float:
