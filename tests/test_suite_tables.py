@@ -100,6 +100,7 @@ def test_flags_say_what_spoils_a_number(tmp_path: Path) -> None:
     assert frozen["encoder"] == "frozen"
     write_tables(folder)
     page = (folder / "tables" / "table.md").read_text(encoding="utf-8")
+    assert "Frozen encoder: what it makes of every image was computed once" in page
     assert "| leak (LABEL-LEAKING IMPUTATION) |" in page
     # The leaking row is the best one, and is not set in bold.
     assert "**1.000**" not in page

@@ -47,6 +47,11 @@ def group_notes(found: Aggregate, members: list[Key]) -> tuple[str, ...]:
             f"*: differs from {suite.reference}, p < .05 after Holm's correction for {family} comparisons a measure; p two-sided, from the "
             "same bootstrap samples for both."
         )
+    if rows["encoder"].eq("frozen").any():
+        notes.append(
+            "Frozen encoder: what it makes of every image was computed once, and the rest was trained on that: no augmentation, and the "
+            "auxiliary task has no effect. It compares ways of fusion, not whole systems."
+        )
     notes += [f"{message}." for system in systems for message in _leaks(system)][:2]
     methods = dict.fromkeys(key.method for key in members)
     for method in methods:
