@@ -51,7 +51,7 @@ def random_batch(batch_size: int, size: int) -> Batch:
 def step(recipe: Recipe, batch: Batch, folder: Path, kind: type[Trainer] = Trainer) -> Callable[[], None]:
     """Return a function that takes one training step of a recipe on `batch`; nothing is written to `folder`."""
     torch.manual_seed(0)
-    model, _, source = new_model(recipe, METADATA, CLASSES)
+    model, _, (source,) = new_model(recipe, METADATA, CLASSES)
     counts = torch.full((CLASSES,), 100)
     trainer = kind(model, recipe, Run(folder), counts, (tuple(source["mean"]), tuple(source["std"])))
     trainer.model.train()

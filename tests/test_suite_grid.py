@@ -262,6 +262,14 @@ def test_a_smoke_test_keeps_methods_and_variants_and_is_cheap(name: str, tmp_pat
     assert [split.dataset for split in small.splits] == (["sample"] if suite.splits else [])
 
 
+def test_the_shipped_suites_are_listed_and_printed() -> None:
+    listed = CliRunner().invoke(app, ["suites"]).output
+    assert [line.split()[0] for line in listed.splitlines()] == shipped_suites()
+    assert re.search(r"^table3a +35 runs ", listed, re.MULTILINE)
+    printed = CliRunner().invoke(app, ["suites", "table3a"]).output
+    assert yaml.safe_load(printed)["name"] == "table3a"
+
+
 def test_a_smoke_test_of_table_3a_is_seven_runs(tmp_path: Path) -> None:
     small, _ = smoke(override(load_suite("table3a"), {"seed": [0, 1]}), tmp_path / "data")
     methods = ["no_metadata", "concat", "metanet", "metablock", "visual", "auxnet", "dualrefnet"]

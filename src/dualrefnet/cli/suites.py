@@ -1,4 +1,4 @@
-"""Commands about suites: suite, tables."""
+"""Commands about suites: suites, suite, tables."""
 
 from __future__ import annotations
 
@@ -14,9 +14,22 @@ if TYPE_CHECKING:
     from dualrefnet.suite.grid import Cell
 
 
+@app.command("suites")
+def list_suites(name: Annotated[str | None, typer.Argument(metavar="[SUITE]", help="Print this suite.")] = None) -> None:
+    """List the suites that ship, or print one: save it, change it, and give the file to `suite`."""
+    from dualrefnet.suite.grid import expand, load_suite, shipped_suites, suite_text
+
+    if name is not None:
+        typer.echo(suite_text(name), nl=False)
+        return
+    for shipped in shipped_suites():
+        loaded = load_suite(shipped)
+        typer.echo(f"{shipped:<17} {len({cell.run for cell in expand(loaded)}):>4} runs  {loaded.title}")
+
+
 @app.command()
 def suite(
-    name: Annotated[str, typer.Argument(metavar="SUITE", help="A YAML file, or table1, table2, table3a, table3b, table4, figure1e, ...")],
+    name: Annotated[str, typer.Argument(metavar="SUITE", help="A YAML file, or the name of a suite that ships (`dualrefnet suites`).")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(

@@ -126,20 +126,28 @@ def shipped_suites() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
+def suite_text(name_or_file: str | Path) -> str:
+    """Return the YAML text of a shipped suite or of a file; a file of that name wins.
+
+    Raises:
+        RecipeError: there is neither.
+    """
+    path = Path(name_or_file)
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    if str(name_or_file) in shipped_suites():
+        return (resources.files("dualrefnet") / "recipes" / "suites" / f"{name_or_file}.yaml").read_text(encoding="utf-8")
+    names = f"{', '.join(shipped_suites())}{suggestion(str(name_or_file), shipped_suites())}"
+    raise RecipeError(f"there is no suite file {name_or_file}, and no suite of that name ships; shipped: {names}")
+
+
 def load_suite(name_or_file: str | Path) -> Suite:
     """Read and check a suite: a file, or the name of one that ships. Its blocks then hold their recipes themselves.
 
     Raises:
         RecipeError: there is neither; it isn't YAML; a key is unknown; a value is wrong; a recipe isn't there.
     """
-    path = Path(name_or_file)
-    if path.is_file():
-        text = path.read_text(encoding="utf-8")
-    elif str(name_or_file) in shipped_suites():
-        text = (resources.files("dualrefnet") / "recipes" / "suites" / f"{name_or_file}.yaml").read_text(encoding="utf-8")
-    else:
-        names = f"{', '.join(shipped_suites())}{suggestion(str(name_or_file), shipped_suites())}"
-        raise RecipeError(f"there is no suite file {name_or_file}, and no suite of that name ships; shipped: {names}")
+    path, text = Path(name_or_file), suite_text(name_or_file)
     try:
         values = yaml.load(text, Loader=StrictLoader)
     except (yaml.YAMLError, ValueError) as error:
