@@ -18,6 +18,7 @@ from dualrefnet.errors import DataError
 from dualrefnet.files import (
     atomic_path,
     read_json,
+    remove_partial,
     sha256_of_file,
     sha256_of_json,
     write_csv,
@@ -162,3 +163,13 @@ def test_hashes(tmp_path):
     assert sha256_of_file(file) == hashlib.sha256(Path(file).read_bytes()).hexdigest()
     assert sha256_of_json({"b": [1, "ä"], "a": None}) == sha256_of_json({"a": None, "b": [1, "ä"]})
     assert sha256_of_json([1, 2]) != sha256_of_json([2, 1])
+
+
+def test_what_killed_writes_have_left_is_removed_and_nothing_else(tmp_path):
+    with atomic_path(tmp_path / "a.csv") as temporary:
+        # As it is called while it is written, and stays called if the process dies then.
+        shutil.copy(temporary, tmp_path / temporary.name.replace(".partial", "x.partial"))
+    for name in (".hidden", "b.partial", "a.csv"):
+        (tmp_path / name).write_text("kept")
+    remove_partial(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {".hidden", "b.partial", "a.csv"}

@@ -22,7 +22,7 @@ import dualrefnet
 from dualrefnet.data.adapters import Dataset
 from dualrefnet.data.protocols import SPLIT_COLUMNS, refuse_crossing
 from dualrefnet.errors import RunError
-from dualrefnet.files import read_json, sha256_of_json, write_csv, write_json, write_yaml
+from dualrefnet.files import read_json, remove_partial, sha256_of_json, write_csv, write_json, write_yaml
 from dualrefnet.recipe import Recipe, load_recipe
 
 
@@ -119,8 +119,7 @@ def start_run(path: Path, recipe: Recipe, resume: bool) -> Run:
     found = list(path.iterdir()) if path.is_dir() else []
     if all(file.match(".*.partial") for file in found):
         # A kill during the very first write leaves no more than this.
-        for leftover in found:
-            leftover.unlink(missing_ok=True)
+        remove_partial(path)
     else:
         if not (path / "recipe.yaml").is_file():
             raise RunError(f"{path} isn't empty and isn't a run folder; name another one with --out")

@@ -6,7 +6,7 @@ from contextlib import closing
 from pathlib import Path
 
 from dualrefnet.errors import DualRefNetError
-from dualrefnet.files import write_csv
+from dualrefnet.files import remove_partial, write_csv
 from dualrefnet.progress import progress_bar, remark, warn
 from dualrefnet.recipe import Recipe
 from dualrefnet.run import Run
@@ -81,8 +81,7 @@ def _draw(root: Path) -> None:
 
     if (root / "metadata.csv").is_file():
         return
-    for leftover in root.glob(".*.partial"):
-        leftover.unlink()
+    remove_partial(root)
     remark("drawing the sample data set: invented pictures, not clinical ones")
     with progress_bar("drawing") as show:
         draw_sample(root, images=SMOKE_IMAGES, side=SMOKE_SIDE, progress=show)

@@ -115,12 +115,8 @@ def _train(job: Job) -> None:
 
     torch.set_num_threads(job.threads)
     cv2.setNumThreads(job.threads)
-    folder = job.suite / "runs" / job.run
-    # What a killed run was just writing; nobody else writes here now.
-    for leftover in folder.glob(".*.partial"):
-        leftover.unlink()
     try:
-        train_recipe(job.recipe, folder, resume=True, cache=job.cache, workers=job.threads)
+        train_recipe(job.recipe, job.suite / "runs" / job.run, resume=True, cache=job.cache, workers=job.threads)
     finally:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

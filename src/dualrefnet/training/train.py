@@ -13,7 +13,7 @@ from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.pipeline import fill_recipe_store, make_examples, read_dataset, side_rows, split_rows
 from dualrefnet.data.schema import DatasetSchema
 from dualrefnet.evaluation.evaluate import evaluate_run
-from dualrefnet.files import write_json
+from dualrefnet.files import remove_partial, write_json
 from dualrefnet.models.frozen import fill_features
 from dualrefnet.models.learned_targets import fill_targets
 from dualrefnet.models.method import Architecture
@@ -49,6 +49,7 @@ def train_recipe(recipe: Recipe, out: Path, resume: bool = False, cache: Path | 
         run = start_run(out, recipe, resume or not state.is_main_process)
         if run.finished and resume:
             remark(f"{out} is finished already")
+            _tidy(run)
             return run
         dataset = read_dataset(recipe)
         store = None
@@ -83,9 +84,15 @@ def train_recipe(recipe: Recipe, out: Path, resume: bool = False, cache: Path | 
     trainer.fit(train, val)
     if state.is_main_process:
         evaluate_run(run, dataset=dataset, cache=cache, device=trainer.device)
-        run.checkpoint_file.unlink(missing_ok=True)
+        _tidy(run)
     state.wait_for_everyone()
     return run
+
+
+def _tidy(run: Run) -> None:
+    """Remove what only an unfinished run needs, and what tries that were killed while they wrote have left."""
+    run.checkpoint_file.unlink(missing_ok=True)
+    remove_partial(run.path)
 
 
 def model_description(
