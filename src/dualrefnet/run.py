@@ -147,9 +147,25 @@ def write_split(run: Run, split: pd.DataFrame) -> None:
 
 
 def fingerprint(
-    recipe: Recipe, dataset: Dataset, split: pd.DataFrame, weights: list[dict[str, Any]], precision: str, processes: int
+    recipe: Recipe,
+    dataset: Dataset,
+    split: pd.DataFrame,
+    weights: list[dict[str, Any]],
+    target_weights: dict[str, Any] | None,
+    precision: str,
+    processes: int,
 ) -> dict[str, Any]:
-    """Describe all that a number depends on: versions, code, data, seed, hardware and the weights that it started from."""
+    """Describe all that a number depends on: versions, code, data, seed, hardware and the weights that it started from.
+
+    Args:
+        recipe: of the run.
+        dataset: that was read.
+        split: of its rows.
+        weights: what each image encoder started from.
+        target_weights: of the network that made the auxiliary task's targets; None if none did.
+        precision: of the training, fp32 or bf16.
+        processes: that trained together.
+    """
     names = ("torch", "torchvision", "timm", "accelerate", "opencv-python-headless", "pillow", "numpy", "pandas", "scikit-learn")
     return {
         "dualrefnet": dualrefnet.__version__,
@@ -175,6 +191,7 @@ def fingerprint(
         "processes": processes,
         "threads": torch.get_num_threads(),
         "weights": weights,
+        "target_weights": target_weights,
     }
 
 

@@ -79,8 +79,7 @@ def train_recipe(recipe: Recipe, out: Path, resume: bool = False, cache: Path | 
     counts = torch.bincount(torch.tensor(train.labels), minlength=len(dataset.schema.classes))
     trainer = Trainer(model, recipe, run, counts, (tuple(sources[0]["mean"]), tuple(sources[0]["std"])))
     if state.is_main_process:
-        used = sources if target_source is None else [*sources, target_source]
-        save_fingerprint(run, fingerprint(recipe, dataset, split, used, trainer.precision, state.num_processes))
+        save_fingerprint(run, fingerprint(recipe, dataset, split, sources, target_source, trainer.precision, state.num_processes))
     trainer.fit(train, val)
     if state.is_main_process:
         evaluate_run(run, dataset=dataset, cache=cache, device=trainer.device)
