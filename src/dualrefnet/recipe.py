@@ -234,14 +234,28 @@ def recipe_text(name_or_file: str | Path) -> str:
     Raises:
         RecipeError: there is neither.
     """
+    return shipped_text("recipe", name_or_file, "recipes", shipped_recipes())
+
+
+def shipped_text(kind: str, name_or_file: str | Path, folder: str, shipped: list[str]) -> str:
+    """Return the text of a YAML file, or of one that ships; a file of that name wins.
+
+    Args:
+        kind: what it is, for the error: `recipe` or `suite`.
+        name_or_file: of what is wanted.
+        folder: inside the package, where those that ship are.
+        shipped: their names.
+
+    Raises:
+        RecipeError: there is neither.
+    """
     path = Path(name_or_file)
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    shipped = shipped_recipes()
     if str(name_or_file) in shipped:
-        return (resources.files("dualrefnet") / "recipes" / f"{name_or_file}.yaml").read_text(encoding="utf-8")
+        return resources.files("dualrefnet").joinpath(folder, f"{name_or_file}.yaml").read_text(encoding="utf-8")
     names = f"{', '.join(shipped)}{suggestion(str(name_or_file), shipped)}"
-    raise RecipeError(f"there is no recipe file {name_or_file}, and no recipe of that name ships; shipped: {names}")
+    raise RecipeError(f"there is no {kind} file {name_or_file}, and no {kind} of that name ships; shipped: {names}")
 
 
 def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapping[str, Any] | None = None) -> Recipe:

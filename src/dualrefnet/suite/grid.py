@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from dualrefnet.errors import RecipeError
-from dualrefnet.recipe import Recipe, Section, StrictLoader, load_recipe, suggestion
+from dualrefnet.recipe import Recipe, Section, StrictLoader, load_recipe, shipped_text, suggestion
 
 # Keys of a recipe that are axes of the grid, and the block's list that holds their values.
 AXES = {"model.method": "methods", "model.backbone": "backbones", "data.fold": "folds", "seed": "seeds"}
@@ -132,13 +132,7 @@ def suite_text(name_or_file: str | Path) -> str:
     Raises:
         RecipeError: there is neither.
     """
-    path = Path(name_or_file)
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    if str(name_or_file) in shipped_suites():
-        return (resources.files("dualrefnet") / "recipes" / "suites" / f"{name_or_file}.yaml").read_text(encoding="utf-8")
-    names = f"{', '.join(shipped_suites())}{suggestion(str(name_or_file), shipped_suites())}"
-    raise RecipeError(f"there is no suite file {name_or_file}, and no suite of that name ships; shipped: {names}")
+    return shipped_text("suite", name_or_file, "recipes/suites", shipped_suites())
 
 
 def load_suite(name_or_file: str | Path) -> Suite:
