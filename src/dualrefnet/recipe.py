@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -323,7 +323,7 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def suggestion(word: str, legal: list[str]) -> str:
+def suggestion(word: str, legal: Iterable[str]) -> str:
     """Return `; did you mean ...?` for a misspelt word, or nothing if no legal one is near."""
     near = difflib.get_close_matches(word, legal, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -58,12 +58,16 @@ def split_rows(recipe: Recipe, dataset: Dataset, store: ImageStore | None) -> pd
     return split
 
 
+def store_side(recipe: Recipe) -> int:
+    """Return the side of the pictures that a recipe needs stored, pixels."""
+    # A native x2 target is the photograph itself at twice the input's side.
+    return recipe.image.size * (2 if recipe.rebuilds_image and recipe.model.target == "native" else 1)
+
+
 def fill_recipe_store(recipe: Recipe, dataset: Dataset, cache: Path | None = None, workers: int | None = None) -> ImageStore:
     """Fill the image store that a recipe needs, and say which images are broken."""
-    # A native x2 target is the photograph itself at twice the input's side.
-    factor = 2 if recipe.rebuilds_image and recipe.model.target == "native" else 1
     with progress_bar("preparing images") as show:
-        store = fill_store(dataset.with_image, recipe.image, factor * recipe.image.size, cache, workers, show)
+        store = fill_store(dataset.with_image, recipe.image, store_side(recipe), cache, workers, show)
     if store.broken:
         first, reason = next(iter(store.broken.items()))
         listed = store.path / "broken.csv"

@@ -5,7 +5,6 @@ An encoder gives a map, from which the decoder rebuilds the image, and a vector,
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from dualrefnet.errors import RecipeError
 from dualrefnet.models.weights import WeightsSource, load_weights, resolve_weights
+from dualrefnet.recipe import suggestion
 
 
 @dataclass(frozen=True)
@@ -160,9 +160,7 @@ def backbone_spec(name: str) -> BackboneSpec:
         RecipeError: there is none.
     """
     if name not in BACKBONES:
-        close = difflib.get_close_matches(name, BACKBONES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise RecipeError(f"no backbone is called {name!r}{hint} (there are: {', '.join(BACKBONES)})")
+        raise RecipeError(f"no backbone is called {name!r}{suggestion(name, BACKBONES)} (there are: {', '.join(BACKBONES)})")
     return BACKBONES[name]
 
 

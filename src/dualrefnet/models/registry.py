@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from dualrefnet.models.method import Architecture, Method
 from dualrefnet.models.no_metadata import NoMetadata
 from dualrefnet.models.visual import Visual
 from dualrefnet.models.weights import WeightsSource
-from dualrefnet.recipe import Recipe
+from dualrefnet.recipe import Recipe, suggestion
 
 METHODS: dict[str, type[Method]] = {
     "dualrefnet": DualRefNet,
@@ -54,9 +53,7 @@ def check_method(recipe: Recipe) -> type[Method]:
     """
     name = recipe.model.method
     if name not in METHODS:
-        close = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise RecipeError(f"model.method: there is no method {name!r}{hint} (there are: {', '.join(METHODS)})")
+        raise RecipeError(f"model.method: there is no method {name!r}{suggestion(name, METHODS)} (there are: {', '.join(METHODS)})")
     if METHODS[name].needs_metadata and recipe.metadata.tier == "M0":
         raise RecipeError(f"model.method {name} needs metadata: set metadata.tier to M1, M2 or M3, or take no_metadata")
     return METHODS[name]

@@ -6,7 +6,6 @@ that these load strictly. NinaSR and EDSR are those of torchSR, CARN-M is that o
 
 from __future__ import annotations
 
-import difflib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from dualrefnet.models.carn import CARNM
 from dualrefnet.models.edsr import EDSR
 from dualrefnet.models.ninasr import NinaSR
 from dualrefnet.models.weights import HUB_TIMEOUT, SUFFIXES, WEIGHTS_VARIABLE, WeightsSource, read_tensors, weights_folder
+from dualrefnet.recipe import suggestion
 
 _TORCHSR = "https://github.com/Coloquinte/torchSR"
 _CARN = "https://github.com/nmhkahn/CARN-pytorch"
@@ -83,9 +83,7 @@ def network_spec(name: str) -> NetworkSpec:
         RecipeError: there is none.
     """
     if name not in NETWORKS:
-        close = difflib.get_close_matches(name, NETWORKS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise RecipeError(f"no super-resolution network is called {name!r}{hint} (there are: {', '.join(NETWORKS)})")
+        raise RecipeError(f"no super-resolution network is called {name!r}{suggestion(name, NETWORKS)} (there are: {', '.join(NETWORKS)})")
     return NETWORKS[name]
 
 

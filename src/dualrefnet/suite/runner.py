@@ -101,7 +101,7 @@ def _count_splits(out: Path, suite: Suite) -> None:
 def _fill_stores(recipes: dict[str, Recipe], cache: Path | None) -> dict[str, Failure]:
     """Prepare the images of all runs, once for those that share them; return the runs that can't have them, and why."""
     from dualrefnet.data.adapters import Dataset
-    from dualrefnet.data.pipeline import fill_recipe_store, read_dataset
+    from dualrefnet.data.pipeline import fill_recipe_store, read_dataset, store_side
 
     datasets: dict[str, Dataset] = {}
     stores: dict[str, DualRefNetError | None] = {}
@@ -110,8 +110,7 @@ def _fill_stores(recipes: dict[str, Recipe], cache: Path | None) -> dict[str, Fa
         if recipe.data.rows == "all":
             continue
         source = recipe.data.model_dump_json(include={"dataset", "root", "description"})
-        native = recipe.model.target == "native" and recipe.rebuilds_image
-        key = f"{source} {recipe.image.model_dump_json()} {native}"
+        key = f"{source} {recipe.image.model_dump_json()} {store_side(recipe)}"
         if key not in stores:
             try:
                 if source not in datasets:
