@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualrefnet.models.superresolution import make_target, psnr, split_native
+from dualrefnet.models.superresolution import make_target, psnr, split_native, ssim
 
 
 @pytest.mark.parametrize("kind", ["bilinear", "bicubic"])
@@ -73,3 +73,12 @@ def test_psnr_of_half_precision_images_is_computed_in_single_precision():
 def test_psnr_of_different_shapes_is_refused():
     with pytest.raises(ValueError, match="one shape"):
         psnr(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 8, 8))
+
+
+def test_ssim_of_flat_images_is_the_luminance_term() -> None:
+    # Without any structure only (2 a b + C1) / (a² + b² + C1) is left, C1 = .01².
+    a, b = torch.full((2, 3, 16, 16), 0.2), torch.full((2, 3, 16, 16), 0.6)
+    assert ssim(a, b).tolist() == pytest.approx([(2 * 0.2 * 0.6 + 1e-4) / (0.04 + 0.36 + 1e-4)] * 2, rel=1e-5)
+    assert ssim(a, a).tolist() == [1, 1]
+    with pytest.raises(ValueError, match="one shape"):
+        ssim(a, b[:, :, :8])

@@ -43,6 +43,8 @@ def test_a_run_leaves_the_contracted_files_and_nothing_else(tiny_run: Run) -> No
     history = tiny_run.history
     assert list(history["epoch"]) == [1, 2]
     assert {"train_classification", "train_reconstruction", "train_penalty", "val_balanced_accuracy", "l1_hidden"} <= set(history.columns)
+    assert history["val_psnr"].between(0, 60).all()
+    assert history["val_ssim"].between(-1, 1).all()
     fingerprint = (tiny_run.path / "fingerprint.json").read_text()
     assert '"seed": 0' in fingerprint
     assert "random, not pretrained" in fingerprint

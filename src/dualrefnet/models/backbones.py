@@ -98,6 +98,8 @@ class Encoder(nn.Module):
         weights: what was loaded.
         options: what `create_encoder` needs besides name and size to build this network again.
         body: the timm network.
+        last_map: the map passes through it unchanged, so that a hook there sees the map and its gradient. Not of encoders
+            whose vector is a class token: it is made beside the map, not from it.
     """
 
     def __init__(self, name: str, body: nn.Module, weights: WeightsSource, taps: bool = False, position: int = 0) -> None:
@@ -112,6 +114,7 @@ class Encoder(nn.Module):
         self.std = weights.std
         self.position = position
         self.body: Any = body
+        self.last_map = nn.Identity()
         self._taps = list(spec.taps) if taps else []
         stages: Any = body.feature_info if taps else ()
         self.tap_features: tuple[int, ...] = tuple(stages[index]["num_chs"] for index in self._taps)
@@ -144,11 +147,13 @@ class Encoder(nn.Module):
         if self.name == "swin_b":
             features = features.permute(0, 3, 1, 2)
         if self.name not in TOKENS:
+            features = self.last_map(features)
             return EncoderOutput(features, features.mean(dim=(2, 3)), tuple(taps))
         height, width = image.shape[-2] // self.stride, image.shape[-1] // self.stride
         places = features[:, 1:].transpose(1, 2).reshape(-1, self.features, height, width)
         if BACKBONES[self.name].class_token:
             return EncoderOutput(places, features[:, 0], tuple(taps))
+        places = self.last_map(places)
         # BEiT normalises the mean of its places, where others normalise the places.
         return EncoderOutput(places, self.body.fc_norm(places.mean(dim=(2, 3))), tuple(taps))
 

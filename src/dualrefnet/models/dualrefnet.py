@@ -52,6 +52,10 @@ class DualRefNet(Method):
         """The head: equation 4."""
         return self.head
 
+    def reconstruct(self, image: Tensor | Encoded) -> Tensor | None:
+        """Rebuild the image at twice its side from the encoder's last map."""
+        return None if self.decoder is None else self.decoder(self.encoder(image).map)
+
     def forward(self, image: Tensor | Encoded, metadata: Tensor) -> Output:
         """Classify (B, 3, H, W) normalised images with (B, M) encoded metadata."""
         encoded = self.encoder(image)
@@ -59,5 +63,5 @@ class DualRefNet(Method):
         if self.metadata_network is not None and self.fusion is not None:
             features = self.fusion(encoded, self.metadata_network(metadata))
         # The rebuilt image is only needed for its error, so inference doesn't pay for it.
-        reconstruction = self.decoder(encoded.map) if self.decoder is not None and self.training else None
+        reconstruction = self.reconstruct(Encoded((encoded,))) if self.training else None
         return Output(self.head(features), features, reconstruction, {})

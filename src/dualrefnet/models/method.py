@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
-from torch import nn
+from torch import Tensor, nn
 
-from dualrefnet.models.backbones import Encoder
+from dualrefnet.models.backbones import Encoded, Encoder
 from dualrefnet.models.head import Head
 from dualrefnet.recipe import ModelSection
 
@@ -78,6 +78,17 @@ class Method(nn.Module):
     def maps(cls, section: ModelSection) -> bool:
         """True if the method reads the last map for its answer, not only the vector."""
         return False
+
+    def encode(self, image: Tensor | Encoded) -> Encoded:
+        """Read (B, 3, H, W) images, normalised for the first encoder, with all encoders; `forward` takes the result in their place.
+
+        What depends on the metadata alone can then be asked many times of one reading. What was encoded before passes through.
+        """
+        return image if isinstance(image, Encoded) else Encoded(tuple(encoder(image) for encoder in self.encoders))
+
+    def reconstruct(self, image: Tensor | Encoded) -> Tensor | None:
+        """Return the (B, 3, 2H, 2W) image that the auxiliary task's decoder rebuilds, in about 0..1; None if there is no decoder."""
+        return None
 
     @property
     def penalised(self) -> Head | None:

@@ -7,8 +7,10 @@ super-resolution proper.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from skimage.metrics import structural_similarity
 from torch import Tensor
 
 
@@ -63,8 +65,38 @@ def psnr(prediction: Tensor, target: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes differ.
     """
-    if prediction.shape != target.shape:
-        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} must have one shape")
+    _check_shapes(prediction, target)
     # In half precision a small error squared would vanish.
     error = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
     return -10.0 * torch.log10(error)
+
+
+def ssim(prediction: Tensor, target: Tensor) -> Tensor:
+    """Return the structural similarity of each image (Wang et al. 2004), for the data range 0..1.
+
+    As in that paper: Gaussian window of sd 1.5, K1 = .01, K2 = .03; the mean over the image's channels and pixels.
+
+    Args:
+        prediction: (B,3,H,W), sides of at least 11.
+        target: (B,3,H,W).
+
+    Returns:
+        (B,) float32; 1 if they are equal.
+
+    Raises:
+        ValueError: the shapes differ, or a side is too short.
+    """
+    _check_shapes(prediction, target)
+    pairs = zip(prediction.float().cpu().numpy(), target.float().cpu().numpy(), strict=True)
+    values = [
+        structural_similarity(  # type: ignore[no-untyped-call]
+            a, b, channel_axis=0, data_range=1.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+        )
+        for a, b in pairs
+    ]
+    return torch.from_numpy(np.array(values, dtype=np.float32))
+
+
+def _check_shapes(prediction: Tensor, target: Tensor) -> None:
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} must have one shape")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from dualrefnet.models.backbones import Encoded
 from dualrefnet.models.decision_fusion import DecisionFusion
 from dualrefnet.models.inference import Normalisation, autocast, encoded, normalise, predict_logits, resolve_precision
 from dualrefnet.models.method import Method
-from dualrefnet.models.superresolution import make_target, split_native
+from dualrefnet.models.superresolution import make_target, psnr, split_native, ssim
 from dualrefnet.progress import progress_bar, remark, warn
 from dualrefnet.recipe import Recipe
 from dualrefnet.run import Run
@@ -33,6 +34,8 @@ from dualrefnet.training.optimisation import create_optimizer, create_schedule
 # probabilities hardly differ between images (mean over classes of their sd over the validation images).
 COLLAPSED_NORM = 0.1
 COLLAPSED_SPREAD = 0.005
+# Validation images, the first ones, on which the auxiliary task is measured after each epoch.
+REBUILT_IMAGES = 32
 
 
 class Trainer:
@@ -84,6 +87,9 @@ class Trainer:
                 schedule.load_state_dict(progress["schedule"])
             if accelerator.is_main_process:
                 remark(f"resumed after epoch {progress['epoch']}")
+        # The targets of the few images that are rebuilt, not those of the whole side.
+        first = np.arange(min(REBUILT_IMAGES, len(val)))
+        rebuilt = replace(val, targets=train.targets).batch(first) if self.recipe.rebuilds_image else None
         wrapped, self.optimizer = accelerator.prepare(self.model, self.optimizer)
         if section.tracker != "none":
             accelerator.init_trackers("tracker", config={"recipe": self.recipe.model_dump_json()})
@@ -105,6 +111,7 @@ class Trainer:
                     show(step + 1, steps)
             row = {"epoch": epoch + 1, "learning_rate": self.optimizer.param_groups[0]["lr"]}
             row |= {f"train_{name}": value for name, value in sums.items()} | self._validate(val)
+            row |= self._rebuild(rebuilt) if rebuilt is not None else {}
             row |= {f"l1_{name}": value for name, value in head_norms(self.model).items()} | {
                 "seconds": round(time.perf_counter() - started, 2)
             }
@@ -185,6 +192,20 @@ class Trainer:
             "val_spread": float(logits.softmax(dim=1).std(dim=0).mean()),
             "val_balanced_accuracy": float(recall_score(labels, predicted, labels=present, average="macro", zero_division=0)),
         }
+
+    @torch.inference_mode()
+    def _rebuild(self, batch: Batch) -> dict[str, float]:
+        """Return how well validation images are rebuilt: mean PSNR (dB) and SSIM; nothing for a model without a decoder."""
+        image, target = self._inputs(batch, None)
+        if image is None or target is None:
+            return {}
+        self.model.eval()
+        with autocast(self.device, self.precision):
+            rebuilt = self.model.reconstruct(image)
+        if rebuilt is None:
+            return {}
+        rebuilt = rebuilt.float().clamp(0, 1)
+        return {"val_psnr": float(psnr(rebuilt, target).mean()), "val_ssim": float(ssim(rebuilt, target).mean())}
 
     def _remember(self, progress: dict[str, Any], row: dict[str, float], schedule: Any) -> dict[str, Any]:
         """Write the epoch down: the best parameters first, then the checkpoint that counts the epoch as done."""
