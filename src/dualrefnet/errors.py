@@ -30,3 +30,7 @@ class ImageError(DualRefNetError):
 
 class RunError(DualRefNetError):
     """A run folder is incomplete, already taken, or belongs to another recipe."""
+
+
+class DependencyError(DualRefNetError):
+    """An optional library isn't installed; the message names the extra that brings it."""

@@ -11,18 +11,13 @@ import pandas as pd
 import torch
 
 from dualrefnet.data.adapters import Dataset
-from dualrefnet.data.metadata import MetadataEncoder
-from dualrefnet.data.pipeline import fill_recipe_store, make_examples, read_dataset
 from dualrefnet.data.protocols import leakage
-from dualrefnet.errors import RunError
 from dualrefnet.evaluation.intervals import bootstrap_intervals, with_intervals
 from dualrefnet.evaluation.metrics import compute_metrics
+from dualrefnet.evaluation.opened_run import open_run
 from dualrefnet.files import write_csv, write_json
-from dualrefnet.models.frozen import fill_features
 from dualrefnet.models.inference import predict_logits
-from dualrefnet.models.registry import load_model
 from dualrefnet.progress import progress_bar
-from dualrefnet.recipe import load_recipe
 from dualrefnet.run import Run
 
 SIDES = ("val", "test")
@@ -43,33 +38,25 @@ def evaluate_run(
     Raises:
         RunError: images of the split have vanished, or the run holds no trained model.
     """
-    overrides = {"data.root": str(root)} if root is not None else {}
-    recipe, split, description = load_recipe(run.recipe, overrides), run.split, run.model
-    dataset = dataset or read_dataset(recipe)
-    model = load_model(description, run.weights_file)
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
-    store = fill_recipe_store(recipe, dataset, cache) if model.reads_image else None
-    gone = set(split["image_id"]) - (set(store.image_ids) - set(store.broken) if store else set(dataset.table["image_id"]))
-    if gone:
-        raise RunError(f"{len(gone)} images of {run.path / 'split.csv'} are not in {dataset.root}; give the right folder with --root")
-    encoder = MetadataEncoder.from_json(description["metadata"])
-    normalisation = (tuple(description["preprocessing"]["mean"]), tuple(description["preprocessing"]["std"]))
-    frozen = recipe.training.encoder == "frozen"
-    features = fill_features(recipe, model, store, device) if frozen and store is not None else ()
+    opened = open_run(run, root, dataset, cache, device)
+    recipe, dataset, groups = opened.recipe, opened.dataset, opened.groups
     tables = []
     for side in SIDES:
-        examples = make_examples(dataset, split, side, encoder, store, features)
+        examples = opened.examples(side)
         with progress_bar(f"predicting {side}") as show:
             batches = examples.in_order(recipe.evaluation.batch_size)
             predicted = predict_logits(
-                model, batches, recipe.image.size, normalisation, device, progress=partial(show, total=len(examples))
+                opened.model,
+                batches,
+                recipe.image.size,
+                opened.normalisation,
+                opened.device,
+                progress=partial(show, total=len(examples)),
             )
         probabilities = predicted.logits.double().softmax(dim=1).numpy()
         tables.append(prediction_table(examples.image_ids, side, examples.labels, probabilities, dataset.schema.classes))
     predictions = pd.concat(tables, ignore_index=True)
     write_csv(run.path / "predictions.csv", predictions)
-    groups = split.set_index("image_id")["patient_id"]
     measures = {
         side: measure(predictions[predictions["split"] == side], groups, dataset, recipe.evaluation.bootstrap, recipe.seed)
         for side in SIDES
@@ -81,7 +68,7 @@ def evaluate_run(
         "dataset": dataset.schema.title,
         "drawn": dataset.schema.drawn,
         "method": recipe.model.method,
-        "leakage": leakage(dataset, split),
+        "leakage": leakage(dataset, opened.split),
         "validation": measures["val"],
     }
     write_json(run.metrics_file, metrics)

@@ -1,0 +1,150 @@
+"""A finished run, opened: its model, its data and all that lies between, as training left them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from dualrefnet.data.adapters import Dataset
+from dualrefnet.data.derived_store import DerivedStore
+from dualrefnet.data.image_store import ImageStore
+from dualrefnet.data.loader import Batch, Examples
+from dualrefnet.data.metadata import MetadataEncoder
+from dualrefnet.data.pipeline import fill_recipe_store, make_examples, read_dataset, side_rows
+from dualrefnet.errors import RunError
+from dualrefnet.models.frozen import fill_features
+from dualrefnet.models.inference import Normalisation, normalise, to_unit
+from dualrefnet.models.method import Method
+from dualrefnet.models.registry import load_model
+from dualrefnet.recipe import Recipe, load_recipe
+from dualrefnet.run import Run
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """What predicting again, measuring and explaining need; make one with `open_run`.
+
+    Attributes:
+        run: the folder.
+        recipe: the run's, with the data where they lie now.
+        dataset: the data set.
+        split: of its rows.
+        model: the best epoch, in evaluation mode, on `device`.
+        metadata: the fitted metadata encoder.
+        normalisation: mean and sd that the (first) image encoder expects.
+        store: the pictures; None for a method that reads no image.
+        device: where to compute.
+        cache: where image stores lie; None: the user's cache folder.
+    """
+
+    run: Run
+    recipe: Recipe
+    dataset: Dataset
+    split: pd.DataFrame
+    model: Method
+    metadata: MetadataEncoder
+    normalisation: Normalisation
+    store: ImageStore | None
+    device: torch.device
+    cache: Path | None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Labels in the order of the outputs."""
+        return self.dataset.schema.classes
+
+    @property
+    def groups(self) -> pd.Series:
+        """Image id -> the patient (of ISIC-2019: lesion) whose images stay together."""
+        return self.split.set_index("image_id")["patient_id"]
+
+    def examples(self, side: str) -> Examples:
+        """Return one side of the split, with the stored features if the encoder was frozen: the quick way to predictions."""
+        return make_examples(self.dataset, self.split, side, self.metadata, self.store, self._features)
+
+    def pictures(self, side: str) -> Examples:
+        """Return one side of the split with its pictures, also if the encoder was frozen: what explanations look at."""
+        return make_examples(self.dataset, self.split, side, self.metadata, self.store)
+
+    def rows(self, side: str) -> pd.DataFrame:
+        """Return the lesion table's rows of one side, in the order of its examples."""
+        return side_rows(self.dataset, self.split, side)
+
+    @cached_property
+    def _features(self) -> tuple[DerivedStore, ...]:
+        if self.store is None or self.recipe.training.encoder != "frozen":
+            return ()
+        return fill_features(self.recipe, self.model, self.store, self.device)
+
+    def images(self, batch: Batch) -> Tensor | None:
+        """Return a batch's pictures (B, 3, S, S) as the model reads them; None for a method that reads no image."""
+        if batch.images is None:
+            return None
+        return normalise(to_unit(batch.images.to(self.device), self.recipe.image.size), self.normalisation)
+
+
+def open_run(
+    run: Run, root: Path | str | None = None, dataset: Dataset | None = None, cache: Path | None = None, device: torch.device | None = None
+) -> OpenedRun:
+    """Open a trained run.
+
+    Args:
+        run: its folder.
+        root: where the data lie now, if not where the recipe says.
+        dataset: the data set, if it has been read already.
+        cache: where image stores lie.
+        device: where to compute; None: a GPU if there is one.
+
+    Raises:
+        RunError: images of the split have vanished, or the run holds no trained model.
+    """
+    overrides = {"data.root": str(root)} if root is not None else {}
+    recipe, split, description = load_recipe(run.recipe, overrides), run.split, run.model
+    dataset = dataset or read_dataset(recipe)
+    model = load_model(description, run.weights_file)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device).eval()
+    store = fill_recipe_store(recipe, dataset, cache) if model.reads_image else None
+    gone = set(split["image_id"]) - (set(store.image_ids) - set(store.broken) if store else set(dataset.table["image_id"]))
+    if gone:
+        raise RunError(f"{len(gone)} images of {run.path / 'split.csv'} are not in {dataset.root}; give the right folder with --root")
+    preprocessing = description["preprocessing"]
+    return OpenedRun(
+        run, recipe, dataset, split, model, MetadataEncoder.from_json(description["metadata"]),
+        (tuple(preprocessing["mean"]), tuple(preprocessing["std"])), store, device, cache,
+    )  # fmt: skip
+
+
+def sample_rows(labels: np.ndarray, at_most: int, seed: int) -> np.ndarray:
+    """Choose rows for a picture of a part of them: all, or `at_most` with each class in proportion, and at least one of each.
+
+    Args:
+        labels: (N,) class of every row.
+        at_most: how many; at least the number of classes.
+        seed: of the choice.
+
+    Returns:
+        The chosen rows, ascending.
+
+    Raises:
+        ValueError: `at_most` is less than the number of classes.
+    """
+    names, counts = np.unique(labels, return_counts=True)
+    if len(labels) <= at_most:
+        return np.arange(len(labels))
+    if at_most < len(names):
+        raise ValueError(f"{at_most} rows can't show {len(names)} classes; ask for more")
+    # One of each class first, the rest by largest remainder.
+    rest = (at_most - len(names)) * (counts - 1) / (len(labels) - len(names))
+    wanted = np.floor(rest).astype(int)
+    order = np.argsort(wanted - rest, kind="stable")
+    wanted[order[: at_most - len(names) - wanted.sum()]] += 1
+    generator = np.random.default_rng(seed)
+    chosen = [generator.choice(np.flatnonzero(labels == name), 1 + more, replace=False) for name, more in zip(names, wanted, strict=True)]
+    return np.sort(np.concatenate(chosen))

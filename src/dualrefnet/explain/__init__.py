@@ -1,0 +1,1 @@
+"""What the model sees: where it looks, which answers of the form count, what its features separate."""

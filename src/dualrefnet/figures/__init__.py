@@ -1,0 +1,1 @@
+"""Pictures: how numbers are drawn. Nothing here computes a result."""
