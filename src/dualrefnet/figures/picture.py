@@ -40,7 +40,7 @@ PRIMARY, SECONDARY = COLOURS[0], COLOURS[4]
 # Light to dark for amounts, and the scale of heat maps: both keep their order in grey.
 AMOUNTS, HEAT = "Blues", "inferno"
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 8,
     "axes.titlesize": 8.5,
@@ -128,9 +128,10 @@ def save_picture(picture: Picture, folder: Path) -> list[Path]:
     """Write `<name>.png` (300 dpi), `<name>.svg` and `<name>.csv`, and return their paths."""
     paths = [folder / f"{picture.name}.{suffix}" for suffix in ("png", "svg", "csv")]
     with matplotlib.rc_context({**_STYLE, "svg.fonttype": "path", "svg.hashsalt": picture.name}):
-        for path, options in zip(paths[:2], ({"dpi": PNG_DPI}, {"metadata": {"Date": None}}), strict=True):
-            with atomic_path(path) as temporary:
-                picture.figure.savefig(temporary, format=path.suffix[1:], **options)
+        with atomic_path(paths[0]) as temporary:
+            picture.figure.savefig(temporary, format="png", dpi=PNG_DPI)
+        with atomic_path(paths[1]) as temporary:
+            picture.figure.savefig(temporary, format="svg", metadata={"Date": None})
     write_csv(paths[2], picture.data)
     return paths
 
