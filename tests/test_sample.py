@@ -1,6 +1,8 @@
 import errno
+import hashlib
 import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from dualrefnet.data import pad_ufes_20, sample
 from dualrefnet.data.adapters import DATA_VARIABLE, Dataset, load_dataset
 from dualrefnet.data.protocols import split_dataset
-from dualrefnet.data.sample_drawing import STYLES, draw_lesion, photograph
+from dualrefnet.data.sample_drawing import MASK_SIDE, STYLES, draw_lesion, outline, photograph
 from dualrefnet.errors import DataError
 
 OFFICIAL_HEADER = (
@@ -42,6 +44,14 @@ FORMATS = {
     "img_id": r"PAT_\d+_\d+_\d+\.png",
 }
 SMALL = {"images": 60, "side": 64}
+# Of 60 images of seed 7, drawn before there were masks: the mean red of the quarters of some pictures.
+TABLE_WITHOUT_MASKS = "f75149ff2edd5b6b3f97a99c506d2b137fbd853a7b12a72c887d54aa49df6811"
+PICTURES_WITHOUT_MASKS = {
+    "PAT_10_13_17.png": [244.64, 231.18, 237.91, 217.16],
+    "PAT_20_24_31.png": [175.43, 176.72, 150.95, 150.98],
+    "PAT_30_37_45.png": [202.4, 190.26, 216.48, 200.93],
+    "PAT_3_3_2.png": [241.15, 216.84, 196.5, 179.85],
+}
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +211,7 @@ def test_metadata_and_image_each_tell_a_part_and_together_more(dataset):
 def test_a_seed_gives_the_same_bytes_again_and_another_seed_others(tmp_path):
     first, again, other = (sample.draw_sample(tmp_path / name, seed=seed, **SMALL) for name, seed in (("a", 3), ("b", 3), ("c", 4)))
     assert contents(first) == contents(again)
-    images = [{name: data for name, data in contents(folder).items() if name.endswith(".png")} for folder in (first, other)]
+    images = [{name: data for name, data in contents(folder).items() if name.startswith("images/")} for folder in (first, other)]
     assert len(images[0]) == len(images[1]) == 60
     assert not set(images[0].values()) & set(images[1].values())
 
@@ -211,7 +221,7 @@ def test_a_smaller_sample_is_the_beginning_of_a_larger_one(tmp_path):
     large = contents(sample.draw_sample(tmp_path / "large", images=90, side=64))
     assert large["metadata.csv"].startswith(small["metadata.csv"])
     assert all(large[name] == data for name, data in small.items() if name.endswith(".png"))
-    assert sum(name.endswith(".png") for name in large) == 90
+    assert sum(name.startswith("images/") for name in large) == sum(name.startswith("masks/") for name in large) == 90
 
 
 @settings(max_examples=5, deadline=None)
@@ -253,9 +263,10 @@ def test_a_folder_that_holds_something_else_is_refused_and_left_alone(tmp_path):
 def test_a_drawn_sample_is_replaced_but_files_of_other_names_stay(tmp_path):
     sample.draw_sample(tmp_path / "drawn", images=90, side=64, seed=1)
     (tmp_path / "drawn" / "images" / "notes.txt").write_text("mine")
+    (tmp_path / "drawn" / "masks" / "mine.png").write_text("mine")
     sample.draw_sample(tmp_path / "drawn", **SMALL)
     again = contents(tmp_path / "drawn")
-    assert again.pop("images/notes.txt") == b"mine"
+    assert again.pop("images/notes.txt") == again.pop("masks/mine.png") == b"mine"
     assert again == contents(sample.draw_sample(tmp_path / "fresh", **SMALL))
 
 
@@ -308,3 +319,68 @@ def test_darker_skin_types_are_darker_and_the_light_has_a_colour():
     assert brightness == sorted(brightness, reverse=True)
     lights = [photograph(lesion, 2, 0.12, 0, np.random.default_rng(seed), 96).mean(axis=(0, 1)) for seed in range(20)]
     assert np.std([red / blue for red, _, blue in lights]) > 0.1
+
+
+def test_masks_took_nothing_from_the_random_streams_of_pictures_and_table(tmp_path):
+    root = sample.draw_sample(tmp_path, seed=7, **SMALL)
+    assert hashlib.sha256((root / "metadata.csv").read_bytes()).hexdigest() == TABLE_WITHOUT_MASKS
+    for name, means in PICTURES_WITHOUT_MASKS.items():
+        # Means, since another version of OpenCV may round otherwise; another draw of skin, light or place moves them by far more.
+        quarters = cv2.imread(str(root / "images" / name)).astype(float).reshape(2, 32, 2, 32, 3).mean(axis=(1, 3))
+        np.testing.assert_allclose(quarters[..., 2].ravel(), means, atol=0.5)
+
+
+def test_an_older_sample_without_masks_gets_them_when_it_is_drawn_again(tmp_path):
+    sample.draw_sample(tmp_path / "old", **SMALL)
+    shutil.rmtree(tmp_path / "old" / "masks")
+    again = sample.draw_sample(tmp_path / "old", **SMALL)
+    assert {path.name for path in (again / "masks").iterdir()} == {path.name for path in (again / "images").iterdir()}
+
+
+def test_masks_are_black_and_white_and_as_large_as_the_lesions(root, raw):
+    areas = []
+    for name in raw["img_id"][::7]:
+        mask = cv2.imread(str(root / "masks" / name), cv2.IMREAD_GRAYSCALE)
+        assert mask.shape == (MASK_SIDE, MASK_SIDE)
+        assert set(np.unique(mask)) == {0, 255}
+        areas.append((mask > 0).mean())
+    # Mean radii of .10 to .33 of the side, slanted or ragged: pi r^2.
+    assert 0.02 < min(areas) < 0.05
+    assert 0.15 < max(areas) < 0.40
+
+
+@pytest.mark.parametrize("side", [100, 192, 450])
+@pytest.mark.parametrize("label", ["BCC", "MEL", "NEV", "SEK"])
+def test_a_mask_lies_where_the_photograph_changes(label, side):
+    for seed in range(4):
+        lesion = draw_lesion(label, np.random.default_rng([seed, 1]))
+        with_lesion, without = (
+            photograph(what, 2, 0.2, 3, np.random.default_rng([seed, 2]), side).astype(float)
+            for what in (lesion, lesion._replace(pigments=lesion.pigments * 0, surface=lesion.surface * 0))
+        )
+        changed = np.abs(with_lesion - without).sum(axis=2)
+        mask = outline(lesion, 0.2, np.random.default_rng([seed, 2]), side)
+        mask = cv2.resize(mask.astype(np.float32), (side, side), interpolation=cv2.INTER_AREA) > 0.5
+        seen = cv2.blur(changed, (3, 3)) > 0.25 * np.median(changed[mask])
+        assert (seen & mask).sum() / (seen | mask).sum() > 0.75, seed
+        centre = [np.mean(np.nonzero(what), axis=1) for what in (seen, mask)]
+        np.testing.assert_allclose(*centre, atol=0.01 * side)
+
+
+def test_a_mask_follows_the_outline_to_half_a_pixel():
+    # A disc of half the canvas's side: depth is a plain cone, and the framing a turn with a known zoom and shift.
+    axis = (np.arange(128) - 64) / 64
+    cone = (0.5 - np.hypot(axis[:, None], axis[None, :])).astype(np.float32)
+    lesion = draw_lesion("NEV", np.random.default_rng(0))._replace(depth=cone)
+    for side in (75, 300, 900):
+        rng = np.random.default_rng(3)
+        zoom = np.clip(0.2 * rng.lognormal(0, 0.18), 0.10, 0.33)
+        rng.uniform(0, 2 * np.pi, 2)
+        squeeze = rng.uniform(0.88, 1)
+        centre = 0.5 + rng.normal(0, 0.05, 2).clip(-0.12, 0.12)
+        mask = outline(lesion, 0.2, np.random.default_rng(3), side)
+        # Radius in sides: half of the canvas's half, which spans 1.6 mean radii.
+        assert mask.mean() == pytest.approx(np.pi * squeeze * (0.5 * 1.6 * zoom) ** 2, rel=0.02)
+        # Of the picture's pixel n the middle lies at (n + .5) / side.
+        expected = (centre * side + 0.5) / side
+        np.testing.assert_allclose((np.mean(np.nonzero(mask), axis=1)[::-1] + 0.5) / 300, expected, atol=0.5 / 300)

@@ -93,6 +93,11 @@ class Run:
         """One row an epoch."""
         return pd.read_csv(self._existing("history.csv"))
 
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the numbers depend on: versions, code, data, hardware, weights."""
+        return read_json(self._existing("fingerprint.json"))  # type: ignore[no-any-return]
+
     def _existing(self, name: str) -> Path:
         path = self.path / name
         if not path.is_file():

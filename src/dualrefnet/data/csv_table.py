@@ -29,6 +29,7 @@ class TableDescription(BaseModel):
         lesion: column that names the lesion.
         classes: the labels in the order of the model's outputs; empty: those in the table, sorted.
         malignant: the classes that are cancer.
+        class_names: label -> what it stands for, for people.
         metadata: the metadata fields.
         licence: of the data.
     """
@@ -44,6 +45,7 @@ class TableDescription(BaseModel):
     lesion: str | None = None
     classes: tuple[str, ...] = ()
     malignant: tuple[str, ...] = ()
+    class_names: dict[str, str] = Field(default_factory=dict)
     metadata: tuple[MetadataField, ...] = Field(default_factory=tuple)
     licence: str = ""
 
@@ -102,6 +104,7 @@ def load(root: Path, description_file: Path | None = None) -> Dataset:
         title=description.title,
         classes=description.classes or tuple(sorted(raw[description.label].dropna().unique())),
         malignant=description.malignant,
+        class_names=description.class_names,
         fields=description.metadata,
         group_by="lesion_id" if description.lesion and not description.patient else "patient_id",
         licence=description.licence,

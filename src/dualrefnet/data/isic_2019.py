@@ -15,6 +15,16 @@ from dualrefnet.data.schema import DatasetSchema, MetadataField, normalise
 from dualrefnet.errors import DataError
 
 CLASSES = ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC")
+CLASS_NAMES = {
+    "MEL": "melanoma",
+    "NV": "melanocytic nevus",
+    "BCC": "basal cell carcinoma",
+    "AK": "actinic keratosis",
+    "BKL": "benign keratosis",
+    "DF": "dermatofibroma",
+    "VASC": "vascular lesion",
+    "SCC": "squamous cell carcinoma",
+}
 GROUND_TRUTH = "ISIC_2019_Training_GroundTruth.csv"
 METADATA = "ISIC_2019_Training_Metadata.csv"
 
@@ -23,6 +33,7 @@ SCHEMA = DatasetSchema(
     title="ISIC-2019",
     classes=CLASSES,
     malignant=("MEL", "BCC", "SCC"),
+    class_names=CLASS_NAMES,
     # None of the three is recorded for every image, so all are tier M2.
     fields=(
         MetadataField(

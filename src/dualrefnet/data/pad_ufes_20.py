@@ -16,6 +16,14 @@ from dualrefnet.errors import DataError
 
 CLASSES = ("ACK", "BCC", "MEL", "NEV", "SCC", "SEK")
 MALIGNANT = ("BCC", "MEL", "SCC")
+CLASS_NAMES = {
+    "ACK": "actinic keratosis",
+    "BCC": "basal cell carcinoma",
+    "MEL": "melanoma",
+    "NEV": "nevus",
+    "SCC": "squamous cell carcinoma",
+    "SEK": "seborrheic keratosis",
+}
 
 # In the order of first appearance in the published CSV, so that the columns are those of the literature.
 _COUNTRIES_FATHER = [
@@ -73,6 +81,7 @@ SCHEMA = DatasetSchema(
     title="PAD-UFES-20",
     classes=CLASSES,
     malignant=MALIGNANT,
+    class_names=CLASS_NAMES,
     fields=FIELDS,
     licence="CC BY 4.0",
     citation="Pacheco et al., PAD-UFES-20, Data in Brief 32 (2020) 106221; doi:10.17632/zr7vgbcyr2.1",

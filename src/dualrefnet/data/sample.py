@@ -2,7 +2,8 @@
 
 It lets everything be tried and tested without a download. It is made so that neither the picture nor the patient's
 answers tell the whole class, as in PAD-UFES-20, and it has that data set's shortcuts too: 13 columns are missing
-together, and never for a cancer; every cancer was biopsied.
+together, and never for a cancer; every cancer was biopsied. Beside the pictures lie masks, the true outlines of the drawn
+lesions: for checking where a model looks, never for training.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from PIL import Image
 
 from dualrefnet.data import pad_ufes_20
 from dualrefnet.data.adapters import Dataset
-from dualrefnet.data.sample_drawing import draw_lesion, photograph
+from dualrefnet.data.sample_drawing import draw_lesion, outline, photograph
 from dualrefnet.errors import DataError
 from dualrefnet.files import atomic_path, write_csv, write_text
 
@@ -51,6 +53,7 @@ _FIELDS = [field.name for field in SCHEMA.fields]
 COLUMNS = ["patient_id", "lesion_id", *_FIELDS[:-6], "diagnostic", *_FIELDS[-6:], "img_id", "biopsed"]
 
 _MARK = "DRAWN SAMPLE, NOT CLINICAL"
+_FOLDERS = ("images", "masks")
 _IMAGE_NAME = re.compile(r"PAT_\d+_\d+_\d+\.png")
 # Every photograph has the random stream [seed, number]; these third numbers keep the other streams apart from it.
 _PATIENT, _LESION, _DEAL = 1, 2, 3
@@ -157,11 +160,12 @@ def draw_sample(root: Path, images: int = 420, seed: int = 0, side: int = 192, p
         # In portions: when a file can't be written, little has been drawn in vain.
         for start in range(0, images, 32):
             portion = photos[start : start + 32]
-            drawn = pool.map(lambda photo: _png(photo, seed, side), portion)
+            drawn = pool.map(lambda photo: _draw(photo, seed, side), portion)
             # Only this thread writes: `atomic_path` reads the umask by setting it, which two threads can't do at once.
-            for done, (photo, content) in enumerate(zip(portion, drawn, strict=True), start + 1):
-                with atomic_path(root / "images" / str(photo.row["img_id"])) as path:
-                    path.write_bytes(content)
+            for done, (photo, files) in enumerate(zip(portion, drawn, strict=True), start + 1):
+                for folder, content in files.items():
+                    with atomic_path(root / folder / str(photo.row["img_id"])) as path:
+                        path.write_bytes(content)
                 if progress is not None:
                     progress(done, images)
     write_csv(root / "metadata.csv", pd.DataFrame([photo.row for photo in photos], columns=COLUMNS))
@@ -179,9 +183,10 @@ def _clear(root: Path) -> None:
         raise DataError(f"{root} holds something that isn't a drawn sample; give a new or empty folder")
     # Only what this program named: a file that someone has put beside it stays.
     (root / "metadata.csv").unlink(missing_ok=True)
-    for path in root.glob("images/PAT_*.png"):
-        if _IMAGE_NAME.fullmatch(path.name):
-            path.unlink()
+    for folder in _FOLDERS:
+        for path in root.glob(f"{folder}/PAT_*.png"):
+            if _IMAGE_NAME.fullmatch(path.name):
+                path.unlink()
 
 
 def _readme(images: int, seed: int, side: int) -> str:
@@ -192,6 +197,7 @@ They show no human being. They are for testing software only: no number measured
 how well a method reads real skin lesions, and nothing trained on them may be used on a patient.
 
 {images} images of {side} x {side} pixels, seed {seed}, in the layout of PAD-UFES-20 (metadata.csv, images/).
+masks/ holds the true outline of each drawn lesion, for checking where a model looks.
 Drawn by dualrefnet; licence Apache-2.0.
 """
 
@@ -270,13 +276,20 @@ def _draw_answers(label: str, rng: np.random.Generator) -> tuple[dict[str, str],
     return answers, diameter
 
 
-def _png(photo: _Photo, seed: int, side: int) -> bytes:
-    """Draw one image and return its file's bytes."""
+def _draw(photo: _Photo, seed: int, side: int) -> dict[str, bytes]:
+    """Draw one image and its mask; return the bytes of both files by folder."""
     lesion = draw_lesion(photo.label, np.random.default_rng([seed, photo.lesion, _LESION]))
     hairs = _HAIRS.get(str(photo.row["region"]), 1.0)
     radius = 0.10 + 0.0065 * photo.diameter
     picture = photograph(lesion, photo.skin_type, radius, hairs, np.random.default_rng([seed, photo.number]), side)
-    content = io.BytesIO()
+    mask = outline(lesion, radius, np.random.default_rng([seed, photo.number]), side)
     # Noise never repeats: without the search for repetitions files are smaller and written four times faster.
-    Image.fromarray(picture).save(content, format="PNG", compress_type=zlib.Z_HUFFMAN_ONLY)
+    parts = (_png(picture, compress_type=zlib.Z_HUFFMAN_ONLY), _png(mask))
+    return dict(zip(_FOLDERS, parts, strict=True))
+
+
+def _png(pixels: NDArray[np.uint8] | NDArray[np.bool_], **options: int) -> bytes:
+    """Return the bytes of a PNG; truth values become 0 and 255, a bit each."""
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, format="PNG", **options)
     return content.getvalue()

@@ -18,6 +18,7 @@ Random = np.random.Generator
 _CANVAS = 128  # pixels along a side of a lesion's canvas
 _REACH = 1.6  # the canvas spans -1.6..1.6 mean radii of the lesion
 _ANGLES = 360
+MASK_SIDE = 300  # pixels along a side of a mask, whatever the picture's side
 
 # Colours are RGB, 0..1. Pigments absorb: a channel is multiplied by exp(-density * absorption).
 _SKIN = np.array([[244, 212, 194], [235, 194, 168], [221, 174, 142], [188, 137, 102], [139, 94, 67], [94, 63, 49]], np.float32) / 255
@@ -91,12 +92,14 @@ class Lesion(NamedTuple):
         surface: (128, 128, 3) cover by scale, cover by crust, and height.
         crust_colour: RGB in 0..1.
         gloss: strength of the reflections.
+        depth: (128, 128), 1 in the middle, 0 on the outline, negative outside.
     """
 
     pigments: Map
     surface: Map
     crust_colour: Map
     gloss: float
+    depth: Map
 
 
 def draw_lesion(label: str, rng: Random) -> Lesion:
@@ -125,7 +128,7 @@ def draw_lesion(label: str, rng: Random) -> Lesion:
     rough = 0.10 * style.bumps * _noise(rng, 16) + 0.05 * (style.crust * middle + flakes) * _noise(rng, 40)
     pigments = np.dstack([melanin, blood, blue]) * mask[..., None]
     surface = np.dstack([flakes * mask, middle * mask, (dome + rough - 0.12 * plugs) * mask])
-    return Lesion(pigments.astype(np.float32), surface.astype(np.float32), crust_colour, style.gloss)
+    return Lesion(pigments.astype(np.float32), surface.astype(np.float32), crust_colour, style.gloss, depth.astype(np.float32))
 
 
 def photograph(lesion: Lesion, skin_type: int, radius: float, hairs: float, rng: Random, side: int) -> NDArray[np.uint8]:
@@ -166,6 +169,18 @@ def photograph(lesion: Lesion, skin_type: int, radius: float, hairs: float, rng:
 
     _add_hairs(picture, int(rng.poisson(hairs)), rng)
     return _expose(picture, direction, rng)
+
+
+def outline(lesion: Lesion, radius: float, rng: Random, side: int) -> NDArray[np.bool_]:
+    """Return the true mask of a lesion in the picture that `photograph` makes of it with a random stream of the same seed.
+
+    (300, 300), the whole picture brought to that size; True within the middle of the lesion's border, patches and all.
+    """
+    # The framing is the first thing that a photograph draws. Pixels are counted from the middle of the first one.
+    frame = _framing(radius, rng, side) * (MASK_SIDE / side)
+    frame[:, 2] += (MASK_SIDE / side - 1) / 2
+    depth = cv2.warpAffine(lesion.depth, frame, (MASK_SIDE, MASK_SIDE), flags=cv2.INTER_LINEAR, borderValue=-1)
+    return np.asarray(depth > 0)
 
 
 def _draw_style(label: str, rng: Random) -> Style:
@@ -232,12 +247,7 @@ def _framing(radius: float, rng: Random, side: int) -> NDArray[np.float64]:
 
 
 def _skin(skin_type: int, rng: Random, side: int) -> tuple[Map, Map, Map, Map]:
-    """Draw bare skin.
-
-    Returns:
-        Its RGB tone, (3,); melanin and blood beyond that tone: freckles and mottling, (side, side); the brightness of its
-        furrows, (side, side).
-    """
+    """Draw bare skin: its RGB tone (3,), melanin and blood beyond that tone, the brightness of its furrows; maps are (side, side)."""
     tone = _SKIN[skin_type - 1] * (1 + 0.03 * rng.standard_normal(3, dtype=np.float32))
     blood = np.float32(0.10 * rng.random()) + 0.035 * _noise(rng, 5, side) + 0.02 * _noise(rng, 14, side)
     melanin = 0.012 * _noise(rng, 6, side) + 0.012 * _noise(rng, 30, side)

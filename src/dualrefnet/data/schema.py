@@ -69,6 +69,7 @@ class DatasetSchema(BaseModel):
         title: name for people.
         classes: labels in the order of the model's outputs.
         malignant: the classes among them that are cancer.
+        class_names: label -> what it stands for, for people.
         fields: the metadata fields.
         group_by: the column that must not cross a split.
         licence: under which the data may be used.
@@ -83,6 +84,7 @@ class DatasetSchema(BaseModel):
     title: str
     classes: tuple[str, ...]
     malignant: tuple[str, ...] = ()
+    class_names: dict[str, str] = Field(default_factory=dict)
     fields: tuple[MetadataField, ...] = ()
     group_by: Literal["patient_id", "lesion_id"] = "patient_id"
     licence: str = ""
@@ -97,9 +99,10 @@ class DatasetSchema(BaseModel):
             doubles = {value for value in values if values.count(value) > 1}
             if doubles:
                 raise DataError(f"{what} named twice: {', '.join(sorted(doubles))}")
-        unknown = set(self.malignant) - set(self.classes)
-        if unknown:
-            raise DataError(f"malignant names no class: {', '.join(sorted(unknown))}; classes: {', '.join(self.classes)}")
+        for key, labels in (("malignant", set(self.malignant)), ("class_names", set(self.class_names))):
+            unknown = labels - set(self.classes)
+            if unknown:
+                raise DataError(f"{key} names no class: {', '.join(sorted(unknown))}; classes: {', '.join(self.classes)}")
         return self
 
     def field(self, name: str) -> MetadataField:

@@ -64,6 +64,11 @@ class OpenedRun:
         """Image id -> the patient (of ISIC-2019: lesion) whose images stay together."""
         return self.split.set_index("image_id")["patient_id"]
 
+    @property
+    def reads_metadata(self) -> bool:
+        """False if neither the method nor the recipe's tier lets the form in."""
+        return self.model.reads_metadata and self.metadata.width > 0
+
     def examples(self, side: str) -> Examples:
         """Return one side of the split, with the stored features if the encoder was frozen: the quick way to predictions."""
         return make_examples(self.dataset, self.split, side, self.metadata, self.store, self._features)

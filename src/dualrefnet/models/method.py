@@ -48,6 +48,7 @@ class Method(nn.Module):
         reference: where the method was published.
         reconstruction: what isn't known of the published system and was filled in here; None if it is known.
         reads_image: False for a method of the metadata alone.
+        reads_metadata: False for a method of the image alone.
         needs_metadata: False for a method that also works without a form (metadata tier M0).
         encoders: the image encoders; `reads_image` says whether there are any.
     """
@@ -56,6 +57,7 @@ class Method(nn.Module):
     reference: ClassVar[str]
     reconstruction: ClassVar[str | None] = None
     reads_image: ClassVar[bool] = True
+    reads_metadata: ClassVar[bool] = True
     needs_metadata: ClassVar[bool] = True
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:

@@ -17,6 +17,7 @@ class NoMetadata(Method):
 
     title = "No metadata"
     reference = "baseline of Pacheco and Krohling, MetaBlock, IEEE JBHI 2021"
+    reads_metadata = False
     needs_metadata = False
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:

@@ -50,6 +50,25 @@ def split_native(image: Tensor) -> tuple[Tensor, Tensor]:
     return F.avg_pool2d(image, 2), image
 
 
+def input_and_target(pictures: Tensor, stored: Tensor | None, kind: str | None, size: int) -> tuple[Tensor, Tensor | None]:
+    """Divide what is stored of an image into what the model reads and what it is to rebuild.
+
+    Args:
+        pictures: (B,3,S,S), range 0..1; S is `size`, or twice that for native targets.
+        stored: (B,3,2S,2S), range 0..1, a network's targets, or None.
+        kind: of the target (`model.target`); None: nothing is rebuilt.
+        size: side of the model's input.
+
+    Returns:
+        The input (B,3,size,size) and the target of twice its side, or None.
+    """
+    if pictures.shape[-1] == 2 * size:
+        return split_native(pictures)
+    if stored is None and kind is not None:
+        stored = make_target(kind, pictures)
+    return pictures, stored
+
+
 def psnr(prediction: Tensor, target: Tensor) -> Tensor:
     """Return the peak signal-to-noise ratio of each image, in dB, for the data range 0..1.
 

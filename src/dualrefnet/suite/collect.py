@@ -217,7 +217,7 @@ def _load(suite_dir: Path, name: str, fold: int, seed: int) -> FinishedRun | str
             seed,
             run.recipe,
             run.metrics,
-            read_json(run.path / "fingerprint.json")["weights"],
+            run.fingerprint["weights"],
             tuple(description["classes"]),
             tuple(description["malignant"]),
             pd.DataFrame({column: rows[column].to_numpy() for column in ("image_id", "label")}).assign(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from dualrefnet.evaluation.printed_table import Cell, PrintedTable, escape_markdown
 from dualrefnet.evaluation.tables import CLASS_COLUMNS, MEASURE_NAMES
 from dualrefnet.files import write_csv, write_text
 from dualrefnet.models.registry import METHODS
@@ -15,7 +16,6 @@ from dualrefnet.progress import progress_bar
 from dualrefnet.suite.aggregate import LABEL_LEAKING, Aggregate, aggregate
 from dualrefnet.suite.collect import Key
 from dualrefnet.suite.notes import DAGGER, LESS_IS_BETTER, class_notes, group_notes, split_notes
-from dualrefnet.suite.rendering import Cell, PrintedTable, escape_markdown
 
 SIGNIFICANT = 0.05
 # Cells without a result that the page names; all of them are in missing.csv.

@@ -21,7 +21,7 @@ from dualrefnet.models.backbones import Encoded
 from dualrefnet.models.decision_fusion import DecisionFusion
 from dualrefnet.models.inference import Normalisation, autocast, encoded, normalise, predict_logits, resolve_precision
 from dualrefnet.models.method import Method
-from dualrefnet.models.superresolution import make_target, psnr, split_native, ssim
+from dualrefnet.models.superresolution import input_and_target, psnr, ssim
 from dualrefnet.progress import progress_bar, remark, warn
 from dualrefnet.recipe import Recipe
 from dualrefnet.run import Run
@@ -154,17 +154,13 @@ class Trainer:
         full = batch.images.to(self.device, non_blocking=True).contiguous().float().div(255)
         if chosen is not None:
             full = warp(full, chosen.geometry.to(self.device))
-        target, kind = None, self.recipe.model.target
+        target = None
         if batch.targets is not None:
             target = batch.targets.to(self.device, non_blocking=True).contiguous().float().div(255)
             if chosen is not None:
                 target = warp(target, chosen.geometry.to(self.device))
-        if full.shape[-1] == 2 * self.recipe.image.size:
-            image, target = split_native(full)
-        else:
-            image = full
-            if self.recipe.rebuilds_image and target is None:
-                target = make_target(kind, image)
+        kind = self.recipe.model.target if self.recipe.rebuilds_image else None
+        image, target = input_and_target(full, target, kind, self.recipe.image.size)
         if chosen is not None:
             # The target keeps the colours of the photograph: to take the noise out again is part of the auxiliary task.
             image = shade(image, chosen.photometry.to(self.device))

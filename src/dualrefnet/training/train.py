@@ -109,6 +109,7 @@ def model_description(
             "title": schema.title,
             "licence": schema.licence,
             "drawn": schema.drawn,
+            "class_names": schema.class_names,
             "protocol": recipe.data.protocol,
         },
         "preprocessing": {"image": recipe.image.model_dump(mode="json"), "mean": list(sources[0]["mean"]), "std": list(sources[0]["std"])},

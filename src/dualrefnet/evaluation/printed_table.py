@@ -1,4 +1,4 @@
-"""One printed table, written as Markdown and as LaTeX from the same cells."""
+"""One printed table, written as Markdown, as LaTeX and in the page from the same cells."""
 
 from __future__ import annotations
 

@@ -1,0 +1,181 @@
+"""The sections of a run's page that ask its model: where it looks, which answers count, what it separates, what it rebuilds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+
+from dualrefnet.data.masks import FOLDER, find_masks
+from dualrefnet.errors import DataError
+from dualrefnet.evaluation.opened_run import OpenedRun
+from dualrefnet.explain.embedding import embed
+from dualrefnet.explain.gallery import RIGHT, ChosenCase, ShownCase, choose_cases, show_cases
+from dualrefnet.explain.localisation import ALL, localise
+from dualrefnet.explain.reconstruction import rebuild
+from dualrefnet.explain.shapley import MetadataShap, explain_metadata
+from dualrefnet.figures.embedding import draw_embedding
+from dualrefnet.figures.gallery import draw_gallery
+from dualrefnet.figures.gradcam import HeatCase, draw_gradcam, draw_localisation
+from dualrefnet.figures.picture import Picture
+from dualrefnet.figures.reconstruction import draw_reconstruction
+from dualrefnet.figures.shapley import draw_beeswarm, draw_importance, draw_waterfall
+from dualrefnet.progress import progress_bar, remark
+from dualrefnet.report.section import Section
+from dualrefnet.report.wishes import Wishes
+
+# Answers beside a photograph, and bootstrap samples of what is measured here.
+ANSWERS, SAMPLES = 3, 1000
+
+
+def explained_sections(opened: OpenedRun, wishes: Wishes) -> Iterator[Section]:
+    """Yield the sections one by one, as they are computed.
+
+    Raises:
+        DataError: `wishes.label` is no class, or `wishes.masks` isn't a folder of masks.
+    """
+    if wishes.label is not None and wishes.label not in opened.classes:
+        raise DataError(f"there is no class {wishes.label}; the classes are {', '.join(opened.classes)}")
+    masks = _masks(opened, wishes) if opened.model.reads_image else {}
+    cases = _cases(opened, wishes.each)
+    answers = _shap(opened, wishes, cases) if opened.reads_metadata else None
+    shown: list[ShownCase] = []
+    if opened.model.reads_image and wishes.photographs:
+        with progress_bar("Grad-CAM of the gallery") as show:
+            counted = {} if answers is None else {
+                image_id: answers.top_players(row, case.predicted, ANSWERS)
+                for row, (image_id, case) in enumerate(zip(answers.image_ids, cases, strict=True))
+            }  # fmt: skip
+            shown = show_cases(opened, cases, wishes.label, counted, masks, show)
+        yield _gallery_section(opened, shown)
+    if opened.model.reads_image:
+        yield _where_section(opened, wishes, shown, masks)
+    else:
+        remark("this method reads no photograph: no Grad-CAM, no gallery")
+    if answers is not None:
+        yield _form_section(opened, wishes, answers)
+    else:
+        remark("this method reads no metadata: no SHAP")
+    yield _features_section(opened, wishes)
+    if opened.recipe.rebuilds_image:
+        yield _auxiliary_section(opened, wishes)
+
+
+def _cases(opened: OpenedRun, each: int) -> list[ChosenCase]:
+    predictions = opened.run.predictions
+    test = predictions[predictions["split"] == "test"]
+    return choose_cases(test, opened.groups.loc[test["image_id"]], opened.classes, each)
+
+
+def _shap(opened: OpenedRun, wishes: Wishes, cases: list[ChosenCase]) -> MetadataShap:
+    with progress_bar("SHAP of the gallery") as show:
+        return explain_metadata(opened, image_ids=[case.image_id for case in cases], seed=wishes.seed, progress=show)
+
+
+def _gallery_section(opened: OpenedRun, shown: list[ShownCase]) -> Section:
+    names = opened.dataset.schema.class_names
+    by_class = {label: [case for case in shown if case.chosen.label == label] for label in opened.classes}
+    pictures = [draw_gallery(cases, label, names.get(label, "")) for label, cases in by_class.items() if cases]
+    lead = [
+        "The answers that the model was surest of, chosen by probability and not by looks. The wrong ones deserve as much attention as "
+        "the right "
+        "ones: nothing in the probability warned of them."
+    ]
+    return Section("gallery", "The surest right and the surest wrong", lead, list(pictures))
+
+
+def _where_section(opened: OpenedRun, wishes: Wishes, shown: list[ShownCase], masks: dict[str, Path]) -> Section:
+    lead = [
+        "Grad-CAM shows which places of a photograph speak for a class, given this patient's form. It shows where the evidence lies, not "
+        "whether it is good evidence."
+    ]
+    pictures: list[Picture] = []
+    heat_cases = [_heat_case(case, wishes.label) for case in _one_a_class(shown)]
+    if heat_cases:
+        other = f"class {wishes.label}" if wishes.label else "the true class, or the second likeliest where the answer was right"
+        choice = f"Shown are the surest answer of each class, right where one was; the last column is {other}."
+        pictures.append(draw_gradcam(heat_cases, choice, len(opened.model.encoders)))
+    if masks:
+        with progress_bar("Grad-CAM against masks") as show:
+            found = localise(opened, wishes.masks, wishes.images, SAMPLES, wishes.seed, show)
+        pictures.append(draw_localisation(found))
+        overall = found.summary[found.summary["class"] == ALL].set_index("measure")
+        row = overall.loc["energy"]
+        better = "more" if row["difference_low"] > 0 else "less" if row["difference_high"] < 0 else "neither clearly more nor clearly less"
+        lead.append(
+            f"Where the lesions were outlined, {row['value']:.0%} [{row['low']:.0%} to {row['high']:.0%}] of the heat lies in the "
+            f"lesion: {better} "
+            f"than a round spot in the middle of every picture would have there ({row['baseline']:.0%}), since photographs are centred "
+            "on the "
+            f"lesion. Even heat would have {row['area']:.0%}."
+        )
+    else:
+        lead.append("There are no outlines of the lesions, so how much of the heat lies in the lesion can't be measured (--masks).")
+    return Section("where", "Where it looks", lead, list(pictures))
+
+
+def _form_section(opened: OpenedRun, wishes: Wishes, gallery: MetadataShap) -> Section:
+    lead = [
+        "How far each answer of the form moves the probability of a class while the photograph stays the same (SHAP values). They tell "
+        "what the "
+        "model uses, not what causes a disease.",
+    ]
+    results = []
+    for by in ("field", "column"):
+        with progress_bar(f"SHAP by {by}") as show:
+            results.append(explain_metadata(opened, images=wishes.shap_images, by=by, seed=wishes.seed, progress=show))
+    by_field, by_column = results
+    pictures = [draw_importance(by_field), draw_importance(by_column)]
+    if wishes.photographs:
+        malignant = [label for label in opened.classes if label in opened.dataset.schema.malignant] or list(opened.classes)
+        first = next((row for row, label in enumerate(gallery.labels) if opened.classes[label] in malignant), 0)
+        predicted = opened.classes[int(gallery.prediction[first].argmax())]
+        pictures.append(draw_waterfall(gallery, gallery.image_ids[first], predicted))
+    labels = [wishes.label] if wishes.label else list(opened.classes)
+    return Section("form", "Which answers of the form count", lead, [*pictures, *(draw_beeswarm(by_field, label) for label in labels)])
+
+
+def _features_section(opened: OpenedRun, wishes: Wishes) -> Section:
+    with progress_bar("features") as show:
+        found = embed(opened, wishes.images, SAMPLES, wishes.seed, progress=show)
+    lead = [
+        "The vector that is classified, in which photograph and form are fused, laid out so that neighbours stay neighbours (t-SNE). "
+        "The numbers "
+        "are measured among the vectors themselves: a picture like this can be made to look better or worse than they are."
+    ]
+    return Section("features", "What its features separate", lead, [draw_embedding(found)])
+
+
+def _auxiliary_section(opened: OpenedRun, wishes: Wishes) -> Section:
+    with progress_bar("rebuilding") as show:
+        found = rebuild(opened, min(wishes.images, 200), seed=wishes.seed, progress=show)
+    mean = found.table[["psnr", "psnr_flat", "ssim", "ssim_flat"]].mean()
+    said = "better" if mean["psnr"] > mean["psnr_flat"] else "no better"
+    lead = [
+        "In training a decoder must rebuild a picture of twice the side from the encoder's last map, so that the map keeps what is in "
+        "the picture; "
+        "for predictions it isn't used. "
+        f"By PSNR it is {said} than an area of the target's mean colour: {mean['psnr']:.1f} against {mean['psnr_flat']:.1f} dB."
+    ]
+    if wishes.photographs:
+        return Section("auxiliary", "What the auxiliary task rebuilds", lead, [draw_reconstruction(found)])
+    return Section("auxiliary", "What the auxiliary task rebuilds", lead)
+
+
+def _heat_case(case: ShownCase, asked: str | None) -> HeatCase:
+    chosen = case.chosen
+    other = asked or (chosen.label if chosen.label != chosen.predicted else chosen.second)
+    return HeatCase(chosen.kind, case.picture, case.heats, chosen.probabilities, chosen.label, chosen.predicted, other, case.mask)
+
+
+def _one_a_class(shown: list[ShownCase]) -> list[ShownCase]:
+    """Return of each class the surest right case, or if there is none the surest wrong one."""
+    table = pd.DataFrame({"label": [case.chosen.label for case in shown], "wrong": [case.chosen.kind != RIGHT for case in shown]})
+    return [shown[place] for place in table.sort_values("wrong", kind="stable").drop_duplicates("label").sort_index().index]
+
+
+def _masks(opened: OpenedRun, wishes: Wishes) -> dict[str, Path]:
+    if wishes.masks is None and not (opened.dataset.root / FOLDER).is_dir():
+        return {}
+    return find_masks(opened.dataset.root, wishes.masks)

@@ -1,0 +1,299 @@
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from sklearn.metrics import balanced_accuracy_score, silhouette_samples, silhouette_score
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+
+from dualrefnet.errors import RunError
+from dualrefnet.evaluation.opened_run import open_run
+from dualrefnet.explain import separation
+from dualrefnet.explain.embedding import EmbeddingComparison, Features, compare_embeddings, embed, embed_features
+from dualrefnet.explain.separation import MEASURES, measure_separation, neighbours_right
+from dualrefnet.recipe import Recipe, load_recipe
+from dualrefnet.run import Run
+from dualrefnet.training.train import train_recipe
+
+CLASSES = ("A", "B", "C")
+
+
+def features(
+    values: NDArray[np.floating], labels: NDArray[np.int64], groups: NDArray[np.int64] | None = None, name: str = "run"
+) -> Features:
+    ids = tuple(f"image {number}" for number in range(len(labels)))
+    return Features(name, CLASSES, ids, labels, np.arange(len(labels)) if groups is None else groups, values.astype(np.float32))
+
+
+def blobs(apart: float, seed: int = 0, images: int = 90) -> tuple[NDArray[np.floating], NDArray[np.int64]]:
+    """Return unequal classes whose centres are `apart` along axes of very unlike scale."""
+    labels = np.repeat([0, 1, 2], [images // 2, images // 3, images - images // 2 - images // 3])
+    generator = np.random.default_rng(seed)
+    return (generator.normal(size=(images, 6)) + apart * np.eye(6)[labels]) * [1, 10, 100, 1, 1, 1] + 5, labels
+
+
+def test_classes_far_apart_have_right_neighbours_and_sklearns_silhouette() -> None:
+    values, labels = blobs(apart=30)
+    (found,) = embed_features([features(values, labels)], images=90, samples=20)
+    standardised = StandardScaler().fit_transform(values.astype(np.float32).astype(float))
+    by_image = silhouette_samples(standardised, labels)
+    assert found.value("knn_balanced_accuracy").value == 1
+    assert found.value("silhouette").value == pytest.approx(silhouette_score(standardised, labels), abs=1e-9)
+    assert found.value("silhouette_balanced").value == pytest.approx(
+        np.mean([by_image[labels == label].mean() for label in range(3)]), abs=1e-9
+    )
+    # Classes of unlike size and spread: the two means are not the same number.
+    assert found.value("silhouette").value != pytest.approx(found.value("silhouette_balanced").value, abs=1e-4)
+    assert found.value("silhouette").value > 0.35
+
+
+def test_shuffled_labels_are_as_good_as_chance() -> None:
+    values, labels = blobs(apart=30, images=600)
+    shuffled = np.random.default_rng(1).permutation(labels)
+    (found,) = embed_features([features(values, shuffled)], images=600)
+    knn, silhouette = found.value("knn_balanced_accuracy"), found.value("silhouette_balanced")
+    assert knn.value == pytest.approx(1 / 3, abs=0.06)
+    assert knn.low < 1 / 3 < knn.high
+    assert abs(silhouette.value) < 0.02
+
+
+def test_an_images_own_patient_is_no_neighbour() -> None:
+    # Every patient has 6 images in one place, far from all others of the class; the next patients are of the other class.
+    places, labels, groups = [], [], []
+    for patient in range(8):
+        for image in range(6):
+            places.append([10.0 * patient + 0.01 * image, 0.1 * image])
+            labels.append(patient % 2)
+            groups.append(patient)
+    points, truth = np.array(places), np.array(labels)
+    # With the own patient among them all neighbours would be right.
+    assert (KNeighborsClassifier(5).fit(points, truth).predict(points) == truth).all()
+    assert not neighbours_right(points, truth, np.array(groups)).any()
+    measured = measure_separation({"run": points}, truth, groups, samples=10)
+    assert measured.value("run", "knn_balanced_accuracy").value == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), images=st.integers(3, 30), patients=st.integers(2, 8))
+def test_neighbours_are_those_of_a_plain_search(seed: int, images: int, patients: int) -> None:
+    generator = np.random.default_rng(seed)
+    points, labels = generator.normal(size=(images, 3)), generator.integers(3, size=images)
+    groups = np.concatenate([[0, 1], generator.integers(patients, size=images)])[:images]
+    expected = []
+    for place in range(images):
+        others = [other for other in range(images) if groups[other] != groups[place]]
+        nearest = sorted(others, key=lambda other: float(((points[other] - points[place]) ** 2).sum()))[:5]
+        votes = [labels[other] for other in nearest]
+        winner = max(votes, key=lambda label: (votes.count(label), -votes.index(label)))
+        expected.append(winner == labels[place])
+    assert neighbours_right(points, labels, groups).tolist() == expected
+
+
+def test_intervals_are_those_of_laid_out_samples_of_patients() -> None:
+    values, labels = blobs(apart=2)
+    generator = np.random.default_rng(3)
+    # Patients with one class each, so that a class can vanish from a sample.
+    groups = np.where(labels == 2, 100 + np.arange(len(labels)) % 2, generator.integers(20, size=len(labels)))
+    found = measure_separation({"run": values}, labels, groups, samples=50, seed=5)
+    silhouette, right = silhouette_samples(values, labels), neighbours_right(values, labels, pd.factorize(groups)[0])
+    names = pd.unique(groups)
+    drawn = np.random.default_rng(5).multinomial(len(names), np.full(len(names), 1 / len(names)), size=50)
+    expected: dict[str, list[float]] = {measure: [] for measure in MEASURES}
+    for times in drawn:
+        rows = np.concatenate([np.flatnonzero(groups == name) for name, often in zip(names, times, strict=True) for _ in range(often)])
+        expected["silhouette"].append(silhouette[rows].mean())
+        present = np.unique(labels[rows])
+        expected["silhouette_balanced"].append(np.mean([silhouette[rows][labels[rows] == label].mean() for label in present]))
+        expected["knn_balanced_accuracy"].append(np.mean([right[rows][labels[rows] == label].mean() for label in present]))
+    assert any(2 not in labels[np.isin(groups, names[times > 0])] for times in drawn)
+    for measure, numbers in expected.items():
+        assert found.drawn["run"][measure] == pytest.approx(np.array(numbers))
+        value = found.value("run", measure)
+        assert (value.low, value.high) == pytest.approx(tuple(np.quantile(numbers, [0.025, 0.975])))
+    assert (found.groups, found.images, found.samples) == (22, 90, 50)
+
+
+def test_more_images_of_the_same_patients_do_not_narrow_the_interval() -> None:
+    values, labels = blobs(apart=2)
+    widths = []
+    for copies, groups in ((1, np.arange(90)), (4, np.repeat(np.arange(90), 4)), (4, np.arange(360))):
+        found = measure_separation({"run": np.repeat(values, copies, axis=0)}, np.repeat(labels, copies), groups, samples=400)
+        value = found.value("run", "silhouette")
+        widths.append(value.high - value.low)
+    assert widths[1] == pytest.approx(widths[0], rel=0.15)
+    assert widths[2] < 0.65 * widths[0]
+
+
+def test_units_and_dimensions_that_do_not_vary_change_nothing() -> None:
+    values, labels = blobs(apart=2)
+    noise = 7 + 1e-6 * np.random.default_rng(0).normal(size=(90, 1))
+    changed = np.hstack([values * [1000, 1, 1, 1, 0.01, 1] + 3, np.zeros((90, 1)), noise])
+    runs = embed_features([features(values, labels, name="plain"), features(changed, labels, name="changed")], images=90, samples=20)
+    assert [run.dimensions for run in runs] == [6, 6]
+    for measure in MEASURES:
+        assert runs[0].value(measure).value == pytest.approx(runs[1].value(measure).value, abs=1e-4)
+
+
+def test_the_map_keeps_clusters_apart_and_is_the_same_every_time() -> None:
+    values, labels = blobs(apart=30)
+    (found,), (again,) = (embed_features([features(values, labels)], 90, 20) for _ in range(2))
+    assert list(found.table.columns) == ["image_id", "class", "x", "y", "run"]
+    assert found.table["class"].tolist() == [CLASSES[label] for label in labels]
+    assert found.table["run"].unique().tolist() == ["run"]
+    assert found.table.equals(again.table)
+    places = found.table[["x", "y"]].to_numpy()
+    assert (KNeighborsClassifier(3).fit(places, labels).predict(places) == labels).all()
+
+
+def test_runs_that_can_not_be_mapped_are_refused_in_words() -> None:
+    values, labels = blobs(apart=2)
+    cases = {
+        "aren't finite": features(np.where(np.arange(90)[:, None] == 3, np.nan, values), labels),
+        "the same for all images": features(np.ones((90, 6)), labels),
+        "at least 5 test images": features(values, np.zeros(90, dtype=int)),
+        "and 2 patients": features(values, labels, np.zeros(90, dtype=int)),
+    }
+    for message, case in cases.items():
+        with pytest.raises(RunError, match=message):
+            embed_features([case], images=90, samples=10)
+
+
+def test_the_better_run_is_named_and_a_tie_is_called_one() -> None:
+    near, labels = blobs(apart=1, images=300)
+    far, _ = blobs(apart=30, images=300)
+    worse, better = embed_features([features(near, labels, name="near"), features(far, labels, name="far")], images=300, samples=200)
+    comparison = EmbeddingComparison(worse, better)
+    found = comparison.difference("silhouette")
+    assert found.difference == pytest.approx(worse.value("silhouette").value - better.value("silhouette").value)
+    assert found.low < found.difference < found.high < 0
+    assert comparison.better("silhouette") is better
+    assert "far separates the classes better (near" in comparison.sentence("silhouette")
+    assert comparison.conclusion() == "far separates the classes better by all measures."
+    assert EmbeddingComparison(better, worse).better("silhouette") is better
+    # The same features, but for a little noise.
+    noisy = near + 0.3 * np.random.default_rng(5).normal(size=near.shape)
+    first, second = embed_features([features(near, labels, name="near"), features(noisy, labels, name="noisy")], images=300, samples=200)
+    tie = EmbeddingComparison(first, second)
+    found = tie.difference("knn_balanced_accuracy")
+    assert found.low <= 0 <= found.high
+    assert tie.better("knn_balanced_accuracy") is None
+    assert "it can't be told which run" in tie.sentence("knn_balanced_accuracy")
+
+
+def test_differences_are_paired() -> None:
+    values, labels = blobs(apart=2)
+    both = measure_separation({"a": values, "b": values + 1e-9}, labels, np.arange(90) // 2, samples=100)
+    found = both.difference("a", "b", "silhouette")
+    # Each alone is uncertain, but both move together.
+    assert both.value("a", "silhouette").high - both.value("a", "silhouette").low > 0.02
+    assert (found.low, found.high) == pytest.approx((0, 0), abs=1e-6)
+
+
+def test_features_of_a_run_are_what_its_model_classifies(tiny_run: Run) -> None:
+    opened = open_run(tiny_run, device=torch.device("cpu"))
+    examples = opened.examples("test")
+    calls: list[tuple[int, int]] = []
+    found = embed(opened, samples=20, name="tiny", progress=lambda done, total: calls.append((done, total)))
+    assert calls[-1] == (len(examples), len(examples))
+    assert found.images == len(found.table) == len(examples)
+    assert found.table["image_id"].tolist() == list(examples.image_ids)
+    assert found.unit == "patients"
+    one_by_one = []
+    with torch.inference_mode():
+        for row in range(len(examples)):
+            batch = examples.batch(np.array([row]))
+            one_by_one.append(opened.model(opened.images(batch), batch.metadata).features.numpy()[0])
+    values = np.array(one_by_one, dtype=float)
+    values = values[:, np.ptp(values, axis=0) > 1e-5 * np.abs(values).max(axis=0)]
+    standardised = StandardScaler().fit_transform(values)
+    assert found.dimensions == values.shape[1]
+    assert found.value("silhouette").value == pytest.approx(silhouette_score(standardised, examples.labels), abs=1e-3)
+    groups = opened.groups.loc[list(examples.image_ids)].to_numpy()
+    assert found.separation.groups == len(set(groups))
+    right = neighbours_right(standardised, examples.labels, pd.factorize(groups)[0])
+    by_class = [right[examples.labels == label].mean() for label in np.unique(examples.labels)]
+    assert found.value("knn_balanced_accuracy").value == pytest.approx(np.mean(by_class), abs=0.05)
+
+
+def test_a_sample_has_every_class(tiny_run: Run) -> None:
+    opened = open_run(tiny_run, device=torch.device("cpu"))
+    labels = opened.examples("test").labels
+    found = embed(opened, images=12, samples=10)
+    assert (len(found.table), found.images) == (12, len(labels))
+    assert set(found.table["class"]) == {opened.classes[label] for label in labels}
+
+
+def test_a_frozen_runs_stored_features_give_the_same_vectors(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = load_recipe(
+        tiny_recipe, {"training.encoder": "frozen", "training.epochs": 1, "model.method": "concat", "evaluation.bootstrap": 0}
+    )
+    opened = open_run(train_recipe(recipe, tmp_path / "frozen"), device=torch.device("cpu"))
+    found = embed(opened, samples=10)
+    assert opened.examples("test").batch(np.array([0])).features
+    examples = opened.pictures("test")
+    with torch.inference_mode():
+        batch = examples.batch(np.arange(len(examples)))
+        values = opened.model(opened.images(batch), batch.metadata).features.numpy()
+    (expected,) = embed_features([dataclasses.replace(_as_features(found.table, opened.classes), values=values)], len(examples), 10)
+    assert found.value("silhouette").value == pytest.approx(expected.value("silhouette").value, abs=1e-3)
+
+
+def _as_features(table: pd.DataFrame, classes: tuple[str, ...]) -> Features:
+    labels = np.array([classes.index(name) for name in table["class"]])
+    return Features("run", classes, tuple(table["image_id"]), labels, np.arange(len(table)), np.zeros((len(table), 2), dtype=np.float32))
+
+
+def test_two_runs_are_compared_on_the_images_that_both_tested(tiny_run: Run, tmp_path: Path) -> None:
+    device = torch.device("cpu")
+    opened = open_run(tiny_run, device=device)
+    copy = Run(shutil.copytree(tiny_run.path, tmp_path / "copy"))
+    # In another order, and with one patient fewer on the test side.
+    split = copy.split
+    gone = split.loc[split["split"] == "test", "patient_id"].iloc[0]
+    split.loc[split["patient_id"] == gone, "split"] = "val"
+    split.iloc[::-1].to_csv(copy.path / "split.csv", index=False)
+    calls: list[tuple[int, int]] = []
+    found = compare_embeddings(opened, open_run(copy, device=device), samples=20, progress=lambda *done: calls.append(done))
+    expected = [image for image in opened.examples("test").image_ids if opened.groups[image] != gone]
+    for run, name in ((found.first, "tiny"), (found.second, "copy")):
+        assert run.table["image_id"].tolist() == expected
+        assert (run.name, run.images) == (name, len(expected))
+        assert run.table["run"].unique().tolist() == [name]
+    assert calls[-1] == (2 * len(expected), 2 * len(expected))
+    for measure in MEASURES:
+        difference = found.difference(measure)
+        assert (difference.difference, difference.low, difference.high) == pytest.approx((0, 0, 0), abs=1e-3)
+    named = compare_embeddings(opened, open_run(copy, device=device), samples=5, names=("this", "that"))
+    assert named.second.value("silhouette").value == pytest.approx(found.second.value("silhouette").value)
+    with pytest.raises(RunError, match="can't be compared with itself"):
+        compare_embeddings(opened, opened)
+
+
+def test_runs_without_a_common_test_image_are_refused(tiny_run: Run, tmp_path: Path) -> None:
+    copy = Run(shutil.copytree(tiny_run.path, tmp_path / "copy"))
+    split = copy.split
+    split["split"] = split["split"].map({"train": "train", "val": "test", "test": "val"})
+    split.to_csv(copy.path / "split.csv", index=False)
+    device = torch.device("cpu")
+    with pytest.raises(RunError, match="share no test image"):
+        compare_embeddings(open_run(tiny_run, device=device), open_run(copy, device=device))
+
+
+def test_thousands_of_images_are_measured_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, labels = blobs(apart=3, images=3000)
+    groups = np.arange(3000) // 3
+    whole = measure_separation({"run": values}, labels, groups, samples=5)
+    # 40 rows of distances at a time.
+    monkeypatch.setattr(separation, "MEMORY", 1)
+    parts = measure_separation({"run": values}, labels, groups, samples=5)
+    for measure in MEASURES:
+        assert parts.value("run", measure).value == pytest.approx(whole.value("run", measure).value, abs=1e-12)
+    truth = KNeighborsClassifier(5).fit(values[::3], labels[::3]).predict(values[1::3])
+    assert whole.value("run", "knn_balanced_accuracy").value == pytest.approx(balanced_accuracy_score(labels[1::3], truth), abs=0.05)
