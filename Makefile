@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 help:
 	@echo "make setup   install the locked versions into .venv"
-	@echo "make demo    draw the sample data, train DualRefNet on it, print the table (no network after setup)"
+	@echo "make demo    draw the sample data, train DualRefNet on it, write a report (no network after setup)"
 	@echo "make test    lint, types, and the tests but the slow ones"
 	@echo "make test-all  the slow tests too"
 

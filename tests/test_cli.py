@@ -14,7 +14,7 @@ from dualrefnet.run import Run
 
 COMMANDS = (
     *("doctor", "demo", "sample", "fetch", "check", "split", "methods", "recipes", "prepare", "train", "evaluate", "predict"),
-    *("suite", "suites", "tables"),
+    *("suite", "suites", "tables", "explain", "report"),
 )
 
 

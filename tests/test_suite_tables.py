@@ -8,13 +8,13 @@ import pandas as pd
 import pytest
 
 from dualrefnet.errors import RunError
+from dualrefnet.evaluation.printed_table import Cell as TableCell
+from dualrefnet.evaluation.printed_table import PrintedTable, escape_latex, escape_markdown
 from dualrefnet.files import write_csv, write_json, write_yaml
 from dualrefnet.models.registry import METHODS
 from dualrefnet.suite import tables
 from dualrefnet.suite.aggregate import aggregate
 from dualrefnet.suite.grid import expand, load_suite
-from dualrefnet.evaluation.printed_table import Cell as TableCell
-from dualrefnet.evaluation.printed_table import PrintedTable, escape_latex, escape_markdown
 from dualrefnet.suite.tables import write_tables
 from suite_folder import IMAGES, SUITE, changed, paper_suite, planned, row, write_run, write_suite, wrong_on
 

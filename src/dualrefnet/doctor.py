@@ -53,7 +53,7 @@ def _libraries() -> Iterator[Finding]:
         yield Finding("FAIL", "libraries", f"torch, torchvision and timm don't work together ({error}); {fix}")
         return
     yield Finding("PASS", "libraries", f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}")
-    for extra, package in (("track", "tensorboard"),):
+    for extra, package in (("report", "matplotlib"), ("explain", "captum"), ("explain", "shap"), ("track", "tensorboard")):
         try:
             yield Finding("PASS", f"extra {extra}", f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:

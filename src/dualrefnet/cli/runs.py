@@ -43,12 +43,16 @@ def doctor() -> None:
 def demo(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the drawn data and the run.")] = Path("runs/demo"),
 ) -> None:
-    """Draw the sample data set, train DualRefNet on it, evaluate it, and leave a run folder. No network; a few minutes."""
+    """Draw the sample data set, train DualRefNet on it, measure and explain it, and write a report. No network; a few minutes.
+
+    Needs the extra `explain`.
+    """
     from dualrefnet.demo import run_demo
 
-    run = run_demo(out)
+    run, page = run_demo(out)
     _print_metrics(run.metrics)
     typer.echo(f"The run folder is {run.path}; try: dualrefnet predict {run.path} --images {out}/data/images --out predictions.csv")
+    typer.echo(f"The report, for any browser: {page.resolve()}")
 
 
 @app.command()

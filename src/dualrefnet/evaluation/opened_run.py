@@ -107,12 +107,17 @@ def open_run(
         device: where to compute; None: a GPU if there is one.
 
     Raises:
-        RunError: images of the split have vanished, or the run holds no trained model.
+        RunError: images of the split have vanished, the classes have changed, or the run holds no trained model.
     """
     overrides = {"data.root": str(root)} if root is not None else {}
     recipe, split, description = load_recipe(run.recipe, overrides), run.split, run.model
     dataset = dataset or read_dataset(recipe)
     model = load_model(description, run.weights_file)
+    if list(dataset.schema.classes) != description["classes"]:
+        raise RunError(
+            f"{run.path} knows the classes {', '.join(description['classes'])}, but the data in {dataset.root} have "
+            f"{', '.join(dataset.schema.classes)}; give the right folder with --root"
+        )
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
     store = fill_recipe_store(recipe, dataset, cache) if model.reads_image else None
@@ -128,6 +133,9 @@ def open_run(
 
 def sample_rows(labels: np.ndarray, at_most: int, seed: int) -> np.ndarray:
     """Choose rows for a picture of a part of them: all, or `at_most` with each class in proportion, and at least one of each.
+
+    Every class gets its share, rounded up or down (largest remainder); classes whose share is less than one row get one, and
+    the others share what is left.
 
     Args:
         labels: (N,) class of every row.
@@ -145,11 +153,24 @@ def sample_rows(labels: np.ndarray, at_most: int, seed: int) -> np.ndarray:
         return np.arange(len(labels))
     if at_most < len(names):
         raise ValueError(f"{at_most} rows can't show {len(names)} classes; ask for more")
-    # One of each class first, the rest by largest remainder.
-    rest = (at_most - len(names)) * (counts - 1) / (len(labels) - len(names))
-    wanted = np.floor(rest).astype(int)
-    order = np.argsort(wanted - rest, kind="stable")
-    wanted[order[: at_most - len(names) - wanted.sum()]] += 1
+    wanted = _in_proportion(counts, at_most)
     generator = np.random.default_rng(seed)
-    chosen = [generator.choice(np.flatnonzero(labels == name), 1 + more, replace=False) for name, more in zip(names, wanted, strict=True)]
+    chosen = [generator.choice(np.flatnonzero(labels == name), number, replace=False) for name, number in zip(names, wanted, strict=True)]
     return np.sort(np.concatenate(chosen))
+
+
+def _in_proportion(counts: np.ndarray, at_most: int) -> np.ndarray:
+    """Return how many rows of each class to choose, in all `at_most`; there are more rows than that and not more classes."""
+    rare = np.zeros(len(counts), dtype=bool)
+    while True:
+        left = at_most - int(rare.sum())
+        # In whole numbers, so that no rounding has a say: share = parts / total.
+        parts, total = left * counts, int(counts[~rare].sum())
+        more = ~rare & (parts < total)
+        if not more.any():
+            break
+        rare |= more
+    wanted = np.where(rare, 1, parts // total)
+    order = np.argsort(np.where(rare, 1, -(parts % total)), kind="stable")
+    wanted[order[: at_most - wanted.sum()]] += 1
+    return np.asarray(wanted)

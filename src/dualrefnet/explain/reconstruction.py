@@ -46,7 +46,7 @@ class Reconstruction:
 
     Attributes:
         table: image_id and the measures of `Rebuilt`, one row an image of the sample.
-        shown: images at equal steps from the worst to the best rebuilt.
+        shown: images at equal steps of rank by PSNR, from a tenth of the way up (badly rebuilt) to nine tenths (well).
         images: on the test side; the table has a sample of them.
         kind: of the target (`model.target`).
     """

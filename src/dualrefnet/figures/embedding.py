@@ -46,7 +46,8 @@ def draw_embedding(a: Embedding, b: Embedding | None = None) -> Picture:
         f"{_intervals(a)}"
     )
     alt = f"Map of {len(a.table)} test images of {len(shown)} classes. {said}."
-    return Picture("embedding", "Fused features of the test images", caption, alt, figure, pd.concat([run.table for run in maps]))
+    name = "embedding" if b is None else "embeddings"
+    return Picture(name, "Fused features of the test images", caption, alt, figure, pd.concat([run.table for run in maps]))
 
 
 @styled

@@ -6,6 +6,7 @@ ink is replaced by the page's own, so that one drawing serves light and dark.
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 from collections.abc import Sequence
@@ -14,7 +15,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from PIL import Image
 
 from dualrefnet.errors import DependencyError
 from dualrefnet.files import atomic_path, write_csv
@@ -40,7 +43,23 @@ PRIMARY, SECONDARY = COLOURS[0], COLOURS[4]
 # Light to dark for amounts, and the scale of heat maps: both keep their order in grey.
 AMOUNTS, HEAT = "Blues", "inferno"
 
+# Settings of the user's own `matplotlibrc` have no say in how pictures look; those of windows, keys and dates are left alone.
+_USER = (
+    "animation.",
+    "backend",
+    "date.",
+    "docstring",
+    "interactive",
+    "_internal",
+    "keymap.",
+    "macosx.",
+    "timezone",
+    "tk.",
+    "toolbar",
+    "webagg.",
+)
 _STYLE: Any = {
+    **{name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith(_USER)},
     "font.family": "DejaVu Sans",
     "font.size": 8,
     "axes.titlesize": 8.5,
@@ -71,9 +90,15 @@ _STYLE: Any = {
     "figure.facecolor": PAPER,
     "savefig.facecolor": PAPER,
     "axes.unicode_minus": True,
+    # A class may be called $x$.
+    "text.parse_math": False,
     "figure.constrained_layout.use": True,
 }
 PNG_DPI = 300
+# A layout is settled when nothing moves by more than this share of the picture, or after so many attempts.
+STILL, ATTEMPTS = 0.001, 8
+# Images in a page that are larger become JPEGs.
+SMALL_BYTES = 8_000
 # Decorates every function that draws: matplotlib asks for its settings while it draws, and those of the caller stay as they are.
 styled = matplotlib.rc_context(_STYLE)
 
@@ -124,10 +149,21 @@ def class_markers(classes: Sequence[str]) -> dict[str, str]:
     return {name: MARKERS[index % len(MARKERS)] for index, name in enumerate(classes)}
 
 
+def file_stem(text: str) -> str:
+    """Return what may stand in a file's name and in an id, for a class or an image of any name."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", text)
+
+
+def shortened(text: str, letters: int) -> str:
+    """Return a text of at most so many letters, the last of which tells that some are missing."""
+    return text if len(text) <= letters else text[: letters - 1] + "…"
+
+
 def save_picture(picture: Picture, folder: Path) -> list[Path]:
     """Write `<name>.png` (300 dpi), `<name>.svg` and `<name>.csv`, and return their paths."""
     paths = [folder / f"{picture.name}.{suffix}" for suffix in ("png", "svg", "csv")]
     with matplotlib.rc_context({**_STYLE, "svg.fonttype": "path", "svg.hashsalt": picture.name}):
+        _settle(picture.figure)
         with atomic_path(paths[0]) as temporary:
             picture.figure.savefig(temporary, format="png", dpi=PNG_DPI)
         with atomic_path(paths[1]) as temporary:
@@ -143,17 +179,49 @@ def inline_svg(picture: Picture) -> str:
     """
     buffer = io.StringIO()
     with matplotlib.rc_context({**_STYLE, "svg.fonttype": "none", "svg.hashsalt": picture.name}):
+        _settle(picture.figure)
         picture.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"data:image/png;base64,([^\"]+)", lambda found: _lighter(found[1]), text)
     for colour, variable in _THEME.items():
         text = text.replace(colour, variable)
     text = text.replace("'DejaVu Sans'", "system-ui, sans-serif")
     # The size of the page's column, not of the paper.
     text = re.sub(r'<svg([^>]*?) width="[^"]*"', r"<svg\1", text, count=1)
     text = re.sub(r'<svg([^>]*?) height="[^"]*"', r"<svg\1", text, count=1)
-    # Several pictures stand in one page, and ids must not meet.
+    # Several pictures stand in one page, and ids must not meet. Those of equal images do within a picture, and nothing uses them.
+    text = re.sub(r'(<image\b[^>]*?) id="[^"]*"', r"\1", text)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{picture.name}-", text)
     label = escape(f"{picture.title}. {picture.alt}", quote=True)
     return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1).strip()
+
+
+def _settle(figure: Figure) -> None:
+    """Lay a figure out for good: matplotlib would move its parts a little with every drawing, and page and files would differ."""
+    engine, dpi = figure.get_layout_engine(), figure.dpi
+    if engine is None:
+        return
+    figure.set_dpi(PNG_DPI)
+    before = np.full((len(figure.axes), 4), np.inf)
+    for _ in range(ATTEMPTS):
+        engine.execute(figure)
+        places = np.array([axis.get_position().bounds for axis in figure.axes])
+        moved, before = np.abs(places - before).max(initial=0), places
+        if moved < STILL:
+            break
+    figure.set_layout_engine("none")
+    figure.set_dpi(dpi)
+
+
+def _lighter(png: str) -> str:
+    """Return a photograph's data URL as JPEG, a quarter of the size; what is small or transparent stays PNG."""
+    data = base64.b64decode(png)
+    with Image.open(io.BytesIO(data)) as image:
+        opaque = image.mode == "RGB" or (image.mode == "RGBA" and image.getchannel("A").getextrema() == (255, 255))
+        if not opaque or len(data) < SMALL_BYTES:
+            return f"data:image/png;base64,{png}"
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "JPEG", quality=90, subsampling=0, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

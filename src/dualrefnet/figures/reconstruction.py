@@ -34,8 +34,9 @@ def draw_reconstruction(result: Reconstruction) -> Picture:
     mean = result.table[["psnr", "ssim", "psnr_flat", "ssim_flat"]].mean()
     target = TARGETS.get(result.kind, f"made from the input by the network {result.kind}")
     caption = (
-        f"The decoder must rebuild a picture of twice the input's side; here the target is {target}. Shown are images at equal steps from "
-        f"the worst to the best rebuilt of {len(result.table)} of {result.images} test images, with PSNR in dB and SSIM (1: equal). "
+        f"The decoder must rebuild a picture of twice the input's side; here the target is {target}. Shown are images at equal "
+        f"steps of rank, from badly to well rebuilt, of {len(result.table)} of {result.images} test images, with PSNR in dB and SSIM (1: "
+        "equal). "
         f"Mean PSNR {mean['psnr']:.1f} dB, SSIM {mean['ssim']:.2f}; a plain area of the target's mean colour reaches "
         f"{mean['psnr_flat']:.1f} dB and {mean['ssim_flat']:.2f}."
     )

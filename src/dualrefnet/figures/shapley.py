@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from typing import Any
 
@@ -14,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from dualrefnet.explain.shapley import MetadataShap
-from dualrefnet.figures.picture import COLOURS, INK, PAPER, PRIMARY, SECONDARY, Picture, class_colours, new_figure, styled
+from dualrefnet.figures.picture import COLOURS, INK, PAPER, PRIMARY, SECONDARY, Picture, class_colours, file_stem, new_figure, styled
 from dualrefnet.figures.swarm import shade, swarm
 
 # Low to high; dark to light too, for those who see no colours.
@@ -151,7 +150,7 @@ def draw_beeswarm(result: MetadataShap, label: str, count: int = 10) -> Picture:
     )
     alt = f"Values in percentage points, the weightiest first: {'; '.join(lead)}."
     data = data[["image_id", "class", "player", "answer", "colour", "points"]]
-    return Picture(f"shap_beeswarm_{result.by}_{_slug(label)}", f"What speaks for and against {label}", caption, alt, figure, data)
+    return Picture(f"shap_beeswarm_{result.by}_{file_stem(label)}", f"What speaks for and against {label}", caption, alt, figure, data)
 
 
 @styled
@@ -221,7 +220,7 @@ def draw_waterfall(result: MetadataShap, image_id: str, label: str, count: int =
         caption += _flags(result, "Hatched bars")
     said = [f"{name} = {answer} {points:+.1f}" if answer else f"{name} {points:+.1f}" for name, answer, points, _ in steps]
     alt = f"From {base:.1f} % to {prediction:.1f} %: {'; '.join(said)}."
-    name = f"shap_waterfall_{result.by}_{_slug(image_id)}_{_slug(label)}"
+    name = f"shap_waterfall_{result.by}_{file_stem(image_id)}_{file_stem(label)}"
     return Picture(name, f"Why {label} for {image_id}", caption, alt, figure, data)
 
 
@@ -271,8 +270,3 @@ def _folded(text: str, width: int) -> str:
 
 def _signed(points: float) -> str:
     return f"{points:+.1f}".replace("-", "−")
-
-
-def _slug(text: str) -> str:
-    """Return what may stand in a file's name and in an id."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", text)

@@ -36,17 +36,16 @@ def compared_section(first: OpenedRun, second: OpenedRun, wishes: Wishes) -> Sec
         theirs = _shown(second, found, "predicted_b") if second.model.reads_image else [None] * len(ours)
         pictures.append(draw_disagreement(found, list(zip(ours, theirs, strict=True)), names))
     difference = found.difference
-    verdict = "the interval holds 0, so it can't be told which is better" if difference.low <= 0 <= difference.high else (
-        f"{names[0] if difference.low > 0 else names[1]} is better on these data"
-    )  # fmt: skip
-    left_out = (
-        f" ({found.only_a + found.only_b} images that only one of them was tested on are left out)" if found.only_a + found.only_b else ""
-    )
+    verdict = f"{names[0] if difference.low > 0 else names[1]} is better on these data"
+    if difference.low <= 0 <= difference.high:
+        verdict = "the interval holds 0, so it can't be told which is better"
+    alone = found.only_a + found.only_b
+    left_out = f" ({alone:,} images that only one of them was tested on are left out)" if alone else ""
+    numbers = f"{difference.difference:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]".replace("-", "−")
     lead = [
         f"Both runs on the {len(found.table):,} test photographs that they share{left_out}: balanced accuracy "
-        f"{found.balanced_accuracy_a:.3f} of "
-        f"{names[0]} and {found.balanced_accuracy_b:.3f} of {names[1]}; difference {difference.difference:+.3f} [{difference.low:+.3f}, "
-        f"{difference.high:+.3f}], p = {difference.p:.3f}: {verdict}.".replace("-0", "−0"),
+        f"{found.balanced_accuracy_a:.3f} of {names[0]} and {found.balanced_accuracy_b:.3f} of {names[1]}; difference {numbers}, "
+        f"p = {difference.p:.3f}: {verdict}.",
         *(comparison.sentence(measure) for measure in MEASURES),
     ]
     return Section("against", f"Beside {names[1]}", lead, list(pictures))

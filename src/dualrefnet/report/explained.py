@@ -30,16 +30,22 @@ ANSWERS, SAMPLES = 3, 1000
 
 
 def explained_sections(opened: OpenedRun, wishes: Wishes) -> Iterator[Section]:
-    """Yield the sections one by one, as they are computed.
+    """Return the sections, which are computed one by one as they are asked for; what is wrong with the wishes is said at once.
 
     Raises:
-        DataError: `wishes.label` is no class, or `wishes.masks` isn't a folder of masks.
+        DataError: `wishes.label` is no class, fewer images are wished than there are classes, or `wishes.masks` isn't a folder with
+            masks of test images.
     """
     if wishes.label is not None and wishes.label not in opened.classes:
         raise DataError(f"there is no class {wishes.label}; the classes are {', '.join(opened.classes)}")
-    masks = _masks(opened, wishes) if opened.model.reads_image else {}
+    if min(wishes.images, wishes.shap_images) < len(opened.classes):
+        raise DataError(f"{min(wishes.images, wishes.shap_images)} images can't show {len(opened.classes)} classes; ask for more")
+    return _sections(opened, wishes, _masks(opened, wishes) if opened.model.reads_image else {})
+
+
+def _sections(opened: OpenedRun, wishes: Wishes, masks: dict[str, Path]) -> Iterator[Section]:
     cases = _cases(opened, wishes.each)
-    answers = _shap(opened, wishes, cases) if opened.reads_metadata else None
+    answers = _shap(opened, wishes, cases) if opened.reads_metadata and wishes.photographs else None
     shown: list[ShownCase] = []
     if opened.model.reads_image and wishes.photographs:
         with progress_bar("Grad-CAM of the gallery") as show:
@@ -53,7 +59,7 @@ def explained_sections(opened: OpenedRun, wishes: Wishes) -> Iterator[Section]:
         yield _where_section(opened, wishes, shown, masks)
     else:
         remark("this method reads no photograph: no Grad-CAM, no gallery")
-    if answers is not None:
+    if opened.reads_metadata:
         yield _form_section(opened, wishes, answers)
     else:
         remark("this method reads no metadata: no SHAP")
@@ -78,9 +84,15 @@ def _gallery_section(opened: OpenedRun, shown: list[ShownCase]) -> Section:
     by_class = {label: [case for case in shown if case.chosen.label == label] for label in opened.classes}
     pictures = [draw_gallery(cases, label, names.get(label, "")) for label, cases in by_class.items() if cases]
     lead = [
-        "The answers that the model was surest of, chosen by probability and not by looks. The wrong ones deserve as much attention as "
-        "the right "
-        "ones: nothing in the probability warned of them."
+        "The answers that the model was surest of, chosen by probability and not by looks. The wrong ones deserve as much attention as the "
+        "right ones: nothing in the probability warned of them.",
+        "Beside each photograph: the places that speak for the predicted class (Grad-CAM; the brighter, the more) and the highest "
+        "probabilities"
+        + (
+            ", then the answers of the form that moved the predicted class's probability most, in percentage points (SHAP)."
+            if any(case.answers for case in shown)
+            else "."
+        ),
     ]
     return Section("gallery", "The surest right and the surest wrong", lead, list(pictures))
 
@@ -111,11 +123,11 @@ def _where_section(opened: OpenedRun, wishes: Wishes, shown: list[ShownCase], ma
             f"lesion. Even heat would have {row['area']:.0%}."
         )
     else:
-        lead.append("There are no outlines of the lesions, so how much of the heat lies in the lesion can't be measured (--masks).")
+        lead.append("There are no outlines of these lesions, so how much of the heat lies in the lesion can't be measured (--masks).")
     return Section("where", "Where it looks", lead, list(pictures))
 
 
-def _form_section(opened: OpenedRun, wishes: Wishes, gallery: MetadataShap) -> Section:
+def _form_section(opened: OpenedRun, wishes: Wishes, gallery: MetadataShap | None) -> Section:
     lead = [
         "How far each answer of the form moves the probability of a class while the photograph stays the same (SHAP values). They tell "
         "what the "
@@ -127,7 +139,7 @@ def _form_section(opened: OpenedRun, wishes: Wishes, gallery: MetadataShap) -> S
             results.append(explain_metadata(opened, images=wishes.shap_images, by=by, seed=wishes.seed, progress=show))
     by_field, by_column = results
     pictures = [draw_importance(by_field), draw_importance(by_column)]
-    if wishes.photographs:
+    if gallery is not None:
         malignant = [label for label in opened.classes if label in opened.dataset.schema.malignant] or list(opened.classes)
         first = next((row for row, label in enumerate(gallery.labels) if opened.classes[label] in malignant), 0)
         predicted = opened.classes[int(gallery.prediction[first].argmax())]
@@ -138,7 +150,7 @@ def _form_section(opened: OpenedRun, wishes: Wishes, gallery: MetadataShap) -> S
 
 def _features_section(opened: OpenedRun, wishes: Wishes) -> Section:
     with progress_bar("features") as show:
-        found = embed(opened, wishes.images, SAMPLES, wishes.seed, progress=show)
+        found = embed(opened, wishes.images, SAMPLES, wishes.seed, opened.run.path.resolve().name, show)
     lead = [
         "The vector that is classified, in which photograph and form are fused, laid out so that neighbours stay neighbours (t-SNE). "
         "The numbers "
@@ -176,6 +188,11 @@ def _one_a_class(shown: list[ShownCase]) -> list[ShownCase]:
 
 
 def _masks(opened: OpenedRun, wishes: Wishes) -> dict[str, Path]:
+    """Return test image id -> mask file; none if there is no folder of masks and none was named."""
     if wishes.masks is None and not (opened.dataset.root / FOLDER).is_dir():
         return {}
-    return find_masks(opened.dataset.root, wishes.masks)
+    found = find_masks(opened.dataset.root, wishes.masks)
+    masks = {image_id: found[image_id] for image_id in opened.rows("test")["image_id"] if image_id in found}
+    if wishes.masks is not None and not masks:
+        raise DataError(f"{wishes.masks} holds no mask of a test image; name them <image id>.png")
+    return masks

@@ -168,7 +168,7 @@ def _headline_table(measured: Measured) -> PrintedTable:
             row = [Cell(MEASURE_NAMES[measure]), Cell(_number(value), _interval(bounds))]
             rows.append([*row, Cell(_number(ours_paper.get(measure)))] if ours_paper else row)
     columns = ("measure", "this run", "the paper") if ours_paper else ("measure", "this run")
-    notes = [f"{MEASURE_NAMES['ece']} and {MEASURE_NAMES['brier']}: less is better."]
+    notes = ["Of the last two, calibration error and Brier score, less is better."]
     notes += caveats(recipe.data.dataset, table, {recipe.model.method}) if ours_paper else []
     return PrintedTable("Measures on the test set", columns, rows, tuple(notes))
 
@@ -178,9 +178,9 @@ def _class_table(measured: Measured) -> PrintedTable:
     suffix = interval_suffix(0.95)
     for name, values in measured.metrics["per_class"].items():
         cells = [Cell(_number(values[measure]), _interval(values.get(measure + suffix))) for measure in CLASS_MEASURES]
-        title = measured.names.get(name, "")
-        rows.append([Cell(name, title), Cell(f"{values['support']:,}"), *cells])
-    columns = ("class", "images", *(CLASS_COLUMNS[measure] for measure in CLASS_MEASURES))
+        images = f"{values['support']:,} image{'s' if values['support'] != 1 else ''}"
+        rows.append([Cell(name, ", ".join(part for part in (measured.names.get(name), images) if part)), *cells])
+    columns = ("class", *(CLASS_COLUMNS[measure] for measure in CLASS_MEASURES))
     few = [name for name, values in measured.metrics["per_class"].items() if values["support"] < FEW_IMAGES]
     notes = (f"Fewer than {FEW_IMAGES} images: {', '.join(few)}. One image more or less changes their numbers much.",) if few else ()
     return PrintedTable("Each class versus the rest, with 95% intervals", columns, rows, notes)

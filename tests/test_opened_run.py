@@ -1,0 +1,168 @@
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from dualrefnet.data.adapters import Dataset
+from dualrefnet.data.sample import draw_sample
+from dualrefnet.errors import DataError, RunError
+from dualrefnet.evaluation.opened_run import OpenedRun, open_run, sample_rows
+from dualrefnet.files import read_json, write_json
+from dualrefnet.models.inference import predict_logits
+from dualrefnet.run import Run
+
+
+@pytest.fixture(scope="module")
+def opened(tiny_run: Run) -> OpenedRun:
+    return open_run(tiny_run, device=torch.device("cpu"))
+
+
+def exact_shares(counts: np.ndarray, at_most: int) -> np.ndarray:
+    """Return the rows of each class as fractions: a class gets one at least, the others share what is left in proportion."""
+    for kept in range(len(counts), 0, -1):
+        # The smallest classes are those that get their one row.
+        large = np.argsort(-counts, kind="stable")[:kept]
+        left = at_most - (len(counts) - kept)
+        shares = np.ones(len(counts))
+        shares[large] = left * counts[large] / counts[large].sum()
+        if shares[large].min() >= 1 - 1e-12:
+            return shares
+    raise AssertionError("there are fewer rows than classes")
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=8), st.data())
+@example([9300, 100, 100, 100, 100, 100, 100, 100], None)
+@example([2, 2], None)
+def test_a_sample_has_its_size_and_every_class_in_proportion(counts: list[int], data: st.DataObject | None) -> None:
+    number, amounts = sum(counts), np.array(counts)
+    size = data.draw(st.integers(len(counts), number + 2)) if data else min(100, number - 1)
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
+    chosen = sample_rows(labels, size, seed=0)
+    assert len(chosen) == min(size, number)
+    assert (np.diff(chosen) > 0).all(), "sorted, none twice"
+    assert chosen.min() >= 0
+    assert chosen.max() < number
+    found = np.bincount(labels[chosen], minlength=len(counts))
+    if size >= number:
+        assert (found == amounts).all()
+        return
+    assert found.min() >= 1
+    assert (found <= amounts).all()
+    # A share, rounded up or down.
+    assert (np.abs(found - exact_shares(amounts, size)) < 1).all()
+    if (size * amounts >= number).all():
+        assert (np.abs(found - size * amounts / number) < 1).all()
+    # The larger class never gets fewer.
+    order = np.argsort(amounts, kind="stable")
+    assert (np.diff(found[order])[np.diff(amounts[order]) > 0] >= 0).all()
+
+
+def test_one_of_each_is_the_smallest_sample_and_fewer_are_refused() -> None:
+    labels = np.array(["a", "b", "b", "b", "c"])
+    assert sorted(labels[sample_rows(labels, 3, 0)]) == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="2 rows can't show 3 classes"):
+        sample_rows(labels, 2, 0)
+    assert sample_rows(labels, 5, 0).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_the_seed_chooses_and_every_row_has_a_chance() -> None:
+    labels = np.repeat([0, 1], [30, 10])
+    assert sample_rows(labels, 8, 3).tolist() == sample_rows(labels, 8, 3).tolist()
+    drawn = [set(sample_rows(labels, 8, seed).tolist()) for seed in range(200)]
+    assert len({frozenset(rows) for rows in drawn}) > 190
+    times = np.bincount([row for rows in drawn for row in rows], minlength=40)
+    # Each of 40 rows is in a fifth of 200 samples: 40 times, give or take 5.7.
+    assert times.sum() == 1600
+    assert times.min() > 15
+    assert times.max() < 65
+
+
+@pytest.mark.parametrize("side", ["train", "val", "test"])
+def test_examples_pictures_and_rows_of_a_side_are_in_one_order(opened: OpenedRun, side: str) -> None:
+    split = opened.run.split
+    ids = split.loc[split["split"] == side, "image_id"].tolist()
+    examples, pictures, rows = opened.examples(side), opened.pictures(side), opened.rows(side)
+    assert list(examples.image_ids) == list(pictures.image_ids) == rows["image_id"].tolist() == ids
+    assert [opened.classes[label] for label in examples.labels] == rows["label"].tolist()
+    assert (examples.labels == pictures.labels).all()
+    assert (examples.metadata == pictures.metadata).all()
+    assert (examples.metadata == opened.metadata.encode(rows).values).all()
+    assert [opened.groups[image_id] for image_id in ids] == rows["patient_id"].tolist()
+
+
+def test_what_was_opened_predicts_what_the_run_predicted(opened: OpenedRun) -> None:
+    examples = opened.examples("test")
+    found = predict_logits(opened.model, examples.in_order(8), opened.recipe.image.size, opened.normalisation, opened.device)
+    written = opened.run.predictions.query("split == 'test'")
+    columns = [f"prob_{name}" for name in opened.classes]
+    np.testing.assert_allclose(found.logits.double().softmax(dim=1), written[columns], atol=1e-6)
+    assert not opened.model.training
+    # One by one through `images`, as explanations do it.
+    batch = examples.batch(np.array([5, 2]))
+    images = opened.images(batch)
+    assert images is not None
+    with torch.inference_mode():
+        scores = opened.model(images, batch.metadata).logits.double().softmax(dim=1)
+    np.testing.assert_allclose(scores, written[columns].iloc[[5, 2]], atol=1e-5)
+
+
+def test_pictures_are_normalised_as_the_encoder_expects(opened: OpenedRun) -> None:
+    batch = opened.pictures("val").batch(np.array([1]))
+    assert batch.images is not None
+    images = opened.images(batch)
+    assert images is not None
+    mean, sd = (torch.tensor(values)[:, None, None] for values in opened.normalisation)
+    np.testing.assert_allclose(images[0] * sd + mean, batch.images[0] / 255, atol=1e-5)
+
+
+@pytest.fixture
+def copied(tiny_run: Run, tmp_path: Path) -> Callable[[], Run]:
+    return lambda: Run(Path(shutil.copytree(tiny_run.path, tmp_path / "copied")))
+
+
+def test_data_without_the_runs_images_are_refused(tiny_run: Run, tmp_path: Path) -> None:
+    other = draw_sample(tmp_path / "other", images=60, seed=9, side=64)
+    with pytest.raises(RunError, match=r"\d+ images of .*split\.csv are not in .*other; give the right folder with --root"):
+        open_run(tiny_run, other)
+    with pytest.raises(DataError, match="nowhere"):
+        open_run(tiny_run, tmp_path / "nowhere")
+
+
+def test_a_run_without_a_model_is_refused(copied: Callable[[], Run]) -> None:
+    run = copied()
+    run.weights_file.unlink()
+    with pytest.raises(RunError, match=r"there is no .*model\.safetensors"):
+        open_run(run)
+    (run.path / "model.json").unlink()
+    with pytest.raises(RunError, match=r"has no model\.json"):
+        open_run(run)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"has no recipe\.yaml: it isn't a run folder"):
+        open_run(Run(tmp_path))
+
+
+def test_data_whose_classes_have_changed_are_refused(opened: OpenedRun, copied: Callable[[], Run]) -> None:
+    run = copied()
+    description = read_json(run.path / "model.json")
+    write_json(run.path / "model.json", {**description, "classes": description["classes"][::-1]})
+    # Every output would be called by another class's name.
+    with pytest.raises(RunError, match=r"knows the classes SEK, .*, ACK, but the data in .* have ACK, .*--root"):
+        open_run(run)
+
+
+def test_data_that_were_read_already_are_not_read_again(tiny_run: Run, opened: OpenedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(recipe: object) -> Dataset:
+        raise AssertionError
+
+    monkeypatch.setattr("dualrefnet.evaluation.opened_run.read_dataset", refuse)
+    again = open_run(tiny_run, dataset=opened.dataset)
+    assert again.dataset is opened.dataset
+    pd.testing.assert_frame_equal(again.split, opened.split)

@@ -1,0 +1,183 @@
+import dataclasses
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+
+from dualrefnet.errors import RunError
+from dualrefnet.evaluation.opened_run import OpenedRun, open_run, sample_rows
+from dualrefnet.explain.reconstruction import Rebuilt, Reconstruction, rebuild
+from dualrefnet.figures.picture import WIDTH
+from dualrefnet.figures.reconstruction import draw_reconstruction, draw_reconstruction_history
+from dualrefnet.run import Run
+
+MEASURES = ["psnr", "ssim", "psnr_flat", "ssim_flat"]
+
+
+@pytest.fixture(scope="module")
+def opened(tiny_run: Run) -> OpenedRun:
+    return open_run(tiny_run, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def result(opened: OpenedRun) -> Reconstruction:
+    return rebuild(opened)
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    return float(10 * np.log10(1 / np.mean((one.astype(float) - other) ** 2)))
+
+
+def ssim(one: np.ndarray, other: np.ndarray) -> float:
+    """Wang et al. 2004 on (H, W, 3), range 0..1: Gaussian window of 11 x 11, sd 1.5, where it fits into the picture."""
+
+    def smooth(picture: np.ndarray) -> np.ndarray:
+        return gaussian_filter(picture, (1.5, 1.5, 0), truncate=3.5)[5:-5, 5:-5]
+
+    a, b = one.astype(float), other.astype(float)
+    mean_a, mean_b = smooth(a), smooth(b)
+    variance_a, variance_b, both = smooth(a * a) - mean_a**2, smooth(b * b) - mean_b**2, smooth(a * b) - mean_a * mean_b
+    first, second = 0.01**2, 0.03**2
+    like = (2 * mean_a * mean_b + first) * (2 * both + second) / ((mean_a**2 + mean_b**2 + first) * (variance_a + variance_b + second))
+    return float(like.mean())
+
+
+def test_the_measures_are_those_of_the_models_pictures(opened: OpenedRun, result: Reconstruction) -> None:
+    assert opened.store is not None
+    ids = opened.pictures("test").image_ids
+    assert list(result.table["image_id"]) == list(ids)
+    assert list(result.table.columns) == ["image_id", *MEASURES]
+    assert result.images == len(ids) == len(opened.run.split.query("split == 'test'"))
+    assert result.kind == "bilinear"
+    mean, sd = (np.array(values, dtype=np.float32) for values in opened.normalisation)
+    for row in (0, 7, len(ids) - 1):
+        picture = opened.store.read(opened.store.rows_of([ids[row]]))[0].astype(np.float32) / 255
+        target = cv2.resize(picture, (64, 64), interpolation=cv2.INTER_LINEAR)
+        with torch.inference_mode():
+            made = opened.model.reconstruct(torch.from_numpy(((picture - mean) / sd).transpose(2, 0, 1)[None]))
+        assert made is not None
+        rebuilt = np.clip(made[0].permute(1, 2, 0).numpy(), 0, 1)
+        flat = np.broadcast_to(target.mean(axis=(0, 1)), target.shape)
+        expected = [psnr(rebuilt, target), ssim(rebuilt, target), psnr(flat, target), ssim(flat, target)]
+        assert result.table.loc[row, MEASURES].tolist() == pytest.approx(expected, abs=2e-3)
+
+
+def test_the_flat_yardstick_is_the_spread_of_the_targets_colours(opened: OpenedRun) -> None:
+    # MSE of the mean colour is the variance within the channels: half of the pixels black, half white, is 1/4, so 6.02 dB.
+    examples = opened.pictures("test")
+    half = np.zeros((1, 32, 32, 3), dtype=np.uint8)
+    half[:, :, 16:] = 255
+
+    class Half:
+        def read(self, rows: np.ndarray) -> np.ndarray:
+            return np.repeat(half, len(rows), axis=0)
+
+    class Fixed:
+        """An opened run whose pictures are all the same."""
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(opened, name)
+
+        def pictures(self, side: str) -> object:
+            assert side == "test"
+            return dataclasses.replace(examples, store=Half())
+
+    found = rebuild(Fixed(), images=6).table  # type: ignore[arg-type]
+    # Enlarging blurs the edge: of 64 columns four lie around it, at 1/4 and 3/4 of the way.
+    columns = np.concatenate([np.zeros(31), [0.25, 0.75], np.ones(31)])
+    assert found["psnr_flat"].to_numpy() == pytest.approx(-10 * np.log10(columns.var()), abs=1e-3)
+    target = np.broadcast_to(columns[None, :, None], (64, 64, 3))
+    assert found["ssim_flat"].to_numpy() == pytest.approx(ssim(np.full((64, 64, 3), 0.5), target), abs=1e-4)
+
+
+def test_shown_are_the_images_at_a_tenth_half_and_nine_tenths_of_the_ranks(opened: OpenedRun, result: Reconstruction) -> None:
+    assert opened.store is not None
+    ranked = result.table.sort_values("psnr", kind="stable")["image_id"].tolist()
+    last = len(ranked) - 1
+    assert [case.image_id for case in result.shown] == [ranked[round(part * last)] for part in (0.1, 0.5, 0.9)]
+    for case in result.shown:
+        row = result.table.set_index("image_id").loc[case.image_id]
+        assert case.measures == pytest.approx(row.to_dict(), abs=1e-4)
+        assert (case.picture.shape, case.target.shape, case.reconstruction.shape) == ((32, 32, 3), (64, 64, 3), (64, 64, 3))
+        assert {case.picture.dtype, case.target.dtype, case.reconstruction.dtype} == {np.dtype(np.uint8)}
+        assert (case.picture == opened.store.read(opened.store.rows_of([case.image_id]))[0]).all()
+        # Eight bits lose little.
+        assert psnr(case.reconstruction / 255, case.target / 255) == pytest.approx(row["psnr"], abs=0.05)
+
+
+def test_a_sample_is_of_every_class_and_of_the_seed_and_told_of(opened: OpenedRun, result: Reconstruction) -> None:
+    steps: list[tuple[int, int]] = []
+    found = rebuild(opened, images=18, show=5, seed=4, progress=lambda done, total: steps.append((done, total)))
+    examples = opened.pictures("test")
+    assert found.table["image_id"].tolist() == [examples.image_ids[row] for row in sample_rows(examples.labels, 18, 4)]
+    assert steps == [(16, 18), (18, 18)]
+    assert len(found.shown) == 5
+    assert found.images == result.images
+    # The rest of a batch has no say.
+    whole = result.table.set_index("image_id").loc[found.table["image_id"]]
+    np.testing.assert_allclose(found.table[MEASURES], whole[MEASURES], rtol=1e-4)
+
+
+def test_a_run_without_a_decoder_has_nothing_to_show(opened: OpenedRun) -> None:
+    recipe = opened.recipe
+    without = recipe.model_copy(update={"model": recipe.model.model_copy(update={"decoder": "none"})})
+    assert not without.rebuilds_image
+    with pytest.raises(RunError, match="without the auxiliary task"):
+        rebuild(dataclasses.replace(opened, recipe=without))
+
+
+def example(psnr_value: float, level: int) -> Rebuilt:
+    picture = np.full((16, 16, 3), level, np.uint8)
+    large = np.full((32, 32, 3), level, np.uint8)
+    measures = {"psnr": psnr_value, "ssim": psnr_value / 40, "psnr_flat": 12.0, "ssim_flat": 0.25}
+    return Rebuilt(f"ISIC_{level}", picture, large, large + 1, measures)
+
+
+def test_the_picture_shows_input_target_and_reconstruction_row_by_row() -> None:
+    shown = (example(10.0, 10), example(20.0, 20))
+    table = pd.DataFrame([{"image_id": case.image_id, **case.measures} for case in shown])
+    picture = draw_reconstruction(Reconstruction(table, shown, 50, "bilinear"))
+    assert picture.name == "reconstruction"
+    pd.testing.assert_frame_equal(picture.data, table)
+    assert picture.figure.get_figwidth() == WIDTH
+    axes = picture.figure.axes
+    assert [axis.get_title(loc="left") for axis in axes] == [
+        "input, 16 px", "target, 32 px", "rebuilt, 10.0 dB", "input, 16 px", "target, 32 px", "rebuilt, 20.0 dB",
+    ]  # fmt: skip
+    drawn = [np.asarray(axis.images[0].get_array()) for axis in axes]
+    for row, case in enumerate(shown):
+        for place, part in enumerate((case.picture, case.target, case.reconstruction)):
+            assert (drawn[3 * row + place] == part).all()
+    assert picture.alt == "image 1: PSNR 10.0 dB, SSIM 0.25; image 2: PSNR 20.0 dB, SSIM 0.50"
+    assert "ISIC" not in picture.alt + picture.caption
+    assert "of 2 of 50 test images" in picture.caption
+    assert "Mean PSNR 15.0 dB, SSIM 0.38; a plain area of the target's mean colour reaches 12.0 dB and 0.25." in picture.caption
+    assert "the input itself, enlarged bilinearly" in picture.caption
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("native", "the photograph at twice the input's side"), ("carn", "made from the input by the network carn")],
+)
+def test_the_caption_says_what_the_target_is(kind: str, words: str) -> None:
+    shown = (example(10.0, 10),)
+    table = pd.DataFrame([{"image_id": case.image_id, **case.measures} for case in shown])
+    assert f"here the target is {words}." in draw_reconstruction(Reconstruction(table, shown, 1, kind)).caption
+
+
+def test_the_history_of_the_auxiliary_task_is_the_runs(tiny_run: Run, tmp_path: Path) -> None:
+    history = tiny_run.history
+    picture = draw_reconstruction_history(history)
+    pd.testing.assert_frame_equal(picture.data, history[["epoch", "val_psnr", "val_ssim"]])
+    for axis, column in zip(picture.figure.axes, ("val_psnr", "val_ssim"), strict=True):
+        (line,) = axis.lines
+        assert np.asarray(line.get_xdata()).tolist() == history["epoch"].tolist()
+        assert np.asarray(line.get_ydata()).tolist() == history[column].tolist()
+        assert [text.get_text() for text in axis.texts] == [f"{history[column].iloc[-1]:.3g}"]
+    first, last = (float(value) for value in re.findall(r"PSNR from ([\d.]+) to ([\d.]+)", picture.alt)[0])
+    assert (first, last) == pytest.approx((history["val_psnr"].iloc[0], history["val_psnr"].iloc[-1]), rel=0.01)
