@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from dualrefnet.cli import app, data, runs, suites  # noqa: F401 (the modules register the commands)
+from dualrefnet.cli import app, data, reports, runs, suites  # noqa: F401 (the modules register the commands)
 from dualrefnet.recipe import shipped_recipes
 from dualrefnet.run import Run
 

@@ -95,6 +95,14 @@ def test_the_flat_yardstick_is_the_spread_of_the_targets_colours(opened: OpenedR
     assert found["ssim_flat"].to_numpy() == pytest.approx(ssim(np.full((64, 64, 3), 0.5), target), abs=1e-4)
 
 
+def test_what_is_brighter_than_white_is_white(opened: OpenedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opened.model, "reconstruct", lambda images: torch.full((len(images), 3, 64, 64), 2.0))
+    found = rebuild(opened, images=6)
+    for case in found.shown:
+        assert (case.reconstruction == 255).all()
+        assert case.measures["psnr"] == pytest.approx(psnr(np.ones((64, 64, 3)), case.target / 255), abs=0.05)
+
+
 def test_shown_are_the_images_at_a_tenth_half_and_nine_tenths_of_the_ranks(opened: OpenedRun, result: Reconstruction) -> None:
     assert opened.store is not None
     ranked = result.table.sort_values("psnr", kind="stable")["image_id"].tolist()
