@@ -1,6 +1,7 @@
 """Write a suite directory with answers that are known, as the tables read it: no training."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +99,11 @@ def write_suite(folder: Path, suite: dict[str, Any], answers: Answer = planned, 
 
 
 def changed(**values: Any) -> dict[str, Any]:
-    """Return SUITE with keys of its block replaced (`grid_...`), or its own."""
-    block = {**SUITE["grid"][0], **{key.removeprefix("grid_"): value for key, value in values.items() if key.startswith("grid_")}}
-    return {**SUITE, **{key: value for key, value in values.items() if not key.startswith("grid_")}, "grid": [block]}
+    """Return a copy of SUITE with keys of its block replaced (`grid_...`), or its own."""
+    # Deep: a caller that changes the result mustn't change the suite of all other tests.
+    suite = deepcopy(SUITE)
+    block = {**suite["grid"][0], **{key.removeprefix("grid_"): value for key, value in values.items() if key.startswith("grid_")}}
+    return {**suite, **{key: value for key, value in values.items() if not key.startswith("grid_")}, "grid": [block]}
 
 
 def row(table: pd.DataFrame, **values: str) -> pd.Series:
