@@ -15,7 +15,7 @@ Sources: Fawcett 2006; Davis and Goadrich 2006 (why precision must not be interp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from dualrefnet.evaluation.inputs import check_classes, check_predictions
-from dualrefnet.evaluation.intervals import CHUNK, group_codes, percentile_interval
+from dualrefnet.evaluation.intervals import draw_counts, group_codes, percentile_interval
 
 Floats = NDArray[np.float64]
 
@@ -245,16 +245,6 @@ def check_draw(groups: ArrayLike, images: int, samples: int, level: float) -> ND
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1, not {level}")
     return codes
-
-
-def draw_counts(groups: int, samples: int, seed: int, progress: Callable[[int, int], None] | None = None) -> Iterator[Floats]:
-    """Give how often each group was drawn, (S, G), for the same resamples as `intervals.draw`, some at a time."""
-    generator = np.random.default_rng(seed)
-    for done in range(0, samples, CHUNK):
-        size = min(CHUNK, samples - done)
-        yield np.stack([np.bincount(generator.integers(groups, size=groups), minlength=groups) for _ in range(size)]).astype(np.float64)
-        if progress is not None:
-            progress(done + size, samples)
 
 
 def _highest(x: Floats, y: Floats, wanted: Floats) -> Floats:

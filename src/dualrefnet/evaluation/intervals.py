@@ -11,7 +11,7 @@ such samples; where they are many, the interval of that class is too narrow to b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -231,16 +231,28 @@ def draw(
     if samples < 1:
         raise ValueError(f"samples must be at least 1, not {samples}")
     groups = resamplers[0].group_count
-    generator = np.random.default_rng(seed)
     parts: list[list[dict[str, NDArray[np.float64]]]] = [[] for _ in resamplers]
+    for times in draw_counts(groups, samples, seed, progress):
+        for part, resampler in zip(parts, resamplers, strict=True):
+            part.append(resampler.measure(np.ascontiguousarray(times.T)))
+    return [{measure: np.concatenate([chunk[measure] for chunk in part]) for measure in part[0]} for part in parts]
+
+
+def draw_counts(groups: int, samples: int, seed: int, progress: Callable[[int, int], None] | None = None) -> Iterator[NDArray[np.float64]]:
+    """Draw groups with replacement, and give how often each was drawn, (samples, groups), at most `CHUNK` samples at a time.
+
+    Args:
+        groups: how many there are, and how many are drawn.
+        samples: number of draws.
+        seed: of the draws.
+        progress: called with (samples done, samples in all), when a chunk has been used.
+    """
+    generator = np.random.default_rng(seed)
     for done in range(0, samples, CHUNK):
         size = min(CHUNK, samples - done)
-        times = np.stack([np.bincount(generator.integers(groups, size=groups), minlength=groups) for _ in range(size)], axis=1)
-        for part, resampler in zip(parts, resamplers, strict=True):
-            part.append(resampler.measure(times.astype(np.float64)))
+        yield np.stack([np.bincount(generator.integers(groups, size=groups), minlength=groups) for _ in range(size)]).astype(np.float64)
         if progress is not None:
             progress(done + size, samples)
-    return [{measure: np.concatenate([chunk[measure] for chunk in part]) for measure in part[0]} for part in parts]
 
 
 def group_codes(groups: ArrayLike) -> NDArray[np.int64]:

@@ -10,9 +10,9 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from dualrefnet.evaluation.calibration import DEFAULT_BINS, equal_width_bins, expected_calibration_error, reliability_curve
-from dualrefnet.evaluation.curves import check_draw, draw_counts
+from dualrefnet.evaluation.curves import check_draw
 from dualrefnet.evaluation.inputs import check_predictions
-from dualrefnet.evaluation.intervals import percentile_interval, wilson_interval
+from dualrefnet.evaluation.intervals import draw_counts, percentile_interval, wilson_interval
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from dualrefnet.data.loader import Examples
 from dualrefnet.data.masks import find_masks, read_mask
 from dualrefnet.errors import DataError, RunError
-from dualrefnet.evaluation.intervals import percentile_interval
+from dualrefnet.evaluation.intervals import draw_counts, percentile_interval
 from dualrefnet.evaluation.opened_run import OpenedRun, sample_rows
 from dualrefnet.explain.gradcam import gradcam
 from dualrefnet.models.backbones import Encoder
@@ -171,8 +171,7 @@ def summarise(
     if samples < 1:
         raise ValueError(f"samples must be at least 1, not {samples}")
     codes, names = pd.factorize(patients)
-    generator = np.random.default_rng(seed)
-    times = np.stack([np.bincount(generator.integers(len(names), size=len(names)), minlength=len(names)) for _ in range(samples)])
+    times = np.concatenate(list(draw_counts(len(names), samples, seed)))
     present = [name for name in classes if (table["label"] == name).any()]
     rows = []
     for name in (ALL, *present):
@@ -214,7 +213,7 @@ def _measure(opened: OpenedRun, examples: Examples, places: NDArray[np.int64], m
     )
 
 
-def _interval(values: Floats, codes: NDArray[np.int64], times: NDArray[np.int64]) -> tuple[float, float]:
+def _interval(values: Floats, codes: NDArray[np.int64], times: Floats) -> tuple[float, float]:
     """Return the interval of the mean of (N,) values of the patients `codes`, which were drawn `times` (samples, patients)."""
     if len(np.unique(codes)) < 2:
         return np.nan, np.nan

@@ -116,11 +116,9 @@ def _where_section(opened: OpenedRun, wishes: Wishes, shown: list[ShownCase], ma
         row = overall.loc["energy"]
         better = "more" if row["difference_low"] > 0 else "less" if row["difference_high"] < 0 else "neither clearly more nor clearly less"
         lead.append(
-            f"Where the lesions were outlined, {row['value']:.0%} [{row['low']:.0%} to {row['high']:.0%}] of the heat lies in the "
-            f"lesion: {better} "
-            f"than a round spot in the middle of every picture would have there ({row['baseline']:.0%}), since photographs are centred "
-            "on the "
-            f"lesion. Even heat would have {row['area']:.0%}."
+            f"Where the lesions were outlined, {row['value']:.0%} [{row['low']:.0%} to {row['high']:.0%}] of the heat lies in the lesion: "
+            f"{better} than a round spot in the middle of every picture would have there ({row['baseline']:.0%}), since photographs are "
+            f"centred on the lesion. Even heat would have {row['area']:.0%}."
         )
     else:
         lead.append("There are no outlines of these lesions, so how much of the heat lies in the lesion can't be measured (--masks).")
@@ -130,8 +128,7 @@ def _where_section(opened: OpenedRun, wishes: Wishes, shown: list[ShownCase], ma
 def _form_section(opened: OpenedRun, wishes: Wishes, gallery: MetadataShap | None) -> Section:
     lead = [
         "How far each answer of the form moves the probability of a class while the photograph stays the same (SHAP values). They tell "
-        "what the "
-        "model uses, not what causes a disease.",
+        "what the model uses, not what causes a disease.",
     ]
     results = []
     for by in ("field", "column"):
@@ -152,9 +149,8 @@ def _features_section(opened: OpenedRun, wishes: Wishes) -> Section:
     with progress_bar("features") as show:
         found = embed(opened, wishes.images, SAMPLES, wishes.seed, opened.run.path.resolve().name, show)
     lead = [
-        "The vector that is classified, in which photograph and form are fused, laid out so that neighbours stay neighbours (t-SNE). "
-        "The numbers "
-        "are measured among the vectors themselves: a picture like this can be made to look better or worse than they are."
+        "The vector that is classified, in which photograph and form are fused, laid out so that neighbours stay neighbours (t-SNE). The "
+        "numbers are measured among the vectors themselves: a picture like this can be made to look better or worse than they are."
     ]
     return Section("features", "What its features separate", lead, [draw_embedding(found)])
 
@@ -166,9 +162,8 @@ def _auxiliary_section(opened: OpenedRun, wishes: Wishes) -> Section:
     said = "better" if mean["psnr"] > mean["psnr_flat"] else "no better"
     lead = [
         "In training a decoder must rebuild a picture of twice the side from the encoder's last map, so that the map keeps what is in "
-        "the picture; "
-        "for predictions it isn't used. "
-        f"By PSNR it is {said} than an area of the target's mean colour: {mean['psnr']:.1f} against {mean['psnr_flat']:.1f} dB."
+        f"the picture; for predictions it isn't used. By PSNR it is {said} than an area of the target's mean colour: {mean['psnr']:.1f} "
+        f"against {mean['psnr_flat']:.1f} dB."
     ]
     if wishes.photographs:
         return Section("auxiliary", "What the auxiliary task rebuilds", lead, [draw_reconstruction(found)])

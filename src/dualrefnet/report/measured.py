@@ -87,8 +87,7 @@ def glance_section(measured: Measured) -> Section:
     lead = [
         f"On {total:,} test photographs of {len(set(measured.groups)):,} {measured.group}s the likeliest class was the right one "
         f"{right:,} times: {_percent(metrics, 'accuracy')}. Counting every class alike, however rare, it is "
-        f"{_percent(metrics, 'balanced_accuracy')} "
-        f"(balanced accuracy; guessing gives {1 / len(measured.classes):.0%})."
+        f"{_percent(metrics, 'balanced_accuracy')} (balanced accuracy; guessing gives {1 / len(measured.classes):.0%})."
     ]
     cancer = np.isin(measured.classes, measured.malignant)
     if "malignant" in metrics and 0 < cancer.sum() < len(cancer):
@@ -96,10 +95,8 @@ def glance_section(measured: Measured) -> Section:
         cleared, well = int(matrix[~cancer][:, ~cancer].sum()), int(matrix[~cancer].sum())
         lead.append(
             f"Of {ill:,} photographs of cancers ({', '.join(measured.malignant)}) {found:,} were given a class that is a cancer, if not "
-            "always the "
-            f"right one: {_percent(metrics['malignant'], 'sensitivity')}. Of {well:,} of benign lesions {cleared:,} were given a benign "
-            "class: "
-            f"{_percent(metrics['malignant'], 'specificity')}."
+            f"always the right one: {_percent(metrics['malignant'], 'sensitivity')}. Of {well:,} of benign lesions {cleared:,} were given "
+            f"a benign class: {_percent(metrics['malignant'], 'specificity')}."
         )
     lead.append(f"In brackets stands the 95% interval: had other {measured.group}s come, the number would likely lie in it.")
     return Section("glance", "At a glance", lead, [_headline_table(measured)])
@@ -115,10 +112,8 @@ def class_section(measured: Measured, samples: int, seed: int) -> Section:
         )  # fmt: skip
     lead = [
         "Sensitivity: of the photographs of a class, the share that is given it. Specificity: of all others, the share that isn't. PPV: "
-        "of the "
-        "photographs that are given the class, the share that has it. NPV: of those that aren't, the share that hasn't. PPV and NPV "
-        "hold for "
-        "test sets with as many cases of each class as this one."
+        "of the photographs that are given the class, the share that has it. NPV: of those that aren't, the share that hasn't. PPV and "
+        "NPV hold for test sets with as many cases of each class as this one."
     ]
     tables = [_class_table(measured), *_paper_class_table(measured)]
     pictures = [draw_confusion(metrics, shares, measured.malignant, unit) for shares in (False, True)]
@@ -129,8 +124,7 @@ def probability_section(measured: Measured, samples: int, seed: int) -> Section:
     """Return the reliability diagram."""
     lead = [
         "A probability of 80% should come true in 80 of 100 cases. The diagram compares the probability of the likeliest class with how "
-        "often it "
-        f"was right; the expected calibration error, the mean distance between the two, is {measured.metrics['ece']:.2f}."
+        f"often it was right; the expected calibration error, the mean distance between the two, is {measured.metrics['ece']:.2f}."
     ]
     reliability = compute_reliability(measured.labels, measured.probabilities, measured.groups, samples=samples, seed=seed)
     picture = draw_reliability(reliability, f"{measured.group}s")
@@ -144,8 +138,7 @@ def training_section(measured: Measured) -> Section:
     criterion = {"loss": "lowest loss"}.get(recipe.training.selection, f"highest {recipe.training.selection.replace('_', ' ')}")
     lead = [
         f"{len(history)} epochs; kept is epoch {epoch}, the one with the {criterion} on the validation images. The test images had no "
-        "part in "
-        "any choice."
+        "part in any choice."
     ]
     pictures = [draw_history(history, epoch)]
     if "val_psnr" in history.columns:

@@ -69,8 +69,7 @@ def run_notes(run: Run) -> list[str]:
         if shares and shares["train_or_val"]:
             notes.append(
                 f"The split leaks: {shares['train']:.0%} of the test photographs show a {name} that training has seen "
-                f"({shares['train_or_val']:.0%} "
-                f"with validation). The numbers are too good for new {name}s."
+                f"({shares['train_or_val']:.0%} with validation). The numbers are too good for new {name}s."
             )
     if all(shares is None for shares in metrics["leakage"].values()):
         notes.append("The data set names neither patients nor lesions: whether one is on both sides of the split can't be seen.")
@@ -80,8 +79,7 @@ def run_notes(run: Run) -> list[str]:
     if recipe.data.dataset in GAPS_TELL_THE_CLASS and reads_gaps:
         notes.append(
             "In this data set forms have gaps where a lesion was not biopsied, and those lesions are benign: a part of the score can "
-            "come from "
-            "the gaps alone. A new patient's gaps mean something else."
+            "come from the gaps alone. A new patient's gaps mean something else."
         )
     if method.reads_image and any(source["kind"] == "none" for source in weights):
         notes.append("The image encoder started from random numbers, not from ImageNet.")
