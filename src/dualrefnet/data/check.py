@@ -6,9 +6,9 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -17,10 +17,8 @@ from dualrefnet.data.adapters import IMAGE_SUFFIXES, Dataset, index_images, load
 from dualrefnet.data.decode import MAX_BYTES, decode_image
 from dualrefnet.data.schema import BOOLEAN_VALUES, MetadataField
 from dualrefnet.errors import ImageError
+from dualrefnet.findings import MAX_EXAMPLES, Finding, found_or_pass
 
-Level = Literal["PASS", "WARN", "FAIL"]
-
-MAX_EXAMPLES = 10
 TINY_SIDE = 64
 
 # Pacheco et al. 2020, table 2; the ground truth of the ISIC 2019 challenge.
@@ -28,25 +26,6 @@ OFFICIAL_CLASS_COUNTS = {
     "pad_ufes_20": {"ACK": 730, "BCC": 845, "MEL": 52, "NEV": 244, "SCC": 192, "SEK": 235},
     "isic_2019": {"MEL": 4522, "NV": 12875, "BCC": 3323, "AK": 867, "BKL": 2624, "DF": 239, "VASC": 253, "SCC": 628},
 }
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The result of one check.
-
-    Attributes:
-        level: PASS; WARN: known and worth knowing; FAIL: mend it before training.
-        check: short id, the same in every release.
-        message: one sentence for people.
-        examples: up to ten ids.
-        count: how many rows, images or values the finding is about.
-    """
-
-    level: Level
-    check: str
-    message: str
-    examples: tuple[str, ...] = ()
-    count: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +49,7 @@ class CheckReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as values that JSON knows."""
-        findings = [{**asdict(finding), "examples": list(finding.examples)} for finding in self.findings]
+        findings = [finding.to_json() for finding in self.findings]
         return {"dataset": self.dataset, "root": str(self.root), "failed": self.failed, "findings": findings}
 
 
@@ -114,13 +93,6 @@ def check_dataset(
     return CheckReport(name, dataset.root, findings)
 
 
-def _finding(level: Level, check: str, found: list[str], what: str, nothing: str) -> Finding:
-    """Return a finding of `level` that says `what` of the ids `found`, or a PASS that says `nothing` if there are none."""
-    if not found:
-        return Finding("PASS", check, nothing)
-    return Finding(level, check, f"{what}: {len(found):,}", tuple(found[:MAX_EXAMPLES]), len(found))
-
-
 def _rows(dataset: Dataset) -> Iterator[Finding]:
     rows, official = len(dataset.table), dataset.schema.official_rows
     if official is None or rows == official:
@@ -133,9 +105,9 @@ def _rows(dataset: Dataset) -> Iterator[Finding]:
     wrong = [f"{label} ({published[label]:,} published)" for label, count in counts.items() if count != published[label]]
     empty = [label for label, count in counts.items() if count == 0]
     if wrong:
-        yield _finding("FAIL", "classes", wrong, f"rows a class are {said}; classes that differ from the publication", said)
+        yield found_or_pass("FAIL", "classes", wrong, f"rows a class are {said}; classes that differ from the publication", said)
     else:
-        yield _finding("FAIL", "classes", empty, "classes without a row (take them out of the classes)", f"rows a class: {said}")
+        yield found_or_pass("FAIL", "classes", empty, "classes without a row (take them out of the classes)", f"rows a class: {said}")
 
 
 def _patients(dataset: Dataset) -> Iterator[Finding]:
@@ -146,7 +118,7 @@ def _patients(dataset: Dataset) -> Iterator[Finding]:
         yield Finding("WARN", "patients", message, count=len(unnamed))
     else:
         message = f"{table['patient_id'].nunique():,} patients, named in every row"
-        yield _finding("WARN", "patients", unnamed, "rows without a patient (each counts as a patient of its own)", message)
+        yield found_or_pass("WARN", "patients", unnamed, "rows without a patient (each counts as a patient of its own)", message)
     if dataset.schema.name in ("pad_ufes_20", "sample"):
         # In the lesion table the patient stands before each of these ids, which makes them unique.
         table = pad_ufes_20.read_raw(dataset.root)
@@ -154,7 +126,7 @@ def _patients(dataset: Dataset) -> Iterator[Finding]:
         owners = table.groupby("lesion_id")["patient_id"].nunique()
         shared = [str(lesion) for lesion in owners.index[owners > 1]]
         what = "lesion ids used by several patients (a lesion id alone is no key)"
-        yield _finding("WARN", "shared_lesions", shared, what, "no lesion id is shared by patients")
+        yield found_or_pass("WARN", "shared_lesions", shared, what, "no lesion id is shared by patients")
 
 
 def _metadata(dataset: Dataset) -> Iterator[Finding]:
@@ -187,7 +159,7 @@ def _strange_values(table: pd.DataFrame, field: MetadataField) -> Iterator[Findi
     alias = values.isin(field.aliases)
     if alias.any():
         used = ", ".join(f"{value} means {field.aliases[value]}" for value in _words(values[alias]))
-        yield _finding("WARN", "aliases", ids[alias].tolist(), f"{field.name}: {used}; rows", "")
+        yield found_or_pass("WARN", "aliases", ids[alias].tolist(), f"{field.name}: {used}; rows", "")
     legal = BOOLEAN_VALUES if field.kind == "boolean" else field.categories
     unknown = values.notna() & ~values.isin([*legal, *field.missing_codes]) & ~alias
     # Without categories of its own a field learns them from the training rows, and nothing is unknown.
@@ -198,7 +170,7 @@ def _strange_values(table: pd.DataFrame, field: MetadataField) -> Iterator[Findi
     named = f" ({', '.join(words[:MAX_EXAMPLES])})" if field.kind == "categorical" and words else ""
     known = "True, False" if field.kind == "boolean" else "a category"
     what = f"{field.name}: values that aren't {known} or a missing code{named}"
-    yield _finding("WARN", "unknown_codes", ids[unknown].tolist(), what, "")
+    yield found_or_pass("WARN", "unknown_codes", ids[unknown].tolist(), what, "")
 
 
 def _words(values: pd.Series) -> list[str]:
@@ -220,11 +192,11 @@ def _image_files(name: str, dataset: Dataset, description: Path | None) -> dict[
 def _missing_images(dataset: Dataset, files: dict[str, str]) -> Iterator[Finding]:
     absent = dataset.table.loc[dataset.table["image_path"].isna(), "image_id"].tolist()
     what = "rows without an image (methods that read images leave them out)"
-    yield _finding("WARN", "rows_without_image", absent, what, "every row has its image")
+    yield found_or_pass("WARN", "rows_without_image", absent, what, "every row has its image")
     used = set(dataset.with_image["image_path"])
     spare = [image_id for image_id, path in files.items() if path not in used]
     what = "image files that belong to no row (never read)"
-    yield _finding("WARN", "images_without_row", spare, what, "every image file belongs to a row")
+    yield found_or_pass("WARN", "images_without_row", spare, what, "every image file belongs to a row")
 
 
 def _read_images(dataset: Dataset, workers: int | None, progress: Callable[[int, int], None] | None) -> list[_ImageFile]:
@@ -263,9 +235,13 @@ def _read_image(row: tuple[str, str, str]) -> _ImageFile:
 def _images(images: list[_ImageFile]) -> Iterator[Finding]:
     broken = [image for image in images if image.error is not None]
     what = f"images that can't be decoded, such as: {broken[0].error}" if broken else ""
-    yield _finding("FAIL", "undecodable", [image.image_id for image in broken], what, f"all {len(images):,} images on disk can be decoded")
+    yield found_or_pass(
+        "FAIL", "undecodable", [image.image_id for image in broken], what, f"all {len(images):,} images on disk can be decoded"
+    )
     tiny = [image.image_id for image in images if image.error is None and image.side < TINY_SIDE]
-    yield _finding("WARN", "tiny", tiny, f"images with a side below {TINY_SIDE} pixels", f"no image has a side below {TINY_SIDE} pixels")
+    yield found_or_pass(
+        "WARN", "tiny", tiny, f"images with a side below {TINY_SIDE} pixels", f"no image has a side below {TINY_SIDE} pixels"
+    )
     twins: dict[str, list[_ImageFile]] = {}
     for image in images:
         if image.sha256:
@@ -277,6 +253,6 @@ def _images(images: list[_ImageFile]) -> Iterator[Finding]:
         elif len(group) > 1:
             alike.append(" = ".join(image.image_id for image in group))
     what = "byte-identical images under different labels (at least one label is wrong), groups"
-    yield _finding("WARN", "identical_other_label", unlike, what, "no images of different labels are identical")
+    yield found_or_pass("WARN", "identical_other_label", unlike, what, "no images of different labels are identical")
     what = "byte-identical images under one label (they may stand on both sides of a split), groups"
-    yield _finding("WARN", "identical_same_label", alike, what, "no images of one label are identical")
+    yield found_or_pass("WARN", "identical_same_label", alike, what, "no images of one label are identical")
