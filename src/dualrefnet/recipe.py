@@ -48,9 +48,10 @@ class MetadataSection(Section):
     tier: Literal["M0", "M1", "M2", "M3"] = Field(
         "M3", description="M0 none, M1 always recorded, M2 all fields, M3 all and what is missing"
     )
-    imputation: Literal["neural", "zero", "label_leaking"] = Field(
+    imputation: Literal["neural", "zero", "token", "label_leaking"] = Field(
         "neural",
-        description="missing fields: predicted without labels; zero (which shows that they are missing); "
+        description="missing fields: predicted without labels; zero (which shows that they are missing); a learned token (which shows it "
+        "too, and lets photographs be missing: see modality_dropout); "
         "label_leaking: predicted from the diagnosis, only to demonstrate that leak: such a model can't be used",
     )
     unknown: Literal["level", "missing"] = Field("level", description="codes such as UNK: a category of its own, or missing")
@@ -92,6 +93,20 @@ class AugmentationSection(Section):
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"scale must be 0 < low <= high <= 1, not {list(self.scale)}")
         return self
+
+
+class ModalityDropoutSection(Section):
+    """What is taken away from training cases at random, so that the model answers with whatever is there; probabilities are per case."""
+
+    fields: float = Field(0.0, ge=0, le=1, description="hide a random share of the fields, drawn evenly from none to all")
+    pattern: float = Field(0.0, ge=0, le=1, description="hide the fields that are missing in another training case, drawn at random")
+    form: float = Field(0.0, ge=0, le=1, description="hide the whole form")
+    image: float = Field(0.0, ge=0, le=1, description="hide the photograph, of cases whose form isn't hidden")
+
+    @property
+    def enabled(self) -> bool:
+        """True if anything may be taken away."""
+        return bool(self.fields or self.pattern or self.form or self.image)
 
 
 class ModelSection(Section):
@@ -178,6 +193,8 @@ class EvaluationSection(Section):
     """How the run is measured."""
 
     bootstrap: int = Field(1000, ge=0, description="patient-level bootstrap samples for the intervals; 0: none")
+    coverage: float = Field(0.9, gt=0, lt=1, description="how often a conformal set of classes shall hold the right one")
+    referral_sensitivity: float = Field(0.95, gt=0, le=1, description="share of the cancers that the threshold of referral shall find")
     batch_size: int = Field(64, ge=1)
 
 
@@ -195,6 +212,7 @@ class Recipe(Section):
     metadata: MetadataSection = MetadataSection()
     image: ImageSection = ImageSection()
     augmentation: AugmentationSection = AugmentationSection()
+    modality_dropout: ModalityDropoutSection = ModalityDropoutSection()
     model: ModelSection = ModelSection()
     loss: LossSection = LossSection()
     training: TrainingSection = TrainingSection()
@@ -213,6 +231,10 @@ class Recipe(Section):
             raise ValueError(f"data.fold is for the protocol grouped-cv; {self.data.protocol} has one split")
         if self.model.method == "metadata_only" and self.metadata.tier == "M0":
             raise ValueError("model.method metadata_only needs metadata: set metadata.tier to M1, M2 or M3")
+        if self.metadata.imputation == "token" and self.metadata.tier == "M2":
+            raise ValueError("metadata.imputation token shows the model what is missing, and tier M2 hides it: choose tier M3 or M1")
+        if self.modality_dropout.enabled and self.metadata.imputation != "token":
+            raise ValueError("modality_dropout needs something in place of what it takes away: set metadata.imputation to token")
         if self.model.members and self.model.method != "ensemble":
             raise ValueError(f"model.members is for model.method ensemble, not {self.model.method}")
         if self.data.rows == "all" and self.model.method != "metadata_only":

@@ -20,7 +20,7 @@ class EncodedMetadata:
     """Encoded rows.
 
     Attributes:
-        values: (N, M) float32.
+        values: (N, M) float32; NaN where a field is missing for which the model has a learned token (imputation `token`).
         missing: (N, F) which fields of the tier were missing before imputation.
         rejected: (N, F) which of these were given, but as an unknown category or an unbelievable number.
         remarks: what was odd about the rows, one sentence each, without any patient's value.
@@ -42,7 +42,7 @@ class MetadataEncoder:
         levels: for every field its categories in column order (empty for a number).
         centre: for every field the mean of the training rows (0 for a category).
         spread: for every field their standard deviation (1 for a category).
-        imputer: fills gaps; None: gaps are zero.
+        imputer: fills gaps; None: gaps are zero, or NaN where the model has a learned token for them.
         leaked_classes: the diagnoses that the imputer reads; empty but for the demonstration of that leak.
     """
 
@@ -87,10 +87,10 @@ class MetadataEncoder:
             deviation = float(numbers.std(ddof=0)) if known and field.kind == "numeric" else 1.0
             spread.append(deviation if deviation > 0 else 1.0)
         encoder = cls(section, fields, tuple(levels), tuple(centre), tuple(spread), None)
-        if section.imputation == "zero" or not fields:
+        if section.imputation in ("zero", "token") or not fields:
             return encoder
         columns, missing, _, _ = encoder._observe(rows)
-        spans = encoder._spans()
+        spans = encoder.spans
         if section.imputation == "label_leaking":
             classes = schema.classes
             columns, missing = _with_diagnosis(columns, missing, rows, classes)
@@ -111,6 +111,16 @@ class MetadataEncoder:
         """M, the length of an encoded row."""
         return len(self.names)
 
+    @property
+    def spans(self) -> list[Span]:
+        """The columns of each field; the columns that say what is missing come after them."""
+        spans, start = [], 0
+        for field, levels in zip(self.fields, self.levels, strict=True):
+            stop = start + (1 if field.kind == "numeric" else len(levels))
+            spans.append(Span(start, stop, field.kind == "numeric"))
+            start = stop
+        return spans
+
     def encode(self, rows: pd.DataFrame) -> EncodedMetadata:
         """Encode rows; columns may be absent, values may be unknown: both count as missing and are remarked on.
 
@@ -127,12 +137,15 @@ class MetadataEncoder:
         elif self.imputer is not None:
             columns = self.imputer.fill(columns, missing)
         if self.section.scale == "raw":
-            for index, (field, span) in enumerate(zip(self.fields, self._spans(), strict=True)):
+            for index, (field, span) in enumerate(zip(self.fields, self.spans, strict=True)):
                 if field.kind == "numeric":
                     raw = columns[:, span.start] * self.spread[index] + self.centre[index]
                     # Zero imputation writes the number 0, as the literature's zero-filled columns do.
                     blank = missing[:, index] & (self.imputer is None)
                     columns[:, span.start] = np.where(blank, 0.0, raw)
+        if self.section.imputation == "token":
+            for index, span in enumerate(self.spans):
+                columns[missing[:, index], span.start : span.stop] = np.nan
         mask = [missing[:, index] for index, field in enumerate(self.fields) if field in self._masked()]
         values = np.concatenate([columns, np.stack(mask, axis=1)], axis=1) if mask else columns
         return EncodedMetadata(values.astype(np.float32), missing, rejected, remarks)
@@ -164,22 +177,14 @@ class MetadataEncoder:
         )
 
     def _masked(self) -> tuple[MetadataField, ...]:
-        """The fields with a column that says whether they were missing (tier M3)."""
-        if self.section.tier != "M3":
+        """The fields with a column that says whether they were missing (tier M3; a token says it itself)."""
+        if self.section.tier != "M3" or self.section.imputation == "token":
             return ()
         return tuple(field for field in self.fields if field.tier == "M2" or (field.missing_codes and self.section.unknown == "missing"))
 
-    def _spans(self) -> list[Span]:
-        spans, start = [], 0
-        for field, levels in zip(self.fields, self.levels, strict=True):
-            stop = start + (1 if field.kind == "numeric" else len(levels))
-            spans.append(Span(start, stop, field.kind == "numeric"))
-            start = stop
-        return spans
-
     def _observe(self, rows: pd.DataFrame) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_], list[str]]:
         """Return standardised numbers and indicators with zeros for gaps, the gaps, the rejected values, and remarks."""
-        spans = self._spans()
+        spans = self.spans
         columns = np.zeros((len(rows), spans[-1].stop if spans else 0), dtype=np.float32)
         missing = np.ones((len(rows), len(spans)), dtype=bool)
         rejected = np.zeros_like(missing)

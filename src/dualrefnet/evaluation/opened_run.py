@@ -18,6 +18,7 @@ from dualrefnet.data.loader import Batch, Examples
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.pipeline import fill_recipe_store, make_examples, read_dataset, side_rows
 from dualrefnet.errors import RunError
+from dualrefnet.models.backbones import Encoded
 from dualrefnet.models.frozen import fill_features
 from dualrefnet.models.inference import Normalisation, normalise, to_unit
 from dualrefnet.models.method import Method
@@ -92,6 +93,17 @@ class OpenedRun:
         if batch.images is None:
             return None
         return normalise(to_unit(batch.images.to(self.device), self.recipe.image.size), self.normalisation)
+
+    @torch.inference_mode()
+    def blank(self, count: int) -> Encoded:
+        """Return what stands for `count` photographs that aren't there: the model's learned token, or of a model without one what its
+        encoders make of a picture in the mean colour of their normalisation.
+        """
+        side, pixel = self.recipe.image.size, torch.nan if self.model.missing is not None else 0.0
+        encoded = self.model.encode(torch.full((1, 3, side, side), pixel, device=self.device))
+        if self.model.missing is not None:
+            encoded = self.model.missing.photograph(encoded)
+        return encoded.rows(torch.zeros(count, dtype=torch.int64, device=self.device))
 
 
 def open_run(

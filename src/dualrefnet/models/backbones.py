@@ -77,9 +77,29 @@ class EncoderOutput(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Images that frozen encoders have read already: what each of them gave, in the order of the model's encoders."""
+    """Images that the encoders have read: what each of them gave, in the order of the model's encoders."""
 
     outputs: tuple[EncoderOutput, ...]
+
+    @property
+    def first(self) -> EncoderOutput:
+        """What the first encoder gave; most methods have no other."""
+        return self.outputs[0]
+
+    def rows(self, index: Tensor) -> Encoded:
+        """Return what was read of some of the images.
+
+        Args:
+            index: (K,) whole numbers or (B,) truth values.
+        """
+        return Encoded(
+            tuple(
+                EncoderOutput(
+                    None if output.map is None else output.map[index], output.vector[index], tuple(tap[index] for tap in output.taps)
+                )
+                for output in self.outputs
+            )
+        )
 
 
 class Encoder(nn.Module):

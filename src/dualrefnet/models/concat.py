@@ -39,7 +39,7 @@ class Concat(Method):
         self.reducer = nn.Sequential(nn.Linear(encoders[0].features, reduced), nn.BatchNorm1d(reduced), nn.ReLU(), nn.Dropout(0.5))
         self.classifier = nn.Linear(reduced + width, architecture.classes)
 
-    def forward(self, image: Tensor | Encoded, metadata: Tensor) -> Output:
-        """Classify (B, 3, H, W) normalised images with (B, M) encoded metadata."""
-        features = torch.cat([self.reducer(self.encoder(image).vector), metadata], dim=1)
+    def classify(self, images: Encoded, metadata: Tensor) -> Output:
+        """Classify images, as encoded, with (B, M) forms."""
+        features = torch.cat([self.reducer(images.first.vector), metadata], dim=1)
         return Output(self.classifier(features), features, None, {})

@@ -64,7 +64,7 @@ class DeepMetaForge(Method):
         self.dropout = nn.Dropout(CLASSIFIER_DROPOUT)
         self.classifier = nn.Linear(512, architecture.classes)
 
-    def forward(self, image: Tensor | Encoded, metadata: Tensor) -> Output:
-        """Classify (B, 3, H, W) normalised images with (B, M) encoded metadata."""
-        features = self.fusion(self.encoder(image).vector, self.metadata_network(metadata))
+    def classify(self, images: Encoded, metadata: Tensor) -> Output:
+        """Classify images, as encoded, with (B, M) forms."""
+        features = self.fusion(images.first.vector, self.metadata_network(metadata))
         return Output(self.classifier(self.dropout(functional.gelu(self.hidden(features)))), features, None, {})

@@ -54,14 +54,13 @@ class DualRefNet(Method):
 
     def reconstruct(self, image: Tensor | Encoded) -> Tensor | None:
         """Rebuild the image at twice its side from the encoder's last map."""
-        return None if self.decoder is None else self.decoder(self.encoder(image).map)
+        return None if self.decoder is None else self.decoder(self.encode(image).first.map)
 
-    def forward(self, image: Tensor | Encoded, metadata: Tensor) -> Output:
-        """Classify (B, 3, H, W) normalised images with (B, M) encoded metadata."""
-        encoded = self.encoder(image)
-        features = encoded.vector
+    def classify(self, images: Encoded, metadata: Tensor) -> Output:
+        """Classify images, as encoded, with (B, M) forms."""
+        features = images.first.vector
         if self.metadata_network is not None and self.fusion is not None:
-            features = self.fusion(encoded, self.metadata_network(metadata))
+            features = self.fusion(images.first, self.metadata_network(metadata))
         # The rebuilt image is only needed for its error, so inference doesn't pay for it.
-        reconstruction = self.reconstruct(Encoded((encoded,))) if self.training else None
+        reconstruction = self.reconstruct(images) if self.training else None
         return Output(self.head(features), features, reconstruction, {})

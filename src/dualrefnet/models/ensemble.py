@@ -76,17 +76,15 @@ class Ensemble(Method):
         self.register_buffer("scales", (std[0] / std)[:, :, None, None])
         self.register_buffer("shifts", ((mean[0] - mean) / std)[:, :, None, None])
 
-    def encode(self, image: Tensor | Encoded) -> Encoded:
+    def read(self, image: Tensor) -> Encoded:
         """Read images that are normalised for the first encoder; each of the others gets them as its weights expect."""
-        if isinstance(image, Encoded):
-            return image
         parts = zip(self.encoders, self.scales, self.shifts, strict=True)
         return Encoded(tuple(encoder(image * scale + shift) for encoder, scale, shift in parts))
 
-    def forward(self, image: Tensor | Encoded, metadata: Tensor) -> Output:
-        """Classify (B, 3, H, W) images, normalised for the first encoder, with (B, M) encoded metadata."""
+    def classify(self, images: Encoded, metadata: Tensor) -> Output:
+        """Classify images, as encoded by all members, with (B, M) forms."""
         logits, hidden = {}, []
-        for name, member, output in zip(self.decision.names, self.members, self.encode(image).outputs, strict=True):
+        for name, member, output in zip(self.decision.names, self.members, images.outputs, strict=True):
             logits[name], features = member(output.vector, metadata)
             hidden.append(features)
         return self.decision.output(logits, torch.cat(hidden, dim=1), self.training)

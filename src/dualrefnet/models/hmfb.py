@@ -53,7 +53,7 @@ class HyperparametricMetadataFusion(Method):
         self.funnel = nn.Sequential(*layers)
         self.classifier = nn.Linear(before, architecture.classes)
 
-    def forward(self, image: Tensor | Encoded, metadata: Tensor) -> Output:
-        """Classify (B, 3, H, W) normalised images with (B, M) encoded metadata."""
-        features = self.funnel(self.block(self.encoder(image).vector, metadata))
+    def classify(self, images: Encoded, metadata: Tensor) -> Output:
+        """Classify images, as encoded, with (B, M) forms."""
+        features = self.funnel(self.block(images.first.vector, metadata))
         return Output(self.classifier(features), features, None, {})

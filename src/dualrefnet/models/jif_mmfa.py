@@ -56,9 +56,9 @@ class JointIndividualFusion(Method):
         self.metadata_head = nn.Linear(narrow, architecture.classes)
         self.decision = DecisionFusion(("joint", "image", "metadata"))
 
-    def forward(self, image: Tensor | Encoded, metadata: Tensor) -> Output:
-        """Classify (B, 3, H, W) normalised images with (B, M) encoded metadata."""
-        individual_image = self.image_branch(self.encoder(image).vector)
+    def classify(self, images: Encoded, metadata: Tensor) -> Output:
+        """Classify images, as encoded, with (B, M) forms."""
+        individual_image = self.image_branch(images.first.vector)
         individual_metadata = self.metadata_branch(metadata)
         joint = self.attention(individual_image, individual_metadata)
         logits = {

@@ -46,7 +46,7 @@ class MetaBlockNet(Method):
         self.dropout = nn.Dropout(architecture.section.dropout)
         self.classifier = nn.Linear(features, architecture.classes)
 
-    def forward(self, image: Tensor | Encoded, metadata: Tensor) -> Output:
-        """Classify (B, 3, H, W) normalised images with (B, M) encoded metadata."""
-        features = self.block(self.encoder(image).vector.unflatten(1, (-1, GROUP)), metadata).flatten(1)
+    def classify(self, images: Encoded, metadata: Tensor) -> Output:
+        """Classify images, as encoded, with (B, M) forms."""
+        features = self.block(images.first.vector.reshape(len(metadata), -1, GROUP), metadata).flatten(1)
         return Output(self.classifier(self.dropout(features)), features, None, {})

@@ -29,7 +29,7 @@ class MetadataOnly(Method):
         """The head, as in DualRefNet."""
         return self.head
 
-    def forward(self, image: Tensor | Encoded | None, metadata: Tensor) -> Output:
-        """Classify (B, M) encoded metadata."""
+    def classify(self, images: Encoded, metadata: Tensor) -> Output:
+        """Classify (B, M) forms; there are no images."""
         features = self.metadata_network(metadata)
         return Output(self.head(features), features, None, {})

@@ -39,8 +39,8 @@ class MetaNet(Method):
         self.dropout = nn.Dropout(architecture.section.dropout)
         self.classifier = nn.Linear(features, architecture.classes)
 
-    def forward(self, image: Tensor | Encoded, metadata: Tensor) -> Output:
-        """Classify (B, 3, H, W) normalised images with (B, M) encoded metadata."""
+    def classify(self, images: Encoded, metadata: Tensor) -> Output:
+        """Classify images, as encoded, with (B, M) forms."""
         gates = self.gate(metadata).repeat_interleave(self.group, dim=1)
-        features = self.encoder(image).vector * gates
+        features = images.first.vector * gates
         return Output(self.classifier(self.dropout(features)), features, None, {})

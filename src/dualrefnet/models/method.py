@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from dualrefnet.models.backbones import Encoded, Encoder
 from dualrefnet.models.head import Head
+from dualrefnet.models.missing import MissingInputs, mark_absent, spread
+from dualrefnet.models.output import Output
 from dualrefnet.recipe import ModelSection
 
 
@@ -20,6 +22,7 @@ class Architecture(BaseModel):
         metadata_width: M, length of an encoded form.
         classes: C.
         section: method, backbone and their settings.
+        missing_tokens: learned tokens stand for what is missing.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -28,6 +31,7 @@ class Architecture(BaseModel):
     metadata_width: int
     classes: int
     section: ModelSection
+    missing_tokens: bool = False
 
     @property
     def backbones(self) -> tuple[str, ...]:
@@ -40,8 +44,7 @@ class Architecture(BaseModel):
 class Method(nn.Module):
     """Base of all methods.
 
-    `forward(image, metadata)` takes (B, 3, H, W) normalised images, or what the encoders have made of them (`Encoded`),
-    and (B, M) encoded forms; it returns an `Output`. A method is built from its `Architecture` and its encoders.
+    A method is built from its `Architecture` and its encoders, and says in `classify` what it does with an image and a form.
 
     Attributes:
         title: name in tables.
@@ -51,6 +54,7 @@ class Method(nn.Module):
         reads_metadata: False for a method of the image alone.
         needs_metadata: False for a method that also works without a form (metadata tier M0).
         encoders: the image encoders; `reads_image` says whether there are any.
+        missing: learned tokens for what is missing; None: every photograph and every column must be there.
     """
 
     title: ClassVar[str]
@@ -63,6 +67,8 @@ class Method(nn.Module):
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
         super().__init__()
         self.encoders = nn.ModuleList(encoders)
+        columns = architecture.metadata_width if self.reads_metadata else 0
+        self.missing = MissingInputs(columns, encoders) if architecture.missing_tokens else None
 
     @property
     def encoder(self) -> Encoder:
@@ -81,12 +87,46 @@ class Method(nn.Module):
         """True if the method reads the last map for its answer, not only the vector."""
         return False
 
+    def forward(self, image: Tensor | Encoded | None, metadata: Tensor) -> Output:
+        """Classify images with their forms.
+
+        Args:
+            image: (B, 3, H, W), normalised for the first encoder, or what the encoders have made of them; None for a method that reads
+                no image. With `missing`, a photograph of NaN isn't there.
+            metadata: (B, M) encoded forms; with `missing`, NaN is a gap.
+        """
+        images = Encoded(()) if image is None else self.encode(image)
+        if self.missing is not None:
+            images, metadata = self.missing.photograph(images), self.missing.form(metadata)
+        return self.classify(images, metadata)
+
+    def classify(self, images: Encoded, metadata: Tensor) -> Output:
+        """Do what the method does with images that were read and forms in which nothing is missing; see `forward`.
+
+        Args:
+            images: what each encoder gave; empty for a method that reads no image.
+            metadata: (B, M).
+        """
+        raise NotImplementedError
+
     def encode(self, image: Tensor | Encoded) -> Encoded:
         """Read (B, 3, H, W) images, normalised for the first encoder, with all encoders; `forward` takes the result in their place.
 
         What depends on the metadata alone can then be asked many times of one reading. What was encoded before passes through.
         """
-        return image if isinstance(image, Encoded) else Encoded(tuple(encoder(image) for encoder in self.encoders))
+        if isinstance(image, Encoded):
+            return image
+        if self.missing is None:
+            return self.read(image)
+        absent = image[:, 0, 0, 0].isnan()
+        if not self.training:
+            return mark_absent(self.read(image.nan_to_num()), absent)
+        # Pictures that nobody took must not enter the statistics of the normalisation layers.
+        return spread(self.read(image[~absent]), ~absent) if absent.any() else self.read(image)
+
+    def read(self, image: Tensor) -> Encoded:
+        """Read (B, 3, H, W) images with all encoders."""
+        return Encoded(tuple(encoder(image) for encoder in self.encoders))
 
     def reconstruct(self, image: Tensor | Encoded) -> Tensor | None:
         """Return the (B, 3, 2H, 2W) image that the auxiliary task's decoder rebuilds, in about 0..1; None if there is no decoder."""

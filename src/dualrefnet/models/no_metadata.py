@@ -25,7 +25,7 @@ class NoMetadata(Method):
         self.dropout = nn.Dropout(architecture.section.dropout)
         self.classifier = nn.Linear(encoders[0].features, architecture.classes)
 
-    def forward(self, image: Tensor | Encoded, metadata: Tensor) -> Output:
-        """Classify (B, 3, H, W) normalised images."""
-        features = self.encoder(image).vector
+    def classify(self, images: Encoded, metadata: Tensor) -> Output:
+        """Classify images, as encoded; the form is ignored."""
+        features = images.first.vector
         return Output(self.classifier(self.dropout(features)), features, None, {})

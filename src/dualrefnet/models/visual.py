@@ -75,9 +75,9 @@ class Visual(Method):
         """The attention looks at maps inside the encoder."""
         return True
 
-    def forward(self, image: Tensor | Encoded, metadata: Tensor) -> Output:
-        """Classify (B, 3, H, W) normalised images with (B, M) encoded metadata."""
-        encoded = self.encoder(image)
+    def classify(self, images: Encoded, metadata: Tensor) -> Output:
+        """Classify images, as encoded, with (B, M) forms."""
+        encoded = images.first
         looked = [attention(tap, encoded.vector)[0] for attention, tap in zip(self.attentions, encoded.taps, strict=True)]
         features = self.reducer(torch.cat([*looked, encoded.vector * self.metadata_network(metadata)], dim=1))
         return Output(self.classifier(features), features, None, {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from sklearn.metrics import accuracy_score, recall_score
 from torch import Tensor, optim
 
 from dualrefnet.data.augment import AugmentationDraw, draw, shade, warp
+from dualrefnet.data.imputation import Span
 from dualrefnet.data.loader import Batch, Examples
 from dualrefnet.errors import RunError
 from dualrefnet.files import write_csv, write_tensors
@@ -21,6 +23,7 @@ from dualrefnet.models.backbones import Encoded
 from dualrefnet.models.decision_fusion import DecisionFusion
 from dualrefnet.models.inference import Normalisation, autocast, encoded, normalise, predict_logits, resolve_precision
 from dualrefnet.models.method import Method
+from dualrefnet.models.missing import mark_absent
 from dualrefnet.models.superresolution import input_and_target, psnr, ssim
 from dualrefnet.progress import progress_bar, remark, warn
 from dualrefnet.recipe import Recipe
@@ -28,6 +31,7 @@ from dualrefnet.run import Run
 from dualrefnet.training.allocator import keep_freed_memory
 from dualrefnet.training.checkpoint import load_checkpoint, save_checkpoint
 from dualrefnet.training.losses import DualRefNetLoss
+from dualrefnet.training.modality_dropout import Gaps, draw_gaps
 from dualrefnet.training.optimisation import create_optimizer, create_schedule
 
 # The last layers have collapsed if the penalty R has left less than this share of their first L1 norm, or if the
@@ -47,7 +51,9 @@ class Trainer:
         run: where to write.
     """
 
-    def __init__(self, model: Method, recipe: Recipe, run: Run, counts: Tensor, normalisation: Normalisation) -> None:
+    def __init__(
+        self, model: Method, recipe: Recipe, run: Run, counts: Tensor, normalisation: Normalisation, spans: Sequence[Span] = ()
+    ) -> None:
         section = recipe.training
         self.accelerator = Accelerator(
             cpu=section.device == "cpu", log_with="tensorboard" if section.tracker == "tensorboard" else None, project_dir=run.path
@@ -61,7 +67,7 @@ class Trainer:
         self._best: dict[str, Tensor] = {}
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.model, self.recipe, self.run, self.normalisation = model, recipe, run, normalisation
+        self.model, self.recipe, self.run, self.normalisation, self.spans = model, recipe, run, normalisation, list(spans)
         # Convolutions on pixels-with-their-channels are faster on CPUs and on tensor cores alike.
         self.model.to(self.device).to(memory_format=torch.channels_last)
         self.loss = DualRefNetLoss(recipe.loss, counts).to(self.device)
@@ -99,11 +105,13 @@ class Trainer:
             torch.manual_seed(int(np.random.SeedSequence([self.recipe.seed, epoch, rank]).generate_state(1)[0]))
             augmented = self.recipe.augmentation.enabled and not self.frozen
             draws = draw(len(train), self.recipe.augmentation, self.recipe.seed, epoch) if augmented else None
+            dropout = self.recipe.modality_dropout
+            gaps = draw_gaps(train.metadata, self.spans, dropout, self.recipe.seed, epoch) if dropout.enabled else None
             sums: dict[str, float] = {}
             self.model.train()
             with progress_bar(f"epoch {epoch + 1}/{section.epochs}", accelerator.is_main_process and not self.frozen) as show:
                 for step, batch in enumerate(train.shuffled(section.batch_size, self.recipe.seed, epoch, rank, world)):
-                    terms = self._step(wrapped, batch, draws)
+                    terms = self._step(wrapped, batch, draws, gaps)
                     if isinstance(schedule, optim.lr_scheduler.LambdaLR):
                         schedule.step()
                     for name, value in terms.items():
@@ -127,12 +135,19 @@ class Trainer:
         if section.tracker != "none":
             accelerator.end_training()
 
-    def _step(self, wrapped: Any, batch: Batch, draws: AugmentationDraw | None) -> dict[str, float]:
+    def _step(self, wrapped: Any, batch: Batch, draws: AugmentationDraw | None, gaps: Gaps | None) -> dict[str, float]:
         """Take one optimisation step; return the loss terms as numbers."""
         labels, metadata = batch.labels.to(self.device), batch.metadata.to(self.device)
         image, target = self._inputs(batch, draws)
+        absent = torch.zeros(len(labels), dtype=torch.bool, device=self.device)
+        if gaps is not None:
+            metadata = metadata.masked_fill(torch.from_numpy(gaps.columns[batch.rows]).to(self.device), torch.nan)
+            image, absent = _take_away(image, torch.from_numpy(gaps.image[batch.rows]).to(self.device))
         with autocast(self.device, self.precision):
             output = wrapped(image, metadata)
+        if target is not None and output.reconstruction is not None and absent.any():
+            # What isn't there can't be rebuilt.
+            output, target = output._replace(reconstruction=output.reconstruction[~absent]), target[~absent]
         terms: dict[str, Tensor] = self.loss(output, labels, target, self.model.penalised)
         if not torch.isfinite(terms["total"]):
             raise RunError("the loss is no longer a number: lower training.learning_rate, or set training.gradient_clip=1")
@@ -243,6 +258,15 @@ class Trainer:
     def _stale(self, progress: dict[str, Any]) -> bool:
         patience = self.recipe.training.early_stopping
         return patience is not None and progress["stale"] >= patience
+
+
+def _take_away(image: Tensor | Encoded | None, absent: Tensor) -> tuple[Tensor | Encoded | None, Tensor]:
+    """Make NaN of the photographs that are `absent`, (B,), and return which were: none if fewer than two would be left to normalise."""
+    if image is None or (~absent).sum() < 2:
+        return image, torch.zeros_like(absent)
+    if isinstance(image, Encoded):
+        return mark_absent(image, absent), absent
+    return image.masked_fill(absent.view(-1, 1, 1, 1), torch.nan), absent
 
 
 def head_norms(model: Method) -> dict[str, float]:

@@ -77,7 +77,7 @@ def train_recipe(recipe: Recipe, out: Path, resume: bool = False, cache: Path | 
             remark("the encoder is frozen: the rest is trained on its features, without augmentation and without the auxiliary task")
         remark(f"{len(train)} training and {len(val)} validation images; metadata {recipe.metadata.tier}, {encoder.width} columns")
     counts = torch.bincount(torch.tensor(train.labels), minlength=len(dataset.schema.classes))
-    trainer = Trainer(model, recipe, run, counts, (tuple(sources[0]["mean"]), tuple(sources[0]["std"])))
+    trainer = Trainer(model, recipe, run, counts, (tuple(sources[0]["mean"]), tuple(sources[0]["std"])), encoder.spans)
     if state.is_main_process:
         save_fingerprint(run, fingerprint(recipe, dataset, split, sources, target_source, trainer.precision, state.num_processes))
     trainer.fit(train, val)
