@@ -43,7 +43,8 @@ def draw_gaps(metadata: NDArray[np.float32], spans: list[Span], section: Modalit
     streams = [np.random.default_rng([seed, epoch, 100 + number]) for number in range(6)]
     known = np.zeros((count, fields), dtype=bool)
     for index, span in enumerate(spans):
-        known[:, index] = ~np.isnan(metadata[:, span.start : span.stop]).any(axis=1)
+        # A category of which the training rows had no value has no column, and can't be known.
+        known[:, index] = (span.stop > span.start) & ~np.isnan(metadata[:, span.start : span.stop]).any(axis=1)
     share = streams[0].random(count) * (streams[1].random(count) < section.fields)
     hidden = streams[2].random((count, fields)) < share[:, None]
     others = streams[3].permutation(count)
