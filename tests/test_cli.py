@@ -13,8 +13,8 @@ from dualrefnet.recipe import shipped_recipes
 from dualrefnet.run import Run
 
 COMMANDS = (
-    *("doctor", "demo", "sample", "fetch", "check", "split", "methods", "recipes", "prepare", "train", "evaluate", "predict"),
-    *("suite", "suites", "tables", "explain", "report"),
+    *("doctor", "demo", "sample", "fetch", "check", "split", "methods", "recipes", "prepare", "train", "evaluate", "probe", "predict"),
+    *("suite", "suites", "tables", "explain", "report", "audit"),
 )
 
 

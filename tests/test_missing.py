@@ -73,7 +73,7 @@ def test_without_tokens_a_gap_is_not_filled_in_silence() -> None:
 
 def test_absent_photographs_change_no_statistics_of_the_normalisation() -> None:
     with_absent, without = tiny().train(), tiny().train()
-    images, forms = some_input(without)
+    images, _ = some_input(without)
     without.encode(images)
     with_absent.encode(torch.cat([images[:1], torch.full((2, 3, 32, 32), NAN), images[1:]]))
     one, other = dict(without.named_buffers()), dict(with_absent.named_buffers())

@@ -28,6 +28,8 @@ FILES = {
     "model.json",
     "history.csv",
     "predictions.csv",
+    "calibration.json",
+    "out_of_scope.safetensors",
     "metrics.json",
     "fingerprint.json",
 }

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 from rich.console import Console
@@ -39,5 +39,20 @@ def progress_bar(description: str, enabled: bool = True) -> Iterator[ShowProgres
 
         def update(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
+
+        yield update
+
+
+@contextmanager
+def progress_steps() -> Iterator[Callable[[str, int, int], None]]:
+    """Give a function that takes (step, done, in all) and shows a bar of its own for each step."""
+    with ExitStack() as stack:
+        bars: dict[str, ShowProgress] = {}
+
+        def update(step: str, done: int, total: int) -> None:
+            if step not in bars:
+                stack.close()
+                bars[step] = stack.enter_context(progress_bar(step))
+            bars[step](done, total)
 
         yield update

@@ -1,7 +1,7 @@
 """The run folder: everything that one run made, under fixed names.
 
-`recipe.yaml`, `split.csv`, `model.safetensors`, `model.json`, `history.csv`, `predictions.csv`, `metrics.json`,
-`fingerprint.json`; while training also `checkpoint.safetensors`.
+`recipe.yaml`, `split.csv`, `model.safetensors`, `model.json`, `history.csv`, `predictions.csv`, `calibration.json`,
+`out_of_scope.safetensors`, `metrics.json`, `fingerprint.json`; while training also `checkpoint.safetensors`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import dualrefnet
 from dualrefnet.data.adapters import Dataset
 from dualrefnet.data.protocols import SPLIT_COLUMNS, refuse_crossing
 from dualrefnet.errors import RunError
+from dualrefnet.evaluation.calibrated import Calibration
 from dualrefnet.files import read_json, remove_partial, sha256_of_json, write_csv, write_json, write_yaml
+from dualrefnet.models.out_of_scope import OutOfScope
 from dualrefnet.recipe import Recipe, load_recipe
 
 
@@ -50,6 +52,16 @@ class Run:
     def metrics_file(self) -> Path:
         """The measures; written last, so its presence says that the run is finished."""
         return self.path / "metrics.json"
+
+    @property
+    def calibration_file(self) -> Path:
+        """What the validation side taught about the probabilities."""
+        return self.path / "calibration.json"
+
+    @property
+    def out_of_scope_file(self) -> Path:
+        """The score that tells what isn't like the training photographs; not of a method that reads no image."""
+        return self.path / "out_of_scope.safetensors"
 
     @property
     def finished(self) -> bool:
@@ -87,6 +99,23 @@ class Run:
         return pd.read_csv(
             self._existing("predictions.csv"), dtype={"image_id": str, "label": str, "predicted": str}, keep_default_na=False
         )
+
+    @property
+    def calibration(self) -> Calibration:
+        """Temperature, conformal thresholds and threshold of referral, fitted on the validation side."""
+        if self.finished and not self.calibration_file.is_file():
+            raise RunError(f"{self.path} is older than calibration.json: run `dualrefnet evaluate {self.path}`")
+        try:
+            return Calibration.from_json(read_json(self._existing(self.calibration_file.name)))
+        except ValueError as error:  # JSONDecodeError is one.
+            raise RunError(f"{self.calibration_file} can't be read ({error}): run `dualrefnet evaluate {self.path}`") from None
+
+    @property
+    def out_of_scope(self) -> OutOfScope:
+        """How unlike the training photographs a picture is, with its limit."""
+        if self.finished and not self.out_of_scope_file.is_file():
+            raise RunError(f"{self.path} has no out-of-scope check: run `dualrefnet evaluate {self.path}`")
+        return OutOfScope.load(self._existing(self.out_of_scope_file.name))
 
     @property
     def history(self) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Commands about data sets: sample, fetch, check, split."""
+"""Commands about data sets: sample, fetch, check, split, audit."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dualrefnet.cli import app
+from dualrefnet.findings import Finding
+
+COLOURS = {"PASS": "green", "WARN": "yellow", "FAIL": "red"}
 
 DatasetName = Annotated[str, typer.Argument(metavar="DATASET", help="pad_ufes_20, isic_2019, sample or csv_table")]
 Root = Annotated[
@@ -73,12 +77,7 @@ def check(
 
     with progress_bar("reading images") as show:
         report = check_dataset(dataset, root, description, workers, show)
-    colours = {"PASS": "green", "WARN": "yellow", "FAIL": "red"}
-    console = Console(highlight=False)
-    for finding in report.findings:
-        console.print(f"[{colours[finding.level]}]{finding.level}[/]  {finding.check}: {finding.message}", soft_wrap=True)
-        if finding.examples and finding.level != "PASS":
-            console.print(f"      e.g. {', '.join(map(str, finding.examples[:3]))}", style="dim", soft_wrap=True)
+    _print_findings(report.findings)
     if json_file:
         write_json(json_file, report.to_json())
     raise typer.Exit(1 if report.failed else 0)
@@ -125,3 +124,52 @@ def split(
     if out:
         write_csv(out, rows)
         typer.echo(out)
+
+
+@app.command()
+def audit(
+    dataset: DatasetName,
+    root: Root = None,
+    description: Description = None,
+    protocol: Annotated[str, typer.Option(help="The split to audit: paper (leaks), grouped or grouped-cv.")] = "grouped",
+    fold: Annotated[int, typer.Option(help="grouped-cv: which fold is the test set, from 0.")] = 0,
+    folds: Annotated[int, typer.Option(help="Number of folds.")] = 5,
+    seed: Annotated[int, typer.Option(help="Shuffles the grouped protocols.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write findings and tables as JSON.")] = None,
+    without_images: Annotated[bool, typer.Option("--without-images", help="Read no image; copies aren't looked for.")] = False,
+    without_forests: Annotated[bool, typer.Option("--without-forests", help="Grow no trees on the form: faster.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Threads that read and compare images; default: one a core.")] = None,
+) -> None:
+    """Audit a data set and its split: patients, lesions and copies of pictures on two sides, and metadata that give the answer away.
+
+    Exit status 1 if something FAILs.
+    """
+    from dualrefnet.audit.dataset_audit import audit_dataset
+    from dualrefnet.audit.printed import printed_tables
+    from dualrefnet.files import write_json
+    from dualrefnet.progress import progress_steps
+
+    with progress_steps() as show:
+        result = audit_dataset(
+            dataset, root, description, protocol, fold, folds, seed, not without_images, not without_forests, workers, show
+        )  # fmt: skip
+    _print_findings(result.findings)
+    console = Console(highlight=False)
+    for printed in printed_tables(result).values():
+        table = Table(*printed.columns, title=printed.title, title_justify="left")
+        for row in printed.rows:
+            table.add_row(*(escape(f"{cell.text} {cell.small}".strip()) for cell in row))
+        console.print(table)
+    console.print(f"{result.dataset}, protocol {result.protocol}: [{COLOURS[result.verdict]}]{result.verdict}[/]")
+    if json_file:
+        write_json(json_file, result.to_json())
+    raise typer.Exit(1 if result.failed else 0)
+
+
+def _print_findings(findings: list[Finding]) -> None:
+    console = Console(highlight=False)
+    for finding in findings:
+        # Ids and messages come from the user's table: square brackets in them are no markup.
+        console.print(f"[{COLOURS[finding.level]}]{finding.level}[/]  {finding.check}: {escape(finding.message)}", soft_wrap=True)
+        if finding.examples and finding.level != "PASS":
+            console.print(f"      e.g. {escape(', '.join(map(str, finding.examples[:3])))}", style="dim", soft_wrap=True)

@@ -1,9 +1,9 @@
-"""Commands about runs: doctor, demo, methods, recipes, prepare, train, evaluate, predict."""
+"""Commands about runs: doctor, demo, methods, recipes, prepare, train, evaluate, probe, predict."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -11,6 +11,9 @@ from rich.syntax import Syntax
 
 from dualrefnet.cli import app
 from dualrefnet.errors import DualRefNetError
+
+if TYPE_CHECKING:
+    from dualrefnet.evaluation.printed_table import PrintedTable
 
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that ships (`dualrefnet recipes`).")
@@ -141,6 +144,42 @@ def evaluate(
 
 
 @app.command()
+def probe(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
+    against: Annotated[
+        list[Path] | None,
+        typer.Option("--against", metavar="RUN2", help="Set a run of the same test images beside it; may be given several times."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder; default: probes/ in the run folder.")] = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option(
+            "--masks", metavar="DIR", help="Outlines of the lesions, IMAGE_ID.png; default: masks/ in the data's folder, if there."
+        ),
+    ] = None,
+    permutations: Annotated[int, typer.Option(min=1, help="How often inputs are exchanged between patients.")] = 10,
+    draws: Annotated[int, typer.Option(min=1, help="Random choices of answers for each share of them.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Of exchanges, choices and resamples.")] = 0,
+    root: Annotated[Path | None, typer.Option("--root", metavar="DIR", help="Where the data lie now, if they have moved.")] = None,
+    cache: Cache = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU if there is one.")] = None,
+) -> None:
+    """Ask a trained run again with parts of its input taken away or exchanged: how much of its score is shortcut?
+
+    Then with fewer and fewer answers, with and without the photograph. Leaves the tables as CSV and, with the extra `report`,
+    their pictures.
+    """
+    from dualrefnet.report.write_probes import write_probes
+    from dualrefnet.run import Run
+
+    others = [Run(path) for path in against or []]
+    probed = write_probes(Run(run), others, out, masks, permutations, draws, seed=seed, root=root, cache=cache, device=device)
+    for table in probed.tables:
+        _print_table(table)
+    typer.echo(f"the probes: {probed.folder}")
+
+
+@app.command()
 def predict(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     images: Annotated[
@@ -168,6 +207,24 @@ def predict(
         done, failed = predict_files(Predictor.load(run, device), images, metadata, out, progress=show)
     typer.echo(f"{done} photographs classified, {failed} could not be read: {out}")
     raise typer.Exit(2 if failed and not done else 0)
+
+
+def _print_table(table: PrintedTable) -> None:
+    from rich import box
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    # What is said at the left is long, and the numbers must leave it room.
+    room = max(9, (console.width - 24 * table.left) // (len(table.columns) - table.left) - 3)
+    shown = Table(title=table.title, box=box.SIMPLE_HEAD, title_justify="left")
+    for number, name in enumerate(table.columns):
+        left = number < table.left
+        shown.add_column(name, justify="left" if left else "right", max_width=None if left else room)
+    for row in table.rows:
+        shown.add_row(*(f"{cell.text} {cell.small}".strip().replace("[", r"\[") for cell in row))
+    console.print(shown)
+    for note in table.notes:
+        console.print(f"- {note}", markup=False)
 
 
 def _print_metrics(metrics: dict[str, object]) -> None:

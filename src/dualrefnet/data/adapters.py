@@ -26,12 +26,15 @@ class Dataset:
         schema: what the columns mean.
         root: the folder that was read.
         remarks: what the user should know of the reading, one sentence each.
+        other_columns: the published columns that are neither ids nor label nor metadata field, as text, with the index of
+            `table`: never features, but an audit looks at them.
     """
 
     table: pd.DataFrame
     schema: DatasetSchema
     root: Path
     remarks: list[str] = field(default_factory=list)
+    other_columns: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
     def with_image(self) -> pd.DataFrame:
@@ -88,6 +91,11 @@ def find_root(name: str, root: Path | str | None = None) -> Path:
         hint = f"; `dualrefnet sample {root}` draws it" if name == "sample" else f"; `dualrefnet fetch {name} --root {root}` downloads it"
         raise DataError(f"there is no folder {root}{hint if name != 'csv_table' else ''}")
     return root
+
+
+def other_columns(published: pd.DataFrame, known: Iterable[str]) -> pd.DataFrame:
+    """Return the columns of a published table, all text, that aren't among the `known` ones; index 0..n-1."""
+    return published.drop(columns=[name for name in known if name in published.columns]).reset_index(drop=True)
 
 
 def index_images(folders: Iterable[Path]) -> dict[str, Path]:

@@ -15,6 +15,7 @@ import pandas as pd
 from dualrefnet.data import csv_table, isic_2019, pad_ufes_20
 from dualrefnet.data.adapters import IMAGE_SUFFIXES, Dataset, index_images, load_dataset
 from dualrefnet.data.decode import MAX_BYTES, decode_image
+from dualrefnet.data.identical import identical_images
 from dualrefnet.data.schema import BOOLEAN_VALUES, MetadataField
 from dualrefnet.errors import ImageError
 from dualrefnet.findings import MAX_EXAMPLES, Finding, found_or_pass
@@ -242,17 +243,4 @@ def _images(images: list[_ImageFile]) -> Iterator[Finding]:
     yield found_or_pass(
         "WARN", "tiny", tiny, f"images with a side below {TINY_SIDE} pixels", f"no image has a side below {TINY_SIDE} pixels"
     )
-    twins: dict[str, list[_ImageFile]] = {}
-    for image in images:
-        if image.sha256:
-            twins.setdefault(image.sha256, []).append(image)
-    unlike, alike = [], []
-    for group in twins.values():
-        if len({image.label for image in group}) > 1:
-            unlike.append(" = ".join(f"{image.image_id} ({image.label})" for image in group))
-        elif len(group) > 1:
-            alike.append(" = ".join(image.image_id for image in group))
-    what = "byte-identical images under different labels (at least one label is wrong), groups"
-    yield found_or_pass("WARN", "identical_other_label", unlike, what, "no images of different labels are identical")
-    what = "byte-identical images under one label (they may stand on both sides of a split), groups"
-    yield found_or_pass("WARN", "identical_same_label", alike, what, "no images of one label are identical")
+    yield from identical_images((image.image_id, image.label, image.sha256) for image in images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dualrefnet.data.adapters import Dataset, read_csv
-from dualrefnet.data.schema import DatasetSchema, MetadataField, normalise, refuse_forbidden_features
+from dualrefnet.data.adapters import Dataset, other_columns, read_csv
+from dualrefnet.data.schema import DatasetSchema, Kind, MetadataField, normalise, refuse_forbidden_features
 from dualrefnet.errors import DataError
 
 DEFAULT_DESCRIPTION = "dataset.yaml"
+# Names of columns between whose values anybody would compare results.
+_SUBGROUPS = re.compile(r"age|sex|gender|race|ethnicity|skin_?(type|tone)|fit[zs]patrick|site|region", re.IGNORECASE)
 
 
 class TableDescription(BaseModel):
@@ -109,6 +112,7 @@ def load(root: Path, description_file: Path | None = None) -> Dataset:
         group_by="lesion_id" if description.lesion and not description.patient else "patient_id",
         licence=description.licence,
     )
+    others = other_columns(raw, [name for name in named if name])
     folder = (root / description.images).resolve()
     files = [folder / name for name in raw[description.image]]
     raw["image_path"] = [str(file) if file.is_file() else None for file in files]
@@ -123,19 +127,21 @@ def load(root: Path, description_file: Path | None = None) -> Dataset:
     )
     if not description.patient:
         remarks.append("no column names the patient: photographs of one person may stand on both sides of a split")
-    return Dataset(table, schema, root, remarks)
+    return Dataset(table, schema, root, remarks, others)
 
 
 def describe(table: pd.DataFrame, columns: list[str]) -> tuple[MetadataField, ...]:
     """Guess the metadata fields of a table: what a person would say who looked at the columns.
 
     A column of numbers with more than ten values is numeric; one with only yes/no values is boolean; others are
-    categorical, their values learned from the training rows.
+    categorical, their values learned from the training rows. Results are compared between the values of age, sex, skin type,
+    ethnicity and body site, if a column is called so.
 
     Raises:
         DataError: a column is missing, holds the answer or names the patient, or is free text (more than 50 values).
     """
     fields = []
+    kind: Kind
     refuse_forbidden_features(columns)
     for name in columns:
         if name not in table.columns:
@@ -145,11 +151,12 @@ def describe(table: pd.DataFrame, columns: list[str]) -> tuple[MetadataField, ..
         numbers = pd.to_numeric(values, errors="coerce")
         numeric = len(values) > 0 and bool(numbers.notna().all())
         if words and words <= {"true", "false", "yes", "no", "y", "n", "0", "1", "0.0", "1.0"}:
-            fields.append(MetadataField(name=name, kind="boolean"))
+            kind = "boolean"
         elif numeric and values.nunique() > 10:
-            fields.append(MetadataField(name=name, kind="numeric"))
+            kind = "numeric"
         elif values.nunique() > 50:
             raise DataError(f"{name!r} has {values.nunique()} different values: free text or an id, not a metadata field")
         else:
-            fields.append(MetadataField(name=name, kind="categorical"))
+            kind = "categorical"
+        fields.append(MetadataField(name=name, kind=kind, subgroup=_SUBGROUPS.fullmatch(name) is not None))
     return tuple(fields)

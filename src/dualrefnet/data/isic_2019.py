@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from dualrefnet.data.adapters import Dataset, index_images, read_csv
-from dualrefnet.data.schema import DatasetSchema, MetadataField, normalise
+from dualrefnet.data.adapters import Dataset, index_images, other_columns, read_csv
+from dualrefnet.data.schema import ID_COLUMNS, DatasetSchema, MetadataField, normalise
 from dualrefnet.errors import DataError
 
 CLASSES = ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC")
@@ -37,13 +37,20 @@ SCHEMA = DatasetSchema(
     # None of the three is recorded for every image, so all are tier M2.
     fields=(
         MetadataField(
-            name="age_approx", kind="numeric", unit="years", minimum=0, maximum=120, description="Age of the patient, to 5 years"
+            name="age_approx",
+            kind="numeric",
+            unit="years",
+            minimum=0,
+            maximum=120,
+            description="Age of the patient, to 5 years",
+            subgroup=True,
         ),
-        MetadataField(name="sex", kind="categorical", categories=("female", "male"), description="Sex of the patient"),
+        MetadataField(name="sex", kind="categorical", categories=("female", "male"), description="Sex of the patient", subgroup=True),
         MetadataField(
             name="anatom_site_general",
             kind="categorical",
             description="Where on the body the lesion is",
+            subgroup=True,
             categories=(
                 "anterior torso",
                 "head/neck",
@@ -110,4 +117,4 @@ def load(root: Path) -> Dataset:
     raw["image_path"] = [str(paths[stem]) if stem in paths else None for stem in raw["image_id"]]
     raw["patient_id"] = None
     table, remarks = normalise(raw, SCHEMA)
-    return Dataset(table, SCHEMA, root, remarks)
+    return Dataset(table, SCHEMA, root, remarks, other_columns(raw, (*ID_COLUMNS, *(field.name for field in SCHEMA.fields))))

@@ -26,6 +26,7 @@ class Batch:
         labels: (B,) int64.
         features: for each frozen encoder the parts of its features, (B, ...) each; empty if encoders are trained.
         targets: (B, 3, 2S, 2S) uint8, the auxiliary task's stored targets, or None.
+        absent: (B,) photographs that aren't there, whatever `images` holds, for models with a learned token; None: all are there.
     """
 
     rows: NDArray[np.int64]
@@ -34,6 +35,7 @@ class Batch:
     labels: Tensor
     features: tuple[dict[str, Tensor], ...] = ()
     targets: Tensor | None = None
+    absent: Tensor | None = None
 
 
 @dataclass(frozen=True)

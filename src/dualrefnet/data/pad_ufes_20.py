@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from dualrefnet.data.adapters import Dataset, index_images, read_csv
-from dualrefnet.data.schema import DatasetSchema, MetadataField, normalise
+from dualrefnet.data.adapters import Dataset, index_images, other_columns, read_csv
+from dualrefnet.data.schema import ID_COLUMNS, DatasetSchema, MetadataField, normalise
 from dualrefnet.errors import DataError
 
 CLASSES = ("ACK", "BCC", "MEL", "NEV", "SCC", "SEK")
@@ -57,15 +57,30 @@ FIELDS = (
     _boolean("drink", "Does the patient drink alcohol?"),
     _origin("background_father", _COUNTRIES_FATHER, "the father"),
     _origin("background_mother", _COUNTRIES_MOTHER, "the mother"),
-    MetadataField(name="age", kind="numeric", unit="years", tier="M1", minimum=0, maximum=120, description="Age of the patient"),
+    MetadataField(
+        name="age", kind="numeric", unit="years", tier="M1", minimum=0, maximum=120, description="Age of the patient", subgroup=True
+    ),
     _boolean("pesticide", "Does the patient work with pesticides?"),
-    MetadataField(name="gender", kind="categorical", categories=("FEMALE", "MALE"), description="Sex of the patient"),
+    MetadataField(name="gender", kind="categorical", categories=("FEMALE", "MALE"), description="Sex of the patient", subgroup=True),
     _boolean("skin_cancer_history", "Has the patient or family had skin cancer?"),
     _boolean("cancer_history", "Has the patient or family had any cancer?"),
     _boolean("has_piped_water", "Is there piped water at home?"),
     _boolean("has_sewage_system", "Is there a sewage system at home?"),
-    MetadataField(name="fitspatrick", kind="categorical", categories=("1", "2", "3", "4", "5", "6"), description="Fitzpatrick skin type"),
-    MetadataField(name="region", kind="categorical", tier="M1", categories=tuple(_REGIONS), description="Where on the body the lesion is"),
+    MetadataField(
+        name="fitspatrick",
+        kind="categorical",
+        categories=("1", "2", "3", "4", "5", "6"),
+        description="Fitzpatrick skin type",
+        subgroup=True,
+    ),
+    MetadataField(
+        name="region",
+        kind="categorical",
+        tier="M1",
+        categories=tuple(_REGIONS),
+        description="Where on the body the lesion is",
+        subgroup=True,
+    ),
     MetadataField(name="diameter_1", kind="numeric", unit="mm", minimum=0, maximum=500, description="Longest diameter of the lesion"),
     MetadataField(name="diameter_2", kind="numeric", unit="mm", minimum=0, maximum=500, description="Diameter across the longest"),
     _symptom("itch", "Does it itch?"),
@@ -124,4 +139,5 @@ def load(root: Path, schema: DatasetSchema = SCHEMA) -> Dataset:
     # A lesion id alone is not a key: 250 of them are used by two patients.
     raw["lesion_id"] = raw["patient_id"] + "/" + raw["lesion_id"]
     table, remarks = normalise(raw, schema)
-    return Dataset(table, schema, root, remarks)
+    known = ("img_id", "diagnostic", *ID_COLUMNS, *(field.name for field in schema.fields))
+    return Dataset(table, schema, root, remarks, other_columns(raw, known))

@@ -40,6 +40,7 @@ class MetadataField(BaseModel):
         minimum: smallest believable number.
         maximum: largest believable number.
         description: the question in plain words, for forms and documents.
+        subgroup: compare results between its values: do they hold for everyone?
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,6 +55,7 @@ class MetadataField(BaseModel):
     minimum: float | None = None
     maximum: float | None = None
     description: str = ""
+    subgroup: bool = False
 
     @model_validator(mode="after")
     def _may_be_a_feature(self) -> MetadataField:

@@ -30,7 +30,7 @@ def predict_files(
         predictor: the model.
         sources: image files and folders (searched with what is below them).
         metadata: CSV with a key column (`image`: file name or id) and metadata columns, or None.
-        out: CSV to write, atomically: image, predicted, prob_<CLASS>..., malignancy, warnings, error.
+        out: CSV to write, atomically: image, predicted, likely, prob_<CLASS>..., malignancy, refer, out_of_scope, warnings, error.
         progress: called with (images done, images in all).
 
     Returns:
@@ -45,7 +45,8 @@ def predict_files(
     if unmatched:
         warn(f"{unmatched} of {len(files)} images have no row in {metadata}: all of their metadata are missing")
     done = failed = 0
-    columns = ["image", "predicted", *(f"prob_{name}" for name in predictor.classes), "malignancy", "warnings", "error"]
+    probabilities = [f"prob_{name}" for name in predictor.classes]
+    columns = ["image", "predicted", "likely", *probabilities, "malignancy", "refer", "out_of_scope", "warnings", "error"]
     with atomic_path(out) as temporary, temporary.open("w", newline="", encoding="utf-8") as file, ThreadPoolExecutor() as pool:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
@@ -79,8 +80,11 @@ def _classify(
         prediction = next(predictions)
         yield {
             "predicted": prediction.label,
+            "likely": " ".join(prediction.likely),
             **{f"prob_{name}": f"{value:.6f}" for name, value in prediction.probabilities.items()},
             "malignancy": "" if prediction.malignancy is None else f"{prediction.malignancy:.6f}",
+            "refer": "" if prediction.refer is None else str(prediction.refer),
+            "out_of_scope": "" if prediction.out_of_scope is None else f"{prediction.out_of_scope:.3f}",
             "warnings": "; ".join(prediction.warnings),
         }
 

@@ -12,11 +12,14 @@ import torch
 
 from dualrefnet.data.adapters import Dataset
 from dualrefnet.data.protocols import leakage
+from dualrefnet.evaluation.calibrated import fit_calibration, measure_calibrated
 from dualrefnet.evaluation.intervals import bootstrap_intervals, with_intervals
 from dualrefnet.evaluation.metrics import compute_metrics
 from dualrefnet.evaluation.opened_run import open_run
+from dualrefnet.evaluation.out_of_scope import fit_run
 from dualrefnet.files import write_csv, write_json
 from dualrefnet.models.inference import predict_logits
+from dualrefnet.models.vectors import VectorKeeper
 from dualrefnet.progress import progress_bar
 from dualrefnet.run import Run
 
@@ -26,7 +29,7 @@ SIDES = ("val", "test")
 def evaluate_run(
     run: Run, root: Path | str | None = None, dataset: Dataset | None = None, cache: Path | None = None, device: torch.device | None = None
 ) -> dict[str, Any]:
-    """Predict validation and test, write `predictions.csv` and `metrics.json`, and return the measures.
+    """Predict validation and test, write `predictions.csv`, `calibration.json` and `metrics.json`, and return the measures.
 
     Args:
         run: a trained run.
@@ -40,19 +43,20 @@ def evaluate_run(
     """
     opened = open_run(run, root, dataset, cache, device)
     recipe, dataset, groups = opened.recipe, opened.dataset, opened.groups
-    tables = []
+    tables, keeper, vectors = [], VectorKeeper(opened.model), []
     for side in SIDES:
         examples = opened.examples(side)
         with progress_bar(f"predicting {side}") as show:
             batches = examples.in_order(recipe.evaluation.batch_size)
             predicted = predict_logits(
-                opened.model,
+                keeper,
                 batches,
                 recipe.image.size,
                 opened.normalisation,
                 opened.device,
                 progress=partial(show, total=len(examples)),
             )
+        vectors.append(keeper.take())
         probabilities = predicted.logits.double().softmax(dim=1).numpy()
         tables.append(prediction_table(examples.image_ids, side, examples.labels, probabilities, dataset.schema.classes))
     predictions = pd.concat(tables, ignore_index=True)
@@ -61,8 +65,10 @@ def evaluate_run(
         side: measure(predictions[predictions["split"] == side], groups, dataset, recipe.evaluation.bootstrap, recipe.seed)
         for side in SIDES
     }
+    calibrated = calibrate(run, predictions, groups, dataset)
     metrics = {
         **measures["test"],
+        "calibrated": calibrated,
         "split": "test",
         "protocol": recipe.data.protocol,
         "dataset": dataset.schema.title,
@@ -71,8 +77,23 @@ def evaluate_run(
         "leakage": leakage(dataset, opened.split),
         "validation": measures["val"],
     }
+    val, test = vectors
+    if val is not None and test is not None:
+        with progress_bar("out-of-scope score") as show:
+            metrics["out_of_scope"] = fit_run(opened, val, test, show)
     write_json(run.metrics_file, metrics)
     return metrics
+
+
+def calibrate(run: Run, predictions: pd.DataFrame, groups: pd.Series, dataset: Dataset) -> dict[str, Any]:
+    """Fit the probabilities' meaning on validation, write `calibration.json`, and return what it is worth on the test side."""
+    schema, wanted, seed = dataset.schema, run.recipe.evaluation, run.recipe.seed
+    val, test = (_arrays(predictions[predictions["split"] == side], groups, schema.classes) for side in SIDES)
+    calibration = fit_calibration(
+        *val, schema.classes, schema.malignant, wanted.coverage, wanted.referral_sensitivity, wanted.bootstrap, seed
+    )
+    write_json(run.calibration_file, calibration.to_json())
+    return measure_calibrated(calibration, *test, wanted.bootstrap, seed)
 
 
 def prediction_table(
@@ -87,15 +108,20 @@ def prediction_table(
 def measure(predictions: pd.DataFrame, groups: pd.Series, dataset: Dataset, bootstrap: int, seed: int) -> dict[str, Any]:
     """Measure one side, with intervals over resampled groups (patients; for ISIC-2019 lesions)."""
     classes = dataset.schema.classes
-    labels = predictions["label"].map({name: index for index, name in enumerate(classes)}).to_numpy(dtype=np.int64)
-    probabilities = predictions[[f"prob_{name}" for name in classes]].to_numpy(dtype=float)
+    labels, probabilities, group = _arrays(predictions, groups, classes)
     metrics = compute_metrics(labels, probabilities, classes, dataset.schema.malignant)
     if not bootstrap:
         return metrics
-    group = groups.loc[predictions["image_id"]].to_numpy()
     malignant = dataset.schema.malignant
     with progress_bar("bootstrap") as show:
         intervals = bootstrap_intervals(
             labels, probabilities, group, classes, samples=bootstrap, seed=seed, progress=show, malignant=malignant
         )
     return with_intervals(metrics, intervals)
+
+
+def _arrays(predictions: pd.DataFrame, groups: pd.Series, classes: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return labels (N,), probabilities (N, C) and groups (N,) of rows of `predictions.csv`."""
+    labels = predictions["label"].map({name: index for index, name in enumerate(classes)}).to_numpy(dtype=np.int64)
+    probabilities = predictions[[f"prob_{name}" for name in classes]].to_numpy(dtype=float)
+    return labels, probabilities, groups.loc[predictions["image_id"]].to_numpy()

@@ -70,19 +70,26 @@ class Resampler:
         groups: (N,), group of every image, 0..G-1.
         classes: C names.
         malignant: the classes that are cancer; empty: no `malignant` measures.
+        group_count: number of groups, of which these images may be a part; None: the largest number in `groups` + 1.
 
     Raises:
         ValueError: see `check_predictions`; or `groups` has another length.
     """
 
     def __init__(
-        self, labels: ArrayLike, probabilities: ArrayLike, groups: NDArray[np.int64], classes: list[str], malignant: list[str]
+        self,
+        labels: ArrayLike,
+        probabilities: ArrayLike,
+        groups: NDArray[np.int64],
+        classes: list[str],
+        malignant: list[str],
+        group_count: int | None = None,
     ) -> None:
         truth, scores = check_predictions(labels, probabilities, len(classes))
         if groups.shape != truth.shape:
             raise ValueError(f"groups must have the shape {truth.shape}, one for each image, not {groups.shape}")
         self.classes = classes
-        self.group_count = int(groups.max()) + 1
+        self.group_count = int(groups.max()) + 1 if group_count is None else group_count
         self.cancer = np.isin(classes, malignant)
         predicted, confidence = scores.argmax(axis=1), scores.max(axis=1)
         self.cells = self._sums(groups, truth * len(classes) + predicted, len(classes) ** 2)
@@ -108,8 +115,9 @@ class Resampler:
         sensitivity = _ratio(hits, support)
         ppv = _ratio(hits, given)
         auc = np.stack([ranking.auc(times) for ranking in self.rankings], axis=1)
-        accuracy = hits.sum(axis=1) / total
-        chance = (support * given).sum(axis=1) / total**2
+        # A resample may hold none of these images, if they are a part of a test set.
+        accuracy = _ratio(hits.sum(axis=1), total)
+        chance = _ratio((support * given).sum(axis=1), total**2)
         recall = _mean(sensitivity, present)
         f1 = _ratio(2 * hits, support + given)
         npv = _ratio(correct_negatives, total[:, None] - given)
@@ -128,7 +136,7 @@ class Resampler:
             "specificity_macro": _mean(specificity, present),
             "npv_macro": _mean(np.nan_to_num(npv), present),
             "kappa": _ratio(accuracy - chance, 1 - chance),
-            "ece": np.abs(times.T @ self.gaps).sum(axis=1) / total,
+            "ece": _ratio(np.abs(times.T @ self.gaps).sum(axis=1), total),
         }
         by_class = {
             "sensitivity": sensitivity,

@@ -103,6 +103,8 @@ def predict_logits(
             images = encoded(batch.features, device)
         elif batch.images is not None:
             images = normalise(to_unit(batch.images.to(device, non_blocking=True), size), normalisation)
+            if batch.absent is not None:
+                images = images.masked_fill(batch.absent.to(device).view(-1, 1, 1, 1), torch.nan)
         with autocast(device, precision):
             output = model(images, batch.metadata.to(device))
         logits.append(output.logits.float().cpu())

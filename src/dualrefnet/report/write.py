@@ -19,6 +19,7 @@ from dualrefnet.report.measured import class_section, glance_section, probabilit
 from dualrefnet.report.page import render_page
 from dualrefnet.report.provenance import provenance_section, run_names, run_notes, run_title
 from dualrefnet.report.section import Section
+from dualrefnet.report.trusted import calibrated_section
 from dualrefnet.report.wishes import Wishes
 from dualrefnet.run import Run
 
@@ -99,15 +100,19 @@ def write_report(
     if against is not None and not explained:
         raise RunError("a second run is compared by what both models see: --against needs the explanations")
     measured = read_measured(run)
-    explanations = _explained(run, against, wishes, root, cache, device) if explained else iter(())
+    asked = _explained(run, against, wishes, root, cache, device, examined=True) if explained else iter(())
     samples, seed = run.recipe.evaluation.bootstrap or 1000, run.recipe.seed
 
     def sections() -> Iterator[Section]:
         yield glance_section(measured)
         yield class_section(measured, samples, seed)
         yield probability_section(measured, samples, seed)
+        if run.calibration_file.is_file():
+            yield calibrated_section(measured, samples, seed)
+        else:
+            remark(f"the run is older than the calibration of probabilities; `dualrefnet evaluate {run.path}` adds it")
         yield training_section(measured)
-        yield from explanations
+        yield from asked
         yield provenance_section(run)
 
     made = []
@@ -123,11 +128,12 @@ def write_report(
 
 
 def _explained(
-    run: Run, against: Run | None, wishes: Wishes, root: Path | None, cache: Path | None, device: str | None
+    run: Run, against: Run | None, wishes: Wishes, root: Path | None, cache: Path | None, device: str | None, examined: bool = False
 ) -> Iterator[Section]:
     """Open the runs, see whether the wishes can be met, and return the sections, which are computed one by one."""
     # These need captum and shap; a page of what the predictions say does without.
     from dualrefnet.report.compared import compared_section
+    from dualrefnet.report.examined import examined_sections
     from dualrefnet.report.explained import explained_sections
 
     opened = _open(run, root, cache, device)
@@ -138,6 +144,8 @@ def _explained(
 
     def sections() -> Iterator[Section]:
         yield from explanations
+        if examined:
+            yield from examined_sections(opened, wishes)
         if second is not None:
             yield compared_section(opened, second, wishes)
 

@@ -135,7 +135,7 @@ class Trainer:
         if section.tracker != "none":
             accelerator.end_training()
 
-    def _step(self, wrapped: Any, batch: Batch, draws: AugmentationDraw | None, gaps: Gaps | None) -> dict[str, float]:
+    def _step(self, wrapped: Any, batch: Batch, draws: AugmentationDraw | None, gaps: Gaps | None = None) -> dict[str, float]:
         """Take one optimisation step; return the loss terms as numbers."""
         labels, metadata = batch.labels.to(self.device), batch.metadata.to(self.device)
         image, target = self._inputs(batch, draws)

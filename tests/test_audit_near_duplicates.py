@@ -1,0 +1,111 @@
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from dualrefnet.audit import near_duplicates
+from dualrefnet.audit.fingerprints import Fingerprints, fingerprint, fingerprint_files, orientations
+from dualrefnet.audit.near_duplicates import group_pairs, near_pairs
+from dualrefnet.data.adapters import load_dataset
+from dualrefnet.data.decode import decode_image
+from dualrefnet.data.sample import draw_sample
+
+
+def taken(pictures: list[np.ndarray]) -> Fingerprints:
+    prints = [fingerprint(picture) for picture in pictures]
+    hashes, small = np.stack([one[0] for one in prints]), np.stack([one[1] for one in prints])
+    return Fingerprints(tuple(f"p{n}" for n in range(len(pictures))), hashes, small, ("",) * len(pictures), {})
+
+
+def copied(picture: np.ndarray, quality: int | None, scale: float) -> np.ndarray:
+    image = Image.fromarray(picture)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    if quality is not None:
+        content = io.BytesIO()
+        image.save(content, "JPEG", quality=quality)
+        image = Image.open(io.BytesIO(content.getvalue())).convert("RGB")
+    return np.asarray(image)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """Of 60 drawn pictures of 192 px: the smallest that survive what is done to copies."""
+    return load_dataset("sample", draw_sample(tmp_path_factory.mktemp("copies") / "data", images=60)).with_image
+
+
+@pytest.fixture(scope="module")
+def pictures(table):
+    return [decode_image(path) for path in table["image_path"][:40]]
+
+
+def test_different_drawn_lesions_are_no_near_duplicates(pictures):
+    assert len(near_pairs(taken(pictures))) == 0
+
+
+@pytest.mark.parametrize(("quality", "scale"), [(50, 1.0), (90, 1.0), (None, 0.4), (None, 1.7), (60, 0.7)])
+def test_copies_are_found_and_nothing_else(pictures, quality, scale):
+    pairs = near_pairs(taken([*pictures, *(copied(picture, quality, scale) for picture in pictures)]), workers=2)
+    assert {(row.first, row.second) for row in pairs.itertuples()} == {(f"p{n}", f"p{n + 40}") for n in range(40)}
+    assert not pairs["turned"].any()
+
+
+def test_mirrored_and_turned_copies_are_found(pictures):
+    turned = [np.ascontiguousarray(np.rot90(pictures[n][:, ::-1] if n % 2 else pictures[n], n % 4)) for n in range(8)]
+    pairs = near_pairs(taken([*pictures, *turned]))
+    assert {(row.first, row.second) for row in pairs.itertuples()} == {(f"p{n}", f"p{n + 40}") for n in range(8)}
+    assert pairs.set_index("first")["turned"].to_dict() == {f"p{n}": n not in (0, 4) for n in range(8)}
+
+
+def test_the_eight_orientations_are_all_different():
+    picture = np.arange(16, dtype=np.uint8).reshape(4, 4)
+    seen = {turned.tobytes() for turned in orientations(picture)}
+    assert len(seen) == 8
+    assert orientations(picture)[0].tobytes() == picture.tobytes()
+
+
+def test_flat_pictures_are_like_nothing():
+    grey = np.full((64, 64, 3), 128, dtype=np.uint8)
+    assert len(near_pairs(taken([grey, grey + 1, grey]))) == 0
+
+
+def test_the_blockwise_search_finds_what_a_plain_one_finds(monkeypatch):
+    generator = np.random.default_rng(0)
+    bits = generator.random((90, 256)) < 0.5
+    bits[30:60] = bits[:30] ^ (generator.random((30, 256)) < np.linspace(0.05, 0.35, 30)[:, None])
+    hashes = np.stack([np.packbits(np.roll(bits, 7 * n, axis=1), axis=1).view(np.uint64) for n in range(8)], axis=1)
+    small = np.repeat(generator.integers(256, size=(1, 32, 32), dtype=np.uint8), 90, axis=0)
+    prints = Fingerprints(tuple(str(n) for n in range(90)), hashes, small, ("",) * 90, {})
+    # With one picture for all, upright pairs correlate perfectly, and turned ones don't.
+    found = {(int(row.first), int(row.second)): row.distance for row in near_pairs(prints).itertuples()}
+    plain = {(i, j): int((bits[i] != bits[j]).sum()) for i in range(90) for j in range(i + 1, 90)}
+    expected = {pair: distance for pair, distance in plain.items() if distance <= near_duplicates.MAX_DISTANCE}
+    assert found == expected
+    assert 5 < len(expected) < 30
+
+
+def test_pairs_that_share_an_image_are_one_group():
+    pairs = pd.DataFrame({"first": ["a", "c", "e", "b", "g"], "second": ["b", "d", "f", "c", "h"]})
+    assert [sorted(group) for group in group_pairs(pairs)] == [["a", "b", "c", "d"], ["e", "f"], ["g", "h"]]
+    assert group_pairs(pairs[:0]) == []
+
+
+def test_a_smaller_copy_is_found_and_a_broken_file_left_out(table, tmp_path):
+    table = table[:20]
+    Image.fromarray(copied(decode_image(table["image_path"].iloc[3]), None, 0.7)).save(tmp_path / "copy.jpg", quality=80)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    extra = pd.DataFrame({"image_id": ["copy", "broken"], "image_path": [str(tmp_path / "copy.jpg"), str(tmp_path / "broken.png")]})
+    table = pd.concat([table[["image_id", "image_path"]], extra], ignore_index=True)
+    calls = []
+    prints = fingerprint_files(table, progress=lambda done, total: calls.append((done, total)))
+    assert list(prints.unreadable) == ["broken"]
+    assert prints.hashes.shape == (21, 8, 4)
+    assert [(row.first, row.second) for row in near_pairs(prints).itertuples()] == [(table["image_id"][3], "copy")]
+    assert calls == [(done, 22) for done in range(1, 23)]
+
+
+def test_unreadable_files_are_said_and_not_raised(tmp_path):
+    prints = fingerprint_files(pd.DataFrame({"image_id": ["gone"], "image_path": [str(tmp_path / "gone.png")]}))
+    assert list(prints.unreadable) == ["gone"]
+    assert len(near_pairs(prints)) == 0

@@ -1,0 +1,189 @@
+"""Pictures and sections on trust: their numbers, their words, and that nothing is cut off."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dualrefnet.data.pipeline import read_dataset, side_rows
+from dualrefnet.data.schema import DatasetSchema, MetadataField
+from dualrefnet.errors import DataError
+from dualrefnet.evaluation.printed_table import PrintedTable
+from dualrefnet.evaluation.referral import referral_curve
+from dualrefnet.evaluation.selective import measure_selective
+from dualrefnet.evaluation.subgroups import Subgroups, measure_subgroups
+from dualrefnet.figures.picture import SECONDARY
+from dualrefnet.figures.referral import draw_referral
+from dualrefnet.figures.selective import draw_selective
+from dualrefnet.figures.subgroups import draw_subgroup_gaps, draw_subgroups
+from dualrefnet.report.measured import read_measured
+from dualrefnet.report.subgroups import subgroups_section
+from dualrefnet.report.trusted import calibrated_section
+from dualrefnet.run import Run
+from readable import assert_readable
+
+NAMES = ["MEL", "NV", "background_father = BRAZIL", "AK", "seborrhoeic keratosis", "DF", "melanoma, invasive", "VASC"]
+
+
+def subgroups_of(count: int, images: int = 400, levels: tuple[str, ...] = ("FEMALE", "MALE")) -> Subgroups:
+    """Women are mostly right, men mostly wrong; four levels of a second field with a long name, one of them small."""
+    generator = np.random.default_rng(count)
+    labels = generator.integers(count, size=images)
+    sex = np.array(levels, dtype=object)[np.arange(images) // 2 % len(levels)]
+    scores = generator.dirichlet(np.ones(count), images) + 0.1
+    scores[
+        np.arange(images), np.where((sex == "FEMALE") & (generator.random(images) < 0.9), labels, generator.integers(count, size=images))
+    ] += 2
+    scores /= scores.sum(axis=1, keepdims=True)
+    ids = [f"i{number}" for number in range(images)]
+    classes = NAMES[:count]
+    places = np.array(["background_father = BRAZIL", "anterior torso", "head/neck"], dtype=object)[np.arange(images) // 2 % 3]
+    places[:6] = "palms/soles"
+    fields = (
+        MetadataField(name="sex", kind="categorical", categories=("FEMALE", "MALE"), description="Sex of the patient", subgroup=True),
+        MetadataField(
+            name="place", kind="categorical", subgroup=True, description="Where on the body the lesion is, as well as it can be said"
+        ),
+    )
+    schema = DatasetSchema(name="csv_table", title="own", classes=tuple(classes), malignant=tuple(classes[:1]), fields=fields)
+    predictions = pd.DataFrame(
+        {"image_id": ids, "label": np.array(classes)[labels], **{f"prob_{n}": scores[:, k] for k, n in enumerate(classes)}}
+    )
+    rows = pd.DataFrame({"image_id": ids, "sex": sex, "place": places})
+    return measure_subgroups(predictions, rows, pd.Series([f"p{k // 2}" for k in range(images)], index=ids), schema, samples=50)
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_the_pictures_of_subgroups_hold_their_numbers(count: int) -> None:
+    found = subgroups_of(count)
+    for picture in (
+        draw_subgroups(found, "accuracy"),
+        draw_subgroup_gaps(found, "balanced_accuracy"),
+        draw_subgroup_gaps(found, "overconfidence"),
+    ):
+        assert_readable(picture)
+        assert "place: palms/soles (6)" in picture.caption
+    table = found.table[found.table["measure"] == "balanced_accuracy"].set_index("level")
+    picture = draw_subgroup_gaps(found, "balanced_accuracy")
+    sex = picture.figure.axes[0]
+    marks = [line for line in sex.lines if line.get_marker() in ("o", "D")]
+    assert [line.get_xdata()[0] for line in marks] == pytest.approx(table.loc[["FEMALE", "MALE"], "gap"].tolist())
+    assert [line.get_color() for line in marks] == [SECONDARY, SECONDARY]
+    spans = [line.get_xdata() for line in sex.lines if len(line.get_xdata()) == 2 and line.get_marker() == "None"][1:]
+    assert np.ravel(spans) == pytest.approx(np.ravel(table.loc[["FEMALE", "MALE"], ["gap_low", "gap_high"]]))
+    assert f"sex FEMALE +{table.loc['FEMALE', 'gap']:.2f} [" in picture.alt
+
+
+def test_a_measure_without_any_value_is_not_drawn() -> None:
+    found = subgroups_of(2)
+    with pytest.raises(DataError, match="nothing to draw"):
+        draw_subgroup_gaps(found, "ece")
+    nobody = subgroups_of(2, images=16)
+    with pytest.raises(DataError, match="nothing to draw"):
+        draw_subgroups(nobody, "accuracy")
+    section = subgroups_section(nobody)
+    assert section.pictures == []
+    assert "0 gaps were looked at" in " ".join(section.lead)
+
+
+def test_the_section_on_subgroups_says_how_many_gaps_stand_out_and_what_chance_would_give() -> None:
+    found = subgroups_of(3, levels=("FEMALE", "MALE", None))  # type: ignore[arg-type]
+    section = subgroups_section(found)
+    words = " ".join(section.lead)
+    assert f"{found.looked_at} gaps were looked at" in words
+    assert f"about {found.by_chance:.0f} of them" in words
+    assert f"95% interval of {found.flagged}" in words
+    assert "palms/soles (6)" in words
+    assert ('"Not recorded" stands out' in words) == bool((found.table["flagged"] & (found.table["level"] == "not recorded")).any())
+    tables = [item for item in section.items if isinstance(item, PrintedTable)]
+    assert len(tables[0].rows) == len(found.levels)
+    assert len(tables[1].rows) == found.flagged
+    first = tables[0].rows[0]
+    values = found.table[(found.table["level"] == "FEMALE")].set_index("measure")["value"]
+    assert [cell.text for cell in first[1:3]] == [f"{values[name]:.3f}" for name in ("balanced_accuracy", "accuracy")]
+    for picture in section.pictures:
+        assert_readable(picture)
+
+
+def selective_arguments(count: int, images: int) -> tuple[Any, Any, Any, Any]:
+    generator = np.random.default_rng(count)
+    labels = generator.integers(count, size=images)
+    scores = generator.dirichlet(np.ones(count), images)
+    scores[np.arange(images), labels] += 0.3
+    return labels, scores / scores.sum(axis=1, keepdims=True), np.arange(images) // 2, NAMES[:count]
+
+
+@pytest.mark.parametrize(("count", "images"), [(2, 12), (6, 200), (8, 300)])
+def test_the_picture_of_silence_draws_the_curve(count: int, images: int) -> None:
+    found = measure_selective(*selective_arguments(count, images), samples=30)
+    picture = draw_selective(found)
+    assert_readable(picture)
+    assert picture.data["images"].min() >= min(20, images)
+    upper = picture.figure.axes[0].lines[0]
+    assert upper.get_ydata()[-1] == pytest.approx(found.table["accuracy"].iloc[-1])
+    assert upper.get_xdata()[-1] == 100
+    assert f"accuracy {found.table['accuracy'].iloc[-1]:.2f}" in picture.alt
+    without = draw_selective(measure_selective(*selective_arguments(count, images), samples=0))
+    assert "resamples" not in without.caption
+    assert_readable(without)
+
+
+@pytest.mark.parametrize("interval", [None, (0.1, 0.6)])
+def test_the_picture_of_referral_shows_the_threshold_in_use(interval: tuple[float, float] | None) -> None:
+    generator = np.random.default_rng(0)
+    malignant = generator.random(80) < 0.4
+    score = np.clip(generator.normal(0.3 + 0.3 * malignant, 0.2), 0, 1)
+    curve = referral_curve(malignant, score, np.arange(80), 0.35, 0.95, interval, samples=30)
+    picture = draw_referral(curve)
+    assert_readable(picture)
+    axis = picture.figure.axes[0]
+    dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axis.lines if line.get_marker() == "o"]
+    assert dots == [(0.35, curve.sensitivity), (0.35, curve.specificity)]
+    assert ("Grey" in picture.caption) == (interval is not None)
+    assert f"{curve.sensitivity:.2f} of the cancers" in picture.alt
+
+
+def test_the_section_on_calibration_says_what_the_run_measured(tiny_run: Run) -> None:
+    measured = read_measured(tiny_run)
+    section = calibrated_section(measured, samples=20)
+    values, words = measured.metrics["calibrated"], " ".join(section.lead)
+    assert f"temperature of {values['temperature']:.2f}" in words
+    assert f"{values['conformal']['marginal']['coverage']:.0%} [" in words
+    assert "The promise is approximate" in words
+    assert f"misses {values['referral']['missed']}" in words
+    assert ("isn't reached" in words) == (not values["referral"]["reached"])
+    assert [picture.name for picture in section.pictures] == ["reliability_calibrated", "selective", "referral"]
+    for picture in section.pictures:
+        assert_readable(picture)
+    tables = [item for item in section.items if isinstance(item, PrintedTable)]
+    assert tables[0].rows[2][1].text == f"{values['before']['brier']:.3f}"
+    assert tables[1].rows[0][1].text == f"{values['conformal']['marginal']['coverage']:.3f}"
+    assert [row[0].text for row in tables[2].rows] == ["100%", "90%", "80%", "70%", "50%"]
+
+
+def test_the_section_on_calibration_can_do_without_intervals_and_without_cancers(tiny_run: Run) -> None:
+    measured = read_measured(tiny_run)
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items() if not key.endswith(("_ci95", "_by_chance"))}
+        return [plain(inner) for inner in value] if isinstance(value, list) else value
+
+    values = plain(measured.metrics["calibrated"])
+    for kind in ("marginal", "by_class"):
+        values["conformal"][kind]["promise"] = None
+    measured.metrics["calibrated"] = {**values, "referral": None}
+    words = " ".join(calibrated_section(measured, samples=20).lead)
+    assert "There is no threshold of referral" in words
+    assert "chance" not in words
+
+
+def test_a_run_on_drawn_data_can_be_divided_into_subgroups(tiny_run: Run) -> None:
+    dataset = read_dataset(tiny_run.recipe)
+    test = tiny_run.predictions.query("split == 'test'")
+    groups = tiny_run.split.set_index("image_id")["patient_id"]
+    found = measure_subgroups(test, side_rows(dataset, tiny_run.split, "test"), groups, dataset.schema, samples=20)
+    assert found.levels.groupby("field")["images"].sum().tolist() == [len(test)] * 4
+    for picture in subgroups_section(found).pictures:
+        assert_readable(picture)
