@@ -136,7 +136,7 @@ def test_patterns_remove_what_they_name_and_nothing_else(made: dict[str, Availab
         assert row["difference"] == pytest.approx(row["value"] - 1)
     assert table.iloc[0]["pattern"] == EVERYTHING
     assert table.iloc[-1]["pattern"] == NOTHING
-    assert table.iloc[-1]["answers"] == 0
+    assert table.iloc[-1]["answers_kept"] == 0
 
 
 def test_the_whole_form_is_what_the_run_predicted(opened: OpenedRun, real: Availability) -> None:
@@ -146,7 +146,7 @@ def test_the_whole_form_is_what_the_run_predicted(opened: OpenedRun, real: Avail
         assert curve.loc[measure, "value"] == pytest.approx(metrics[measure], abs=1e-3)
         assert curve.loc[measure, "difference"] == 0
     assert real.curve["draws"].tolist() == [1, 1, 2, 2, 1, 1] * 2
-    np.testing.assert_array_equal(real.curve["answers"].to_numpy()[:2], [0, 0])
+    np.testing.assert_array_equal(real.curve["answers_kept"].to_numpy()[:2], [0, 0])
 
 
 def test_runs_are_compared_in_pairs(opened: OpenedRun, made: dict[str, Availability]) -> None:

@@ -46,7 +46,7 @@ def availability(name: str, photographs: tuple[str, ...] = (WITH, WITHOUT)) -> A
     long = "7 fields missing: background_father, background_mother, skin_cancer_history, ... (only what is always recorded, M1)"
     patterns = [("all answers that are there", "", 0.6), (long, "a; b", 0.3), ("no form", "a; b; c", np.nan)]
     curve = [
-        {"photograph": photograph, "share": share, "answers": 20 * share, "draws": 5, "measure": measure}
+        {"photograph": photograph, "share": share, "answers_kept": 20 * share, "draws": 5, "measure": measure}
         | numbers
         | {"value": 0.2 + share / 2}
         for photograph in photographs
@@ -54,7 +54,7 @@ def availability(name: str, photographs: tuple[str, ...] = (WITH, WITHOUT)) -> A
         for measure in MEASURES[:2]
     ]
     named = [
-        {"photograph": photograph, "pattern": pattern, "removed": removed, "training_share": share, "answers": 9.0, "measure": measure}
+        {"photograph": photograph, "pattern": pattern, "removed": removed, "training_share": share, "answers_kept": 9.0, "measure": measure}
         | numbers
         for photograph in photographs
         for pattern, removed, share in patterns
@@ -137,7 +137,10 @@ def test_the_command_leaves_tables_and_pictures(tiny_run: Run, tmp_path: Path) -
     assert result.exit_code == 0, result.output
     assert "How much of the score is shortcut?" in result.output
     assert "[0." in result.output, "intervals are printed as they are"
-    assert {path.name for path in tmp_path.iterdir()} == {"shortcuts.csv", "shortcuts.json", "availability.csv", "patterns.csv", "pictures"}
+    tables = {f"{name}.csv" for name in ("shortcuts", "availability", "patterns", "subgroups", "out_of_scope")}
+    assert {path.name for path in tmp_path.iterdir()} == tables | {"shortcuts.json", "pictures"}
+    assert set(pd.read_csv(tmp_path / "subgroups.csv")["field"]) == {"age", "gender", "fitspatrick", "region"}
+    assert "test photographs of lesions" in set(pd.read_csv(tmp_path / "out_of_scope.csv")["group"])
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 3
     table = pd.read_csv(tmp_path / "shortcuts.csv")
     written = json.loads((tmp_path / "shortcuts.json").read_text())

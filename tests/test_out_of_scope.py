@@ -327,7 +327,8 @@ def test_section_and_picture_say_the_measured_numbers(measured: OutOfScopeMeasur
     from dualrefnet.report.out_of_scope import out_of_scope_section
 
     picture = draw_out_of_scope(measured)
-    pd.testing.assert_frame_equal(picture.data, measured.scores)
+    assert list(picture.data.columns) == ["group", "score"]
+    assert sorted(picture.data["score"]) == sorted(measured.scores["score"])
     drawn = sum(len(line.get_xdata()) for axis in picture.figure.axes for line in axis.lines if line.get_marker() != "None")
     assert drawn == len(measured.scores)
     section = out_of_scope_section(measured)

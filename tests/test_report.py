@@ -35,7 +35,8 @@ from dualrefnet.report.write import PERSONAL, write_explanations, write_report
 
 SMALL = Wishes(images=40, shap_images=6, each=1)
 CANCERS = ["BCC", "MEL", "SCC"]
-MEASURED = ["glance", "classes", "probabilities", "training"]
+MEASURED = ["glance", "classes", "probabilities", "calibrated", "training"]
+EXAMINED = ["subgroups", "shortcuts", "availability", "out_of_scope", "audit"]
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +257,7 @@ def test_numbers_of_the_explanations_are_those_of_their_pictures(full: Page) -> 
 
 
 def test_sections_of_a_run_that_has_everything(full: Page, tiny_run: Run) -> None:
-    assert list(full.sections) == [*MEASURED, "gallery", "where", "form", "features", "auxiliary", "against", "made"]
+    assert list(full.sections) == [*MEASURED, "gallery", "where", "form", "features", "auxiliary", *EXAMINED, "against", "made"]
     predictions = rows_of(tiny_run)
     # One right and one wrong of each class, where there is one.
     kinds = predictions.assign(right=predictions["label"] == predictions["predicted"])[["label", "right"]].drop_duplicates()
@@ -341,7 +342,7 @@ def test_the_better_run_of_two_is_named_and_shown_where_it_is_right(tiny_run: Ru
 
 
 def test_without_photographs_no_image_is_shown_or_named(shared: Page, full: Page, tiny_run: Run) -> None:
-    assert list(shared.sections) == [*MEASURED, "where", "form", "features", "auxiliary", "against", "made"]
+    assert list(shared.sections) == [*MEASURED, "where", "form", "features", "auxiliary", *EXAMINED, "against", "made"]
     # The only pixels are the scales beside the points, which are long and narrow.
     for title, picture in shared.svgs().items():
         scales = list(picture.all("image"))
@@ -392,7 +393,8 @@ def test_photographs_of_an_earlier_report_are_not_left_beside_one_without(shared
 
 def test_a_run_that_reads_no_photograph(form_page: Page, form_run: Run) -> None:
     assert form_page.file == form_run.path / "report" / "report.html"
-    assert list(form_page.sections) == [*MEASURED, "form", "features", "made"]
+    examined = [name for name in EXAMINED if name != "out_of_scope"]
+    assert list(form_page.sections) == [*MEASURED, "form", "features", *examined, "made"]
     (subtitle,) = [element.words() for element in form_page.root.all("p") if element.attributes.get("class") == "subtitle"]
     assert subtitle == "no image encoder, metadata M3; patients apart; seed 0"
     assert not [stem for stem in form_page.stems if stem.startswith(("gallery", "gradcam", "localisation", "reconstruction"))]
@@ -404,7 +406,8 @@ def test_a_run_that_reads_no_photograph(form_page: Page, form_run: Run) -> None:
 
 
 def test_a_run_that_reads_no_form(image_page: Page, image_run: Run) -> None:
-    assert list(image_page.sections) == [*MEASURED, "gallery", "where", "features", "made"]
+    examined = [name for name in EXAMINED if name != "availability"]
+    assert list(image_page.sections) == [*MEASURED, "gallery", "where", "features", *examined, "made"]
     assert not [stem for stem in image_page.stems if stem.startswith(("shap", "reconstruction"))]
     assert "SHAP" not in image_page.text
     galleries = pd.concat([pd.read_csv(path) for path in image_page.pictures.glob("gallery_*.csv")])

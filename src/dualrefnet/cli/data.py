@@ -7,13 +7,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from dualrefnet.cli import app
-from dualrefnet.findings import Finding
-
-COLOURS = {"PASS": "green", "WARN": "yellow", "FAIL": "red"}
+from dualrefnet.cli.show import COLOURS, output, print_findings, print_table
 
 DatasetName = Annotated[str, typer.Argument(metavar="DATASET", help="pad_ufes_20, isic_2019, sample or csv_table")]
 Root = Annotated[
@@ -77,7 +74,7 @@ def check(
 
     with progress_bar("reading images") as show:
         report = check_dataset(dataset, root, description, workers, show)
-    _print_findings(report.findings)
+    print_findings(report.findings)
     if json_file:
         write_json(json_file, report.to_json())
     raise typer.Exit(1 if report.failed else 0)
@@ -153,23 +150,10 @@ def audit(
         result = audit_dataset(
             dataset, root, description, protocol, fold, folds, seed, not without_images, not without_forests, workers, show
         )  # fmt: skip
-    _print_findings(result.findings)
-    console = Console(highlight=False)
-    for printed in printed_tables(result).values():
-        table = Table(*printed.columns, title=printed.title, title_justify="left")
-        for row in printed.rows:
-            table.add_row(*(escape(f"{cell.text} {cell.small}".strip()) for cell in row))
-        console.print(table)
-    console.print(f"{result.dataset}, protocol {result.protocol}: [{COLOURS[result.verdict]}]{result.verdict}[/]")
+    print_findings(result.findings)
+    for table in printed_tables(result).values():
+        print_table(table)
+    output().print(f"{result.dataset}, protocol {result.protocol}: [{COLOURS[result.verdict]}]{result.verdict}[/]")
     if json_file:
         write_json(json_file, result.to_json())
     raise typer.Exit(1 if result.failed else 0)
-
-
-def _print_findings(findings: list[Finding]) -> None:
-    console = Console(highlight=False)
-    for finding in findings:
-        # Ids and messages come from the user's table: square brackets in them are no markup.
-        console.print(f"[{COLOURS[finding.level]}]{finding.level}[/]  {finding.check}: {escape(finding.message)}", soft_wrap=True)
-        if finding.examples and finding.level != "PASS":
-            console.print(f"      e.g. {escape(', '.join(map(str, finding.examples[:3])))}", style="dim", soft_wrap=True)

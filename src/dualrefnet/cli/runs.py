@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.syntax import Syntax
 
 from dualrefnet.cli import app
+from dualrefnet.cli.show import COLOURS, output, print_table
 from dualrefnet.errors import DualRefNetError
-
-if TYPE_CHECKING:
-    from dualrefnet.evaluation.printed_table import PrintedTable
 
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that ships (`dualrefnet recipes`).")
@@ -34,11 +32,10 @@ def doctor() -> None:
     """Check the environment, the weights and the data: PASS, WARN or FAIL, each with the fix. Exit status 1 on FAIL."""
     from dualrefnet.doctor import examine
 
-    colours = {"PASS": "green", "WARN": "yellow", "FAIL": "red"}
     findings = examine()
-    console = Console(highlight=False)
+    console = output()
     for finding in findings:
-        console.print(f"[{colours[finding.level]}]{finding.level}[/]  {finding.subject}: {finding.message}", soft_wrap=True)
+        console.print(f"[{COLOURS[finding.level]}]{finding.level}[/]  {finding.subject}: {finding.message}", soft_wrap=True)
     raise typer.Exit(1 if any(finding.level == "FAIL" for finding in findings) else 0)
 
 
@@ -175,7 +172,7 @@ def probe(
     others = [Run(path) for path in against or []]
     probed = write_probes(Run(run), others, out, masks, permutations, draws, seed=seed, root=root, cache=cache, device=device)
     for table in probed.tables:
-        _print_table(table)
+        print_table(table)
     typer.echo(f"the probes: {probed.folder}")
 
 
@@ -207,24 +204,6 @@ def predict(
         done, failed = predict_files(Predictor.load(run, device), images, metadata, out, progress=show)
     typer.echo(f"{done} photographs classified, {failed} could not be read: {out}")
     raise typer.Exit(2 if failed and not done else 0)
-
-
-def _print_table(table: PrintedTable) -> None:
-    from rich import box
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    # What is said at the left is long, and the numbers must leave it room.
-    room = max(9, (console.width - 24 * table.left) // (len(table.columns) - table.left) - 3)
-    shown = Table(title=table.title, box=box.SIMPLE_HEAD, title_justify="left")
-    for number, name in enumerate(table.columns):
-        left = number < table.left
-        shown.add_column(name, justify="left" if left else "right", max_width=None if left else room)
-    for row in table.rows:
-        shown.add_row(*(f"{cell.text} {cell.small}".strip().replace("[", r"\[") for cell in row))
-    console.print(shown)
-    for note in table.notes:
-        console.print(f"- {note}", markup=False)
 
 
 def _print_metrics(metrics: dict[str, object]) -> None:

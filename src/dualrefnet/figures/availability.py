@@ -70,7 +70,7 @@ def draw_availability(runs: Sequence[Availability], measure: str = "balanced_acc
         points = ", ".join(f"{value:.2f} at {share:.0%}" for share, value in zip(line["share"], line["value"], strict=True))
         words.append(f"{run} {photograph}: {points}")
     stem = "availability" if measure == "balanced_accuracy" else f"availability_{measure}"
-    columns = ["run", "photograph", "share", "answers", "draws", "measure", "value", "low", "high"]
+    columns = ["run", "photograph", "share", "answers_kept", "draws", "measure", "value", "low", "high"]
     return Picture(stem, "With fewer answers", caption, f"{'; '.join(words)}. Guessing {chance:.2f}.", figure, data[columns])
 
 
@@ -89,7 +89,7 @@ def draw_patterns(runs: Sequence[Availability], measure: str = "balanced_accurac
     data = pd.concat([run.patterns[run.patterns["measure"] == measure].assign(run=run.name) for run in runs], ignore_index=True)
     chance = runs[0].chance if measure == "balanced_accuracy" else 0.5
     series = list(data[["run", "photograph"]].drop_duplicates().itertuples(index=False, name=None))
-    patterns = data.drop_duplicates("removed").sort_values("answers", ascending=False, kind="stable")
+    patterns = data.drop_duplicates("removed").sort_values("answers_kept", ascending=False, kind="stable")
     labels = [textwrap.fill(text, LETTERS) for text in patterns["pattern"]]
     heights = [max(LINE * (label.count("\n") + 1), SLOT * len(series)) + GAP for label in labels]
     figure, (axis,) = new_figure(sum(heights) + REST + SLOT * ((len(series) + 1) // 2))
@@ -124,7 +124,7 @@ def draw_patterns(runs: Sequence[Availability], measure: str = "balanced_accurac
         for row in data.to_dict("records")
     ]
     stem = "patterns" if measure == "balanced_accuracy" else f"patterns_{measure}"
-    columns = ["run", "photograph", "pattern", "removed", "training_share", "answers", "measure", "value", "low", "high"]
+    columns = ["run", "photograph", "pattern", "removed", "training_share", "answers_kept", "measure", "value", "low", "high"]
     return Picture(stem, "With what is missing together", caption, "; ".join(words), figure, data[columns])
 
 

@@ -53,7 +53,9 @@ def draw_out_of_scope(measured: OutOfScopeMeasured) -> Picture:
         f"chosen with (seed {measured.seed})."
     )
     words = [f"{row['group']}: {row['pictures']} pictures, {_numbers(row['auroc'], row['flagged'])}" for row in rows]
-    return Picture("out_of_scope", "Which pictures it warns of", caption, "; ".join(words), figure, measured.scores)
+    # Sources are patients, too; and the order of the rows would tell which of them are of one.
+    data = measured.scores.drop(columns="source").sort_values(["group", "score"], ignore_index=True)
+    return Picture("out_of_scope", "Which pictures it warns of", caption, "; ".join(words), figure, data)
 
 
 def _numbers(auroc: float, flagged: float) -> str:

@@ -37,10 +37,10 @@ class Availability:
     Attributes:
         name: of the run, for people.
         curve: one row a photograph (`with photograph`, `without photograph`), share and measure: photograph, share (of the recorded
-            answers that were kept), answers (kept on average), draws, measure, value (mean over draws), low, high; difference,
+            answers that were kept), answers_kept (on average), draws, measure, value (mean over draws), low, high; difference,
             difference_low, difference_high from the whole form with the same photograph.
         patterns: one row a photograph, pattern and measure: photograph, pattern (its name), removed (the fields, with `; ` between),
-            training_share (of the training rows that show it; NaN if it wasn't looked for), answers, measure, value and so on.
+            training_share (of the training rows that show it; NaN if it wasn't looked for), answers_kept, measure, value and so on.
         chance: balanced accuracy of guessing.
         bootstrap: what the tables were made from: the value of every question in every resample.
         image_ids: (N,) of the test images.
@@ -114,11 +114,11 @@ def measure_availability(
         if _key(photograph, _share(1)) not in answers:
             continue
         for share in shares:
-            start: dict[str, object] = {"photograph": photograph, "share": share, "answers": kept[_share(share)]}
+            start: dict[str, object] = {"photograph": photograph, "share": share, "answers_kept": kept[_share(share)]}
             curve += _measured(bootstrap, photograph, _share(share), start | {"draws": len(asked[_share(share)])})
         for pattern in patterns:
             start = {"photograph": photograph, "pattern": pattern.name, "removed": pattern.fields}
-            start |= {"training_share": pattern.training_share, "answers": kept[_without(pattern.fields)]}
+            start |= {"training_share": pattern.training_share, "answers_kept": kept[_without(pattern.fields)]}
             named += _measured(bootstrap, photograph, _without(pattern.fields), start)
     unit = "lesion" if schema.group_by == "lesion_id" else "patient"
     return Availability(

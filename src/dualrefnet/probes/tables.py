@@ -80,7 +80,7 @@ def availability_table(availability: Availability) -> PrintedTable:
     photographs = [name for name in (WITH, WITHOUT) if (curve["photograph"] == name).any()]
     values = {(row["photograph"], row["share"]): row for row in curve.to_dict("records")}
     rows = []
-    for share, answers in curve.drop_duplicates("share")[["share", "answers"]].itertuples(index=False):
+    for share, answers in curve.drop_duplicates("share")[["share", "answers_kept"]].itertuples(index=False):
         rows.append([Cell(f"{share:.0%}"), Cell(f"{answers:.1f}"), *(_cell(values[name, share]) for name in photographs)])
     return PrintedTable(
         f"Balanced accuracy by how much of the form is there: {availability.name}",
@@ -99,7 +99,7 @@ def pattern_table(availability: Availability) -> PrintedTable:
     for row in table.drop_duplicates("removed").to_dict("records"):
         share = "" if pd.isna(row["training_share"]) else f"{row['training_share']:.0%}"
         cells = [_cell(values[name, row["removed"]]) for name in photographs]
-        rows.append([Cell(row["pattern"]), Cell(share), Cell(f"{row['answers']:.1f}"), *cells])
+        rows.append([Cell(row["pattern"]), Cell(share), Cell(f"{row['answers_kept']:.1f}"), *cells])
     columns = ("what is there", "of training", "answers", *photographs)
     note = (
         "Of training: the share of the training rows in which exactly these answers are missing. What a test row itself misses is missing "

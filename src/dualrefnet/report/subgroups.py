@@ -78,7 +78,8 @@ def _level_table(subgroups: Subgroups, unit: str) -> PrintedTable:
     at = {(row["field"], row["level"], row["measure"]): row for row in subgroups.table.to_dict("records")}
     rows = []
     for level in subgroups.levels.to_dict("records"):
-        lacks = f", no {level['missing']}" if level["missing"] else ""
+        # Of a few patients it would tell what they have.
+        lacks = f", no {level['missing']}" if level["missing"] and level["measured"] else ""
         row = [Cell(f"{level['field']} = {level['level']}", f"{level['images']:,} images, {level['patients']:,} {unit}{lacks}")]
         for measure in measures:
             found = at.get((level["field"], level["level"], measure))
