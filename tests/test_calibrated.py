@@ -12,6 +12,7 @@ from dualrefnet.errors import RunError
 from dualrefnet.evaluation.calibrated import Calibration, fit_calibration, measure_calibrated
 from dualrefnet.evaluation.calibration import adaptive_calibration_error, brier_score, expected_calibration_error
 from dualrefnet.evaluation.calibration_errors import ERRORS, compare_errors
+from dualrefnet.evaluation.tables import calibration_line
 from dualrefnet.evaluation.temperature import apply_temperature
 from dualrefnet.files import read_json
 from dualrefnet.recipe import load_recipe
@@ -200,3 +201,19 @@ def test_the_recipe_refuses_promises_that_nobody_can_keep() -> None:
 def test_using_a_calibration_needs_neither_torch_nor_matplotlib() -> None:
     code = "import sys, dualrefnet.evaluation.calibrated; print({'torch', 'matplotlib', 'timm'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+
+
+def test_the_line_of_the_terminal_says_what_was_measured() -> None:
+    measured = {
+        "temperature": 1.246,
+        "before": {"ece": 0.1234},
+        "after": {"ece": 0.0567},
+        "conformal": {"promised": 0.9, "marginal": {"mean_size": 1.76, "coverage": 0.875}},
+        "referral": {"sensitivity": 0.931, "referred": 0.52, "wanted": 0.95},
+    }
+    line = calibration_line(measured)
+    assert line == (
+        "temperature 1.25: calibration error 0.123 -> 0.057; sets of 1.8 classes hold the right one for 88% (90% promised); "
+        "referral of 52% finds 93% of the cancers (95% wanted)"
+    )
+    assert calibration_line(measured | {"referral": None}) == line.rpartition("; ")[0]

@@ -17,7 +17,6 @@ from dualrefnet.probes.changed_pictures import (
     GROWN,
     ask_about_changed,
     change_picture,
-    find_run_masks,
     grow,
     read_outlines,
 )
@@ -101,7 +100,7 @@ def test_outlines_are_read_as_the_model_sees_the_pictures_and_useless_ones_are_c
     cv2.imwrite(str(folder / f"{ids[1]}.png"), np.zeros((20, 20), np.uint8))
     cv2.imwrite(str(folder / f"{ids[2]}.png"), np.full((20, 20), 255, np.uint8))
     (folder / f"{ids[3]}.png").unlink()
-    examples, masks = run.pictures("test"), find_run_masks(run, None)
+    examples, masks = run.pictures("test"), run.masks()
     assert set(masks) == set(ids) - {ids[3]}
     outlines = read_outlines(run, examples, masks)
     assert outlines.places.tolist() == [place for place in range(len(ids)) if place not in (1, 2, 3)]
@@ -122,13 +121,13 @@ def test_outlines_are_read_as_the_model_sees_the_pictures_and_useless_ones_are_c
 
 def test_masks_are_looked_for_where_they_are_and_a_wrong_folder_is_refused(opened: OpenedRun, tmp_path: Path) -> None:
     wanted = set(opened.rows("test")["image_id"])
-    assert set(find_run_masks(opened, None)) == wanted
+    assert set(opened.masks()) == wanted
     (tmp_path / "root").mkdir()
     bare = replace(opened, dataset=Dataset(opened.dataset.table, opened.dataset.schema, tmp_path / "root"))
-    assert find_run_masks(bare, None) == {}
+    assert bare.masks() == {}
     with pytest.raises(DataError, match="there is no folder of masks"):
-        find_run_masks(opened, tmp_path / "nowhere")
+        opened.masks(tmp_path / "nowhere")
     (tmp_path / "other").mkdir()
     cv2.imwrite(str(tmp_path / "other" / "stranger.png"), np.zeros((4, 4), np.uint8))
     with pytest.raises(DataError, match="no mask of a test image"):
-        find_run_masks(opened, tmp_path / "other")
+        opened.masks(tmp_path / "other")

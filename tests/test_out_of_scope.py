@@ -24,7 +24,6 @@ from dualrefnet.evaluation.out_of_scope import (
     SKIN,
     OutOfScopeMeasured,
     measure_out_of_scope,
-    read_vectors,
     share_interval,
     summarise,
 )  # fmt: skip
@@ -182,7 +181,7 @@ def test_vectors_are_kept_of_what_is_classified_and_the_answer_stays(opened: Ope
     assert torch.equal(kept, predict_logits(opened.model, examples.in_order(7), *arguments).logits)
     found = keeper.take()
     assert found is not None
-    np.testing.assert_allclose(found, read_vectors(opened, examples, np.arange(len(examples))), atol=1e-5)
+    np.testing.assert_allclose(found, opened.vectors(examples, np.arange(len(examples))), atol=1e-5)
     assert found.shape == (len(examples), 1280)
     assert keeper.take() is None
     assert not opened.model.training
@@ -191,7 +190,7 @@ def test_vectors_are_kept_of_what_is_classified_and_the_answer_stays(opened: Ope
 def test_evaluation_fits_the_score_and_counts_false_alarms(opened: OpenedRun) -> None:
     said = opened.run.metrics["out_of_scope"]
     examples = opened.pictures("test")
-    scores = opened.run.out_of_scope.score(read_vectors(opened, examples, np.arange(len(examples))))
+    scores = opened.run.out_of_scope.score(opened.vectors(examples, np.arange(len(examples))))
     assert said["images"] == len(examples) == len(scores)
     assert said["false_alarms"] == (scores > 1).sum()
     assert said["false_alarm_rate"] == pytest.approx((scores > 1).mean())
@@ -204,7 +203,7 @@ def test_evaluation_fits_the_score_and_counts_false_alarms(opened: OpenedRun) ->
 def test_the_predictor_gives_the_score_of_the_evaluation(opened: OpenedRun) -> None:
     predictor = Predictor.load(opened.run)
     rows = opened.rows("test").head(5)
-    scores = opened.run.out_of_scope.score(read_vectors(opened, opened.pictures("test"), np.arange(5)))
+    scores = opened.run.out_of_scope.score(opened.vectors(opened.pictures("test"), np.arange(5)))
     predictions = predictor.predict_many(list(rows["image_path"]), [{}] * 5)
     np.testing.assert_allclose([prediction.out_of_scope for prediction in predictions], scores, rtol=1e-4)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -206,10 +206,13 @@ def predict(
     raise typer.Exit(2 if failed and not done else 0)
 
 
-def _print_metrics(metrics: dict[str, object]) -> None:
-    from dualrefnet.evaluation.tables import metrics_table
+def _print_metrics(metrics: dict[str, Any]) -> None:
+    from dualrefnet.evaluation.tables import calibration_line, metrics_table
 
     title = f"{metrics['dataset']}, test set, protocol {metrics['protocol']}" + (
         " - DRAWN PICTURES, NOT CLINICAL" if metrics["drawn"] else ""
     )
     Console().print(metrics_table(metrics, title=title))
+    # A run that was finished by an earlier version has none.
+    if "calibrated" in metrics:
+        typer.echo(calibration_line(metrics["calibrated"]))

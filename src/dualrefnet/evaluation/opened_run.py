@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,20 +10,23 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dualrefnet.data.adapters import Dataset
 from dualrefnet.data.derived_store import DerivedStore
 from dualrefnet.data.image_store import ImageStore
 from dualrefnet.data.loader import Batch, Examples
+from dualrefnet.data.masks import FOLDER, find_masks
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.pipeline import fill_recipe_store, make_examples, read_dataset, side_rows
-from dualrefnet.errors import RunError
+from dualrefnet.errors import DataError, RunError
 from dualrefnet.models.backbones import Encoded
 from dualrefnet.models.frozen import fill_features
-from dualrefnet.models.inference import Normalisation, normalise, to_unit
+from dualrefnet.models.inference import Normalisation, encoded, normalise, to_unit
 from dualrefnet.models.method import Method
 from dualrefnet.models.registry import load_model
+from dualrefnet.models.vectors import joined_vectors
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import Run
 
@@ -95,15 +99,48 @@ class OpenedRun:
         return normalise(to_unit(batch.images.to(self.device), self.recipe.image.size), self.normalisation)
 
     @torch.inference_mode()
+    def vectors(
+        self, examples: Examples, rows: NDArray[np.int64], progress: Callable[[int, int], None] | None = None
+    ) -> NDArray[np.float32]:
+        """Return what the encoders make of the examples at `rows`, (N, D), side by side if there are several; stored features are read
+        where there are some.
+        """
+        size, kept = self.recipe.evaluation.batch_size, []
+        for start in range(0, len(rows), size):
+            batch = examples.batch(rows[start : start + size])
+            images = self.images(batch)
+            kept.append(joined_vectors(encoded(batch.features, self.device) if images is None else self.model.encode(images)))
+            if progress is not None:
+                progress(min(start + size, len(rows)), len(rows))
+        return np.concatenate(kept)
+
+    def masks(self, folder: Path | None = None) -> dict[str, Path]:
+        """Return test image id -> mask of the lesion; none if no folder was named and the data set brings none.
+
+        Args:
+            folder: of the masks; None: `masks` in the data set's folder, if it is there.
+
+        Raises:
+            DataError: `folder` isn't there, or holds no mask of a test image.
+        """
+        if folder is None and not (self.dataset.root / FOLDER).is_dir():
+            return {}
+        found = find_masks(self.dataset.root, folder)
+        masks = {image_id: found[image_id] for image_id in self.rows("test")["image_id"] if image_id in found}
+        if folder is not None and not masks:
+            raise DataError(f"{folder} holds no mask of a test image; masks are named <image id>.png")
+        return masks
+
+    @torch.inference_mode()
     def blank(self, count: int) -> Encoded:
         """Return what stands for `count` photographs that aren't there: the model's learned token, or of a model without one what its
         encoders make of a picture in the mean colour of their normalisation.
         """
         side, pixel = self.recipe.image.size, torch.nan if self.model.missing is not None else 0.0
-        encoded = self.model.encode(torch.full((1, 3, side, side), pixel, device=self.device))
+        read = self.model.encode(torch.full((1, 3, side, side), pixel, device=self.device))
         if self.model.missing is not None:
-            encoded = self.model.missing.photograph(encoded)
-        return encoded.rows(torch.zeros(count, dtype=torch.int64, device=self.device))
+            read = self.model.missing.photograph(read)
+        return read.rows(torch.zeros(count, dtype=torch.int64, device=self.device))
 
 
 def open_run(

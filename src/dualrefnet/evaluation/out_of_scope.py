@@ -12,8 +12,6 @@ import pandas as pd
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from dualrefnet.data.loader import Examples
-from dualrefnet.data.masks import FOLDER, find_masks
 from dualrefnet.data.preprocessing import preprocess
 from dualrefnet.errors import DataError
 from dualrefnet.evaluation.everyday_pictures import DOCUMENTS, MEDICAL, PHOTOGRAPHS, PLAIN, everyday_pictures, medical_pictures
@@ -21,7 +19,7 @@ from dualrefnet.evaluation.healthy_skin import cut_skin
 from dualrefnet.evaluation.intervals import draw_counts, group_codes, percentile_interval, wilson_interval
 from dualrefnet.evaluation.opened_run import OpenedRun, sample_rows
 from dualrefnet.evaluation.resampling import Ranking
-from dualrefnet.models.inference import encoded, normalise, to_unit
+from dualrefnet.models.inference import normalise, to_unit
 from dualrefnet.models.out_of_scope import FALSE_ALARMS, fit_out_of_scope
 from dualrefnet.models.vectors import joined_vectors
 
@@ -55,7 +53,7 @@ def fit_run(
     rows = np.arange(len(examples))
     if len(rows) > AT_MOST:
         rows = np.sort(np.random.default_rng(opened.recipe.seed).choice(len(rows), AT_MOST, replace=False))
-    score = fit_out_of_scope(read_vectors(opened, examples, rows, progress), validation)
+    score = fit_out_of_scope(opened.vectors(examples, rows, progress), validation)
     score.save(opened.run.out_of_scope_file)
     flagged = score.score(test) > 1
     wanted = opened.recipe.evaluation.bootstrap
@@ -71,19 +69,6 @@ def fit_run(
     if wanted and groups.nunique() >= FEW_SOURCES:
         result["false_alarm_rate_ci95"] = list(share_interval(flagged, groups, wanted, opened.recipe.seed))
     return result
-
-
-@torch.inference_mode()
-def read_vectors(opened: OpenedRun, examples: Examples, rows: NDArray[np.int64], progress: Progress | None = None) -> NDArray[np.float32]:
-    """Return what the encoders make of the examples at `rows`, (N, D); stored features are read where there are some."""
-    size, kept = opened.recipe.evaluation.batch_size, []
-    for start in range(0, len(rows), size):
-        batch = examples.batch(rows[start : start + size])
-        images = opened.images(batch)
-        kept.append(joined_vectors(encoded(batch.features, opened.device) if images is None else opened.model.encode(images)))
-        if progress is not None:
-            progress(min(start + size, len(rows)), len(rows))
-    return np.concatenate(kept)
 
 
 @dataclass(frozen=True)
@@ -139,8 +124,7 @@ def measure_out_of_scope(
     score = opened.run.out_of_scope
     examples, rows = opened.pictures("test"), opened.rows("test")
     chosen = sample_rows(examples.labels, images, seed)
-    folder = masks is not None or (opened.dataset.root / FOLDER).is_dir()
-    outlined = find_masks(opened.dataset.root, masks) if folder else {}
+    outlined = opened.masks(masks)
     files = dict(zip(rows["image_id"].iloc[chosen], rows["image_path"].iloc[chosen], strict=True))
     with_mask = [image_id for image_id in files if image_id in outlined]
     others = [*everyday_pictures("reporting", seed), *medical_pictures(seed)]
@@ -150,7 +134,7 @@ def measure_out_of_scope(
         return lambda done, _: progress(before + done, total) if progress is not None else None
 
     groups = opened.groups
-    parts = [_rows(LESIONS, groups.loc[list(files)], score.score(read_vectors(opened, examples, chosen, show(0))))]
+    parts = [_rows(LESIONS, groups.loc[list(files)], score.score(opened.vectors(examples, chosen, show(0))))]
     values = score.score(np.concatenate([*_encode(opened, [item.pixels for item in others], show(len(chosen)))]))
     everyday = _rows([item.group for item in others], [item.source for item in others], values)
     parts.append(everyday)

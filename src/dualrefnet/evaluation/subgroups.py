@@ -26,6 +26,8 @@ from dualrefnet.errors import DataError
 from dualrefnet.evaluation.compared_sides import Side, Whole, compare
 from dualrefnet.evaluation.intervals import draw, group_codes
 from dualrefnet.evaluation.levels import NOT_RECORDED, field_levels
+from dualrefnet.evaluation.opened_run import OpenedRun
+from dualrefnet.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -147,3 +149,11 @@ def measure_subgroups(
     overall = {measure: float(whole[measure][0]) for measure in test.measures}
     descriptions = {field.name: field.description or field.name for field in fields}
     return Subgroups(levels, table, overall, descriptions, len(ids), test.size, samples, seed, level)
+
+
+def subgroups_of_run(opened: OpenedRun, samples: int = 1000, seed: int = 0) -> Subgroups:
+    """Measure the subgroups of a run's test side; see `measure_subgroups`."""
+    predictions = opened.run.predictions
+    test = predictions[predictions["split"] == "test"]
+    with progress_bar("subgroups") as show:
+        return measure_subgroups(test, opened.rows("test"), opened.groups, opened.dataset.schema, samples, seed, progress=show)

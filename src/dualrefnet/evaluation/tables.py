@@ -102,6 +102,26 @@ def metrics_table(metrics: Mapping[str, Any], title: str = "Test set") -> Group:
     return Group(first, second, *(Text(f"Note: {remark}.") for remark in metrics["remarks"]))
 
 
+def calibration_line(calibrated: Mapping[str, Any]) -> str:
+    """Say in a line what temperature, conformal sets and referral are worth on the test side.
+
+    Args:
+        calibrated: `calibrated` of metrics.json.
+    """
+    before, after, sets = calibrated["before"]["ece"], calibrated["after"]["ece"], calibrated["conformal"]["marginal"]
+    parts = [
+        f"temperature {calibrated['temperature']:.2f}: calibration error {before:.3f} -> {after:.3f}",
+        f"sets of {sets['mean_size']:.1f} classes hold the right one for {sets['coverage']:.0%} ({calibrated['conformal']['promised']:.0%} "
+        "promised)",
+    ]
+    referral = calibrated["referral"]
+    if referral is not None and referral["sensitivity"] is not None:
+        parts.append(
+            f"referral of {referral['referred']:.0%} finds {referral['sensitivity']:.0%} of the cancers ({referral['wanted']:.0%} wanted)"
+        )
+    return "; ".join(parts)
+
+
 def metrics_markdown(metrics: Mapping[str, Any], title: str = "Test set") -> str:
     """Return the content of `metrics_table` as Markdown.
 

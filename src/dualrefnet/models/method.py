@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -41,7 +42,7 @@ class Architecture(BaseModel):
         return self.section.members or (self.section.backbone,) * 3
 
 
-class Method(nn.Module):
+class Method(nn.Module, ABC):
     """Base of all methods.
 
     A method is built from its `Architecture` and its encoders, and says in `classify` what it does with an image and a form.
@@ -100,6 +101,7 @@ class Method(nn.Module):
             images, metadata = self.missing.photograph(images), self.missing.form(metadata)
         return self.classify(images, metadata)
 
+    @abstractmethod
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
         """Do what the method does with images that were read and forms in which nothing is missing; see `forward`.
 
@@ -107,7 +109,6 @@ class Method(nn.Module):
             images: what each encoder gave; empty for a method that reads no image.
             metadata: (B, M).
         """
-        raise NotImplementedError
 
     def encode(self, image: Tensor | Encoded) -> Encoded:
         """Read (B, 3, H, W) images, normalised for the first encoder, with all encoders; `forward` takes the result in their place.

@@ -18,6 +18,7 @@ from dualrefnet.errors import DataError
 from dualrefnet.evaluation.intervals import group_codes
 from dualrefnet.evaluation.opened_run import OpenedRun
 from dualrefnet.models.backbones import Encoded
+from dualrefnet.models.vectors import joined_vectors
 
 Floats = NDArray[np.float64]
 Forms = NDArray[np.float32]
@@ -56,7 +57,7 @@ def ask_with_forms(opened: OpenedRun, examples: Examples, forms: Sequence[Forms]
             images = opened.images(batch)
             encoded = None if images is None else opened.model.encode(images)
             if encoded is not None:
-                vectors.append(_vectors(encoded))
+                vectors.append(joined_vectors(encoded))
             for answer, form in zip(answers, forms, strict=True):
                 answer[batch.rows] = _answer(opened, encoded, form[batch.rows])
         done += len(batch.rows)
@@ -134,19 +135,6 @@ def ask_with_pictures(
     return [[np.concatenate(answers) for answers in zip(*batches, strict=True)] for batches in zip(*parts, strict=True)]
 
 
-def read_vectors(opened: OpenedRun, examples: Examples, places: NDArray[np.int64], progress: Progress | None = None) -> NDArray[np.float32]:
-    """Return what the encoders make of the pictures at `places`, (P, D), side by side if there are several."""
-    size, vectors = opened.recipe.evaluation.batch_size, []
-    for start in range(0, len(places), size):
-        images = opened.images(examples.batch(places[start : start + size]))
-        assert images is not None
-        with torch.inference_mode():
-            vectors.append(_vectors(opened.model.encode(images)))
-        if progress:
-            progress(min(start + size, len(places)), len(places))
-    return np.concatenate(vectors)
-
-
 def strangers(groups: ArrayLike, generator: np.random.Generator) -> NDArray[np.int64]:
     """Permute rows so that each gets a row of another group (patient).
 
@@ -180,7 +168,3 @@ def _answer(opened: OpenedRun, encoded: Encoded | None, forms: Forms) -> Floats:
     logits = opened.model(encoded, torch.from_numpy(forms).to(opened.device)).logits
     probabilities: Floats = logits.double().softmax(dim=1).cpu().numpy()
     return probabilities
-
-
-def _vectors(encoded: Encoded) -> NDArray[np.float32]:
-    return np.asarray(torch.cat([output.vector.float() for output in encoded.outputs], dim=1).cpu().numpy())

@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dualrefnet.data.loader import Examples
-from dualrefnet.data.masks import FOLDER, find_masks, read_mask
-from dualrefnet.errors import DataError
+from dualrefnet.data.masks import read_mask
 from dualrefnet.evaluation.opened_run import OpenedRun
 from dualrefnet.probes.asked import Floats, Forms, Progress, ask_with_pictures
 
@@ -50,25 +49,6 @@ class Outlines:
     def mask(self, place: int) -> Mask:
         """Return the mask (S, S) of the example at a place."""
         return np.unpackbits(self.packed[place], count=self.side**2).reshape(self.side, self.side).astype(bool)
-
-
-def find_run_masks(opened: OpenedRun, folder: Path | None) -> dict[str, Path]:
-    """Return image id -> mask of the test images; empty if no folder was named and the data set brings none.
-
-    Args:
-        opened: the run.
-        folder: of the masks; None: `masks` in the data set's folder, if it is there.
-
-    Raises:
-        DataError: `folder` isn't there, or holds no mask of a test image.
-    """
-    if folder is None and not (opened.dataset.root / FOLDER).is_dir():
-        return {}
-    wanted = set(opened.rows("test")["image_id"])
-    found = {image_id: path for image_id, path in find_masks(opened.dataset.root, folder).items() if image_id in wanted}
-    if folder is not None and not found:
-        raise DataError(f"{folder} holds no mask of a test image; masks are named <image id>.png")
-    return found
 
 
 def read_outlines(opened: OpenedRun, examples: Examples, masks: dict[str, Path]) -> Outlines:

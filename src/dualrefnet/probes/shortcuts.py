@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from dualrefnet.data.loader import Examples
 from dualrefnet.errors import DataError
 from dualrefnet.evaluation.opened_run import OpenedRun, sample_rows
-from dualrefnet.probes.asked import Asked, Floats, Forms, ask_with_forms, ask_without_photograph, read_vectors, strangers
+from dualrefnet.probes.asked import Asked, Floats, Forms, ask_with_forms, ask_without_photograph, strangers
 from dualrefnet.probes.changed_forms import count_flags, find_gaps, hide_flags, replace_answers, without_answers
-from dualrefnet.probes.changed_pictures import ask_about_changed, find_run_masks, read_outlines
+from dualrefnet.probes.changed_pictures import ask_about_changed, read_outlines
 from dualrefnet.probes.lead import measure_probes
 from dualrefnet.probes.trained_for import train_for, with_gaps_told
 from dualrefnet.progress import progress_bar
@@ -103,7 +103,7 @@ def probe_shortcuts(
     if permutations < 1:
         raise ValueError(f"permutations must be at least 1, not {permutations}")
     probe = _Probe(opened, opened.pictures("test"), seed, permutations)
-    masked = find_run_masks(opened, masks) if opened.model.reads_image else {}
+    masked = opened.masks(masks) if opened.model.reads_image else {}
     asked = probe.ask_forms()
     read = probe.train_references(asked, train_images)
     labels = probe.examples.labels
@@ -206,7 +206,7 @@ class _Probe:
         if opened.model.reads_image:
             places = sample_rows(train.labels, train_images, self.seed)
             with progress_bar("photographs of the training side") as show:
-                vectors = read_vectors(opened, train, places, show)
+                vectors = opened.vectors(train, places, show)
             self.answers["trained_photograph"] = [train_for(vectors, train.labels[places], asked.vectors, classes)]
             read = len(places)
             self.remarks.append(

@@ -8,7 +8,7 @@ from dualrefnet.audit.dataset_audit import audit_split
 from dualrefnet.audit.fingerprints import fingerprint_files
 from dualrefnet.evaluation.opened_run import OpenedRun
 from dualrefnet.evaluation.out_of_scope import measure_out_of_scope
-from dualrefnet.evaluation.subgroups import measure_subgroups
+from dualrefnet.evaluation.subgroups import subgroups_of_run
 from dualrefnet.probes.availability import measure_availability
 from dualrefnet.probes.shortcuts import probe_shortcuts
 from dualrefnet.progress import progress_bar, progress_steps, remark
@@ -26,7 +26,7 @@ def examined_sections(opened: OpenedRun, wishes: Wishes) -> Iterator[Section]:
     """Return the sections, which are computed one by one as they are asked for; what makes no sense for the run is said and left out."""
     group = "lesion" if opened.dataset.schema.group_by == "lesion_id" else "patient"
     if any(field.subgroup for field in opened.dataset.schema.fields):
-        yield _subgroups(opened, wishes, group)
+        yield subgroups_section(subgroups_of_run(opened, SAMPLES, wishes.seed), f"{group}s")
     else:
         remark("no field of the data set is marked `subgroup: true`: results aren't divided")
     yield shortcuts_section(probe_shortcuts(opened, wishes.masks, samples=SAMPLES, seed=wishes.seed))
@@ -39,14 +39,6 @@ def examined_sections(opened: OpenedRun, wishes: Wishes) -> Iterator[Section]:
     elif opened.model.reads_image:
         remark(f"the run has no out-of-scope check; `dualrefnet evaluate {opened.run.path}` makes it")
     yield _audit(opened)
-
-
-def _subgroups(opened: OpenedRun, wishes: Wishes, group: str) -> Section:
-    predictions = opened.run.predictions
-    test = predictions[predictions["split"] == "test"]
-    with progress_bar("subgroups") as show:
-        found = measure_subgroups(test, opened.rows("test"), opened.groups, opened.dataset.schema, SAMPLES, wishes.seed, progress=show)
-    return subgroups_section(found, f"{group}s")
 
 
 def _audit(opened: OpenedRun) -> Section:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from dualrefnet.data.masks import FOLDER, find_masks
 from dualrefnet.errors import DataError
 from dualrefnet.evaluation.opened_run import OpenedRun
 from dualrefnet.explain.embedding import embed
@@ -40,7 +39,7 @@ def explained_sections(opened: OpenedRun, wishes: Wishes) -> Iterator[Section]:
         raise DataError(f"there is no class {wishes.label}; the classes are {', '.join(opened.classes)}")
     if min(wishes.images, wishes.shap_images) < len(opened.classes):
         raise DataError(f"{min(wishes.images, wishes.shap_images)} images can't show {len(opened.classes)} classes; ask for more")
-    return _sections(opened, wishes, _masks(opened, wishes) if opened.model.reads_image else {})
+    return _sections(opened, wishes, opened.masks(wishes.masks) if opened.model.reads_image else {})
 
 
 def _sections(opened: OpenedRun, wishes: Wishes, masks: dict[str, Path]) -> Iterator[Section]:
@@ -180,14 +179,3 @@ def _one_a_class(shown: list[ShownCase]) -> list[ShownCase]:
     """Return of each class the surest right case, or if there is none the surest wrong one."""
     table = pd.DataFrame({"label": [case.chosen.label for case in shown], "wrong": [case.chosen.kind != RIGHT for case in shown]})
     return [shown[place] for place in table.sort_values("wrong", kind="stable").drop_duplicates("label").sort_index().index]
-
-
-def _masks(opened: OpenedRun, wishes: Wishes) -> dict[str, Path]:
-    """Return test image id -> mask file; none if there is no folder of masks and none was named."""
-    if wishes.masks is None and not (opened.dataset.root / FOLDER).is_dir():
-        return {}
-    found = find_masks(opened.dataset.root, wishes.masks)
-    masks = {image_id: found[image_id] for image_id in opened.rows("test")["image_id"] if image_id in found}
-    if wishes.masks is not None and not masks:
-        raise DataError(f"{wishes.masks} holds no mask of a test image; name them <image id>.png")
-    return masks

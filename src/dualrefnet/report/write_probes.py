@@ -14,7 +14,7 @@ from dualrefnet.errors import DependencyError, RunError
 from dualrefnet.evaluation.opened_run import OpenedRun, open_run
 from dualrefnet.evaluation.out_of_scope import measure_out_of_scope
 from dualrefnet.evaluation.printed_table import PrintedTable
-from dualrefnet.evaluation.subgroups import measure_subgroups
+from dualrefnet.evaluation.subgroups import subgroups_of_run
 from dualrefnet.files import write_csv, write_json
 from dualrefnet.probes.availability import Availability, compare_availability, measure_availability
 from dualrefnet.probes.shortcuts import Shortcuts, probe_shortcuts
@@ -108,10 +108,7 @@ def _write_subgroups(opened: OpenedRun, out: Path, samples: int, seed: int) -> N
     if not any(field.subgroup for field in opened.dataset.schema.fields):
         remark("no field of the data set is marked `subgroup: true`: results aren't divided")
         return
-    predictions = opened.run.predictions
-    test = predictions[predictions["split"] == "test"]
-    with progress_bar("subgroups") as show:
-        found = measure_subgroups(test, opened.rows("test"), opened.groups, opened.dataset.schema, samples, seed, progress=show)
+    found = subgroups_of_run(opened, samples, seed)
     write_csv(out / "subgroups.csv", found.frame())
     remark(f"subgroups: {found.flagged} of {found.looked_at} gaps stand out, about {found.by_chance:.0f} would by chance")
 
