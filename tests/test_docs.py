@@ -236,6 +236,7 @@ def test_every_benchmark_is_listed():
         ("training_step", ["--batch-size", "2", "--size", "32", "--rounds", "1"], 5),
         ("peak_memory", ["--count", "64", "--batch-size", "2", "--steps", "1"], 4),
         ("superresolution_psnr", ["--count", "3", "--crop", "64"], 2),
+        ("near_duplicates", ["--count", "200", "--rounds", "1"], 3),
     ],
 )
 def test_every_benchmark_runs(script, options, rows, tmp_path):
