@@ -126,7 +126,11 @@ LINEAR_OF_PAD = {
     (ALL, LINEAR): (0.681, 0.718, 0.703, 0.639),
     (ALL, NEIGHBOUR): (None, 0.720, 0.674, 0.468),
 }
-FORESTS_OF_PAD = {(ALL, FOREST): (0.730, 0.798, 0.735, 0.568), (OTHERS, FOREST): (0.743, 0.802, 0.744, 0.600)}
+FORESTS_OF_PAD = {
+    (ALWAYS, FOREST): (0.697, 0.726, 0.691, 0.598),
+    (ALL, FOREST): (0.730, 0.798, 0.735, 0.568),
+    (OTHERS, FOREST): (0.743, 0.802, 0.744, 0.600),
+}
 
 
 def compare(table, published):
