@@ -51,11 +51,6 @@ class AuditedRows:
         )  # fmt: skip
 
     @property
-    def group_name(self) -> str:
-        """What stays together: patient or lesion."""
-        return self.schema.group_by.removesuffix("_id")
-
-    @property
     def is_malignant(self) -> NDArray[np.bool_]:
         """(N,) whether the row is a cancer."""
         malignant: NDArray[np.bool_] = np.isin(self.classes, self.malignant)[self.labels]

@@ -159,7 +159,7 @@ def audit_split(
     sides = pd.Series(rows.sides).value_counts()
     counts = {side: int(sides.get(side, 0)) for side in ("train", "val", "test")}
     return Audit(
-        dataset.schema.title, protocol, rows.group_name, counts, findings, {name: table for name, table in tables.items() if len(table)}
+        dataset.schema.title, protocol, rows.schema.unit, counts, findings, {name: table for name, table in tables.items() if len(table)}
     )
 
 

@@ -144,7 +144,7 @@ def _measured(
         value, low, high = _interval(rows.labels[test], predicted, rows.groups[test], count, samples, seed)
         told.append({"features": features, "learner": learner, "measured": way, "balanced_accuracy": value, "low": low, "high": high})
     drawn = {}
-    grouped = apart(rows.group_name)
+    grouped = apart(rows.schema.unit)
     for way, kept in ((IMAGES, None), (grouped, rows.groups)):
         predicted = predict_in_folds(make, columns, rows.labels, kept, count, seed).argmax(axis=1)
         value, drawn[way] = recall_samples(rows.labels, predicted, rows.groups, count, samples, seed)
@@ -169,10 +169,10 @@ def _interval(
 
 def _finding(table: pd.DataFrame, rows: AuditedRows) -> Finding:
     images = table[table["measured"] == IMAGES].to_dict("records")
-    grouped = table[table["measured"] == apart(rows.group_name)].to_dict("records")
+    grouped = table[table["measured"] == apart(rows.schema.unit)].to_dict("records")
     best = max(grouped, key=lambda row: float(row["balanced_accuracy"]))
     one, other = max(zip(images, grouped, strict=True), key=lambda pair: float(pair[0]["patients_recognised_low"]))
-    what = f"{rows.group_name}s"
+    what = f"{rows.schema.unit}s"
     message = (
         f"without a picture the form gives a balanced accuracy of {best['balanced_accuracy']:.3f} with {what} apart ({best['learner']}, "
         f"{best['features']}; chance {1 / len(rows.classes):.3f}): a model that reads both must do better"

@@ -24,7 +24,7 @@ def reidentification(rows: AuditedRows, samples: int, seed: int) -> tuple[pd.Dat
     if not rows.schema.fields:
         return pd.DataFrame(), [Finding("PASS", "reidentification", "there is no metadata")]
     form = StandardScaler().fit_transform(encoded_form(rows, "M2"))
-    who = rows.group_name
+    who = rows.schema.unit
     train, test = rows.sides == "train", rows.test
     told: list[tuple[str, float, float, float]] = []
     findings = []

@@ -108,7 +108,7 @@ def _grouped_sides(dataset: Dataset, fold: int, folds: int, seed: int) -> pd.Ser
     """Return sides such that no group crosses; classes are as even as the groups allow."""
     table, group = dataset.table, groups(dataset.table, dataset.schema)
     per_class = group.groupby(table["label"]).nunique()
-    kind = "patients" if dataset.schema.group_by == "patient_id" else "lesions"
+    kind = f"{dataset.schema.unit}s"
     for label, count in per_class.items():
         if count < 3:
             raise SplitError(

@@ -107,6 +107,11 @@ class DatasetSchema(BaseModel):
                 raise DataError(f"{key} names no class: {', '.join(sorted(unknown))}; classes: {', '.join(self.classes)}")
         return self
 
+    @property
+    def unit(self) -> Literal["patient", "lesion"]:
+        """What must not cross a split and is resampled, in a word."""
+        return "lesion" if self.group_by == "lesion_id" else "patient"
+
     def field(self, name: str) -> MetadataField:
         """Return the field of that name.
 

@@ -5,7 +5,7 @@ An encoder gives a map, from which the decoder rebuilds the image, and a vector,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -86,20 +86,22 @@ class Encoded(NamedTuple):
         """What the first encoder gave; most methods have no other."""
         return self.outputs[0]
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> Encoded:
+        """Return the same with every map, vector and tap changed; (B, ...) each."""
+        return Encoded(
+            tuple(
+                EncoderOutput(None if output.map is None else change(output.map), change(output.vector), tuple(map(change, output.taps)))
+                for output in self.outputs
+            )
+        )
+
     def rows(self, index: Tensor) -> Encoded:
         """Return what was read of some of the images.
 
         Args:
             index: (K,) whole numbers or (B,) truth values.
         """
-        return Encoded(
-            tuple(
-                EncoderOutput(
-                    None if output.map is None else output.map[index], output.vector[index], tuple(tap[index] for tap in output.taps)
-                )
-                for output in self.outputs
-            )
-        )
+        return self.each(lambda values: values[index])
 
 
 class Encoder(nn.Module):

@@ -60,16 +60,7 @@ def mark_absent(encoded: Encoded, absent: Tensor) -> Encoded:
         absent: (B,) which of them aren't there.
     """
     gap = torch.tensor(float("nan"))
-    return Encoded(
-        tuple(
-            EncoderOutput(
-                None if output.map is None else _fill(output.map, gap, absent),
-                _fill(output.vector, gap, absent),
-                tuple(_fill(tap, gap, absent) for tap in output.taps),
-            )
-            for output in encoded.outputs
-        )
-    )
+    return encoded.each(lambda values: _fill(values, gap, absent))
 
 
 def spread(encoded: Encoded, present: Tensor) -> Encoded:
@@ -86,14 +77,7 @@ def spread(encoded: Encoded, present: Tensor) -> Encoded:
             result = result.contiguous(memory_format=torch.channels_last)
         return result.index_copy(0, present.nonzero().squeeze(1), values)
 
-    return Encoded(
-        tuple(
-            EncoderOutput(
-                None if output.map is None else laid_out(output.map), laid_out(output.vector), tuple(laid_out(tap) for tap in output.taps)
-            )
-            for output in encoded.outputs
-        )
-    )
+    return encoded.each(laid_out)
 
 
 def _fill(values: Tensor, token: Tensor, absent: Tensor) -> Tensor:

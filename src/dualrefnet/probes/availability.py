@@ -120,7 +120,7 @@ def measure_availability(
             start = {"photograph": photograph, "pattern": pattern.name, "removed": pattern.fields}
             start |= {"training_share": pattern.training_share, "answers_kept": kept[_without(pattern.fields)]}
             named += _measured(bootstrap, photograph, _without(pattern.fields), start)
-    unit = "lesion" if schema.group_by == "lesion_id" else "patient"
+    unit = schema.unit
     return Availability(
         name or opened.model.title, pd.DataFrame(curve), pd.DataFrame(named), 1 / len(np.unique(labels)), bootstrap, examples_ids,
         tuple(map(str, groups)), len(schema.fields), unit, draws, samples, seed,

@@ -112,7 +112,7 @@ def probe_shortcuts(
         places, changed = probe.ask_outlined(masked)
         if changed:
             measured.append(measure_probes(opened, labels[places], probe.groups[places], changed, WHOLE_OUTLINED, samples, seed))
-    unit = "lesion" if opened.dataset.schema.group_by == "lesion_id" else "patient"
+    unit = opened.dataset.schema.unit
     table = pd.concat(measured, ignore_index=True)
     table.insert(1, "input", [PROBES[name][0].format(unit=unit) if name in PROBES else TRAINED[name] for name in table["probe"]])
     table.insert(2, "trained", table["probe"].isin(list(TRAINED)))

@@ -24,7 +24,7 @@ SAMPLES = 1000
 
 def examined_sections(opened: OpenedRun, wishes: Wishes) -> Iterator[Section]:
     """Return the sections, which are computed one by one as they are asked for; what makes no sense for the run is said and left out."""
-    group = "lesion" if opened.dataset.schema.group_by == "lesion_id" else "patient"
+    group = opened.dataset.schema.unit
     if any(field.subgroup for field in opened.dataset.schema.fields):
         yield subgroups_section(subgroups_of_run(opened, SAMPLES, wishes.seed), f"{group}s")
     else:
