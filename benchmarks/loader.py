@@ -16,8 +16,8 @@ import typer
 from dualrefnet.data.decode import decode_image
 from dualrefnet.data.image_store import fill_store
 from dualrefnet.data.loader import Examples
-from dualrefnet.data.preprocessing import preprocess
 from dualrefnet.recipe import ImageSection
+from dualrefnet.runtime.preprocessing import preprocess
 from pictures import picture_table
 from record import RESULTS, compare, how, interleaved, record
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import cv2
 import pandas as pd
 
+from dualrefnet.batch.predict import find_files
 from dualrefnet.data.decode import decode_image
 from dualrefnet.data.sample import MINIMUM_IMAGES, draw_sample
-from dualrefnet.deploy.batch import find_files
 
 DRAWN = 96
 

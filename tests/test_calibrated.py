@@ -13,10 +13,10 @@ from dualrefnet.evaluation.calibrated import Calibration, fit_calibration, measu
 from dualrefnet.evaluation.calibration import adaptive_calibration_error, brier_score, expected_calibration_error
 from dualrefnet.evaluation.calibration_errors import ERRORS, compare_errors
 from dualrefnet.evaluation.tables import calibration_line
-from dualrefnet.evaluation.temperature import apply_temperature
 from dualrefnet.files import read_json
 from dualrefnet.recipe import load_recipe
 from dualrefnet.run import Run
+from dualrefnet.runtime.probabilities import apply_temperature
 
 CLASSES = ["A", "B", "MEL"]
 

@@ -9,13 +9,13 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from dualrefnet.cli import app, data, reports, runs, suites  # noqa: F401 (the modules register the commands)
+from dualrefnet.cli import app, data, deployment, reports, runs, suites  # noqa: F401 (the modules register the commands)
 from dualrefnet.recipe import shipped_recipes
 from dualrefnet.run import Run
 
 COMMANDS = (
     *("doctor", "demo", "sample", "fetch", "check", "split", "methods", "recipes", "prepare", "train", "evaluate", "probe", "predict"),
-    *("suite", "suites", "tables", "explain", "report", "audit"),
+    *("suite", "suites", "tables", "explain", "report", "audit", "export", "serve"),
 )
 
 
@@ -107,6 +107,7 @@ def test_bad_input_is_one_clear_line(tiny_run: Run, sample_root: Path, tmp_path:
         ("predict", tiny_run.path, "--images", tmp_path / "nowhere.png", "--out", tmp_path / "o.csv"): "there is no file",
         ("predict", tiny_run.path, "--images", image, "--metadata", tmp_path / "empty.csv", "--out", tmp_path / "o.csv"): "is empty",
         ("fetch", "pad_ufes_20", "--root", tmp_path / "pad"): "--accept-licence",
+        ("export", tiny_run.path, "--out", sample_root): "isn't a bundle",
     }
     # Each starts the program anew, and most of that is imports: two at a time.
     with ThreadPoolExecutor(2) as pool:

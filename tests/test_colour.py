@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dualrefnet.data.colour import clahe_lightness, shades_of_gray
+from dualrefnet.runtime.colour import clahe_lightness, shades_of_gray
 
 images = arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9), st.just(3)))
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dualrefnet.evaluation.conformal
-from dualrefnet.evaluation.conformal import can_promise, class_thresholds, conformal_threshold, measure_sets, prediction_sets
+from dualrefnet.evaluation.conformal import can_promise, class_thresholds, conformal_threshold, measure_sets
+from dualrefnet.runtime.probabilities import prediction_sets
 
 
 def test_the_examples_in_the_docstrings_are_true() -> None:

@@ -53,7 +53,7 @@ def test_reading_the_photograph_gives_the_same_probabilities_as_the_stored_featu
     predictor = Predictor.load(run)
     table = load_dataset("sample", recipe.data.root).table.set_index("image_id")
     for _, row in run.predictions.iloc[:4].iterrows():
-        form = {field.name: table.loc[row["image_id"], field.name] for field in predictor.metadata.fields}
+        form = {field.name: table.loc[row["image_id"], field.name] for field in predictor.fields}
         form = {name: value for name, value in form.items() if not pd.isna(value)}
         prediction = predictor.predict(table.loc[row["image_id"], "image_path"], form)
         answer = row[[f"prob_{name}" for name in predictor.classes]].to_numpy(dtype=float)

@@ -13,9 +13,9 @@ import pytest
 from dualrefnet.data import image_store
 from dualrefnet.data.decode import decode_image
 from dualrefnet.data.image_store import READY, default_cache, fill_store, open_store
-from dualrefnet.data.preprocessing import preprocess
 from dualrefnet.errors import DataError
 from dualrefnet.recipe import ImageSection
+from dualrefnet.runtime.preprocessing import preprocess
 
 SIDE = 32
 SECTION = ImageSection(size=SIDE)

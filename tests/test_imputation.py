@@ -7,11 +7,12 @@ from sklearn.ensemble import RandomForestClassifier
 
 from dualrefnet.data import imputation
 from dualrefnet.data.adapters import load_dataset
-from dualrefnet.data.imputation import MOST_VALUES, NeuralImputer, Span
+from dualrefnet.data.imputation import MOST_VALUES, fit_imputer
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.pipeline import side_rows
 from dualrefnet.data.protocols import split_dataset
 from dualrefnet.recipe import MetadataSection
+from dualrefnet.runtime.imputer import NeuralImputer, Span
 
 SPANS = [Span(0, 4, False), Span(4, 5, True), Span(5, 7, False), Span(7, 8, True)]
 
@@ -43,7 +44,7 @@ def training():
 
 @pytest.fixture(scope="module")
 def imputer(training):
-    return NeuralImputer.fit(*training, SPANS, seed=0)
+    return fit_imputer(*training, SPANS, seed=0)
 
 
 def one_missing(field, count=300):
@@ -118,7 +119,7 @@ def test_the_same_seed_gives_the_same_imputer_whatever_the_threads_and_leaves_th
     for count, seed in ((1, 5), (2, 5), (2, 6)):
         torch.set_num_threads(count)
         imputation._remembered.clear()
-        fits.append(NeuralImputer.fit(*training, SPANS, seed))
+        fits.append(fit_imputer(*training, SPANS, seed))
         assert torch.get_num_threads() == count
     torch.set_num_threads(threads)
     assert torch.equal(torch.get_rng_state(), state)
@@ -130,7 +131,7 @@ def test_the_same_seed_gives_the_same_imputer_whatever_the_threads_and_leaves_th
 def test_many_observed_numbers_are_thinned_to_quantiles_that_were_observed(monkeypatch):
     monkeypatch.setattr("dualrefnet.data.imputation.STEPS", 1)
     columns = np.random.default_rng(0).normal(size=(900, 1)).astype(np.float32)
-    imputer = NeuralImputer.fit(columns, np.zeros((900, 1), bool), [Span(0, 1, True)], 0)
+    imputer = fit_imputer(columns, np.zeros((900, 1), bool), [Span(0, 1, True)], 0)
     values = imputer.values[0]
     assert len(values) == MOST_VALUES
     assert np.isin(values, columns).all()
@@ -142,7 +143,7 @@ def test_rows_with_hardly_an_answer_can_be_fitted_and_filled(monkeypatch, answer
     monkeypatch.setattr("dualrefnet.data.imputation.STEPS", 30)
     missing = np.ones((20, 4), bool)
     missing[:answered] = False
-    imputer = NeuralImputer.fit(hide(rows(20, 0), missing), missing, SPANS, 0)
+    imputer = fit_imputer(hide(rows(20, 0), missing), missing, SPANS, 0)
     assert np.isfinite(imputer.fill(np.zeros((3, 8), np.float32), np.ones((3, 4), bool))).all()
 
 
@@ -150,7 +151,7 @@ def test_a_field_that_was_never_answered_is_left_at_zero_or_has_no_column():
     spans = [Span(0, 1, True), Span(1, 1, False), Span(1, 2, True)]
     columns = np.array([[0, 1], [0, 2]] * 10, np.float32)
     missing = np.tile([True, True, False], (20, 1))
-    filled = NeuralImputer.fit(columns, missing, spans, 0).fill(columns, missing)
+    filled = fit_imputer(columns, missing, spans, 0).fill(columns, missing)
     np.testing.assert_array_equal(filled, columns)
 
 
@@ -159,12 +160,12 @@ def test_the_same_question_is_answered_from_memory_and_the_memory_is_bounded(mon
     monkeypatch.setattr("dualrefnet.data.imputation.REMEMBERED", 2)
     imputation._remembered.clear()
     columns, missing = training
-    first = NeuralImputer.fit(columns, missing, SPANS, 0)
-    assert NeuralImputer.fit(columns.copy(), missing.copy(), SPANS, 0) is first
-    assert NeuralImputer.fit(columns + 1, missing, SPANS, 0) is not first
-    assert NeuralImputer.fit(columns, missing, SPANS, 1) is not first
+    first = fit_imputer(columns, missing, SPANS, 0)
+    assert fit_imputer(columns.copy(), missing.copy(), SPANS, 0) is first
+    assert fit_imputer(columns + 1, missing, SPANS, 0) is not first
+    assert fit_imputer(columns, missing, SPANS, 1) is not first
     assert len(imputation._remembered) == 2
-    assert NeuralImputer.fit(columns, missing, SPANS, 0) is not first, "the oldest was forgotten"
+    assert fit_imputer(columns, missing, SPANS, 0) is not first, "the oldest was forgotten"
 
 
 def test_filling_gaps_from_the_diagnosis_gives_the_diagnosis_away(real_pad):

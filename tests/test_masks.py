@@ -7,10 +7,10 @@ from PIL import Image
 
 from dualrefnet.data.decode import decode_image
 from dualrefnet.data.masks import find_masks, photograph_size, read_mask
-from dualrefnet.data.preprocessing import preprocess
 from dualrefnet.data.sample import draw_sample
 from dualrefnet.errors import DataError, ImageError
 from dualrefnet.recipe import ImageSection
+from dualrefnet.runtime.preprocessing import preprocess
 
 
 def save(path: Path, pixels: np.ndarray) -> Path:

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualrefnet.data.imputation import Span
 from dualrefnet.deploy.predictor import Predictor
 from dualrefnet.errors import RecipeError
 from dualrefnet.models.registry import check_method
 from dualrefnet.recipe import ModalityDropoutSection, Recipe, load_recipe
+from dualrefnet.runtime.imputer import Span
 from dualrefnet.training.modality_dropout import draw_gaps
 from dualrefnet.training.train import train_recipe
 

@@ -21,7 +21,7 @@ def predictor(tiny_run: Run) -> Predictor:
 
 def test_the_predictor_repeats_the_evaluation_to_the_digit(tiny_run: Run, predictor: Predictor, sample_root: Path) -> None:
     table = load_dataset("sample", sample_root).table.set_index("image_id")
-    fields = [field.name for field in predictor.metadata.fields]
+    fields = [field.name for field in predictor.fields]
     # Of the validation side one image lies exactly on the threshold of the sets.
     for _, row in tiny_run.predictions.query("split == 'test'").head(6).iterrows():
         source = table.loc[row["image_id"]]
@@ -76,7 +76,7 @@ def test_bad_input_is_refused(predictor: Predictor, sample_root: Path) -> None:
 
 def test_prediction_imports_no_training_code() -> None:
     code = (
-        "import sys, dualrefnet.deploy.predictor, dualrefnet.deploy.batch; "
+        "import sys, dualrefnet.deploy.predictor, dualrefnet.batch.predict; "
         "print([name for name in sys.modules if name.startswith('dualrefnet.training')])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

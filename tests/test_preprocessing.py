@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualrefnet.data.colour import clahe_lightness, shades_of_gray
-from dualrefnet.data.preprocessing import preprocess, to_square
 from dualrefnet.recipe import ImageSection
+from dualrefnet.runtime.colour import clahe_lightness, shades_of_gray
+from dualrefnet.runtime.preprocessing import preprocess, to_square
 
 
 def picture(height, width, seed=0):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dualrefnet.cli import app, data, reports, runs, suites  # noqa: F401 (the modules register the commands)
+from dualrefnet.cli import app, data, deployment, reports, runs, suites  # noqa: F401 (the modules register the commands)
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_curve
 
 import dualrefnet.evaluation.referral
-from dualrefnet.evaluation.referral import malignancy, measure_referral, referral_curve, referral_threshold, threshold_interval
+from dualrefnet.evaluation.referral import measure_referral, referral_curve, referral_threshold, threshold_interval
+from dualrefnet.runtime.probabilities import malignancy
 
 
 def test_the_examples_in_the_docstrings_are_true() -> None:

@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from sklearn.metrics import log_loss
 
-import dualrefnet.evaluation.temperature
-from dualrefnet.evaluation.temperature import FLOOR, HIGHEST, LOWEST, apply_temperature, fit_temperature, temperature_interval
+import dualrefnet.runtime.probabilities
+from dualrefnet.evaluation.temperature import HIGHEST, LOWEST, fit_temperature, temperature_interval
+from dualrefnet.runtime.probabilities import FLOOR, apply_temperature
 
 
 def truthful(seed: int, images: int, count: int, spread: float = 2.0) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -22,7 +23,7 @@ def truthful(seed: int, images: int, count: int, spread: float = 2.0) -> tuple[N
 
 
 def test_the_examples_in_the_docstrings_are_true() -> None:
-    result = doctest.testmod(dualrefnet.evaluation.temperature)
+    result = doctest.testmod(dualrefnet.runtime.probabilities)
     assert (result.failed, result.attempted) == (0, 1)
 
 

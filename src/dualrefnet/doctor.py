@@ -15,6 +15,17 @@ from dualrefnet.data.adapters import DATA_VARIABLE, load_dataset
 from dualrefnet.data.disk import default_cache
 from dualrefnet.errors import DataError, WeightsError
 
+# Of each extra one library that only it brings.
+EXTRAS = (
+    ("report", "matplotlib"),
+    ("explain", "captum"),
+    ("explain", "shap"),
+    ("export", "onnxscript"),
+    ("deploy", "fastapi"),
+    ("scale", "ray"),
+    ("track", "tensorboard"),
+)
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -53,7 +64,7 @@ def _libraries() -> Iterator[Finding]:
         yield Finding("FAIL", "libraries", f"torch, torchvision and timm don't work together ({error}); {fix}")
         return
     yield Finding("PASS", "libraries", f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}")
-    for extra, package in (("report", "matplotlib"), ("explain", "captum"), ("explain", "shap"), ("track", "tensorboard")):
+    for extra, package in EXTRAS:
         try:
             yield Finding("PASS", f"extra {extra}", f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:

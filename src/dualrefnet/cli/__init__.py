@@ -34,7 +34,7 @@ def options(version: bool = typer.Option(False, "--version", callback=_version, 
 
 def main() -> None:
     """Run the command line; an error that the user can mend is one line and exit status 2."""
-    from dualrefnet.cli import data, reports, runs, suites  # noqa: F401 (registers the commands)
+    from dualrefnet.cli import data, deployment, reports, runs, suites  # noqa: F401 (registers the commands)
     from dualrefnet.progress import console
 
     try:

@@ -178,32 +178,80 @@ def probe(
 
 @app.command()
 def predict(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    images: Annotated[
-        list[Path], typer.Option("--images", metavar="PATH", help="A photograph or a folder of them; may be given several times.")
-    ],
+    model: Annotated[Path, typer.Argument(metavar="RUN_OR_BUNDLE", help="A run folder, or the folder of an exported bundle.")],
     out: Annotated[
         Path, typer.Option("--out", metavar="CSV", help="Result: image, predicted, prob_CLASS of every class, malignancy, warnings, error.")
     ],
+    images: Annotated[
+        list[Path] | None,
+        typer.Option("--images", metavar="PATH", help="A photograph or a folder of them; may be given several times."),
+    ] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            "--csv",
+            metavar="CSV",
+            help="Instead of --images: one row a case, in column image its file (absolute, or relative to the table), in the others the "
+            "form. Without a column image: forms alone, for models that do without photographs.",
+        ),
+    ] = None,
     metadata: Annotated[
         Path | None,
         typer.Option(
             "--metadata",
             metavar="CSV",
-            help="One row an image: a column image (file name or id) and any of the fields; absent ones are missing.",
+            help="Beside --images: one row an image, a column image (file name or id) and any of the fields; absent ones are missing.",
         ),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what an interrupted call with the same arguments left; begin if it left nothing.")
+    ] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Photographs that the model sees at once.")] = 32,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Threads that decode; default: one a core. On Ray: CPUs of each model, 1.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    variant: Annotated[str, typer.Option(help="Of a bundle: float32, or int8 if it has that.")] = "float32",
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Predict on a Ray cluster (extra `scale`): its address, `auto`, or `local` to start Ray here. The model, the photographs "
+            "and --out must be on a file system that all its machines see.",
+        ),
+    ] = None,
 ) -> None:
-    """Classify photographs with a trained run. A photograph that can't be read gets a row that says why."""
-    from dualrefnet.deploy.batch import predict_files
-    from dualrefnet.deploy.predictor import Predictor
-    from dualrefnet.progress import progress_bar
+    """Classify photographs, a few or a million, with a trained run or an exported bundle.
 
-    with progress_bar("predicting") as show:
-        done, failed = predict_files(Predictor.load(run, device), images, metadata, out, progress=show)
-    typer.echo(f"{done} photographs classified, {failed} could not be read: {out}")
-    raise typer.Exit(2 if failed and not done else 0)
+    A row that can't be predicted says why in its column error. Memory doesn't grow with the number of photographs.
+    """
+    from functools import partial
+
+    from dualrefnet.batch.case_list import Cases, FileCases, TableCases
+    from dualrefnet.batch.pace import show_pace
+    from dualrefnet.batch.predict import ModelFolder, Work, predict_here, predict_to_csv
+
+    if bool(images) == (table is not None) or (table is not None and metadata is not None):
+        raise DualRefNetError("give --images, with --metadata if there are forms, or --csv, a table with both")
+    folder = ModelFolder(model, device, variant)
+    # On Ray the actors have the devices; this process only asks what the model reads.
+    predictor = (folder if ray is None else ModelFolder(model, "cpu", variant)).load()
+    cases: Cases = TableCases(table, predictor) if table is not None else FileCases(images or [], metadata, predictor)
+    if ray is None:
+        work: Work = partial(predict_here, predictor, batch=batch, workers=workers)
+    else:
+        from dualrefnet.batch.ray_batch import ray_work
+
+        work = ray_work(folder, out, ray, batch, workers)
+    try:
+        with show_pace("predicting") as show:
+            done = predict_to_csv(folder, predictor.classes, cases, out, work, batch=batch, resume=resume, progress=show)
+    except KeyboardInterrupt:
+        raise DualRefNetError(f"interrupted; what is done is kept beside {out}, and the same command with --resume goes on") from None
+    resumed = f" ({done.resumed} of these rows were there before)" if done.resumed else ""
+    typer.echo(f"{done.classified} rows classified, {done.failed} not, for the reason in their column error{resumed}: {out}")
+    raise typer.Exit(2 if done.failed and not done.classified else 0)
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from pathlib import Path
 
@@ -90,7 +91,8 @@ def _read(source: Path | str | bytes, max_bytes: int) -> tuple[str, bytes]:
         if not path.is_file():
             raise ImageError(f"there is no file {name}")
         with path.open("rb") as file:
-            data = file.read(max_bytes + 1)
+            # Python takes all the memory that is asked for before it reads: ask for no more than there is.
+            data = file.read(min(os.fstat(file.fileno()).st_size, max_bytes) + 1)
     except (OSError, ValueError) as error:
         raise ImageError(f"{name} can't be read: {_one_line(error)}") from None
     if len(data) > max_bytes:

@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 
 from dualrefnet.data.decode import decode_image
 from dualrefnet.data.disk import Lock, default_cache, disk_error, reserve
-from dualrefnet.data.preprocessing import preprocess
 from dualrefnet.errors import DataError, ImageError
 from dualrefnet.files import read_json, sha256_of_json, write_csv, write_json
 from dualrefnet.recipe import ImageSection
+from dualrefnet.runtime.preprocessing import preprocess
 
 PENDING, READY, BROKEN = 0, 1, 2
 # The layout of the folder and the meaning of the settings; part of the fingerprint.

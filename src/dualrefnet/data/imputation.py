@@ -8,11 +8,11 @@ were hidden from it on purpose. (`label_leaking` gives it the diagnosis as one m
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dualrefnet.runtime.imputer import NeuralImputer, Span, network
 
 Array = NDArray[np.float32]
 
@@ -26,128 +26,65 @@ REMEMBERED = 32
 _remembered: dict[str, NeuralImputer] = {}
 
 
-@dataclass(frozen=True)
-class Span:
-    """The columns `start:stop` that one field occupies; a numeric field has one column."""
+def fit_imputer(columns: Array, missing: NDArray[np.bool_], spans: list[Span], seed: int) -> NeuralImputer:
+    """Train on the training rows, or remember what the same rows, spans and seed gave in this process.
 
-    start: int
-    stop: int
-    numeric: bool
-
-
-@dataclass(frozen=True)
-class NeuralImputer:
-    """A fitted imputer; plain arrays, so that prediction needs NumPy alone.
-
-    Attributes:
-        spans: the fields' columns, in order.
-        weights: two layers, (K + F, HIDDEN), (HIDDEN,), (HIDDEN, K), (K,) with K columns and F fields.
-        values: for every numeric field the standardised numbers that were observed; a filled number is one of them,
-            since a value that nobody ever recorded would give away that it was filled.
+    Args:
+        columns: (N, K) standardised numbers and indicators, zero where missing.
+        missing: (N, F) which fields are missing.
+        spans: the F fields.
+        seed: of initial weights, batches and hidden fields.
     """
-
-    spans: tuple[Span, ...]
-    weights: tuple[Array, ...]
-    values: tuple[Array, ...]
-
-    @classmethod
-    def fit(cls, columns: Array, missing: NDArray[np.bool_], spans: list[Span], seed: int) -> NeuralImputer:
-        """Train on the training rows, or remember what the same rows, spans and seed gave in this process.
-
-        Args:
-            columns: (N, K) standardised numbers and indicators, zero where missing.
-            missing: (N, F) which fields are missing.
-            spans: the F fields.
-            seed: of initial weights, batches and hidden fields.
-        """
-        key = hashlib.sha256(columns.tobytes() + missing.tobytes() + repr((columns.shape, spans, seed, STEPS)).encode()).hexdigest()
-        if key not in _remembered:
-            while len(_remembered) >= REMEMBERED:
-                _remembered.pop(next(iter(_remembered)))
-            _remembered[key] = cls._train(columns, missing, spans, seed)
-        return _remembered[key]
-
-    @classmethod
-    def _train(cls, columns: Array, missing: NDArray[np.bool_], spans: list[Span], seed: int) -> NeuralImputer:
-        import torch
-        from torch.nn import functional
-
-        generator = torch.Generator().manual_seed(seed)
-        x, hidden_fields = torch.from_numpy(columns), torch.from_numpy(missing)
-        count, fields = missing.shape
-        sizes = [(columns.shape[1] + fields, HIDDEN), (HIDDEN,), (HIDDEN, columns.shape[1]), (columns.shape[1],)]
-        weights = [torch.randn(size, generator=generator) * (size[0] ** -0.5 if len(size) == 2 else 0.0) for size in sizes]
-        for weight in weights:
-            weight.requires_grad_()
-        # (F, K): which columns belong to which field.
-        owner = torch.zeros(fields, columns.shape[1])
-        for index, span in enumerate(spans):
-            owner[index, span.start : span.stop] = 1
-        optimizer = torch.optim.Adam(weights, lr=0.01)
-        # The steps are tiny: several threads only wait for each other, and one gives the same numbers on any machine.
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            for _ in range(STEPS):
-                rows = torch.randint(count, (min(BATCH, count),), generator=generator)
-                # A row hides between none and all of its fields, so that any pattern of gaps is met in training.
-                share = torch.rand(len(rows), 1, generator=generator)
-                hide = hidden_fields[rows] | (torch.rand(len(rows), fields, generator=generator) < share)
-                output = _network(torch.cat([x[rows] * (1 - hide.float() @ owner), hide.float()], dim=1), weights, torch)
-                loss = 0 * output.sum()  # A batch may hold rows without a single answer.
-                for index, span in enumerate(spans):
-                    known = ~hidden_fields[rows, index]
-                    if not known.any():
-                        continue
-                    guess, truth = output[known, span.start : span.stop], x[rows][known, span.start : span.stop]
-                    loss = loss + (functional.mse_loss(guess, truth) if span.numeric else functional.cross_entropy(guess, truth))
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-        finally:
-            torch.set_num_threads(threads)
-        values = []
-        for index, span in enumerate(spans):
-            observed = np.unique(columns[~missing[:, index], span.start]) if span.numeric else np.empty(0, np.float32)
-            if len(observed) > MOST_VALUES:
-                observed = np.quantile(observed, np.linspace(0, 1, MOST_VALUES), method="nearest").astype(np.float32)
-            values.append(observed)
-        return cls(tuple(spans), tuple(weight.detach().numpy() for weight in weights), tuple(values))
-
-    def fill(self, columns: Array, missing: NDArray[np.bool_]) -> Array:
-        """Return a copy of `columns` (N, K) in which the missing fields (N, F) hold the likeliest value."""
-        output = _network(np.concatenate([columns, missing.astype(np.float32)], axis=1), self.weights, np)
-        filled = columns.copy()
-        for index, (span, values) in enumerate(zip(self.spans, self.values, strict=True)):
-            if span.stop == span.start:  # A category of which the training rows had no value has no column.
-                continue
-            rows = np.flatnonzero(missing[:, index])
-            guess = output[rows, span.start : span.stop]
-            if not span.numeric:
-                filled[rows, span.start : span.stop] = np.eye(span.stop - span.start, dtype=np.float32)[guess.argmax(axis=1)]
-            elif len(values):
-                filled[rows, span.start] = values[np.abs(guess - values[None, :]).argmin(axis=1)]
-        return filled
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the fitted state as plain JSON values."""
-        return {
-            "spans": [[span.start, span.stop, span.numeric] for span in self.spans],
-            "weights": [weight.tolist() for weight in self.weights],
-            "values": [values.tolist() for values in self.values],
-        }
-
-    @classmethod
-    def from_json(cls, state: dict[str, Any]) -> NeuralImputer:
-        """Rebuild from `to_json`."""
-        return cls(
-            tuple(Span(int(start), int(stop), bool(numeric)) for start, stop, numeric in state["spans"]),
-            tuple(np.asarray(weight, dtype=np.float32) for weight in state["weights"]),
-            tuple(np.asarray(values, dtype=np.float32) for values in state["values"]),
-        )
+    key = hashlib.sha256(columns.tobytes() + missing.tobytes() + repr((columns.shape, spans, seed, STEPS)).encode()).hexdigest()
+    if key not in _remembered:
+        while len(_remembered) >= REMEMBERED:
+            _remembered.pop(next(iter(_remembered)))
+        _remembered[key] = _train(columns, missing, spans, seed)
+    return _remembered[key]
 
 
-def _network(x: Any, weights: Any, library: Any) -> Any:
-    """Two layers with tanh; `library` is torch in training and numpy afterwards, the formula is one."""
-    first, bias, second, last_bias = weights
-    return library.tanh(x @ first + bias) @ second + last_bias
+def _train(columns: Array, missing: NDArray[np.bool_], spans: list[Span], seed: int) -> NeuralImputer:
+    import torch
+    from torch.nn import functional
+
+    generator = torch.Generator().manual_seed(seed)
+    x, hidden_fields = torch.from_numpy(columns), torch.from_numpy(missing)
+    count, fields = missing.shape
+    sizes = [(columns.shape[1] + fields, HIDDEN), (HIDDEN,), (HIDDEN, columns.shape[1]), (columns.shape[1],)]
+    weights = [torch.randn(size, generator=generator) * (size[0] ** -0.5 if len(size) == 2 else 0.0) for size in sizes]
+    for weight in weights:
+        weight.requires_grad_()
+    # (F, K): which columns belong to which field.
+    owner = torch.zeros(fields, columns.shape[1])
+    for index, span in enumerate(spans):
+        owner[index, span.start : span.stop] = 1
+    optimizer = torch.optim.Adam(weights, lr=0.01)
+    # The steps are tiny: several threads only wait for each other, and one gives the same numbers on any machine.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(STEPS):
+            rows = torch.randint(count, (min(BATCH, count),), generator=generator)
+            # A row hides between none and all of its fields, so that any pattern of gaps is met in training.
+            share = torch.rand(len(rows), 1, generator=generator)
+            hide = hidden_fields[rows] | (torch.rand(len(rows), fields, generator=generator) < share)
+            output = network(torch.cat([x[rows] * (1 - hide.float() @ owner), hide.float()], dim=1), weights, torch)
+            loss = 0 * output.sum()  # A batch may hold rows without a single answer.
+            for index, span in enumerate(spans):
+                known = ~hidden_fields[rows, index]
+                if not known.any():
+                    continue
+                guess, truth = output[known, span.start : span.stop], x[rows][known, span.start : span.stop]
+                loss = loss + (functional.mse_loss(guess, truth) if span.numeric else functional.cross_entropy(guess, truth))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    finally:
+        torch.set_num_threads(threads)
+    values = []
+    for index, span in enumerate(spans):
+        observed = np.unique(columns[~missing[:, index], span.start]) if span.numeric else np.empty(0, np.float32)
+        if len(observed) > MOST_VALUES:
+            observed = np.quantile(observed, np.linspace(0, 1, MOST_VALUES), method="nearest").astype(np.float32)
+        values.append(observed)
+    return NeuralImputer(tuple(spans), tuple(weight.detach().numpy() for weight in weights), tuple(values))

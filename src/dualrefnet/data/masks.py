@@ -16,8 +16,8 @@ from PIL.ExifTags import Base as ExifTag
 from PIL.TiffImagePlugin import TiffImageFile
 
 from dualrefnet.data.decode import decode_image
-from dualrefnet.data.preprocessing import to_square
 from dualrefnet.errors import DataError, ImageError
+from dualrefnet.runtime.preprocessing import to_square
 
 FOLDER = "masks"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +10,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dualrefnet.data.imputation import NeuralImputer, Span
-from dualrefnet.data.schema import BOOLEAN_VALUES, DatasetSchema, MetadataField, is_blank, normalise_field
+from dualrefnet.data.imputation import fit_imputer
+from dualrefnet.data.schema import BOOLEAN_VALUES, DatasetSchema, MetadataField, odd_remark
 from dualrefnet.errors import DataError
 from dualrefnet.recipe import MetadataSection
+from dualrefnet.runtime.answer import FormError
+from dualrefnet.runtime.form import FormEncoder, Observed, fitted_state
+from dualrefnet.runtime.imputer import Span
 
 
 @dataclass(frozen=True)
@@ -33,26 +37,16 @@ class EncodedMetadata:
 
 
 @dataclass(frozen=True)
-class MetadataEncoder:
-    """A fitted encoder; make one with `fit` or `from_json`.
+class MetadataEncoder(FormEncoder):
+    """A form encoder that is fitted to tables and reads tables; make one with `fit` or `from_json`.
 
     Attributes:
         section: the recipe's choices.
         fields: the fields of the tier, in the schema's order.
-        levels: for every field its categories in column order (empty for a number).
-        centre: for every field the mean of the training rows (0 for a category).
-        spread: for every field their standard deviation (1 for a category).
-        imputer: fills gaps; None: gaps are zero, or NaN where the model has a learned token for them.
-        leaked_classes: the diagnoses that the imputer reads; empty but for the demonstration of that leak.
     """
 
     section: MetadataSection
     fields: tuple[MetadataField, ...]
-    levels: tuple[tuple[str, ...], ...]
-    centre: tuple[float, ...]
-    spread: tuple[float, ...]
-    imputer: NeuralImputer | None
-    leaked_classes: tuple[str, ...] = ()
 
     @classmethod
     def fit(cls, rows: pd.DataFrame, schema: DatasetSchema, section: MetadataSection, seed: int = 0) -> MetadataEncoder:
@@ -89,37 +83,15 @@ class MetadataEncoder:
         encoder = cls(section, fields, tuple(levels), tuple(centre), tuple(spread), None)
         if section.imputation in ("zero", "token") or not fields:
             return encoder
-        columns, missing, _, _ = encoder._observe(rows)
-        spans = encoder.spans
+        observed, _ = encoder._observe(rows)
+        columns, missing = observed.columns, observed.missing
+        spans = list(encoder.spans)
         if section.imputation == "label_leaking":
             classes = schema.classes
             columns, missing = _with_diagnosis(columns, missing, rows, classes)
             spans.append(Span(spans[-1].stop, spans[-1].stop + len(classes), False))
-        imputer = NeuralImputer.fit(columns, missing, spans, seed)
+        imputer = fit_imputer(columns, missing, spans, seed)
         return cls(section, fields, tuple(levels), tuple(centre), tuple(spread), imputer, classes)
-
-    @property
-    def names(self) -> list[str]:
-        """The M column names, such as `age`, `region_FACE`, `missing_smoke`."""
-        names = []
-        for field, levels in zip(self.fields, self.levels, strict=True):
-            names += [field.name] if field.kind == "numeric" else [f"{field.name}_{level}" for level in levels]
-        return names + [f"missing_{field.name}" for field in self._masked()]
-
-    @property
-    def width(self) -> int:
-        """M, the length of an encoded row."""
-        return len(self.names)
-
-    @property
-    def spans(self) -> list[Span]:
-        """The columns of each field; the columns that say what is missing come after them."""
-        spans, start = [], 0
-        for field, levels in zip(self.fields, self.levels, strict=True):
-            stop = start + (1 if field.kind == "numeric" else len(levels))
-            spans.append(Span(start, stop, field.kind == "numeric"))
-            start = stop
-        return spans
 
     def encode(self, rows: pd.DataFrame) -> EncodedMetadata:
         """Encode rows; columns may be absent, values may be unknown: both count as missing and are remarked on.
@@ -130,25 +102,14 @@ class MetadataEncoder:
         Raises:
             DataError: a numeric column holds text; or the gaps were filled from the diagnosis, and the rows have none.
         """
-        columns, missing, rejected, remarks = self._observe(rows)
+        observed, remarks = self._observe(rows)
+        columns, missing = observed.columns, observed.missing
         if self.imputer is not None and self.leaked_classes:
             width = columns.shape[1]
             columns = self.imputer.fill(*_with_diagnosis(columns, missing, rows, self.leaked_classes))[:, :width]
         elif self.imputer is not None:
             columns = self.imputer.fill(columns, missing)
-        if self.section.scale == "raw":
-            for index, (field, span) in enumerate(zip(self.fields, self.spans, strict=True)):
-                if field.kind == "numeric":
-                    raw = columns[:, span.start] * self.spread[index] + self.centre[index]
-                    # Zero imputation writes the number 0, as the literature's zero-filled columns do.
-                    blank = missing[:, index] & (self.imputer is None)
-                    columns[:, span.start] = np.where(blank, 0.0, raw)
-        if self.section.imputation == "token":
-            for index, span in enumerate(self.spans):
-                columns[missing[:, index], span.start : span.stop] = np.nan
-        mask = [missing[:, index] for index, field in enumerate(self.fields) if field in self._masked()]
-        values = np.concatenate([columns, np.stack(mask, axis=1)], axis=1) if mask else columns
-        return EncodedMetadata(values.astype(np.float32), missing, rejected, remarks)
+        return EncodedMetadata(self.finish(columns, missing), missing, observed.rejected, remarks)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fitted state as plain JSON values."""
@@ -164,55 +125,25 @@ class MetadataEncoder:
         }
 
     @classmethod
-    def from_json(cls, state: dict[str, Any]) -> MetadataEncoder:
+    def from_json(cls, state: Mapping[str, Any]) -> MetadataEncoder:
         """Rebuild from `to_json`."""
-        return cls(
-            MetadataSection.model_validate(state["section"]),
-            tuple(MetadataField.model_validate(field) for field in state["fields"]),
-            tuple(tuple(levels) for levels in state["levels"]),
-            tuple(state["centre"]),
-            tuple(state["spread"]),
-            NeuralImputer.from_json(state["imputer"]) if state["imputer"] else None,
-            tuple(state["leaked_classes"]),
-        )
+        fields = tuple(MetadataField.model_validate(field) for field in state["fields"])
+        return cls(MetadataSection.model_validate(state["section"]), fields, *fitted_state(state))
 
-    def _masked(self) -> tuple[MetadataField, ...]:
-        """The fields with a column that says whether they were missing (tier M3; a token says it itself)."""
-        if self.section.tier != "M3" or self.section.imputation == "token":
-            return ()
-        return tuple(field for field in self.fields if field.tier == "M2" or (field.missing_codes and self.section.unknown == "missing"))
-
-    def _observe(self, rows: pd.DataFrame) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_], list[str]]:
-        """Return standardised numbers and indicators with zeros for gaps, the gaps, the rejected values, and remarks."""
-        spans = self.spans
-        columns = np.zeros((len(rows), spans[-1].stop if spans else 0), dtype=np.float32)
-        missing = np.ones((len(rows), len(spans)), dtype=bool)
-        rejected = np.zeros_like(missing)
-        remarks: list[str] = []
+    def _observe(self, rows: pd.DataFrame) -> tuple[Observed, list[str]]:
+        """Read a table's answers; return them with what is to be remarked on."""
         absent = [field.name for field in self.fields if field.name not in rows.columns]
-        if absent:
-            remarks.append(f"columns absent, treated as missing: {', '.join(absent)}")
-        for index, (field, levels, span) in enumerate(zip(self.fields, self.levels, spans, strict=True)):
-            if field.name in absent:
-                continue
-            values, said = normalise_field(rows[field.name], field)
-            remarks += said
-            if field.kind == "numeric":
-                numbers = values.to_numpy(dtype=float)
-                missing[:, index] = np.isnan(numbers)
-                rejected[:, index] = missing[:, index] & ~is_blank(rows[field.name], field).to_numpy()
-                columns[:, span.start] = np.nan_to_num((numbers - self.centre[index]) / self.spread[index])
-                continue
-            words = values.map(lambda value, field=field: _spell(value, field, self.section), na_action="ignore")
-            position = {level: place for place, level in enumerate(levels)}
-            codes = words.map(position).fillna(-1).to_numpy(dtype=int)
-            rejected[:, index] = words.notna().to_numpy() & (codes < 0)
-            if rejected[:, index].any():
-                remarks.append(f"{field.name}: {rejected[:, index].sum()} values are none of the known categories, treated as missing")
-            known = np.flatnonzero(codes >= 0)
-            columns[known, span.start + codes[known]] = 1
-            missing[:, index] = codes < 0
-        return columns, missing, rejected, remarks
+        remarks = [f"columns absent, treated as missing: {', '.join(absent)}"] if absent else []
+        cells = [
+            None if field.name in absent else rows[field.name].astype(object).where(rows[field.name].notna(), None).tolist()
+            for field in self.fields
+        ]
+        try:
+            observed = self.observe(cells, len(rows))
+        except FormError as error:
+            raise DataError(f"{error}, and {error.rows} rows hold text; is it the right column?") from None
+        remarks += [odd_remark(self.fields[index], odd, int(which.sum())) for (index, odd), which in sorted(observed.odd.items())]
+        return observed, remarks
 
 
 def _with_diagnosis(
@@ -243,10 +174,3 @@ def _levels(values: pd.Series, field: MetadataField, section: MetadataSection) -
     if section.unknown == "level":
         levels += field.missing_codes
     return tuple(dict.fromkeys(levels))
-
-
-def _spell(value: str, field: MetadataField, section: MetadataSection) -> str | float:
-    """Return the category that a cell stands for, NaN for a missing code that is to be missing."""
-    if section.unknown == "missing" and value in field.missing_codes:
-        return float("nan")
-    return field.aliases.get(value, value) if section.merge_aliases else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Literal
 
 import numpy as np
@@ -10,6 +11,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dualrefnet.errors import DataError
+from dualrefnet.runtime.answer import FormError, read_number, spell
 
 Kind = Literal["numeric", "boolean", "categorical"]
 FieldTier = Literal["M1", "M2"]
@@ -204,47 +206,32 @@ def normalise_field(values: pd.Series, field: MetadataField) -> tuple[pd.Series,
     Raises:
         DataError: a numeric column holds text that is no number and no missing code.
     """
+    cells = values.astype(object).where(values.notna(), None)
     if field.kind == "numeric":
-        return _numbers(values, field)
-    text = values.map(lambda value: _text(value, field), na_action="ignore")
-    text = text.where(values.notna(), other=np.nan).astype(object)
-    return text.where(text != "", other=np.nan), []
+        return _numbers(cells, field)
+    text = cells.map(lambda value: None if value is None else spell(value, field) or None)
+    return text.astype(object).where(text.notna(), np.nan), []
 
 
-def is_blank(values: pd.Series, field: MetadataField) -> pd.Series:
-    """Return which cells of a numeric column hold nothing or a missing code."""
-    return values.isna() | values.astype(str).str.strip().isin(["", "nan", "NaN", *field.missing_codes])
+def _numbers(cells: pd.Series, field: MetadataField) -> tuple[pd.Series, list[str]]:
+    answers, not_numbers = [], 0
+    for cell in cells:
+        try:
+            answers.append(read_number(cell, field))
+        except FormError:
+            not_numbers += 1
+    if not_numbers:
+        raise DataError(f"{field.name} must be a number, and {not_numbers} rows hold text; is it the right column?")
+    numbers = pd.Series([np.nan if answer.value is None else float(answer.value) for answer in answers], index=cells.index, dtype=float)
+    odd = [answer.odd for answer in answers if answer.odd]
+    return numbers, [odd_remark(field, reason, count) for reason, count in sorted(Counter(odd).items())]
 
 
-def _numbers(values: pd.Series, field: MetadataField) -> tuple[pd.Series, list[str]]:
-    blank = is_blank(values, field)
-    numbers = pd.to_numeric(values.where(~blank), errors="coerce").astype(float)
-    not_numbers = numbers.isna() & ~blank
-    if not_numbers.any():
-        raise DataError(f"{field.name} must be a number, and {int(not_numbers.sum())} rows hold text; is it the right column?")
-    remarks = []
-    infinite = pd.Series(np.isinf(numbers), index=numbers.index)
-    low = -np.inf if field.minimum is None else field.minimum
-    high = np.inf if field.maximum is None else field.maximum
-    outside = ~infinite & ((numbers < low) | (numbers > high))
-    if infinite.any():
-        remarks.append(f"{field.name}: {int(infinite.sum())} infinite values are treated as missing")
-    if outside.any():
+def odd_remark(field: MetadataField, odd: str, count: int) -> str:
+    """Say how many answers to a field don't count, and why; see `dualrefnet.runtime.form.Answer`."""
+    if odd == "infinite":
+        return f"{field.name}: {count} infinite values are treated as missing"
+    if odd == "outside":
         limits = f"{'' if field.minimum is None else f'{field.minimum:g}'}..{'' if field.maximum is None else f'{field.maximum:g}'}"
-        remarks.append(f"{field.name}: {int(outside.sum())} values outside {limits} are treated as missing")
-    return numbers.mask(infinite | outside), remarks
-
-
-def _text(value: object, field: MetadataField) -> str:
-    """Spell one value as its category: 3.0 -> `3`, yes/1/true -> `True`."""
-    if field.kind == "boolean":
-        word = str(value).strip().lower()
-        if word in ("true", "yes", "y", "1", "1.0"):
-            return "True"
-        if word in ("false", "no", "n", "0", "0.0"):
-            return "False"
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    text = str(value).strip()
-    # A column of whole numbers with gaps is read as floats: `3.0` is the category `3`.
-    return text[:-2] if text.endswith(".0") and text[:-2].isdigit() else text
+        return f"{field.name}: {count} values outside {limits} are treated as missing"
+    return f"{field.name}: {count} values are none of the known categories, treated as missing"

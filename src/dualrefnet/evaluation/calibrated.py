@@ -14,86 +14,41 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dualrefnet.evaluation.calibration_errors import compare_errors
-from dualrefnet.evaluation.conformal import can_promise, class_thresholds, conformal_threshold, measure_sets, prediction_sets
+from dualrefnet.evaluation.conformal import can_promise, class_thresholds, conformal_threshold, measure_sets
 from dualrefnet.evaluation.inputs import check_classes, check_predictions
 from dualrefnet.evaluation.intervals import group_codes
 from dualrefnet.evaluation.ratios import beside
-from dualrefnet.evaluation.referral import malignancy, measure_referral, referral_threshold, threshold_interval
+from dualrefnet.evaluation.referral import measure_referral, referral_threshold, threshold_interval
 from dualrefnet.evaluation.selective import TABLE, measure_selective
-from dualrefnet.evaluation.temperature import HIGHEST, LOWEST, all_right, apply_temperature, fit_temperature, temperature_interval
+from dualrefnet.evaluation.temperature import HIGHEST, LOWEST, all_right, fit_temperature, temperature_interval
+from dualrefnet.runtime.probabilities import Decision, apply_temperature, malignancy
 
 Floats = NDArray[np.float64]
 
 LEVEL = 0.95
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """What was fitted on the validation side.
+@dataclass(frozen=True, kw_only=True)
+class Calibration(Decision):
+    """What was fitted on the validation side: a `Decision`, and how it came about.
 
     Attributes:
-        classes: names in the order of the columns.
-        malignant: the classes that are cancer.
         images: number of validation images.
         groups: number of their patients.
         per_class: class -> number of validation images.
-        temperature: see `temperature`.
         temperature_interval: 95%, over validation patients; None without resamples.
-        coverage: how often a set shall hold the right class.
-        threshold: a class with at least this probability is in the set; 0: all classes are.
-        class_thresholds: class -> the same for sets that keep the promise within every class.
         sensitivity: share of cancers that shall be referred.
-        referral: an image with at least this malignancy is referred; None: there is no malignant class, or no validation image of one.
         referral_interval: 95%, over validation patients; None without resamples or without a threshold.
         remarks: what is weak about the fit, in sentences.
     """
 
-    classes: tuple[str, ...]
-    malignant: tuple[str, ...]
     images: int
     groups: int
     per_class: dict[str, int]
-    temperature: float
     temperature_interval: tuple[float, float] | None
-    coverage: float
-    threshold: float
-    class_thresholds: dict[str, float]
     sensitivity: float
-    referral: float | None
     referral_interval: tuple[float, float] | None
     remarks: tuple[str, ...] = ()
-
-    @property
-    def cancer(self) -> NDArray[np.bool_]:
-        """Return which columns are malignant, (C,)."""
-        return np.isin(self.classes, self.malignant)
-
-    def probabilities(self, probabilities: ArrayLike) -> Floats:
-        """Return the model's probabilities (N, C) at the temperature."""
-        return apply_temperature(probabilities, self.temperature)
-
-    def prediction_sets(self, probabilities: ArrayLike, by_class: bool = False) -> NDArray[np.bool_]:
-        """Return which classes are in the set of each image, (N, C); never none.
-
-        Args:
-            probabilities: (N, C), as the model gave them.
-            by_class: with the thresholds that keep the promise within every class.
-        """
-        return prediction_sets(self.probabilities(probabilities), self.thresholds(by_class))
-
-    def thresholds(self, by_class: bool) -> float | list[float]:
-        """Return the one threshold, or those of the classes in their order."""
-        return [self.class_thresholds[name] for name in self.classes] if by_class else self.threshold
-
-    def refer(self, probabilities: ArrayLike) -> NDArray[np.bool_] | None:
-        """Return which images should be seen by a dermatologist, (N,); None where there is no threshold.
-
-        Args:
-            probabilities: (N, C), as the model gave them.
-        """
-        if self.referral is None:
-            return None
-        return np.asarray(malignancy(self.probabilities(probabilities), self.cancer) >= self.referral)
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `calibration.json`."""
@@ -118,24 +73,19 @@ class Calibration:
         Raises:
             ValueError: a key is missing, or a value has the wrong type.
         """
+        decision = cls.read(values)
         try:
-            fitted, conformal, referral = values["fitted_on"], values["conformal"], values["referral"]
+            fitted, referral = values["fitted_on"], values["referral"]
             bounds, referral_bounds = values.get("temperature_ci95"), referral and referral.get("threshold_ci95")
             return cls(
-                tuple(values["classes"]),
-                tuple(values["malignant"]),
-                int(fitted["images"]),
-                int(fitted["groups"]),
-                {str(name): int(count) for name, count in fitted["per_class"].items()},
-                float(values["temperature"]),
-                (float(bounds[0]), float(bounds[1])) if bounds else None,
-                float(conformal["coverage"]),
-                float(conformal["threshold"]),
-                {name: float(conformal["class_thresholds"][name]) for name in values["classes"]},
-                float(values["referral_sensitivity"]),
-                float(referral["threshold"]) if referral else None,
-                (float(referral_bounds[0]), float(referral_bounds[1])) if referral_bounds else None,
-                tuple(values["remarks"]),
+                **decision,
+                images=int(fitted["images"]),
+                groups=int(fitted["groups"]),
+                per_class={str(name): int(count) for name, count in fitted["per_class"].items()},
+                temperature_interval=(float(bounds[0]), float(bounds[1])) if bounds else None,
+                sensitivity=float(values["referral_sensitivity"]),
+                referral_interval=(float(referral_bounds[0]), float(referral_bounds[1])) if referral_bounds else None,
+                remarks=tuple(values["remarks"]),
             )
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"this isn't a calibration: {error!r}") from None
@@ -180,20 +130,20 @@ def fit_calibration(
     bounds = temperature_interval(truth, scores, codes, samples, seed, LEVEL) if samples else None
     referral_bounds = threshold_interval(cancer[truth], score, sensitivity, codes, samples, seed, LEVEL) if samples else None
     return Calibration(
-        tuple(classes),
-        tuple(malignant),
-        len(truth),
-        int(codes.max()) + 1,
-        dict(zip(classes, per_class, strict=True)),
-        temperature,
-        bounds,
-        coverage,
-        conformal_threshold(warmed[np.arange(len(truth)), truth], coverage),
-        dict(zip(classes, by_class, strict=True)),
-        sensitivity,
-        referral_threshold(cancer[truth], score, sensitivity),
-        referral_bounds,
-        tuple(_remarks(truth, scores, temperature, classes, per_class, coverage, malignant)),
+        classes=tuple(classes),
+        malignant=tuple(malignant),
+        temperature=temperature,
+        coverage=coverage,
+        threshold=conformal_threshold(warmed[np.arange(len(truth)), truth], coverage),
+        class_thresholds=dict(zip(classes, by_class, strict=True)),
+        referral=referral_threshold(cancer[truth], score, sensitivity),
+        images=len(truth),
+        groups=int(codes.max()) + 1,
+        per_class=dict(zip(classes, per_class, strict=True)),
+        temperature_interval=bounds,
+        sensitivity=sensitivity,
+        referral_interval=referral_bounds,
+        remarks=tuple(_remarks(truth, scores, temperature, classes, per_class, coverage, malignant)),
     )
 
 

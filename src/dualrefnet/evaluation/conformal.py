@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dualrefnet.evaluation.ratios import Ratio, measure_ratios
+from dualrefnet.runtime.probabilities import prediction_sets
 
 Floats = NDArray[np.float64]
 
@@ -54,20 +55,6 @@ def class_thresholds(labels: NDArray[np.int64], probabilities: Floats, coverage:
     """Return the threshold of each class from its own images; 0 (in every set) for a class with too few of them."""
     count = probabilities.shape[1]
     return tuple(conformal_threshold(probabilities[labels == index, index], coverage) for index in range(count))
-
-
-def prediction_sets(probabilities: ArrayLike, thresholds: float | Sequence[float]) -> NDArray[np.bool_]:
-    """Return which classes are in the set of each image, (N, C). A set that would be empty holds the likeliest class.
-
-    Args:
-        probabilities: (N, C).
-        thresholds: one for all classes, or one for each.
-    """
-    scores = np.asarray(probabilities, dtype=np.float64)
-    sets = scores >= np.asarray(thresholds)
-    empty = np.flatnonzero(~sets.any(axis=1))
-    sets[empty, scores[empty].argmax(axis=1)] = True
-    return np.asarray(sets)
 
 
 def measure_sets(

@@ -12,7 +12,6 @@ import pandas as pd
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from dualrefnet.data.preprocessing import preprocess
 from dualrefnet.errors import DataError
 from dualrefnet.evaluation.everyday_pictures import DOCUMENTS, MEDICAL, PHOTOGRAPHS, PLAIN, everyday_pictures, medical_pictures
 from dualrefnet.evaluation.healthy_skin import cut_skin
@@ -22,6 +21,7 @@ from dualrefnet.evaluation.resampling import Ranking
 from dualrefnet.models.inference import normalise, to_unit
 from dualrefnet.models.out_of_scope import FALSE_ALARMS, fit_out_of_scope
 from dualrefnet.models.vectors import joined_vectors
+from dualrefnet.runtime.preprocessing import preprocess
 
 Progress = Callable[[int, int], None]
 

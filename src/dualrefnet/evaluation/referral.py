@@ -58,11 +58,6 @@ class ReferralCurve:
     level: float
 
 
-def malignancy(probabilities: Floats, cancer: NDArray[np.bool_]) -> Floats:
-    """Return the malignancy score of every image, (N,); `cancer`: (C,), which classes are malignant."""
-    return np.asarray(probabilities[:, cancer].sum(axis=1))
-
-
 def referral_threshold(malignant: NDArray[np.bool_], score: Floats, sensitivity: float) -> float | None:
     """Return the largest threshold with which at least the wanted share of the malignant images is referred.
 

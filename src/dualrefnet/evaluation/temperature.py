@@ -12,35 +12,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from dualrefnet.evaluation.inputs import check_predictions
 from dualrefnet.evaluation.intervals import draw_counts, percentile_interval
+from dualrefnet.runtime.probabilities import softmax, to_logits
 
 Floats = NDArray[np.float64]
 
-# What is smaller can't be told from 0 in single precision; 0 itself has no logarithm.
-FLOOR = float(np.finfo(np.float32).smallest_subnormal)
 # Beyond these a temperature says that the validation side is too small or the model useless, not how sure it may be.
 LOWEST, HIGHEST = 0.05, 20.0
 # Halvings of the range of log T: the last is far below what a float can tell.
 STEPS = 60
 # Temperatures between which the intervals interpolate.
 _GRID = np.exp(np.linspace(np.log(LOWEST), np.log(HIGHEST), 241))
-
-
-def apply_temperature(probabilities: ArrayLike, temperature: float) -> Floats:
-    """Return probabilities at a temperature, (N, C); each row sums to 1.
-
-    Args:
-        probabilities: (N, C), rows sum to 1; 0 counts as the smallest number of single precision.
-        temperature: above 0; 1 changes nothing.
-
-    Raises:
-        ValueError: `temperature` isn't above 0.
-
-    >>> apply_temperature([[0.8, 0.2]], 2).round(4).tolist()  # .8^½ : .2^½ = 2 : 1
-    [[0.6667, 0.3333]]
-    """
-    if not temperature > 0:
-        raise ValueError(f"a temperature must be above 0, not {temperature}")
-    return _softmax(_logits(np.asarray(probabilities, dtype=np.float64)) / temperature)
 
 
 def fit_temperature(labels: ArrayLike, probabilities: ArrayLike) -> float:
@@ -60,7 +41,7 @@ def fit_temperature(labels: ArrayLike, probabilities: ArrayLike) -> float:
         ValueError: see `check_predictions`.
     """
     truth, scores = check_predictions(labels, probabilities)
-    logits = _logits(scores)
+    logits = to_logits(scores)
     if all_right(truth, scores):
         return 1.0
     low, high = np.log([LOWEST, HIGHEST])
@@ -99,7 +80,7 @@ def temperature_interval(
         ValueError: see `check_predictions`.
     """
     truth, scores = check_predictions(labels, probabilities)
-    logits, size = _logits(scores), int(groups.max()) + 1
+    logits, size = to_logits(scores), int(groups.max()) + 1
     slopes = np.stack([np.bincount(groups, _slopes(truth, logits, temperature), size) for temperature in _GRID], axis=1)
     wrong = np.bincount(groups, scores[np.arange(len(truth)), truth] < scores.max(axis=1), size)
     found = []
@@ -123,15 +104,4 @@ def _zeros(slopes: Floats) -> Floats:
 
 def _slopes(truth: NDArray[np.int64], logits: Floats, temperature: float) -> Floats:
     """Return each image's slope of the log loss over 1/T: the mean logit, weighted by probability, less that of its class."""
-    return np.asarray((_softmax(logits / temperature) * logits).sum(axis=1) - logits[np.arange(len(truth)), truth])
-
-
-def _logits(probabilities: Floats) -> Floats:
-    """Return logits whose largest in each row is 0."""
-    logits = np.log(np.maximum(probabilities, FLOOR))
-    return np.asarray(logits - logits.max(axis=1, keepdims=True))
-
-
-def _softmax(logits: Floats) -> Floats:
-    powers = np.exp(logits)
-    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+    return np.asarray((softmax(logits / temperature) * logits).sum(axis=1) - logits[np.arange(len(truth)), truth])

@@ -8,7 +8,7 @@ from typing import Any
 
 from dualrefnet.evaluation.calibrated import Calibration
 from dualrefnet.evaluation.printed_table import Cell, PrintedTable
-from dualrefnet.evaluation.referral import malignancy, referral_curve
+from dualrefnet.evaluation.referral import referral_curve
 from dualrefnet.evaluation.reliability import compute_reliability
 from dualrefnet.evaluation.selective import measure_selective
 from dualrefnet.figures.curves import draw_reliability
@@ -18,6 +18,7 @@ from dualrefnet.figures.selective import draw_selective
 from dualrefnet.report.measured import Measured
 from dualrefnet.report.numbers import CI, bounds_of, number, percent, signed
 from dualrefnet.report.section import Section
+from dualrefnet.runtime.probabilities import malignancy
 
 _ERRORS = {
     "ece": "expected calibration error",

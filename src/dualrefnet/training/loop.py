@@ -15,7 +15,6 @@ from sklearn.metrics import accuracy_score, recall_score
 from torch import Tensor, optim
 
 from dualrefnet.data.augment import AugmentationDraw, draw, shade, warp
-from dualrefnet.data.imputation import Span
 from dualrefnet.data.loader import Batch, Examples
 from dualrefnet.errors import RunError
 from dualrefnet.files import write_csv, write_tensors
@@ -28,6 +27,7 @@ from dualrefnet.models.superresolution import input_and_target, psnr, ssim
 from dualrefnet.progress import progress_bar, remark, warn
 from dualrefnet.recipe import Recipe
 from dualrefnet.run import Run
+from dualrefnet.runtime.imputer import Span
 from dualrefnet.training.allocator import keep_freed_memory
 from dualrefnet.training.checkpoint import load_checkpoint, save_checkpoint
 from dualrefnet.training.losses import DualRefNetLoss

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dualrefnet.data.imputation import Span
 from dualrefnet.recipe import ModalityDropoutSection
+from dualrefnet.runtime.imputer import Span
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,7 @@ def model_description(
             "name": schema.name,
             "title": schema.title,
             "licence": schema.licence,
+            "citation": schema.citation,
             "drawn": schema.drawn,
             "class_names": schema.class_names,
             "protocol": recipe.data.protocol,

@@ -1,0 +1,1 @@
+"""Prediction of many lesions into one CSV, on one machine or on Ray."""

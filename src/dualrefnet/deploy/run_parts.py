@@ -1,0 +1,80 @@
+"""What a predictor needs of a run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dualrefnet.data.metadata import MetadataEncoder
+from dualrefnet.deploy.torch_network import TorchNetwork
+from dualrefnet.errors import RunError
+from dualrefnet.evaluation.calibrated import Calibration
+from dualrefnet.models.backbones import Encoder
+from dualrefnet.models.method import Method
+from dualrefnet.models.out_of_scope import OutOfScope
+from dualrefnet.models.registry import load_model
+from dualrefnet.progress import warn
+from dualrefnet.recipe import ImageSection
+from dualrefnet.run import Run
+
+
+def run_parts(run: Path | str | Run, device: str) -> dict[str, Any]:
+    """Return the arguments of `Predictor` that a run stands for.
+
+    Raises:
+        RunError: the folder holds no trained model, or its check of pictures is damaged or of another model.
+    """
+    run = run if isinstance(run, Run) else Run(Path(run))
+    description = run.model
+    model = load_model(description, run.weights_file)
+    image = ImageSection.model_validate(description["preprocessing"]["image"])
+    mean, sd = (tuple(description["preprocessing"][name]) for name in ("mean", "std"))
+    told = {name: description[name] for name in ("dualrefnet", "dataset", "classes", "malignant")}
+    # Runs of the first versions name no classes in words.
+    told |= {"name": run.recipe.name, "class_names": description["dataset"].get("class_names", {}), "variant": "float32"}
+    return {
+        "description": told | {"measured": run.metrics if run.finished else None},
+        "network": TorchNetwork(model, image.size, (mean, sd), torch.device(device)),
+        "classes": description["classes"],
+        "malignant": description["malignant"],
+        "form": MetadataEncoder.from_json(description["metadata"]),
+        "image": image,
+        "reads_image": model.reads_image,
+        "reads_metadata": model.reads_metadata,
+        "learned_tokens": model.missing is not None,
+        "out_of_scope": _find_check(run, model),
+        "decision": _find_calibration(run),
+    }
+
+
+def _find_calibration(run: Run) -> Calibration | None:
+    """Return a run's calibration; None, and say so, if an older run has none."""
+    if run.calibration_file.is_file():
+        return run.calibration
+    warn(
+        f"{run.path} has no calibration, so its probabilities are the model's own, without sets and referral; `dualrefnet evaluate "
+        f"{run.path}` makes it"
+    )
+    return None
+
+
+def _find_check(run: Run, model: Method) -> OutOfScope | None:
+    """Return a run's check of pictures; None, and say so, if an older run has none."""
+    if not model.reads_image:
+        return None
+    if not run.out_of_scope_file.is_file():
+        warn(
+            f"{run.path} has no out-of-scope check, so nothing warns of a picture that shows no lesion; `dualrefnet evaluate {run.path}` "
+            "makes it"
+        )
+        return None
+    found = run.out_of_scope
+    length = sum(encoder.features for encoder in model.encoders if isinstance(encoder, Encoder))
+    if found.length != length:
+        raise RunError(
+            f"{run.out_of_scope_file} is of another model ({found.length} numbers, not {length}); make it again with `dualrefnet evaluate "
+            f"{run.path}`"
+        )
+    return found

@@ -1,0 +1,256 @@
+"""The classifier: photographs that are decoded and forms in, answers out. Whatever computes the network is behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .answer import Field
+from .explanation import answers_apart, covered, spread_out
+from .form import EncodedForms, FormEncoder
+from .out_of_scope import OutOfScopeScore
+from .prediction import Explanation, Prediction
+from .preprocessing import ImageSettings, preprocess
+from .probabilities import Decision, softmax
+
+Picture = NDArray[np.uint8]
+# Pictures that the network reads at once where one question needs many of them.
+BATCH = 32
+
+
+class Answered(NamedTuple):
+    """What a network says of N pictures with their forms.
+
+    Attributes:
+        logits: (N, C).
+        vectors: (N, D), what its image encoders make of each picture, NaN where there is none; None if it reads no picture.
+    """
+
+    logits: NDArray[np.floating]
+    vectors: NDArray[np.floating] | None
+
+
+# (N, S, S, 3) pictures or None, (N,) which aren't there or None, and (N, M) forms -> what the network says.
+Network = Callable[[Picture | None, NDArray[np.bool_] | None, NDArray[np.float32]], Answered]
+
+
+class Classifier:
+    """A trained model with its preprocessing.
+
+    Attributes:
+        network: computes the model.
+        classes: labels in the order of the outputs.
+        malignant: the classes that are cancer.
+        form: the fitted form encoder; its `fields` are what a form may ask.
+        image: what is done to a photograph.
+        reads_image: False for a model of the form alone.
+        reads_metadata: False for a model of the photograph alone.
+        learned_tokens: whether it answers without a photograph.
+        out_of_scope: the check of pictures; None if there is none.
+        decision: temperature, sets and threshold of referral; None if there are none.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        classes: Sequence[str],
+        malignant: Sequence[str],
+        form: FormEncoder,
+        image: ImageSettings,
+        *,
+        reads_image: bool,
+        reads_metadata: bool,
+        learned_tokens: bool,
+        out_of_scope: OutOfScopeScore | None = None,
+        decision: Decision | None = None,
+    ) -> None:
+        self.network, self.form, self.image = network, form, image
+        self.classes, self.malignant = tuple(classes), tuple(malignant)
+        self.reads_image, self.reads_metadata, self.learned_tokens = reads_image, reads_metadata, learned_tokens
+        self.out_of_scope, self.decision = out_of_scope, decision
+
+    @property
+    def needs_image(self) -> bool:
+        """False for a model that answers without a photograph."""
+        return self.reads_image and not self.learned_tokens
+
+    @property
+    def size(self) -> int:
+        """S, side of the pictures that the network reads, pixels."""
+        return self.image.size
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        """What a form may ask; nothing if the model reads no form."""
+        return self.form.fields if self.reads_metadata else ()
+
+    def levels(self, name: str) -> tuple[str, ...]:
+        """Return what may be answered to a field: its categories; none for a number.
+
+        Raises:
+            FormError: there is no such field.
+        """
+        self.form.check([{name: None}])
+        return next(levels for one, levels in zip(self.form.fields, self.form.levels, strict=True) if one.name == name)
+
+    def prepare_array(self, photograph: NDArray[np.uint8]) -> Picture:
+        """Preprocess a decoded photograph exactly as in training.
+
+        Args:
+            photograph: (H, W, 3) RGB.
+
+        Returns:
+            (S, S, 3) RGB.
+
+        Raises:
+            ValueError: it has another shape, or isn't uint8.
+        """
+        if photograph.dtype != np.uint8 or photograph.ndim != 3 or photograph.shape[2] != 3 or photograph.size == 0:
+            raise ValueError(f"an image array must be (height, width, 3) uint8 RGB, not {photograph.shape} {photograph.dtype}")
+        return preprocess(photograph, self.image)
+
+    def classify(self, lesions: Sequence[Sequence[Picture | None]], forms: Sequence[Mapping[str, Any]]) -> list[Prediction]:
+        """Classify lesions, each with one form and one or several photographs of it.
+
+        Of several photographs the model's probabilities are averaged; temperature, set and referral then act on the mean.
+
+        Args:
+            lesions: of each lesion the photographs, as `prepare_array` makes them; None: there is none.
+            forms: one for each lesion, any subset of the fields.
+
+        Raises:
+            FormError: a field is unknown, or a number is none.
+            ValueError: a lesion has no photograph though the model needs one, or the lengths differ.
+        """
+        if len(lesions) != len(forms):
+            raise ValueError(f"{len(lesions)} lesions and {len(forms)} forms: give one form a lesion")
+        if not lesions:
+            return []
+        encoded = self.form.encode_forms(self._read(forms))
+        pictures = [self._pictures(lesion) for lesion in lesions]
+        counts = [len(lesion) for lesion in pictures]
+        starts = np.cumsum([0, *counts[:-1]])
+        flat = [picture for lesion in pictures for picture in lesion]
+        probabilities, vectors = self._ask(flat, np.repeat(encoded.values, counts, axis=0))
+        pooled = np.add.reduceat(probabilities, starts, axis=0) / np.array(counts)[:, None]
+        unlike = self._unlike(vectors, len(flat))
+        return [
+            self._prediction(row, flat[start : start + count], unlike[start : start + count], self._said(encoded, index, form))
+            for index, (row, start, count, form) in enumerate(zip(pooled, starts, counts, forms, strict=True))
+        ]
+
+    def explain_prepared(self, picture: Picture | None, form: Mapping[str, Any], label: str | None = None) -> Explanation:
+        """Say what an answer rests on: the model is asked again with places covered and with answers left out.
+
+        Args:
+            picture: as `prepare_array` makes it; None: there is none.
+            form: any subset of the fields.
+            label: the class that is asked about; None: the likeliest.
+
+        Raises:
+            FormError: a field is unknown, or a number is none.
+            ValueError: the class is unknown, or there is no photograph though the model needs one.
+        """
+        if label is not None and label not in self.classes:
+            raise ValueError(f"no class is called {label[:40]!r}; there are: {', '.join(self.classes)}")
+        picture, [form] = self._pictures([picture])[0], self._read([form])
+        whole = self.form.encode_forms([form])
+        answered = [one.name for one, missing in zip(self.form.fields, whole.missing[0], strict=True) if not missing]
+        forms = answers_apart(form, answered)
+        patches = [] if picture is None else covered(picture)
+        encoded = self.form.encode_forms([form, *forms]).values
+        pictures = [picture] * (1 + len(forms)) + list(patches)
+        values = np.concatenate([encoded, np.repeat(encoded[:1], len(patches), axis=0)])
+        rows = np.concatenate(
+            [self._ask(pictures[start : start + BATCH], values[start : start + BATCH])[0] for start in range(0, len(pictures), BATCH)]
+        )
+        rows = rows if self.decision is None else self.decision.probabilities(rows)
+        place = int(rows[0].argmax()) if label is None else self.classes.index(label)
+        lost = rows[0, place] - rows[1:, place]
+        heat = None if picture is None else spread_out(lost[len(forms) :], self.size)
+        return Explanation(self.classes[place], float(rows[0, place]), heat, dict(zip(answered, lost[: len(forms)].tolist(), strict=True)))
+
+    def _read(self, forms: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """Return the forms that the model reads: empty ones if it reads none."""
+        return forms if self.reads_metadata else [{}] * len(forms)
+
+    def _pictures(self, lesion: Sequence[Picture | None]) -> list[Picture | None]:
+        """Return a lesion's photographs; [None] if there is none and the model does without."""
+        if not self.reads_image:
+            return [None]
+        there: list[Picture | None] = [picture for picture in lesion if picture is not None]
+        if not there and self.needs_image:
+            raise ValueError("this model needs a photograph; one that was trained for gaps (metadata.imputation token) would do without")
+        return there or [None]
+
+    def _ask(
+        self, pictures: Sequence[Picture | None], values: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float64], NDArray[np.floating] | None]:
+        """Return the model's own probabilities (N, C), and the encoders' vectors."""
+        images = absent = None
+        if self.reads_image:
+            nothing = np.zeros((self.size, self.size, 3), dtype=np.uint8)
+            images = np.stack([nothing if picture is None else picture for picture in pictures])
+            absent = np.array([picture is None for picture in pictures]) if self.learned_tokens else None
+        answered = self.network(images, absent, values)
+        return softmax(answered.logits), answered.vectors
+
+    def _unlike(self, vectors: NDArray[np.floating] | None, number: int) -> list[float | None]:
+        """Return how unlike the training photographs each picture is."""
+        if self.out_of_scope is None or vectors is None:
+            return [None] * number
+        # NaN is a photograph that isn't there.
+        return [None if np.isnan(score) else float(score) for score in self.out_of_scope.score(vectors)]
+
+    def _prediction(
+        self, row: NDArray[np.float64], pictures: Sequence[Picture | None], unlike: Sequence[float | None], said: list[str]
+    ) -> Prediction:
+        likely, refer = np.zeros(len(row), dtype=bool), None
+        if self.decision is not None:
+            likely, refer = self.decision.prediction_sets(row[None])[0], self.decision.refer(row[None])
+            row = self.decision.probabilities(row[None])[0]
+        probabilities = dict(zip(self.classes, row.tolist(), strict=True))
+        order = sorted(probabilities, key=probabilities.__getitem__, reverse=True)
+        inside = {label for label, chosen in zip(self.classes, likely, strict=True) if chosen}
+        scores = [score for score in unlike if score is not None]
+        warnings = [
+            self._unlike_warning(score, number, len(pictures)) for number, score in enumerate(unlike, 1) if score is not None and score > 1
+        ]
+        if self.reads_image and pictures[0] is None:
+            warnings.append("answered without a photograph")
+        return Prediction(
+            order[0],
+            probabilities,
+            sum(probabilities[label] for label in self.malignant) if self.malignant else None,
+            warnings + said,
+            max(scores) if scores else None,
+            tuple(label for label in order if label in inside),
+            None if refer is None else bool(refer[0]),
+        )
+
+    def _unlike_warning(self, score: float, number: int, pictures: int) -> str:
+        """Say that a picture isn't like the training photographs, and how rare that is among lesions."""
+        assert self.out_of_scope is not None
+        share, validation = self.out_of_scope.share_nearer(score), self.out_of_scope.validation
+        # Rounded down: 99.96% isn't all.
+        than = f"all {validation}" if share >= 1 else f"{int(1000 * share) / 10:g}% of {validation}"
+        which = "the picture" if pictures == 1 else f"picture {number}"
+        return (
+            f"{which} doesn't look like the photographs this model was trained on (more unusual than {than} photographs of lesions "
+            "that were kept for comparison); don't rely on the answer"
+        )
+
+    def _said(self, encoded: EncodedForms, row: int, form: Mapping[str, Any]) -> list[str]:
+        """Return the warnings about a form."""
+        names = [one.name for one in self.form.fields]
+        if not names or not self.reads_metadata:
+            return ["this model reads no metadata; the form is ignored"] if form else []
+        odd = [name for name, rejected in zip(names, encoded.rejected[row], strict=True) if rejected]
+        gaps = [name for name, missing in zip(names, encoded.missing[row], strict=True) if missing]
+        how = "imputed" if self.form.imputer is not None else "taken as zero"
+        how = "answered by a learned token" if self.form.section.imputation == "token" else how
+        said = [f"{name}: not a known category or a believable number" for name in odd]
+        return said + ([f"missing and {how}: {', '.join(gaps)}"] if gaps else [])

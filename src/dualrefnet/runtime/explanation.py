@@ -1,0 +1,52 @@
+"""Taking things away, to see what an answer rests on: places of the photograph, and answers of the form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# A patch covers two steps of this many; neighbours overlap by half, so that an edge between two patches hides nothing.
+STEPS = 8
+
+
+def covered(picture: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+    """Return copies of a picture (S, S, 3), each with one patch painted over with the mean colour: (STEPS - 1)^2, row by row."""
+    mean = picture.reshape(-1, 3).mean(axis=0).round().astype(np.uint8)
+    copies = []
+    for rows, columns in _patches(len(picture)):
+        copy = picture.copy()
+        copy[rows, columns] = mean
+        copies.append(copy)
+    return copies
+
+
+def spread_out(values: NDArray[np.floating], side: int) -> NDArray[np.float32]:
+    """Lay one number a patch over the picture (side, side): at each place the mean of the patches that cover it, smoothed."""
+    total, times = np.zeros((side, side)), np.zeros((side, side))
+    for value, (rows, columns) in zip(values, _patches(side), strict=True):
+        # A patch says most of its middle.
+        weight = np.outer(_tent(rows), _tent(columns))
+        total[rows, columns] += value * weight
+        times[rows, columns] += weight
+    return np.asarray(total / times, dtype=np.float32)
+
+
+def answers_apart(form: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return copies of a form, each without one of the named answers."""
+    return [{name: value for name, value in form.items() if name != left_out} for left_out in names]
+
+
+def _patches(side: int) -> list[tuple[slice, slice]]:
+    edges = [round(side * step / STEPS) for step in range(STEPS + 1)]
+    along = [slice(edges[step], edges[step + 2]) for step in range(STEPS - 1)]
+    return [(rows, columns) for rows in along for columns in along]
+
+
+def _tent(places: slice) -> NDArray[np.float64]:
+    """Return weights along a patch that fall from its middle to its ends, never to zero."""
+    length = places.stop - places.start
+    middle = (length - 1) / 2
+    return np.asarray(1 - np.abs(np.arange(length) - middle) / (middle + 1))

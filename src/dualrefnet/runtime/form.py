@@ -1,0 +1,273 @@
+"""The form: from a patient's answers to the vector of numbers that the model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .answer import Answer, Field, FormError, FormField, is_nothing, read_number, spell
+from .imputer import NeuralImputer, Span
+
+Array = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+
+
+class Settings(Protocol):
+    """How answers are encoded: the section `metadata` of a recipe, or of a bundle."""
+
+    @property
+    def tier(self) -> str:
+        """M0, M1, M2 or M3; M3 says which fields are missing."""
+
+    @property
+    def imputation(self) -> str:
+        """What fills gaps: `neural`, `zero`, `token` or `label_leaking`."""
+
+    @property
+    def unknown(self) -> str:
+        """A missing code is a `level` of its own, or `missing`."""
+
+    @property
+    def scale(self) -> str:
+        """Of numbers: `zscore` or `raw`."""
+
+    @property
+    def merge_aliases(self) -> bool:
+        """Whether spellings of one value are one."""
+
+
+@dataclass(frozen=True)
+class FormSettings:
+    """The settings of a bundle; see `Settings`."""
+
+    tier: str
+    imputation: str
+    unknown: str
+    scale: str
+    merge_aliases: bool
+
+
+class Observed(NamedTuple):
+    """N forms before their gaps are filled.
+
+    Attributes:
+        columns: (N, K) standardised numbers and indicators, zero where missing.
+        missing: (N, F) which fields have no answer.
+        odd: for each field and reason why answers don't count, which rows they are in, (N,).
+    """
+
+    columns: Array
+    missing: Mask
+    odd: dict[tuple[int, str], Mask]
+
+    @property
+    def rejected(self) -> Mask:
+        """(N, F) which fields were answered with something that doesn't count."""
+        rejected = np.zeros_like(self.missing)
+        for (index, _), rows in self.odd.items():
+            rejected[:, index] |= rows
+        return rejected
+
+
+class EncodedForms(NamedTuple):
+    """N forms as the model reads them.
+
+    Attributes:
+        values: (N, M); NaN where a field is missing for which the model has a learned token.
+        missing: (N, F).
+        rejected: (N, F) which of these were answered with something that doesn't count.
+    """
+
+    values: Array
+    missing: Mask
+    rejected: Mask
+
+
+@dataclass(frozen=True)
+class FormEncoder:
+    """A fitted encoder.
+
+    Attributes:
+        section: how answers are encoded.
+        fields: the fields of the tier, in the schema's order.
+        levels: for every field its categories in column order (empty for a number).
+        centre: for every field the mean of the training rows (0 for a category).
+        spread: for every field their standard deviation (1 for a category).
+        imputer: fills gaps; None: gaps are zero, or NaN where the model has a learned token for them.
+        leaked_classes: the diagnoses that the imputer reads; empty but for the demonstration of that leak.
+    """
+
+    section: Settings
+    fields: tuple[Field, ...]
+    levels: tuple[tuple[str, ...], ...]
+    centre: tuple[float, ...]
+    spread: tuple[float, ...]
+    imputer: NeuralImputer | None
+    leaked_classes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> FormEncoder:
+        """Rebuild from what `MetadataEncoder.to_json` wrote."""
+        section = FormSettings(**{name: state["section"][name] for name in FormSettings.__dataclass_fields__})
+        return cls(section, tuple(FormField.from_json(one) for one in state["fields"]), *fitted_state(state))
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The M column names, such as `age`, `region_FACE`, `missing_smoke`."""
+        names = []
+        for one, levels in zip(self.fields, self.levels, strict=True):
+            names += [one.name] if one.kind == "numeric" else [f"{one.name}_{level}" for level in levels]
+        return names + [f"missing_{self.fields[index].name}" for index in self._masked]
+
+    @property
+    def width(self) -> int:
+        """M, the length of an encoded form."""
+        return len(self.names)
+
+    @cached_property
+    def spans(self) -> list[Span]:
+        """The columns of each field; the columns that say what is missing come after them."""
+        spans, start = [], 0
+        for one, levels in zip(self.fields, self.levels, strict=True):
+            stop = start + (1 if one.kind == "numeric" else len(levels))
+            spans.append(Span(start, stop, one.kind == "numeric"))
+            start = stop
+        return spans
+
+    def encode_forms(self, forms: Sequence[Mapping[str, Any]]) -> EncodedForms:
+        """Encode forms; a question that isn't answered (absent, None, NaN, empty) is missing.
+
+        Args:
+            forms: of each patient any subset of the fields, such as `{"age": 61, "region": "FACE"}`.
+
+        Raises:
+            FormError: a field is unknown, or a number is none; or gaps were filled from the diagnosis in training.
+        """
+        self.check(forms)
+        if self.leaked_classes:
+            raise FormError(
+                "this model was trained on metadata whose gaps were filled from the diagnosis (metadata.imputation label_leaking), "
+                "a demonstration of a leak: where the diagnosis isn't known it can't be used"
+            )
+        observed = self.observe([[form.get(one.name) for form in forms] for one in self.fields], len(forms))
+        columns = observed.columns if self.imputer is None else self.imputer.fill(observed.columns, observed.missing)
+        return EncodedForms(self.finish(columns, observed.missing), observed.missing, observed.rejected)
+
+    def check(self, forms: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse forms that ask for a field that isn't there; a model of no field ignores all.
+
+        Raises:
+            FormError: a field is unknown.
+        """
+        names = {one.name for one in self.fields}
+        unknown = sorted({str(name) for form in forms for name in form} - names)
+        if unknown and names:
+            raise FormError(
+                f"unknown metadata fields: {', '.join(name[:40] for name in unknown[:5])}; this model knows: "
+                f"{', '.join(one.name for one in self.fields)}"
+            )
+
+    def observe(self, answers: Sequence[Sequence[object] | None], number: int) -> Observed:
+        """Read the answers of N patients.
+
+        Args:
+            answers: for every field the N answers; None: nobody was asked.
+            number: N.
+
+        Raises:
+            FormError: text stands where a number should.
+        """
+        columns = np.zeros((number, self.spans[-1].stop if self.spans else 0), dtype=np.float32)
+        missing = np.ones((number, len(self.fields)), dtype=bool)
+        odd: dict[tuple[int, str], Mask] = {}
+        for index, (one, span, given) in enumerate(zip(self.fields, self.spans, answers, strict=True)):
+            if given is None:
+                continue
+            # Patients give the same few answers. True, 1 and 1.0 are one key of a dictionary, and different answers.
+            known: dict[tuple[type, object], Answer] = {}
+            not_numbers = 0
+            for row, value in enumerate(given):
+                key = (type(value), value if isinstance(value, str | int | float | bool) else str(value))
+                try:
+                    answer = known[key] if key in known else self.read(index, value)
+                except FormError:
+                    not_numbers += 1
+                    continue
+                known[key] = answer
+                if answer.odd is not None:
+                    odd.setdefault((index, answer.odd), np.zeros(number, dtype=bool))[row] = True
+                if answer.value is None:
+                    continue
+                missing[row, index] = False
+                if one.kind == "numeric":
+                    columns[row, span.start] = (answer.value - self.centre[index]) / self.spread[index]
+                else:
+                    columns[row, span.start + int(answer.value)] = 1
+            if not_numbers:
+                error = FormError(f"{one.name} must be a number")
+                error.rows = not_numbers
+                raise error
+        return Observed(columns, missing, odd)
+
+    def read(self, index: int, value: object) -> Answer:
+        """Read one answer to the field of that index.
+
+        Raises:
+            FormError: text stands where a number should.
+        """
+        one = self.fields[index]
+        if is_nothing(value):
+            return Answer(None)
+        if one.kind == "numeric":
+            return read_number(value, one)
+        word = spell(value, one)
+        if word == "" or (self.section.unknown == "missing" and word in one.missing_codes):
+            return Answer(None)
+        if self.section.merge_aliases:
+            word = one.aliases.get(word, word)
+        place = self._places[index].get(word)
+        return Answer(place, None if place is not None else "unknown")
+
+    def finish(self, columns: Array, missing: Mask) -> Array:
+        """Scale filled columns (N, K), mark what has a token, and append which fields are missing: (N, M)."""
+        if self.section.scale == "raw":
+            for index, (one, span) in enumerate(zip(self.fields, self.spans, strict=True)):
+                if one.kind == "numeric":
+                    raw = columns[:, span.start] * self.spread[index] + self.centre[index]
+                    # Zero imputation writes the number 0, as the literature's zero-filled columns do.
+                    blank = missing[:, index] & (self.imputer is None)
+                    columns[:, span.start] = np.where(blank, 0.0, raw)
+        if self.section.imputation == "token":
+            for index, span in enumerate(self.spans):
+                columns[missing[:, index], span.start : span.stop] = np.nan
+        values = np.concatenate([columns, missing[:, self._masked]], axis=1) if self._masked else columns
+        return np.asarray(values, dtype=np.float32)
+
+    @cached_property
+    def _masked(self) -> list[int]:
+        """The fields with a column that says whether they were missing (tier M3; a token says it itself)."""
+        if self.section.tier != "M3" or self.section.imputation == "token":
+            return []
+        codes = self.section.unknown == "missing"
+        return [index for index, one in enumerate(self.fields) if one.tier == "M2" or (one.missing_codes and codes)]
+
+    @cached_property
+    def _places(self) -> list[dict[str, int]]:
+        """For every field, level -> place."""
+        return [{level: place for place, level in enumerate(levels)} for levels in self.levels]
+
+
+def fitted_state(state: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return levels, centre, spread, imputer and leaked classes of what `to_json` wrote."""
+    return (
+        tuple(tuple(levels) for levels in state["levels"]),
+        tuple(state["centre"]),
+        tuple(state["spread"]),
+        NeuralImputer.from_json(state["imputer"]) if state["imputer"] else None,
+        tuple(state["leaked_classes"]),
+    )

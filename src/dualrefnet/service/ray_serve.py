@@ -1,0 +1,106 @@
+"""The web service on Ray Serve: the same application in replicas that come and go with the load.
+
+`serve run dualrefnet.service.ray_serve:application model=BUNDLE`, or `build_service` from Python.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dualrefnet.errors import DependencyError
+from dualrefnet.service.settings import ServiceSettings, read_keys
+
+try:
+    from ray import serve
+except ImportError:
+    raise DependencyError("Ray Serve needs Ray: pip install 'dualrefnet[scale,deploy]'") from None
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from ray.serve import Application
+
+
+class RayService(BaseModel):
+    """What is served on Ray, and by how many replicas.
+
+    Attributes:
+        model: a run folder or that of an exported bundle, seen by all machines under this name.
+        variant: of a bundle.
+        device: `cpu`, or `cuda` for a GPU a replica.
+        settings: limits and habits of each replica. The page for people is left out: a visit to it must stay with one replica.
+        api_key_file: keys, one a line; every replica reads it, so that no key goes through Ray.
+        min_replicas: as many are always there.
+        max_replicas: as many may be there under load.
+        cpus: of one replica.
+        ongoing: requests that a replica should have at once; more of them start another one.
+        most_ongoing: requests that a replica is given at once.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: Path
+    variant: str = "float32"
+    device: str = "cpu"
+    settings: ServiceSettings = ServiceSettings(page=False)
+    api_key_file: Path | None = None
+    min_replicas: int = Field(default=1, ge=1)
+    max_replicas: int = Field(default=1, ge=1)
+    cpus: float = Field(default=1.0, gt=0)
+    ongoing: float = Field(default=8.0, gt=0)
+    most_ongoing: int = Field(default=64, ge=1)
+
+    @model_validator(mode="after")
+    def _can_be_served(self) -> RayService:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas ({self.max_replicas}) must be at least min_replicas ({self.min_replicas})")
+        if self.settings.page:
+            raise ValueError("the page needs one process that remembers its visitors: set page to false, and `dualrefnet serve` the page")
+        if self.settings.api_keys:
+            raise ValueError("keys must not travel through Ray: leave api_keys out, and name a file in api_key_file")
+        return self
+
+
+def build_service(options: RayService) -> Application:
+    """Return the application for `ray.serve.run`.
+
+    Args:
+        options: what is served.
+    """
+
+    # Called in each replica: neither the model nor a key travels.
+    def make_app() -> FastAPI:
+        return _load(options)
+
+    replica = serve.ingress(make_app)()
+    deploy = serve.deployment(
+        name="dualrefnet",
+        max_ongoing_requests=options.most_ongoing,
+        ray_actor_options={"num_cpus": options.cpus, "num_gpus": 1 if options.device.startswith("cuda") else 0},
+        autoscaling_config={
+            "min_replicas": options.min_replicas,
+            "max_replicas": options.max_replicas,
+            "target_ongoing_requests": options.ongoing,
+        },
+        graceful_shutdown_timeout_s=options.settings.grace,
+    )
+    return deploy(replica).bind()
+
+
+def application(options: dict[str, Any]) -> Application:
+    """Return the application for `serve run dualrefnet.service.ray_serve:application KEY=VALUE ...` and for Ray's YAML files.
+
+    Args:
+        options: the fields of `RayService`.
+    """
+    return build_service(RayService.model_validate(options))
+
+
+def _load(options: RayService) -> FastAPI:
+    from dualrefnet.deploy.predictor import Predictor
+    from dualrefnet.service.app import create_app
+
+    settings = options.settings.model_copy(update={"api_keys": read_keys(options.api_key_file)})
+    return create_app(Predictor.load(options.model, options.device, options.variant), settings)

@@ -1,0 +1,199 @@
+import configparser
+import importlib
+import json
+import pkgutil
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+import dualrefnet.cli
+from dualrefnet.service.settings import ServiceSettings
+
+ROOT = Path(__file__).parents[1]
+DOCKERFILE = ROOT / "Dockerfile"
+UNIT = ROOT / "deployment" / "dualrefnet.service"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def instructions() -> list[tuple[str, str]]:
+    """Return what the Dockerfile says, one pair an instruction."""
+    lines = [line for line in DOCKERFILE.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    text = "\n".join(lines).replace("\\\n", " ")
+    return [(line.split(" ", 1)[0], " ".join(line.split(" ", 1)[1].split())) for line in text.splitlines()]
+
+
+def stages() -> dict[str, list[tuple[str, str]]]:
+    """Return the instructions of every stage; the last one, which has no name, under `final`."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, rest in instructions():
+        if name == "FROM":
+            stage = rest.split(" AS ")[1] if " AS " in rest else "final"
+            found[stage] = []
+        if found:
+            found[stage].append((name, rest))
+    return found
+
+
+def of(kind: str, stage: str = "final") -> list[str]:
+    return [rest for name, rest in stages()[stage] if name == kind]
+
+
+def parse(arguments: list[str]) -> None:
+    """Parse a command as the program would, without running it."""
+    for module in pkgutil.iter_modules(dualrefnet.cli.__path__):
+        importlib.import_module(f"dualrefnet.cli.{module.name}")
+    group = typer.main.get_command(dualrefnet.cli.app)
+    command = group.get_command(typer.Context(group), arguments[0])
+    assert command is not None, arguments[0]
+    command.make_context(arguments[0], arguments[1:])
+
+
+def packages_of_the_cpu_image() -> list[str]:
+    (line,) = [line for line in of("RUN", "cpu") if "numpy" in line]
+    return [word for word in line.split("requirements.lock")[1].split() if word != "\\"]
+
+
+def test_images_are_plain_names_and_nothing_names_a_registry() -> None:
+    for rest in (rest for name, rest in instructions() if name == "FROM"):
+        assert rest.split(" AS ")[0] in ("python:3.11-slim", "${FLAVOUR}")
+    assert set(stages()) == {"wheel", "cpu", "gpu", "packages", "final"}
+    for file in (DOCKERFILE, ROOT / "compose.yaml", UNIT):
+        for host in re.findall(r"\w+://([\w.-]+)", file.read_text()):
+            assert host == "127.0.0.1"
+        assert not re.search(r"(--index-url|--extra-index-url|-i |--find-links)", file.read_text())
+
+
+def test_what_is_copied_exists_and_is_sent_to_the_builder() -> None:
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = {source for name, rest in instructions() if name == "COPY" and "--from" not in rest for source in rest.split()[:-1]}
+    assert copied == kept
+    assert all((ROOT / name).exists() for name in copied)
+    assert "*" in (ROOT / ".dockerignore").read_text().splitlines()
+    # What hatchling needs to build the package, and no ADD, which would unpack or fetch.
+    assert {PROJECT["readme"], *PROJECT["license-files"]} <= copied
+    assert "ADD" not in {name for name, _ in instructions()}
+
+
+def test_the_image_runs_as_nobody_in_particular_and_is_watched() -> None:
+    (user,) = of("USER")
+    assert int(user.split(":")[0]) > 1000
+    # Nothing is run or copied as that user afterwards, so no file of the image belongs to it.
+    names = [name for name, _ in stages()["final"]]
+    assert {"RUN", "COPY"}.isdisjoint(names[names.index("USER") :])
+    (health,) = of("HEALTHCHECK")
+    check = json.loads(health[health.index("[") :])
+    compile(check[2], "check", "exec")
+    assert "http://127.0.0.1:8000/healthz" in check[2]
+    assert of("EXPOSE") == ["8000"]
+    assert all("--no-cache-dir" in line for stage in stages() for line in of("RUN", stage) if "pip " in line)
+
+
+def test_the_commands_of_image_compose_and_unit_exist_with_their_options() -> None:
+    assert of("ENTRYPOINT") == ['["dualrefnet"]']
+    parse(json.loads(of("CMD")[0]))
+    parse(yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["dualrefnet"]["command"])
+    unit = read_unit()["Service"]
+    parse(shlex.split(unit["ExecStart"])[1:])
+
+
+def test_the_packages_of_the_cpu_image_are_known_and_locked_and_hold_no_torch() -> None:
+    named = {re.split(r"[\[<>=~]", line)[0].lower() for line in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["deploy"]]}
+    lock = (ROOT / "requirements.lock").read_text()
+    packages = packages_of_the_cpu_image()
+    assert {"numpy", "onnxruntime", "fastapi", "gradio"} <= set(packages)
+    for package in packages:
+        assert package.lower() in named
+        assert re.search(rf"^{package}==", lock, re.MULTILINE | re.IGNORECASE), package
+    assert not {"torch", "torchvision", "timm"} & set(packages)
+    # The service's own libraries are all there.
+    assert {re.split(r"[\[<>=~]", line)[0] for line in PROJECT["optional-dependencies"]["deploy"]} <= set(packages)
+
+
+def test_the_packages_of_the_cpu_image_are_enough_to_predict_and_to_serve() -> None:
+    code = """
+import importlib.metadata as metadata, re, sys
+def name(text): return re.match(r"[\\w.-]+", text)[0].lower().replace("_", "-").replace(".", "-")
+allowed, waiting = {"dualrefnet"}, [name(word) for word in sys.argv[1:]]
+from packaging.requirements import Requirement
+while waiting:
+    package = waiting.pop()
+    if package in allowed: continue
+    allowed.add(package)
+    for line in metadata.requires(package) or []:
+        needed = Requirement(line)
+        if needed.marker is None or needed.marker.evaluate({"extra": ""}): waiting.append(name(needed.name))
+owners = metadata.packages_distributions()
+class Refuse:
+    def find_spec(self, module, path=None, target=None):
+        owner = {name(one) for one in owners.get(module.split(".")[0], [])}
+        if owner and not owner & allowed: raise ImportError(f"{module} isn't in the image")
+sys.meta_path.insert(0, Refuse())
+import dualrefnet.cli.data, dualrefnet.cli.reports, dualrefnet.cli.runs, dualrefnet.cli.suites
+import dualrefnet.batch.predict, dualrefnet.batch.case_list, dualrefnet.batch.pace, dualrefnet.deploy.predictor
+import dualrefnet.service.server, dualrefnet.service.app, dualrefnet.page.mount, dualrefnet.runtime.onnx_network
+try:
+    import torch
+except ImportError:
+    print("no torch")
+"""
+    command = [sys.executable, "-c", code, *packages_of_the_cpu_image()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split("\n")[-2] == "no torch"
+
+
+def test_compose_gives_the_service_no_more_than_it_needs() -> None:
+    composed = yaml.safe_load((ROOT / "compose.yaml").read_text())
+    service = composed["services"]["dualrefnet"]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert "no-new-privileges:true" in service["security_opt"]
+    assert any(line.startswith("/tmp:") for line in service["tmpfs"])
+    (volume,) = service["volumes"]
+    assert (volume["target"], volume["read_only"]) == ("/model", True)
+    assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+    # The key is a file, named to the command, and stands in no variable.
+    assert set(service["secrets"]) == set(composed["secrets"]) == {"api_key"}
+    assert "/run/secrets/api_key" in service["command"]
+    assert "environment" not in service
+    assert service["build"]["args"]["FLAVOUR"] in stages()
+    assert int(service["stop_grace_period"].removesuffix("s")) > ServiceSettings().grace
+    assert int(service["mem_limit"].removesuffix("g")) * 2**30 > 4 * ServiceSettings().queue_bytes
+
+
+def read_unit() -> configparser.ConfigParser:
+    unit = configparser.ConfigParser(interpolation=None, strict=False)
+    unit.optionxform = str
+    unit.read_string(UNIT.read_text())
+    return unit
+
+
+def test_the_unit_is_confined() -> None:
+    service = read_unit()["Service"]
+    wanted = {"DynamicUser": "yes", "ProtectSystem": "strict", "PrivateTmp": "yes", "NoNewPrivileges": "yes", "CapabilityBoundingSet": ""}
+    assert {name: service[name] for name in wanted} == wanted
+    assert service["MemoryMax"] == "4G"
+    name, file = service["LoadCredential"].split(":")
+    assert file.startswith("/etc/")
+    assert f"%d/{name}" in service["ExecStart"]
+    assert int(service["TimeoutStopSec"]) > ServiceSettings().grace
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze isn't there")
+def test_systemd_understands_the_unit_and_finds_it_confined(tmp_path: Path) -> None:
+    unit = tmp_path / UNIT.name
+    # The program isn't where the example says it is.
+    unit.write_text(UNIT.read_text().replace("/opt/dualrefnet/bin/dualrefnet", "/bin/true"))
+    verified = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True)
+    assert (verified.returncode, verified.stderr) == (0, "")
+    judged = subprocess.run(["systemd-analyze", "security", "--offline=true", "--threshold=20", unit], capture_output=True, text=True)
+    # 2.0 of 10, where 0 is best.
+    assert judged.returncode == 0, judged.stdout[-200:]

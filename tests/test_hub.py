@@ -1,0 +1,203 @@
+import json
+import shutil
+import socket
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+from huggingface_hub import ModelHubMixin, hub_mixin
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
+
+from dualrefnet.deploy import hub
+from dualrefnet.deploy.hub import FILES, BundleMixin, check_bundle, copy_runtime, push_bundle
+from dualrefnet.errors import RunError
+from dualrefnet.files import sha256_of_file, write_json
+
+
+class Loaded(BundleMixin):
+    """What stands for the predictor."""
+
+    def __init__(self, folder: Path, device: str = "cpu", variant: str = "float32") -> None:
+        self.folder, self.device, self.variant = folder, device, variant
+
+    @classmethod
+    def load(cls, folder: Path, **options: Any) -> Self:
+        return cls(folder, **options)
+
+
+class Server:
+    """Stands for the Hub: a folder for each repository and revision."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+
+    def folder(self, repo_id: str, revision: str | None) -> Path:
+        return self.root / repo_id / (revision or "main")
+
+    def create_repo(self, repo_id: str, **options: Any) -> Any:
+        self.calls.append(("create_repo", {"repo_id": repo_id, **options}))
+        return type("Address", (), {"repo_id": repo_id})
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, revision: str | None, **options: Any) -> str:
+        self.calls.append(("upload_folder", {"repo_id": repo_id, "revision": revision, **options}))
+        shutil.copytree(folder_path, self.folder(repo_id, revision), dirs_exist_ok=True)
+        return f"https://hub/{repo_id}/commit/1"
+
+    def snapshot_download(self, repo_id: str, *, allow_patterns: list[str], revision: str | None, **options: Any) -> str:
+        self.calls.append(("snapshot_download", {"repo_id": repo_id, "revision": revision, **options}))
+        source, target = self.folder(repo_id, revision), self.root / "cache" / repo_id / (revision or "main")
+        if not source.is_dir():
+            raise LocalEntryNotFoundError("cannot find it")
+        names = [str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, target / name)
+        return str(target)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """A bundle whose networks hold nothing, with things beside them that aren't its own."""
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    networks = {}
+    for variant, name in (("float32", "model.onnx"), ("int8", "model.int8.onnx")):
+        (folder / name).write_bytes(name.encode())
+        networks[variant] = {"file": name, "sha256": sha256_of_file(folder / name)}
+    write_json(folder / "bundle.json", {"format": 1, "networks": networks})
+    (folder / "README.md").write_text("# The card\n")
+    copy_runtime(folder)
+    (folder / "patients.csv").write_text("name\n")
+    (folder / "runtime" / "__pycache__").mkdir()
+    (folder / "runtime" / "__pycache__" / "form.pyc").write_bytes(b"compiled")
+    return folder
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
+    made = Server(tmp_path / "hub")
+    monkeypatch.setattr(hub_mixin, "HfApi", lambda **_: made)
+    monkeypatch.setattr(hub, "snapshot_download", made.snapshot_download)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a test asked the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def own(folder: Path) -> set[str]:
+    return {name for name in names(folder) if name in FILES or (name.startswith("runtime/") and name.endswith(".py"))}
+
+
+def test_a_folder_is_loaded_and_saved_without_the_network(bundle: Path, tmp_path: Path) -> None:
+    assert issubclass(BundleMixin, ModelHubMixin)
+    loaded = Loaded.from_pretrained(bundle, device="cuda", variant="int8")
+    assert (loaded.folder, loaded.bundle) == (bundle, bundle)
+    assert (loaded.device, loaded.variant) == ("cuda", "int8")
+    loaded.save_pretrained(tmp_path / "copy")
+    assert names(tmp_path / "copy") == own(bundle)
+    assert "patients.csv" not in names(tmp_path / "copy")
+    assert "config.json" not in names(tmp_path / "copy")
+    assert (tmp_path / "copy" / "README.md").read_text() == "# The card\n"
+    assert Loaded.from_pretrained(str(tmp_path / "copy")).variant == "float32"
+    loaded.save_pretrained(bundle)
+    assert "patients.csv" in names(bundle), "a bundle saved where it lies stays as it is"
+
+
+def test_a_bundle_goes_to_the_hub_and_comes_back(bundle: Path, server: Server, tmp_path: Path) -> None:
+    address = Loaded.from_pretrained(bundle).push_to_hub("org/name", private=True, branch="v1")
+    assert address == "https://hub/org/name/commit/1"
+    assert [name for name, _ in server.calls] == ["create_repo", "upload_folder"]
+    assert server.calls[0][1]["private"] is True
+    sent = server.folder("org/name", "v1")
+    assert names(sent) == own(bundle)
+    # Somebody adds what isn't a bundle's own.
+    (sent / "evil.py").write_text("raise SystemExit")
+    (sent / "config.json").write_text('{"variant": "int8", "device": "elsewhere"}')
+    (sent / "runtime" / "form.py").write_text("raise SystemExit")
+    back = Loaded.from_pretrained("org/name", revision="v1")
+    assert server.calls[-1][1]["revision"] == "v1"
+    assert names(back.folder) == {name for name in own(bundle) if name in FILES}
+    assert (back.device, back.variant) == ("cpu", "float32"), "values of a foreign config.json must not become arguments"
+    back.save_pretrained(tmp_path / "again")
+    assert names(tmp_path / "again") == own(bundle)
+    assert (tmp_path / "again" / "runtime" / "form.py").read_text() == (bundle / "runtime" / "form.py").read_text()
+
+
+def test_what_was_asked_of_the_hub_reaches_it(bundle: Path, server: Server, tmp_path: Path) -> None:
+    assert push_bundle(bundle, "org/name") == "https://hub/org/name/commit/1"
+    assert server.calls[1][1]["revision"] is None
+    assert "dualrefnet" in server.calls[1][1]["commit_message"]
+    Loaded.from_pretrained("org/name", token="hf_x", cache_dir=tmp_path, force_download=True, local_files_only=True)
+    options = server.calls[-1][1]
+    assert (options["revision"], options["token"], options["cache_dir"]) == (None, "hf_x", tmp_path)
+    assert (options["force_download"], options["local_files_only"]) == (True, True)
+
+
+def test_the_real_client_without_a_network_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"no folder org/name.*cache"):
+        Loaded.from_pretrained("org/name", cache_dir=tmp_path, local_files_only=True)
+    for name in ("not/a/name", "../elsewhere", str(tmp_path / "nowhere")):
+        with pytest.raises(RunError, match="ORG/NAME"):
+            Loaded.from_pretrained(name, cache_dir=tmp_path, local_files_only=True)
+
+
+def test_a_bundle_is_only_loaded_if_its_networks_are_those_it_describes(bundle: Path) -> None:
+    told = json.loads((bundle / "bundle.json").read_text())
+    (bundle / "model.int8.onnx").write_bytes(b"exchanged")
+    with pytest.raises(RunError, match="SHA-256"):
+        Loaded.from_pretrained(bundle)
+    (bundle / "model.int8.onnx").unlink()
+    with pytest.raises(RunError, match=r"no model\.int8\.onnx"):
+        Loaded.from_pretrained(bundle)
+    for file in ("../model.onnx", "evil.py", "/etc/passwd"):
+        told["networks"]["int8"]["file"] = file
+        write_json(bundle / "bundle.json", told)
+        with pytest.raises(RunError, match="networks are called"):
+            Loaded.from_pretrained(bundle)
+    for damaged in ("{", "[]", '{"networks": {"float32": {}}}', '{"networks": 3}'):
+        (bundle / "bundle.json").write_text(damaged)
+        with pytest.raises(RunError, match="damaged"):
+            check_bundle(bundle)
+    (bundle / "bundle.json").unlink()
+    with pytest.raises(RunError, match="is no bundle"):
+        Loaded.from_pretrained(bundle)
+
+
+def test_what_was_loaded_from_a_run_cannot_be_sent(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="dualrefnet export"):
+        Loaded(tmp_path).push_to_hub("org/name")
+    assert not server.folder("org/name", None).exists()
+
+
+def test_a_hub_that_nobody_reaches_is_one_line(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    with pytest.raises(RunError, match="is the network there"):
+        push_bundle(bundle, "org/name", token="hf_x")
+
+
+def test_a_refusal_of_the_hub_is_one_line(bundle: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RunError, match="ORG/NAME"):
+        push_bundle(bundle, "not/a/name")
+
+    def refuse(**_: Any) -> str:
+        raise OSError("401 Client Error\nUnauthorized")
+
+    monkeypatch.setattr(server, "upload_folder", refuse)
+    with pytest.raises(RunError, match=r"401 Client Error Unauthorized.*hf auth login"):
+        push_bundle(bundle, "org/name")

@@ -1,0 +1,153 @@
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from dualrefnet.deploy.parity import Cases, agreement, ask
+from dualrefnet.deploy.quantisation import encoder_nodes, measure_int8, quantise
+from dualrefnet.errors import RunError
+from dualrefnet.runtime.classifier import Answered
+from dualrefnet.runtime.onnx_network import OnnxNetwork
+from test_export import CLASSES, random_cases, tiny_method, written
+
+
+@pytest.fixture(scope="module")
+def float_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with learned tokens, photograph and form."""
+    return written(*tiny_method("dualrefnet", tokens=True), tmp_path_factory.mktemp("float"))[1]
+
+
+@pytest.fixture(scope="module")
+def int8_file(float_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("int8") / "model.int8.onnx"
+    quantise(float_file, out, random_cases(40))
+    return out
+
+
+def test_the_encoder_is_in_whole_numbers_and_the_rest_in_float(int8_file: Path) -> None:
+    graph = onnx.load(int8_file).graph
+    maker = {name: node for node in graph.node for name in node.output}
+    weights = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    assert len(convolutions) == 5
+    for node in convolutions:
+        photograph, kernel = (maker[name] for name in node.input[:2])
+        assert photograph.op_type == kernel.op_type == "DequantizeLinear"
+        assert weights[kernel.input[0]].dtype == np.int8
+        # A scale for each channel.
+        assert weights[kernel.input[1]].shape == (weights[kernel.input[0]].shape[0],)
+        assert weights[photograph.input[2]].dtype == np.uint8
+    layers = [node for node in graph.node if node.op_type == "Gemm"]
+    assert len(layers) == 6, "four of the metadata network, two of the head"
+    for node in layers:
+        assert weights[node.input[1]].dtype == np.float32
+        assert node.input[0] not in maker or maker[node.input[0]].op_type != "DequantizeLinear"
+
+
+def test_answers_stay_near_and_gaps_stay_gaps(float_file: Path, int8_file: Path) -> None:
+    cases, absent = random_cases(30, tokens=True), np.arange(30) % 3 == 0
+    first, second = (ask(OnnxNetwork(file), cases, absent) for file in (float_file, int8_file))
+    assert 0 < agreement(first.logits, second.logits).largest < 0.05
+    assert np.isnan(second.vectors).all(axis=1).tolist() == absent.tolist()
+    # Without a photograph nothing is left that was rounded.
+    np.testing.assert_allclose(second.logits[absent], first.logits[absent], atol=1e-5)
+    kept, made = (onnx.load(file) for file in (float_file, int8_file))
+    assert {one.key: one.value for one in made.metadata_props} == {one.key: one.value for one in kept.metadata_props}
+    assert made.producer_name == "dualrefnet"
+
+
+def test_ranges_come_from_the_photographs_given_and_from_all_of_them(float_file: Path, tmp_path: Path) -> None:
+    def first_scale(cases: Cases) -> float:
+        shown: list[tuple[int, int]] = []
+        quantise(float_file, tmp_path / "int8.onnx", cases, lambda done, total: shown.append((done, total)))
+        assert shown[-1] == (len(cases), len(cases))
+        graph = onnx.load(tmp_path / "int8.onnx").graph
+        node = next(node for node in graph.node if node.op_type == "QuantizeLinear")
+        return float(next(numpy_helper.to_array(one) for one in graph.initializer if one.name == node.input[1]))
+
+    def grey(*values: int) -> Cases:
+        pictures = np.stack([np.full((32, 32, 3), value, dtype=np.uint8) for value in values])
+        return Cases(pictures, np.zeros((len(values), 6), dtype=np.float32))
+
+    # Normalised with means .5 .4 .3 and deviations .2 .3 .4: black is -2.5 at least, white 2.5 at most; the range holds 0.
+    assert first_scale(grey(0)) == pytest.approx(2.5 / 255, rel=1e-3)
+    # The white one is the last of 33, in a batch of its own.
+    assert first_scale(grey(*[0] * 32, 255)) == pytest.approx(5 / 255, rel=1e-3)
+
+
+def test_nothing_to_learn_from_or_to_quantise_is_said(float_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="photographs"):
+        quantise(float_file, tmp_path / "out.onnx", Cases(None, np.zeros((3, 6), dtype=np.float32)))
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", 2])
+    vector = helper.make_tensor_value_info("vector", TensorProto.FLOAT, ["N", 2])
+    graph = helper.make_graph([helper.make_node("Neg", ["image"], ["vector"], name="minus")], "g", [image], [vector])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "float.onnx")
+    with pytest.raises(RunError, match="--no-int8"):
+        quantise(tmp_path / "float.onnx", tmp_path / "out.onnx", random_cases(2))
+    assert logging.root.manager.disable == logging.NOTSET
+
+
+def test_encoder_nodes_are_those_that_the_vector_depends_on() -> None:
+    nodes = [
+        helper.make_node("Neg", ["image"], ["a"], name="first"),
+        helper.make_node("Add", ["a", "a"], ["vector"], name="last"),
+        helper.make_node("Neg", ["metadata"], ["b"], name="form"),
+        helper.make_node("Add", ["vector", "b"], ["logits"], name="head"),
+    ]
+    assert encoder_nodes(helper.make_graph(nodes, "g", [], [])) == {"first", "last"}
+
+
+class Answers:
+    """A network that answers one row of logits a case, after a while."""
+
+    def __init__(self, right: int, seconds: float, alarm: bool = False) -> None:
+        self.right, self.seconds, self.alarm = right, seconds, alarm
+        self.place = 0
+
+    def __call__(self, images, absent, forms) -> Answered:
+        time.sleep(self.seconds)
+        numbers = images[:, 0, 0, 0].astype(int)
+        labels = np.where(numbers < self.right, numbers % CLASSES, (numbers + 1) % CLASSES)
+        return Answered(10 * np.eye(CLASSES)[labels], np.full((len(forms), 1), 2.0 if self.alarm else 0.0))
+
+
+class Check:
+    """A check of pictures whose score is the vector itself."""
+
+    def score(self, vectors: np.ndarray) -> np.ndarray:
+        return vectors[:, 0]
+
+
+def numbered(count: int) -> Cases:
+    pictures = np.zeros((count, 2, 2, 3), dtype=np.uint8) + np.arange(count, dtype=np.uint8)[:, None, None, None]
+    return Cases(pictures, np.zeros((count, 1), dtype=np.float32), np.arange(count) % CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("right", "slow", "quick", "words", "worth"),
+    [
+        (30, 0.02, 0.004, "times as fast as float32", True),
+        (30, 0.004, 0.02, "not faster on this machine", False),
+        (15, 0.02, 0.004, "a loss", False),
+    ],
+)
+def test_the_verdict_says_whether_int8_is_worth_having(right: int, slow: float, quick: float, words: str, worth: bool) -> None:
+    classes = ("A", "B", "C")
+    measured, verdict, worth_it = measure_int8(Answers(30, slow), Answers(right, quick, True), numbered(30), classes, Check())
+    assert words in verdict
+    assert worth_it is worth
+    assert ("Use model.onnx" in verdict) is not worth
+    assert measured["float32"] == {"accuracy": 1.0, "balanced_accuracy": 1.0, "false_alarms": 0.0}
+    assert measured["int8"] == {"accuracy": right / 30, "balanced_accuracy": pytest.approx(right / 30), "false_alarms": 1.0}
+    assert measured["same_label"] == right / 30
+    assert measured["cases"] == 30
+    assert [one["batch"] for one in measured["speed"]] == [1, 8]
+
+
+def test_the_check_is_left_out_where_there_is_none() -> None:
+    measured, _, _ = measure_int8(Answers(9, 0), Answers(9, 0), numbered(9), ("A", "B", "C"), None)
+    assert "false_alarms" not in measured["int8"]

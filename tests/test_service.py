@@ -1,0 +1,471 @@
+import base64
+import io
+import json
+import logging
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase
+from hypothesis import settings as examples
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+from pydantic import SecretStr, ValidationError
+from starlette.responses import PlainTextResponse
+from starlette.testclient import TestClient
+
+from dualrefnet.errors import DataError
+from dualrefnet.run import Run
+from dualrefnet.service.app import create_app
+from dualrefnet.service.log import OneLine
+from dualrefnet.service.middleware import Guard
+from dualrefnet.service.observed import Observed
+from dualrefnet.service.openapi import ANY_ROUTE, QUESTION
+from dualrefnet.service.schemas import ExplainedBody, ModelBody, PredictionBody
+from dualrefnet.service.settings import ServiceSettings, read_keys
+from live_service import QUICK, StandInPredictor, converse, live, multipart, picture, question, status_of, wait_for
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[httpx.Client]:
+    with live() as found:
+        yield found
+
+
+def error(response: httpx.Response) -> tuple[int, str]:
+    found = response.json()["error"]
+    assert found["request_id"] == response.headers["x-request-id"]
+    assert found["message"]
+    return response.status_code, found["code"]
+
+
+def counted(client: httpx.Client, name: str, **labels: str) -> float:
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    samples = [sample for family in families for sample in family.samples if sample.name == name]
+    return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
+
+
+def test_a_prediction_has_all_that_the_schema_says_and_no_more(client: httpx.Client) -> None:
+    response = client.post("/v1/predict", **question(204, age=61))
+    assert response.status_code == 200
+    body = response.json()
+    assert set(body) == set(PredictionBody.model_fields)
+    assert PredictionBody.model_validate(body).probabilities == {"BCC": pytest.approx(0.8), "NEV": pytest.approx(0.2)}
+    assert (body["label"], body["likely"], body["refer"], body["warnings"], body["images"]) == ("BCC", ["BCC"], True, ["age 61"], 1)
+    assert body["notice"].startswith("Not a medical device")
+    assert body["request_id"] == response.headers["x-request-id"]
+
+
+def test_several_photographs_are_of_one_lesion(client: httpx.Client) -> None:
+    files = [("images", (f"{grey}.png", picture(grey))) for grey in (0, 255, 255, 255)]
+    body = client.post("/v1/predict", files=files).json()
+    assert body["images"] == 4
+    assert body["malignancy"] == pytest.approx(0.75)
+
+
+def test_an_explanation_tells_the_fields_and_a_picture_of_the_places(client: httpx.Client) -> None:
+    asked = question(204, age=61, itch=True, region=None)
+    body = client.post("/v1/explain", files=asked["files"], data={**asked["data"], "label": "NEV"}).json()
+    assert set(body) == set(ExplainedBody.model_fields)
+    assert body["label"] == "BCC"
+    assert body["explanation"]["label"] == "NEV"
+    assert body["explanation"]["fields"] == [{"name": "age", "change": 0.125}, {"name": "itch", "change": 0.125}]
+    heat = body["explanation"]["heat"]
+    grey = np.asarray(Image.open(io.BytesIO(base64.b64decode(heat["png"]))))
+    assert (grey.dtype, grey.shape) == (np.uint8, (32, 32))
+    expected = np.clip(np.linspace(-0.1, 0.4, 1024).reshape(32, 32), 0, None)
+    assert grey / 255 * heat["maximum"] == pytest.approx(expected, abs=0.4 / 255)
+    assert client.post("/v1/explain", **question(204)).json()["explanation"]["label"] == "BCC"
+    assert error(client.post("/v1/explain", files=asked["files"], data={"label": "LION"})) == (422, "bad_form")
+
+
+def test_a_model_of_the_form_alone_takes_no_photograph_and_one_that_does_without_answers() -> None:
+    for predictor in (StandInPredictor(reads_image=False, needs_image=False), StandInPredictor(needs_image=False)):
+        with live(predictor) as client:
+            body = client.post("/v1/explain", files={"metadata": (None, '{"age": 5}')}).json()
+            assert (body["images"], body["warnings"], body["explanation"]["heat"]) == (0, ["age 5"], None)
+            sent = client.post("/v1/predict", **question())
+            assert sent.status_code == (200 if predictor.reads_image else 422)
+            assert client.get("/v1/model").json()["needs_image"] is False
+
+
+def test_the_model_tells_its_fields_and_the_limits(client: httpx.Client) -> None:
+    body = client.get("/v1/model").json()
+    assert set(body) == set(ModelBody.model_fields)
+    assert [field["name"] for field in body["fields"]] == ["age", "region", "itch"]
+    assert body["fields"][1]["levels"] == ["FACE", "ARM"]
+    assert body["limits"] == {"bytes": QUICK.max_upload, "pixels": 50_000_000, "images": 8, "metadata_bytes": 16384}
+
+
+PHOTOGRAPH = ("images", picture())
+NOT_ANSWERED = {
+    "not multipart": ((b"{}", {"Content-Type": "application/json"}), (415, "not_multipart")),
+    "no type": ((b"{}", {}), (415, "not_multipart")),
+    "urlencoded": ((b"metadata=%7B%7D", {"Content-Type": "application/x-www-form-urlencoded"}), (415, "not_multipart")),
+    "packed": ((b"", {"Content-Type": "multipart/form-data; boundary=x", "Content-Encoding": "gzip"}), (415, "encoded")),
+    "no boundary": ((b"", {"Content-Type": "multipart/form-data"}), (400, "bad_boundary")),
+    "no body": ((b"", {"Content-Type": "multipart/form-data; boundary=x"}), (400, "truncated")),
+    "no parts": ((b"--x--\r\n", {"Content-Type": "multipart/form-data; boundary=x"}), (422, "bad_form")),
+    "other boundary": (
+        (multipart([PHOTOGRAPH])[0], {"Content-Type": "multipart/form-data; boundary=abc"}),
+        (400, "bad_multipart"),
+    ),
+    "no photograph": (multipart([("metadata", b"{}")]), (422, "bad_form")),
+    "empty photograph": (multipart([("images", b"")]), (422, "bad_photograph")),
+    "no picture": (multipart([("images", b"GIF89a is no picture")]), (422, "bad_photograph")),
+    "too small": (multipart([("images", picture(side=8))]), (422, "bad_photograph")),
+    "half": (multipart([("images", picture()[:60])]), (422, "bad_photograph")),
+    "nine": (multipart([PHOTOGRAPH] * 9), (400, "too_many_parts")),
+    "two forms": (multipart([PHOTOGRAPH, ("metadata", b"{}"), ("metadata", b"{}")]), (400, "too_many_parts")),
+    "other part": (multipart([PHOTOGRAPH, ("image", picture())]), (400, "unknown_part")),
+    "label": (multipart([PHOTOGRAPH, ("label", b"BCC")]), (400, "unknown_part")),
+    "unknown field": (multipart([PHOTOGRAPH, ("metadata", b'{"shoe_size": 43}')]), (422, "bad_form")),
+    "text for a number": (multipart([PHOTOGRAPH, ("metadata", b'{"age": "old"}')]), (422, "bad_form")),
+    "a list": (multipart([PHOTOGRAPH, ("metadata", b"[]")]), (422, "not_flat")),
+    "long form": (multipart([PHOTOGRAPH, ("metadata", b'{"age": 1}' + b" " * 16384)]), (413, "part_too_large")),
+}
+
+
+@pytest.mark.parametrize("name", NOT_ANSWERED)
+def test_what_is_wrong_is_said_in_one_form(client: httpx.Client, name: str) -> None:
+    (content, headers), expected = NOT_ANSWERED[name]
+    assert error(client.post("/v1/predict", content=content, headers=headers)) == expected
+
+
+def test_the_message_of_the_model_reaches_the_client(client: httpx.Client) -> None:
+    response = client.post("/v1/predict", **question(200, shoe_size=43))
+    assert response.json()["error"]["message"] == "unknown metadata fields: shoe_size"
+
+
+def test_wrong_paths_and_methods_have_the_same_form(client: httpx.Client) -> None:
+    assert error(client.get("/v1/nothing")) == (404, "not_found")
+    assert error(client.post("/v1/predict/")) == (404, "not_found")
+    assert error(client.get("/v1/predict")) == (405, "wrong_method")
+    assert client.get("/v1/predict").headers["allow"] == "POST"
+    assert client.delete("/healthz").headers["allow"] == "GET"
+
+
+def test_every_answer_has_an_id_and_the_headers_of_safety(client: httpx.Client) -> None:
+    answers = [client.get(path) for path in ("/healthz", "/docs", "/nothing", "/openapi.json")]
+    answers += [client.post("/v1/predict", content=b"x"), client.put("/metrics")]
+    raw = converse(client, b"nonsense\r\n\r\n").decode()
+    for answer in [response.headers for response in answers] + [httpx.Headers(re.findall(r"([\w-]+): (.*)\r", raw))]:
+        assert re.fullmatch(r"[0-9a-f]{32}", answer["x-request-id"])
+        assert answer["x-content-type-options"] == "nosniff"
+        assert answer["cache-control"] == "no-store"
+        assert answer["referrer-policy"] == "no-referrer"
+        assert "default-src 'none'" in answer["content-security-policy"]
+        assert "frame-ancestors 'none'" in answer["content-security-policy"]
+        assert "server" not in answer
+    assert status_of(raw.encode()) == 400
+
+
+def test_the_clients_id_is_taken_only_if_it_is_harmless(client: httpx.Client) -> None:
+    assert client.get("/healthz", headers={"X-Request-ID": "Abc-123"}).headers["x-request-id"] == "Abc-123"
+    for odd in ("a" * 65, "a b", "ä", "../x", "", "a;b"):
+        headers = {"X-Request-ID": odd.encode()}
+        assert re.fullmatch(r"[0-9a-f]{32}", client.get("/healthz", headers=headers).headers["x-request-id"])
+
+
+KEYED = QUICK.model_copy(update={"api_keys": (SecretStr("first-key-of-many"), SecretStr("second-key-of-many"))})
+
+
+def test_keys_cover_everything_but_the_two_probes() -> None:
+    with live(settings=KEYED) as client:
+        assert client.get("/healthz").status_code == client.get("/readyz").status_code == 200
+        for path in ("/v1/model", "/metrics", "/openapi.json", "/docs", "/nothing", "/healthz%0A", "/healthz/../v1/model"):
+            response = client.get(path)
+            assert error(response) == (401, "no_key"), path
+            assert response.headers["www-authenticate"].startswith("Bearer")
+        for key in ("first-key-of-many", "second-key-of-many"):
+            assert client.get("/v1/model", headers={"X-API-Key": key}).status_code == 200
+            assert client.get("/metrics", headers={"Authorization": f"bearer {key}"}).status_code == 200
+        for wrong in ("", "first-key-of-man", "first-key-of-many,", "FIRST-KEY-OF-MANY", "\xff" * 40):
+            headers = {"X-API-Key": wrong.encode("latin-1")}
+            assert client.post("/v1/predict", **question(), headers=headers).status_code == 401
+        assert client.post("/v1/predict", **question(), headers={"X-API-Key": "second-key-of-many"}).status_code == 200
+        security = client.get("/openapi.json", headers={"X-API-Key": "first-key-of-many"}).json()
+        assert "401" in security["paths"]["/v1/predict"]["post"]["responses"]
+        assert "401" not in security["paths"]["/healthz"]["get"]["responses"]
+
+
+def test_with_a_page_only_the_page_has_its_own_login() -> None:
+    app = create_app(StandInPredictor(), KEYED)
+    with_page = KEYED.model_copy(update={"page": True})
+    reached: list[str] = []
+
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        reached.append(scope["path"])
+        await PlainTextResponse("reached")({**scope, "type": "http"}, receive, send)
+
+    async def outer(scope: Any, receive: Any, send: Any) -> None:
+        scope["app"] = app
+        await Guard(inner, with_page, Observed(), app.state.service.standing)(scope, receive, send)
+
+    client = TestClient(outer)
+    for path in ("/v1/predict", "/v1/predict%0A", "/metrics", "/metrics%0A", "/openapi.json", "/docs", "/docs%0A"):
+        assert client.get(path).status_code == 401, path
+    assert not reached
+    for path in ("/", "/login", "/assets/x.js", "/healthz"):
+        assert client.get(path).text == "reached"
+    app.state.page_login = type("Login", (), {"is_allowed": lambda self, request: "page" in request.cookies})()
+    client.cookies["page"] = "1"
+    assert [client.get(path).status_code for path in ("/docs", "/openapi.json", "/metrics", "/v1/model")] == [200, 200, 401, 401]
+
+
+def test_keys_are_read_from_the_environment_and_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# whose\nkey-number-one-of-three  # the clinic\n\nkey-number-two-of-three\nkey-number-one-of-three\n")
+    file.chmod(0o600)
+    found = read_keys(file, {"DUALREFNET_API_KEY": " key-number-three-of-three "})
+    assert [key.get_secret_value() for key in found] == [
+        "key-number-three-of-three", "key-number-one-of-three", "key-number-two-of-three",
+    ]  # fmt: skip
+    assert not capsys.readouterr().err
+    assert read_keys(None, {}) == ()
+    file.chmod(0o644)
+    read_keys(file, {"DUALREFNET_API_KEY": "short"})
+    told = capsys.readouterr().err
+    assert "chmod 600" in told
+    assert "only 5 characters" in told
+    settings = ServiceSettings(api_keys=found)
+    assert "key-number" not in repr(settings) + settings.model_dump_json()
+    file.write_text("# nobody\n")
+    for broken, environment in (
+        (file, {}), (tmp_path / "nowhere", {}), (None, {"DUALREFNET_API_KEY": ""}), (None, {"DUALREFNET_API_KEY": "two words and more"}),
+    ):  # fmt: skip
+        with pytest.raises(DataError):
+            read_keys(broken, environment)
+
+
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(ValidationError, match="queue_bytes"):
+        ServiceSettings(max_upload=2**30)
+    for path in ("x", "/", "/a b", "//evil\n"):
+        with pytest.raises(ValidationError):
+            ServiceSettings(root_path=path)
+
+
+def post(client: httpx.Client, path: str, found: list[int], **form: Any) -> threading.Thread:
+    def ask() -> None:
+        found.append(httpx.post(f"{client.base_url}{path}", **question(**form), timeout=20).status_code)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    return thread
+
+
+def test_a_full_queue_refuses_at_once_and_explanations_have_places_of_their_own() -> None:
+    settings = QUICK.model_copy(update={"queue": 2, "explain_queue": 1})
+    with live(StandInPredictor(delay=0.6), settings) as client:
+        found: list[int] = []
+        threads = [post(client, "/v1/predict", found) for _ in range(2)]
+        wait_for(lambda: counted(client, "dualrefnet_queue_requests", lane="predict") == 2)
+        response = client.post("/v1/predict", **question())
+        assert error(response) == (429, "full")
+        assert int(response.headers["retry-after"]) >= 1
+        # Not even its body is asked for.
+        head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 1000000\r\n\r\n"
+        assert status_of(converse(client, head)) == 429
+        threads.append(post(client, "/v1/explain", found))
+        wait_for(lambda: counted(client, "dualrefnet_queue_requests", lane="explain") == 1)
+        assert error(client.post("/v1/explain", **question())) == (429, "full")
+        for thread in threads:
+            thread.join()
+        assert found == [200, 200, 200]
+        assert counted(client, "dualrefnet_rejected_total", reason="full") == 3
+        assert client.post("/v1/predict", **question()).status_code == 200
+        assert counted(client, "dualrefnet_queue_requests") == counted(client, "dualrefnet_queue_bytes") == 0
+
+
+def test_the_bytes_of_all_bodies_together_are_bound() -> None:
+    settings = QUICK.model_copy(update={"max_upload": 60_000, "queue_bytes": 100_000})
+    head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 60000\r\n\r\n"
+    begun = b'--x\r\nContent-Disposition: form-data; name="images"\r\n\r\n' + b"x" * 55_000
+    with live(settings=settings) as client, socket.create_connection((client.base_url.host, client.base_url.port)) as first:
+        first.sendall(head + begun)
+        wait_for(lambda: counted(client, "dualrefnet_queue_bytes") > 50_000)
+        assert status_of(converse(client, head + begun)) == 429
+        first.close()
+        wait_for(lambda: counted(client, "dualrefnet_queue_bytes") == 0)
+
+
+def test_who_goes_away_frees_his_place() -> None:
+    predictor = StandInPredictor(delay=0.4)
+    body, headers = multipart([PHOTOGRAPH])
+    sent = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: {headers['Content-Type']}\r\nContent-Length: {len(body)}\r\n\r\n"
+    with live(predictor, QUICK.model_copy(update={"queue": 2, "max_batch": 1})) as client:
+        for _ in range(2):
+            connections = [socket.create_connection((client.base_url.host, client.base_url.port)) for _ in range(2)]
+            for connection in connections:
+                connection.sendall(sent.encode() + body)
+            wait_for(lambda: counted(client, "dualrefnet_queue_requests") == 2)
+            for connection in connections:
+                connection.close()
+            wait_for(lambda: counted(client, "dualrefnet_queue_requests") == 0, seconds=0.35)
+        assert counted(client, "dualrefnet_rejected_total", reason="client gone") == 4
+        assert client.post("/v1/predict", **question()).status_code == 200
+
+
+def test_a_request_that_waits_too_long_is_told_to_ask_again() -> None:
+    with live(StandInPredictor(delay=0.5), QUICK.model_copy(update={"timeout": 0.2})) as client:
+        response = client.post("/v1/predict", **question())
+        assert error(response) == (503, "timeout")
+        assert response.headers["retry-after"] == "1"
+        assert counted(client, "dualrefnet_rejected_total", reason="timeout") == 1
+
+
+def test_too_many_connections_are_refused() -> None:
+    with live(settings=QUICK.model_copy(update={"connections": 3})) as client:
+        address = (client.base_url.host, client.base_url.port)
+        idle = [socket.create_connection(address) for _ in range(2)]
+        assert status_of(converse(client, b"")) == 503
+        for connection in idle:
+            connection.close()
+        wait_for(lambda: status_of(converse(client, b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")) == 200)
+
+
+@pytest.fixture
+def log_lines() -> Iterator[list[str]]:
+    lines: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(OneLine().format(record))
+
+    loggers = [logging.getLogger(name) for name in ("dualrefnet.service", "uvicorn.error")]
+    handler = Keep()
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    yield lines
+    for logger in loggers:
+        logger.removeHandler(handler)
+
+
+def test_nothing_of_the_client_is_logged(log_lines: list[str]) -> None:
+    secret = "SECRETSECRET"
+
+    class Broken(StandInPredictor):
+        def check_form(self, form: Any) -> None:
+            if "itch" in form:
+                raise RuntimeError(f"can't read {form}") from KeyError(form["itch"])
+            super().check_form(form)
+
+    with live(Broken()) as client:
+        photograph = ("images", (f"{secret}.png", picture(), f"image/{secret}"))
+        for form in ({"age": secret}, {secret: 1}, {"itch": secret}, {"region": secret}):
+            response = client.post(f"/v1/predict?patient={secret}", files=[photograph], data={"metadata": json.dumps(form)})
+            if "itch" in form:
+                assert error(response) == (500, "internal")
+                assert secret not in response.text
+        client.get(f"/{secret}?{secret}", headers={"X-Request-ID": f"{secret}_", "X-API-Key": secret, "User-Agent": secret})
+        client.post("/v1/predict", content=secret.encode(), headers={"Content-Type": f"multipart/form-data; boundary={secret}"})
+        converse(client, f"{secret} {secret}\r\n\r\n".encode())
+    assert not [line for line in log_lines if secret in line]
+    events = [json.loads(line) for line in log_lines]
+    asked = [event for event in events if event["event"] == "request" and event["route"] == "/v1/predict"]
+    assert [event["status"] for event in asked] == [422, 422, 500, 200, 400]
+    assert set(asked[0]) == {"time", "level", "event", "id", "route", "status", "ms", "bytes_in", "bytes_out"}
+    broken = next(event for event in events if event["event"] == "error")
+    assert broken["error"] == "RuntimeError"
+    assert broken["where"][-1].endswith("check_form")
+    assert broken["id"] == asked[2]["id"]
+
+
+def test_metrics_count_requests_by_route_and_status() -> None:
+    with live() as client:
+        for _ in range(3):
+            client.post("/v1/predict", **question())
+        client.post("/v1/predict", content=b"x")
+        client.get("/what/ever/1")
+        client.get("/what/ever/2")
+        assert counted(client, "dualrefnet_requests_total", route="/v1/predict", status="200") == 3
+        assert counted(client, "dualrefnet_requests_total", route="/v1/predict", status="415") == 1
+        assert counted(client, "dualrefnet_requests_total", route="none", status="404") == 2
+        assert counted(client, "dualrefnet_request_seconds_count", route="/v1/predict") == 4
+        # The warm-up and three requests.
+        assert counted(client, "dualrefnet_batch_photographs_count", lane="predict") == 4
+
+
+def test_behind_a_proxy_the_paths_are_found_with_and_without_its_prefix() -> None:
+    with live(settings=QUICK.model_copy(update={"root_path": "/lesions", "api_keys": KEYED.api_keys})) as client:
+        for path in ("/lesions/healthz", "/healthz"):
+            assert client.get(path).status_code == 200
+        assert client.get("/lesions/v1/model").status_code == 401
+        found = client.get("/lesions/openapi.json", headers={"X-API-Key": "first-key-of-many"}).json()
+        assert found["servers"] == [{"url": "/lesions"}]
+
+
+def test_the_guide_tells_every_path_and_status(client: httpx.Client) -> None:
+    page = client.get("/docs").text
+    for path, operations in client.get("/openapi.json").json()["paths"].items():
+        assert path in page
+        assert all(f"<code>{status}</code>" in page for operation in operations.values() for status in operation["responses"])
+    assert "<script" not in page
+
+
+def test_the_interface_tells_every_status_that_can_come(client: httpx.Client) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    for path in ("/v1/predict", "/v1/explain"):
+        assert set(paths[path]["post"]["responses"]) == {"200", *map(str, QUESTION)}
+    for path in ("/v1/model", "/healthz", "/readyz", "/metrics"):
+        assert set(paths[path]["get"]["responses"]) == {"200", *map(str, ANY_ROUTE)}
+    met = {str(expected[0]) for _, expected in NOT_ANSWERED.values()}
+    assert met < set(paths["/v1/predict"]["post"]["responses"])
+
+
+CHECKS = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_headers_conformance",
+          "response_schema_conformance", "unsupported_method", "ignored_auth")  # fmt: skip
+schema = schemathesis.openapi.from_dict(create_app(StandInPredictor(), QUICK).openapi())
+GENERATE = {"derandomize": True, "phases": [Phase.explicit, Phase.generate], "suppress_health_check": list(HealthCheck)}
+
+
+@schema.parametrize()
+@examples(max_examples=25, deadline=None, **GENERATE)
+def test_programs_that_follow_the_description_meet_nothing_else(case: Any, client: httpx.Client) -> None:
+    wanted = [check for check in schemathesis.checks.CHECKS.get_all() if check.__name__ in CHECKS]
+    assert len(wanted) == len(CHECKS)
+    case.call_and_validate(base_url=str(client.base_url).rstrip("/"), checks=wanted)
+
+
+def test_a_trained_run_answers_as_its_predictor_does(tiny_run: Run, sample_root: Path) -> None:
+    from dualrefnet.deploy.predictor import Predictor
+
+    predictor = Predictor.load(tiny_run)
+    photographs = [path.read_bytes() for path in sorted((sample_root / "images").iterdir())[:2]]
+    form = {"age": 61, "region": "FACE", "itch": True}
+    with live(predictor) as client:
+        files = [("images", ("x", photograph)) for photograph in photographs]
+        body = client.post("/v1/predict", files=files, data={"metadata": json.dumps(form)}).json()
+        expected = predictor.predict_lesion(photographs, form)
+        assert body["probabilities"] == pytest.approx(expected.probabilities, abs=1e-6)
+        assert (body["label"], body["likely"], body["warnings"]) == (expected.label, list(expected.likely), expected.warnings)
+        body = client.post("/v1/explain", files=files[:1], data={"metadata": json.dumps(form)}).json()
+        why = predictor.explain(photographs[0], form)
+        assert body["explanation"]["label"] == why.label
+        assert {one["name"]: one["change"] for one in body["explanation"]["fields"]} == pytest.approx(why.fields, abs=1e-6)
+        assert error(client.post("/v1/predict", files=files, data={"metadata": '{"shoe_size": 43}'})) == (422, "bad_form")
+        assert error(client.post("/v1/predict", data={"metadata": "{}"}))[0] in (415, 422)
+        model = client.get("/v1/model")
+        assert ModelBody.model_validate(model.json()).classes == list(predictor.classes)
+
+
+def test_readiness_waits_for_the_first_answer() -> None:
+    app = create_app(StandInPredictor(delay=0.5), QUICK)
+    with TestClient(app) as client:
+        assert error(client.get("/readyz")) == (503, "starting")
+        assert client.get("/healthz").status_code == 200
+        wait_for(lambda: client.get("/readyz").status_code == 200)
+        app.state.service.standing.stop()
+        response = client.get("/readyz")
+        assert error(response) == (503, "stopping")
+        assert response.headers["connection"] == "close"
+        assert client.post("/v1/predict", **question()).status_code == 200
