@@ -148,14 +148,14 @@ def main(
                 {
                     "case": f"{number} clients, {length:g} s",
                     "requests": len(load.seconds),
-                    "requests_per_s": len(load.seconds) / load.finished[-1],
+                    "per_s": len(load.seconds) / load.finished[-1],
                     "p50_ms": 1000 * float(np.percentile(load.seconds, 50)),
                     "p99_ms": 1000 * float(np.percentile(load.seconds, 99)),
                     "errors": sum(load.faults.values()),
-                    "what_errors": json.dumps(load.faults) if load.faults else "",
-                    "memory_mib_median_1st_half": float(np.median(load.memory[:half])),
-                    "memory_mib_median_2nd_half": float(np.median(load.memory[half:])),
-                    "memory_mib_peak": max(load.memory),
+                    "which": json.dumps(load.faults) if load.faults else "",
+                    "mib_first_half": float(np.median(load.memory[:half])),
+                    "mib_second_half": float(np.median(load.memory[half:])),
+                    "mib_peak": max(load.memory),
                 }
             )
             print(rows[-1])
@@ -165,9 +165,9 @@ def main(
         if server.poll() is None:
             server.kill()
     note = (
-        f"dualrefnet serve, {workers} worker(s), {variant}, {len(files)} JPEGs of {width} x {height}"
-        + (f" from a folder (mean {np.mean([len(file) for file in files]) / 2**20:.2f} MiB)" if images else " (drawn)")
-        + f", empty form, clients on the same {os.cpu_count()} cores; exit status after SIGTERM: {status}"
+        f"dualrefnet serve, {workers} worker(s), {variant}, {len(files)} photographs "
+        + (f"from a folder, {np.mean([len(file) for file in files]) / 2**10:.0f} KiB each" if images else f"drawn, {width} x {height}")
+        + f", empty form, clients on the same {os.cpu_count()} cores; memory: median of each half; exit status after SIGTERM: {status}"
     )
     record("service_load" + ("-soak" if soak else ""), pd.DataFrame(rows), note, out)
 

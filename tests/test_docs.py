@@ -250,3 +250,19 @@ def test_every_benchmark_runs(script, options, rows, tmp_path):
     # A machine with native bf16 measures fp32 besides.
     assert len(table) in (rows, rows + (script == "training_step"))
     assert (table["value"] > 0).all()
+
+
+@pytest.mark.slow
+def test_the_benchmarks_of_serving_run(tiny_run, tmp_path):
+    bundle, out = tmp_path / "bundle", tmp_path / "results"
+    subprocess.run([sys.executable, "-m", "dualrefnet", "export", tiny_run.path, "--out", bundle, "--no-int8"], check=True)
+    small = ["--width", "256", "--height", "192", "--out", out]
+    for script, arguments in (
+        ("predictor_latency", [tiny_run.path, bundle, "--rounds", "3", *small]),
+        ("service_load", [bundle, "--clients", "2", "--duration", "2", *small]),
+    ):
+        subprocess.run([sys.executable, ROOT / "benchmarks" / f"{script}.py", *arguments], check=True)
+    latency, load = (pd.read_csv(next(out.glob(f"*-{name}.csv"))) for name in ("predictor_latency", "service_load"))
+    assert (latency["p95_ms"] >= latency["p50_ms"]).all()
+    assert load["errors"].tolist() == [0]
+    assert (load["requests"] > 0).all()

@@ -14,12 +14,14 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import yaml
 
 from dualrefnet.errors import DataError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Read once, at import: the umask can only be read by setting it, and another thread must not write a file meanwhile.
 _UMASK = os.umask(0)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 import dualrefnet
-from dualrefnet.data import isic_2019, pad_ufes_20, sample
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.deploy import hub
 from dualrefnet.deploy.exported_model import ExportedModel, ProgramNetwork, trace, write_onnx, write_program
@@ -22,6 +21,7 @@ from dualrefnet.deploy.form_schema import form_schema
 from dualrefnet.deploy.model_card import data_licence, model_card
 from dualrefnet.deploy.parity import BATCH, Cases, check_parity, drawn_cases, real_cases
 from dualrefnet.deploy.quantisation import SETTING, measure_int8, quantise
+from dualrefnet.deploy.run_parts import described_dataset
 from dualrefnet.deploy.torch_network import TorchNetwork
 from dualrefnet.errors import DataError, RunError
 from dualrefnet.evaluation.opened_run import open_run
@@ -171,7 +171,7 @@ def _fill(
         networks["int8"] = _write_int8(folder, run, material.cases, material.training, tuple(description["classes"]))
     if method.reads_image and run.out_of_scope_file.is_file():
         shutil.copyfile(run.out_of_scope_file, folder / run.out_of_scope_file.name)
-    dataset, class_names = _dataset(description["dataset"])
+    dataset, class_names = described_dataset(description["dataset"])
     versions = {name: packages.version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")}
     bundle = {
         "format": FORMAT,
@@ -255,11 +255,3 @@ def _write_int8(folder: Path, run: Run, cases: Cases, training: Cases, classes: 
         "measured": measured,
         "verdict": verdict,
     }
-
-
-def _dataset(known: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return what a bundle says of the data, and the classes in words; runs of the first versions say less, their adapters the rest."""
-    schema = {one.name: one for one in (pad_ufes_20.SCHEMA, isic_2019.SCHEMA, sample.SCHEMA)}.get(known["name"])
-    citation, names = (schema.citation, dict(schema.class_names)) if schema is not None else ("", {})
-    told = {name: known[name] for name in ("name", "title", "licence", "drawn", "protocol")}
-    return told | {"citation": known.get("citation", citation)}, known.get("class_names", names)

@@ -42,11 +42,11 @@ class BundleMixin(ModelHubMixin, library_name="dualrefnet", tags=["dualrefnet"])
         return made
 
     @classmethod
-    def load(cls, folder: Path, **options: Any) -> Self:
-        """Load a bundle's folder.
+    def load(cls, *args: Any, **options: Any) -> Self:
+        """Load a bundle's folder, the first argument.
 
         Args:
-            folder: with `bundle.json`.
+            args: the folder, with `bundle.json`.
             options: of the class, such as `device` and `variant`.
         """
         raise NotImplementedError
@@ -126,7 +126,7 @@ class _Folder(BundleMixin):
     """A bundle that is only carried from one place to another."""
 
     @classmethod
-    def load(cls, folder: Path, **options: Any) -> Self:
+    def load(cls, *args: Any, **options: Any) -> Self:
         """Take the folder as it is."""
         return cls()
 

@@ -148,7 +148,7 @@ def _use(bundle: Mapping[str, Any]) -> str:
     source = "--images photographs/ --metadata forms.csv" if bundle["reads_image"] else "--csv forms.csv"
     return f"""## How to use it
 
-With dualrefnet (`pip install 'dualrefnet[deploy]'`), FOLDER being this one:
+With dualrefnet (`pip install 'dualrefnet[deploy]'`), FOLDER being this one; from a hub, `dualrefnet.Predictor.from_pretrained("ORG/NAME")`:
 
 ```python
 import dualrefnet
@@ -159,6 +159,7 @@ print(answer.label, answer.probabilities, answer.likely, answer.refer, answer.wa
 
 ```bash
 dualrefnet predict FOLDER {source} --out predictions.csv
+dualrefnet serve FOLDER    # a page in the browser, and an interface for programs
 ```
 
 Without dualrefnet (`pip install onnxruntime numpy opencv-python-headless`), in this folder. It runs the Python files of the folder

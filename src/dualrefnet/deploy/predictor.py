@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dualrefnet.data.decode import MAX_BYTES, MAX_PIXELS, decode_image
+from dualrefnet.deploy.hub import BundleMixin
 from dualrefnet.errors import DataError, DependencyError, RunError
 from dualrefnet.runtime.answer import FormError
 from dualrefnet.runtime.classifier import Classifier, Picture
@@ -23,8 +24,8 @@ __all__ = ["Explanation", "ImageSource", "Prediction", "Predictor"]
 ImageSource = Path | str | bytes | NDArray[np.uint8]
 
 
-class Predictor(Classifier):
-    """A trained model with its preprocessing; make one with `Predictor.load`.
+class Predictor(BundleMixin, Classifier):
+    """A trained model with its preprocessing; make one with `Predictor.load`, or from a hub with `Predictor.from_pretrained`.
 
     Attributes:
         description: what the model is, was trained on and is worth, as plain JSON values; no photograph and no patient is in it.
@@ -49,7 +50,9 @@ class Predictor(Classifier):
         """
         folder = Path(source) if isinstance(source, Path | str) else source.path
         if (folder / "bundle.json").is_file():
-            return cls(**_bundle(folder, device, variant))
+            predictor = cls(**_bundle(folder, device, variant))
+            predictor.bundle = folder
+            return predictor
         if variant != "float32":
             raise RunError(f"{folder} is a run folder, which has one variant, float32; `dualrefnet export {folder}` makes others")
         # Torch takes seconds to import, and a machine that serves bundles needn't have it.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dualrefnet.data import isic_2019, pad_ufes_20, sample
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.deploy.torch_network import TorchNetwork
 from dualrefnet.errors import RunError
@@ -31,9 +33,9 @@ def run_parts(run: Path | str | Run, device: str) -> dict[str, Any]:
     model = load_model(description, run.weights_file)
     image = ImageSection.model_validate(description["preprocessing"]["image"])
     mean, sd = (tuple(description["preprocessing"][name]) for name in ("mean", "std"))
-    told = {name: description[name] for name in ("dualrefnet", "dataset", "classes", "malignant")}
-    # Runs of the first versions name no classes in words.
-    told |= {"name": run.recipe.name, "class_names": description["dataset"].get("class_names", {}), "variant": "float32"}
+    dataset, class_names = described_dataset(description["dataset"])
+    told = {name: description[name] for name in ("dualrefnet", "classes", "malignant")}
+    told |= {"dataset": dataset, "name": run.recipe.name, "class_names": class_names, "variant": "float32"}
     return {
         "description": told | {"measured": run.metrics if run.finished else None},
         "network": TorchNetwork(model, image.size, (mean, sd), torch.device(device)),
@@ -47,6 +49,18 @@ def run_parts(run: Path | str | Run, device: str) -> dict[str, Any]:
         "out_of_scope": _find_check(run, model),
         "decision": _find_calibration(run),
     }
+
+
+def described_dataset(known: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what people are told of the data, and the classes in words; runs of the first versions say less, their adapters the rest.
+
+    Args:
+        known: what a run's `model.json` says of the data set.
+    """
+    schema = {one.name: one for one in (pad_ufes_20.SCHEMA, isic_2019.SCHEMA, sample.SCHEMA)}.get(known["name"])
+    citation, names = (schema.citation, dict(schema.class_names)) if schema is not None else ("", {})
+    told = {name: known[name] for name in ("name", "title", "licence", "drawn", "protocol")}
+    return told | {"citation": known.get("citation", citation)}, known.get("class_names", names)
 
 
 def _find_calibration(run: Run) -> Calibration | None:

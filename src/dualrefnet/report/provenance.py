@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -12,8 +12,10 @@ from dualrefnet.evaluation.printed_table import Cell, PrintedTable
 from dualrefnet.models.backbones import BACKBONES
 from dualrefnet.models.method import Architecture
 from dualrefnet.models.registry import METHODS
-from dualrefnet.report.section import Section
 from dualrefnet.run import Run
+
+if TYPE_CHECKING:
+    from dualrefnet.report.section import Section
 
 # In these data sets a form has gaps because the lesion was not biopsied, and such lesions are benign.
 GAPS_TELL_THE_CLASS = ("pad_ufes_20", "sample")
@@ -93,6 +95,9 @@ def run_notes(run: Run) -> list[str]:
 
 def provenance_section(run: Run) -> Section:
     """Return how the run was made: data, split, code, hardware, weights and the whole recipe."""
+    # Sections hold pictures, and so need matplotlib; titles and notes are also for those who don't have it.
+    from dualrefnet.report.section import Section
+
     recipe, made = run.recipe, run.fingerprint
     description = run.model
     dataset = description["dataset"]
