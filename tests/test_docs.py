@@ -99,7 +99,7 @@ def test_every_recipe_key_exists_and_takes_the_value(document):
     pattern = re.compile(rf"({'|'.join(SECTIONS)})\.(\w+)(=\S+)?")
     for code in inline(document):
         match = pattern.fullmatch(code)
-        if match is None or match[2] in ("csv", "json", "yaml", "safetensors", "md"):
+        if match is None or match[2] in ("csv", "json", "yaml", "safetensors", "md", "onnx", "pt2"):
             continue
         assert match[2] in Recipe.model_fields[match[1]].annotation.model_fields, code
         # fold and rows are only legal beside another key; whole commands are checked below.
