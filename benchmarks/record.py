@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import os
+import random
 import re
 import statistics
 import subprocess
@@ -38,11 +39,11 @@ def interleaved(cases: Mapping[str, Callable[[], object]], rounds: int, warmup: 
         Case -> seconds of each round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    names = list(cases)
+    names, order = list(cases), random.Random(0)
     for number in range(-warmup, rounds):
-        # Another case goes first in every round: none always follows the same one.
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
+        # None always follows the same one, whose data and threads would be what it meets.
+        order.shuffle(names)
+        for name in names:
             started = time.perf_counter()
             cases[name]()
             if number >= 0:

@@ -137,9 +137,19 @@ class Classifier:
         probabilities, vectors = self._ask(flat, np.repeat(encoded.values, counts, axis=0))
         pooled = np.add.reduceat(probabilities, starts, axis=0) / np.array(counts)[:, None]
         unlike = self._unlike(vectors, len(flat))
+        sets, refer = np.zeros(pooled.shape, dtype=bool), None
+        if self.decision is not None:
+            pooled, sets, refer = self.decision.decide(pooled)
         return [
-            self._prediction(row, flat[start : start + count], unlike[start : start + count], self._said(encoded, index, form))
-            for index, (row, start, count, form) in enumerate(zip(pooled, starts, counts, forms, strict=True))
+            self._prediction(
+                pooled[index],
+                sets[index],
+                None if refer is None else bool(refer[index]),
+                flat[start : start + count],
+                unlike[start : start + count],
+                self._said(encoded, index, form),
+            )
+            for index, (start, count, form) in enumerate(zip(starts, counts, forms, strict=True))
         ]
 
     def explain_prepared(self, picture: Picture | None, form: Mapping[str, Any], label: str | None = None) -> Explanation:
@@ -192,8 +202,10 @@ class Classifier:
         """Return the model's own probabilities (N, C), and the encoders' vectors."""
         images = absent = None
         if self.reads_image:
-            nothing = np.zeros((self.size, self.size, 3), dtype=np.uint8)
-            images = np.stack([nothing if picture is None else picture for picture in pictures])
+            images = np.zeros((len(pictures), self.size, self.size, 3), dtype=np.uint8)
+            for place, picture in enumerate(pictures):
+                if picture is not None:
+                    images[place] = picture
             absent = np.array([picture is None for picture in pictures]) if self.learned_tokens else None
         answered = self.network(images, absent, values)
         return softmax(answered.logits), answered.vectors
@@ -206,15 +218,18 @@ class Classifier:
         return [None if np.isnan(score) else float(score) for score in self.out_of_scope.score(vectors)]
 
     def _prediction(
-        self, row: NDArray[np.float64], pictures: Sequence[Picture | None], unlike: Sequence[float | None], said: list[str]
+        self,
+        row: NDArray[np.float64],
+        inside: NDArray[np.bool_],
+        refer: bool | None,
+        pictures: Sequence[Picture | None],
+        unlike: Sequence[float | None],
+        said: list[str],
     ) -> Prediction:
-        likely, refer = np.zeros(len(row), dtype=bool), None
-        if self.decision is not None:
-            likely, refer = self.decision.prediction_sets(row[None])[0], self.decision.refer(row[None])
-            row = self.decision.probabilities(row[None])[0]
+        """Put together what is said of one lesion."""
         probabilities = dict(zip(self.classes, row.tolist(), strict=True))
         order = sorted(probabilities, key=probabilities.__getitem__, reverse=True)
-        inside = {label for label, chosen in zip(self.classes, likely, strict=True) if chosen}
+        likely = {label for label, chosen in zip(self.classes, inside.tolist(), strict=True) if chosen}
         scores = [score for score in unlike if score is not None]
         warnings = [
             self._unlike_warning(score, number, len(pictures)) for number, score in enumerate(unlike, 1) if score is not None and score > 1
@@ -227,8 +242,8 @@ class Classifier:
             sum(probabilities[label] for label in self.malignant) if self.malignant else None,
             warnings + said,
             max(scores) if scores else None,
-            tuple(label for label in order if label in inside),
-            None if refer is None else bool(refer[0]),
+            tuple(label for label in order if label in likely),
+            refer,
         )
 
     def _unlike_warning(self, score: float, number: int, pictures: int) -> str:

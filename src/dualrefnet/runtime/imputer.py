@@ -37,12 +37,15 @@ class NeuralImputer:
 
     def fill(self, columns: Array, missing: NDArray[np.bool_]) -> Array:
         """Return a copy of `columns` (N, K) in which the missing fields (N, F) hold the likeliest value."""
+        if not missing.any():
+            return columns.copy()
         output = network(np.concatenate([columns, missing.astype(np.float32)], axis=1), self.weights, np)
         filled = columns.copy()
         for index, (span, values) in enumerate(zip(self.spans, self.values, strict=True)):
-            if span.stop == span.start:  # A category of which the training rows had no value has no column.
-                continue
             rows = np.flatnonzero(missing[:, index])
+            # A category of which the training rows had no value has no column.
+            if not len(rows) or span.stop == span.start:
+                continue
             guess = output[rows, span.start : span.stop]
             if not span.numeric:
                 filled[rows, span.start : span.stop] = np.eye(span.stop - span.start, dtype=np.float32)[guess.argmax(axis=1)]

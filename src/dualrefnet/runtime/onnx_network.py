@@ -43,8 +43,9 @@ class OnnxNetwork:
             raise FileNotFoundError(f"there is no {file}")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
-        # Otherwise waiting threads burn the cores on which the next photographs are being decoded.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Threads that wait for each other inside an answer spin, which is faster than sleeping. After it they would go on spinning, and
+        # burn the cores on which the next photographs are being decoded.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3
         try:
             self.session = onnxruntime.InferenceSession(str(file), options, providers=[provider])

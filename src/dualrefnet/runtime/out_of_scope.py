@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -47,10 +48,15 @@ class Distance:
     rest: float
     scale: float
 
+    @cached_property
+    def _columns(self) -> Floats:
+        """(D, K), the directions in double precision: their squares are subtracted from large numbers."""
+        return self.directions.T.astype(np.float64)
+
     def measure(self, rows: Floats) -> Floats:
         """Return the distance of each of (N, D), in units of `scale`."""
         centred = rows - self.mean
-        along = centred @ self.directions.T.astype(np.float64)
+        along = centred @ self._columns
         squared = np.square(along)
         # Rounding may leave less than nothing of a row that lies in the directions.
         beside = np.maximum(np.square(centred).sum(axis=1) - squared.sum(axis=1), 0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ class Decision:
     class_thresholds: dict[str, float]
     referral: float | None
 
-    @property
+    @cached_property
     def cancer(self) -> NDArray[np.bool_]:
         """Return which columns are malignant, (C,)."""
         return np.isin(self.classes, self.malignant)
@@ -58,6 +59,11 @@ class Decision:
         """
         return prediction_sets(self.probabilities(probabilities), self.thresholds(by_class))
 
+    def decide(self, probabilities: ArrayLike) -> tuple[Floats, NDArray[np.bool_], NDArray[np.bool_] | None]:
+        """Return `probabilities`, `prediction_sets` and `refer` of the model's probabilities (N, C), all at once."""
+        warmed = self.probabilities(probabilities)
+        return warmed, prediction_sets(warmed, self.threshold), self._refer(warmed)
+
     def thresholds(self, by_class: bool) -> float | list[float]:
         """Return the one threshold, or those of the classes in their order."""
         return [self.class_thresholds[name] for name in self.classes] if by_class else self.threshold
@@ -68,9 +74,10 @@ class Decision:
         Args:
             probabilities: (N, C), as the model gave them.
         """
-        if self.referral is None:
-            return None
-        return np.asarray(malignancy(self.probabilities(probabilities), self.cancer) >= self.referral)
+        return self._refer(self.probabilities(probabilities))
+
+    def _refer(self, warmed: Floats) -> NDArray[np.bool_] | None:
+        return None if self.referral is None else np.asarray(malignancy(warmed, self.cancer) >= self.referral)
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> dict[str, Any]:
