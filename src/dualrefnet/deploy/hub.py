@@ -7,6 +7,7 @@ stays where it is, and its networks are read only if they are the ones that `bun
 from __future__ import annotations
 
 import shutil
+from abc import ABC, abstractmethod
 from importlib import resources
 from pathlib import Path
 from typing import Any, Self
@@ -26,7 +27,7 @@ MESSAGE = "Upload a bundle of dualrefnet"
 _REFUSALS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)
 
 
-class BundleMixin(ModelHubMixin, library_name="dualrefnet", tags=["dualrefnet"]):
+class BundleMixin(ModelHubMixin, ABC, library_name="dualrefnet", tags=["dualrefnet"]):
     """Standard methods of the Hub for a class that is loaded from a bundle's folder.
 
     Attributes:
@@ -42,6 +43,7 @@ class BundleMixin(ModelHubMixin, library_name="dualrefnet", tags=["dualrefnet"])
         return made
 
     @classmethod
+    @abstractmethod
     def load(cls, *args: Any, **options: Any) -> Self:
         """Load a bundle's folder, the first argument.
 
@@ -49,7 +51,6 @@ class BundleMixin(ModelHubMixin, library_name="dualrefnet", tags=["dualrefnet"])
             args: the folder, with `bundle.json`.
             options: of the class, such as `device` and `variant`.
         """
-        raise NotImplementedError
 
     @classmethod
     def from_pretrained(
