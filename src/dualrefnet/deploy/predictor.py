@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dualrefnet.data.decode import MAX_BYTES, MAX_PIXELS, decode_image
-from dualrefnet.deploy.hub import BundleMixin
+from dualrefnet.deploy.hub import BundleMixin, is_bundle
 from dualrefnet.errors import DataError, DependencyError, RunError
 from dualrefnet.runtime.answer import FormError
 from dualrefnet.runtime.classifier import Classifier, Picture
@@ -49,7 +49,7 @@ class Predictor(BundleMixin, Classifier):
             DependencyError: it is a bundle, and onnxruntime isn't installed.
         """
         folder = Path(source) if isinstance(source, Path | str) else source.path
-        if (folder / "bundle.json").is_file():
+        if is_bundle(folder):
             predictor = cls(**_bundle(folder, device, variant))
             predictor.bundle = folder
             return predictor
