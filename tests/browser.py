@@ -39,6 +39,8 @@ class StandIn:
     name: str = "stand-in"
     size: int = 32
     coverage: float | None = 0.9
+    decision: Any = None
+    shortcut: str | None = None
     seen: list[tuple[list[bytes], dict[str, Any]]] = field(default_factory=list)
 
     @property
@@ -73,6 +75,7 @@ class StandIn:
             out_of_scope=2.0 if images and dark > 0.95 else 0.5,
             likely=tuple(order[:2]),
             refer=melanoma > 0.3,
+            availability="image, 67-100% of fields",
         )
 
     def explain(self, image: bytes | None, form: Mapping[str, Any], label: str | None) -> SimpleNamespace:

@@ -19,6 +19,11 @@ TINY = {
     "model.backbone": "mobilenet_v2",
     "model.weights": "none",
     "training.epochs": 2,
+    "training.selection": "balanced_accuracy",
+    # Tier M3, so that flags of what is missing are tested too; the default with learned tokens has tests of its own.
+    "metadata.tier": "M3",
+    "metadata.imputation": "neural",
+    "modality_dropout": {},
     "training.device": "cpu",
     "evaluation.bootstrap": 50,
 }

@@ -34,6 +34,7 @@ class StandInPredictor:
     title, name, class_names = "stand-in data", "stand_in", {"BCC": "basal cell carcinoma", "NEV": "naevus"}
     fields = (FormField("age", "numeric", "years", maximum=120), FormField("region", "categorical"), FormField("itch", "boolean"))
     size, description = SIZE, {"measured": None}
+    decision, shortcut = None, None
 
     def __init__(self, delay: float = 0.0, reads_image: bool = True, needs_image: bool = True) -> None:
         self.delay, self.reads_image, self.needs_image = delay, reads_image, needs_image

@@ -14,6 +14,7 @@ from dualrefnet.data.schema import DatasetSchema, MetadataField
 from dualrefnet.errors import DataError
 from dualrefnet.evaluation.intervals import paired_difference
 from dualrefnet.evaluation.metrics import compute_metrics
+from dualrefnet.evaluation.missing_patterns import EVERYTHING, NOTHING, find_patterns
 from dualrefnet.evaluation.opened_run import OpenedRun, open_run
 from dualrefnet.probes.availability import (
     MEASURES,
@@ -25,7 +26,6 @@ from dualrefnet.probes.availability import (
     keep_share,
     measure_availability,
 )
-from dualrefnet.probes.patterns import EVERYTHING, NOTHING, find_patterns
 from dualrefnet.probes.tables import availability_table, difference_table, pattern_table
 from dualrefnet.run import Run
 from hand_made import FormOnly, PictureOnly, hand_made

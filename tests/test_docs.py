@@ -104,7 +104,7 @@ def test_every_recipe_key_exists_and_takes_the_value(document):
         assert match[2] in Recipe.model_fields[match[1]].annotation.model_fields, code
         # fold and rows are only legal beside another key; whole commands are checked below.
         if match[3] and "DIR" not in match[3] and match[2] not in ("fold", "rows"):
-            load_recipe("pad_ufes_20", parse_overrides([code]))
+            load_recipe("pad_ufes_20_m3", parse_overrides([code]))
 
 
 @every_document

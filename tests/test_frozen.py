@@ -57,7 +57,7 @@ def test_reading_the_photograph_gives_the_same_probabilities_as_the_stored_featu
         form = {name: value for name, value in form.items() if not pd.isna(value)}
         prediction = predictor.predict(table.loc[row["image_id"], "image_path"], form)
         answer = row[[f"prob_{name}" for name in predictor.classes]].to_numpy(dtype=float)
-        stored = run.calibration.probabilities(answer[None])[0]
+        stored = run.calibration.decide(answer[None], [True], [len(form) / len(predictor.fields)]).probabilities[0]
         np.testing.assert_allclose(list(prediction.probabilities.values()), stored, atol=1e-5)
 
 

@@ -45,7 +45,7 @@ def _short_imputer(monkeypatch):
 
 
 def fit(rows=ROWS, schema=SCHEMA, **section):
-    return MetadataEncoder.fit(rows, schema, MetadataSection(**section))
+    return MetadataEncoder.fit(rows, schema, MetadataSection(**{"tier": "M3", **section}))
 
 
 def same(one, other):

@@ -40,6 +40,7 @@ def bundle_of(run: Run, **changes: Any) -> dict[str, Any]:
         "learned_tokens": False,
         "networks": {"float32": network},
         "no_int8": "it wasn't asked for",
+        "missingness_shortcut": None,
         "exported_with": {"dualrefnet": dualrefnet.__version__, "onnxruntime": "1.99"},
     }
     return {**made, **changes}

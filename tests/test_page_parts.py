@@ -102,8 +102,8 @@ def test_the_scale_is_told_apart_without_seeing_colours() -> None:
 def test_questions_are_grouped_worded_and_stand_at_unknown(predictor: StandIn) -> None:
     questions = make_questions(predictor)  # type: ignore[arg-type]
     assert [question.name for question in questions[:4]] == ["age", "region", "itch", "grew"]
-    always = [question.always for question in questions]
-    assert always == sorted(always, reverse=True)
+    first = [question.first for question in questions]
+    assert first == sorted(first, reverse=True)
     by_name = {question.name: question for question in questions}
     assert by_name["itch"].choices == (("unknown", ""), ("yes", "yes"), ("no", "no"))
     assert by_name["age"].label == "Age of the patient (years)"
@@ -114,6 +114,28 @@ def test_questions_are_grouped_worded_and_stand_at_unknown(predictor: StandIn) -
     assert "BRASIL" not in father.values()
     assert "UNK" not in father.values()
     assert all(question.text for question in questions)
+
+
+def test_what_changes_the_answer_most_is_asked_first() -> None:
+    effects = {"smoke": 0.3, "fitspatrick": 0.2, "age": 0.1, **dict.fromkeys(["itch", "grew", "hurt", "changed", "bleed", "drink"], 0.01)}
+    questions = make_questions(StandIn(decision=SimpleNamespace(field_effects=effects)))  # type: ignore[arg-type]
+    first = [question.name for question in questions if question.first]
+    assert first[:2] == ["age", "fitspatrick"]
+    assert {"smoke", "itch"} < set(first)
+    assert len(first) == 8
+
+
+def test_blank_metadata_are_never_said_not_to_matter(predictor: StandIn) -> None:
+    nothing = SimpleNamespace(label="MEL", heat=None, fields={})
+    html = explanation_html(nothing, None, {}, predictor, make_questions(predictor), 1)  # type: ignore[arg-type]
+    assert "no answer mattered" not in html
+    assert "answers may change them" in html
+
+
+def test_a_shortcut_stands_in_red_above_everything() -> None:
+    with TestClient(mounted(StandIn(shortcut="to this model missing means benign"))) as client:
+        page = client.get("/").text
+    assert "To this model missing means benign" in page
 
 
 def test_a_form_is_read_back_as_the_model_wants_it(predictor: StandIn) -> None:
@@ -171,6 +193,7 @@ def prediction(**changes: Any) -> Any:
         "out_of_scope": 0.4,
         "likely": ("MEL", "NEV"),
         "refer": True,
+        "availability": "image, 33-67% of fields",
     }
     return SimpleNamespace(**{**values, **changes})
 
@@ -186,7 +209,8 @@ def test_an_answer_says_everything_in_words(predictor: StandIn) -> None:
     assert "model learned from" not in text
     alone = answer_html(prediction(likely=("MEL",), refer=False), predictor, questions, 1)  # type: ignore[arg-type]
     assert "the answer is <strong>melanoma</strong> alone" in alone
-    assert "Below the threshold of referral" in alone
+    assert "Below the referral threshold for such an input" in alone
+    assert "image, 33-67% of fields" in alone
     every = answer_html(prediction(likely=predictor.classes), predictor, questions, 1)  # type: ignore[arg-type]
     assert "any of the 6 classes" in every
     bare = answer_html(prediction(likely=(), refer=None, malignancy=None), predictor, questions, 2)  # type: ignore[arg-type]
@@ -213,7 +237,7 @@ def test_a_picture_out_of_scope_is_said_first_and_gaps_in_words(predictor: Stand
     questions = make_questions(predictor)  # type: ignore[arg-type]
     html = answer_html(prediction(out_of_scope=1.2, warnings=warnings), predictor, questions, 1)  # type: ignore[arg-type]
     assert html.index('class="alarm"') < html.index("Melanoma")
-    assert "2 of 21 questions unanswered (missing and imputed)" in html
+    assert "2 of 21 questions unanswered, 2 of them among those that change the answer most" in html
     assert "<li>Does it itch?</li>" in html
     assert "Odd &lt;b&gt;: x" in html
 

@@ -29,12 +29,13 @@ def test_the_predictor_repeats_the_evaluation_to_the_digit(tiny_run: Run, predic
         prediction = predictor.predict(source["image_path"], form)
         assert prediction.label == row["predicted"]
         answer = row[[f"prob_{name}" for name in predictor.classes]].to_numpy(dtype=float)[None]
-        calibration = tiny_run.calibration
-        assert list(prediction.probabilities.values()) == pytest.approx(calibration.probabilities(answer)[0], abs=1e-5)
-        members = [name for name, inside in zip(predictor.classes, calibration.prediction_sets(answer)[0], strict=True) if inside]
+        decided = tiny_run.calibration.decide(answer, [True], [len(form) / len(fields)])
+        assert list(prediction.probabilities.values()) == pytest.approx(decided.probabilities[0], abs=1e-5)
+        members = [name for name, inside in zip(predictor.classes, decided.sets[0], strict=True) if inside]
         assert sorted(prediction.likely) == sorted(members)
         assert list(prediction.likely) == sorted(members, key=prediction.probabilities.__getitem__, reverse=True)
-        assert prediction.refer == calibration.refer(answer)[0]
+        assert prediction.refer == decided.refer[0]
+        assert prediction.availability == decided.thresholds[0].group.name
 
 
 def test_a_photograph_may_be_a_file_bytes_or_an_array(predictor: Predictor, sample_root: Path) -> None:
@@ -50,9 +51,10 @@ def test_a_photograph_may_be_a_file_bytes_or_an_array(predictor: Predictor, samp
 def test_forms_of_any_completeness_are_answered_and_gaps_are_said(predictor: Predictor, sample_root: Path) -> None:
     path = next((sample_root / "images").iterdir())
     assert "region" in predictor.predict(path, {"age": 61}).warnings[-1]
-    odd = predictor.predict(path, {"region": "MOON", "age": float("inf"), "itch": True, "smoke": None})
-    assert [warning.split(":")[0] for warning in odd.warnings] == ["age", "region", "missing and imputed"]
-    assert predictor.predict(path, {"region": "MOON"}).probabilities == predictor.predict(path, {}).probabilities
+    for unknown in ({"region": "MOON"}, {"age": float("inf")}, {"age": 61, "itch": "perhaps"}):
+        with pytest.raises(DataError, match="leave it out if it isn't known"):
+            predictor.predict(path, unknown)
+    assert predictor.predict(path, {"region": " face"}).probabilities == predictor.predict(path, {"region": "FACE"}).probabilities
     assert predictor.predict(path, {"itch": "yes"}).probabilities == predictor.predict(path, {"itch": True}).probabilities
 
 

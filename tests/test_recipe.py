@@ -43,7 +43,7 @@ def test_a_shipped_recipe_loads_under_its_own_name_and_every_key_of_it_arrives(n
 
 
 def test_the_recipes_that_ship():
-    paper, rest = ["isic_2019_paper", "pad_ufes_20_paper"], ["isic_2019", "pad_ufes_20", "pad_ufes_20_frozen", "pad_ufes_20_gaps", "sample"]
+    paper, rest = ["isic_2019_paper", "pad_ufes_20_paper"], ["isic_2019", "pad_ufes_20", "pad_ufes_20_frozen", "pad_ufes_20_m3", "sample"]
     assert shipped_recipes() == sorted(paper + rest)
 
 
@@ -103,7 +103,7 @@ def test_an_unknown_key_that_resembles_none_is_refused_with_the_legal_ones():
         ("augmentation.scale=[0.5,1]", "augmentation.scale", (0.5, 1.0)),
         ("image.clahe=false", "image.clahe", False),
         ("image.clahe=on", "image.clahe", True),
-        ("training.early_stopping=4", "training.early_stopping", 4),
+        ("training.momentum=0.5", "training.momentum", 0.5),
         ("training.early_stopping=null", "training.early_stopping", None),
         ("image.gamma=", "image.gamma", None),
         ("data.root=/a=b/c", "data.root", "/a=b/c"),

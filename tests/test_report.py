@@ -226,7 +226,8 @@ def test_sentences_are_the_predictions_counted(full: Page, tiny_run: Run) -> Non
     rows, metrics = rows_of(tiny_run), tiny_run.metrics
     patients = tiny_run.split.set_index("image_id")["patient_id"].loc[rows["image_id"]].nunique()
     right, cancer, called = rows["label"] == rows["predicted"], rows["label"].isin(CANCERS), rows["predicted"].isin(CANCERS)
-    first, second, _ = full.lead("glance")
+    first, second, referred, _ = full.lead("glance")
+    assert referred.startswith("Cancers referred: all that was recorded")
     low, high = metrics["accuracy_ci95"]
     assert first.startswith(
         f"On {len(rows)} test photographs of {patients} patients the likeliest class was the right one {right.sum()} times: "

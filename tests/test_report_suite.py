@@ -109,7 +109,7 @@ def test_a_suite_of_two_compares_one_and_one_without_a_reference_none(tmp_path: 
 
 
 def test_a_system_that_knows_the_diagnosis_never_wins(tmp_path: Path) -> None:
-    variants = [{"name": "honest"}, {"name": "leaky", "set": {"metadata.imputation": "label_leaking"}}]
+    variants = [{"name": "honest"}, {"name": "leaky", "set": {"metadata.imputation": "label_leaking", "modality_dropout": {}}}]
     suite = changed(rows="variant", reference="honest", grid_methods=["dualrefnet"], grid_variants=variants, grid_folds=[0], grid_seeds=[0])
     folder = write_suite(tmp_path, suite, lambda cell: wrong_on(*(() if cell.variant == "leaky" else range(16))))
     found = aggregate(folder, 200)

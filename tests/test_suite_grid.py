@@ -100,7 +100,7 @@ def test_figure_1e_has_all_combinations_of_the_three_parts() -> None:
 
 def test_every_reading_departs_from_the_recipe_in_what_it_says() -> None:
     first, *others = expand(load_suite("readings"))
-    assert first.recipe.model_copy(update={"name": "pad_ufes_20"}) == load_recipe("pad_ufes_20")
+    assert first.recipe.model_copy(update={"name": "pad_ufes_20_m3"}) == load_recipe("pad_ufes_20_m3")
     assert len({cell.recipe.model_dump_json(exclude={"name"}) for cell in (first, *others)}) == len(others) + 1
     leaking = [cell.variant for cell in others if cell.recipe.metadata.imputation == "label_leaking"]
     assert leaking == ["imputation from the diagnosis (LEAKS)"]

@@ -88,7 +88,7 @@ def test_systems_tested_on_other_images_are_not_compared(small: Path, tmp_path: 
 
 def test_flags_say_what_spoils_a_number(tmp_path: Path) -> None:
     variants = [
-        {"name": "leak", "set": {"metadata.imputation": "label_leaking"}},
+        {"name": "leak", "set": {"metadata.imputation": "label_leaking", "modality_dropout": {}}},
         {"name": "frozen", "set": {"training.encoder": "frozen"}},
     ]
     suite = changed(grid_methods=["dualrefnet"], grid_folds=[0], grid_seeds=[0], grid_variants=variants, rows="variant", reference="frozen")

@@ -192,8 +192,10 @@ def test_a_loss_that_is_no_number_stops_the_run_with_advice(tiny_recipe: Recipe,
 
 def test_early_stopping_follows_the_recipe(tiny_recipe: Recipe, tmp_path: Path) -> None:
     # A rate of almost zero: nothing improves after the first epoch.
-    values = {"model.method": "metadata_only", "training.learning_rate": 1e-12, "training.optimizer": "sgd", "training.epochs": 20,
-              "training.schedule": "constant", "training.early_stopping": 3, "loss.penalty": 0}  # fmt: skip
+    values = {
+        "model.method": "metadata_only", "training.learning_rate": 1e-12, "training.optimizer": "sgd", "training.epochs": 20,
+        "training.schedule": "constant", "training.early_stopping": 3, "training.selection": "balanced_accuracy", "loss.penalty": 0,
+    }  # fmt: skip
     history = train_recipe(load_recipe(tiny_recipe, values), tmp_path / "run").history
     assert 4 <= len(history) < 20
 

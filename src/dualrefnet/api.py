@@ -92,10 +92,12 @@ def fit(
     recipe = {
         "name": out.name,
         "data": {"dataset": "csv_table", "root": str(data), "protocol": "grouped"},
-        "metadata": {"tier": "M3" if fields else "M0"},
+        # Without flags of what is missing, which may tell the class: a model that shall answer with whatever is given.
+        "metadata": {"tier": "M2", "imputation": "token"} if fields else {"tier": "M0"},
+        "modality_dropout": {"fields": 0.3, "pattern": 0.3, "metadata": 0.25, "image": 0.25} if fields else {},
         "model": {"method": "dualrefnet", "backbone": "efficientnet_lite0", "dropout": 0.2},
         "loss": {"classification": 1.0, "penalty_strength": 0.003, "class_weights": "logit_adjustment"},
-        "training": {"epochs": epochs},
+        "training": {"epochs": epochs, "selection": "last"},
     }
     chosen = load_recipe(recipe, {key.replace("__", "."): value for key, value in overrides.items()})
     apart = f"no {group} on two sides" if group else "images divided one by one, since no group was given"

@@ -46,7 +46,7 @@ class MetadataSection(Section):
     """How the patient's form becomes a vector."""
 
     tier: Literal["M0", "M1", "M2", "M3"] = Field(
-        "M3", description="M0 none, M1 always recorded, M2 all fields, M3 all and what is missing"
+        "M2", description="M0 none, M1 always recorded, M2 all fields, M3 all fields and missingness flags (research only)"
     )
     imputation: Literal["neural", "zero", "token", "label_leaking"] = Field(
         "neural",
@@ -96,17 +96,35 @@ class AugmentationSection(Section):
 
 
 class ModalityDropoutSection(Section):
-    """What is taken away from training cases at random, so that the model answers with whatever is there; probabilities are per case."""
+    """What is missing in training, so that the model copes with whatever is missing later.
 
-    fields: float = Field(0.0, ge=0, le=1, description="hide a random share of the fields, drawn evenly from none to all")
-    pattern: float = Field(0.0, ge=0, le=1, description="hide the fields that are missing in another training case, drawn at random")
-    form: float = Field(0.0, ge=0, le=1, description="hide the whole form")
-    image: float = Field(0.0, ge=0, le=1, description="hide the photograph, of cases whose form isn't hidden")
+    `fields` and `pattern` are drawn for every case and epoch. `metadata` and `image` are not drawn: every case is classified with both,
+    without metadata and without the image, and each answer has its share of the classification loss. That is the mean over which
+    modality would have been dropped, at no cost, since the image is encoded once.
+    """
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    fields: float = Field(0.0, ge=0, le=1, description="probability of hiding a random share of the fields, drawn evenly from none to all")
+    pattern: float = Field(0.0, ge=0, le=1, description="probability of hiding the fields that are missing in another training case")
+    metadata: float = Field(
+        0.0, ge=0, lt=1, alias="form", description="share of the classification loss that is of the images without metadata"
+    )
+    image: float = Field(0.0, ge=0, lt=1, description="share of the classification loss that is of the metadata without images")
 
     @property
     def enabled(self) -> bool:
-        """True if anything may be taken away."""
-        return bool(self.fields or self.pattern or self.form or self.image)
+        """True if anything is missing in training."""
+        return bool(self.fields or self.pattern or self.metadata or self.image)
+
+    @model_validator(mode="after")
+    def _something_whole(self) -> ModalityDropoutSection:
+        if self.metadata + self.image >= 1:
+            raise ValueError(
+                f"modality_dropout.metadata {self.metadata:g} and image {self.image:g} leave nothing of the loss to cases with both; "
+                "together they must stay below 1"
+            )
+        return self
 
 
 class ModelSection(Section):
@@ -180,8 +198,9 @@ class TrainingSection(Section):
     plateau_factor: float = Field(0.1, gt=0, lt=1)
     minimum_learning_rate: float = Field(1e-6, ge=0)
     early_stopping: int | None = Field(None, ge=1, description="stop after this many epochs without a better selection value; empty: never")
-    selection: Literal["balanced_accuracy", "accuracy", "loss"] = Field(
-        "balanced_accuracy", description="best epoch by this value on validation"
+    selection: Literal["balanced_accuracy", "accuracy", "loss", "last"] = Field(
+        "balanced_accuracy",
+        description="best epoch by this value on validation; last: the last epoch, so that validation serves calibration alone",
     )
     gradient_clip: float | None = Field(None, gt=0, description="largest norm of the gradient; empty: no limit")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
@@ -231,10 +250,12 @@ class Recipe(Section):
             raise ValueError(f"data.fold is for the protocol grouped-cv; {self.data.protocol} has one split")
         if self.model.method == "metadata_only" and self.metadata.tier == "M0":
             raise ValueError("model.method metadata_only needs metadata: set metadata.tier to M1, M2 or M3")
-        if self.metadata.imputation == "token" and self.metadata.tier == "M2":
-            raise ValueError("metadata.imputation token shows the model what is missing, and tier M2 hides it: choose tier M3 or M1")
         if self.modality_dropout.enabled and self.metadata.imputation != "token":
-            raise ValueError("modality_dropout needs something in place of what it takes away: set metadata.imputation to token")
+            raise ValueError(
+                "modality_dropout needs something in place of what it takes away: set metadata.imputation to token, or modality_dropout={}"
+            )
+        if self.training.selection == "last" and self.training.early_stopping is not None:
+            raise ValueError("training.early_stopping waits for a better epoch, and training.selection last takes the last one: choose one")
         if self.model.members and self.model.method != "ensemble":
             raise ValueError(f"model.members is for model.method ensemble, not {self.model.method}")
         if self.data.rows == "all" and self.model.method != "metadata_only":

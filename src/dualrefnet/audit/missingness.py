@@ -20,6 +20,9 @@ MINIMUM_ROWS = 20
 # A mask from which a model reads malignancy or class this well is nearly the answer. The worst that is known to have been
 # published and used, 13 columns of PAD-UFES-20, lies at .83 and .71.
 NEARLY_THE_ANSWER = 0.95
+REMEDY = (
+    "metadata.tier M3 and metadata.imputation zero show it to the model, tier M2 with imputation token and modality_dropout trains it away"
+)
 # Another column is told with a block if it has no more values than this.
 FEW_VALUES = 10
 
@@ -160,8 +163,8 @@ def _mask_finding(model: pd.Series, rows: AuditedRows) -> Finding:
     )
     count = int(model["rows"])
     if max(model["auc_low"], np.nan_to_num(model["malignant_auc_low"])) >= NEARLY_THE_ANSWER:
-        return Finding("FAIL", "missing_mask", f"{message}: a model need only see which cells are empty", count=count)
+        return Finding("FAIL", "missing_mask", f"{message}: a model need only see which cells are empty; {REMEDY}", count=count)
     # One-sided: folds push a model without knowledge a little below chance.
     if model["auc_low"] > 0.5:
-        return Finding("WARN", "missing_mask", f"{message}: the form shows who was examined how", count=count)
+        return Finding("WARN", "missing_mask", f"{message}: the form shows who was examined how; {REMEDY}", count=count)
     return Finding("PASS", "missing_mask", f"{message}: no better than chance", count=count)

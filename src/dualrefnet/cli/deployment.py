@@ -9,6 +9,15 @@ import typer
 
 from dualrefnet.cli import app
 
+Accept = Annotated[
+    bool,
+    typer.Option(
+        "--accept-missingness-shortcut",
+        help="For research: also a model that takes missing metadata for a sign of a benign lesion, or that was never measured so. Card, "
+        "/v1/model and page then warn of it.",
+    ),
+]
+
 
 @app.command()
 def export(
@@ -27,6 +36,7 @@ def export(
         Path | None,
         typer.Option("--cache", metavar="DIR", help="Where prepared images lie; default: $DUALREFNET_CACHE or the user's cache folder."),
     ] = None,
+    accept_missingness_shortcut: Accept = False,
     push_to: Annotated[
         str | None,
         typer.Option(
@@ -43,12 +53,14 @@ def export(
     No photograph and no patient is in it.
 
     The network's answers are compared with torch's on validation photographs; a difference of more than 0.001 in a probability stops the
-    export, and nothing is left behind. `predict`, `serve` and `dualrefnet.Predictor.load` take the folder in place of a run.
+    export, and nothing is left behind. A model whose referral of cancers falls by more than .10 when metadata are blank is refused.
+
+    `predict`, `serve` and `dualrefnet.Predictor.load` take the folder in place of a run.
     """
     from dualrefnet.deploy.export import export_run
     from dualrefnet.run import Run
 
-    bundle = export_run(Run(run), out, int8, root, cache)
+    bundle = export_run(Run(run), out, int8, root, cache, accept_missingness_shortcut)
     parity = bundle["networks"]["float32"]["parity"]
     difference = f"probabilities differ from torch's by {parity['max_probability_difference']:.1e} at most, {parity['checked_on']}"
     typer.echo(f"{out}: {', '.join(bundle['networks'])}; {difference}")
@@ -79,6 +91,7 @@ def serve(
     ] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     variant: Annotated[str, typer.Option(help="Of a bundle: float32, or int8 if it has that.")] = "float32",
+    accept_missingness_shortcut: Accept = False,
 ) -> None:
     """Serve a model over HTTP, with a page for people at / and a description for programs at /docs.
 
@@ -86,11 +99,14 @@ def serve(
     """
     from pydantic import ValidationError
 
+    from dualrefnet.deploy.gate import measures_of, refuse_shortcut
     from dualrefnet.errors import DataError
     from dualrefnet.service.server import Served
     from dualrefnet.service.server import serve as run_server
     from dualrefnet.service.settings import ServiceSettings
 
+    if model.is_dir():
+        refuse_shortcut(measures_of(model), model, accept_missingness_shortcut)
     size = max_upload * 2**20
     room = max(4 * size, 256 * 2**20)
     try:

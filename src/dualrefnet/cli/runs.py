@@ -51,7 +51,10 @@ def demo(
 
     run, page = run_demo(out)
     _print_metrics(run.metrics)
-    typer.echo(f"The run folder is {run.path}; try: dualrefnet predict {run.path} --images {out}/data/images --out predictions.csv")
+    typer.echo(
+        f"The run folder is {run.path}; try: dualrefnet predict {run.path} --images {out}/data/images --metadata {out}/data/metadata.csv "
+        "--out predictions.csv"
+    )
     typer.echo(f"The report, for any browser: {page.resolve()}")
 
 
@@ -255,7 +258,8 @@ def predict(
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:
-    from dualrefnet.evaluation.tables import calibration_line, metrics_table
+    from dualrefnet.evaluation.tables import availability_line, calibration_line, metrics_table
+    from dualrefnet.runtime.availability import missingness_shortcut
 
     title = f"{metrics['dataset']}, test set, protocol {metrics['protocol']}" + (
         " - DRAWN PICTURES, NOT CLINICAL" if metrics["drawn"] else ""
@@ -264,3 +268,8 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
     # A run that was finished by an earlier version has none.
     if "calibrated" in metrics:
         typer.echo(calibration_line(metrics["calibrated"]))
+    if "availability" in metrics:
+        typer.echo(availability_line(metrics["availability"]))
+        reason = missingness_shortcut(metrics)
+        if reason is not None:
+            Console().print(f"[red]not to be used where metadata may be missing[/red]: {reason}", soft_wrap=True)

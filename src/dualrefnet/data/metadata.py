@@ -18,6 +18,9 @@ from dualrefnet.runtime.answer import FormError
 from dualrefnet.runtime.form import FormEncoder, Observed, fitted_state
 from dualrefnet.runtime.imputer import Span
 
+# Shares of cancers among complete and incomplete rows that differ by less aren't spoken of.
+TELLING = 0.1
+
 
 @dataclass(frozen=True)
 class EncodedMetadata:
@@ -144,6 +147,33 @@ class MetadataEncoder(FormEncoder):
             raise DataError(f"{error}, and {error.rows} rows hold text; is it the right column?") from None
         remarks += [odd_remark(self.fields[index], odd, int(which.sum())) for (index, odd), which in sorted(observed.odd.items())]
         return observed, remarks
+
+
+def missingness_shown(encoder: MetadataEncoder, rows: pd.DataFrame, schema: DatasetSchema) -> str | None:
+    """Warn of an encoding that shows the model which fields are missing, where that tells cancers from benign lesions.
+
+    Args:
+        encoder: fitted to `rows`.
+        rows: of the training side.
+        schema: which classes are malignant.
+
+    Returns:
+        A sentence; None if the encoding doesn't show it (a learned token with `modality_dropout` may stand anywhere), or it tells nothing.
+    """
+    if not encoder.shows_missing or not schema.malignant:
+        return None
+    some = encoder.encode(rows).missing.any(axis=1)
+    if some.all() or not some.any():
+        return None
+    cancer = rows["label"].isin(schema.malignant).to_numpy()
+    without, complete = cancer[some].mean(), cancer[~some].mean()
+    if abs(without - complete) < TELLING:
+        return None
+    return (
+        f"metadata.tier {encoder.section.tier} with imputation {encoder.section.imputation} shows the model which fields are missing, and "
+        f"that tells the class: {without:.0%} of the training rows with missing fields are malignant, {complete:.0%} of the complete ones. "
+        "For research only; metadata.tier=M2 metadata.imputation=token with modality_dropout hides it"
+    )
 
 
 def _with_diagnosis(

@@ -18,6 +18,7 @@ from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.deploy import hub
 from dualrefnet.deploy.exported_model import ExportedModel, ProgramNetwork, trace, write_onnx, write_program
 from dualrefnet.deploy.form_schema import form_schema
+from dualrefnet.deploy.gate import refuse_shortcut
 from dualrefnet.deploy.model_card import data_licence, model_card
 from dualrefnet.deploy.parity import BATCH, Cases, check_parity, drawn_cases, real_cases
 from dualrefnet.deploy.quantisation import SETTING, measure_int8, quantise
@@ -31,6 +32,7 @@ from dualrefnet.models.registry import load_model
 from dualrefnet.progress import progress_bar, remark, warn
 from dualrefnet.recipe import ImageSection
 from dualrefnet.run import Run
+from dualrefnet.runtime.availability import missingness_shortcut
 from dualrefnet.runtime.bundle import FORMAT
 from dualrefnet.runtime.classifier import Network
 from dualrefnet.runtime.onnx_network import OnnxNetwork
@@ -56,7 +58,14 @@ class _Material:
     checked_on: str
 
 
-def export_run(run: Run, out: Path, int8: bool | None = None, root: Path | None = None, cache: Path | None = None) -> dict[str, Any]:
+def export_run(
+    run: Run,
+    out: Path,
+    int8: bool | None = None,
+    root: Path | None = None,
+    cache: Path | None = None,
+    accept_missingness_shortcut: bool = False,
+) -> dict[str, Any]:
     """Write the bundle of a finished run.
 
     Args:
@@ -65,19 +74,21 @@ def export_run(run: Run, out: Path, int8: bool | None = None, root: Path | None 
         int8: write the 8-bit network too; None: if the run's photographs are at hand.
         root: where the data lie now, if not where the recipe says.
         cache: where image stores lie.
+        accept_missingness_shortcut: export it though blank metadata keep it from referring cancers; the bundle then warns of it.
 
     Returns:
         The content of `bundle.json`.
 
     Raises:
-        RunError: the run isn't finished or can't be used by anybody, `out` holds something else, or the exported network doesn't answer
-            as the trained one does.
+        RunError: the run isn't finished, mustn't be used by anybody (see `refuse_shortcut`), `out` holds something else, or the exported
+            network doesn't answer as the trained one does.
         DataError: `root` doesn't hold the run's data, or int8 was asked for and they aren't at hand.
         DependencyError: an optional library is missing.
     """
     check_target(out)
     if not run.finished:
         raise RunError(f"{run.path} isn't finished: `dualrefnet train ... --resume` goes on, `dualrefnet evaluate {run.path}` measures it")
+    refuse_shortcut(run.metrics, run.path, accept_missingness_shortcut)
     description = run.model
     metadata = MetadataEncoder.from_json(description["metadata"])
     if metadata.leaked_classes:
@@ -185,11 +196,12 @@ def _fill(
         "image": description["preprocessing"]["image"],
         "metadata": description["metadata"],
         "calibration": run.calibration.to_json() if run.calibration_file.is_file() else None,
-        "learned_tokens": method.missing is not None,
+        "learned_tokens": not method.needs_image,
         "reads_image": bool(method.reads_image),
         "reads_metadata": bool(method.reads_metadata),
         "networks": networks,
         "no_int8": reason,
+        "missingness_shortcut": missingness_shortcut(run.metrics),
         "measured": run.metrics,
         "exported_with": {"dualrefnet": dualrefnet.__version__, **versions},
     }
@@ -214,7 +226,7 @@ def _write_networks(folder: Path, model: ExportedModel, trained: Network, materi
     program = trace(model)
     write_onnx(program, model, onnx_file, {"dualrefnet": dualrefnet.__version__, "notice": NOTICE})
     write_program(program, program_file)
-    tokens = model.method.missing is not None
+    tokens = not model.method.needs_image
     with progress_bar("comparing with torch") as show:
         parity = check_parity(trained, OnnxNetwork(onnx_file), material.cases, tokens, show)
     few = material.cases.part(0, BATCH)

@@ -53,7 +53,7 @@ class ExportedModel(nn.Module):
         self.size, self.width, self.classes = architecture.image_size, architecture.metadata_width, architecture.classes
         there = {
             "image": method.reads_image,
-            "absent": method.reads_image and method.missing is not None,
+            "absent": method.reads_image and not method.needs_image,
             "metadata": self.width > 0,
         }
         self.inputs = tuple(name for name, needed in there.items() if needed)

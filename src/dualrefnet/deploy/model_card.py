@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import pandas as pd
 import yaml
 
 from dualrefnet.deploy.network_card import compared_networks, network_interface
-from dualrefnet.evaluation.tables import MEASURE_NAMES
+from dualrefnet.evaluation.tables import AVAILABILITY_COLUMNS, MEASURE_NAMES, availability_notes, availability_rows
 from dualrefnet.models.registry import METHODS
 from dualrefnet.report.numbers import bounds_of, number, pair, percent
 from dualrefnet.report.provenance import run_notes, run_title
@@ -59,10 +60,12 @@ def model_card(bundle: Mapping[str, Any], run: Run, files: Sequence[str]) -> str
         f"# {title}\n\n{below}.",
         "> **Not a medical device.** Not cleared or certified for diagnosis, triage or treatment. For research and teaching: no decision "
         "about a person may rest on what it says, and a low malignancy is no all-clear.",
+        _shortcut(bundle),
         _purpose(bundle),
         _use(bundle),
         _data(bundle, run),
         _measured(bundle, metrics),
+        _availability(metrics),
         _calibration(metrics),
         _subgroups(run),
         compared_networks(bundle),
@@ -123,6 +126,33 @@ def _header(bundle: Mapping[str, Any]) -> str:
     return f"---\n{yaml.safe_dump(header, sort_keys=False)}---"
 
 
+def _shortcut(bundle: Mapping[str, Any]) -> str:
+    """Warn of a model that was exported although it takes missing metadata for a sign of a benign lesion."""
+    reason = bundle["missingness_shortcut"]
+    if reason is None:
+        return ""
+    return (
+        '> <strong style="color: #b00020">WARNING: not for patients whose metadata may be missing.</strong> '
+        f"{reason[0].upper()}{reason[1:]}. It was exported all the same, for research."
+    )
+
+
+def _availability(metrics: Mapping[str, Any]) -> str:
+    measured = metrics.get("availability")
+    if measured is None:
+        return ""
+    rows = []
+    for name, cells in availability_rows(measured):
+        rows.append(f"| {name} | {' | '.join(f'{value} {interval}'.strip() for value, interval in cells)} |")
+    return (
+        "## With less than was recorded\n\nThe same test images, asked with less. Sets and referral use thresholds that were fitted for "
+        "such inputs on the validation side; in the lines by share of fields, those that are left were drawn without regard to the class."
+        f"\n\n| {' | '.join(AVAILABILITY_COLUMNS)} |\n|:--|{'--:|' * (len(AVAILABILITY_COLUMNS) - 1)}\n"
+        + "\n".join(rows)
+        + "".join(f"\n\n{note}" for note in availability_notes(measured))
+    )
+
+
 def _purpose(bundle: Mapping[str, Any]) -> str:
     names, malignant = bundle["class_names"], bundle["malignant"]
     classes = ", ".join(f"{label} ({names[label]})" if label in names else label for label in bundle["classes"])
@@ -141,9 +171,8 @@ def _purpose(bundle: Mapping[str, Any]) -> str:
 
 
 def _use(bundle: Mapping[str, Any]) -> str:
-    asked = zip(bundle["metadata"]["fields"], bundle["metadata"]["centre"], strict=True) if _reads_form(bundle) else ()
-    # The mean of the training rows is an answer that everybody understands.
-    form = next((f'{{"{field["name"]}": {centre:.0f}}}' for field, centre in asked if field["kind"] == "numeric"), "{}")
+    form = json.dumps(_example(bundle["metadata"]) if _reads_form(bundle) else {})
+    as_python = form.replace(": true", ": True").replace(": false", ": False")
     picture, file = ('"photograph.jpg"', "photograph.jpg ") if bundle["reads_image"] else ("None", "")
     source = "--images photographs/ --metadata forms.csv" if bundle["reads_image"] else "--csv forms.csv"
     return f"""## How to use it
@@ -153,7 +182,7 @@ With dualrefnet (`pip install 'dualrefnet[deploy]'`), FOLDER being this one; fro
 ```python
 import dualrefnet
 
-answer = dualrefnet.Predictor.load("FOLDER").predict({picture}, {form})
+answer = dualrefnet.Predictor.load("FOLDER").predict({picture}, {as_python})
 print(answer.label, answer.probabilities, answer.likely, answer.refer, answer.warnings)
 ```
 
@@ -168,6 +197,16 @@ Without dualrefnet (`pip install onnxruntime numpy opencv-python-headless`), in 
 ```bash
 python -m runtime {file}--form '{form}'
 ```"""
+
+
+def _example(metadata: Mapping[str, Any], at_most: int = 4) -> dict[str, Any]:
+    """Return values of some fields, first of those that are always recorded: the mean of a number, the first category of the others."""
+    known = sorted(zip(metadata["fields"], metadata["levels"], metadata["centre"], strict=True), key=lambda one: one[0].get("tier") != "M1")
+    return {
+        field["name"]: round(centre) if field["kind"] == "numeric" else levels[0] == "True" if field["kind"] == "boolean" else levels[0]
+        for field, levels, centre in known[:at_most]
+        if levels or field["kind"] == "numeric"
+    }
 
 
 def _data(bundle: Mapping[str, Any], run: Run) -> str:
@@ -228,8 +267,8 @@ def _calibration(metrics: Mapping[str, Any]) -> str:
         )
     lines += [f"{remark[0].upper()}{remark[1:]}." for remark in found["remarks"]]
     return (
-        "## Probabilities, sets, referral\n\nFitted on the validation side, which also chose the epoch, and valid for patients like those "
-        f"alone.\n\n{_listed(lines)}"
+        "## Probabilities, sets, referral\n\nFitted on the validation side, for inputs as they were recorded, and valid for patients like "
+        f"those alone.\n\n{_listed(lines)}"
     )
 
 

@@ -13,6 +13,7 @@ from dualrefnet.data.decode import MAX_BYTES, MAX_PIXELS, decode_image
 from dualrefnet.deploy.hub import BundleMixin, is_bundle
 from dualrefnet.errors import DataError, DependencyError, RunError
 from dualrefnet.runtime.answer import FormError
+from dualrefnet.runtime.availability import missingness_shortcut
 from dualrefnet.runtime.classifier import Classifier, Picture
 from dualrefnet.runtime.prediction import Explanation, Prediction
 
@@ -69,6 +70,11 @@ class Predictor(BundleMixin, Classifier):
     def title(self) -> str:
         """The data set that it learned from."""
         return str(self.description["dataset"]["title"])
+
+    @property
+    def shortcut(self) -> str | None:
+        """Why its answers to patients with blank metadata can't be relied on; None if they can."""
+        return missingness_shortcut(self.description.get("measured") or {})
 
     @property
     def class_names(self) -> dict[str, str]:

@@ -45,7 +45,7 @@ def run_parts(run: Path | str | Run, device: str) -> dict[str, Any]:
         "image": image,
         "reads_image": model.reads_image,
         "reads_metadata": model.reads_metadata,
-        "learned_tokens": model.missing is not None,
+        "learned_tokens": not model.needs_image,
         "out_of_scope": _find_check(run, model),
         "decision": _find_calibration(run),
     }

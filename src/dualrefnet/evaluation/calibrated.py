@@ -20,12 +20,16 @@ from dualrefnet.evaluation.intervals import group_codes
 from dualrefnet.evaluation.ratios import beside
 from dualrefnet.evaluation.referral import measure_referral, referral_threshold, threshold_interval
 from dualrefnet.evaluation.selective import TABLE, measure_selective
-from dualrefnet.evaluation.temperature import HIGHEST, LOWEST, all_right, fit_temperature, temperature_interval
+from dualrefnet.evaluation.temperature import HIGHEST, LOWEST, all_right, at_bound, fit_temperature, temperature_interval
+from dualrefnet.runtime.availability import Availability, Thresholds
 from dualrefnet.runtime.probabilities import Decision, apply_temperature, malignancy
 
 Floats = NDArray[np.float64]
 
 LEVEL = 0.95
+# A conformal threshold can't promise all; this is the most that it is asked for.
+ALMOST_ALL = 1 - 1e-6
+AT_BOUND = f"the temperature stands at the end of its range, {LOWEST:g} to {HIGHEST:g}: the probabilities say little"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,8 @@ class Calibration(Decision):
             "referral_sensitivity": self.sensitivity,
             "referral": referral,
             "remarks": list(self.remarks),
+            "availability": [thresholds.to_json() for thresholds in self.availability],
+            "field_effects": self.field_effects,
         }
 
     @classmethod
@@ -101,6 +107,8 @@ def fit_calibration(
     sensitivity: float = 0.95,
     samples: int = 1000,
     seed: int = 0,
+    availability: Sequence[Thresholds] = (),
+    field_effects: Mapping[str, float] | None = None,
 ) -> Calibration:
     """Fit temperature, conformal thresholds and the threshold of referral on validation images.
 
@@ -114,6 +122,8 @@ def fit_calibration(
         sensitivity: share of cancers that shall be referred.
         samples: bootstrap samples for the two intervals; 0: none.
         seed: of the draw.
+        availability: from `fit_thresholds`, for each group of inputs.
+        field_effects: see `Decision`.
 
     Raises:
         ValueError: see `check_predictions`, `check_classes`, `group_codes`, `conformal_threshold` and `referral_threshold`.
@@ -137,6 +147,8 @@ def fit_calibration(
         threshold=conformal_threshold(warmed[np.arange(len(truth)), truth], coverage),
         class_thresholds=dict(zip(classes, by_class, strict=True)),
         referral=referral_threshold(cancer[truth], score, sensitivity),
+        availability=tuple(availability),
+        field_effects=dict(field_effects or {}),
         images=len(truth),
         groups=int(codes.max()) + 1,
         per_class=dict(zip(classes, per_class, strict=True)),
@@ -144,6 +156,56 @@ def fit_calibration(
         sensitivity=sensitivity,
         referral_interval=referral_bounds,
         remarks=tuple(_remarks(truth, scores, temperature, classes, per_class, coverage, malignant)),
+    )
+
+
+def fit_thresholds(
+    group: Availability,
+    labels: ArrayLike,
+    probabilities: ArrayLike,
+    classes: Sequence[str],
+    malignant: Sequence[str],
+    coverage: float,
+    sensitivity: float,
+    draws: int = 1,
+) -> Thresholds:
+    """Fit what holds for the inputs of one group of availability on such inputs of validation images.
+
+    The threshold of referral is conformal too: the largest one that refers a new cancer with the wanted probability, if it is
+    exchangeable with those of validation; 0 (refer everybody) if these are too few for that.
+
+    Args:
+        group: what is given in all of these inputs.
+        labels: (N * draws,), indices into `classes`.
+        probabilities: (N * draws, C), rows sum to 1.
+        classes: names in the order of the columns.
+        malignant: the classes that are cancer; empty: no referral.
+        coverage: how often a set shall hold the right class.
+        sensitivity: share of cancers that shall be referred.
+        draws: inputs of each image.
+
+    Raises:
+        ValueError: see `check_predictions` and `check_classes`.
+    """
+    classes, malignant = list(classes), list(malignant)
+    check_classes(classes, malignant)
+    truth, scores = check_predictions(labels, probabilities, len(classes))
+    cancer = np.isin(classes, malignant)
+    temperature = fit_temperature(truth, scores)
+    calibrated = apply_temperature(scores, temperature)
+    by_class = class_thresholds(truth, calibrated, coverage, draws)
+    ill = cancer[truth]
+    referral = conformal_threshold(malignancy(calibrated, cancer)[ill], min(sensitivity, ALMOST_ALL), draws) if malignant else None
+    remarks = [AT_BOUND] if at_bound(temperature) else []
+    return Thresholds(
+        group,
+        temperature,
+        conformal_threshold(calibrated[np.arange(len(truth)), truth], coverage, draws),
+        dict(zip(classes, by_class, strict=True)),
+        referral,
+        len(truth) // draws,
+        int(ill.sum()) // draws,
+        tuple(remarks),
     )
 
 
@@ -208,8 +270,8 @@ def _remarks(
     remarks = []
     if all_right(truth, scores):
         remarks.append("every validation image is right, so no temperature can be found; it stays 1")
-    elif not LOWEST * 1.001 < temperature < HIGHEST / 1.001:
-        remarks.append(f"the temperature stands at the end of its range, {LOWEST:g} to {HIGHEST:g}: the probabilities say little")
+    elif at_bound(temperature):
+        remarks.append(AT_BOUND)
     few = [f"{name} ({count})" for name, count in zip(classes, per_class, strict=True) if not can_promise(count, coverage)]
     if few:
         remarks.append(

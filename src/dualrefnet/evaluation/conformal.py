@@ -25,12 +25,13 @@ from dualrefnet.runtime.probabilities import prediction_sets
 Floats = NDArray[np.float64]
 
 
-def conformal_threshold(true_probabilities: ArrayLike, coverage: float) -> float:
+def conformal_threshold(true_probabilities: ArrayLike, coverage: float, draws: int = 1) -> float:
     """Return the probability that a class must reach to be in a set; 0 (all classes) if there are too few images.
 
     Args:
-        true_probabilities: (n,), what each calibration image's true class was given; may be empty.
+        true_probabilities: (n * draws,), what each calibration image's true class was given; may be empty.
         coverage: how often the right class shall be in the set, between 0 and 1.
+        draws: inputs of each image, such as several choices of its metadata; they count as one.
 
     Raises:
         ValueError: `coverage` isn't between 0 and 1.
@@ -43,7 +44,8 @@ def conformal_threshold(true_probabilities: ArrayLike, coverage: float) -> float
     if not 0 < coverage < 1:
         raise ValueError(f"coverage must lie between 0 and 1, not {coverage}")
     values = np.sort(np.asarray(true_probabilities, dtype=np.float64))[::-1]
-    return float(values[_rank(len(values), coverage) - 1]) if can_promise(len(values), coverage) else 0.0
+    images = len(values) // draws
+    return float(values[_rank(images, coverage) * draws - 1]) if can_promise(images, coverage) else 0.0
 
 
 def can_promise(images: int, coverage: float) -> bool:
@@ -51,10 +53,10 @@ def can_promise(images: int, coverage: float) -> bool:
     return _rank(images, coverage) <= images
 
 
-def class_thresholds(labels: NDArray[np.int64], probabilities: Floats, coverage: float) -> tuple[float, ...]:
+def class_thresholds(labels: NDArray[np.int64], probabilities: Floats, coverage: float, draws: int = 1) -> tuple[float, ...]:
     """Return the threshold of each class from its own images; 0 (in every set) for a class with too few of them."""
     count = probabilities.shape[1]
-    return tuple(conformal_threshold(probabilities[labels == index, index], coverage) for index in range(count))
+    return tuple(conformal_threshold(probabilities[labels == index, index], coverage, draws) for index in range(count))
 
 
 def measure_sets(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,13 @@ import torch
 
 from dualrefnet.data.adapters import Dataset
 from dualrefnet.data.protocols import leakage
-from dualrefnet.evaluation.calibrated import fit_calibration, measure_calibrated
+from dualrefnet.evaluation.availability import SideAnswers, answer_side, measure_availability
+from dualrefnet.evaluation.calibrated import Calibration, fit_calibration, fit_thresholds, measure_calibrated
 from dualrefnet.evaluation.intervals import bootstrap_intervals, with_intervals
 from dualrefnet.evaluation.metrics import compute_metrics
 from dualrefnet.evaluation.opened_run import open_run
 from dualrefnet.evaluation.out_of_scope import fit_run
 from dualrefnet.files import write_csv, write_json
-from dualrefnet.models.inference import predict_logits
-from dualrefnet.models.vectors import VectorKeeper
 from dualrefnet.progress import progress_bar
 from dualrefnet.run import Run
 
@@ -43,32 +41,28 @@ def evaluate_run(
     """
     opened = open_run(run, root, dataset, cache, device)
     recipe, dataset, groups = opened.recipe, opened.dataset, opened.groups
-    tables, keeper, vectors = [], VectorKeeper(opened.model), []
+    tables, answers = [], {}
     for side in SIDES:
         examples = opened.examples(side)
         with progress_bar(f"predicting {side}") as show:
-            batches = examples.in_order(recipe.evaluation.batch_size)
-            predicted = predict_logits(
-                keeper,
-                batches,
-                recipe.image.size,
-                opened.normalisation,
-                opened.device,
-                progress=partial(show, total=len(examples)),
-            )
-        vectors.append(keeper.take())
-        probabilities = predicted.logits.double().softmax(dim=1).numpy()
-        tables.append(prediction_table(examples.image_ids, side, examples.labels, probabilities, dataset.schema.classes))
+            answers[side] = answer_side(opened, side, examples, show)
+        tables.append(prediction_table(examples.image_ids, side, examples.labels, answers[side].recorded, dataset.schema.classes))
     predictions = pd.concat(tables, ignore_index=True)
     write_csv(run.path / "predictions.csv", predictions)
     measures = {
         side: measure(predictions[predictions["split"] == side], groups, dataset, recipe.evaluation.bootstrap, recipe.seed)
         for side in SIDES
     }
-    calibrated = calibrate(run, predictions, groups, dataset)
+    calibration, calibrated = calibrate(run, predictions, groups, dataset, answers["val"])
+    labels, _, patients = _arrays(predictions[predictions["split"] == "test"], groups, dataset.schema.classes)
+    with progress_bar("with less than was recorded") as show:
+        availability = measure_availability(
+            calibration, answers["test"], labels, patients, recipe.evaluation.bootstrap, recipe.seed, show
+        )  # fmt: skip
     metrics = {
         **measures["test"],
         "calibrated": calibrated,
+        "availability": availability,
         "split": "test",
         "protocol": recipe.data.protocol,
         "dataset": dataset.schema.title,
@@ -77,7 +71,7 @@ def evaluate_run(
         "leakage": leakage(dataset, opened.split),
         "validation": measures["val"],
     }
-    val, test = vectors
+    val, test = answers["val"].vectors, answers["test"].vectors
     if val is not None and test is not None:
         with progress_bar("out-of-scope score") as show:
             metrics["out_of_scope"] = fit_run(opened, val, test, show)
@@ -85,15 +79,40 @@ def evaluate_run(
     return metrics
 
 
-def calibrate(run: Run, predictions: pd.DataFrame, groups: pd.Series, dataset: Dataset) -> dict[str, Any]:
-    """Fit the probabilities' meaning on validation, write `calibration.json`, and return what it is worth on the test side."""
+def calibrate(
+    run: Run, predictions: pd.DataFrame, groups: pd.Series, dataset: Dataset, validation: SideAnswers
+) -> tuple[Calibration, dict[str, Any]]:
+    """Calibrate on validation, write `calibration.json`, and return the calibration and what it is worth on the test side.
+
+    Args:
+        run: its folder.
+        predictions: of validation and test, as recorded.
+        groups: image id -> patient.
+        dataset: for its classes.
+        validation: all that the run answers about the validation side.
+    """
     schema, wanted, seed = dataset.schema, run.recipe.evaluation, run.recipe.seed
     val, test = (_arrays(predictions[predictions["split"] == side], groups, schema.classes) for side in SIDES)
+    thresholds = [
+        fit_thresholds(
+            one.group,
+            one.flat(val[0]),
+            one.probabilities.reshape(-1, len(schema.classes)),
+            schema.classes,
+            schema.malignant,
+            wanted.coverage,
+            wanted.referral_sensitivity,
+            one.draws,
+        )
+        for one in validation.groups
+        if one.group is not None
+    ]
     calibration = fit_calibration(
-        *val, schema.classes, schema.malignant, wanted.coverage, wanted.referral_sensitivity, wanted.bootstrap, seed
-    )
+        *val, schema.classes, schema.malignant, wanted.coverage, wanted.referral_sensitivity, wanted.bootstrap, seed, thresholds,
+        validation.field_effects,
+    )  # fmt: skip
     write_json(run.calibration_file, calibration.to_json())
-    return measure_calibrated(calibration, *test, wanted.bootstrap, seed)
+    return calibration, measure_calibrated(calibration, *test, wanted.bootstrap, seed)
 
 
 def prediction_table(

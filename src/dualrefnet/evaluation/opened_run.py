@@ -98,6 +98,13 @@ class OpenedRun:
             return None
         return normalise(to_unit(batch.images.to(self.device), self.recipe.image.size), self.normalisation)
 
+    def encode(self, batch: Batch) -> Encoded | None:
+        """Return what the encoders make of a batch's images, or what is stored of them; None for a method that reads no image."""
+        if batch.features:
+            return encoded(batch.features, self.device)
+        images = self.images(batch)
+        return None if images is None else self.model.encode(images)
+
     @torch.inference_mode()
     def vectors(
         self, examples: Examples, rows: NDArray[np.int64], progress: Callable[[int, int], None] | None = None
@@ -107,9 +114,9 @@ class OpenedRun:
         """
         size, kept = self.recipe.evaluation.batch_size, []
         for start in range(0, len(rows), size):
-            batch = examples.batch(rows[start : start + size])
-            images = self.images(batch)
-            kept.append(joined_vectors(encoded(batch.features, self.device) if images is None else self.model.encode(images)))
+            read = self.encode(examples.batch(rows[start : start + size]))
+            assert read is not None
+            kept.append(joined_vectors(read))
             if progress is not None:
                 progress(min(start + size, len(rows)), len(rows))
         return np.concatenate(kept)

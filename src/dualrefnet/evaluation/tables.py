@@ -13,6 +13,8 @@ from rich.text import Text
 
 from dualrefnet.evaluation.intervals import interval_suffix
 from dualrefnet.evaluation.metrics import CLASS_MEASURES, HEADLINE_MEASURES, MALIGNANT_MEASURES
+from dualrefnet.evaluation.temperature import at_bound
+from dualrefnet.runtime.availability import ALWAYS_RECORDED, AS_RECORDED, IMAGE_ONLY, METADATA_ONLY
 
 MEASURE_NAMES = {
     "accuracy": "accuracy",
@@ -109,8 +111,9 @@ def calibration_line(calibrated: Mapping[str, Any]) -> str:
         calibrated: `calibrated` of metrics.json.
     """
     before, after, sets = calibrated["before"]["ece"], calibrated["after"]["ece"], calibrated["conformal"]["marginal"]
+    bound = " (the end of its range)" if at_bound(calibrated["temperature"]) else ""
     parts = [
-        f"temperature {calibrated['temperature']:.2f}: calibration error {before:.3f} -> {after:.3f}",
+        f"temperature {calibrated['temperature']:.2f}{bound}: calibration error {before:.3f} -> {after:.3f}",
         f"sets of {sets['mean_size']:.1f} classes hold the right one for {sets['coverage']:.0%} ({calibrated['conformal']['promised']:.0%} "
         "promised)",
     ]
@@ -120,6 +123,62 @@ def calibration_line(calibrated: Mapping[str, Any]) -> str:
             f"referral of {referral['referred']:.0%} finds {referral['sensitivity']:.0%} of the cancers ({referral['wanted']:.0%} wanted)"
         )
     return "; ".join(parts)
+
+
+AVAILABILITY_COLUMNS = (
+    "given", "balanced accuracy", "malignant AUC", "cancers referred", "benign referred", "sets hold", "classes in a set"
+)  # fmt: skip
+AVAILABILITY_NAMES = {
+    AS_RECORDED: "all that was recorded",
+    ALWAYS_RECORDED: "image, only what is always recorded",
+    IMAGE_ONLY: "image, metadata blank",
+    METADATA_ONLY: "metadata, no image",
+}
+
+
+def availability_rows(measured: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return what was given, and value and interval of each other of `AVAILABILITY_COLUMNS`: named inputs, then the groups.
+
+    Args:
+        measured: `availability` of metrics.json.
+    """
+    named = {AVAILABILITY_NAMES[name]: values for name, values in measured["inputs"].items()}
+    groups = {one["name"]: one for one in measured["groups"] if one["group"]["to"] > 0 and len(measured["groups"]) > 1}
+    suffix = interval_suffix(0.95)
+    rows = []
+    for name, values in (named | groups).items():
+        cells = []
+        for key in ("balanced_accuracy", "malignant_auc", "cancers_referred", "benign_referred", "coverage", "mean_size"):
+            value, bounds = values.get(key), values.get(key + suffix)
+            digits = 1 if key == "mean_size" else 3
+            text = "–" if value is None else f"{value:.{digits}f}"
+            cells.append((text, f"[{bounds[0]:.{digits}f}, {bounds[1]:.{digits}f}]" if bounds else ""))
+        rows.append((name, cells))
+    return rows
+
+
+def availability_notes(measured: Mapping[str, Any]) -> list[str]:
+    """Return what is weak about the calibration of single groups, a sentence each."""
+    notes = []
+    for one in measured["groups"]:
+        notes += [f"{one['name']}: {remark}." for remark in one["remarks"]]
+        if one["referral_threshold"] == 0:
+            notes.append(f"{one['name']}: too few cancers in validation for a referral threshold, so everybody is referred.")
+    return notes
+
+
+def availability_line(measured: Mapping[str, Any]) -> str:
+    """Say in a line what becomes of the referral of cancers when metadata, or the image, are missing; empty if nothing was measured so.
+
+    Args:
+        measured: `availability` of metrics.json.
+    """
+    parts = [
+        f"{AVAILABILITY_NAMES[name]} {values['cancers_referred']:.0%} (and {values['benign_referred']:.0%} of the benign)"
+        for name, values in measured["inputs"].items()
+        if values.get("cancers_referred") is not None and values.get("benign_referred") is not None
+    ]
+    return f"cancers referred: {'; '.join(parts)}" if parts else ""
 
 
 def metrics_markdown(metrics: Mapping[str, Any], title: str = "Test set") -> str:

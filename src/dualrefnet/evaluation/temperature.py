@@ -57,6 +57,11 @@ def all_right(labels: NDArray[np.int64], probabilities: Floats) -> bool:
     return bool((probabilities[np.arange(len(labels)), labels] == probabilities.max(axis=1)).all())
 
 
+def at_bound(temperature: float) -> bool:
+    """Return whether a temperature stands at an end of its range: the probabilities then say little."""
+    return not LOWEST * 1.001 < temperature < HIGHEST / 1.001
+
+
 def temperature_interval(
     labels: ArrayLike, probabilities: ArrayLike, groups: NDArray[np.int64], samples: int = 1000, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float] | None:

@@ -20,11 +20,13 @@ def selected_epoch(history: pd.DataFrame, selection: str) -> int:
     Args:
         history: of the run, one row an epoch.
         selection: `balanced_accuracy`, `accuracy` (the highest on validation; a tie goes to the lower loss) or `loss` (the
-            lowest); the earliest of equal epochs.
+            lowest); the earliest of equal epochs. `last`: the last one.
 
     Raises:
         ValueError: the history has no such value.
     """
+    if selection == "last":
+        return int(history["epoch"].iloc[-1])
     if f"val_{selection}" not in history:
         raise ValueError(f"the history has no column val_{selection}")
     best: list[float] | None = None

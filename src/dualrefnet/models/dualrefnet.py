@@ -61,6 +61,4 @@ class DualRefNet(Method):
         features = images.first.vector
         if self.metadata_network is not None and self.fusion is not None:
             features = self.fusion(images.first, self.metadata_network(metadata))
-        # The rebuilt image is only needed for its error, so inference doesn't pay for it.
-        reconstruction = self.reconstruct(images) if self.training else None
-        return Output(self.head(features), features, reconstruction, {})
+        return Output(self.head(features), features, None, {})

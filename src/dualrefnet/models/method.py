@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dualrefnet.models.backbones import Encoded, Encoder
 from dualrefnet.models.head import Head
-from dualrefnet.models.missing import MissingInputs, mark_absent, spread
+from dualrefnet.models.missing import MissingInputs, mark_absent
 from dualrefnet.models.output import Output
 from dualrefnet.recipe import ModelSection
 
@@ -24,6 +24,7 @@ class Architecture(BaseModel):
         classes: C.
         section: method, backbone and their settings.
         missing_tokens: learned tokens stand for what is missing.
+        missing_image: one of them stands for an image, so that the model answers without one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -33,6 +34,7 @@ class Architecture(BaseModel):
     classes: int
     section: ModelSection
     missing_tokens: bool = False
+    missing_image: bool = True
 
     @property
     def backbones(self) -> tuple[str, ...]:
@@ -69,7 +71,7 @@ class Method(nn.Module, ABC):
         super().__init__()
         self.encoders = nn.ModuleList(encoders)
         columns = architecture.metadata_width if self.reads_metadata else 0
-        self.missing = MissingInputs(columns, encoders) if architecture.missing_tokens else None
+        self.missing = MissingInputs(columns, encoders if architecture.missing_image else []) if architecture.missing_tokens else None
 
     @property
     def encoder(self) -> Encoder:
@@ -97,6 +99,12 @@ class Method(nn.Module, ABC):
             metadata: (B, M) encoded forms; with `missing`, NaN is a gap.
         """
         images = Encoded(()) if image is None else self.encode(image)
+        output = self.answer(images, metadata)
+        # The rebuilt image is only needed for its error, so inference doesn't pay for it.
+        return output._replace(reconstruction=self.reconstruct(images)) if self.training else output
+
+    def answer(self, images: Encoded, metadata: Tensor) -> Output:
+        """Classify what was encoded, with the learned tokens in place of what is missing; see `forward`."""
         if self.missing is not None:
             images, metadata = self.missing.photograph(images), self.missing.form(metadata)
         return self.classify(images, metadata)
@@ -119,11 +127,13 @@ class Method(nn.Module, ABC):
             return image
         if self.missing is None:
             return self.read(image)
-        absent = image[:, 0, 0, 0].isnan()
-        if not self.training:
-            return mark_absent(self.read(image.nan_to_num()), absent)
-        # Pictures that nobody took must not enter the statistics of the normalisation layers.
-        return spread(self.read(image[~absent]), ~absent) if absent.any() else self.read(image)
+        # Training encodes every image and drops some afterwards, so none is missing here.
+        return self.read(image) if self.training else mark_absent(self.read(image.nan_to_num()), image[:, 0, 0, 0].isnan())
+
+    @property
+    def needs_image(self) -> bool:
+        """False for a method that reads no image, or has learned a token for a missing one."""
+        return self.reads_image and (self.missing is None or not len(self.missing.places))
 
     def read(self, image: Tensor) -> Encoded:
         """Read (B, 3, H, W) images with all encoders."""

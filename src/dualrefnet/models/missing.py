@@ -21,7 +21,7 @@ class MissingInputs(nn.Module):
 
     Attributes:
         columns: (M,) one number for each column of the encoded form; none if the method reads no form.
-        places: for each encoder (D,), in place of its vector and of every place of its map.
+        places: for each encoder (D,), in place of its vector and of every place of its map; none if an image is never missing.
         taps: for each tap of each encoder (C_k,), in place of every place of that map.
     """
 
@@ -39,6 +39,8 @@ class MissingInputs(nn.Module):
 
     def photograph(self, encoded: Encoded) -> Encoded:
         """Put the tokens in place of photographs that aren't there: those whose vectors are NaN."""
+        if not len(self.places):
+            return encoded
         outputs, taps = [], iter(self.taps)
         for output, place in zip(encoded.outputs, self.places, strict=True):
             absent = output.vector[:, 0].isnan()
@@ -61,23 +63,6 @@ def mark_absent(encoded: Encoded, absent: Tensor) -> Encoded:
     """
     gap = torch.tensor(float("nan"))
     return encoded.each(lambda values: _fill(values, gap, absent))
-
-
-def spread(encoded: Encoded, present: Tensor) -> Encoded:
-    """Lay out what was read of the photographs that are there, with NaN between for those that aren't.
-
-    Args:
-        encoded: of the P photographs that are there.
-        present: (B,) which they are, P of them True.
-    """
-
-    def laid_out(values: Tensor) -> Tensor:
-        result = values.new_full((len(present), *values.shape[1:]), float("nan"))
-        if values.dim() == 4:
-            result = result.contiguous(memory_format=torch.channels_last)
-        return result.index_copy(0, present.nonzero().squeeze(1), values)
-
-    return encoded.each(laid_out)
 
 
 def _fill(values: Tensor, token: Tensor, absent: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ class Output(NamedTuple):
     Attributes:
         logits: (B, C) class scores before the softmax.
         features: (B, D) the vector that is classified, fused from image and metadata.
-        reconstruction: (B, 3, 2H, 2W) rebuilt image in about 0..1, or None without an auxiliary task.
+        reconstruction: (B, 3, 2H, 2W) rebuilt image in about 0..1; None without an auxiliary task, and outside training.
         heads: (B, C) logits of additional heads, by name; each gets a cross-entropy term of its own.
     """
 

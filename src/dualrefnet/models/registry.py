@@ -56,15 +56,6 @@ def check_method(recipe: Recipe) -> type[Method]:
         raise RecipeError(f"model.method: there is no method {name!r}{suggestion(name, METHODS)} (there are: {', '.join(METHODS)})")
     if METHODS[name].needs_metadata and recipe.metadata.tier == "M0":
         raise RecipeError(f"model.method {name} needs metadata: set metadata.tier to M1, M2 or M3, or take no_metadata")
-    dropout, reads_form = recipe.modality_dropout, METHODS[name].reads_metadata and recipe.metadata.tier != "M0"
-    if dropout.image and not METHODS[name].reads_image:
-        raise RecipeError(f"modality_dropout.image: {name} reads no photograph; set it to 0")
-    if dropout.image and not reads_form:
-        raise RecipeError("modality_dropout.image: without the photograph nothing would be left, since no metadata are read; set it to 0")
-    if (dropout.fields or dropout.pattern or dropout.form) and not reads_form:
-        raise RecipeError("modality_dropout: no metadata are read, so only 0 is possible for fields, pattern and form")
-    if dropout.form and not METHODS[name].reads_image:
-        raise RecipeError(f"modality_dropout.form: {name} reads nothing but the form; set it to 0")
     return METHODS[name]
 
 
@@ -87,12 +78,14 @@ def new_model(recipe: Recipe, metadata_width: int, classes: int) -> tuple[Method
     method, section = check_method(recipe), recipe.model
     if not recipe.rebuilds_image:
         section = section.model_copy(update={"decoder": "none"})
+    reads_both = method.reads_image and method.reads_metadata and metadata_width > 0
     architecture = Architecture(
         image_size=recipe.image.size,
         metadata_width=metadata_width,
         classes=classes,
         section=section,
-        missing_tokens=recipe.metadata.imputation == "token",
+        missing_tokens=recipe.metadata.imputation == "token" and method.reads_metadata and metadata_width > 0,
+        missing_image=reads_both and recipe.modality_dropout.image > 0,
     )
     encoders = []
     for position, name in enumerate(architecture.backbones if method.reads_image else ()):

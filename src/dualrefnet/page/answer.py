@@ -124,8 +124,9 @@ def _malignancy(prediction: Prediction, predictor: Predictor) -> str:
     meant = f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]
     advice = ""
     if prediction.refer is not None:
-        words = "Referral advised" if prediction.refer else "Below the threshold of referral"
-        advice = f'<p class="advice {"yes" if prediction.refer else "no"}"><strong>{words}</strong></p>'
+        words = "Referral advised" if prediction.refer else "Below the referral threshold for such an input"
+        given = f' <span class="small">({escape(prediction.availability)})</span>' if prediction.availability else ""
+        advice = f'<p class="advice {"yes" if prediction.refer else "no"}"><strong>{words}</strong>{given}</p>'
     return (
         f'<div class="malignancy"><p><strong>{percent(prediction.malignancy)}</strong> probability of a malignant lesion '
         f'<span class="small">({meant})</span></p>{advice}</div>'
@@ -159,7 +160,10 @@ def _warning(text: str, questions: Sequence[Question]) -> str:
     names = rest.split(", ")
     if how.startswith("missing") and all(name in texts for name in names):
         asked = "".join(f"<li>{escape(texts[name])}</li>" for name in names)
-        said = f"{len(names)} of {len(questions)} questions unanswered ({escape(how)})"
+        said = f"{len(names)} of {len(questions)} questions unanswered"
+        deciding = sum(question.first and question.name in names for question in questions)
+        if deciding:
+            said += f", {deciding} of them among those that change the answer most: filling them in may change it"
         return f"<details><summary>{said}</summary><ul>{asked}</ul></details>"
     return escape(text[:1].upper() + text[1:])
 
@@ -188,7 +192,10 @@ def _fields(changes: Mapping[str, float], form: Mapping[str, Any], name: str, qu
     asked = {question.name: question for question in questions}
     order = sorted((field for field in changes if field in asked), key=lambda field: -abs(changes[field]))
     if not order:
-        return "<h3>In the answers</h3><p>No question was answered, so no answer mattered.</p>"
+        return (
+            "<h3>In the answers</h3><p>No question was answered. The probabilities rest on the photograph alone, and answers may change "
+            "them.</p>"
+        )
     first = order[0]
     points = 100 * changes[first]
     if abs(points) < _LEAST:

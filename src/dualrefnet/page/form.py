@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 UNKNOWN = "unknown"
 _YES_NO = {"yes": True, "no": False}
+# Questions at the top.
+FIRST = 8
 # More choices than these go into a list that unfolds.
 _MOST_BUTTONS = 4
 # Numbers and categories first: a row of yes-or-no questions reads faster when nothing else stands between them.
@@ -30,7 +32,7 @@ class Question:
         name: the model's field.
         kind: numeric, categorical or boolean.
         text: the question in plain words.
-        always: recorded for every patient that the model learned from.
+        first: stands at the top: one of the fields that change the answer most, or, where that wasn't measured, that are always recorded.
         choices: words and value of each answer, "unknown" first; empty for a number.
         minimum: smallest believable number.
         maximum: largest believable number.
@@ -40,7 +42,7 @@ class Question:
     name: str
     kind: str
     text: str
-    always: bool
+    first: bool
     choices: tuple[tuple[str, str], ...] = ()
     minimum: float | None = None
     maximum: float | None = None
@@ -77,8 +79,10 @@ class Question:
 
 
 def make_questions(predictor: Predictor) -> tuple[Question, ...]:
-    """Return the questions of a model: those that were always recorded first, then by kind, then in the schema's order."""
+    """Return the questions of a model: those that change its answer most first, then by kind, then in the schema's order."""
     questions = []
+    effects = predictor.decision.field_effects if predictor.decision is not None else {}
+    deciding = sorted(effects, key=lambda name: -effects[name])[:FIRST]
     for field in predictor.fields:
         choices: tuple[tuple[str, str], ...] = ()
         if field.kind == "boolean":
@@ -88,8 +92,9 @@ def make_questions(predictor: Predictor) -> tuple[Question, ...]:
             levels = [level for level in predictor.levels(field.name) if level not in field.missing_codes]
             choices = ((UNKNOWN, ""), *((_in_words(level), level) for level in levels))
         text = field.description or _in_words(field.name)
-        questions.append(Question(field.name, field.kind, text, field.tier == "M1", choices, field.minimum, field.maximum, field.unit))
-    return tuple(sorted(questions, key=lambda question: (not question.always, _ORDER[question.kind])))
+        first = field.name in deciding if deciding else field.tier == "M1"
+        questions.append(Question(field.name, field.kind, text, first, choices, field.minimum, field.maximum, field.unit))
+    return tuple(sorted(questions, key=lambda question: (not question.first, _ORDER[question.kind])))
 
 
 def make_component(question: Question) -> gradio.components.Component:

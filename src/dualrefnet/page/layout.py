@@ -102,9 +102,12 @@ def _photograph(number: int, words: str) -> gradio.Image:
 def _form(questions: Sequence[Question]) -> list[gradio.components.Component]:
     if not questions:
         return []
-    first = [question for question in questions if question.always] or list(questions)
+    first = [question for question in questions if question.first] or list(questions)
     rest = [question for question in questions if question not in first]
-    gradio.HTML("<h2>About the patient and the lesion</h2><p>Every question may stay at “unknown”.</p>")
+    gradio.HTML(
+        "<h2>About the patient and the lesion</h2><p>The questions at the top change the answer most. Whatever stays at “unknown” makes "
+        "it less certain.</p>"
+    )
     with gradio.Group(elem_classes="questions"):
         components = [make_component(question) for question in first]
     if rest:
@@ -141,8 +144,15 @@ def _held(questions: Sequence[Question], values: Mapping[str, Any]) -> list[Any]
 
 def _header(predictor: Predictor) -> str:
     drawn = " It was trained on <strong>DRAWN pictures, not clinical</strong> ones." if is_drawn(predictor) else ""
+    shortcut = predictor.shortcut
+    warning = ""
+    if shortcut is not None:
+        warning = (
+            '<div class="alarm"><strong>Don\'t use it where answers may be missing.</strong> '
+            f"{escape(shortcut[:1].upper() + shortcut[1:])}.</div>"
+        )
     return (
-        f"<header><h1>Skin lesion classifier</h1><p>Tells {len(predictor.classes)} kinds of skin lesion apart, as learned from "
+        f"{warning}<header><h1>Skin lesion classifier</h1><p>Tells {len(predictor.classes)} kinds of skin lesion apart, as learned from "
         f"{escape(predictor.title)}.{drawn}</p></header>"
     )
 

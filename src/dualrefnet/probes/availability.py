@@ -16,12 +16,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dualrefnet.errors import DataError
+from dualrefnet.evaluation.changed_inputs import Floats, Forms, ask_with_forms, ask_without_photograph
 from dualrefnet.evaluation.comparison import PooledBootstrap, pooled_bootstrap
 from dualrefnet.evaluation.intervals import percentile_interval
+from dualrefnet.evaluation.missing_patterns import find_patterns
 from dualrefnet.evaluation.opened_run import OpenedRun
-from dualrefnet.probes.asked import Floats, Forms, ask_with_forms, ask_without_photograph
 from dualrefnet.probes.changed_forms import without_answers
-from dualrefnet.probes.patterns import find_patterns
 from dualrefnet.progress import progress_bar
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

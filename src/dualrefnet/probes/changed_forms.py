@@ -9,8 +9,8 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from dualrefnet.data.metadata import MetadataEncoder
+from dualrefnet.evaluation.changed_inputs import Forms
 from dualrefnet.evaluation.intervals import group_codes
-from dualrefnet.probes.asked import Forms
 
 
 def without_answers(rows: pd.DataFrame, fields: Collection[str]) -> pd.DataFrame:

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from dualrefnet.data.loader import Examples
 from dualrefnet.data.masks import read_mask
+from dualrefnet.evaluation.changed_inputs import Floats, Forms, Progress, ask_with_pictures
 from dualrefnet.evaluation.opened_run import OpenedRun
-from dualrefnet.probes.asked import Floats, Forms, Progress, ask_with_pictures
 
 # In the order of `change_picture`.
 CHANGES = ("lesion_blurred", "background_only", "lesion_only")

@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from dualrefnet.evaluation.changed_inputs import Floats
 from dualrefnet.evaluation.comparison import PooledBootstrap, pooled_bootstrap
 from dualrefnet.evaluation.intervals import percentile_interval
 from dualrefnet.evaluation.opened_run import OpenedRun
-from dualrefnet.probes.asked import Floats
 from dualrefnet.progress import progress_bar
 
 MEASURES = ("balanced_accuracy", "auc_macro_ovr", "malignant.auc")

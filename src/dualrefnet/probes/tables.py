@@ -7,10 +7,10 @@ from typing import Any
 
 import pandas as pd
 
+from dualrefnet.evaluation.missing_patterns import EVERYTHING, NOTHING
 from dualrefnet.evaluation.printed_table import Cell, PrintedTable
 from dualrefnet.probes.availability import WITH, WITHOUT, Availability
 from dualrefnet.probes.lead import MEASURES
-from dualrefnet.probes.patterns import EVERYTHING, NOTHING
 from dualrefnet.probes.shortcuts import WHOLE, WHOLE_OUTLINED, Shortcuts
 
 BALANCED = "balanced_accuracy"

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from dualrefnet.probes.asked import Floats, Forms
+from dualrefnet.evaluation.changed_inputs import Floats, Forms
 
 # More than enough for standardised columns; a fit that needs more has converged for all that counts here.
 ITERATIONS = 2000

@@ -14,14 +14,23 @@ from dualrefnet.evaluation.curves import class_curves
 from dualrefnet.evaluation.intervals import interval_suffix
 from dualrefnet.evaluation.printed_table import Cell, PrintedTable
 from dualrefnet.evaluation.reliability import compute_reliability
-from dualrefnet.evaluation.tables import CLASS_COLUMNS, MEASURE_NAMES
+from dualrefnet.evaluation.tables import (
+    AVAILABILITY_COLUMNS,
+    CLASS_COLUMNS,
+    MEASURE_NAMES,
+    availability_line,
+    availability_notes,
+    availability_rows,
+)
 from dualrefnet.figures.confusion import draw_confusion
 from dualrefnet.figures.curves import draw_precision_recall, draw_reliability, draw_roc
 from dualrefnet.figures.history import draw_history, selected_epoch
+from dualrefnet.figures.picture import Picture
 from dualrefnet.figures.reconstruction import draw_reconstruction_history
 from dualrefnet.progress import progress_bar
 from dualrefnet.report.section import Section
 from dualrefnet.run import Run
+from dualrefnet.runtime.availability import missingness_shortcut
 from dualrefnet.suite.paper import caveats, reported, reported_class
 
 HEADLINE = (
@@ -98,8 +107,16 @@ def glance_section(measured: Measured) -> Section:
             f"always the right one: {_percent(metrics['malignant'], 'sensitivity')}. Of {well:,} of benign lesions {cleared:,} were given "
             f"a benign class: {_percent(metrics['malignant'], 'specificity')}."
         )
+    tables: list[PrintedTable | Picture] = [_headline_table(measured)]
+    if "availability" in metrics:
+        lead.append(availability_line(metrics["availability"]).capitalize() + ".")
+        reason = missingness_shortcut(metrics)
+        if reason is not None:
+            lead.append(f"NOT TO BE USED WHERE METADATA MAY BE MISSING: {reason}.")
+        if len(metrics["availability"]["inputs"]) > 1:
+            tables.append(_availability_table(metrics["availability"]))
     lead.append(f"In brackets stands the 95% interval: had other {measured.group}s come, the number would likely lie in it.")
-    return Section("glance", "At a glance", lead, [_headline_table(measured)])
+    return Section("glance", "At a glance", lead, tables)
 
 
 def class_section(measured: Measured, samples: int, seed: int) -> Section:
@@ -136,10 +153,10 @@ def training_section(measured: Measured) -> Section:
     history, recipe = measured.run.history, measured.run.recipe
     epoch = selected_epoch(history, recipe.training.selection)
     criterion = {"loss": "lowest loss"}.get(recipe.training.selection, f"highest {recipe.training.selection.replace('_', ' ')}")
-    lead = [
-        f"{len(history)} epochs; kept is epoch {epoch}, the one with the {criterion} on the validation images. The test images had no "
-        "part in any choice."
-    ]
+    kept = f"epoch {epoch}, the one with the {criterion} on the validation images"
+    if recipe.training.selection == "last":
+        kept = "the last one, so that the validation images served calibration alone"
+    lead = [f"{len(history)} epochs; kept is {kept}. The test images had no part in any choice."]
     pictures = [draw_history(history, epoch)]
     if "val_psnr" in history.columns:
         pictures.append(draw_reconstruction_history(history))
@@ -164,6 +181,16 @@ def _headline_table(measured: Measured) -> PrintedTable:
     notes = ["Of the last two, calibration error and Brier score, less is better."]
     notes += caveats(recipe.data.dataset, table, {recipe.model.method}) if ours_paper else []
     return PrintedTable("Measures on the test set", columns, rows, tuple(notes))
+
+
+def _availability_table(measured: Mapping[str, Any]) -> PrintedTable:
+    rows = [[Cell(name), *(Cell(*cell) for cell in cells)] for name, cells in availability_rows(measured)]
+    notes = (
+        "The same test images. Sets and referral use the thresholds that were fitted on validation for what is given.",
+        "In the lines by share of fields, the fields that are left were drawn without regard to the class.",
+        *availability_notes(measured),
+    )
+    return PrintedTable("With less than was recorded", AVAILABILITY_COLUMNS, rows, notes)
 
 
 def _class_table(measured: Measured) -> PrintedTable:

@@ -30,7 +30,7 @@ SAME = {"recall_macro": "balanced_accuracy", "recall_weighted": "accuracy"}
 SUITE_WORDS = (
     ("system", "a method with its image encoder and its metadata, trained once or several times"),
     ("fold, seed", "one of several divisions into patients to train on and to test on; one of several starts of the same training"),
-    ("M0, M1, M2, M3", "metadata that are read: none; what is recorded of everybody; all fields; all fields, and which of them are empty"),
+    ("M0, M1, M2, M3", "metadata that are read: none; what is recorded of everybody; all fields; those and missingness flags (research)"),
     ("Holm's correction", "of many comparisons some would differ by chance: p is raised so that a false one among all is unlikely"),
 )  # fmt: skip
 # How the titles begin of tables that few readers look up.

@@ -41,7 +41,7 @@ def calibrated_section(measured: Measured, samples: int = 500, seed: int = 0) ->
     """
     calibration, unit = measured.run.calibration, f"{measured.group}s"
     values = measured.metrics["calibrated"]
-    lead = [_temperature(calibration, values), *_sets(calibration, values["conformal"], unit)]
+    lead = [_temperature(calibration, values), *_sets(calibration, values["conformal"], unit, measured.run.recipe.training.selection)]
     lead += [_referral(calibration, values["referral"], unit), _silence(values["selective"])]
     lead += [f"{remark[0].upper()}{remark[1:]}." for remark in calibration.remarks if "in every set" not in remark]
     warmed = calibration.probabilities(measured.probabilities)
@@ -57,6 +57,12 @@ def calibrated_section(measured: Measured, samples: int = 500, seed: int = 0) ->
         )  # fmt: skip
         pictures.append(draw_referral(curve, unit))
     tables = [_error_table(values), _set_table(calibration, values["conformal"]), _silence_table(values["selective"])]
+    availability = measured.metrics.get("availability")
+    if availability is not None:
+        lead.append(
+            "All this is of inputs as they were recorded. An answer uses the temperature, the set and the referral threshold that were "
+            "fitted for what is given; the summary says what each is worth."
+        )
     return Section("calibrated", "Probabilities that mean something", lead, [*tables, *pictures])
 
 
@@ -79,7 +85,7 @@ def _temperature(calibration: Calibration, values: Mapping[str, Any]) -> str:
     return f"{text}."
 
 
-def _sets(calibration: Calibration, values: Mapping[str, Any], unit: str) -> list[str]:
+def _sets(calibration: Calibration, values: Mapping[str, Any], unit: str, selection: str) -> list[str]:
     one, each, promised = values["marginal"], values["by_class"], calibration.coverage
     text = (
         f"Instead of one class the model can name a set that shall hold the right one for {promised:.0%} of the images. On the test "
@@ -98,8 +104,9 @@ def _sets(calibration: Calibration, values: Mapping[str, Any], unit: str) -> lis
     if always:
         images = ", ".join(f"{name} ({calibration.per_class[name]})" for name in always)
         second += f" In all of them is {images}: so few validation images (in brackets) can't promise {promised:.0%} within the class."
+    chose = "the" if selection == "last" else "the epoch and the"
     third = (
-        f"The promise is approximate: the {calibration.images:,} validation images from which it comes also chose the epoch and the "
+        f"The promise is approximate: the {calibration.images:,} validation images from which it comes also chose {chose} "
         f"temperature, and it takes images for independent, which several photographs of one {unit.removesuffix('s')} aren't. It holds "
         f"for {unit} like these only."
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 BLANKS = ("", "nan", "NaN")
+# Categories that an error lists.
+MOST_LEVELS = 16
 TRUE, FALSE = ("true", "yes", "y", "1", "1.0"), ("false", "no", "n", "0", "0.0")
 
 
@@ -112,6 +114,27 @@ def spell(value: object, one: Field) -> str:
     text = str(value).strip()
     # A column of whole numbers with gaps is read as floats: `3.0` is the category `3`.
     return text[:-2] if text.endswith(".0") and text[:-2].isdigit() else text
+
+
+def fold(word: str) -> str:
+    """Return a category without its case and spaces, as people's spellings of it differ: `Upper arm` and `UPPER_ARM ` are one."""
+    return "".join(word.replace("_", " ").split()).casefold()
+
+
+def refusal(one: Field, levels: Sequence[str], odd: str) -> str:
+    """Say why a value was refused and what it may be; the value itself isn't in the message.
+
+    Args:
+        one: the field.
+        levels: its categories; none for a number.
+        odd: see `Answer`.
+    """
+    if odd == "unknown":
+        shown = ", ".join(levels[:MOST_LEVELS]) + (", ..." if len(levels) > MOST_LEVELS else "")
+        return f"{one.name} is not one of its categories ({shown}); leave it out if it isn't known"
+    low, high = (f"{bound:g}" if bound is not None else "" for bound in (one.minimum, one.maximum))
+    limits = f"from {low} to {high}" if low and high else f"at least {low}" if low else f"at most {high}" if high else "finite"
+    return f"{one.name} must be a number, {limits}; leave it out if it isn't known"
 
 
 def read_number(value: object, one: Field) -> Answer:

@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .answer import Field
+from .availability import Thresholds
 from .explanation import answers_apart, covered, spread_out
 from .form import EncodedForms, FormEncoder
 from .out_of_scope import OutOfScopeScore
 from .prediction import Explanation, Prediction
 from .preprocessing import ImageSettings, preprocess
-from .probabilities import Decision, softmax
+from .probabilities import Decision, apply_temperature, softmax
 
 Picture = NDArray[np.uint8]
 # Pictures that the network reads at once where one question needs many of them.
@@ -138,8 +139,17 @@ class Classifier:
         pooled = np.add.reduceat(probabilities, starts, axis=0) / np.array(counts)[:, None]
         unlike = self._unlike(vectors, len(flat))
         sets, refer = np.zeros(pooled.shape, dtype=bool), None
+        notes: list[list[str]] = [[] for _ in lesions]
+        given = [""] * len(lesions)
         if self.decision is not None:
-            pooled, sets, refer = self.decision.decide(pooled)
+            seen = [self.reads_image and lesion[0] is not None for lesion in pictures]
+            decided = self.decision.decide(pooled, seen, self.share_given(encoded.missing))
+            pooled, sets, refer = decided.probabilities, decided.sets, decided.refer
+            given = [thresholds.group.name if thresholds.images else "" for thresholds in decided.thresholds]
+            notes = [
+                self._notes(row, thresholds, None if refer is None else bool(refer[index]))
+                for index, (row, thresholds) in enumerate(zip(pooled, decided.thresholds, strict=True))
+            ]
         return [
             self._prediction(
                 pooled[index],
@@ -147,7 +157,8 @@ class Classifier:
                 None if refer is None else bool(refer[index]),
                 flat[start : start + count],
                 unlike[start : start + count],
-                self._said(encoded, index, form),
+                notes[index] + self._said(encoded, index, form),
+                given[index],
             )
             for index, (start, count, form) in enumerate(zip(starts, counts, forms, strict=True))
         ]
@@ -177,11 +188,37 @@ class Classifier:
         rows = np.concatenate(
             [self._ask(pictures[start : start + BATCH], values[start : start + BATCH])[0] for start in range(0, len(pictures), BATCH)]
         )
-        rows = rows if self.decision is None else self.decision.probabilities(rows)
+        if self.decision is not None:
+            # One temperature for all: a change must be of the model's answer, not of the group that the changed input falls into.
+            given = self.decision.decide(rows[:1], [self.reads_image and picture is not None], self.share_given(whole.missing))
+            rows = apply_temperature(rows, given.thresholds[0].temperature)
         place = int(rows[0].argmax()) if label is None else self.classes.index(label)
         lost = rows[0, place] - rows[1:, place]
         heat = None if picture is None else spread_out(lost[len(forms) :], self.size)
         return Explanation(self.classes[place], float(rows[0, place]), heat, dict(zip(answered, lost[: len(forms)].tolist(), strict=True)))
+
+    def share_given(self, missing: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Return which share of the fields has a value, (N,), from which are missing, (N, F); 1 for a model that reads none."""
+        if not self.reads_metadata or not missing.shape[1]:
+            return np.ones(len(missing))
+        return np.asarray(1 - missing.mean(axis=1))
+
+    def _notes(self, row: NDArray[np.float64], thresholds: Thresholds, refer: bool | None) -> list[str]:
+        """Say where too little was known to decide, and why a cancer isn't referred."""
+        assert self.decision is not None
+        careful = {"no class is ruled out": thresholds.threshold, "referral is advised": thresholds.referral}
+        careful_for = [what for what, threshold in careful.items() if threshold == 0]
+        few = "too few validation cases had what is given here"
+        if not self.decision.availability:
+            few = "this model was calibrated for inputs as recorded alone (`dualrefnet evaluate` fits the rest)"
+        notes = [f"{few}, so {' and '.join(careful_for)}"] if careful_for else []
+        likeliest = self.classes[int(row.argmax())]
+        if refer is False and likeliest in self.malignant:
+            notes.append(
+                f"{likeliest} is the likeliest single class, but all malignant classes together stay below the referral threshold of "
+                f"{thresholds.referral:.2f} that was fitted for {thresholds.group.words}"
+            )
+        return notes
 
     def _read(self, forms: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
         """Return the forms that the model reads: empty ones if it reads none."""
@@ -225,6 +262,7 @@ class Classifier:
         pictures: Sequence[Picture | None],
         unlike: Sequence[float | None],
         said: list[str],
+        availability: str,
     ) -> Prediction:
         """Put together what is said of one lesion."""
         probabilities = dict(zip(self.classes, row.tolist(), strict=True))
@@ -244,6 +282,7 @@ class Classifier:
             max(scores) if scores else None,
             tuple(label for label in order if label in likely),
             refer,
+            availability,
         )
 
     def _unlike_warning(self, score: float, number: int, pictures: int) -> str:
@@ -263,9 +302,7 @@ class Classifier:
         names = [one.name for one in self.form.fields]
         if not names or not self.reads_metadata:
             return ["this model reads no metadata; the form is ignored"] if form else []
-        odd = [name for name, rejected in zip(names, encoded.rejected[row], strict=True) if rejected]
         gaps = [name for name, missing in zip(names, encoded.missing[row], strict=True) if missing]
         how = "imputed" if self.form.imputer is not None else "taken as zero"
         how = "answered by a learned token" if self.form.section.imputation == "token" else how
-        said = [f"{name}: not a known category or a believable number" for name in odd]
-        return said + ([f"missing and {how}: {', '.join(gaps)}"] if gaps else [])
+        return [f"missing and {how}: {', '.join(gaps)}"] if gaps else []

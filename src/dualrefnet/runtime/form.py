@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .answer import Answer, Field, FormError, FormField, is_nothing, read_number, spell
+from .answer import Answer, Field, FormError, FormField, fold, is_nothing, read_number, refusal, spell
 from .imputer import NeuralImputer, Span
 
 Array = NDArray[np.float32]
@@ -22,7 +22,7 @@ class Settings(Protocol):
 
     @property
     def tier(self) -> str:
-        """M0, M1, M2 or M3; M3 says which fields are missing."""
+        """M0, M1, M2 or M3; M3 includes flags of missing fields (research only)."""
 
     @property
     def imputation(self) -> str:
@@ -80,12 +80,10 @@ class EncodedForms(NamedTuple):
     Attributes:
         values: (N, M); NaN where a field is missing for which the model has a learned token.
         missing: (N, F).
-        rejected: (N, F) which of these were answered with something that doesn't count.
     """
 
     values: Array
     missing: Mask
-    rejected: Mask
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,8 @@ class FormEncoder:
             forms: of each patient any subset of the fields, such as `{"age": 61, "region": "FACE"}`.
 
         Raises:
-            FormError: a field is unknown, or a number is none; or gaps were filled from the diagnosis in training.
+            FormError: a field is unknown, a value isn't a category of its field or a believable number; or gaps were filled from the
+                diagnosis in training.
         """
         self.check(forms)
         if self.leaked_classes:
@@ -155,8 +154,11 @@ class FormEncoder:
                 "a demonstration of a leak: where the diagnosis isn't known it can't be used"
             )
         observed = self.observe([[form.get(one.name) for form in forms] for one in self.fields], len(forms))
+        if observed.odd:
+            # To take it as missing would change the answer without a word.
+            raise FormError("; ".join(refusal(self.fields[index], self.levels[index], odd) for index, odd in sorted(observed.odd)))
         columns = observed.columns if self.imputer is None else self.imputer.fill(observed.columns, observed.missing)
-        return EncodedForms(self.finish(columns, observed.missing), observed.missing, observed.rejected)
+        return EncodedForms(self.finish(columns, observed.missing), observed.missing)
 
     def check(self, forms: Sequence[Mapping[str, Any]]) -> None:
         """Refuse forms that ask for a field that isn't there; a model of no field ignores all.
@@ -226,11 +228,10 @@ class FormEncoder:
         if one.kind == "numeric":
             return read_number(value, one)
         word = spell(value, one)
-        if word == "" or (self.section.unknown == "missing" and word in one.missing_codes):
+        if word == "" or (self.section.unknown == "missing" and fold(word) in map(fold, one.missing_codes)):
             return Answer(None)
-        if self.section.merge_aliases:
-            word = one.aliases.get(word, word)
-        place = self._places[index].get(word)
+        exact, folded = self._places[index]
+        place = exact.get(word, folded.get(fold(word)))
         return Answer(place, None if place is not None else "unknown")
 
     def finish(self, columns: Array, missing: Mask) -> Array:
@@ -248,6 +249,11 @@ class FormEncoder:
         values = np.concatenate([columns, missing[:, self._masked]], axis=1) if self._masked else columns
         return np.asarray(values, dtype=np.float32)
 
+    @property
+    def shows_missing(self) -> bool:
+        """True if the encoded form tells which fields are missing, by flags or by zeros."""
+        return bool(self._masked) or (self.section.imputation == "zero" and bool(self.fields))
+
     @cached_property
     def _masked(self) -> list[int]:
         """The fields with a column that says whether they were missing (tier M3; a token says it itself)."""
@@ -257,9 +263,18 @@ class FormEncoder:
         return [index for index, one in enumerate(self.fields) if one.tier == "M2" or (one.missing_codes and codes)]
 
     @cached_property
-    def _places(self) -> list[dict[str, int]]:
-        """For every field, level -> place."""
-        return [{level: place for place, level in enumerate(levels)} for levels in self.levels]
+    def _places(self) -> list[tuple[dict[str, int], dict[str, int]]]:
+        """For every field, category -> place; and the same by `fold`, without those that several categories share."""
+        places = []
+        for one, levels in zip(self.fields, self.levels, strict=True):
+            exact = {level: place for place, level in enumerate(levels)}
+            if self.section.merge_aliases:
+                exact = {alias: exact[level] for alias, level in one.aliases.items() if level in exact} | exact
+            folded: dict[str, set[int]] = {}
+            for word, place in exact.items():
+                folded.setdefault(fold(word), set()).add(place)
+            places.append((exact, {word: min(found) for word, found in folded.items() if len(found) == 1}))
+        return places
 
 
 def fitted_state(state: Mapping[str, Any]) -> tuple[Any, ...]:

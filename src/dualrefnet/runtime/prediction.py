@@ -21,7 +21,9 @@ class Prediction:
             warnings. None if no picture was read, or the run has no such check.
         likely: the conformal set, which holds the right class as often as `evaluation.coverage` of the run's recipe says, likeliest
             first; empty if the run has no calibration.
-        refer: whether the malignancy reaches the run's threshold of referral; None if it has none.
+        refer: whether the malignancy reaches the referral threshold that was fitted for such inputs; None if no class is malignant or
+            the run has no calibration.
+        availability: what was given, as a group of `dualrefnet.runtime.availability`; empty if nothing was fitted for it.
     """
 
     label: str
@@ -31,6 +33,7 @@ class Prediction:
     out_of_scope: float | None = None
     likely: tuple[str, ...] = ()
     refer: bool | None = None
+    availability: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What is made of a model's probabilities: calibrated ones, a set of classes, and whether to refer.
 
-All of it was fitted on the validation side, in `dualrefnet.evaluation.calibrated`.
+All of it was fitted on the validation side, in `dualrefnet.evaluation.calibrated`, for each group of inputs by what is given.
 """
 
 from __future__ import annotations
@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from .availability import Availability, Thresholds
 
 Floats = NDArray[np.float64]
 
@@ -19,9 +21,28 @@ Floats = NDArray[np.float64]
 FLOOR = float(np.finfo(np.float32).smallest_subnormal)
 
 
+class Decided(NamedTuple):
+    """What is said of N inputs.
+
+    Attributes:
+        probabilities: (N, C), at the temperature of each input's group.
+        sets: (N, C), which classes are in the set; never none.
+        refer: (N,), whether a dermatologist should see the lesion; None where no class is malignant.
+        thresholds: of each input's group.
+    """
+
+    probabilities: Floats
+    sets: NDArray[np.bool_]
+    refer: NDArray[np.bool_] | None
+    thresholds: list[Thresholds]
+
+
 @dataclass(frozen=True)
 class Decision:
     """What a run's validation side says about its probabilities.
+
+    `temperature`, `threshold`, `class_thresholds` and `referral` are of the validation side as it was recorded: they describe the model.
+    An answer is decided by the thresholds of its group of availability (`decide`).
 
     Attributes:
         classes: names in the order of the columns.
@@ -31,6 +52,9 @@ class Decision:
         threshold: a class with at least this probability is in the set; 0: all classes are.
         class_thresholds: class -> the same for sets that keep the promise within every class.
         referral: an image with at least this malignancy is referred; None: there is no malignant class, or no validation image of one.
+        availability: thresholds of each group of inputs.
+        field_effects: field -> how much of the probability moves, on average over validation, when the field is left out; empty if that
+            wasn't measured.
     """
 
     classes: tuple[str, ...]
@@ -40,6 +64,8 @@ class Decision:
     threshold: float
     class_thresholds: dict[str, float]
     referral: float | None
+    availability: tuple[Thresholds, ...]
+    field_effects: dict[str, float]
 
     @cached_property
     def cancer(self) -> NDArray[np.bool_]:
@@ -59,10 +85,34 @@ class Decision:
         """
         return prediction_sets(self.probabilities(probabilities), self.thresholds(by_class))
 
-    def decide(self, probabilities: ArrayLike) -> tuple[Floats, NDArray[np.bool_], NDArray[np.bool_] | None]:
-        """Return `probabilities`, `prediction_sets` and `refer` of the model's probabilities (N, C), all at once."""
-        warmed = self.probabilities(probabilities)
-        return warmed, prediction_sets(warmed, self.threshold), self._refer(warmed)
+    def decide(self, probabilities: ArrayLike, image: ArrayLike, share: ArrayLike) -> Decided:
+        """Decide about N inputs, each by the thresholds of its group.
+
+        An input of a group for which nothing was fitted has all classes in its set and is referred.
+
+        Args:
+            probabilities: (N, C), as the model gave them.
+            image: (N,), whether there is an image.
+            share: (N,), of the fields with a value; 1 for a model that reads none.
+        """
+        scores = np.asarray(probabilities, dtype=np.float64)
+        fitted = [*self.availability, self._unfitted]
+        place = np.full(len(scores), len(self.availability))
+        for number, thresholds in enumerate(self.availability):
+            place[thresholds.group.holds(image, share)] = number
+        calibrated, sets = np.empty_like(scores), np.empty(scores.shape, dtype=bool)
+        refer = np.ones(len(scores), dtype=bool)
+        for number in np.unique(place):
+            rows, thresholds = place == number, fitted[number]
+            calibrated[rows] = apply_temperature(scores[rows], thresholds.temperature)
+            sets[rows] = prediction_sets(calibrated[rows], thresholds.threshold)
+            refer[rows] = malignancy(calibrated[rows], self.cancer) >= (thresholds.referral or 0)
+        return Decided(calibrated, sets, refer if self.cancer.any() else None, [fitted[number] for number in place])
+
+    @cached_property
+    def _unfitted(self) -> Thresholds:
+        everything = dict.fromkeys(self.classes, 0.0)
+        return Thresholds(Availability(False, 0, 0), self.temperature, 0.0, everything, 0.0 if self.cancer.any() else None)
 
     def thresholds(self, by_class: bool) -> float | list[float]:
         """Return the one threshold, or those of the classes in their order."""
@@ -96,6 +146,9 @@ class Decision:
                 "threshold": float(conformal["threshold"]),
                 "class_thresholds": {name: float(conformal["class_thresholds"][name]) for name in values["classes"]},
                 "referral": float(referral["threshold"]) if referral else None,
+                # A calibration of an earlier version has none, so every answer is the careful one.
+                "availability": tuple(Thresholds.read(one) for one in values.get("availability", ())),
+                "field_effects": {str(name): float(effect) for name, effect in values.get("field_effects", {}).items()},
             }
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"this isn't a calibration: {error!r}") from None

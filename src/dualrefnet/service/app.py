@@ -168,6 +168,7 @@ def _add_facts(app: FastAPI, service: Answering, observed: Observed) -> None:
     @app.get("/v1/model", response_model=ModelBody, responses=told)
     async def model() -> Any:
         """Tell what the model is, what it asks, and what a request may be at most."""
+        effects = predictor.decision.field_effects if predictor.decision is not None else {}
         fields = [
             FieldBody(
                 name=field.name,
@@ -177,6 +178,7 @@ def _add_facts(app: FastAPI, service: Answering, observed: Observed) -> None:
                 maximum=field.maximum,
                 description=field.description,
                 levels=list(predictor.levels(field.name)) if field.kind == "categorical" else [],
+                effect=effects.get(field.name),
             )
             for field in predictor.fields
         ]
@@ -195,6 +197,7 @@ def _add_facts(app: FastAPI, service: Answering, observed: Observed) -> None:
             size=predictor.size,
             limits=limits,
             description=predictor.description,
+            warning=predictor.shortcut,
             notice=NOTICE,
         )
 

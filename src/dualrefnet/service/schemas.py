@@ -62,7 +62,10 @@ class PredictionBody(BaseModel):
     probabilities: dict[str, float] = Field(description="Class -> probability.")
     likely: list[str] = Field(description="The set of classes that holds the right one as often as was promised; empty if not calibrated.")
     malignancy: float | None = Field(description="Sum of the probabilities of the malignant classes; null if none is.")
-    refer: bool | None = Field(description="Whether the malignancy reaches the threshold of referral; null if there is none.")
+    refer: bool | None = Field(
+        description="Whether the malignancy reaches the referral threshold that was fitted for such inputs; null if there is none."
+    )
+    availability: str = Field(description="What was given: the group of inputs whose temperature, sets and threshold were used.")
     out_of_scope: float | None = Field(description="More than 1: the picture is unlike the photographs that the model has learned from.")
     warnings: list[str]
     images: int = Field(description="How many photographs were read.")
@@ -107,6 +110,9 @@ class FieldBody(BaseModel):
     maximum: float | None
     description: str
     levels: list[str] = Field(description="What a categorical answer may be; empty for others.")
+    effect: float | None = Field(
+        description="How much of the probability moves, on average, when the field is left out; null if that wasn't measured."
+    )
 
 
 class LimitsBody(BaseModel):
@@ -132,6 +138,7 @@ class ModelBody(BaseModel):
     size: int
     limits: LimitsBody
     description: dict[str, Any] = Field(description="What it was trained on and how well it did.")
+    warning: str | None = Field(description="Why its answers to patients with blank metadata can't be relied on; null if they can.")
     notice: str
 
 
@@ -145,6 +152,7 @@ def prediction_body(prediction: Prediction, model: str, images: int, request_id:
         "likely": list(prediction.likely),
         "malignancy": prediction.malignancy,
         "refer": prediction.refer,
+        "availability": prediction.availability,
         "out_of_scope": prediction.out_of_scope,
         "warnings": list(prediction.warnings),
         "images": images,

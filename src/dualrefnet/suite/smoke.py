@@ -37,7 +37,10 @@ def smoke(suite: Suite, root: Path) -> tuple[Suite, list[str]]:
     remarks = ["a smoke test: drawn pictures, encoders from scratch, one epoch; its numbers mean nothing"]
     blocks: dict[tuple[str, str, str], Block] = {}
     for block in suite.grid:
-        model = load_recipe(block.recipe).model
+        recipe = load_recipe(block.recipe)
+        model = recipe.model
+        # How metadata are read belongs to what is compared.
+        read = {name: getattr(recipe, name).model_dump(mode="json") for name in ("metadata", "modality_dropout")}
         for variant in block.variants:
             given = {"model.method": model.method, "model.backbone": model.backbone, **block.set, **variant.set}
             methods = (given["model.method"],) if "model.method" in variant.set else block.methods or (given["model.method"],)
@@ -52,7 +55,7 @@ def smoke(suite: Suite, root: Path) -> tuple[Suite, list[str]]:
                     (method, backbone, variant.name),
                     Block(
                         recipe="sample",
-                        set={"data.root": str(root), **SMOKE},
+                        set={"data.root": str(root), **read, **SMOKE},
                         methods=(method,),
                         backbones=(backbone,),
                         variants=(Variant(name=variant.name, set=kept),),

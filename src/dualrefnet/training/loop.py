@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score, recall_score
 from torch import Tensor, optim
 
@@ -22,7 +23,6 @@ from dualrefnet.models.backbones import Encoded
 from dualrefnet.models.decision_fusion import DecisionFusion
 from dualrefnet.models.inference import Normalisation, autocast, encoded, normalise, predict_logits, resolve_precision
 from dualrefnet.models.method import Method
-from dualrefnet.models.missing import mark_absent
 from dualrefnet.models.superresolution import input_and_target, psnr, ssim
 from dualrefnet.progress import progress_bar, remark, warn
 from dualrefnet.recipe import Recipe
@@ -31,7 +31,7 @@ from dualrefnet.runtime.imputer import Span
 from dualrefnet.training.allocator import keep_freed_memory
 from dualrefnet.training.checkpoint import load_checkpoint, save_checkpoint
 from dualrefnet.training.losses import DualRefNetLoss
-from dualrefnet.training.modality_dropout import Gaps, draw_gaps
+from dualrefnet.training.modality_dropout import ModalityViews, draw_missing, modality_shares
 from dualrefnet.training.optimisation import create_optimizer, create_schedule
 
 # The last layers have collapsed if the penalty R has left less than this share of their first L1 norm, or if the
@@ -70,7 +70,8 @@ class Trainer:
         self.model, self.recipe, self.run, self.normalisation, self.spans = model, recipe, run, normalisation, list(spans)
         # Convolutions on pixels-with-their-channels are faster on CPUs and on tensor cores alike.
         self.model.to(self.device).to(memory_format=torch.channels_last)
-        self.loss = DualRefNetLoss(recipe.loss, counts).to(self.device)
+        self.shares = modality_shares(model, recipe.modality_dropout)
+        self.loss = DualRefNetLoss(recipe.loss, counts, self.shares).to(self.device)
         self.optimizer = create_optimizer(model, section)
 
     def fit(self, train: Examples, val: Examples) -> None:
@@ -96,7 +97,7 @@ class Trainer:
         # The targets of the few images that are rebuilt, not those of the whole side.
         first = np.arange(min(REBUILT_IMAGES, len(val)))
         rebuilt = replace(val, targets=train.targets).batch(first) if self.recipe.rebuilds_image else None
-        wrapped, self.optimizer = accelerator.prepare(self.model, self.optimizer)
+        wrapped, self.optimizer = accelerator.prepare(ModalityViews(self.model, list(self.shares)), self.optimizer)
         if section.tracker != "none":
             accelerator.init_trackers("tracker", config={"recipe": self.recipe.model_dump_json()})
         while progress["epoch"] < section.epochs and not self._stale(progress):
@@ -106,12 +107,12 @@ class Trainer:
             augmented = self.recipe.augmentation.enabled and not self.frozen
             draws = draw(len(train), self.recipe.augmentation, self.recipe.seed, epoch) if augmented else None
             dropout = self.recipe.modality_dropout
-            gaps = draw_gaps(train.metadata, self.spans, dropout, self.recipe.seed, epoch) if dropout.enabled else None
+            hidden = draw_missing(train.metadata, self.spans, dropout, self.recipe.seed, epoch) if dropout.enabled else None
             sums: dict[str, float] = {}
             self.model.train()
             with progress_bar(f"epoch {epoch + 1}/{section.epochs}", accelerator.is_main_process and not self.frozen) as show:
                 for step, batch in enumerate(train.shuffled(section.batch_size, self.recipe.seed, epoch, rank, world)):
-                    terms = self._step(wrapped, batch, draws, gaps)
+                    terms = self._step(wrapped, batch, draws, hidden)
                     if isinstance(schedule, optim.lr_scheduler.LambdaLR):
                         schedule.step()
                     for name, value in terms.items():
@@ -135,20 +136,17 @@ class Trainer:
         if section.tracker != "none":
             accelerator.end_training()
 
-    def _step(self, wrapped: Any, batch: Batch, draws: AugmentationDraw | None, gaps: Gaps | None = None) -> dict[str, float]:
+    def _step(
+        self, wrapped: Any, batch: Batch, draws: AugmentationDraw | None, hidden: NDArray[np.bool_] | None = None
+    ) -> dict[str, float]:
         """Take one optimisation step; return the loss terms as numbers."""
         labels, metadata = batch.labels.to(self.device), batch.metadata.to(self.device)
         image, target = self._inputs(batch, draws)
-        absent = torch.zeros(len(labels), dtype=torch.bool, device=self.device)
-        if gaps is not None:
-            metadata = metadata.masked_fill(torch.from_numpy(gaps.columns[batch.rows]).to(self.device), torch.nan)
-            image, absent = _take_away(image, torch.from_numpy(gaps.image[batch.rows]).to(self.device))
+        if hidden is not None:
+            metadata = metadata.masked_fill(torch.from_numpy(hidden[batch.rows]).to(self.device), torch.nan)
         with autocast(self.device, self.precision):
-            output = wrapped(image, metadata)
-        if target is not None and output.reconstruction is not None and absent.any():
-            # What isn't there can't be rebuilt.
-            output, target = output._replace(reconstruction=output.reconstruction[~absent]), target[~absent]
-        terms: dict[str, Tensor] = self.loss(output, labels, target, self.model.penalised)
+            output, single = wrapped(image, metadata)
+        terms: dict[str, Tensor] = self.loss(output, labels, target, self.model.penalised, single)
         if not torch.isfinite(terms["total"]):
             raise RunError("the loss is no longer a number: lower training.learning_rate, or set training.gradient_clip=1")
         self.accelerator.backward(terms["total"])
@@ -222,7 +220,7 @@ class Trainer:
         """Write the epoch down: the best parameters first, then the checkpoint that counts the epoch as done."""
         key = self.recipe.training.selection
         # A tie goes to the lower loss.
-        value = [-row["val_loss"]] if key == "loss" else [row[f"val_{key}"], -row["val_loss"]]
+        value = {"loss": [-row["val_loss"]], "last": [row["epoch"]]}.get(key) or [row[f"val_{key}"], -row["val_loss"]]
         better = progress["best"] is None or value > progress["best"]
         history = progress["history"]
         progress = progress | {
@@ -258,15 +256,6 @@ class Trainer:
     def _stale(self, progress: dict[str, Any]) -> bool:
         patience = self.recipe.training.early_stopping
         return patience is not None and progress["stale"] >= patience
-
-
-def _take_away(image: Tensor | Encoded | None, absent: Tensor) -> tuple[Tensor | Encoded | None, Tensor]:
-    """Make NaN of the photographs that are `absent`, (B,), and return which were: none if fewer than two would be left to normalise."""
-    if image is None or (~absent).sum() < 2:
-        return image, torch.zeros_like(absent)
-    if isinstance(image, Encoded):
-        return mark_absent(image, absent), absent
-    return image.masked_fill(absent.view(-1, 1, 1, 1), torch.nan), absent
 
 
 def head_norms(model: Method) -> dict[str, float]:

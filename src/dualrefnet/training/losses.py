@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -122,11 +123,13 @@ class DualRefNetLoss(nn.Module):
     weights doesn't matter. With `class_weights: logit_adjustment` (Menon et al. 2021, not in the paper) the imbalance is met
     by log(n_c / N), added to the logits in the loss alone: weights lose their effect once a small training set is learned
     by heart, this doesn't. L_aux is the mean squared error over all elements of the rebuilt image (equation 6).
+
+    With `modality_dropout` (not in the paper) L_class is the weighted mean of the cross-entropies of both modalities and of single ones.
     """
 
-    def __init__(self, section: LossSection, counts: Tensor) -> None:
+    def __init__(self, section: LossSection, counts: Tensor, shares: Mapping[str, float] | None = None) -> None:
         super().__init__()
-        self.section = section
+        self.section, self.shares = section, dict(shares or {})
         self.class_weights: Tensor
         self.register_buffer("class_weights", class_weights(counts, section.class_weights))
         self.log_frequency: Tensor
@@ -136,7 +139,9 @@ class DualRefNetLoss(nn.Module):
         f = class_coefficients(counts, section.frequency, section.direction)
         self.penalty = ClassFrequencyPenalty(f, section.penalty_strength, section.assignment, section.reduction)
 
-    def forward(self, output: Output, labels: Tensor, target: Tensor | None, head: Head | None) -> dict[str, Tensor]:
+    def forward(
+        self, output: Output, labels: Tensor, target: Tensor | None, head: Head | None, single: Mapping[str, Output] | None = None
+    ) -> dict[str, Tensor]:
         """Return the named, unweighted terms and `total`.
 
         Args:
@@ -144,16 +149,20 @@ class DualRefNetLoss(nn.Module):
             labels: (B,) class indices.
             target: (B, 3, 2H, 2W) in 0..1, needed if the model rebuilt an image.
             head: the model's last two layers (`hidden`, `classifier`), or None if it has none.
+            single: what the model makes of single modalities, by the names in `shares`.
 
         Returns:
-            Scalars: `classification`, `classification_<head>` for additional heads, `reconstruction`, `penalty`,
-            `total`; a term that the model has no part for is absent.
+            Scalars: `classification`, `classification_<head>` for additional heads, `classification_<modality>` for single modalities,
+            `reconstruction`, `penalty`, `total`; a term that the model has no part for is absent.
         """
         section = self.section
-        terms = {"classification": self.cross_entropy(output.logits, labels)}
-        for name, logits in output.heads.items():
-            terms[f"classification_{name}"] = self.cross_entropy(logits, labels)
-        total = section.classification * torch.stack(list(terms.values())).sum()
+        terms = self._classification(output, labels)
+        mean = (1 - sum(self.shares.values())) * torch.stack(list(terms.values())).sum()
+        for name, share in self.shares.items():
+            parts = self._classification((single or {})[name], labels)
+            terms[f"classification_{name}"] = torch.stack(list(parts.values())).sum()
+            mean = mean + share * terms[f"classification_{name}"]
+        total = section.classification * mean
         if output.reconstruction is not None and target is not None:
             # In float32 also under autocast: half precision would lose small errors of a good reconstruction.
             terms["reconstruction"] = functional.mse_loss(output.reconstruction.float(), target.float())
@@ -162,6 +171,11 @@ class DualRefNetLoss(nn.Module):
             terms["penalty"] = self.penalty(head.hidden.weight, head.classifier.weight, labels)
             total = total + section.penalty * terms["penalty"]
         return {**terms, "total": total}
+
+    def _classification(self, output: Output, labels: Tensor) -> dict[str, Tensor]:
+        """Return the cross-entropy of the answer, and of each further head."""
+        named = {"classification": output.logits} | {f"classification_{name}": logits for name, logits in output.heads.items()}
+        return {name: self.cross_entropy(logits, labels) for name, logits in named.items()}
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return L_class of (B, C) logits and (B,) labels."""

@@ -1,38 +1,38 @@
-"""Modality dropout: training cases lose fields, forms and photographs at random, so that the model copes with what is missing later.
+"""Modality dropout: in training fields, metadata and images are missing at random, so that the model copes with what is missing later.
 
-Neverova et al. 2016 drop whole modalities; fields are dropped by a share that is itself drawn, so that every amount is met as often.
-With `pattern` a case takes over what is missing in another one: then what is missing says less about the class.
+Neverova et al. 2016 drop whole modalities of random cases. Here every case is classified with both modalities, without metadata and
+without its image, and each answer has its share of the loss: the mean over which modality would have been dropped, with less noise and
+hardly any cost, since the image is encoded once. Fields are dropped by a share that is itself drawn, so that every amount is met as
+often. With `pattern` a case takes over what is missing in another one: then what is missing says less about the class.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
+from dualrefnet.models.backbones import Encoded
+from dualrefnet.models.method import Method
+from dualrefnet.models.missing import mark_absent
+from dualrefnet.models.output import Output
 from dualrefnet.recipe import ModalityDropoutSection
 from dualrefnet.runtime.imputer import Span
 
-
-@dataclass(frozen=True)
-class Gaps:
-    """What is taken away from N cases.
-
-    Attributes:
-        columns: (N, M) of the encoded form.
-        image: (N,) whole photographs.
-    """
-
-    columns: NDArray[np.bool_]
-    image: NDArray[np.bool_]
+# The single modalities, by the name that their loss has in the history.
+IMAGE_ONLY, METADATA_ONLY = "image_only", "metadata_only"
 
 
-def draw_gaps(metadata: NDArray[np.float32], spans: list[Span], section: ModalityDropoutSection, seed: int, epoch: int) -> Gaps:
-    """Draw what every training case loses in one epoch.
+def draw_missing(
+    metadata: NDArray[np.float32], spans: Sequence[Span], section: ModalityDropoutSection, seed: int, epoch: int
+) -> NDArray[np.bool_]:
+    """Draw which columns of the metadata are hidden in one epoch, (N, M).
 
     Args:
-        metadata: (N, M) encoded forms, NaN where a field is missing.
+        metadata: (N, M) encoded rows, NaN where a field is missing.
         spans: the columns of each field.
         section: the probabilities.
         seed: of the run.
@@ -40,7 +40,7 @@ def draw_gaps(metadata: NDArray[np.float32], spans: list[Span], section: Modalit
     """
     count, fields = len(metadata), len(spans)
     # Each choice has its own stream, so changing one setting leaves the other choices as they were.
-    streams = [np.random.default_rng([seed, epoch, 100 + number]) for number in range(6)]
+    streams = [np.random.default_rng([seed, epoch, 100 + number]) for number in range(4)]
     known = np.zeros((count, fields), dtype=bool)
     for index, span in enumerate(spans):
         # A category of which the training rows had no value has no column, and can't be known.
@@ -49,10 +49,37 @@ def draw_gaps(metadata: NDArray[np.float32], spans: list[Span], section: Modalit
     hidden = streams[2].random((count, fields)) < share[:, None]
     others = streams[3].permutation(count)
     hidden |= ~known[others] & (streams[3].random(count) < section.pattern)[:, None]
-    hidden |= (streams[4].random(count) < section.form)[:, None]
-    # A case that shows nothing at all teaches nothing.
-    image = (streams[5].random(count) < section.image) & (known & ~hidden).any(axis=1)
     columns = np.zeros(metadata.shape, dtype=bool)
     for index, span in enumerate(spans):
         columns[:, span.start : span.stop] = hidden[:, index, None]
-    return Gaps(columns, image)
+    return columns
+
+
+def modality_shares(method: Method, section: ModalityDropoutSection) -> dict[str, float]:
+    """Return the share of the classification loss that each single modality has; none for a method that reads one modality."""
+    if method.missing is None or not method.reads_metadata or not method.reads_image:
+        return {}
+    shares = {IMAGE_ONLY: section.metadata, METADATA_ONLY: section.image}
+    return {name: share for name, share in shares.items() if share}
+
+
+class ModalityViews(nn.Module):
+    """A method that classifies every case of a batch with both modalities, and with each of some modalities alone.
+
+    A module of its own, since data-parallel training wants one forward pass a step.
+    """
+
+    def __init__(self, method: Method, modalities: Sequence[str]) -> None:
+        super().__init__()
+        self.method, self.modalities = method, tuple(modalities)
+
+    def forward(self, image: Tensor | Encoded | None, metadata: Tensor) -> tuple[Output, dict[str, Output]]:
+        """Return the answer to both modalities, and those to the single ones by name; see `Method.forward`."""
+        images = Encoded(()) if image is None else self.method.encode(image)
+        single = {}
+        if IMAGE_ONLY in self.modalities:
+            single[IMAGE_ONLY] = self.method.answer(images, torch.full_like(metadata, torch.nan))
+        if METADATA_ONLY in self.modalities:
+            gone = torch.ones(len(metadata), dtype=torch.bool, device=metadata.device)
+            single[METADATA_ONLY] = self.method.answer(mark_absent(images, gone), metadata)
+        return self.method(images, metadata), single

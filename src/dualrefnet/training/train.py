@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 
 import dualrefnet
-from dualrefnet.data.metadata import MetadataEncoder
+from dualrefnet.data.metadata import MetadataEncoder, missingness_shown
 from dualrefnet.data.pipeline import fill_recipe_store, make_examples, read_dataset, side_rows, split_rows
 from dualrefnet.data.schema import DatasetSchema
 from dualrefnet.evaluation.evaluate import evaluate_run
@@ -18,7 +18,7 @@ from dualrefnet.models.frozen import fill_features
 from dualrefnet.models.learned_targets import fill_targets
 from dualrefnet.models.method import Architecture
 from dualrefnet.models.registry import check_method, count_parameters, new_model
-from dualrefnet.progress import remark
+from dualrefnet.progress import remark, warn
 from dualrefnet.recipe import Recipe
 from dualrefnet.run import Run, fingerprint, save_fingerprint, start_run, write_split
 from dualrefnet.training.loop import Trainer
@@ -61,6 +61,12 @@ def train_recipe(recipe: Recipe, out: Path, resume: bool = False, cache: Path | 
         # The rows are those of the image methods, so that the numbers can be compared; the pixels aren't read.
         store = None
     encoder = MetadataEncoder.fit(side_rows(dataset, split, "train"), dataset.schema, recipe.metadata, recipe.seed)
+    if state.is_main_process and method.reads_metadata:
+        shown = missingness_shown(encoder, side_rows(dataset, split, "train"), dataset.schema)
+        if shown is not None:
+            warn(shown)
+    if recipe.modality_dropout.enabled and state.is_main_process and not (method.reads_image and method.reads_metadata and encoder.width):
+        remark(f"{recipe.model.method} reads one modality: the shares of modality_dropout have no part in its training")
     torch.manual_seed(recipe.seed)
     model, architecture, sources = new_model(recipe, encoder.width, len(dataset.schema.classes))
     frozen = recipe.training.encoder == "frozen" and method.reads_image

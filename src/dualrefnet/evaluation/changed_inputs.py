@@ -45,7 +45,7 @@ def ask_with_forms(opened: OpenedRun, examples: Examples, forms: Sequence[Forms]
 
     Args:
         opened: the run; of a method that reads no image, only the forms are looked at.
-        examples: N, with their pictures (`OpenedRun.pictures`).
+        examples: N, with their images or stored features.
         forms: of (N, M) encoded forms each; row i is asked beside photograph i.
         progress: called with (images done, images in all).
     """
@@ -54,8 +54,7 @@ def ask_with_forms(opened: OpenedRun, examples: Examples, forms: Sequence[Forms]
     done = 0
     for batch in examples.in_order(opened.recipe.evaluation.batch_size):
         with torch.inference_mode():
-            images = opened.images(batch)
-            encoded = None if images is None else opened.model.encode(images)
+            encoded = opened.encode(batch)
             if encoded is not None:
                 vectors.append(joined_vectors(encoded))
             for answer, form in zip(answers, forms, strict=True):

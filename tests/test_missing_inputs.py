@@ -1,0 +1,242 @@
+"""What is given decides which thresholds hold, and a model to which missing means benign is neither exported nor served."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from dualrefnet.cli import app
+from dualrefnet.data.adapters import load_dataset
+from dualrefnet.data.metadata import MetadataEncoder, missingness_shown
+from dualrefnet.data.sample import draw_sample
+from dualrefnet.deploy.export import export_run
+from dualrefnet.deploy.gate import measures_of, refuse_shortcut
+from dualrefnet.deploy.predictor import Predictor
+from dualrefnet.errors import RunError
+from dualrefnet.evaluation.availability import draw_present
+from dualrefnet.evaluation.calibrated import Calibration, fit_calibration, fit_thresholds
+from dualrefnet.files import read_json, write_json
+from dualrefnet.recipe import MetadataSection, load_recipe
+from dualrefnet.run import Run
+from dualrefnet.runtime.availability import Availability, availability_groups, missingness_shortcut
+from dualrefnet.runtime.probabilities import Decision
+from dualrefnet.training.train import train_recipe
+
+CLASSES, MALIGNANT = ["A", "B", "MEL"], ["MEL"]
+EVERYTHING = Availability(True, 2 / 3, 1)
+ALONE = Availability(True, 0, 0)
+
+
+@given(st.booleans(), st.integers(0, 24), st.integers(1, 24))
+def test_every_input_is_in_one_group(image: bool, known: int, fields: int) -> None:
+    groups = availability_groups(reads_image=True, needs_image=False, reads_metadata=True)
+    held = [bool(group.holds([image], [min(known, fields) / fields])[0]) for group in groups]
+    assert sum(held) == (1 if image or known else 0)
+    assert len({group.name for group in groups}) == len(groups)
+
+
+def test_a_model_has_the_groups_that_it_can_answer() -> None:
+    assert all(group.image for group in availability_groups(reads_image=True, needs_image=True, reads_metadata=True))
+    assert not any(group.image for group in availability_groups(reads_image=False, needs_image=False, reads_metadata=True))
+    [alone] = availability_groups(reads_image=True, needs_image=True, reads_metadata=False)
+    assert alone.holds([True, False], [1, 1]).tolist() == [True, False]
+
+
+@settings(deadline=None)
+@given(st.integers(1, 12), st.integers(0, 2**32 - 1), st.floats(0, 1), st.sampled_from([0, 1, 2, 3]))
+def test_what_is_left_was_recorded_and_belongs_to_the_group(fields: int, seed: int, recorded_share: float, number: int) -> None:
+    generator = np.random.default_rng(seed)
+    group = availability_groups(reads_image=True, needs_image=True, reads_metadata=True)[number]
+    recorded = generator.random((40, fields)) < recorded_share
+    patterns = [generator.random(fields) < 0.5 for _ in range(3)]
+    amounts = np.arange(fields + 1)
+    present, able = draw_present(recorded, patterns, group, generator)
+    if not group.holds(np.ones(fields + 1), amounts / fields).any():
+        assert not able.any()
+        return
+    assert not (present & ~recorded).any()
+    assert group.holds(np.ones(40), present.mean(axis=1))[able].all()
+    assert not present[~able].any()
+    least = amounts[group.holds(np.ones(fields + 1), amounts / fields)].min()
+    assert (able == (recorded.sum(axis=1) >= least)).all()
+
+
+def validation(seed: int, images: int = 400) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    scores = generator.dirichlet(np.full(3, 0.7), images)
+    return (generator.random(images)[:, None] > scores.cumsum(axis=1)[:, :-1]).sum(axis=1), scores
+
+
+def test_the_thresholds_keep_their_promises_on_new_cases() -> None:
+    labels, scores = validation(0, 6000)
+    fitted = fit_thresholds(EVERYTHING, labels[:3000], scores[:3000], CLASSES, MALIGNANT, 0.9, 0.95)
+    decision = decision_of((fitted,))
+    decided = decision.decide(scores[3000:], np.ones(3000), np.ones(3000))
+    new = labels[3000:]
+    assert decided.sets[np.arange(3000), new].mean() == pytest.approx(0.9, abs=0.02)
+    assert decided.refer is not None
+    assert decided.refer[new == 2].mean() == pytest.approx(0.95, abs=0.02)
+    assert (fitted.images, fitted.cancers) == (3000, int((labels[:3000] == 2).sum()))
+
+
+def test_several_draws_of_a_case_count_as_one() -> None:
+    labels, scores = validation(1, 100)
+    once = fit_thresholds(EVERYTHING, labels, scores, CLASSES, MALIGNANT, 0.9, 0.95)
+    often = fit_thresholds(EVERYTHING, np.tile(labels, 4), np.tile(scores, (4, 1)), CLASSES, MALIGNANT, 0.9, 0.95, draws=4)
+    assert once.referral
+    for name in ("temperature", "threshold", "referral", "class_thresholds", "images", "cancers"):
+        assert getattr(often, name) == pytest.approx(getattr(once, name)), name
+
+
+def test_too_few_cases_give_the_careful_answer() -> None:
+    labels, scores = validation(2, 8)
+    fitted = fit_thresholds(ALONE, labels, scores, CLASSES, MALIGNANT, 0.9, 0.95)
+    assert (fitted.threshold, fitted.referral) == (0, 0)
+    decided = decision_of((fitted,)).decide(np.array([[0.98, 0.01, 0.01]]), [True], [0])
+    assert decided.sets.all()
+    assert decided.refer is not None
+    assert decided.refer.all()
+
+
+def decision_of(availability: tuple, malignant: tuple[str, ...] = ("MEL",)) -> Decision:
+    return Decision(tuple(CLASSES), malignant, 1.0, 0.9, 0.3, dict.fromkeys(CLASSES, 0.3), 0.5, availability, {})
+
+
+def test_each_input_is_decided_by_its_own_group_and_an_unknown_one_carefully() -> None:
+    labels, scores = validation(3)
+    groups = [fit_thresholds(group, labels, scores, CLASSES, MALIGNANT, 0.9, 0.95) for group in (ALONE, EVERYTHING)]
+    decision = decision_of(tuple(groups))
+    row = np.array([[0.9, 0.09, 0.01]] * 3)
+    decided = decision.decide(row, [True, True, True], [0, 1, 0.5])
+    assert [one.group for one in decided.thresholds[:2]] == [ALONE, EVERYTHING]
+    assert decided.refer is not None
+    assert decided.refer.tolist() == [False, False, True]
+    assert decided.sets[2].all()
+    assert not decided.sets[:2].all()
+    assert decision_of((), malignant=()).decide(row, [True] * 3, [1, 1, 1]).refer is None
+
+
+def test_a_calibration_of_an_earlier_version_is_read_and_careful() -> None:
+    labels, scores = validation(4)
+    thresholds = fit_thresholds(EVERYTHING, labels, scores, CLASSES, MALIGNANT, 0.9, 0.95)
+    calibration = fit_calibration(labels, scores, np.arange(400), CLASSES, MALIGNANT, samples=0, availability=[thresholds])
+    text = json.loads(json.dumps(calibration.to_json(), allow_nan=False))
+    assert Calibration.from_json(text) == calibration
+    old = Calibration.from_json({name: value for name, value in text.items() if name not in ("availability", "field_effects")})
+    decided = old.decide(scores, np.ones(400), np.ones(400))
+    assert decided.refer is not None
+    assert decided.refer.all()
+
+
+# Cancers referred, above the threshold of the inputs as recorded, and mean malignancy: with metadata and with blank ones.
+GATE = [
+    ((0.95, 0.84), (0.94, 0.84), (0.47, 0.47), "refers 95%"),
+    ((0.95, 0.93), (0.94, 0.00), (0.47, 0.11), "missing means benign"),
+    # Less to go by, and no lower on average: its own threshold answers for it.
+    ((0.95, 0.93), (0.94, 0.80), (0.47, 0.45), None),
+    # Lower on average, and no cancer lost.
+    ((0.95, 0.93), (0.94, 0.90), (0.60, 0.45), None),
+    ((0.95, 1.00), (0.94, 1.00), (0.40, 0.90), None),
+    ((None, None), (None, None), (None, None), None),
+]
+
+
+@pytest.mark.parametrize(("referred", "above", "mean", "said"), GATE)
+def test_the_gate_compares_the_same_cases_with_and_without_metadata(referred: tuple, above: tuple, mean: tuple, said: str | None) -> None:
+    keys = ("cancers_referred", "cancers_at_recorded_threshold", "mean_malignancy")
+    full, blank = (dict(zip(keys, (referred[place], above[place], mean[place]), strict=True)) for place in (0, 1))
+    metrics = {"availability": {"inputs": {"as_recorded": full, "image_only": blank}}}
+    assert (missingness_shortcut(metrics) is None) == (said is None)
+    if said:
+        with pytest.raises(RunError, match=said):
+            refuse_shortcut(metrics, Path("run"), accepted=False)
+    assert missingness_shortcut({"availability": {"inputs": {"as_recorded": {}}}}) is None
+
+
+def test_a_model_that_was_never_measured_so_is_refused() -> None:
+    with pytest.raises(RunError, match="never measured"):
+        refuse_shortcut({}, Path("run"), accepted=False)
+    refuse_shortcut({}, Path("run"), accepted=True)
+
+
+@pytest.fixture(scope="module")
+def telling(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A drawn data set in which the fields that aren't always recorded are there for cancers alone, as if only they had been biopsied."""
+    root = draw_sample(tmp_path_factory.mktemp("telling") / "data", images=240, side=64)
+    table = pd.read_csv(root / "metadata.csv", dtype=str, keep_default_na=False)
+    optional = ["smoke", "drink", "background_father", "background_mother", "pesticide", "gender", "skin_cancer_history", "cancer_history"]
+    optional += ["has_piped_water", "has_sewage_system", "fitspatrick", "diameter_1", "diameter_2"]
+    benign = ~table["diagnostic"].isin(["BCC", "SCC", "MEL"])
+    table.loc[benign, optional] = ""
+    filled = table.loc[~benign, optional]
+    # Cancers' forms are complete; what stands in them says nothing.
+    for name in optional:
+        known = filled[name][filled[name] != ""]
+        table.loc[~benign, name] = np.random.default_rng(0).choice(known, len(filled))
+    table.to_csv(root / "metadata.csv", index=False)
+    return root
+
+
+def trained(root: Path, out: Path, changes: dict[str, object]) -> Run:
+    frozen = {"data.root": str(root), "training.encoder": "frozen", "training.epochs": 25, "evaluation.bootstrap": 20, "image.size": 64}
+    return train_recipe(load_recipe("sample", frozen | changes), out)
+
+
+@pytest.fixture(scope="module")
+def shortcut(telling: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that sees which fields are missing."""
+    flags = {"metadata.tier": "M3", "metadata.imputation": "neural", "modality_dropout": {}}
+    return trained(telling, tmp_path_factory.mktemp("shortcut") / "run", flags)
+
+
+def test_a_shortcut_is_refused_and_the_token_trained_model_accepted(
+    telling: Path, shortcut: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(RunError, match=r"missing means benign.*--accept-missingness-shortcut"):
+        export_run(shortcut, tmp_path / "refused", int8=False)
+    assert not (tmp_path / "refused").exists()
+    served = CliRunner().invoke(app, ["serve", str(shortcut.path)])
+    assert served.exit_code != 0
+    assert "missing means benign" in str(served.exception)
+    capsys.readouterr()
+
+    token = trained(telling, tmp_path / "token", {})
+    assert "shows the model which fields are missing" not in capsys.readouterr().err
+    assert export_run(token, tmp_path / "bundle", int8=False)["missingness_shortcut"] is None
+    inputs = token.metrics["availability"]["inputs"]
+    assert set(inputs) == {"as_recorded", "always_recorded", "metadata_only", "image_only"}
+    assert inputs["image_only"]["fields"] == 0
+
+
+def test_training_warns_of_an_encoding_that_shows_the_class(telling: Path, tmp_path: Path) -> None:
+    dataset = load_dataset("sample", telling)
+    for section, warned in (({"tier": "M3"}, True), ({"tier": "M2", "imputation": "zero"}, True), ({"tier": "M2"}, False)):
+        encoder = MetadataEncoder.fit(dataset.table, dataset.schema, MetadataSection(**section))
+        said = missingness_shown(encoder, dataset.table, dataset.schema)
+        assert (said is not None) == warned
+        assert said is None or "0% of the training rows with missing fields are malignant, 100% of the complete ones" in said
+
+
+@pytest.mark.slow
+def test_an_accepted_shortcut_is_warned_of_wherever_the_model_goes(shortcut: Run, tmp_path: Path) -> None:
+    bundle = export_run(shortcut, tmp_path / "accepted", int8=False, accept_missingness_shortcut=True)
+    assert "missing means benign" in bundle["missingness_shortcut"]
+    assert "#b00020" in (tmp_path / "accepted" / "README.md").read_text(encoding="utf-8")
+    assert Predictor.load(tmp_path / "accepted").shortcut == bundle["missingness_shortcut"]
+    with pytest.raises(RunError, match="missing means benign"):
+        refuse_shortcut(measures_of(tmp_path / "accepted"), tmp_path / "accepted", accepted=False)
+
+
+def test_a_run_that_was_evaluated_by_an_earlier_version_must_be_evaluated_again(tiny_run: Run, tmp_path: Path) -> None:
+    metrics = read_json(tiny_run.metrics_file)
+    assert [one["name"] for one in metrics["availability"]["groups"]][-1] == "image, 67-100% of fields"
+    assert set(tiny_run.calibration.field_effects) == {field["name"] for field in tiny_run.model["metadata"]["fields"]}
+    del metrics["availability"]
+    write_json(tmp_path / "metrics.json", metrics)
+    with pytest.raises(RunError, match="dualrefnet evaluate"):
+        refuse_shortcut(measures_of(tmp_path), tmp_path, accepted=False)
