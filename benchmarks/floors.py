@@ -37,7 +37,7 @@ def frozen_features(examples: Examples, backbone: str, size: int) -> np.ndarray:
     return np.concatenate(vectors)
 
 
-def main(recipe: str = "pad_ufes_20", backbone: str = "efficientnet_lite0", folds: int = 5, out: Path = RESULTS) -> None:
+def main(recipe: str = "pad_ufes_20_m3", backbone: str = "efficientnet_lite0", folds: int = 5, out: Path = RESULTS) -> None:
     """Measure; two minutes on two cores with the images of PAD-UFES-20."""
     base = load_recipe(recipe, {"data.protocol": "grouped-cv", "data.folds": folds})
     dataset = read_dataset(base)

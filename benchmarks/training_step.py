@@ -58,7 +58,7 @@ def step(recipe: Recipe, batch: Batch, folder: Path, kind: type[Trainer] = Train
     draws = draw(len(batch.rows), recipe.augmentation, recipe.seed, 0)
 
     def take() -> None:
-        trainer._step(trainer.model, batch, draws)
+        trainer._step(trainer.views, batch, draws)
         if trainer.device.type == "cuda":
             torch.cuda.synchronize()
 

@@ -175,3 +175,13 @@ def test_a_field_is_found_by_name():
     assert SCHEMA.field("itch") is ITCH
     with pytest.raises(KeyError):
         SCHEMA.field("nothing")
+
+
+def test_other_spellings_of_a_category_are_the_category_and_two_that_differ_in_case_stay_apart():
+    site = MetadataField(
+        name="site", kind="categorical", categories=("UPPER ARM", "a", "A"), aliases={"LIMB": "UPPER ARM"}, missing_codes=("UNK",)
+    )
+    given = ["upper_arm", " Upper Arm", "limb", "unk ", "a", "A", "moon"]
+    assert column(site, given)[0] == ["UPPER ARM", "UPPER ARM", "LIMB", "UNK", "a", "A", "moon"]
+    # Without categories of its own a field learns what the training rows hold.
+    assert column(SITE, ["Arm", "arm"])[0] == ["Arm", "arm"]

@@ -47,6 +47,7 @@ class Trainer:
 
     Attributes:
         model: the bare model.
+        views: classifies each case of a batch with both modalities and with each alone; what a step calls.
         recipe: what to do.
         run: where to write.
     """
@@ -70,8 +71,9 @@ class Trainer:
         self.model, self.recipe, self.run, self.normalisation, self.spans = model, recipe, run, normalisation, list(spans)
         # Convolutions on pixels-with-their-channels are faster on CPUs and on tensor cores alike.
         self.model.to(self.device).to(memory_format=torch.channels_last)
-        self.shares = modality_shares(model, recipe.modality_dropout)
-        self.loss = DualRefNetLoss(recipe.loss, counts, self.shares).to(self.device)
+        shares = modality_shares(model, recipe.modality_dropout)
+        self.views = ModalityViews(model, list(shares))
+        self.loss = DualRefNetLoss(recipe.loss, counts, shares).to(self.device)
         self.optimizer = create_optimizer(model, section)
 
     def fit(self, train: Examples, val: Examples) -> None:
@@ -97,7 +99,7 @@ class Trainer:
         # The targets of the few images that are rebuilt, not those of the whole side.
         first = np.arange(min(REBUILT_IMAGES, len(val)))
         rebuilt = replace(val, targets=train.targets).batch(first) if self.recipe.rebuilds_image else None
-        wrapped, self.optimizer = accelerator.prepare(ModalityViews(self.model, list(self.shares)), self.optimizer)
+        wrapped, self.optimizer = accelerator.prepare(self.views, self.optimizer)
         if section.tracker != "none":
             accelerator.init_trackers("tracker", config={"recipe": self.recipe.model_dump_json()})
         while progress["epoch"] < section.epochs and not self._stale(progress):
