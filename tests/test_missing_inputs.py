@@ -15,7 +15,7 @@ from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.metadata import MetadataEncoder, missingness_shown
 from dualrefnet.data.sample import draw_sample
 from dualrefnet.deploy.export import export_run
-from dualrefnet.deploy.gate import measures_of, refuse_shortcut
+from dualrefnet.deploy.gate import refuse_shortcut, shortcut_of
 from dualrefnet.deploy.predictor import Predictor
 from dualrefnet.errors import RunError
 from dualrefnet.evaluation.availability import draw_present
@@ -151,17 +151,35 @@ def test_the_gate_compares_the_same_cases_with_and_without_metadata(referred: tu
     keys = ("cancers_referred", "cancers_at_recorded_threshold", "mean_malignancy")
     full, blank = (dict(zip(keys, (referred[place], above[place], mean[place]), strict=True)) for place in (0, 1))
     metrics = {"availability": {"inputs": {"as_recorded": full, "image_only": blank}}}
-    assert (missingness_shortcut(metrics) is None) == (said is None)
+    shortcut = missingness_shortcut(metrics)
+    assert (shortcut is None) == (said is None)
+    refuse_shortcut(shortcut, "run", accepted=True)
     if said:
         with pytest.raises(RunError, match=said):
-            refuse_shortcut(metrics, Path("run"), accepted=False)
+            refuse_shortcut(shortcut, "run", accepted=False)
     assert missingness_shortcut({"availability": {"inputs": {"as_recorded": {}}}}) is None
+
+
+def test_no_service_of_a_shortcut_is_made_unless_it_is_accepted() -> None:
+    pytest.importorskip("fastapi")
+    from fastapi.testclient import TestClient
+
+    from dualrefnet.service.app import create_app
+    from dualrefnet.service.settings import ServiceSettings
+    from live_service import StandInPredictor
+
+    predictor = StandInPredictor()
+    predictor.shortcut = "to this model missing means benign"
+    with pytest.raises(RunError, match="accept-missingness-shortcut"):
+        create_app(predictor, ServiceSettings(page=False))  # type: ignore[arg-type]
+    accepted = create_app(predictor, ServiceSettings(page=False, accept_missingness_shortcut=True))  # type: ignore[arg-type]
+    with TestClient(accepted) as client:
+        assert client.get("/v1/model").json()["warning"] == predictor.shortcut
 
 
 def test_a_model_that_was_never_measured_so_is_refused() -> None:
     with pytest.raises(RunError, match="never measured"):
-        refuse_shortcut({}, Path("run"), accepted=False)
-    refuse_shortcut({}, Path("run"), accepted=True)
+        refuse_shortcut(missingness_shortcut({}), "run", accepted=False)
 
 
 @pytest.fixture(scope="module")
@@ -228,8 +246,7 @@ def test_an_accepted_shortcut_is_warned_of_wherever_the_model_goes(shortcut: Run
     assert "missing means benign" in bundle["missingness_shortcut"]
     assert "#b00020" in (tmp_path / "accepted" / "README.md").read_text(encoding="utf-8")
     assert Predictor.load(tmp_path / "accepted").shortcut == bundle["missingness_shortcut"]
-    with pytest.raises(RunError, match="missing means benign"):
-        refuse_shortcut(measures_of(tmp_path / "accepted"), tmp_path / "accepted", accepted=False)
+    assert shortcut_of(tmp_path / "accepted") == bundle["missingness_shortcut"]
 
 
 def test_a_run_that_was_evaluated_by_an_earlier_version_must_be_evaluated_again(tiny_run: Run, tmp_path: Path) -> None:
@@ -238,5 +255,4 @@ def test_a_run_that_was_evaluated_by_an_earlier_version_must_be_evaluated_again(
     assert set(tiny_run.calibration.field_effects) == {field["name"] for field in tiny_run.model["metadata"]["fields"]}
     del metrics["availability"]
     write_json(tmp_path / "metrics.json", metrics)
-    with pytest.raises(RunError, match="dualrefnet evaluate"):
-        refuse_shortcut(measures_of(tmp_path), tmp_path, accepted=False)
+    assert "dualrefnet evaluate" in (shortcut_of(tmp_path) or "")

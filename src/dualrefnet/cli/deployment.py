@@ -99,18 +99,18 @@ def serve(
     """
     from pydantic import ValidationError
 
-    from dualrefnet.deploy.gate import measures_of, refuse_shortcut
     from dualrefnet.errors import DataError
     from dualrefnet.service.server import Served
     from dualrefnet.service.server import serve as run_server
     from dualrefnet.service.settings import ServiceSettings
 
-    if model.is_dir():
-        refuse_shortcut(measures_of(model), model, accept_missingness_shortcut)
     size = max_upload * 2**20
     room = max(4 * size, 256 * 2**20)
     try:
-        settings = ServiceSettings(page=page, root_path=root_path, max_upload=size, queue_bytes=room, queue=queue, timeout=timeout)
+        settings = ServiceSettings(
+            page=page, root_path=root_path, max_upload=size, queue_bytes=room, queue=queue, timeout=timeout,
+            accept_missingness_shortcut=accept_missingness_shortcut,
+        )  # fmt: skip
     except ValidationError:
         # All other options have been checked by their types.
         raise DataError(f"--root-path {root_path} isn't a path such as /lesions, without a slash at its end") from None

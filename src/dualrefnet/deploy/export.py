@@ -88,7 +88,7 @@ def export_run(
     check_target(out)
     if not run.finished:
         raise RunError(f"{run.path} isn't finished: `dualrefnet train ... --resume` goes on, `dualrefnet evaluate {run.path}` measures it")
-    refuse_shortcut(run.metrics, run.path, accept_missingness_shortcut)
+    refuse_shortcut(missingness_shortcut(run.metrics), run.path, accept_missingness_shortcut)
     description = run.model
     metadata = MetadataEncoder.from_json(description["metadata"])
     if metadata.leaked_classes:

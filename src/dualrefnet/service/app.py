@@ -19,6 +19,7 @@ try:
 except ImportError:
     raise DependencyError("the web service needs FastAPI: pip install 'dualrefnet[deploy]'") from None
 
+from dualrefnet.deploy.gate import refuse_shortcut
 from dualrefnet.service.answering import Answering, unless_gone
 from dualrefnet.service.middleware import Guard
 from dualrefnet.service.observed import Observed
@@ -57,7 +58,9 @@ def create_app(predictor: Predictor, settings: ServiceSettings, explainer: Predi
 
     Raises:
         DependencyError: the page is wanted and Gradio isn't installed.
+        RunError: the model mustn't be served; see `refuse_shortcut`.
     """
+    refuse_shortcut(predictor.shortcut, predictor.name, settings.accept_missingness_shortcut)
     observed = Observed()
     service = Answering(predictor, settings, observed, explainer)
 

@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
+from dualrefnet.deploy.gate import refuse_shortcut, shortcut_of
 from dualrefnet.errors import DataError, DependencyError, DualRefNetError
 from dualrefnet.progress import console, remark, warn
 from dualrefnet.service.log import log_to_stderr, where
@@ -82,8 +83,11 @@ def serve(served: Served) -> int:
 
     Raises:
         DataError: the port can't be had, or a key can't be read.
-        RunError: the folder holds no model.
+        RunError: the folder holds no model, or one that mustn't be served (see `refuse_shortcut`).
     """
+    if served.source.is_dir():
+        # Before anything is loaded; `create_app` asks again, for whoever serves the application in another way.
+        refuse_shortcut(shortcut_of(served.source), served.source, served.settings.accept_missingness_shortcut)
     with_key = bool(read_keys(served.api_key_file))
     if served.host not in LOCAL and not with_key:
         warn(

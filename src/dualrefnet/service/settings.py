@@ -41,6 +41,7 @@ class ServiceSettings(BaseModel):
         max_batch: most photographs that the model reads at once; on CPUs more of them take as much longer.
         max_wait: seconds that the model waits for photographs that are being decoded; with none of these it never waits.
         decoders: threads that decode photographs, each worker.
+        accept_missingness_shortcut: for research, serve also a model whose referral of cancers rests on metadata being there.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,6 +66,7 @@ class ServiceSettings(BaseModel):
     max_batch: int = Field(default=8, ge=1)
     max_wait: float = Field(default=0.002, ge=0)
     decoders: int = Field(default=2, ge=1)
+    accept_missingness_shortcut: bool = False
 
     @model_validator(mode="after")
     def _one_body_finds_room(self) -> ServiceSettings:
