@@ -35,8 +35,8 @@ def refuse_shortcut(shortcut: str | None, model: Path | str, accepted: bool) -> 
 
 
 def shortcut_of(folder: Path) -> str | None:
-    """Return what `missingness_shortcut` says of a run folder or a bundle, from its measures alone."""
-    bundle = is_bundle(folder)
-    file = folder / (DESCRIPTION if bundle else "metrics.json")
-    found = read_json(file) if file.is_file() else {}
-    return missingness_shortcut((found.get("measured") or {}) if bundle else found)
+    """Return what `missingness_shortcut` says of a run folder or a bundle, from its measures alone; None if the folder holds none."""
+    if is_bundle(folder):
+        return missingness_shortcut(read_json(folder / DESCRIPTION).get("measured") or {})
+    file = folder / "metrics.json"
+    return missingness_shortcut(read_json(file)) if file.is_file() else None

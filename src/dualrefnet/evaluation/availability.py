@@ -206,10 +206,10 @@ def measure_availability(
     """
     everything = np.arange(len(labels))
     as_recorded = Answers(None, answered.vectors is not None, everything, answered.share[None], answered.recorded[None])
-    named = {AS_RECORDED: as_recorded, **answered.named}
     alone = next((one for one in answered.groups if one.group is not None and one.group.image and one.group.to == 0), None)
-    if alone is not None:
-        named[IMAGE_ONLY] = alone
+    known = {AS_RECORDED: as_recorded, IMAGE_ONLY: alone, **answered.named}
+    found = {name: known.get(name) for name in (AS_RECORDED, ALWAYS_RECORDED, IMAGE_ONLY, METADATA_ONLY)}
+    named = {name: one for name, one in found.items() if one is not None}
     codes = group_codes(groups)
     measured: list[dict[str, Any]] = []
     ways = [*named.values(), *answered.groups]

@@ -150,9 +150,8 @@ def availability_rows(measured: Mapping[str, Any]) -> list[tuple[str, list[tuple
         cells = []
         for key in ("balanced_accuracy", "malignant_auc", "cancers_referred", "benign_referred", "coverage", "mean_size"):
             value, bounds = values.get(key), values.get(key + suffix)
-            digits = 1 if key == "mean_size" else 3
-            text = "–" if value is None else f"{value:.{digits}f}"
-            cells.append((text, f"[{bounds[0]:.{digits}f}, {bounds[1]:.{digits}f}]" if bounds else ""))
+            text = "–" if value is None else f"{value:.{1 if key == 'mean_size' else 3}f}"
+            cells.append((text, f"[{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else ""))
         rows.append((name, cells))
     return rows
 

@@ -187,7 +187,8 @@ def _availability_table(measured: Mapping[str, Any]) -> PrintedTable:
     rows = [[Cell(name), *(Cell(*cell) for cell in cells)] for name, cells in availability_rows(measured)]
     notes = (
         "The same test images. Sets and referral use the thresholds that were fitted on validation for what is given.",
-        "In the lines by share of fields, the fields that are left were drawn without regard to the class.",
+        "In the lines by share of fields, the fields that are left were drawn without regard to the class; a case with too few recorded "
+        "fields isn't among them.",
         *availability_notes(measured),
     )
     return PrintedTable("With less than was recorded", AVAILABILITY_COLUMNS, rows, notes)

@@ -133,8 +133,7 @@ def missingness_shortcut(metrics: Mapping[str, Any]) -> str | None:
     inputs = metrics.get("availability", {}).get("inputs")
     if inputs is None:
         return (
-            "what blank metadata do to its referral of cancers was never measured (`dualrefnet evaluate RUN` does it; then export it "
-            "again)"
+            "what blank metadata do to its referral of cancers was never measured (`dualrefnet evaluate RUN` does it; then export it again)"
         )
     if IMAGE_ONLY not in inputs:
         return None
