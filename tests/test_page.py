@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -374,8 +375,11 @@ def test_the_real_service_answers_and_explains_on_its_page(chromium: Any, tiny_r
     from dualrefnet.service.app import create_app
 
     predictor = Predictor.load(tiny_run)
+    # What a model asks first depends on its training; here two questions that this visit answers.
+    assert predictor.decision is not None
+    predictor.decision = replace(predictor.decision, field_effects={"age": 0.2, "itch": 0.1})
     photograph = next((sample_root / "images").iterdir())
-    with served(create_app(predictor, ServiceSettings())) as address:
+    with served(create_app(predictor, ServiceSettings(accept_missingness_shortcut=True))) as address:
         context = chromium.new_context(viewport=DESK, reduced_motion="reduce")
         visit = Visit(context.new_page(), address)
         page = visit.page

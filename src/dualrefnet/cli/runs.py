@@ -227,7 +227,9 @@ def predict(
 ) -> None:
     """Classify photographs, a few or a million, with a trained run or an exported bundle.
 
-    A row that can't be predicted says why in its column error. Memory doesn't grow with the number of photographs.
+    Metadata that are missing make the sets larger and more cases be referred: each answer uses the thresholds that were fitted for what is
+    given. A row that can't be predicted, or has a value that the model doesn't know, says why in its column error. Memory doesn't grow with
+    the number of photographs.
     """
     from functools import partial
 
