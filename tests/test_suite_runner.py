@@ -215,7 +215,7 @@ def test_no_worker_outlives_its_parent_and_the_same_command_goes_on(sample_root:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_kill_9_at_any_moment_and_the_same_command_gives_the_same_runs(workers: int, sample_root: Path, tmp_path: Path) -> None:
     values = {"training.epochs": 40}
-    suite = suite_of(sample_root, a=values, b={**values, "metadata.tier": "M1"}, c={**values, "metadata.tier": "M2"})
+    suite = suite_of(sample_root, a=values, b={**values, "metadata.tier": "M1"}, c={**values, "model.dropout": 0.3})
     undisturbed = run_suite(suite, tmp_path / "undisturbed")
     assert len(undisturbed.finished) == 3
     for delay in (0.0, 1.0, 3.0, 6.0, 9.0, 13.0, 18.0):
