@@ -1,5 +1,6 @@
 import json
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,10 @@ def test_ray_serve_answers_as_the_service_does(address: str, tiny_run: Run, samp
             alive = client.get("/healthz")
             assert alive.status_code == 200
             assert alive.json() == {"status": "alive"}
+            deadline = time.monotonic() + 30
+            while client.get("/readyz").status_code != 200 and time.monotonic() < deadline:
+                # The model answers once before it says that it is ready.
+                time.sleep(0.05)
             assert client.get("/readyz").status_code == 200
             assert client.post("/v1/predict", files=[("images", photograph)]).status_code == 401
         answers = [

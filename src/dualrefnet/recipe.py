@@ -120,10 +120,7 @@ class ModalityDropoutSection(Section):
     @model_validator(mode="after")
     def _something_whole(self) -> ModalityDropoutSection:
         if self.metadata + self.image >= 1:
-            raise ValueError(
-                f"modality_dropout.metadata {self.metadata:g} and image {self.image:g} leave nothing of the loss to cases with both; "
-                "together they must stay below 1"
-            )
+            raise ValueError("modality_dropout.metadata and image leave nothing to cases with both: together they must stay below 1")
         return self
 
 
