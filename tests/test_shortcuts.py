@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.changed_inputs import ask_with_forms, ask_without_photograph, strangers
+from dualrefnet.evaluation.changed_inputs import ask_with_forms, ask_without_photograph, strangers, without_answers
 from dualrefnet.evaluation.intervals import paired_difference
 from dualrefnet.evaluation.metrics import compute_metrics
 from dualrefnet.evaluation.opened_run import OpenedRun, open_run
-from dualrefnet.probes.changed_forms import count_flags, find_gaps, hide_flags, replace_answers, without_answers
+from dualrefnet.probes.changed_forms import count_flags, find_gaps, hide_flags, replace_answers
 from dualrefnet.probes.shortcuts import Shortcuts, probe_shortcuts
 from dualrefnet.probes.tables import shortcut_sentences, shortcut_table
 from dualrefnet.probes.trained_for import train_for, with_gaps_told

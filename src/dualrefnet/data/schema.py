@@ -11,7 +11,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dualrefnet.errors import DataError
-from dualrefnet.runtime.answer import FormError, fold, read_number, spell
+from dualrefnet.runtime.answer import FormError, by_fold, fold, read_number, spell
 
 Kind = Literal["numeric", "boolean", "categorical"]
 FieldTier = Literal["M1", "M2"]
@@ -211,7 +211,7 @@ def normalise_field(values: pd.Series, field: MetadataField) -> tuple[pd.Series,
         return _numbers(cells, field)
     known = [*field.categories, *field.aliases, *field.missing_codes]
     # Other spellings of a category; two that differ in case alone stay apart.
-    spellings = {folded: words[0] for folded, words in _by_spelling(known).items() if len(words) == 1}
+    spellings = by_fold({word: word for word in known})
 
     def category(value: object) -> str | None:
         word = spell(value, field)
@@ -219,13 +219,6 @@ def normalise_field(values: pd.Series, field: MetadataField) -> tuple[pd.Series,
 
     text = cells.map(lambda value: None if value is None else category(value))
     return text.astype(object).where(text.notna(), np.nan), []
-
-
-def _by_spelling(words: list[str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for word in dict.fromkeys(words):
-        found.setdefault(fold(word), []).append(word)
-    return found
 
 
 def _numbers(cells: pd.Series, field: MetadataField) -> tuple[pd.Series, list[str]]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from dualrefnet.data.loader import Examples
 from dualrefnet.data.metadata import EncodedMetadata
 from dualrefnet.evaluation.calibrated import Calibration
-from dualrefnet.evaluation.changed_inputs import ask_with_forms, ask_without_photograph
+from dualrefnet.evaluation.changed_inputs import ask_with_forms, ask_without_photograph, keep_answers, without_answers
 from dualrefnet.evaluation.comparison import pooled_bootstrap
 from dualrefnet.evaluation.intervals import group_codes
 from dualrefnet.evaluation.missing_patterns import find_patterns
@@ -32,6 +32,7 @@ from dualrefnet.runtime.availability import (
     METADATA_ONLY,
     Availability,
     availability_groups,
+    share_given,
 )
 from dualrefnet.runtime.probabilities import malignancy
 
@@ -88,7 +89,8 @@ class SideAnswers:
         groups: of each group of availability.
         named: of each named input but `as_recorded`.
         share: (N,) of the fields with a recorded value.
-        field_effects: field -> how much of the probability moves when it is left out, on average over the rows where it is recorded.
+        field_effects: field -> how much of the probability moves when it is left out, on average over the rows where it is recorded; of
+            validation alone.
     """
 
     recorded: Floats
@@ -110,11 +112,12 @@ def answer_side(opened: OpenedRun, side: str, examples: Examples, progress: Call
     """
     rows = opened.rows(side)
     recorded = opened.metadata.encode(rows)
-    share = _share(opened, recorded)
+    share = share_given(recorded.missing, opened.reads_metadata)
     inputs: dict[str, list[_Input]] = {}
     if opened.reads_metadata:
         inputs = _inputs(opened, rows, recorded)
-    without = _without_each(opened, rows)
+    # Validation says which fields matter; the test side isn't asked for it.
+    without = _without_each(opened, rows) if side == "val" else {}
     pictured = [one for ways in inputs.values() for one in ways if one.image or not opened.model.reads_image]
     blank = [one for ways in inputs.values() for one in ways if opened.model.reads_image and not one.image]
     forms = [examples.metadata, *without.values(), *(one.metadata.values for one in pictured)]
@@ -131,7 +134,7 @@ def answer_side(opened: OpenedRun, side: str, examples: Examples, progress: Call
             ways[0].group,
             ways[0].image,
             ways[0].places,
-            np.stack([_share(opened, one.metadata)[one.places] for one in ways]),
+            np.stack([share_given(one.metadata.missing, opened.reads_metadata)[one.places] for one in ways]),
             np.stack([answers[id(one)][one.places] for one in ways]),
         )
         for name, ways in inputs.items()
@@ -279,11 +282,11 @@ def _inputs(opened: OpenedRun, rows: pd.DataFrame, recorded: EncodedMetadata) ->
             present, able = draw_present(known, patterns, group, generator)
             if able.any():
                 inputs.setdefault(group.name, []).append(
-                    _Input(group, group.image, encoder.encode(_keep(rows, names, present)), np.flatnonzero(able))
+                    _Input(group, group.image, encoder.encode(keep_answers(rows, names, present)), np.flatnonzero(able))
                 )
     always = np.array([field.tier == "M1" for field in encoder.fields])
     if always.any() and not always.all() and opened.model.reads_image:
-        inputs[ALWAYS_RECORDED] = [_Input(None, True, encoder.encode(_keep(rows, names, known & always)), everything)]
+        inputs[ALWAYS_RECORDED] = [_Input(None, True, encoder.encode(keep_answers(rows, names, known & always)), everything)]
     if opened.model.reads_image and not needs_image:
         inputs[METADATA_ONLY] = [_Input(None, False, recorded, everything)]
     return inputs
@@ -293,15 +296,4 @@ def _without_each(opened: OpenedRun, rows: pd.DataFrame) -> dict[str, NDArray[np
     """Return, for each field that the model reads, the encoded rows without it."""
     if not opened.reads_metadata:
         return {}
-    return {field.name: opened.metadata.encode(rows.assign(**{field.name: np.nan})).values for field in opened.metadata.fields}
-
-
-def _keep(rows: pd.DataFrame, names: Sequence[str], present: NDArray[np.bool_]) -> pd.DataFrame:
-    """Return the rows with the values that are left."""
-    return rows.assign(**{name: rows[name].where(present[:, index]) for index, name in enumerate(names)})
-
-
-def _share(opened: OpenedRun, encoded: EncodedMetadata) -> Floats:
-    if not opened.reads_metadata:
-        return np.ones(len(encoded.missing))
-    return np.asarray(1 - encoded.missing.mean(axis=1))
+    return {field.name: opened.metadata.encode(without_answers(rows, [field.name])).values for field in opened.metadata.fields}

@@ -6,10 +6,11 @@ test side. Nothing is kept of a photograph but its answers and its vector.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import ArrayLike, NDArray
 
@@ -38,6 +39,16 @@ class Asked:
 
     answers: list[Floats]
     vectors: NDArray[np.float32]
+
+
+def without_answers(rows: pd.DataFrame, fields: Collection[str]) -> pd.DataFrame:
+    """Return the rows of a lesion table with these fields missing in all of them."""
+    return rows.assign(**dict.fromkeys(fields, np.nan))
+
+
+def keep_answers(rows: pd.DataFrame, names: Sequence[str], kept: NDArray[np.bool_]) -> pd.DataFrame:
+    """Return the rows of a lesion table with what is kept, (N, F), of these F fields, and the rest of them missing."""
+    return rows.assign(**{name: rows[name].where(kept[:, index]) for index, name in enumerate(names)})
 
 
 def ask_with_forms(opened: OpenedRun, examples: Examples, forms: Sequence[Forms], progress: Progress | None = None) -> Asked:

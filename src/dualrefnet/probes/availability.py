@@ -16,12 +16,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.changed_inputs import Floats, Forms, ask_with_forms, ask_without_photograph
+from dualrefnet.evaluation.changed_inputs import Floats, Forms, ask_with_forms, ask_without_photograph, keep_answers
 from dualrefnet.evaluation.comparison import PooledBootstrap, pooled_bootstrap
 from dualrefnet.evaluation.intervals import percentile_interval
 from dualrefnet.evaluation.missing_patterns import find_patterns
 from dualrefnet.evaluation.opened_run import OpenedRun
-from dualrefnet.probes.changed_forms import without_answers
 from dualrefnet.progress import progress_bar
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -202,7 +201,7 @@ def _ask(opened: OpenedRun, rows: pd.DataFrame, asked: Mapping[str, Sequence[NDA
         with progress_bar("removing answers") as show:
             total = sum(map(len, asked.values()))
             for kept in (part for parts in asked.values() for part in parts):
-                forms.append(opened.metadata.encode(_only(rows, names, kept)).values)
+                forms.append(opened.metadata.encode(keep_answers(rows, names, kept)).values)
                 show(len(forms), total)
     else:
         forms = [examples.metadata]
@@ -220,16 +219,6 @@ def _ask(opened: OpenedRun, rows: pd.DataFrame, asked: Mapping[str, Sequence[NDA
             # A run that reads no form gives the same answer whatever is kept of it.
             answers[_key(photograph, question)] = [next(remaining) for _ in parts] if opened.reads_metadata else given
     return answers
-
-
-def _only(rows: pd.DataFrame, names: list[str], kept: NDArray[np.bool_]) -> pd.DataFrame:
-    """Return the rows with the answers that are kept."""
-    lost = [name for index, name in enumerate(names) if not kept[:, index].any()]
-    result = without_answers(rows, lost)
-    for index, name in enumerate(names):
-        if name not in lost:
-            result[name] = rows[name].where(kept[:, index])
-    return result
 
 
 def _measured(bootstrap: PooledBootstrap, photograph: str, question: str, start: dict[str, object]) -> list[dict[str, object]]:

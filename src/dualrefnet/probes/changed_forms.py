@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
@@ -11,11 +9,6 @@ from numpy.typing import ArrayLike, NDArray
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.evaluation.changed_inputs import Forms
 from dualrefnet.evaluation.intervals import group_codes
-
-
-def without_answers(rows: pd.DataFrame, fields: Collection[str]) -> pd.DataFrame:
-    """Return the rows of a lesion table with these fields missing in all of them."""
-    return rows.assign(**dict.fromkeys(fields, np.nan))
 
 
 def find_gaps(rows: pd.DataFrame, encoder: MetadataEncoder) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

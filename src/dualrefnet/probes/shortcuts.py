@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from dualrefnet.data.loader import Examples
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.changed_inputs import Asked, Floats, Forms, ask_with_forms, ask_without_photograph, strangers
+from dualrefnet.evaluation.changed_inputs import Asked, Floats, Forms, ask_with_forms, ask_without_photograph, strangers, without_answers
 from dualrefnet.evaluation.opened_run import OpenedRun, sample_rows
-from dualrefnet.probes.changed_forms import count_flags, find_gaps, hide_flags, replace_answers, without_answers
+from dualrefnet.probes.changed_forms import count_flags, find_gaps, hide_flags, replace_answers
 from dualrefnet.probes.changed_pictures import ask_about_changed, read_outlines
 from dualrefnet.probes.lead import measure_probes
 from dualrefnet.probes.trained_for import train_for, with_gaps_told

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 BLANKS = ("", "nan", "NaN")
+Word = TypeVar("Word", bound=int | str)
 # Categories that an error lists.
 MOST_LEVELS = 16
 TRUE, FALSE = ("true", "yes", "y", "1", "1.0"), ("false", "no", "n", "0", "0.0")
@@ -119,6 +120,14 @@ def spell(value: object, one: Field) -> str:
 def fold(word: str) -> str:
     """Return a category without its case and spaces, as people's spellings of it differ: `Upper arm` and `UPPER_ARM ` are one."""
     return "".join(word.replace("_", " ").split()).casefold()
+
+
+def by_fold(words: Mapping[str, Word]) -> dict[str, Word]:
+    """Return `fold` of each word -> what the word stands for, without the spellings that stand for several things."""
+    found: dict[str, set[Word]] = {}
+    for word, meaning in words.items():
+        found.setdefault(fold(word), set()).add(meaning)
+    return {spelling: next(iter(meanings)) for spelling, meanings in found.items() if len(meanings) == 1}
 
 
 def refusal(one: Field, levels: Sequence[str], odd: str) -> str:

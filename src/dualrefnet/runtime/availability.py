@@ -57,6 +57,13 @@ class Availability(NamedTuple):
         return np.asarray((inside | ((self.to == 0) & (share <= TOLERANCE))) & (np.asarray(image, dtype=bool) == self.image))
 
 
+def share_given(missing: NDArray[np.bool_], reads_metadata: bool) -> NDArray[np.float64]:
+    """Return which share of the fields has a value, (N,), from which are missing, (N, F); 1 for a model that reads none."""
+    if not reads_metadata or not missing.shape[1]:
+        return np.ones(len(missing))
+    return np.asarray(1 - missing.mean(axis=1))
+
+
 def availability_groups(*, reads_image: bool, needs_image: bool, reads_metadata: bool) -> list[Availability]:
     """Return the groups of inputs that a model can answer, from the least to the most; nothing at all is no input."""
     shares = SHARES if reads_metadata else ((0.0, 1.0),)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .answer import Field
-from .availability import Thresholds
+from .availability import Thresholds, share_given
 from .explanation import answers_apart, covered, spread_out
 from .form import EncodedForms, FormEncoder
 from .out_of_scope import OutOfScopeScore
@@ -143,7 +143,7 @@ class Classifier:
         given = [""] * len(lesions)
         if self.decision is not None:
             seen = [self.reads_image and lesion[0] is not None for lesion in pictures]
-            decided = self.decision.decide(pooled, seen, self.share_given(encoded.missing))
+            decided = self.decision.decide(pooled, seen, share_given(encoded.missing, self.reads_metadata))
             pooled, sets, refer = decided.probabilities, decided.sets, decided.refer
             given = [thresholds.group.name if thresholds.images else "" for thresholds in decided.thresholds]
             notes = [
@@ -190,18 +190,14 @@ class Classifier:
         )
         if self.decision is not None:
             # One temperature for all: a change must be of the model's answer, not of the group that the changed input falls into.
-            given = self.decision.decide(rows[:1], [self.reads_image and picture is not None], self.share_given(whole.missing))
+            given = self.decision.decide(
+                rows[:1], [self.reads_image and picture is not None], share_given(whole.missing, self.reads_metadata)
+            )
             rows = apply_temperature(rows, given.thresholds[0].temperature)
         place = int(rows[0].argmax()) if label is None else self.classes.index(label)
         lost = rows[0, place] - rows[1:, place]
         heat = None if picture is None else spread_out(lost[len(forms) :], self.size)
         return Explanation(self.classes[place], float(rows[0, place]), heat, dict(zip(answered, lost[: len(forms)].tolist(), strict=True)))
-
-    def share_given(self, missing: NDArray[np.bool_]) -> NDArray[np.float64]:
-        """Return which share of the fields has a value, (N,), from which are missing, (N, F); 1 for a model that reads none."""
-        if not self.reads_metadata or not missing.shape[1]:
-            return np.ones(len(missing))
-        return np.asarray(1 - missing.mean(axis=1))
 
     def _notes(self, row: NDArray[np.float64], thresholds: Thresholds, refer: bool | None) -> list[str]:
         """Say where too little was known to decide, and why a cancer isn't referred."""

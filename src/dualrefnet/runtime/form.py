@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .answer import Answer, Field, FormError, FormField, fold, is_nothing, read_number, refusal, spell
+from .answer import Answer, Field, FormError, FormField, by_fold, fold, is_nothing, read_number, refusal, spell
 from .imputer import NeuralImputer, Span
 
 Array = NDArray[np.float32]
@@ -270,10 +270,7 @@ class FormEncoder:
             exact = {level: place for place, level in enumerate(levels)}
             if self.section.merge_aliases:
                 exact = {alias: exact[level] for alias, level in one.aliases.items() if level in exact} | exact
-            folded: dict[str, set[int]] = {}
-            for word, place in exact.items():
-                folded.setdefault(fold(word), set()).add(place)
-            places.append((exact, {word: min(found) for word, found in folded.items() if len(found) == 1}))
+            places.append((exact, by_fold(exact)))
         return places
 
 

@@ -124,10 +124,7 @@ class Decision:
         Args:
             probabilities: (N, C), as the model gave them.
         """
-        return self._refer(self.probabilities(probabilities))
-
-    def _refer(self, warmed: Floats) -> NDArray[np.bool_] | None:
-        return None if self.referral is None else np.asarray(malignancy(warmed, self.cancer) >= self.referral)
+        return None if self.referral is None else np.asarray(malignancy(self.probabilities(probabilities), self.cancer) >= self.referral)
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> dict[str, Any]:

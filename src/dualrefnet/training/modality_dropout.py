@@ -20,10 +20,8 @@ from dualrefnet.models.method import Method
 from dualrefnet.models.missing import mark_absent
 from dualrefnet.models.output import Output
 from dualrefnet.recipe import ModalityDropoutSection
+from dualrefnet.runtime.availability import IMAGE_ONLY, METADATA_ONLY
 from dualrefnet.runtime.imputer import Span
-
-# The single modalities, by the name that their loss has in the history.
-IMAGE_ONLY, METADATA_ONLY = "image_only", "metadata_only"
 
 
 def draw_missing(
