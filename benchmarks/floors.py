@@ -17,10 +17,9 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from dualrefnet.data.loader import Examples
+from dualrefnet.data.loader import Examples, fill_recipe_store, make_examples, read_dataset, side_rows, split_rows
 from dualrefnet.data.metadata import MetadataEncoder
-from dualrefnet.data.pipeline import fill_recipe_store, make_examples, read_dataset, side_rows, split_rows
-from dualrefnet.models.backbones import create_encoder
+from dualrefnet.models.encoders import create_encoder
 from dualrefnet.models.inference import normalise, to_unit
 from dualrefnet.recipe import load_recipe
 from record import RESULTS, record
@@ -37,7 +36,9 @@ def frozen_features(examples: Examples, backbone: str, size: int) -> np.ndarray:
     return np.concatenate(vectors)
 
 
-def main(recipe: str = "pad_ufes_20_m3", backbone: str = "efficientnet_lite0", folds: int = 5, out: Path = RESULTS) -> None:
+def main(
+    recipe: str = "pad_ufes_20_m3", backbone: str = "efficientnet_lite0", folds: int = 5, out: Path = RESULTS
+) -> None:
     """Measure; two minutes on two cores with the images of PAD-UFES-20."""
     base = load_recipe(recipe, {"data.protocol": "grouped-cv", "data.folds": folds})
     dataset = read_dataset(base)
@@ -52,7 +53,9 @@ def main(recipe: str = "pad_ufes_20_m3", backbone: str = "efficientnet_lite0", f
             sides = {side: make_examples(dataset, split, side, encoder, store) for side in ("train", "val", "test")}
             for examples in sides.values():
                 if not set(examples.image_ids) <= vectors.keys():
-                    vectors.update(zip(examples.image_ids, frozen_features(examples, backbone, chosen.image.size), strict=True))
+                    vectors.update(
+                        zip(examples.image_ids, frozen_features(examples, backbone, chosen.image.size), strict=True)
+                    )
             image = {side: np.stack([vectors[name] for name in examples.image_ids]) for side, examples in sides.items()}
             form = {side: examples.metadata for side, examples in sides.items()}
             both = {side: np.concatenate([image[side], form[side]], axis=1) for side in sides}
@@ -60,7 +63,8 @@ def main(recipe: str = "pad_ufes_20_m3", backbone: str = "efficientnet_lite0", f
                 if name == "image" and tier == "M3":
                     continue
                 model = make_pipeline(
-                    StandardScaler(), LogisticRegression(C=0.01 if "image" in name else 1.0, max_iter=2000, class_weight="balanced")
+                    StandardScaler(),
+                    LogisticRegression(C=0.01 if "image" in name else 1.0, max_iter=2000, class_weight="balanced"),
                 )
                 predicted = model.fit(features["train"], sides["train"].labels).predict(features["test"])
                 scores.setdefault(name, []).append(balanced_accuracy_score(sides["test"].labels, predicted))

@@ -1,4 +1,6 @@
-"""How fast do batches come? `Examples.shuffled` over a filled store, against decoding and preprocessing in every epoch."""
+"""How fast do batches come? `Examples.shuffled` over a filled store, against decoding and preprocessing in every
+epoch.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,9 @@ import pandas as pd
 import torch
 import typer
 
-from dualrefnet.data.decode import decode_image
-from dualrefnet.data.image_store import fill_store
+from dualrefnet.data.images import decode_image
 from dualrefnet.data.loader import Examples
+from dualrefnet.data.store import fill_store
 from dualrefnet.recipe import ImageSection
 from dualrefnet.runtime.preprocessing import preprocess
 from pictures import picture_table
@@ -26,7 +28,9 @@ METADATA = 81
 
 
 def main(
-    images: Annotated[Path | None, typer.Option(help="Folder of photographs; default: drawn ones of 1536 x 1152.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of photographs; default: drawn ones of 1536 x 1152.")
+    ] = None,
     count: Annotated[int, typer.Option(help="Rows of an epoch; photographs are used again if there are fewer.")] = 480,
     batch_size: int = 32,
     rounds: int = 3,
@@ -38,7 +42,9 @@ def main(
         table = picture_table(Path(folder), images, count)
         store = fill_store(table, SECTION, cache=Path(folder) / "cache")
         rows = np.arange(count)
-        examples = Examples(tuple(table["image_id"]), np.zeros(count, np.int64), np.zeros((count, METADATA), np.float32), store, rows)
+        examples = Examples(
+            tuple(table["image_id"]), np.zeros(count, np.int64), np.zeros((count, METADATA), np.float32), store, rows
+        )
         # Every epoch gives the same number of images; the incomplete last batch is left out.
         given = examples.steps(batch_size) * min(batch_size, count)
 

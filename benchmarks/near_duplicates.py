@@ -1,7 +1,10 @@
-"""How long does it take to compare every picture of a data set with every other? `near_pairs` against a plain loop over the pictures.
+"""How long does it take to compare every picture of a data set with every other? `near_pairs` against a plain loop over
+the pictures.
 
-The fingerprints are random, with copies planted among them that differ in a few bits: both must find exactly these. The plain loop is
-what one writes down first: for each picture, one row of NumPy's bit counts against all others in all eight orientations.
+The fingerprints are random, with copies planted among them that differ in a few bits: both must find exactly these. The
+plain loop is
+what one writes down first: for each picture, one row of NumPy's bit counts against all others in all eight
+orientations.
 """
 
 from __future__ import annotations
@@ -13,8 +16,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from dualrefnet.audit.fingerprints import ORIENTATIONS, SMALL_SIDE, Fingerprints
-from dualrefnet.audit.near_duplicates import MAX_DISTANCE, near_pairs
+from dualrefnet.analysis.duplicates import MAX_DISTANCE, ORIENTATIONS, SMALL_SIDE, Fingerprints, near_pairs
 from record import RESULTS, compare, how, interleaved, record
 
 COPIES, CHANGED_BITS = 50, 20
@@ -22,7 +24,9 @@ BASE = "plain loop"
 
 
 def random_fingerprints(count: int, seed: int = 0) -> Fingerprints:
-    """Return fingerprints of pictures that don't resemble each other, but for the last `COPIES`, which copy the first ones."""
+    """Return fingerprints of pictures that don't resemble each other, but for the last `COPIES`, which copy the first
+    ones.
+    """
     generator = np.random.default_rng(seed)
     hashes = generator.integers(0, 2**63, (count, ORIENTATIONS, 4), dtype=np.uint64)
     small = generator.integers(0, 256, (count, SMALL_SIDE, SMALL_SIDE)).astype(np.uint8)
@@ -44,7 +48,9 @@ def plain_loop(fingerprints: Fingerprints) -> int:
 
 
 def main(
-    count: Annotated[int, typer.Option(min=2 * COPIES, help="Number of pictures; 25,331 are those of ISIC-2019.")] = 25_331,
+    count: Annotated[
+        int, typer.Option(min=2 * COPIES, help="Number of pictures; 25,331 are those of ISIC-2019.")
+    ] = 25_331,
     rounds: int = 2,
     out: Path = RESULTS,
 ) -> None:

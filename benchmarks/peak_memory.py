@@ -33,8 +33,8 @@ def work(part: str, folder: Path, count: int, side: int, batch_size: int, steps:
     import numpy as np
     import pandas as pd
 
-    from dualrefnet.data.image_store import fill_store
     from dualrefnet.data.loader import Examples
+    from dualrefnet.data.store import fill_store
     from dualrefnet.recipe import ImageSection, load_recipe
     from pictures import picture_table
     from training_step import METADATA, random_batch, step
@@ -89,9 +89,18 @@ def main(
         ]
         for name in ("draw", *PARTS):
             command = [sys.executable, __file__, "--part", name, *options]
-            result = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+            result = json.loads(
+                subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
+            )
             if name in PARTS:
-                rows.append({"case": PARTS[name], "value": result["peak"], "unit": "MiB, peak RSS", "seconds": result["seconds"]})
+                rows.append(
+                    {
+                        "case": PARTS[name],
+                        "value": result["peak"],
+                        "unit": "MiB, peak RSS",
+                        "seconds": result["seconds"],
+                    }
+                )
 
     import pandas as pd
 

@@ -7,15 +7,16 @@ from pathlib import Path
 import cv2
 import pandas as pd
 
-from dualrefnet.batch.predict import find_files
-from dualrefnet.data.decode import decode_image
-from dualrefnet.data.sample import MINIMUM_IMAGES, draw_sample
+from dualrefnet.data.images import decode_image
+from dualrefnet.data.synthetic import MINIMUM_IMAGES, draw_sample
+from dualrefnet.deploy.batch import find_files
 
 DRAWN = 96
 
 
 def picture_table(folder: Path, images: Path | None, count: int, width: int = 1536, height: int = 1152) -> pd.DataFrame:
-    """Return a table with the columns `image_id, image_path` of `count` rows; pictures are used again if there are fewer.
+    """Return a table with the columns `image_id, image_path` of `count` rows; pictures are used again if there are
+    fewer.
 
     Args:
         folder: an empty folder for drawn pictures.
@@ -25,7 +26,9 @@ def picture_table(folder: Path, images: Path | None, count: int, width: int = 15
         height: of a drawn JPEG, pixels.
     """
     files = find_files([images]) if images else _draw(folder, min(DRAWN, count), width, height)
-    return pd.DataFrame([{"image_id": f"picture_{row}", "image_path": str(files[row % len(files)])} for row in range(count)])
+    return pd.DataFrame(
+        [{"image_id": f"picture_{row}", "image_path": str(files[row % len(files)])} for row in range(count)]
+    )
 
 
 def _draw(folder: Path, count: int, width: int, height: int) -> list[Path]:

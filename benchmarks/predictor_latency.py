@@ -1,8 +1,12 @@
-"""How long does one photograph with its form take? The whole predictor against bare onnxruntime inference of its image encoder.
+"""How long does one photograph with its form take? The whole predictor against bare onnxruntime inference of its image
+encoder.
 
-The photograph is as large as a phone's. Decoding, colour steps and resizing depend on its size and not on the model, so they are stated
-apart; the ratio is that of everything else the predictor does (form, network, calibration, sets, check of the picture, warnings) to the
-encoder alone, in onnxruntime with its own defaults. The variants are torch as trained (eager), the exported ONNX file, and its int8 variant
+The photograph is as large as a phone's. Decoding, colour steps and resizing depend on its size and not on the model, so
+they are stated
+apart; the ratio is that of everything else the predictor does (form, network, calibration, sets, check of the picture,
+warnings) to the
+encoder alone, in onnxruntime with its own defaults. The variants are torch as trained (eager), the exported ONNX file,
+and its int8 variant
 where the bundle has one.
 """
 
@@ -25,10 +29,9 @@ import typer
 from numpy.typing import NDArray
 
 from dualrefnet import Predictor
-from dualrefnet.data.decode import decode_image
-from dualrefnet.deploy.torch_network import TorchNetwork
-from dualrefnet.runtime.colour import clahe_lightness, shades_of_gray
-from dualrefnet.runtime.preprocessing import to_square
+from dualrefnet.data.images import decode_image
+from dualrefnet.deploy.network import TorchNetwork
+from dualrefnet.runtime.preprocessing import clahe_lightness, shades_of_gray, to_square
 from pictures import picture_table
 from record import RESULTS, interleaved, record
 
@@ -39,7 +42,8 @@ BLOCK = 20
 
 
 class Timed:
-    """A case in a process of its own, which computes only when it is asked: in one process, the threads of one session get into the way of
+    """A case in a process of its own, which computes only when it is asked: in one process, the threads of one session
+    get into the way of
     the next, which no server does.
 
     Args:
@@ -81,7 +85,9 @@ def _serve(there: Connection, make: Callable[..., Callable[[], object]], given: 
         there.send(seconds)
 
 
-def whole_predictor(source: Path, variant: str, prepared: NDArray[np.uint8], form: dict[str, Any]) -> Callable[[], object]:
+def whole_predictor(
+    source: Path, variant: str, prepared: NDArray[np.uint8], form: dict[str, Any]
+) -> Callable[[], object]:
     """Return the prediction of one picture that is prepared, with its form."""
     predictor = Predictor.load(source, variant=variant)
     return lambda: predictor.predict_arrays([prepared], [form])
@@ -99,7 +105,9 @@ def export_encoder(eager: Predictor, file: Path) -> None:
     network = eager.network
     assert isinstance(network, TorchNetwork)
     picture = torch.zeros(1, 3, eager.size, eager.size)
-    torch.onnx.export(_Vector(network.model.encoder).eval(), (picture,), str(file), dynamo=True, external_data=False, verbose=False)
+    torch.onnx.export(
+        _Vector(network.model.encoder).eval(), (picture,), str(file), dynamo=True, external_data=False, verbose=False
+    )
 
 
 class _Vector(torch.nn.Module):
@@ -169,7 +177,9 @@ def main(
         {
             "step: decode the JPEG": lambda: decode_image(data),
             "step: colour constancy": lambda: shades_of_gray(photograph, settings.minkowski_p, settings.gamma),
-            "step: CLAHE": lambda: clahe_lightness(coloured, settings.clahe_clip, settings.clahe_grid, settings.clahe_channel_order),
+            "step: CLAHE": lambda: clahe_lightness(
+                coloured, settings.clahe_clip, settings.clahe_grid, settings.clahe_channel_order
+            ),
             "step: resize": lambda: to_square(flat, settings.size, settings.fit),
             "ONNX: from the JPEG's bytes to the answer": lambda: exported.predict(data, form),
         },

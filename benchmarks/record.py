@@ -56,7 +56,9 @@ def how(rounds: int, base: str) -> str:
     return f"all cases in one run, in turn in each of {rounds} rounds; value: median; ratio: to {base!r}, median of the rounds' ratios"
 
 
-def compare(seconds: Mapping[str, list[float]], unit: Literal["images/s", "s"], base: str, images: int = 1) -> pd.DataFrame:
+def compare(
+    seconds: Mapping[str, list[float]], unit: Literal["images/s", "s"], base: str, images: int = 1
+) -> pd.DataFrame:
     """Make a table of timed cases.
 
     Args:
@@ -113,7 +115,12 @@ def record(name: str, table: pd.DataFrame, note: str, out: Path = RESULTS) -> Pa
     }
     path = out / f"{today}-{hardware()}-torch{torch.__version__.split('+')[0]}-{name}.csv"
     write_csv(path, table.assign(benchmark=name, **environment))
-    shown = Table(title=f"{name}, {hardware()}, torch {torch.__version__}", caption=note, title_justify="left", caption_justify="left")
+    shown = Table(
+        title=f"{name}, {hardware()}, torch {torch.__version__}",
+        caption=note,
+        title_justify="left",
+        caption_justify="left",
+    )
     printed = table.drop(columns=["ratio_to", "rounds"], errors="ignore")
     for column in printed.columns:
         shown.add_column(column, justify="left" if printed[column].dtype.kind not in "fi" else "right")
@@ -151,5 +158,7 @@ def _git_commit() -> str:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", "-C", HERE.parent, *arguments], capture_output=True, text=True, timeout=10, check=True)
+    done = subprocess.run(
+        ["git", "-C", HERE.parent, *arguments], capture_output=True, text=True, timeout=10, check=True
+    )
     return done.stdout.strip()

@@ -1,7 +1,9 @@
 """What does the page about a run cost for a data set as large as ISIC-2019: seconds of each part, and memory at most?
 
-A drawn data set is repeated to that size (hard links, so it takes little disk), a small model is trained on it for one epoch, and
-the page is written in a process of its own, whose peak is read at its end. The time of a part is from the one before to its end.
+A drawn data set is repeated to that size (hard links, so it takes little disk), a small model is trained on it for one
+epoch, and
+the page is written in a process of its own, whose peak is read at its end. The time of a part is from the one before to
+its end.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ def prepare(folder: Path, count: int) -> None:
     """Draw pictures, repeat them as other patients', and train on them."""
     import pandas as pd
 
-    from dualrefnet.data.sample import draw_sample
+    from dualrefnet.data.synthetic import draw_sample
     from dualrefnet.recipe import load_recipe
     from dualrefnet.training.train import train_recipe
 
@@ -47,13 +49,19 @@ def prepare(folder: Path, count: int) -> None:
             part[column] = part[column] + f"{number:03}"
         parts.append(part)
     pd.concat(parts).to_csv(root / "metadata.csv", index=False)
-    values = {"data.root": str(root), "image.size": 64, "model.backbone": "mobilenet_v2", "model.weights": "none", "training.epochs": 1}
+    values = {
+        "data.root": str(root),
+        "image.size": 64,
+        "model.backbone": "mobilenet_v2",
+        "model.weights": "none",
+        "training.epochs": 1,
+    }
     train_recipe(load_recipe("sample", values), folder / "run", cache=folder / "cache")
 
 
 def write(folder: Path) -> list[tuple[str, float]]:
     """Write the page; return the seconds of each part."""
-    from dualrefnet.report import write as writing
+    from dualrefnet.report import run_report as writing
     from dualrefnet.run import Run
 
     times, last = [], time.perf_counter()
@@ -83,8 +91,8 @@ def main(
         elif part == "write":
             times = write(folder)
         else:
-            import dualrefnet.report.explained
-            import dualrefnet.report.write  # noqa: F401
+            import dualrefnet.report.explanations
+            import dualrefnet.report.run_report  # noqa: F401
         # Linux counts in KiB, macOS in bytes.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
         print(json.dumps({"peak": peak, "times": times}))
@@ -93,7 +101,9 @@ def main(
     with tempfile.TemporaryDirectory() as temporary:
         for name in ("imports", "prepare", "write"):
             command = [sys.executable, __file__, "--part", name, "--folder", temporary, "--count", str(count)]
-            result = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+            result = json.loads(
+                subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
+            )
             rows += [{"case": case, "value": seconds, "unit": "seconds"} for case, seconds in result["times"]]
             if name != "prepare":
                 case = {"imports": "importing everything", "write": "writing the page"}[name]

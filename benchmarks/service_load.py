@@ -1,8 +1,12 @@
-"""How many requests a second does the service answer, how late is the latest of a hundred, and does its memory stay where it is?
+"""How many requests a second does the service answer, how late is the latest of a hundred, and does its memory stay
+where it is?
 
-A real server (`dualrefnet serve`) is started on this machine; clients on the same machine, each with one connection, send the next request
-as soon as the last is answered. They take their share of the processor, so a server of its own would be somewhat faster. Every answer must
-be a 200 with probabilities that sum to one; anything else counts as an error. Memory is that of the server and its workers.
+A real server (`dualrefnet serve`) is started on this machine; clients on the same machine, each with one connection,
+send the next request
+as soon as the last is answered. They take their share of the processor, so a server of its own would be somewhat
+faster. Every answer must
+be a 200 with probabilities that sum to one; anything else counts as an error. Memory is that of the server and its
+workers.
 """
 
 from __future__ import annotations
@@ -49,7 +53,9 @@ class Load:
     memory: list[float] = field(default_factory=list)
 
 
-async def put_under_load(url: str, server: psutil.Process, files: list[bytes], form: str, clients: int, duration: float) -> Load:
+async def put_under_load(
+    url: str, server: psutil.Process, files: list[bytes], form: str, clients: int, duration: float
+) -> Load:
     """Let clients ask for a while."""
     load, started = Load(), time.perf_counter()
 
@@ -60,7 +66,9 @@ async def put_under_load(url: str, server: psutil.Process, files: list[bytes], f
                 asked = time.perf_counter()
                 try:
                     answer = await session.post(
-                        "/v1/predict", files={"images": ("photograph.jpg", files[turn % len(files)])}, data={"metadata": form}
+                        "/v1/predict",
+                        files={"images": ("photograph.jpg", files[turn % len(files)])},
+                        data={"metadata": form},
                     )
                     fault = "" if answer.status_code == 200 else f"status {answer.status_code}"
                     if not fault and abs(sum(answer.json()["probabilities"].values()) - 1) > 1e-6:
@@ -166,7 +174,11 @@ def main(
             server.kill()
     note = (
         f"dualrefnet serve, {workers} worker(s), {variant}, {len(files)} photographs "
-        + (f"from a folder, {np.mean([len(file) for file in files]) / 2**10:.0f} KiB each" if images else f"drawn, {width} x {height}")
+        + (
+            f"from a folder, {np.mean([len(file) for file in files]) / 2**10:.0f} KiB each"
+            if images
+            else f"drawn, {width} x {height}"
+        )
         + f", empty form, clients on the same {os.cpu_count()} cores; memory: median of each half; exit status after SIGTERM: {status}"
     )
     record("service_load" + ("-soak" if soak else ""), pd.DataFrame(rows), note, out)

@@ -19,7 +19,7 @@ import pandas as pd
 import typer
 from numpy.typing import NDArray
 
-from dualrefnet.data.image_store import ImageStore, fill_store
+from dualrefnet.data.store import ImageStore, fill_store
 from dualrefnet.recipe import ImageSection
 from pictures import picture_table
 from record import RESULTS, compare, how, interleaved, record
@@ -53,7 +53,9 @@ def plain_loop(table: pd.DataFrame, kind: type[np.floating[Any]]) -> NDArray[np.
 
 
 def main(
-    images: Annotated[Path | None, typer.Option(help="Folder of photographs; default: drawn ones of 1536 x 1152.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of photographs; default: drawn ones of 1536 x 1152.")
+    ] = None,
     count: Annotated[int, typer.Option(help="Number of photographs.")] = 32,
     rounds: int = 3,
     out: Path = RESULTS,
@@ -71,7 +73,9 @@ def main(
         stored = fill(cores).read(np.arange(count)).astype(int)
         levels = {kind.__name__: np.abs(stored - plain_loop(table, kind)) for kind in (np.float32, np.float64)}
         if levels["float64"].max() > MOST_LEVELS:
-            raise SystemExit(f"fill_store and the plain loop differ by {levels['float64'].max()} levels: they don't do the same")
+            raise SystemExit(
+                f"fill_store and the plain loop differ by {levels['float64'].max()} levels: they don't do the same"
+            )
         cases = {
             BASE: lambda: plain_loop(table, np.float32),
             "plain loop, float64": lambda: plain_loop(table, np.float64),
@@ -80,8 +84,15 @@ def main(
         }
         # The check was the warm-up.
         seconds = interleaved(cases, rounds, warmup=0)
-    said = "; ".join(f"pixels differ from {kind} by at most {found.max()}, mean {found.mean():.3f}" for kind, found in levels.items())
-    record("store_filling", compare(seconds, "images/s", BASE, count), f"{count} photographs; {said}; {how(rounds, BASE)}", out)
+    said = "; ".join(
+        f"pixels differ from {kind} by at most {found.max()}, mean {found.mean():.3f}" for kind, found in levels.items()
+    )
+    record(
+        "store_filling",
+        compare(seconds, "images/s", BASE, count),
+        f"{count} photographs; {said}; {how(rounds, BASE)}",
+        out,
+    )
 
 
 if __name__ == "__main__":

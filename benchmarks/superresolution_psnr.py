@@ -15,7 +15,7 @@ import typer
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dualrefnet.data.decode import decode_image
+from dualrefnet.data.images import decode_image
 from dualrefnet.models.superresolution import make_target, psnr, split_native
 from dualrefnet.models.superresolution_networks import NETWORKS, enlarge, find_network_file, load_network
 from pictures import picture_table
@@ -54,10 +54,15 @@ def default_images() -> Path | None:
 
 def main(
     images: Annotated[
-        Path | None, typer.Option(help="Folder of photographs; default: originals of PAD-UFES-20 in $DUALREFNET_DATA, else drawn pictures.")
+        Path | None,
+        typer.Option(
+            help="Folder of photographs; default: originals of PAD-UFES-20 in $DUALREFNET_DATA, else drawn pictures."
+        ),
     ] = None,
     count: Annotated[int, typer.Option(help="Photographs, at most.")] = 24,
-    crop: Annotated[int, typer.Option(help="Side of the central square that is restored, pixels; smaller pictures are taken whole.")] = 448,
+    crop: Annotated[
+        int, typer.Option(help="Side of the central square that is restored, pixels; smaller pictures are taken whole.")
+    ] = 448,
     out: Path = RESULTS,
 ) -> None:
     """Measure; about a minute on two cores with one small network."""

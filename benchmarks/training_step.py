@@ -15,8 +15,7 @@ import numpy as np
 import torch
 import typer
 
-from dualrefnet.data.augment import AugmentationDraw, draw
-from dualrefnet.data.loader import Batch
+from dualrefnet.data.loader import AugmentationDraw, Batch, draw
 from dualrefnet.models.inference import resolve_precision
 from dualrefnet.models.registry import new_model
 from dualrefnet.recipe import Recipe, load_recipe
@@ -43,7 +42,9 @@ class ContiguousTrainer(Trainer):
 def random_batch(batch_size: int, size: int) -> Batch:
     """Return noise in the memory layout of the loader: rows of a store, seen with the channels first."""
     generator = np.random.default_rng(0)
-    images = torch.from_numpy(generator.integers(0, 256, (batch_size, size, size, 3), dtype=np.uint8)).permute(0, 3, 1, 2)
+    images = torch.from_numpy(generator.integers(0, 256, (batch_size, size, size, 3), dtype=np.uint8)).permute(
+        0, 3, 1, 2
+    )
     metadata = torch.from_numpy(generator.random((batch_size, METADATA), dtype=np.float32))
     return Batch(np.arange(batch_size), images, metadata, torch.arange(batch_size) % CLASSES)
 
@@ -75,19 +76,28 @@ def main(
 ) -> None:
     """Measure; about two minutes on two cores with the default backbone."""
     common = {
-        "model.backbone": backbone, "model.weights": "none", "image.size": size, "training.batch_size": batch_size,
+        "model.backbone": backbone,
+        "model.weights": "none",
+        "image.size": size,
+        "training.batch_size": batch_size,
         "training.device": device,
-    }  # fmt: skip
+    }
     batch = random_batch(batch_size, size)
     variants: dict[str, tuple[type[Trainer], dict[str, Any]]] = {
         BASE: (Trainer, {"model.method": "no_metadata"}),
-        **{f"dualrefnet, decoder {name}": (Trainer, {"model.decoder": name}) for name in ("none", "bottleneck", "plain")},
+        **{
+            f"dualrefnet, decoder {name}": (Trainer, {"model.decoder": name})
+            for name in ("none", "bottleneck", "plain")
+        },
         "dualrefnet, bottleneck, contiguous": (ContiguousTrainer, {"model.decoder": "bottleneck"}),
     }
     on_gpu = torch.cuda.is_available() and device != "cpu"
     precision = resolve_precision("auto", torch.device("cuda" if on_gpu else "cpu"))
     if precision == "bf16":
-        variants["dualrefnet, bottleneck, fp32"] = (Trainer, {"model.decoder": "bottleneck", "training.precision": "fp32"})
+        variants["dualrefnet, bottleneck, fp32"] = (
+            Trainer,
+            {"model.decoder": "bottleneck", "training.precision": "fp32"},
+        )
     with tempfile.TemporaryDirectory() as folder:
         cases = {
             name: step(load_recipe("pad_ufes_20", {**common, **changes}), batch, Path(folder), kind)
@@ -95,7 +105,9 @@ def main(
         }
         seconds = interleaved(cases, rounds)
     kept = "bf16 unless named otherwise" if precision == "bf16" else "fp32 (this machine has no native bf16)"
-    note = f"{backbone}, batch {batch_size}, {size} px, {kept}, channels_last unless named otherwise; {how(rounds, BASE)}"
+    note = (
+        f"{backbone}, batch {batch_size}, {size} px, {kept}, channels_last unless named otherwise; {how(rounds, BASE)}"
+    )
     record(f"training_step-{backbone}", compare(seconds, "s", BASE), note, out)
 
 

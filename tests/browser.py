@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dualrefnet.data.decode import decode_image
+from dualrefnet.data.images import decode_image
 from dualrefnet.data.pad_ufes_20 import CLASS_NAMES, CLASSES, FIELDS, MALIGNANT
 from dualrefnet.data.schema import MetadataField
 

@@ -10,10 +10,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from dualrefnet.batch.case_list import Cases
-from dualrefnet.batch.predict import ModelFolder, Summary, predict_here, predict_to_csv
-from dualrefnet.batch.result_file import csv_lines
-from dualrefnet.data.decode import decode_image
+from dualrefnet.data.images import decode_image
+from dualrefnet.deploy.batch import Cases, ModelFolder, Summary, csv_lines, predict_here, predict_to_csv
 from dualrefnet.errors import DataError
 from dualrefnet.runtime.prediction import Prediction
 
@@ -42,14 +40,20 @@ class Coloured:
     def prepare(self, image: Path | None) -> np.ndarray | None:
         return None if image is None else decode_image(image)
 
-    def predict_arrays(self, prepared: Sequence[np.ndarray | None], metadata: Sequence[Mapping[str, str]]) -> list[Prediction]:
+    def predict_arrays(
+        self, prepared: Sequence[np.ndarray | None], metadata: Sequence[Mapping[str, str]]
+    ) -> list[Prediction]:
         time.sleep(self.seconds)
         self.batches.append(len(prepared))
         answers = []
         for picture, form in zip(prepared, metadata, strict=True):
             red = 0.5 if picture is None else float(picture[..., 0].mean()) / 255
             said = [f"age {form['age']}"] if "age" in form else []
-            answers.append(Prediction("RED" if red > 0.5 else "BLUE", {"BLUE": 1 - red, "RED": red}, red, said, 0.25, ("RED",), red > 0.5))
+            answers.append(
+                Prediction(
+                    "RED" if red > 0.5 else "BLUE", {"BLUE": 1 - red, "RED": red}, red, said, 0.25, ("RED",), red > 0.5
+                )
+            )
         return answers
 
 

@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
-from dualrefnet.data.sample import draw_sample
+from dualrefnet.data.synthetic import draw_sample
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import Run
 

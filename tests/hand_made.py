@@ -1,4 +1,6 @@
-"""Runs whose model is made by hand, so that what its score leans on is known: its data are pictures and forms that spell the answer."""
+"""Runs whose model is made by hand, so that what its score leans on is known: its data are pictures and forms that
+spell the answer.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dualrefnet.analysis.opened_run import OpenedRun
 from dualrefnet.data.adapters import Dataset
-from dualrefnet.data.image_store import ImageStore
-from dualrefnet.evaluation.opened_run import OpenedRun
-from dualrefnet.models.backbones import Encoded, EncoderOutput
-from dualrefnet.models.method import Architecture, Method
-from dualrefnet.models.output import Output
+from dualrefnet.data.store import ImageStore
+from dualrefnet.models.base import Architecture, Method, Output
+from dualrefnet.models.encoders import Encoded, EncoderOutput
 from dualrefnet.recipe import ModelSection
 
 SIDE, RADIUS = 64, 8
@@ -36,7 +37,10 @@ class HandMade(Method):
     def __init__(self, opened: OpenedRun, looks_at: str) -> None:
         section = ModelSection.model_validate({"method": "concat"})
         super().__init__(
-            Architecture(image_size=SIDE, metadata_width=opened.metadata.width, classes=len(opened.classes), section=section), []
+            Architecture(
+                image_size=SIDE, metadata_width=opened.metadata.width, classes=len(opened.classes), section=section
+            ),
+            [],
         )
         self.opened, self.looks_at = opened, looks_at
         self.pairs: list[tuple[int, int]] = []
@@ -77,7 +81,9 @@ class PictureOnly(HandMade):
     needs_metadata = False
 
 
-def hand_made(opened: OpenedRun, folder: Path, looks_at: str, model: type[HandMade] = HandMade, ages: bool = True) -> OpenedRun:
+def hand_made(
+    opened: OpenedRun, folder: Path, looks_at: str, model: type[HandMade] = HandMade, ages: bool = True
+) -> OpenedRun:
     """Return a run whose pictures, ages and gaps spell the class, and whose model looks at one of them.
 
     Args:
@@ -107,6 +113,9 @@ def hand_made(opened: OpenedRun, folder: Path, looks_at: str, model: type[HandMa
     store = ImageStore(folder, tuple(table["image_id"]), SIDE, {})
     recipe = opened.recipe.model_copy(update={"image": opened.recipe.image.model_copy(update={"size": SIDE})})
     changed = replace(
-        opened, dataset=Dataset(table, opened.dataset.schema, folder), store=None if model is FormOnly else store, recipe=recipe
+        opened,
+        dataset=Dataset(table, opened.dataset.schema, folder),
+        store=None if model is FormOnly else store,
+        recipe=recipe,
     )
     return replace(changed, model=model(changed, looks_at).eval())

@@ -15,9 +15,9 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from dualrefnet.data.decode import decode_image
+from dualrefnet.data.images import decode_image
 from dualrefnet.errors import DataError
-from dualrefnet.runtime.form import FormField
+from dualrefnet.runtime.metadata import FormField
 from dualrefnet.runtime.prediction import Explanation, Prediction
 from dualrefnet.service.app import create_app
 from dualrefnet.service.server import Served, StoppableServer, bind, configure
@@ -28,11 +28,17 @@ QUICK = ServiceSettings(page=False, linger=0.2, header_timeout=1.0, idle_timeout
 
 
 class StandInPredictor:
-    """Has the face of a predictor. The answer tells the photographs and the form apart, so that no two can be mixed up unseen."""
+    """Has the face of a predictor. The answer tells the photographs and the form apart, so that no two can be mixed up
+    unseen.
+    """
 
     classes, malignant = ("BCC", "NEV"), ("BCC",)
     title, name, class_names = "stand-in data", "stand_in", {"BCC": "basal cell carcinoma", "NEV": "naevus"}
-    fields = (FormField("age", "numeric", "years", maximum=120), FormField("region", "categorical"), FormField("itch", "boolean"))
+    fields = (
+        FormField("age", "numeric", "years", maximum=120),
+        FormField("region", "categorical"),
+        FormField("itch", "boolean"),
+    )
     size, description = SIZE, {"measured": None}
     decision, shortcut = None, None
 
@@ -57,7 +63,9 @@ class StandInPredictor:
         if isinstance(form.get("age"), str):
             raise DataError("age must be a number")
 
-    def predict_lesions(self, prepared: Sequence[Sequence[np.ndarray | None]], metadata: Sequence[dict[str, Any]]) -> list[Prediction]:
+    def predict_lesions(
+        self, prepared: Sequence[Sequence[np.ndarray | None]], metadata: Sequence[dict[str, Any]]
+    ) -> list[Prediction]:
         self.batches.append(sum(map(len, prepared)))
         self.threads.add(threading.current_thread().name)
         time.sleep(self.delay)
@@ -67,13 +75,19 @@ class StandInPredictor:
         there = [picture for picture in lesion if picture is not None]
         share = float(np.mean([picture.mean() for picture in there])) / 255 if there else 0.5
         said = [f"age {form['age']}"] if form.get("age") is not None else []
-        return Prediction("BCC" if share >= 0.5 else "NEV", {"BCC": share, "NEV": 1 - share}, share, said, None, ("BCC",), share > 0.3)
+        return Prediction(
+            "BCC" if share >= 0.5 else "NEV", {"BCC": share, "NEV": 1 - share}, share, said, None, ("BCC",), share > 0.3
+        )
 
-    def explain_array(self, prepared: np.ndarray | None, form: Mapping[str, Any], label: str | None = None) -> Explanation:
+    def explain_array(
+        self, prepared: np.ndarray | None, form: Mapping[str, Any], label: str | None = None
+    ) -> Explanation:
         self.threads.add(threading.current_thread().name)
         time.sleep(self.delay)
         heat = None if prepared is None else np.linspace(-0.1, 0.4, SIZE * SIZE, dtype=np.float32).reshape(SIZE, SIZE)
-        return Explanation(label or "BCC", 0.5, heat, {name: 0.125 for name, value in form.items() if value is not None})
+        return Explanation(
+            label or "BCC", 0.5, heat, {name: 0.125 for name, value in form.items() if value is not None}
+        )
 
 
 def picture(grey: int = 200, kind: str = "PNG", side: int = 40) -> bytes:
@@ -85,8 +99,13 @@ def picture(grey: int = 200, kind: str = "PNG", side: int = 40) -> bytes:
 
 def multipart(parts: Sequence[tuple[str, bytes]], boundary: str = "xyz") -> tuple[bytes, dict[str, str]]:
     """Return body and headers of named parts, written by hand."""
-    lines = [f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n'.encode() + value + b"\r\n" for name, value in parts]
-    return b"".join(lines) + f"--{boundary}--\r\n".encode(), {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+    lines = [
+        f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n'.encode() + value + b"\r\n"
+        for name, value in parts
+    ]
+    return b"".join(lines) + f"--{boundary}--\r\n".encode(), {
+        "Content-Type": f"multipart/form-data; boundary={boundary}"
+    }
 
 
 def question(grey: int = 200, **form: Any) -> dict[str, Any]:

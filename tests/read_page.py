@@ -28,7 +28,9 @@ class Element:
                 yield from part.all(tag)
 
     def words(self) -> str:
-        return re.sub(r"\s+", " ", "".join(part if isinstance(part, str) else part.words() for part in self.parts)).strip()
+        return re.sub(
+            r"\s+", " ", "".join(part if isinstance(part, str) else part.words() for part in self.parts)
+        ).strip()
 
     def own(self, tag: str) -> list["Element"]:
         return [part for part in self.parts if isinstance(part, Element) and part.tag == tag]
@@ -83,7 +85,9 @@ class Page:
 
     @property
     def sections(self) -> dict[str, Element]:
-        return {element.attributes["id"]: element for element in self.root.all() if element.tag in ("section", "details")}
+        return {
+            element.attributes["id"]: element for element in self.root.all() if element.tag in ("section", "details")
+        }
 
     def lead(self, key: str) -> list[str]:
         return [paragraph.words() for paragraph in self.sections[key].own("p")]
@@ -100,11 +104,18 @@ class Page:
     def numbers(self) -> dict[str, bytes]:
         """Return name of the file -> the CSV that lies in the page."""
         links = [element.attributes for element in self.root.all("a") if "download" in element.attributes]
-        return {link["download"]: base64.b64decode(link["href"].removeprefix("data:text/csv;base64,"), validate=True) for link in links}
+        return {
+            link["download"]: base64.b64decode(link["href"].removeprefix("data:text/csv;base64,"), validate=True)
+            for link in links
+        }
 
 
 def _cell(cell: Element) -> list[str]:
-    return [part.strip() if isinstance(part, str) else part.words() for part in cell.parts if part and not str(part).isspace()]
+    return [
+        part.strip() if isinstance(part, str) else part.words()
+        for part in cell.parts
+        if part and not str(part).isspace()
+    ]
 
 
 def read(file: Path) -> Page:

@@ -5,20 +5,28 @@ from itertools import combinations
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
-from dualrefnet.figures.picture import WIDTH, Picture, styled
+from dualrefnet.display.figure import WIDTH, Picture, styled
 
 
 @styled
 def assert_readable(picture: Picture) -> None:
-    """All letters are large enough, inside the picture, and no two texts overlap; it is one column wide and has its words."""
+    """All letters are large enough, inside the picture, and no two texts overlap; it is one column wide and has its
+    words.
+    """
     figure = picture.figure
     assert figure.get_figwidth() == WIDTH
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
     # Labels of ticks outside a panel's limits exist but aren't drawn.
-    ticks = [(axis, tick) for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for tick in axis.get_major_ticks()]
-    outside = [tick.label1 for axis, tick in ticks if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())]
+    ticks = [
+        (axis, tick) for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for tick in axis.get_major_ticks()
+    ]
+    outside = [
+        tick.label1
+        for axis, tick in ticks
+        if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
+    ]
     texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible() and text not in outside]
     boxes = [text.get_window_extent(renderer) for text in texts]
     for text, box in zip(texts, boxes, strict=True):

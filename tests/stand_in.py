@@ -1,19 +1,22 @@
-"""Methods on encoders that read nothing: their outputs are given, so that what a method makes of them can be worked out by hand."""
+"""Methods on encoders that read nothing: their outputs are given, so that what a method makes of them can be worked
+out by hand.
+"""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from dualrefnet.models.backbones import Encoded, Encoder, EncoderOutput
-from dualrefnet.models.method import Architecture, Method
+from dualrefnet.models.base import Architecture, Method
+from dualrefnet.models.encoders import Encoded, Encoder, EncoderOutput, WeightsSource
 from dualrefnet.models.registry import METHODS, NEUTRAL
-from dualrefnet.models.weights import WeightsSource
 from dualrefnet.recipe import ModelSection
 
 
 def build(name: str, features: int, metadata_width: int, taps: Sequence[int] = (), **settings: object) -> Method:
-    """Return a method for two classes in evaluation mode, on an encoder of that many features and those channels of taps."""
+    """Return a method for two classes in evaluation mode, on an encoder of that many features and those channels of
+    taps.
+    """
     section = ModelSection.model_validate({"method": name, **settings})
     encoder = Encoder("mobilenet_v2", nn.Identity(), WeightsSource("none", "stand-in", None, NEUTRAL, NEUTRAL))
     encoder.features, encoder.tap_features = features, tuple(taps)

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from dualrefnet.evaluation.metrics import compute_metrics
 from dualrefnet.files import write_csv, write_json, write_yaml
-from dualrefnet.suite.aggregate import Aggregate, aggregate
 from dualrefnet.suite.grid import Cell, expand, load_suite
+from dualrefnet.suite.results import Aggregate, aggregate
 
 CLASSES = ["ACK", "BCC", "MEL"]
 IMAGES = 24
@@ -65,7 +65,12 @@ def image_ids(cell: Cell) -> list[str]:
 
 
 def write_run(
-    folder: Path, cell: Cell, answers: NDArray[np.int64], ids: list[str] | None = None, weights: str = "package", drawn: bool = False
+    folder: Path,
+    cell: Cell,
+    answers: NDArray[np.int64],
+    ids: list[str] | None = None,
+    weights: str = "package",
+    drawn: bool = False,
 ) -> None:
     """Write what the tables read of a run: two images a patient, in an order that is not that of the ids."""
     ids = ids or image_ids(cell)
@@ -81,10 +86,14 @@ def write_run(
     patients = rows["split"] + [f"-{name[:-2]}{int(name[-2:]) // 2}" for name in rows["image_id"]]
     write_csv(
         folder / "split.csv",
-        pd.DataFrame({"image_id": rows["image_id"], "patient_id": patients, "label": rows["label"], "split": rows["split"]}),
+        pd.DataFrame(
+            {"image_id": rows["image_id"], "patient_id": patients, "label": rows["label"], "split": rows["split"]}
+        ),
     )
     write_json(folder / "model.json", {"classes": CLASSES, "malignant": ["MEL"]})
-    write_json(folder / "fingerprint.json", {"weights": [{"kind": weights, "description": f"weights of kind {weights}"}]})
+    write_json(
+        folder / "fingerprint.json", {"weights": [{"kind": weights, "description": f"weights of kind {weights}"}]}
+    )
     shares = {"train": 0.493, "train_or_val": 0.554} if cell.protocol == "paper" else {"train": 0, "train_or_val": 0}
     leakage = {"patient": {**shares, "per_class": {}}, "lesion": None}
     metrics = compute_metrics(LABELS, scores, CLASSES, ["MEL"])
@@ -102,7 +111,10 @@ def changed(**values: Any) -> dict[str, Any]:
     """Return a copy of SUITE with keys of its block replaced (`grid_...`), or its own."""
     # Deep: a caller that changes the result mustn't change the suite of all other tests.
     suite = deepcopy(SUITE)
-    block = {**suite["grid"][0], **{key.removeprefix("grid_"): value for key, value in values.items() if key.startswith("grid_")}}
+    block = {
+        **suite["grid"][0],
+        **{key.removeprefix("grid_"): value for key, value in values.items() if key.startswith("grid_")},
+    }
     return {**suite, **{key: value for key, value in values.items() if not key.startswith("grid_")}, "grid": [block]}
 
 
@@ -113,6 +125,17 @@ def row(table: pd.DataFrame, **values: str) -> pd.Series:
 
 
 def paper_suite(tmp_path: Path, **values: Any) -> Aggregate:
-    block = {"recipe": "pad_ufes_20_paper", "methods": values.pop("methods", ["dualrefnet", "visual"]), **values.pop("block", {})}
-    suite = {"name": "paper", "title": "Paper", "table": "3a", "measures": ["accuracy", "f1_macro"], "grid": [block], **values}
+    block = {
+        "recipe": "pad_ufes_20_paper",
+        "methods": values.pop("methods", ["dualrefnet", "visual"]),
+        **values.pop("block", {}),
+    }
+    suite = {
+        "name": "paper",
+        "title": "Paper",
+        "table": "3a",
+        "measures": ["accuracy", "f1_macro"],
+        "grid": [block],
+        **values,
+    }
     return aggregate(write_suite(tmp_path, suite, lambda cell: wrong_on(0, 1, 2)))

@@ -13,8 +13,16 @@ BLANK = dict.fromkeys((field.name for field in pad_ufes_20.FIELDS), "")
 PAD = pd.DataFrame(
     [
         BLANK | {"patient_id": "PAT_1", "lesion_id": "7", "img_id": "PAT_1_7_1.png", "diagnostic": "MEL", "age": "40"},
-        BLANK | {"patient_id": "PAT_2", "lesion_id": "7", "img_id": "PAT_2_7_2.png", "diagnostic": "NEV", "itch": "UNK"},
-        BLANK | {"patient_id": "PAT_2", "lesion_id": "8", "img_id": "PAT_2_8_3.png", "diagnostic": "BCC", "fitspatrick": "3.0"},
+        BLANK
+        | {"patient_id": "PAT_2", "lesion_id": "7", "img_id": "PAT_2_7_2.png", "diagnostic": "NEV", "itch": "UNK"},
+        BLANK
+        | {
+            "patient_id": "PAT_2",
+            "lesion_id": "8",
+            "img_id": "PAT_2_8_3.png",
+            "diagnostic": "BCC",
+            "fitspatrick": "3.0",
+        },
     ]
 ).assign(biopsed="True")
 
@@ -35,9 +43,18 @@ def pad(root, table=PAD, files=()):
 def isic(root, files=(), truth=None, metadata=None):
     ids = ["ISIC_0000001", "ISIC_0000002_downsampled"]
     scores = {name: [0.0, 0.0] for name in isic_2019.CLASSES} | {"MEL": [1.0, 0.0], "DF": [0.0, 1.0], "UNK": [0.0, 0.0]}
-    columns = {"age_approx": ["55", ""], "anatom_site_general": ["", "head/neck"], "lesion_id": ["", "L1"], "sex": ["male", ""]}
-    (root / isic_2019.GROUND_TRUTH).write_text(pd.DataFrame({"image": ids, **scores, **(truth or {})}).to_csv(index=False))
-    (root / isic_2019.METADATA).write_text(pd.DataFrame({"image": ids, **columns, **(metadata or {})}).iloc[::-1].to_csv(index=False))
+    columns = {
+        "age_approx": ["55", ""],
+        "anatom_site_general": ["", "head/neck"],
+        "lesion_id": ["", "L1"],
+        "sex": ["male", ""],
+    }
+    (root / isic_2019.GROUND_TRUTH).write_text(
+        pd.DataFrame({"image": ids, **scores, **(truth or {})}).to_csv(index=False)
+    )
+    (root / isic_2019.METADATA).write_text(
+        pd.DataFrame({"image": ids, **columns, **(metadata or {})}).iloc[::-1].to_csv(index=False)
+    )
     for file in files:
         touch(root / file)
     return root
@@ -55,7 +72,11 @@ def own(root, table, /, **description):
     [
         ["images/imgs_part_1/PAT_1_7_1.png", "images/imgs_part_2/PAT_2_7_2.png", "images/imgs_part_3/PAT_2_8_3.png"],
         ["imgs_part_1/PAT_1_7_1.png", "imgs_part_2/PAT_2_7_2.png", "imgs_part_3/PAT_2_8_3.png"],
-        ["imgs_part_1/imgs_part_1/PAT_1_7_1.png", "images/imgs_part_2/imgs_part_2/PAT_2_7_2.png", "images/imgs_part_3/PAT_2_8_3.png"],
+        [
+            "imgs_part_1/imgs_part_1/PAT_1_7_1.png",
+            "images/imgs_part_2/imgs_part_2/PAT_2_7_2.png",
+            "images/imgs_part_3/PAT_2_8_3.png",
+        ],
         ["images/PAT_1_7_1.jpg", "images/PAT_2_7_2.JPEG", "images/PAT_2_8_3.png"],
     ],
 )
@@ -67,7 +88,9 @@ def test_every_layout_of_pad_ufes_20_is_read(tmp_path, files):
 
 
 def test_pad_rows_without_an_image_stay_and_values_are_normalised(tmp_path):
-    dataset = load_dataset("pad_ufes_20", pad(tmp_path, files=["images/PAT_2_7_2.png", "images/notes.txt", "images/._PAT_1_7_1.png"]))
+    dataset = load_dataset(
+        "pad_ufes_20", pad(tmp_path, files=["images/PAT_2_7_2.png", "images/notes.txt", "images/._PAT_1_7_1.png"])
+    )
     assert list(dataset.table["image_path"].isna()) == [True, False, True]
     assert list(dataset.with_image["image_id"]) == ["PAT_2_7_2"]
     assert dataset.table["age"][0] == 40
@@ -109,7 +132,9 @@ def test_a_csv_with_no_rows_is_refused(tmp_path):
         load_dataset("pad_ufes_20", pad(tmp_path, PAD.iloc[:0]))
 
 
-@pytest.mark.parametrize("folder", ["ISIC_2019_Training_Input", "ISIC_2019_Training_Input/ISIC_2019_Training_Input", "images"])
+@pytest.mark.parametrize(
+    "folder", ["ISIC_2019_Training_Input", "ISIC_2019_Training_Input/ISIC_2019_Training_Input", "images"]
+)
 def test_every_layout_of_isic_2019_is_read_in_the_order_of_the_ground_truth(tmp_path, folder):
     dataset = load_dataset("isic_2019", isic(tmp_path, [f"{folder}/ISIC_0000002_downsampled.jpg"]))
     table = dataset.table
@@ -200,10 +225,16 @@ def test_a_table_without_a_patient_column_is_remarked_on_and_grouped_by_lesion_i
     ("change", "message"),
     [
         ({"imgae": "photo"}, "imgae: unknown key; the keys there are title, table, images"),
-        ({"metadata": [{"name": "years", "knd": "numeric"}]}, r"metadata.0.*unknown key; the keys there are name, kind"),
+        (
+            {"metadata": [{"name": "years", "knd": "numeric"}]},
+            r"metadata.0.*unknown key; the keys there are name, kind",
+        ),
         ({"metadata": [{"name": "years", "kind": "number"}]}, "metadata.0.kind"),
         ({"metadata": [{"name": "biopsed", "kind": "boolean"}]}, "holds the diagnosis"),
-        ({"metadata": [{"name": "kind", "kind": "categorical"}]}, "kind can't be a metadata field: the column is the image, the label"),
+        (
+            {"metadata": [{"name": "kind", "kind": "categorical"}]},
+            "kind can't be a metadata field: the column is the image, the label",
+        ),
         ({"metadata": [{"name": "person", "kind": "categorical"}]}, "person can't be a metadata field"),
         ({"metadata": [{"name": "height", "kind": "numeric"}]}, "has no column height; it has: photo, kind"),
         ({"patient": "who"}, "has no column who"),

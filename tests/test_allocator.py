@@ -6,7 +6,7 @@ import pytest
 # Page faults of a fresh process that allocates and frees 64 MB twenty times over.
 CODE = """
 import resource, sys, torch
-from dualrefnet.training.allocator import keep_freed_memory
+from dualrefnet.training.loop import keep_freed_memory
 told = keep_freed_memory() if sys.argv[1] == "keep" else None
 for _ in range(20):  # Until the heap has grown.
     torch.ones(1 << 24)

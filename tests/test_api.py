@@ -15,9 +15,18 @@ def frame(sample_root: Path) -> pd.DataFrame:
 
 def test_fit_trains_on_any_table_and_keeps_patients_apart(frame: pd.DataFrame, tmp_path: Path) -> None:
     run = dualrefnet.fit(
-        frame, image="photo", label="diagnostic", group="patient_id", metadata=["age", "region", "itch"], malignant=["MEL", "BCC", "SCC"],
-        out=tmp_path / "mine", image__size=32, model__weights="none", training__epochs=1, evaluation__bootstrap=20,
-    )  # fmt: skip
+        frame,
+        image="photo",
+        label="diagnostic",
+        group="patient_id",
+        metadata=["age", "region", "itch"],
+        malignant=["MEL", "BCC", "SCC"],
+        out=tmp_path / "mine",
+        image__size=32,
+        model__weights="none",
+        training__epochs=1,
+        evaluation__bootstrap=20,
+    )
     assert run.finished
     assert (run.split.groupby("patient_id")["split"].nunique() == 1).all()
     assert "sensitivity" in run.metrics["malignant"]
@@ -34,7 +43,9 @@ def test_fit_trains_on_any_table_and_keeps_patients_apart(frame: pd.DataFrame, t
         ({"label": "truth"}, "no column truth"),
     ],
 )
-def test_columns_that_cannot_be_features_are_refused(frame: pd.DataFrame, tmp_path: Path, change: dict, words: str) -> None:
+def test_columns_that_cannot_be_features_are_refused(
+    frame: pd.DataFrame, tmp_path: Path, change: dict, words: str
+) -> None:
     arguments = {"image": "photo", "label": "diagnostic", "metadata": ["age"], **change}
     with pytest.raises(DataError, match=words):
         dualrefnet.fit(frame, out=tmp_path / "mine", **arguments)

@@ -10,18 +10,14 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from dualrefnet.audit.audited_rows import AuditedRows
-from dualrefnet.audit.dataset_audit import Audit, audit_dataset, audit_split
-from dualrefnet.audit.fingerprints import fingerprint_files
-from dualrefnet.audit.form_alone import IMAGES, form_alone
-from dualrefnet.audit.missingness import missingness
-from dualrefnet.audit.proxies import proxies
-from dualrefnet.audit.reidentification import reidentification
+from dualrefnet.analysis.audit import Audit, audit_dataset, audit_split
+from dualrefnet.analysis.duplicates import fingerprint_files
+from dualrefnet.analysis.label_leakage import IMAGES, AuditedRows, form_alone, missingness, proxies, reidentification
 from dualrefnet.cli import app, data  # noqa: F401 (the module registers the commands)
 from dualrefnet.data.adapters import Dataset, load_dataset
+from dualrefnet.data.check import Finding
 from dualrefnet.data.protocols import split_dataset
-from dualrefnet.data.sample import draw_sample
-from dualrefnet.findings import Finding
+from dualrefnet.data.synthetic import draw_sample
 
 
 def only(findings: list[Finding], check: str) -> Finding:
@@ -50,7 +46,12 @@ def write_table(root: Path, frame: pd.DataFrame, fields: list[str], malignant: s
 def test_a_grouped_split_of_the_drawn_sample_has_no_failure(sample: Dataset, audited: Audit) -> None:
     assert not audited.failed
     assert audited.verdict == "WARN", "the sample has the shortcuts of PAD-UFES-20"
-    assert {finding.check for finding in audited.findings} >= {"near_duplicates", "identical_other_label", "proxy", "form_alone"}
+    assert {finding.check for finding in audited.findings} >= {
+        "near_duplicates",
+        "identical_other_label",
+        "proxy",
+        "form_alone",
+    }
     for fold in (1, 3):
         assert not audit_split(sample, split_dataset(sample, "grouped-cv", fold), forests=False, samples=50).failed
 
@@ -134,7 +135,9 @@ def test_gaps_that_are_the_answer_fail(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 @pytest.mark.parametrize("classes", [2, 6])
-def test_a_column_derived_from_the_label_fails_as_a_field_and_warns_beside_the_form(tmp_path: Path, noise: float, classes: int) -> None:
+def test_a_column_derived_from_the_label_fails_as_a_field_and_warns_beside_the_form(
+    tmp_path: Path, noise: float, classes: int
+) -> None:
     generator = np.random.default_rng(0)
     labels = generator.integers(classes, size=600)
     wrong = generator.random(600) < noise
@@ -151,7 +154,9 @@ def test_a_column_derived_from_the_label_fails_as_a_field_and_warns_beside_the_f
         assert table.set_index("column")["feature"].to_dict() == {"stage": level == "FAIL", "site": True}
 
 
-def test_biopsed_is_named_unprompted_and_would_fail_as_a_field_under_another_name(sample: Dataset, tmp_path: Path) -> None:
+def test_biopsed_is_named_unprompted_and_would_fail_as_a_field_under_another_name(
+    sample: Dataset, tmp_path: Path
+) -> None:
     findings = proxies(AuditedRows.of(sample, split_dataset(sample)), 50, 0)[1]
     warned = [finding for finding in findings if finding.level != "PASS"]
     assert [finding.message.split(" ")[0] for finding in warned] == ["biopsed"]
@@ -233,7 +238,16 @@ def test_a_table_without_form_patients_and_images_is_audited_too(tmp_path: Path)
 
 
 def test_the_command_says_the_verdict_and_its_exit_status(sample_root: Path, tmp_path: Path) -> None:
-    arguments = ["audit", "sample", "--root", str(sample_root), "--without-images", "--without-forests", "--json", str(tmp_path / "a.json")]
+    arguments = [
+        "audit",
+        "sample",
+        "--root",
+        str(sample_root),
+        "--without-images",
+        "--without-forests",
+        "--json",
+        str(tmp_path / "a.json"),
+    ]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     assert "PASS  patients_on_two_sides" in done.output
@@ -241,6 +255,8 @@ def test_the_command_says_the_verdict_and_its_exit_status(sample_root: Path, tmp
     assert json.loads((tmp_path / "a.json").read_text())["failed"] is False
     frame = pd.DataFrame({"label": ["a", "b"] * 50, "answer": ["x", "y"] * 50, "patient": range(100)})
     write_table(tmp_path, frame, ["answer"])
-    done = CliRunner().invoke(app, ["audit", "csv_table", "--root", str(tmp_path), "--without-images", "--without-forests"])
+    done = CliRunner().invoke(
+        app, ["audit", "csv_table", "--root", str(tmp_path), "--without-images", "--without-forests"]
+    )
     assert done.exit_code == 1, done.output
     assert "FAIL  proxy: answer is a metadata field and nearly the answer" in done.output

@@ -5,12 +5,18 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from dualrefnet.audit import near_duplicates
-from dualrefnet.audit.fingerprints import Fingerprints, fingerprint, fingerprint_files, orientations
-from dualrefnet.audit.near_duplicates import group_pairs, near_pairs
+from dualrefnet.analysis import duplicates as near_duplicates
+from dualrefnet.analysis.duplicates import (
+    Fingerprints,
+    fingerprint,
+    fingerprint_files,
+    group_pairs,
+    near_pairs,
+    orientations,
+)
 from dualrefnet.data.adapters import load_dataset
-from dualrefnet.data.decode import decode_image
-from dualrefnet.data.sample import draw_sample
+from dualrefnet.data.images import decode_image
+from dualrefnet.data.synthetic import draw_sample
 
 
 def taken(pictures: list[np.ndarray]) -> Fingerprints:
@@ -93,9 +99,13 @@ def test_pairs_that_share_an_image_are_one_group():
 
 def test_a_smaller_copy_is_found_and_a_broken_file_left_out(table, tmp_path):
     table = table[:20]
-    Image.fromarray(copied(decode_image(table["image_path"].iloc[3]), None, 0.7)).save(tmp_path / "copy.jpg", quality=80)
+    Image.fromarray(copied(decode_image(table["image_path"].iloc[3]), None, 0.7)).save(
+        tmp_path / "copy.jpg", quality=80
+    )
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    extra = pd.DataFrame({"image_id": ["copy", "broken"], "image_path": [str(tmp_path / "copy.jpg"), str(tmp_path / "broken.png")]})
+    extra = pd.DataFrame(
+        {"image_id": ["copy", "broken"], "image_path": [str(tmp_path / "copy.jpg"), str(tmp_path / "broken.png")]}
+    )
     table = pd.concat([table[["image_id", "image_path"]], extra], ignore_index=True)
     calls = []
     prints = fingerprint_files(table, progress=lambda done, total: calls.append((done, total)))

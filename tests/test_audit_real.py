@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from dualrefnet.audit.audited_rows import AuditedRows
-from dualrefnet.audit.dataset_audit import audit_dataset, audit_split
-from dualrefnet.audit.form_alone import (
+from dualrefnet.analysis.audit import audit_dataset, audit_split, shared_ids
+from dualrefnet.analysis.label_leakage import (
     ALL,
     ALWAYS,
     FLAGGED,
@@ -16,15 +15,16 @@ from dualrefnet.audit.form_alone import (
     OTHERS,
     TRAIN,
     TRAIN_VAL,
+    AuditedRows,
     feature_sets,
     form_alone,
     linear,
+    missingness,
+    predict_in_folds,
+    proxies,
+    recall_samples,
+    reidentification,
 )
-from dualrefnet.audit.leakage import shared_ids
-from dualrefnet.audit.measures import predict_in_folds, recall_samples
-from dualrefnet.audit.missingness import missingness
-from dualrefnet.audit.proxies import proxies
-from dualrefnet.audit.reidentification import reidentification
 from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.protocols import split_dataset
 
@@ -68,7 +68,16 @@ def test_lesions_of_the_paper_s_split_of_isic(isic):
     assert [finding.level for finding in findings] == ["WARN", "FAIL"]
     shares = table[table["what"] == "lesion"].set_index("class")
     assert shares.loc["all", ["train", "train_or_val"]].astype(float).round(3).tolist() == [0.637, 0.661]
-    expected = {"AK": 0.857, "MEL": 0.804, "BCC": 0.779, "SCC": 0.727, "DF": 0.723, "BKL": 0.669, "VASC": 0.667, "NV": 0.495}
+    expected = {
+        "AK": 0.857,
+        "MEL": 0.804,
+        "BCC": 0.779,
+        "SCC": 0.727,
+        "DF": 0.723,
+        "BKL": 0.669,
+        "VASC": 0.667,
+        "NV": 0.495,
+    }
     assert shares["train"].drop("all").round(3).to_dict() == expected
     grouped = shared_ids(isic, split_dataset(isic))[1]
     assert [finding.level for finding in grouped] == ["WARN", "PASS"]
@@ -79,8 +88,13 @@ def test_the_gaps_of_pad(pad, pad_rows):
     first = blocks.iloc[0]
     assert first["rows"] == 804
     assert {label: round(100 * first[label], 1) for label in pad_rows.classes} == {
-        "ACK": 61.2, "BCC": 0.0, "MEL": 0.0, "NEV": 69.3, "SCC": 0.0, "SEK": 80.0,
-    }  # fmt: skip
+        "ACK": 61.2,
+        "BCC": 0.0,
+        "MEL": 0.0,
+        "NEV": 69.3,
+        "SCC": 0.0,
+        "SEK": 80.0,
+    }
     assert first["malignant_missing"] == 0.0
     assert round(first["malignant_present"], 3) == 0.729
     said = findings[0].message
@@ -94,13 +108,19 @@ def test_the_gaps_of_pad(pad, pad_rows):
     assert "348 of 394 (88.3%) are malignant" in findings[1].message
     assert findings[-1].check == "missing_mask"
     assert findings[-1].level == "WARN"
-    counts = {name: int((pad.table[name] == "UNK").sum()) for name in ("grew", "changed", "background_father", "background_mother")}
+    counts = {
+        name: int((pad.table[name] == "UNK").sum())
+        for name in ("grew", "changed", "background_father", "background_mother")
+    }
     assert counts == {"grew": 402, "changed": 396, "background_father": 95, "background_mother": 84}
 
 
 def test_biopsed_is_the_only_proxy_of_pad(pad_rows):
     biopsed = pad_rows.others["biopsed"] == "True"
-    share = {label: round(100 * float(biopsed[pad_rows.labels == index].mean()), 1) for index, label in enumerate(pad_rows.classes)}
+    share = {
+        label: round(100 * float(biopsed[pad_rows.labels == index].mean()), 1)
+        for index, label in enumerate(pad_rows.classes)
+    }
     assert share == {"ACK": 24.4, "BCC": 100.0, "MEL": 100.0, "NEV": 24.6, "SCC": 100.0, "SEK": 6.4}
     table, findings = proxies(pad_rows, 100, 0)
     assert [finding.message.split(" ")[0] for finding in findings if finding.level != "PASS"] == ["biopsed"]
@@ -136,7 +156,9 @@ FORESTS_OF_PAD = {
 def compare(table, published):
     found = table.set_index(["features", "learner", "measured"])["balanced_accuracy"]
     for (features, learner), values in published.items():
-        for way, value, tolerance in zip((TRAIN, TRAIN_VAL, IMAGES, GROUPED), values, (0.02, 0.02, 0.03, 0.03), strict=True):
+        for way, value, tolerance in zip(
+            (TRAIN, TRAIN_VAL, IMAGES, GROUPED), values, (0.02, 0.02, 0.03, 0.03), strict=True
+        ):
             if value is not None:
                 assert found[features, learner, way] == pytest.approx(value, abs=tolerance), (features, learner, way)
 
@@ -157,7 +179,9 @@ def test_linear_models_on_the_form_of_isic(isic):
     columns = feature_sets(rows)[ALL]
     assert columns.shape[1] == 11
     fitted = linear().fit(columns[rows.sides == "train"], rows.labels[rows.sides == "train"])
-    value, _ = recall_samples(rows.labels[rows.test], fitted.predict(columns[rows.test]), rows.groups[rows.test], 8, 1, 0)
+    value, _ = recall_samples(
+        rows.labels[rows.test], fitted.predict(columns[rows.test]), rows.groups[rows.test], 8, 1, 0
+    )
     assert value == pytest.approx(0.323, abs=0.01)
 
 
@@ -211,4 +235,6 @@ def test_folds_of_patients_never_predict_a_patient_they_have_seen(pad_rows):
             return np.full((len(features), 6), 1 / 6)
 
     patients = np.unique(pad_rows.groups.astype(str), return_inverse=True)[1].astype(float)
-    assert predict_in_folds(Recalls, patients[:, None], pad_rows.labels, pad_rows.groups, 6, 0).sum() == pytest.approx(2298)
+    assert predict_in_folds(Recalls, patients[:, None], pad_rows.labels, pad_rows.groups, 6, 0).sum() == pytest.approx(
+        2298
+    )

@@ -1,10 +1,10 @@
 import pytest
 
-from dualrefnet.audit.dataset_audit import audit_split
-from dualrefnet.audit.fingerprints import fingerprint_files
+from dualrefnet.analysis.audit import audit_split
+from dualrefnet.analysis.duplicates import fingerprint_files
 from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.protocols import split_dataset
-from dualrefnet.report.audited import QUESTIONS, audited_section
+from dualrefnet.report.trust import QUESTIONS, audited_section
 
 
 @pytest.fixture(scope="module")
@@ -13,7 +13,9 @@ def dataset(sample_root):
 
 
 def test_every_finding_has_a_question_and_the_worst_verdict_answers_it(dataset):
-    audit = audit_split(dataset, split_dataset(dataset), fingerprint_files(dataset.with_image), forests=False, samples=20)
+    audit = audit_split(
+        dataset, split_dataset(dataset), fingerprint_files(dataset.with_image), forests=False, samples=20
+    )
     asked = [check for _, checks in QUESTIONS for check in checks]
     assert {finding.check for finding in audit.findings} <= {*asked, "images_compared"}
     section = audited_section(audit)

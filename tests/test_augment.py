@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from dualrefnet.data.augment import AugmentationDraw, draw, shade, warp
+from dualrefnet.data.loader import AugmentationDraw, draw, shade, warp
 from dualrefnet.recipe import AugmentationSection
 
 STILL = {"horizontal_flip": 0, "vertical_flip": 0, "scale": (1, 1), "rotation": 0}
@@ -69,7 +69,13 @@ def test_warping_the_picture_and_its_target_of_twice_the_size_commute(seed, rota
     target, image = smooth_images(128), smooth_images(64)
     small = functional.avg_pool2d(warp(target, geometry), 2)
     # Away from the border, where mirroring makes an edge that the smaller picture can't show.
-    inside = warp(torch.ones(3, 1, 64, 64).index_fill(2, torch.tensor([0, 63]), 0).index_fill(3, torch.tensor([0, 63]), 0), geometry) == 1
+    inside = (
+        warp(
+            torch.ones(3, 1, 64, 64).index_fill(2, torch.tensor([0, 63]), 0).index_fill(3, torch.tensor([0, 63]), 0),
+            geometry,
+        )
+        == 1
+    )
     assert ((small - warp(image, geometry)).abs() * inside).max() < 0.02
 
 
@@ -89,7 +95,9 @@ def test_without_rotation_the_crop_stays_inside_and_every_choice_in_its_range(se
 
 
 def test_the_choices_fill_their_ranges_and_have_their_probabilities():
-    section = AugmentationSection(horizontal_flip=0.25, vertical_flip=0, scale=(0.5, 1.0), rotation=0, brightness=0.4, noise=0.1)
+    section = AugmentationSection(
+        horizontal_flip=0.25, vertical_flip=0, scale=(0.5, 1.0), rotation=0, brightness=0.4, noise=0.1
+    )
     draws = draw(4000, section, 0, 0)
     assert (draws.geometry[:, 0, 0] < 0).float().mean() == pytest.approx(0.25, abs=0.03)
     assert (draws.geometry[:, 1, 1] > 0).all()
@@ -153,7 +161,9 @@ def test_saturation_zero_gives_the_grey_of_bt_601():
 def test_brightness_multiplies_and_contrast_stretches_about_the_mean():
     images = noise_images() * 0.4 + 0.2
     torch.testing.assert_close(shade(images, photometry(brightness=1.2)), images * 1.2)
-    torch.testing.assert_close(shade(images, photometry(contrast=0)), images.mean(dim=(1, 2, 3), keepdim=True).expand_as(images))
+    torch.testing.assert_close(
+        shade(images, photometry(contrast=0)), images.mean(dim=(1, 2, 3), keepdim=True).expand_as(images)
+    )
 
 
 def test_each_image_has_its_own_factors():

@@ -10,23 +10,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dualrefnet.data.schema import DatasetSchema, MetadataField
-from dualrefnet.errors import DataError
-from dualrefnet.evaluation.intervals import paired_difference
-from dualrefnet.evaluation.metrics import compute_metrics
-from dualrefnet.evaluation.missing_patterns import EVERYTHING, NOTHING, find_patterns
-from dualrefnet.evaluation.opened_run import OpenedRun, open_run
-from dualrefnet.probes.availability import (
+from dualrefnet.analysis.availability import (
+    EVERYTHING,
     MEASURES,
+    NOTHING,
     WITH,
     WITHOUT,
     Availability,
     compare_availability,
     draw_orders,
+    find_patterns,
     keep_share,
-    measure_availability,
 )
-from dualrefnet.probes.tables import availability_table, difference_table, pattern_table
+from dualrefnet.analysis.availability import measure_missing_metadata as measure_availability
+from dualrefnet.analysis.opened_run import OpenedRun, open_run
+from dualrefnet.analysis.shortcuts import availability_table, difference_table, pattern_table
+from dualrefnet.data.schema import DatasetSchema, MetadataField
+from dualrefnet.errors import DataError
+from dualrefnet.evaluation.bootstrap import paired_difference
+from dualrefnet.evaluation.metrics import compute_metrics
 from dualrefnet.run import Run
 from hand_made import FormOnly, PictureOnly, hand_made
 
@@ -95,7 +97,9 @@ def test_runs_of_one_data_set_lose_the_same_answers_whatever_their_split(opened:
     assert not np.array_equal(draw_orders(opened, 2, seed=1), draw_orders(opened, 2, seed=0))
 
 
-def test_a_model_of_one_answer_is_right_where_it_was_kept(opened: OpenedRun, made: dict[str, Availability], tmp_path: Path) -> None:
+def test_a_model_of_one_answer_is_right_where_it_was_kept(
+    opened: OpenedRun, made: dict[str, Availability], tmp_path: Path
+) -> None:
     run = hand_made(opened, tmp_path / "run", "age")
     rows, names = run.rows("test"), [field.name for field in run.dataset.schema.fields]
     labels = run.pictures("test").labels
@@ -104,7 +108,9 @@ def test_a_model_of_one_answer_is_right_where_it_was_kept(opened: OpenedRun, mad
     for order in orders:
         kept = keep_share(recorded, order, 0.5)
         # By hand: removed, encoded (the imputer writes an age), read.
-        forms = run.metadata.encode(rows.assign(**{name: rows[name].where(kept[:, index]) for index, name in enumerate(names)})).values
+        forms = run.metadata.encode(
+            rows.assign(**{name: rows[name].where(kept[:, index]) for index, name in enumerate(names)})
+        ).values
         place = [field.name for field in run.metadata.fields].index("age")
         ages = forms[:, run.metadata.names.index("age")] * run.metadata.spread[place] + run.metadata.centre[place]
         predicted = np.clip(np.round(ages // 10), 0, 5).astype(int)
@@ -160,9 +166,9 @@ def test_runs_are_compared_in_pairs(opened: OpenedRun, made: dict[str, Availabil
     # A run that reads no photograph is set beside both.
     other = compare_availability(made["centre"], made["form"])
     assert set(other["photograph"]) == {WITH, WITHOUT}
-    assert other.query("share == 1 and photograph == @WITHOUT and measure == 'balanced_accuracy'")["difference"].iloc[0] == pytest.approx(
-        1 / 6 - 1
-    )
+    assert other.query("share == 1 and photograph == @WITHOUT and measure == 'balanced_accuracy'")["difference"].iloc[
+        0
+    ] == pytest.approx(1 / 6 - 1)
     back = compare_availability(made["form"], made["centre"])
     merged = other.merge(back, on=["photograph", "share", "pattern", "measure"], suffixes=("", "_back"))
     assert len(merged) == len(other) == len(back)
@@ -170,7 +176,9 @@ def test_runs_are_compared_in_pairs(opened: OpenedRun, made: dict[str, Availabil
     np.testing.assert_allclose(merged["low"], -merged["high_back"])
 
 
-def test_the_interval_of_a_difference_is_that_of_the_paired_bootstrap(opened: OpenedRun, made: dict[str, Availability]) -> None:
+def test_the_interval_of_a_difference_is_that_of_the_paired_bootstrap(
+    opened: OpenedRun, made: dict[str, Availability]
+) -> None:
     labels = opened.pictures("test").labels
     groups = opened.groups.loc[list(opened.rows("test")["image_id"])].to_numpy()
     # What stands for no photograph has the red of the fifth class.
@@ -227,7 +235,10 @@ def test_patterns_are_those_of_training_and_those_of_the_schema() -> None:
 def test_patterns_of_many_fields_are_cut_short_but_told_apart() -> None:
     names = ["a", "b", "c", "d", "e"]
     schema = DatasetSchema(
-        name="x", title="X", classes=("A", "B"), fields=tuple(MetadataField(name=name, kind="boolean") for name in names)
+        name="x",
+        title="X",
+        classes=("A", "B"),
+        fields=tuple(MetadataField(name=name, kind="boolean") for name in names),
     )
     rows = pd.DataFrame("True", index=range(30), columns=names)
     rows.loc[:9, ["a", "b", "c", "d"]] = np.nan

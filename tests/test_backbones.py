@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dualrefnet.errors import RecipeError
-from dualrefnet.models.backbones import BACKBONES, Encoded, EncoderOutput, backbone_spec, create_encoder
+from dualrefnet.models.encoders import BACKBONES, Encoded, EncoderOutput, backbone_spec, create_encoder
 
 FEATURES = {
     "vgg13": 512,
@@ -178,7 +178,9 @@ def test_an_encoder_can_be_built_again_from_its_options():
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(again(image).vector, first(image).vector)
-        assert not torch.allclose(other(image).vector, first(image).vector), "the padding must matter, or options are needless"
+        assert not torch.allclose(other(image).vector, first(image).vector), (
+            "the padding must matter, or options are needless"
+        )
 
 
 def test_options_with_weights_to_load_are_refused():
@@ -187,7 +189,8 @@ def test_options_with_weights_to_load_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "nearest"), [("mobilenet_v2", 230, 224), ("vit_b_16", 230, 224), ("swin_b", 250, 256), ("resnet50", 3, 32)]
+    ("name", "size", "nearest"),
+    [("mobilenet_v2", 230, 224), ("vit_b_16", 230, 224), ("swin_b", 250, 256), ("resnet50", 3, 32)],
 )
 def test_an_illegal_image_size_names_the_nearest_legal_one(name, size, nearest):
     with pytest.raises(RecipeError, match=f"not {size}; the nearest is {nearest}$"):

@@ -10,10 +10,18 @@ import pandas as pd
 import pytest
 
 from coloured import Coloured, draw, predict, table_of
-from dualrefnet.batch.case_list import Case, FileCases, TableCases
-from dualrefnet.batch.forms_table import FormsIndex
-from dualrefnet.batch.pace import Pace
-from dualrefnet.batch.predict import ModelFolder, Summary, predict_batches, predict_here, predict_to_csv
+from dualrefnet.deploy.batch import (
+    Case,
+    FileCases,
+    FormsIndex,
+    ModelFolder,
+    Pace,
+    Summary,
+    TableCases,
+    predict_batches,
+    predict_here,
+    predict_to_csv,
+)
 from dualrefnet.deploy.predictor import Predictor
 from dualrefnet.errors import DataError, ImageError
 from dualrefnet.run import Run
@@ -27,13 +35,26 @@ def test_files_and_folders_become_rows_in_order_with_their_forms(tmp_path: Path)
     (tmp_path / "photos" / "notes.txt").write_text("no image")
     (tmp_path / "photos" / "aa.jpg").write_text("no image either")
     (last,) = draw(tmp_path, ["last.png"])
-    forms = table_of(tmp_path / "forms.csv", [("file", "age", "shoes"), ("b", "61", "43"), ("x/z.jpg", "7", ""), ("c", "", "1")])
+    forms = table_of(
+        tmp_path / "forms.csv", [("file", "age", "shoes"), ("b", "61", "43"), ("x/z.jpg", "7", ""), ("c", "", "1")]
+    )
     cases = FileCases([tmp_path / "photos", last], forms, Coloured())
     assert cases.total == 6
     assert predict(Coloured(), cases, tmp_path / "out.csv", tmp_path / "m") == Summary(5, 1, 0)
     rows = pd.read_csv(tmp_path / "out.csv", keep_default_na=False)
     assert list(rows.columns) == [
-        *("image", "predicted", "likely", "prob_BLUE", "prob_RED", "malignancy", "refer", "out_of_scope", "warnings", "error"),
+        *(
+            "image",
+            "predicted",
+            "likely",
+            "prob_BLUE",
+            "prob_RED",
+            "malignancy",
+            "refer",
+            "out_of_scope",
+            "warnings",
+            "error",
+        ),
     ]
     assert [Path(image).name for image in rows["image"]] == ["a.png", "aa.jpg", "b.png", "c.PNG", "z.png", "last.png"]
     assert rows["warnings"].tolist() == ["", "", "age 61", "", "age 7", ""]
@@ -59,7 +80,14 @@ def test_a_table_names_photographs_and_forms_and_bad_rows_fail_alone(tmp_path: P
     model = Coloured()
     assert predict(model, TableCases(table, model), tmp_path / "out.csv", tmp_path / "m", batch=3) == Summary(2, 4, 0)
     result = pd.read_csv(tmp_path / "out.csv", keep_default_na=False)
-    assert result["image"].tolist() == ["photos/a.png", rows[2][1], "photos/a.png", "photos/nowhere.png", "5", "photos/b.png"]
+    assert result["image"].tolist() == [
+        "photos/a.png",
+        rows[2][1],
+        "photos/a.png",
+        "photos/nowhere.png",
+        "5",
+        "photos/b.png",
+    ]
     assert result["warnings"].tolist() == ["age 61", "", "", "", "", ""]
     assert result["prob_RED"].tolist()[:3] == ["0.000000", "0.498039", ""]
     for error, words in zip(
@@ -121,7 +149,9 @@ def test_memory_does_not_grow_with_the_list(tmp_path: Path) -> None:
     model = Constant()
     peaks = []
     for rows in (300, 3000):
-        table = table_of(tmp_path / "table.csv", [("image", "age"), *(("a.png", str(number)) for number in range(rows))])
+        table = table_of(
+            tmp_path / "table.csv", [("image", "age"), *(("a.png", str(number)) for number in range(rows))]
+        )
         forms = table_of(tmp_path / "forms.csv", [("image", "age"), *((f"{number:06}", "1") for number in range(rows))])
         tracemalloc.start()
         predict(model, TableCases(table, model), tmp_path / "out.csv", tmp_path / "m")
@@ -143,7 +173,9 @@ def test_the_pace_is_that_of_the_last_half_minute_and_ignores_what_was_resumed()
     assert said.startswith("5.0 images/s")
 
 
-def test_the_real_predictor_says_the_same_of_a_file_a_table_and_alone(tiny_run: Run, sample_root: Path, tmp_path: Path) -> None:
+def test_the_real_predictor_says_the_same_of_a_file_a_table_and_alone(
+    tiny_run: Run, sample_root: Path, tmp_path: Path
+) -> None:
     model = Predictor.load(tiny_run)
     photographs = sorted((sample_root / "images").iterdir())[:5]
     rows = [(str(path), "61" if number % 2 else "") for number, path in enumerate(photographs)]

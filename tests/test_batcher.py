@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dualrefnet.service.answering import Answering
 from dualrefnet.service.batcher import Batcher, Busy, Lane, Place, Room
-from dualrefnet.service.observed import Observed
+from dualrefnet.service.observability import Observed
 from dualrefnet.service.schemas import Refusal
 from dualrefnet.service.settings import ServiceSettings
 from live_service import StandInPredictor, picture
@@ -98,7 +98,9 @@ def test_a_lesion_with_many_photographs_counts_as_many_and_goes_alone_if_it_must
 
 def test_a_full_queue_refuses_and_takes_again_when_there_is_room() -> None:
     release = threading.Event()
-    lane: Lane[int, int] = Lane(lambda jobs: [job for job in jobs if release.wait(20)], name="lane", max_batch=1, max_queue=3)
+    lane: Lane[int, int] = Lane(
+        lambda jobs: [job for job in jobs if release.wait(20)], name="lane", max_batch=1, max_queue=3
+    )
 
     async def ask() -> list:
         first = asyncio.ensure_future(lane.submit(0))
@@ -193,7 +195,9 @@ def test_a_room_gives_back_what_was_taken_and_never_more_is_in_it(steps: list[tu
     assert (room.requests, room.size) == (0, 0)
 
 
-async def answered(predictor: StandInPredictor, settings: ServiceSettings, use: Callable[[Answering], Coroutine]) -> Any:
+async def answered(
+    predictor: StandInPredictor, settings: ServiceSettings, use: Callable[[Answering], Coroutine]
+) -> Any:
     service = Answering(predictor, settings, Observed())
     service.start()
     try:

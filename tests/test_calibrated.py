@@ -9,19 +9,20 @@ from numpy.typing import NDArray
 from sklearn.metrics import log_loss
 
 from dualrefnet.errors import RunError
-from dualrefnet.evaluation.calibrated import Calibration, fit_calibration, measure_calibrated
-from dualrefnet.evaluation.calibration import adaptive_calibration_error, brier_score, expected_calibration_error
-from dualrefnet.evaluation.calibration_errors import ERRORS, compare_errors
+from dualrefnet.evaluation.calibration import ERRORS, Calibration, compare_errors, fit_calibration, measure_calibrated
+from dualrefnet.evaluation.metrics import adaptive_calibration_error, brier_score, expected_calibration_error
 from dualrefnet.evaluation.tables import calibration_line
 from dualrefnet.files import read_json
 from dualrefnet.recipe import load_recipe
 from dualrefnet.run import Run
-from dualrefnet.runtime.probabilities import apply_temperature
+from dualrefnet.runtime.calibration import apply_temperature
 
 CLASSES = ["A", "B", "MEL"]
 
 
-def sure_model(seed: int, images: int, planted: float = 2.0) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
+def sure_model(
+    seed: int, images: int, planted: float = 2.0
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
     """Draw labels from probabilities, make these `planted` times too sure, and give two images to a patient."""
     generator = np.random.default_rng(seed)
     scores = generator.dirichlet(np.full(3, 0.7), images)
@@ -53,7 +54,9 @@ def test_what_was_fitted_survives_its_json_and_does_what_it_says() -> None:
 
 def test_without_resamples_there_is_no_interval_and_the_values_are_the_same() -> None:
     labels, scores, groups = sure_model(1, 120)
-    with_intervals, without = (fit_calibration(labels, scores, groups, CLASSES, ["MEL"], samples=samples) for samples in (20, 0))
+    with_intervals, without = (
+        fit_calibration(labels, scores, groups, CLASSES, ["MEL"], samples=samples) for samples in (20, 0)
+    )
     assert (without.temperature_interval, without.referral_interval) == (None, None)
     assert replace(with_intervals, temperature_interval=None, referral_interval=None) == without
     assert Calibration.from_json(json.loads(json.dumps(without.to_json()))) == without
@@ -79,7 +82,9 @@ def test_what_is_weak_about_a_fit_is_said() -> None:
     right = fit_calibration([0, 1], [[0.8, 0.1, 0.1], [0.1, 0.8, 0.1]], [0, 1], CLASSES, ["B"], samples=10)
     assert right.temperature == 1
     assert any("every validation image is right" in remark for remark in right.remarks)
-    useless = fit_calibration([0, 0, 1, 2], [[0.1, 0.8, 0.1]] * 2 + [[0.8, 0.1, 0.1]] * 2, range(4), CLASSES, [], samples=0)
+    useless = fit_calibration(
+        [0, 0, 1, 2], [[0.1, 0.8, 0.1]] * 2 + [[0.8, 0.1, 0.1]] * 2, range(4), CLASSES, [], samples=0
+    )
     assert any("end of its range" in remark for remark in useless.remarks)
 
 
@@ -117,7 +122,10 @@ def test_the_resampled_errors_are_those_of_every_laid_out_resample() -> None:
     for _ in range(60):
         rows = np.concatenate([np.flatnonzero(groups == group) for group in generator.integers(45, size=45)])
         both = [
-            [measure(labels[rows], one[rows]) for measure in (expected_calibration_error, adaptive_calibration_error, brier_score)]
+            [
+                measure(labels[rows], one[rows])
+                for measure in (expected_calibration_error, adaptive_calibration_error, brier_score)
+            ]
             + [log_loss(labels[rows], one[rows], labels=range(3))]
             for one in (scores, warm)
         ]
@@ -165,14 +173,22 @@ def test_a_run_holds_what_its_validation_predictions_give(tiny_run: Run) -> None
     labels = rows["label"].map(classes.index).to_numpy()
     scores = rows[[f"prob_{name}" for name in classes]].to_numpy()
     groups = tiny_run.split.set_index("image_id")["patient_id"].loc[rows["image_id"]].to_numpy()
-    again = fit_calibration(labels, scores, groups, classes, tiny_run.model["malignant"], samples=50, seed=tiny_run.recipe.seed)
+    again = fit_calibration(
+        labels, scores, groups, classes, tiny_run.model["malignant"], samples=50, seed=tiny_run.recipe.seed
+    )
     # Reading a CSV may change the last digit of a number.
     assert again.temperature == pytest.approx(calibration.temperature, rel=1e-6)
     assert again.temperature_interval == pytest.approx(calibration.temperature_interval, rel=1e-6)
     assert again.threshold == pytest.approx(calibration.threshold, rel=1e-6)
     assert again.class_thresholds == pytest.approx(calibration.class_thresholds, rel=1e-6)
-    assert (again.referral, again.sensitivity) == pytest.approx((calibration.referral, calibration.sensitivity), rel=1e-6)
-    assert (again.per_class, again.groups, again.remarks) == (calibration.per_class, calibration.groups, calibration.remarks)
+    assert (again.referral, again.sensitivity) == pytest.approx(
+        (calibration.referral, calibration.sensitivity), rel=1e-6
+    )
+    assert (again.per_class, again.groups, again.remarks) == (
+        calibration.per_class,
+        calibration.groups,
+        calibration.remarks,
+    )
     values = tiny_run.metrics["calibrated"]
     assert values["temperature"] == calibration.temperature
     assert values["before"]["ece"] == pytest.approx(tiny_run.metrics["ece"])
@@ -193,14 +209,22 @@ def test_an_older_run_says_how_to_get_its_calibration(tiny_run: Run, tmp_path) -
 
 
 def test_the_recipe_refuses_promises_that_nobody_can_keep() -> None:
-    for key, value in (("coverage", 1.0), ("coverage", 0.0), ("referral_sensitivity", 0.0), ("referral_sensitivity", 1.1)):
+    for key, value in (
+        ("coverage", 1.0),
+        ("coverage", 0.0),
+        ("referral_sensitivity", 0.0),
+        ("referral_sensitivity", 1.1),
+    ):
         with pytest.raises(Exception, match=key):
             load_recipe("sample", {f"evaluation.{key}": value})
 
 
 def test_using_a_calibration_needs_neither_torch_nor_matplotlib() -> None:
-    code = "import sys, dualrefnet.evaluation.calibrated; print({'torch', 'matplotlib', 'timm'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+    code = "import sys, dualrefnet.evaluation.calibration; print({'torch', 'matplotlib', 'timm'} & set(sys.modules))"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "set()"
+    )
 
 
 def test_the_line_of_the_terminal_says_what_was_measured() -> None:

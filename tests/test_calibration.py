@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import brier_score_loss
 
-from dualrefnet.evaluation.calibration import (
+from dualrefnet.evaluation.metrics import (
     adaptive_calibration_error,
     brier_score,
     equal_width_bins,
@@ -28,9 +28,12 @@ def two_class(confidence: list[float]) -> np.ndarray:
 
 
 def test_expected_calibration_error_by_hand() -> None:
-    # Bins of .25: (.5, .75] holds .6 right and .7 wrong: |.5 - .65| = .15; (.75, 1] holds .8 right, .9 right, 1 wrong: |2/3 - .9|.
+    # Bins of .25: (.5, .75] holds .6 right and .7 wrong: |.5 - .65| = .15; (.75, 1] holds .8 right, .9 right, 1 wrong:
+    # |2/3 - .9|.
     scores = two_class([0.6, 0.7, 0.8, 0.9, 1.0])
-    assert expected_calibration_error([0, 1, 0, 0, 1], scores, bins=4) == pytest.approx(2 / 5 * 0.15 + 3 / 5 * (0.9 - 2 / 3))
+    assert expected_calibration_error([0, 1, 0, 0, 1], scores, bins=4) == pytest.approx(
+        2 / 5 * 0.15 + 3 / 5 * (0.9 - 2 / 3)
+    )
     # One bin: |3/5 - .8|.
     assert expected_calibration_error([0, 1, 0, 0, 1], scores, bins=1) == pytest.approx(0.2)
 
@@ -81,7 +84,9 @@ def test_the_curve_the_error_and_scikit_learns_brier_score_agree(seed: int, bins
     assert expected_calibration_error(labels, scores, bins) == pytest.approx(gaps)
     assert curve["count"].sum() == 50
     assert ((curve["low"] < curve["confidence"]) & (curve["confidence"] <= curve["high"])).all()
-    assert brier_score(labels, scores) == pytest.approx(brier_score_loss(labels, scores, labels=range(4), scale_by_half=False))
+    assert brier_score(labels, scores) == pytest.approx(
+        brier_score_loss(labels, scores, labels=range(4), scale_by_half=False)
+    )
 
 
 def test_probabilities_that_speak_the_truth_have_a_small_error() -> None:

@@ -5,9 +5,7 @@ from pathlib import Path
 import pytest
 
 from coloured import Coloured, draw, predict, table_of
-from dualrefnet.batch.case_list import FileCases, TableCases, walk_images
-from dualrefnet.batch.forms_table import FormsIndex
-from dualrefnet.batch.predict import Summary
+from dualrefnet.deploy.batch import FileCases, FormsIndex, Summary, TableCases, walk_images
 from dualrefnet.errors import DataError
 
 
@@ -30,7 +28,8 @@ def test_what_is_no_table_is_refused_before_the_work(content: bytes, words: str,
 
 def test_forms_are_found_by_image_and_a_wrong_table_of_them_is_refused(tmp_path: Path) -> None:
     path = table_of(
-        tmp_path / "forms.csv", [("image_id", "region", "age"), ("a", "FACE, left", "61"), ("b.jpg", "", ""), ("ü", "x\ny", "")]
+        tmp_path / "forms.csv",
+        [("image_id", "region", "age"), ("a", "FACE, left", "61"), ("b.jpg", "", ""), ("ü", "x\ny", "")],
     )
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     forms = FormsIndex(path, ["age", "region", "itch"])

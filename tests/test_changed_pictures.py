@@ -8,10 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualrefnet.data.adapters import Dataset
-from dualrefnet.errors import DataError
-from dualrefnet.evaluation.opened_run import OpenedRun, open_run
-from dualrefnet.probes.changed_pictures import (
+from dualrefnet.analysis.opened_run import OpenedRun, open_run
+from dualrefnet.analysis.perturbations import (
     BORDER,
     CHANGES,
     GROWN,
@@ -20,6 +18,8 @@ from dualrefnet.probes.changed_pictures import (
     grow,
     read_outlines,
 )
+from dualrefnet.data.adapters import Dataset
+from dualrefnet.errors import DataError
 from dualrefnet.run import Run
 from hand_made import CENTRE, RADIUS, SIDE, SKIN, hand_made
 
@@ -93,7 +93,9 @@ def test_outlines_at_the_edge_and_nearly_everywhere_can_be_filled() -> None:
             assert (changed == 77).all()
 
 
-def test_outlines_are_read_as_the_model_sees_the_pictures_and_useless_ones_are_counted(opened: OpenedRun, tmp_path: Path) -> None:
+def test_outlines_are_read_as_the_model_sees_the_pictures_and_useless_ones_are_counted(
+    opened: OpenedRun, tmp_path: Path
+) -> None:
     run = hand_made(opened, tmp_path / "run", "centre")
     ids = run.rows("test")["image_id"].tolist()
     folder = tmp_path / "run" / "masks"

@@ -18,9 +18,20 @@ def write_image(path, seed, side=80):
 
 
 def pad_rows(count):
-    row = {field.name: "" for field in pad_ufes_20.FIELDS} | {"age": "60", "itch": "True", "grew": "UNK", "gender": "MALE"}
+    row = {field.name: "" for field in pad_ufes_20.FIELDS} | {
+        "age": "60",
+        "itch": "True",
+        "grew": "UNK",
+        "gender": "MALE",
+    }
     return [
-        row | {"patient_id": f"PAT_{n}", "lesion_id": str(n), "img_id": f"PAT_{n}_{n}_{n}.png", "diagnostic": pad_ufes_20.CLASSES[n % 6]}
+        row
+        | {
+            "patient_id": f"PAT_{n}",
+            "lesion_id": str(n),
+            "img_id": f"PAT_{n}_{n}_{n}.png",
+            "diagnostic": pad_ufes_20.CLASSES[n % 6],
+        }
         for n in range(count)
     ]
 
@@ -45,8 +56,12 @@ def test_a_clean_table_passes_but_for_its_missing_patients(tmp_path):
     names = [f"{n}.png" for n in range(12)]
     for number, name in enumerate(names):
         write_image(tmp_path / "photos" / name, number)
-    pd.DataFrame({"file": names, "dx": ["a", "b"] * 6, "site": ["arm"] * 12}).to_csv(tmp_path / "table.csv", index=False)
-    (tmp_path / "dataset.yaml").write_text("images: photos\nimage: file\nlabel: dx\nmetadata: [{name: site, kind: categorical}]\n")
+    pd.DataFrame({"file": names, "dx": ["a", "b"] * 6, "site": ["arm"] * 12}).to_csv(
+        tmp_path / "table.csv", index=False
+    )
+    (tmp_path / "dataset.yaml").write_text(
+        "images: photos\nimage: file\nlabel: dx\nmetadata: [{name: site, kind: categorical}]\n"
+    )
     calls = []
     report = check_dataset("csv_table", tmp_path, workers=3, progress=lambda done, total: calls.append((done, total)))
     assert [finding.check for finding in report.findings if finding.level != "PASS"] == ["patients"]
@@ -107,7 +122,9 @@ def test_identical_images_are_told_apart_by_their_labels(tmp_path):
     folder = tmp_path / "images" / "imgs_part_1"
     for source, copies in ((0, (1, 2)), (3, (9,))):
         for copy in copies:
-            (folder / f"PAT_{copy}_{copy}_{copy}.png").write_bytes((folder / f"PAT_{source}_{source}_{source}.png").read_bytes())
+            (folder / f"PAT_{copy}_{copy}_{copy}.png").write_bytes(
+                (folder / f"PAT_{source}_{source}_{source}.png").read_bytes()
+            )
     report = check_dataset("pad_ufes_20", tmp_path)
     unlike, alike = only(report, "identical_other_label"), only(report, "identical_same_label")
     assert (unlike.level, unlike.examples) == ("WARN", ("PAT_0_0_0 (ACK) = PAT_1_1_1 (BCC) = PAT_2_2_2 (MEL)",))
@@ -212,7 +229,9 @@ def test_the_known_defects_of_pad_ufes_20_are_found():
     assert not report.failed
     assert only(report, "shared_lesions").count == 250
     assert "PAT_419_2767_323 (ACK) = PAT_419_833_148 (SCC)" in only(report, "identical_other_label").examples
-    assert [finding.message for finding in findings(report, "aliases")] == ["background_father: BRASIL means BRAZIL; rows: 3"]
+    assert [finding.message for finding in findings(report, "aliases")] == [
+        "background_father: BRASIL means BRAZIL; rows: 3"
+    ]
     assert only(report, "rows").level == only(report, "classes").level == "PASS"
 
 

@@ -9,12 +9,26 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from dualrefnet.cli import app, data, deployment, reports, runs, suites  # noqa: F401 (the modules register the commands)
+from dualrefnet.cli import app, data, deployment, reports, runs  # noqa: F401 (the modules register the commands)
 from dualrefnet.recipe import shipped_recipes
 from dualrefnet.run import Run
 
 COMMANDS = (
-    *("doctor", "demo", "sample", "fetch", "check", "split", "methods", "recipes", "prepare", "train", "evaluate", "probe", "predict"),
+    *(
+        "doctor",
+        "demo",
+        "sample",
+        "fetch",
+        "check",
+        "split",
+        "methods",
+        "recipes",
+        "prepare",
+        "train",
+        "evaluate",
+        "probe",
+        "predict",
+    ),
     *("suite", "suites", "tables", "explain", "report", "audit", "export", "serve"),
 )
 
@@ -25,7 +39,9 @@ def call(*arguments: str | Path):
 
 def error_of(*arguments: str | Path) -> str:
     """Run the real program; return its one line of error."""
-    done = subprocess.run([sys.executable, "-m", "dualrefnet", *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "dualrefnet", *map(str, arguments)], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -68,7 +84,9 @@ def test_sample_then_check_then_split(tmp_path: Path) -> None:
     assert call("check", "sample", "--root", root).exit_code == 1
 
 
-def test_predict_writes_a_row_for_every_photograph_and_says_why_one_failed(tiny_run: Run, sample_root: Path, tmp_path: Path) -> None:
+def test_predict_writes_a_row_for_every_photograph_and_says_why_one_failed(
+    tiny_run: Run, sample_root: Path, tmp_path: Path
+) -> None:
     photographs = sorted((sample_root / "images").iterdir())[:3]
     broken = tmp_path / "broken.jpg"
     broken.write_text("this is text")
@@ -104,8 +122,24 @@ def test_bad_input_is_one_clear_line(tiny_run: Run, sample_root: Path, tmp_path:
         ("train", "sample", "training.epochs"): "isn't key=value",
         ("train", "sample", f"data.root={sample_root}", "model.backbone=resnet5", "--out", tmp_path / "r"): "resnet50",
         ("evaluate", sample_root): "isn't a run folder",
-        ("predict", tiny_run.path, "--images", tmp_path / "nowhere.png", "--out", tmp_path / "o.csv"): "there is no file",
-        ("predict", tiny_run.path, "--images", image, "--metadata", tmp_path / "empty.csv", "--out", tmp_path / "o.csv"): "is empty",
+        (
+            "predict",
+            tiny_run.path,
+            "--images",
+            tmp_path / "nowhere.png",
+            "--out",
+            tmp_path / "o.csv",
+        ): "there is no file",
+        (
+            "predict",
+            tiny_run.path,
+            "--images",
+            image,
+            "--metadata",
+            tmp_path / "empty.csv",
+            "--out",
+            tmp_path / "o.csv",
+        ): "is empty",
         ("fetch", "pad_ufes_20", "--root", tmp_path / "pad"): "--accept-licence",
         ("export", tiny_run.path, "--out", sample_root): "isn't a bundle",
     }
@@ -121,7 +155,16 @@ def test_doctor_examines_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DUALREFNET_DATA", raising=False)
     result = call("doctor")
     assert result.exit_code == 0, result.output
-    for subject in ("Python", "libraries", "compute", "memory", "ImageNet weights here", "super-resolution networks", "data", "cache"):
+    for subject in (
+        "Python",
+        "libraries",
+        "compute",
+        "memory",
+        "ImageNet weights here",
+        "super-resolution networks",
+        "data",
+        "cache",
+    ):
         assert subject in result.output
     monkeypatch.setenv("DUALREFNET_DATA", os.devnull)
     assert "dualrefnet fetch pad_ufes_20" in call("doctor").output
@@ -130,7 +173,10 @@ def test_doctor_examines_everything(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_the_demo_ends_with_a_run_that_learned_something(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "dualrefnet", "demo", "--out", str(tmp_path / "demo")], capture_output=True, text=True, timeout=900
+        [sys.executable, "-m", "dualrefnet", "demo", "--out", str(tmp_path / "demo")],
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     metrics = Run(tmp_path / "demo" / "run").metrics

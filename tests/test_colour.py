@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dualrefnet.runtime.colour import clahe_lightness, shades_of_gray
+from dualrefnet.runtime.preprocessing import clahe_lightness, shades_of_gray
 
 images = arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9), st.just(3)))
 
@@ -137,7 +137,8 @@ def test_settings_of_one_call_do_not_stay_for_the_next():
 
 
 def test_threads_do_not_disturb_each_other():
-    # Sides that the grid doesn't divide: OpenCV's filter then also keeps an enlarged copy of the picture in its buffers.
+    # Sides that the grid doesn't divide: OpenCV's filter then also keeps an enlarged copy of the picture in its
+    # buffers.
     pictures = [photograph(seed, side=250 + 30 * seed) for seed in range(4)]
     expected = [clahe_lightness(picture) for picture in pictures]
     wrong = []

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from dualrefnet.evaluation.bootstrap import bootstrap_intervals, paired_difference
 from dualrefnet.evaluation.comparison import flat_measures, holm, pooled_bootstrap
-from dualrefnet.evaluation.intervals import bootstrap_intervals, paired_difference
 from dualrefnet.evaluation.metrics import compute_metrics
 
 CLASSES = ["A", "B", "C"]
@@ -40,11 +40,20 @@ def test_values_intervals_and_differences_are_those_of_laid_out_samples() -> Non
     labels = np.random.default_rng(0).integers(3, size=50)
     groups = np.arange(50) // 4
     systems = {
-        name: [predictions(seed, labels, skill) for seed in range(first, first + 3)] for name, first, skill in (("a", 1, 6), ("b", 9, 3))
+        name: [predictions(seed, labels, skill) for seed in range(first, first + 3)]
+        for name, first, skill in (("a", 1, 6), ("b", 9, 3))
     }
     found = pooled_bootstrap(labels, systems, groups, CLASSES, samples=30, malignant=["C"])
     naive = {name: laid_out(labels, seeds, groups, 30) for name, seeds in systems.items()}
-    for measure in ("accuracy", "balanced_accuracy", "auc_macro_ovr", "f1_macro", "per_class.B.ppv", "malignant.auc", "ece"):
+    for measure in (
+        "accuracy",
+        "balanced_accuracy",
+        "auc_macro_ovr",
+        "f1_macro",
+        "per_class.B.ppv",
+        "malignant.auc",
+        "ece",
+    ):
         for name, seeds in systems.items():
             whole = [flat_measures(compute_metrics(labels, scores, CLASSES, ["C"]))[measure] for scores in seeds]
             value = found.value(name, measure)
@@ -71,7 +80,11 @@ def test_one_seed_gives_what_the_functions_for_one_and_two_models_give() -> None
     pair = paired_difference(labels, a, b, groups, CLASSES, samples=150)
     difference = found.difference("a", "b", "balanced_accuracy")
     assert [difference.low, difference.high] == pair["ci95"]
-    assert (difference.difference, difference.p, difference.samples) == (pytest.approx(pair["difference"]), pair["p"], pair["samples"])
+    assert (difference.difference, difference.p, difference.samples) == (
+        pytest.approx(pair["difference"]),
+        pair["p"],
+        pair["samples"],
+    )
 
 
 def test_seeds_that_err_on_different_patients_make_the_interval_narrower_and_copies_of_a_seed_do_not() -> None:
@@ -93,7 +106,9 @@ def test_a_system_does_not_differ_from_itself_and_a_known_difference_is_found() 
     # Each tenth image is one that only the first system gets right.
     wrong = right.copy()
     wrong[::10] = np.roll(right[::10], 1, axis=1)
-    found = pooled_bootstrap(labels, {"good": [right], "same": [right], "bad": [wrong]}, np.arange(300), CLASSES, samples=1000)
+    found = pooled_bootstrap(
+        labels, {"good": [right], "same": [right], "bad": [wrong]}, np.arange(300), CLASSES, samples=1000
+    )
     same, good = found.difference("same", "good", "accuracy"), found.difference("good", "bad", "accuracy")
     assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1)
     assert good.difference == pytest.approx(0.1)
@@ -101,7 +116,9 @@ def test_a_system_does_not_differ_from_itself_and_a_known_difference_is_found() 
     assert (good.low, good.high) == pytest.approx((0.1 - 1.96 * 0.0173, 0.1 + 1.96 * 0.0173), abs=0.006)
     assert good.p == pytest.approx(2 / 1001)
     mirrored = found.difference("bad", "good", "accuracy")
-    assert (mirrored.difference, mirrored.low, mirrored.high, mirrored.p) == pytest.approx((-0.1, -good.high, -good.low, good.p))
+    assert (mirrored.difference, mirrored.low, mirrored.high, mirrored.p) == pytest.approx(
+        (-0.1, -good.high, -good.low, good.p)
+    )
 
 
 def test_a_measure_without_resamples_has_its_value_and_no_interval() -> None:
@@ -157,9 +174,13 @@ def test_holm_does_not_count_comparisons_that_were_not_made() -> None:
 
 
 @given(p_values=P_VALUES, data=st.data())
-def test_holm_raises_keeps_the_order_stays_below_one_and_ignores_the_places(p_values: list[float | None], data: st.DataObject) -> None:
+def test_holm_raises_keeps_the_order_stays_below_one_and_ignores_the_places(
+    p_values: list[float | None], data: st.DataObject
+) -> None:
     adjusted = holm(p_values)
-    pairs = sorted((p, corrected) for p, corrected in zip(p_values, adjusted, strict=True) if p is not None and not np.isnan(p))
+    pairs = sorted(
+        (p, corrected) for p, corrected in zip(p_values, adjusted, strict=True) if p is not None and not np.isnan(p)
+    )
     for p, corrected in pairs:
         assert p <= corrected <= min(1, p * len(pairs)) + 1e-15
     assert [corrected for _, corrected in pairs] == sorted(corrected for _, corrected in pairs)

@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import dualrefnet.evaluation.conformal
-from dualrefnet.evaluation.conformal import can_promise, class_thresholds, conformal_threshold, measure_sets
-from dualrefnet.runtime.probabilities import prediction_sets
+import dualrefnet.evaluation.calibration
+from dualrefnet.evaluation.calibration import can_promise, class_thresholds, conformal_threshold, measure_sets
+from dualrefnet.runtime.calibration import prediction_sets
 
 
 def test_the_examples_in_the_docstrings_are_true() -> None:
-    result = doctest.testmod(dualrefnet.evaluation.conformal)
+    result = doctest.testmod(dualrefnet.evaluation.calibration)
     assert (result.failed, result.attempted) == (0, 2)
 
 
@@ -100,7 +100,9 @@ def test_the_promise_is_judged_by_the_interval_over_patients() -> None:
 
     def promise(share: float) -> object:
         mine = np.where(generator.random(300) < share, 0.8, 0.2)
-        return measure_sets(labels, np.column_stack([mine, 1 - mine]), 0.5, groups, ["A", "B"], 0.9, 200, 0, 0.95)["promise"]
+        return measure_sets(labels, np.column_stack([mine, 1 - mine]), 0.5, groups, ["A", "B"], 0.9, 200, 0, 0.95)[
+            "promise"
+        ]
 
     assert [promise(share) for share in (0.9, 0.75, 0.99)] == ["within", "missed", "exceeded"]
     everything = measure_sets(labels, np.tile([0.8, 0.2], (300, 1)), 0.5, groups, ["A", "B"], 0.9, 50, 0, 0.95)

@@ -73,7 +73,12 @@ def test_images_are_plain_names_and_nothing_names_a_registry() -> None:
 
 def test_what_is_copied_exists_and_is_sent_to_the_builder() -> None:
     kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    copied = {source for name, rest in instructions() if name == "COPY" and "--from" not in rest for source in rest.split()[:-1]}
+    copied = {
+        source
+        for name, rest in instructions()
+        if name == "COPY" and "--from" not in rest
+        for source in rest.split()[:-1]
+    }
     assert copied == kept
     assert all((ROOT / name).exists() for name in copied)
     assert "*" in (ROOT / ".dockerignore").read_text().splitlines()
@@ -105,7 +110,10 @@ def test_the_commands_of_image_compose_and_unit_exist_with_their_options() -> No
 
 
 def test_the_packages_of_the_cpu_image_are_known_and_locked_and_hold_no_torch() -> None:
-    named = {re.split(r"[\[<>=~]", line)[0].lower() for line in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["deploy"]]}
+    named = {
+        re.split(r"[\[<>=~]", line)[0].lower()
+        for line in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["deploy"]]
+    }
     lock = (ROOT / "requirements.lock").read_text()
     packages = packages_of_the_cpu_image()
     assert {"numpy", "onnxruntime", "fastapi", "gradio"} <= set(packages)
@@ -136,9 +144,9 @@ class Refuse:
         owner = {name(one) for one in owners.get(module.split(".")[0], [])}
         if owner and not owner & allowed: raise ImportError(f"{module} isn't in the image")
 sys.meta_path.insert(0, Refuse())
-import dualrefnet.cli.data, dualrefnet.cli.reports, dualrefnet.cli.runs, dualrefnet.cli.suites
-import dualrefnet.batch.predict, dualrefnet.batch.case_list, dualrefnet.batch.pace, dualrefnet.deploy.predictor
-import dualrefnet.service.server, dualrefnet.service.app, dualrefnet.page.mount, dualrefnet.runtime.onnx_network
+import dualrefnet.cli.data, dualrefnet.cli.reports, dualrefnet.cli.runs, dualrefnet.cli.reports
+import dualrefnet.deploy.batch, dualrefnet.deploy.batch, dualrefnet.deploy.batch, dualrefnet.deploy.predictor
+import dualrefnet.service.server, dualrefnet.service.app, dualrefnet.page.mount, dualrefnet.runtime.bundle
 try:
     import torch
 except ImportError:
@@ -178,7 +186,13 @@ def read_unit() -> configparser.ConfigParser:
 
 def test_the_unit_is_confined() -> None:
     service = read_unit()["Service"]
-    wanted = {"DynamicUser": "yes", "ProtectSystem": "strict", "PrivateTmp": "yes", "NoNewPrivileges": "yes", "CapabilityBoundingSet": ""}
+    wanted = {
+        "DynamicUser": "yes",
+        "ProtectSystem": "strict",
+        "PrivateTmp": "yes",
+        "NoNewPrivileges": "yes",
+        "CapabilityBoundingSet": "",
+    }
     assert {name: service[name] for name in wanted} == wanted
     assert service["MemoryMax"] == "4G"
     name, file = service["LoadCredential"].split(":")
@@ -194,6 +208,8 @@ def test_systemd_understands_the_unit_and_finds_it_confined(tmp_path: Path) -> N
     unit.write_text(UNIT.read_text().replace("/opt/dualrefnet/bin/dualrefnet", "/bin/true"))
     verified = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True)
     assert (verified.returncode, verified.stderr) == (0, "")
-    judged = subprocess.run(["systemd-analyze", "security", "--offline=true", "--threshold=20", unit], capture_output=True, text=True)
+    judged = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--threshold=20", unit], capture_output=True, text=True
+    )
     # 2.0 of 10, where 0 is best.
     assert judged.returncode == 0, judged.stdout[-200:]

@@ -7,11 +7,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
-from dualrefnet.evaluation.calibration import expected_calibration_error, reliability_curve
-from dualrefnet.evaluation.curves import ALL_MALIGNANT, GRID, Curves, OneVersusRest, Thresholds, class_curves
-from dualrefnet.evaluation.intervals import bootstrap_intervals, wilson_interval
-from dualrefnet.evaluation.metrics import compute_metrics
-from dualrefnet.evaluation.reliability import compute_reliability
+from dualrefnet.evaluation.bootstrap import bootstrap_intervals, wilson_interval
+from dualrefnet.evaluation.curves import (
+    ALL_MALIGNANT,
+    GRID,
+    Curves,
+    OneVersusRest,
+    Thresholds,
+    class_curves,
+    compute_reliability,
+)
+from dualrefnet.evaluation.metrics import compute_metrics, expected_calibration_error, reliability_curve
 
 CLASSES = ["A", "B", "C"]
 Floats = NDArray[np.float64]
@@ -77,9 +83,13 @@ def test_a_weighted_resample_has_the_curves_of_the_laid_out_sample(seed: int, le
             assert all(np.isnan(values[row]).all() for values in measured.values())
             continue
         assert measured["roc"][row] == pytest.approx(expected_roc(truth[laid_out], score[laid_out]), abs=1e-6)
-        assert measured["precision_recall"][row] == pytest.approx(expected_precision(truth[laid_out], score[laid_out]), abs=1e-12)
+        assert measured["precision_recall"][row] == pytest.approx(
+            expected_precision(truth[laid_out], score[laid_out]), abs=1e-12
+        )
         assert measured["auc"][row] == pytest.approx(roc_auc_score(truth[laid_out], score[laid_out]), abs=1e-12)
-        assert measured["ap"][row] == pytest.approx(average_precision_score(truth[laid_out], score[laid_out]), abs=1e-12)
+        assert measured["ap"][row] == pytest.approx(
+            average_precision_score(truth[laid_out], score[laid_out]), abs=1e-12
+        )
 
 
 def test_bands_and_intervals_are_those_of_a_bootstrap_that_lays_every_sample_out() -> None:
@@ -87,7 +97,10 @@ def test_bands_and_intervals_are_those_of_a_bootstrap_that_lays_every_sample_out
     groups = np.arange(90) // 3
     curves = class_curves(labels, scores, groups, CLASSES, samples=70, seed=5, level=0.8)
     generator = np.random.default_rng(5)
-    draws = [np.concatenate([np.flatnonzero(groups == group) for group in generator.integers(30, size=30)]) for _ in range(70)]
+    draws = [
+        np.concatenate([np.flatnonzero(groups == group) for group in generator.integers(30, size=30)])
+        for _ in range(70)
+    ]
     for index, one in enumerate(curves.of):
         truths, chosen = [labels[rows] == index for rows in draws], [scores[rows, index] for rows in draws]
         for curve, along, area in (
@@ -144,7 +157,9 @@ def test_the_areas_are_the_areas_of_the_curves(seed: int) -> None:
     generator = np.random.default_rng(seed)
     # 20 ill and 25 well: every step falls on the grid. No ties.
     labels = generator.permutation(np.repeat([1, 0], [20, 25]))
-    one = class_curves(labels, two_class((generator.permutation(45) / 45).tolist()), np.arange(45), ["A", "B"], samples=1).of[1]
+    one = class_curves(
+        labels, two_class((generator.permutation(45) / 45).tolist()), np.arange(45), ["A", "B"], samples=1
+    ).of[1]
     assert one.roc.y[:-1].mean() == pytest.approx(one.roc.area)
     assert one.precision_recall.y[1:].mean() == pytest.approx(one.precision_recall.area)
 
@@ -153,7 +168,9 @@ def test_curves_are_reproducible_and_neither_rows_nor_names_of_patients_matter()
     labels, scores = predictions(2, 120)
     groups = np.arange(120) // 4
     first = class_curves(labels, scores, groups, CLASSES, samples=60).frame()
-    assert first.equals(class_curves(labels, scores, [f"patient {group}" for group in groups], CLASSES, samples=60).frame())
+    assert first.equals(
+        class_curves(labels, scores, [f"patient {group}" for group in groups], CLASSES, samples=60).frame()
+    )
     assert not first.equals(class_curves(labels, scores, groups, CLASSES, samples=60, seed=1).frame())
     turned = class_curves(labels[::-1], scores[::-1], groups[::-1], CLASSES, samples=60).frame()
     assert turned["y"].to_numpy() == pytest.approx(first["y"].to_numpy(), nan_ok=True)
@@ -215,7 +232,10 @@ def test_the_table_is_tidy() -> None:
     assert sizes[ALL_MALIGNANT, "precision_recall"].to_dict() == {"area": 1, "chance": 1, "curve": 101, "decision": 1}
     one = named(curves, "B")
     found = table[(table["class"] == "B") & (table["curve"] == "precision_recall")].set_index("part")
-    assert found.loc["area", ["y", "low", "high"]].tolist() == [one.precision_recall.area, *one.precision_recall.interval]
+    assert found.loc["area", ["y", "low", "high"]].tolist() == [
+        one.precision_recall.area,
+        *one.precision_recall.interval,
+    ]
     assert found.loc["curve", "high"].to_numpy() == pytest.approx(one.precision_recall.high)
     assert found.loc["chance", "y"] == one.prevalence
 
@@ -225,7 +245,13 @@ def test_five_hundred_samples_of_five_thousand_images_take_seconds() -> None:
     labels, scores = generator.integers(8, size=5000), generator.dirichlet(np.ones(8), size=5000)
     started, seen = time.perf_counter(), []
     class_curves(
-        labels, scores, np.arange(5000) // 2, list("ABCDEFGH"), ["A"], samples=500, progress=lambda done, total: seen.append((done, total))
+        labels,
+        scores,
+        np.arange(5000) // 2,
+        list("ABCDEFGH"),
+        ["A"],
+        samples=500,
+        progress=lambda done, total: seen.append((done, total)),
     )
     assert time.perf_counter() - started < 20
     assert seen == sorted(seen)
@@ -258,18 +284,24 @@ def test_reliability_is_that_of_the_calibration_with_intervals_of_a_laid_out_boo
     expected = reliability_curve(labels, scores, bins=5)
     assert result.table[list(expected.columns)].equals(expected)
     generator = np.random.default_rng(2)
-    draws = [np.concatenate([np.flatnonzero(groups == group) for group in generator.integers(50, size=50)]) for _ in range(80)]
+    draws = [
+        np.concatenate([np.flatnonzero(groups == group) for group in generator.integers(50, size=50)])
+        for _ in range(80)
+    ]
     drawn = np.array([reliability_curve(labels[rows], scores[rows], bins=5)["accuracy"] for rows in draws])
     checked = 0
     for index, row in enumerate(result.table.itertuples()):
         if 0 < row.accuracy < 1:
             checked += 1
-            assert (row.accuracy_low, row.accuracy_high) == pytest.approx(tuple(np.nanquantile(drawn[:, index], [0.025, 0.975])))
+            assert (row.accuracy_low, row.accuracy_high) == pytest.approx(
+                tuple(np.nanquantile(drawn[:, index], [0.025, 0.975]))
+            )
     assert checked >= 2
 
 
 def test_bins_whose_resamples_all_agree_feign_no_certainty() -> None:
-    # Bins of a fifth. (.4, .6]: one patient, one of two right; (.6, .8]: three patients, all four right; (.8, 1]: two, none right.
+    # Bins of a fifth. (.4, .6]: one patient, one of two right; (.6, .8]: three patients, all four right; (.8, 1]: two,
+    # none right.
     scores = two_class([0.45, 0.55, 0.7, 0.7, 0.7, 0.75, 0.9, 0.9])
     labels, groups = [1, 1, 1, 1, 1, 1, 0, 0], ["p", "p", "q", "q", "r", "s", "t", "u"]
     table = compute_reliability(labels, scores, groups, bins=5, samples=50).table

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualrefnet.models.decision_fusion import DecisionFusion
+from dualrefnet.models.components import DecisionFusion
 
 
 def logits_of(probabilities: list[list[list[float]]]) -> torch.Tensor:
@@ -51,7 +51,8 @@ def test_of_equals_the_even_mean_is_chosen(heads):
 
 def test_the_choice_is_by_balanced_accuracy_and_absent_classes_dont_count():
     labels = torch.tensor([0] * 8 + [1] * 2)
-    # The first head takes two of the eight for class 2, of which there is none: recalls 6/8 and 1, balanced 7/8, 8 of 10 right.
+    # The first head takes two of the eight for class 2, of which there is none: recalls 6/8 and 1, balanced 7/8, 8 of
+    # 10 right.
     # The second misses one of the two: recalls 1 and 1/2, balanced 3/4, but 9 of 10 right.
     balanced = [2, 2, 0, 0, 0, 0, 0, 0, 1, 1]
     accurate = [0, 0, 0, 0, 0, 0, 0, 0, 1, 0]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from dualrefnet.data.decode import decode_image
+from dualrefnet.data.images import decode_image
 from dualrefnet.errors import ImageError
 
 
@@ -58,14 +58,38 @@ def array_or_reason(data, **limits):
 
 
 def tiff_by_hand(bits, photometric, data, more_tags=()):
-    tags = [(256, 16), (257, 16), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, 16), (279, len(data)), *more_tags]
+    tags = [
+        (256, 16),
+        (257, 16),
+        (258, bits),
+        (259, 1),
+        (262, photometric),
+        (273, 8),
+        (277, 1),
+        (278, 16),
+        (279, len(data)),
+        *more_tags,
+    ]
     entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags)
-    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+    return (
+        b"II*\0"
+        + struct.pack("<I", 8 + len(data))
+        + data
+        + struct.pack("<H", len(tags))
+        + entries
+        + struct.pack("<I", 0)
+    )
 
 
 def png_by_hand(width, height, depth, colour, rows, extra=b""):
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + extra + png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + png_chunk(b"IHDR", header)
+        + extra
+        + png_chunk(b"IDAT", zlib.compress(rows))
+        + png_chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WEBP"])
@@ -94,7 +118,8 @@ def test_the_type_is_told_by_the_content(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"GIF89a" + bytes(50), encoded(PHOTOGRAPH, "GIF"), encoded(PHOTOGRAPH, "PPM"), b"%!PS-Adobe-3.0 EPSF-3.0"]
+    "data",
+    [b"", b"GIF89a" + bytes(50), encoded(PHOTOGRAPH, "GIF"), encoded(PHOTOGRAPH, "PPM"), b"%!PS-Adobe-3.0 EPSF-3.0"],
 )
 def test_other_formats_are_refused(data):
     with pytest.raises(ImageError, match="isn't a JPEG"):
@@ -103,7 +128,9 @@ def test_other_formats_are_refused(data):
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA"])
 def test_grey_and_palette_modes_become_rgb(mode):
-    source = PHOTOGRAPH.convert("L").convert(mode) if mode != "PA" else PHOTOGRAPH.convert("L").convert("LA").convert("PA")
+    source = (
+        PHOTOGRAPH.convert("L").convert(mode) if mode != "PA" else PHOTOGRAPH.convert("L").convert("LA").convert("PA")
+    )
     kind = "TIFF" if mode == "PA" else "PNG"
     array = decode_image(encoded(source, kind))
     np.testing.assert_array_equal(array, np.asarray(source.convert("RGB")))
@@ -186,9 +213,15 @@ def test_exif_orientation_is_applied(kind, orientation):
     # What the sensor saw for each orientation, so that every file shows the same upright picture.
     upright = np.kron(photograph(4, 6), np.ones((16, 16, 1), np.uint8))
     sensor = {
-        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.transpose(1, 0, 2),
-        6: np.rot90(upright), 7: upright[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(upright, -1),
-    }[orientation]  # fmt: skip
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright),
+        7: upright[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"lossless": True} if kind == "WEBP" else {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
@@ -203,7 +236,11 @@ def test_damaged_exif_is_ignored_without_a_warning():
     data = encoded(PHOTOGRAPH, "JPEG", exif=exif)
     start = data.index(b"Exif\0\0") + 6
     entry = start + 10
-    damaged = data[: entry + 8] + struct.pack(">I" if data[start : start + 2] == b"MM" else "<I", 2**31 - 1) + data[entry + 12 :]
+    damaged = (
+        data[: entry + 8]
+        + struct.pack(">I" if data[start : start + 2] == b"MM" else "<I", 2**31 - 1)
+        + data[entry + 12 :]
+    )
     np.testing.assert_array_equal(decode_image(damaged), decode_image(data))
     np.testing.assert_array_equal(decode_image(data[:start] + b"rubbish!" + data[start + 8 :]), decode_image(data))
 

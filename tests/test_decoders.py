@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dualrefnet.models.backbones import create_encoder
-from dualrefnet.models.decoders import create_decoder
+from dualrefnet.models.components import create_decoder
+from dualrefnet.models.encoders import create_encoder
 
 KINDS = ("plain", "bottleneck")
 
@@ -25,7 +25,9 @@ def test_oblong_maps_stay_oblong(kind, stride):
 @pytest.mark.parametrize("stride", [16, 32])
 def test_a_decoder_has_six_convolutions_each_with_a_gradient(kind, stride):
     decoder = create_decoder(kind, 24, stride)
-    convolutions = [layer for layer in decoder.modules() if isinstance(layer, torch.nn.Conv2d | torch.nn.ConvTranspose2d)]
+    convolutions = [
+        layer for layer in decoder.modules() if isinstance(layer, torch.nn.Conv2d | torch.nn.ConvTranspose2d)
+    ]
     assert len(convolutions) == 6
     decoder(torch.randn(2, 24, 2, 2)).square().mean().backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in decoder.parameters())

@@ -28,7 +28,9 @@ def test_the_form_opens_the_gates_of_the_image():
     for first in (-1.0, 1.0):
         fusion(torch.tensor([[3.0, 1.0]]), torch.tensor([[first, 2.0]]))
     # sigmoid(GELU(2)) and sigmoid(GELU(4)) of 3, and 3 itself.
-    torch.testing.assert_close(torch.stack([values[0, 0] for values in seen]), torch.tensor([5.627809, 5.946035]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        torch.stack([values[0, 0] for values in seen]), torch.tensor([5.627809, 5.946035]), atol=1e-5, rtol=0
+    )
 
 
 def test_the_form_is_convolved_with_zeros_at_its_ends():

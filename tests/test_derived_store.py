@@ -3,8 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dualrefnet.data.derived_store import Part, fill_derived_store
-from dualrefnet.data.image_store import ImageStore
+from dualrefnet.data.store import ImageStore, Part, fill_derived_store
 from dualrefnet.errors import DataError
 
 COUNT, SIDE = 10, 4
@@ -64,7 +63,9 @@ def test_a_filling_that_was_cut_short_goes_on_where_it_stopped(source: ImageStor
         return compute(pictures)
 
     shown: list[tuple[int, int]] = []
-    store = fill_derived_store(source, "test", {}, PARTS, going_on, batch=3, progress=lambda done, total: shown.append((done, total)))
+    store = fill_derived_store(
+        source, "test", {}, PARTS, going_on, batch=3, progress=lambda done, total: shown.append((done, total))
+    )
     assert again == [3, 1]
     assert shown == [(9, COUNT), (10, COUNT)]
     np.testing.assert_array_equal(store.read(np.arange(COUNT))["half"], source.read(np.arange(COUNT))[:, ::2, ::2])

@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 from sklearn.metrics import balanced_accuracy_score
 
+from dualrefnet.analysis.cases import Disagreement, find_disagreement, shared_images
 from dualrefnet.errors import RunError
-from dualrefnet.evaluation.intervals import paired_difference
-from dualrefnet.explain.disagreement import Disagreement, find_disagreement, shared_images
+from dualrefnet.evaluation.bootstrap import paired_difference
 from dualrefnet.files import write_csv, write_yaml
 from dualrefnet.recipe import load_recipe
 from dualrefnet.run import Run
@@ -36,7 +36,15 @@ def run_of(folder: Path, rows: list[tuple], which: int, classes: list[str] = CLA
         scores = dict.fromkeys(classes, 0.0) | {label: sure}
         other = said if said != label else next(name for name in classes if name != label)
         scores[other] += 1 - sure
-        table.append({"image_id": image, "split": "test", "label": label, "predicted": said, **{f"prob_{n}": v for n, v in scores.items()}})
+        table.append(
+            {
+                "image_id": image,
+                "split": "test",
+                "label": label,
+                "predicted": said,
+                **{f"prob_{n}": v for n, v in scores.items()},
+            }
+        )
     predictions = pd.DataFrame(table)
     validation = predictions.iloc[:2].assign(image_id=["v0", "v1"], split="val")
     write_csv(folder / "predictions.csv", pd.concat([validation, predictions]))
@@ -90,7 +98,11 @@ def test_shown_are_the_largest_differences_of_every_class_and_each_patient_once(
 
 
 def test_a_patient_is_shown_once_even_if_each_run_is_right_about_one_image(tmp_path: Path) -> None:
-    rows = [("i0", "p0", "A", "A", 0.9, "B", 0.2), ("i1", "p0", "A", "B", 0.1, "A", 0.95), ("i2", "p1", "B", "B", 0.6, "B", 0.6)]
+    rows = [
+        ("i0", "p0", "A", "A", 0.9, "B", 0.2),
+        ("i1", "p0", "A", "B", 0.1, "A", 0.95),
+        ("i2", "p1", "B", "B", 0.6, "B", 0.6),
+    ]
     found = find_disagreement(run_of(tmp_path / "a", rows, 3), run_of(tmp_path / "b", rows, 5), samples=10)
     assert found.chosen["image_id"].tolist() == ["i1"]
 
@@ -98,16 +110,22 @@ def test_a_patient_is_shown_once_even_if_each_run_is_right_about_one_image(tmp_p
 def test_exchanged_runs_give_the_exchanged_answer(found: Disagreement, tmp_path: Path) -> None:
     other = find_disagreement(run_of(tmp_path / "b2", ROWS, 5), run_of(tmp_path / "a2", ROWS, 3), cases=3, samples=200)
     assert other.difference.difference == pytest.approx(-found.difference.difference)
-    assert (other.difference.low, other.difference.high) == pytest.approx((-found.difference.high, -found.difference.low))
+    assert (other.difference.low, other.difference.high) == pytest.approx(
+        (-found.difference.high, -found.difference.low)
+    )
     swapped = {"only_a_right": "only_b_right", "only_b_right": "only_a_right"}
     for kind, name in swapped.items():
         images = found.chosen.loc[found.chosen["kind"] == name, "image_id"].tolist()
         assert other.chosen.loc[other.chosen["kind"] == kind, "image_id"].tolist() == images
 
 
-def test_orders_of_rows_and_classes_do_not_matter_and_images_of_one_run_only_are_counted(found: Disagreement, tmp_path: Path) -> None:
+def test_orders_of_rows_and_classes_do_not_matter_and_images_of_one_run_only_are_counted(
+    found: Disagreement, tmp_path: Path
+) -> None:
     rows = [*ROWS[::-1], ("extra", "p9", "A", "A", 0.9, "A", 0.9)]
-    other = find_disagreement(run_of(tmp_path / "a2", ROWS, 3), run_of(tmp_path / "b2", rows, 5, ["C", "A", "B"]), cases=3, samples=200)
+    other = find_disagreement(
+        run_of(tmp_path / "a2", ROWS, 3), run_of(tmp_path / "b2", rows, 5, ["C", "A", "B"]), cases=3, samples=200
+    )
     assert (other.only_a, other.only_b) == (0, 1)
     pd.testing.assert_frame_equal(other.table, found.table)
     assert other.difference == found.difference

@@ -23,7 +23,9 @@ from dualrefnet.recipe import Recipe, load_recipe, parse_overrides, shipped_reci
 
 ROOT = Path(__file__).parents[1]
 OWN_DATA = ROOT / "docs" / "bring-your-own-data.md"
-DOCUMENTS = sorted([*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"])
+DOCUMENTS = sorted(
+    [*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"]
+)
 SECTIONS = [name for name, field in Recipe.model_fields.items() if hasattr(field.annotation, "model_fields")]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -182,7 +184,12 @@ def test_the_example_of_own_data_loads_without_a_remark_and_divides(tmp_path):
 def test_every_message_of_the_list_is_one_of_the_software():
     source = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "src").rglob("*.py")))
     section = OWN_DATA.read_text(encoding="utf-8").split("## Messages")[1]
-    messages = [code for line in section.splitlines() if line.startswith("| `") for code in re.findall(r"`([^`]+)`", line.split(" | ")[0])]
+    messages = [
+        code
+        for line in section.splitlines()
+        if line.startswith("| `")
+        for code in re.findall(r"`([^`]+)`", line.split(" | ")[0])
+    ]
     assert len(messages) > 20
     assert not [message for message in messages if message not in source]
 
@@ -241,7 +248,9 @@ def test_every_benchmark_is_listed():
 )
 def test_every_benchmark_runs(script, options, rows, tmp_path):
     # Without weights at hand the networks can't be measured; whether they are must not change what this test expects.
-    environment = {name: value for name, value in os.environ.items() if name not in ("DUALREFNET_WEIGHTS", "DUALREFNET_DATA")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("DUALREFNET_WEIGHTS", "DUALREFNET_DATA")
+    }
     environment |= {"HF_HUB_OFFLINE": "1"}
     script_file = ROOT / "benchmarks" / f"{script}.py"
     subprocess.run([sys.executable, script_file, *options, "--out", tmp_path], check=True, env=environment)
@@ -255,7 +264,9 @@ def test_every_benchmark_runs(script, options, rows, tmp_path):
 @pytest.mark.slow
 def test_the_benchmarks_of_serving_run(tiny_run, tmp_path):
     bundle, out = tmp_path / "bundle", tmp_path / "results"
-    subprocess.run([sys.executable, "-m", "dualrefnet", "export", tiny_run.path, "--out", bundle, "--no-int8"], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "dualrefnet", "export", tiny_run.path, "--out", bundle, "--no-int8"], check=True
+    )
     small = ["--width", "256", "--height", "192", "--out", out]
     for script, arguments in (
         ("predictor_latency", [tiny_run.path, bundle, "--rounds", "3", *small]),

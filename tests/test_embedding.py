@@ -13,11 +13,19 @@ from sklearn.metrics import balanced_accuracy_score, silhouette_samples, silhoue
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
+from dualrefnet.analysis import embedding as separation
+from dualrefnet.analysis.embedding import (
+    MEASURES,
+    EmbeddingComparison,
+    Features,
+    compare_embeddings,
+    embed,
+    embed_features,
+    measure_separation,
+    neighbours_right,
+)
+from dualrefnet.analysis.opened_run import open_run
 from dualrefnet.errors import RunError
-from dualrefnet.evaluation.opened_run import open_run
-from dualrefnet.explain import separation
-from dualrefnet.explain.embedding import EmbeddingComparison, Features, compare_embeddings, embed, embed_features
-from dualrefnet.explain.separation import MEASURES, measure_separation, neighbours_right
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import Run
 from dualrefnet.training.train import train_recipe
@@ -29,7 +37,9 @@ def features(
     values: NDArray[np.floating], labels: NDArray[np.int64], groups: NDArray[np.int64] | None = None, name: str = "run"
 ) -> Features:
     ids = tuple(f"image {number}" for number in range(len(labels)))
-    return Features(name, CLASSES, ids, labels, np.arange(len(labels)) if groups is None else groups, values.astype(np.float32))
+    return Features(
+        name, CLASSES, ids, labels, np.arange(len(labels)) if groups is None else groups, values.astype(np.float32)
+    )
 
 
 def blobs(apart: float, seed: int = 0, images: int = 90) -> tuple[NDArray[np.floating], NDArray[np.int64]]:
@@ -65,7 +75,8 @@ def test_shuffled_labels_are_as_good_as_chance() -> None:
 
 
 def test_an_images_own_patient_is_no_neighbour() -> None:
-    # Every patient has 6 images in one place, far from all others of the class; the next patients are of the other class.
+    # Every patient has 6 images in one place, far from all others of the class; the next patients are of the other
+    # class.
     places, labels, groups = [], [], []
     for patient in range(8):
         for image in range(6):
@@ -107,11 +118,17 @@ def test_intervals_are_those_of_laid_out_samples_of_patients() -> None:
     drawn = np.random.default_rng(5).multinomial(len(names), np.full(len(names), 1 / len(names)), size=50)
     expected: dict[str, list[float]] = {measure: [] for measure in MEASURES}
     for times in drawn:
-        rows = np.concatenate([np.flatnonzero(groups == name) for name, often in zip(names, times, strict=True) for _ in range(often)])
+        rows = np.concatenate(
+            [np.flatnonzero(groups == name) for name, often in zip(names, times, strict=True) for _ in range(often)]
+        )
         expected["silhouette"].append(silhouette[rows].mean())
         present = np.unique(labels[rows])
-        expected["silhouette_balanced"].append(np.mean([silhouette[rows][labels[rows] == label].mean() for label in present]))
-        expected["knn_balanced_accuracy"].append(np.mean([right[rows][labels[rows] == label].mean() for label in present]))
+        expected["silhouette_balanced"].append(
+            np.mean([silhouette[rows][labels[rows] == label].mean() for label in present])
+        )
+        expected["knn_balanced_accuracy"].append(
+            np.mean([right[rows][labels[rows] == label].mean() for label in present])
+        )
     assert any(2 not in labels[np.isin(groups, names[times > 0])] for times in drawn)
     for measure, numbers in expected.items():
         assert found.drawn["run"][measure] == pytest.approx(np.array(numbers))
@@ -124,7 +141,9 @@ def test_more_images_of_the_same_patients_do_not_narrow_the_interval() -> None:
     values, labels = blobs(apart=2)
     widths = []
     for copies, groups in ((1, np.arange(90)), (4, np.repeat(np.arange(90), 4)), (4, np.arange(360))):
-        found = measure_separation({"run": np.repeat(values, copies, axis=0)}, np.repeat(labels, copies), groups, samples=400)
+        found = measure_separation(
+            {"run": np.repeat(values, copies, axis=0)}, np.repeat(labels, copies), groups, samples=400
+        )
         value = found.value("run", "silhouette")
         widths.append(value.high - value.low)
     assert widths[1] == pytest.approx(widths[0], rel=0.15)
@@ -135,7 +154,9 @@ def test_units_and_dimensions_that_do_not_vary_change_nothing() -> None:
     values, labels = blobs(apart=2)
     noise = 7 + 1e-6 * np.random.default_rng(0).normal(size=(90, 1))
     changed = np.hstack([values * [1000, 1, 1, 1, 0.01, 1] + 3, np.zeros((90, 1)), noise])
-    runs = embed_features([features(values, labels, name="plain"), features(changed, labels, name="changed")], images=90, samples=20)
+    runs = embed_features(
+        [features(values, labels, name="plain"), features(changed, labels, name="changed")], images=90, samples=20
+    )
     assert [run.dimensions for run in runs] == [6, 6]
     for measure in MEASURES:
         assert runs[0].value(measure).value == pytest.approx(runs[1].value(measure).value, abs=1e-4)
@@ -168,7 +189,9 @@ def test_runs_that_can_not_be_mapped_are_refused_in_words() -> None:
 def test_the_better_run_is_named_and_a_tie_is_called_one() -> None:
     near, labels = blobs(apart=1, images=300)
     far, _ = blobs(apart=30, images=300)
-    worse, better = embed_features([features(near, labels, name="near"), features(far, labels, name="far")], images=300, samples=200)
+    worse, better = embed_features(
+        [features(near, labels, name="near"), features(far, labels, name="far")], images=300, samples=200
+    )
     comparison = EmbeddingComparison(worse, better)
     found = comparison.difference("silhouette")
     assert found.difference == pytest.approx(worse.value("silhouette").value - better.value("silhouette").value)
@@ -179,7 +202,9 @@ def test_the_better_run_is_named_and_a_tie_is_called_one() -> None:
     assert EmbeddingComparison(better, worse).better("silhouette") is better
     # The same features, but for a little noise.
     noisy = near + 0.3 * np.random.default_rng(5).normal(size=near.shape)
-    first, second = embed_features([features(near, labels, name="near"), features(noisy, labels, name="noisy")], images=300, samples=200)
+    first, second = embed_features(
+        [features(near, labels, name="near"), features(noisy, labels, name="noisy")], images=300, samples=200
+    )
     tie = EmbeddingComparison(first, second)
     found = tie.difference("knn_balanced_accuracy")
     assert found.low <= 0 <= found.high
@@ -232,7 +257,8 @@ def test_a_sample_has_every_class(tiny_run: Run) -> None:
 
 def test_a_frozen_runs_stored_features_give_the_same_vectors(tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipe = load_recipe(
-        tiny_recipe, {"training.encoder": "frozen", "training.epochs": 1, "model.method": "concat", "evaluation.bootstrap": 0}
+        tiny_recipe,
+        {"training.encoder": "frozen", "training.epochs": 1, "model.method": "concat", "evaluation.bootstrap": 0},
     )
     opened = open_run(train_recipe(recipe, tmp_path / "frozen"), device=torch.device("cpu"))
     found = embed(opened, samples=10)
@@ -241,13 +267,22 @@ def test_a_frozen_runs_stored_features_give_the_same_vectors(tiny_recipe: Recipe
     with torch.inference_mode():
         batch = examples.batch(np.arange(len(examples)))
         values = opened.model(opened.images(batch), batch.metadata).features.numpy()
-    (expected,) = embed_features([dataclasses.replace(_as_features(found.table, opened.classes), values=values)], len(examples), 10)
+    (expected,) = embed_features(
+        [dataclasses.replace(_as_features(found.table, opened.classes), values=values)], len(examples), 10
+    )
     assert found.value("silhouette").value == pytest.approx(expected.value("silhouette").value, abs=1e-3)
 
 
 def _as_features(table: pd.DataFrame, classes: tuple[str, ...]) -> Features:
     labels = np.array([classes.index(name) for name in table["class"]])
-    return Features("run", classes, tuple(table["image_id"]), labels, np.arange(len(table)), np.zeros((len(table), 2), dtype=np.float32))
+    return Features(
+        "run",
+        classes,
+        tuple(table["image_id"]),
+        labels,
+        np.arange(len(table)),
+        np.zeros((len(table), 2), dtype=np.float32),
+    )
 
 
 def test_two_runs_are_compared_on_the_images_that_both_tested(tiny_run: Run, tmp_path: Path) -> None:
@@ -260,7 +295,9 @@ def test_two_runs_are_compared_on_the_images_that_both_tested(tiny_run: Run, tmp
     split.loc[split["patient_id"] == gone, "split"] = "val"
     split.iloc[::-1].to_csv(copy.path / "split.csv", index=False)
     calls: list[tuple[int, int]] = []
-    found = compare_embeddings(opened, open_run(copy, device=device), samples=20, progress=lambda *done: calls.append(done))
+    found = compare_embeddings(
+        opened, open_run(copy, device=device), samples=20, progress=lambda *done: calls.append(done)
+    )
     expected = [image for image in opened.examples("test").image_ids if opened.groups[image] != gone]
     for run, name in ((found.first, "tiny"), (found.second, "copy")):
         assert run.table["image_id"].tolist() == expected
@@ -296,4 +333,6 @@ def test_thousands_of_images_are_measured_in_parts(monkeypatch: pytest.MonkeyPat
     for measure in MEASURES:
         assert parts.value("run", measure).value == pytest.approx(whole.value("run", measure).value, abs=1e-12)
     truth = KNeighborsClassifier(5).fit(values[::3], labels[::3]).predict(values[1::3])
-    assert whole.value("run", "knn_balanced_accuracy").value == pytest.approx(balanced_accuracy_score(labels[1::3], truth), abs=0.05)
+    assert whole.value("run", "knn_balanced_accuracy").value == pytest.approx(
+        balanced_accuracy_score(labels[1::3], truth), abs=0.05
+    )

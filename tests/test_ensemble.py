@@ -1,10 +1,9 @@
 import torch
 from torch import nn
 
-from dualrefnet.models.backbones import Encoded, Encoder, EncoderOutput
+from dualrefnet.models.base import Architecture
+from dualrefnet.models.encoders import IMAGENET_MEAN, IMAGENET_STD, Encoded, Encoder, EncoderOutput, WeightsSource
 from dualrefnet.models.ensemble import EfficientChannelAttention, Ensemble, Member
-from dualrefnet.models.method import Architecture
-from dualrefnet.models.weights import IMAGENET_MEAN, IMAGENET_STD, WeightsSource
 from dualrefnet.recipe import ModelSection
 from stand_in import set_linear
 
@@ -36,7 +35,9 @@ def test_every_encoder_gets_images_normalised_as_its_weights_expect():
     model((image - mean) / std, torch.zeros(2, 5))
     for seen, (mean, std) in zip(read, EXPECTED, strict=True):
         for channel in range(3):
-            torch.testing.assert_close(seen[:, channel], (image[:, channel] - mean[channel]) / std[channel], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                seen[:, channel], (image[:, channel] - mean[channel]) / std[channel], rtol=1e-4, atol=1e-5
+            )
 
 
 def test_the_answer_is_the_weighted_mean_of_the_members():

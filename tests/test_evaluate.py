@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
+from dualrefnet.analysis.evaluate import evaluate_run
 from dualrefnet.errors import RunError
-from dualrefnet.evaluation.evaluate import evaluate_run
 from dualrefnet.run import Run
 
 
@@ -33,7 +33,7 @@ def test_the_contracted_keys_are_there_with_intervals(tiny_run: Run) -> None:
 
 
 def test_data_that_have_gone_are_named(tiny_run: Run, tmp_path: Path) -> None:
-    from dualrefnet.data.sample import draw_sample
+    from dualrefnet.data.synthetic import draw_sample
 
     other = draw_sample(tmp_path / "other", images=60, seed=9, side=64)
     with pytest.raises(RunError, match="--root"):

@@ -5,10 +5,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dualrefnet.evaluation import everyday_pictures as module
-from dualrefnet.evaluation.drawn_pictures import draw_bar_code, draw_one_colour, photographed
-from dualrefnet.evaluation.everyday_pictures import CUTTINGS, DOCUMENTS, MEDICAL, PHOTOGRAPHS, PLAIN, everyday_pictures, medical_pictures
-from dualrefnet.evaluation.healthy_skin import cut_skin
+from dualrefnet.analysis import non_lesion_images as module
+from dualrefnet.analysis.non_lesion_drawings import draw_bar_code, draw_one_colour, photographed
+from dualrefnet.analysis.non_lesion_images import (
+    CUTTINGS,
+    DOCUMENTS,
+    MEDICAL,
+    PHOTOGRAPHS,
+    PLAIN,
+    cut_skin,
+    everyday_pictures,
+    medical_pictures,
+)
 
 SKIN, LESION = (200, 150, 120), (60, 30, 20)
 
@@ -74,7 +82,9 @@ def test_drawn_things_look_like_what_they_are() -> None:
     assert shot[140:160, 90:110].std() > 0
 
 
-def _photograph(folder: Path, centre: tuple[int, int], radius: int, size: tuple[int, int] = (400, 600)) -> tuple[Path, Path]:
+def _photograph(
+    folder: Path, centre: tuple[int, int], radius: int, size: tuple[int, int] = (400, 600)
+) -> tuple[Path, Path]:
     """Write a photograph with a round lesion, and its mask squashed to a square."""
     rows, columns = np.mgrid[: size[0], : size[1]]
     inside = (rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 <= radius**2
@@ -116,4 +126,6 @@ def test_real_photographs_give_skin_that_is_unlike_the_lesion(real_pad: Path) ->
     masks = sorted((real_pad / "masks").glob("*.png"))[:12]
     found = [cut_skin(real_pad / "images" / f"{path.stem}.jpg", path) for path in masks]
     assert sum(item is not None for item in found) >= 8
-    assert all(item.skin.shape == item.lesion.shape and not np.array_equal(item.skin, item.lesion) for item in found if item)
+    assert all(
+        item.skin.shape == item.lesion.shape and not np.array_equal(item.skin, item.lesion) for item in found if item
+    )

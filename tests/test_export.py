@@ -22,27 +22,27 @@ from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.deploy import export as export_module
 from dualrefnet.deploy import hub
 from dualrefnet.deploy.export import check_target, export_run, new_folder
-from dualrefnet.deploy.exported_model import ExportedModel, ProgramNetwork, trace, write_onnx, write_program
 from dualrefnet.deploy.hub import FILES, check_bundle
+from dualrefnet.deploy.network import ExportedModel, ProgramNetwork, TorchNetwork, trace, write_onnx, write_program
 from dualrefnet.deploy.parity import Cases, agreement, ask, check_parity, drawn_cases, race, real_cases
-from dualrefnet.deploy.torch_network import TorchNetwork
 from dualrefnet.errors import DataError, RunError
 from dualrefnet.files import sha256_of_file
-from dualrefnet.models.backbones import BACKBONES, Encoder
-from dualrefnet.models.method import Architecture, Method
+from dualrefnet.models.base import Architecture, Method
+from dualrefnet.models.encoders import BACKBONES, Encoder, WeightsSource
 from dualrefnet.models.registry import METHODS, new_model
-from dualrefnet.models.weights import WeightsSource
 from dualrefnet.recipe import ModelSection, Recipe, load_recipe
 from dualrefnet.run import Run
+from dualrefnet.runtime.bundle import OnnxNetwork
 from dualrefnet.runtime.classifier import Answered, Network
-from dualrefnet.runtime.onnx_network import OnnxNetwork
 
 SIDE, WIDTH, CLASSES, FEATURES = 32, 6, 3, 32
 NORMALISATION = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 # Each takes four seconds, most of which torch's exporter needs.
 QUICK = (("dualrefnet", True), ("metadata_only", False))
 EVERY = [
-    pytest.param(name, tokens, marks=[] if (name, tokens) in QUICK else [pytest.mark.slow]) for name in METHODS for tokens in (False, True)
+    pytest.param(name, tokens, marks=[] if (name, tokens) in QUICK else [pytest.mark.slow])
+    for name in METHODS
+    for tokens in (False, True)
 ]
 
 
@@ -73,11 +73,15 @@ def tiny_method(name: str, tokens: bool = False, width: int = WIDTH) -> tuple[Me
     """A method with random weights on tiny encoders, in evaluation mode."""
     torch.manual_seed(0)
     section = ModelSection.model_validate({"method": name, "backbone": "mobilenet_v2", "decoder": "bottleneck"})
-    architecture = Architecture(image_size=SIDE, metadata_width=width, classes=CLASSES, section=section, missing_tokens=tokens)
+    architecture = Architecture(
+        image_size=SIDE, metadata_width=width, classes=CLASSES, section=section, missing_tokens=tokens
+    )
     kind, encoders = METHODS[name], []
     for position in range(3 if name == "ensemble" else int(kind.reads_image)):
         # The second and third encoder of an ensemble expect images of another mean and deviation.
-        source = WeightsSource("none", "stand-in", None, (0.5, 0.4, 0.3 + position / 10), (0.2, 0.3, 0.4 + position / 10))
+        source = WeightsSource(
+            "none", "stand-in", None, (0.5, 0.4, 0.3 + position / 10), (0.2, 0.3, 0.4 + position / 10)
+        )
         encoder = Encoder("mobilenet_v2", TinyBody(), source, kind.taps(section), position)
         encoder.features = FEATURES
         encoders.append(encoder)
@@ -107,7 +111,9 @@ def random_cases(count: int, side: int = SIDE, width: int = WIDTH, tokens: bool 
     forms = random.normal(size=(count, width)).astype(np.float32)
     if tokens:
         forms[0, ::2] = np.nan
-    return Cases(random.integers(0, 256, (count, side, side, 3), dtype=np.uint8), forms, random.integers(0, CLASSES, count))
+    return Cases(
+        random.integers(0, 256, (count, side, side, 3), dtype=np.uint8), forms, random.integers(0, CLASSES, count)
+    )
 
 
 @pytest.mark.parametrize(("name", "tokens"), EVERY)
@@ -121,7 +127,10 @@ def test_every_method_answers_as_in_torch_for_any_number_of_images(name: str, to
     assert [one.name for one in onnx.session.get_inputs()] == wanted
     assert [one.name for one in onnx.session.get_outputs()] == (["logits", "vector"] if reads else ["logits"])
     assert {one.shape[0] for one in (*onnx.session.get_inputs(), *onnx.session.get_outputs())} == {"N"}
-    trained, program = TorchNetwork(method, SIDE, NORMALISATION, torch.device("cpu")), ProgramNetwork(program_file, model.inputs)
+    trained, program = (
+        TorchNetwork(method, SIDE, NORMALISATION, torch.device("cpu")),
+        ProgramNetwork(program_file, model.inputs),
+    )
     for count in (1, 3):
         cases = random_cases(count, tokens=tokens)
         cases = cases if reads else Cases(None, cases.forms)
@@ -147,7 +156,9 @@ def test_files_hold_no_decoder_no_pickle_and_no_folder_of_this_machine(tmp_path:
         members = {name: archive.read(name) for name in archive.namelist()}
     assert len(members) > 10
     # A pickle begins with its protocol, torch's own files (which hold one) with a zip's mark.
-    assert [name for name, content in members.items() if content[:1] == b"\x80" or zipfile.is_zipfile(io.BytesIO(content))] == []
+    assert [
+        name for name, content in members.items() if content[:1] == b"\x80" or zipfile.is_zipfile(io.BytesIO(content))
+    ] == []
     assert [name for name, content in members.items() if here in content or b"decoder" in content] == []
     assert not (tmp_path / "model.onnx.data").exists()
 
@@ -264,7 +275,9 @@ def form_run(tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> R
 
     root = tmp_path_factory.mktemp("moved")
     shutil.copytree(tiny_recipe.data.root, root / "data")
-    recipe = load_recipe(tiny_recipe, {"model.method": "metadata_only", "data.root": str(root / "data"), "training.epochs": 1})
+    recipe = load_recipe(
+        tiny_recipe, {"model.method": "metadata_only", "data.root": str(root / "data"), "training.epochs": 1}
+    )
     run = train_recipe(recipe, root / "run")
     shutil.rmtree(root / "data")
     return run
@@ -356,9 +369,13 @@ def test_without_data_parity_is_checked_on_drawn_cases_and_a_bundle_is_replaced(
 
 def test_the_command_exports_and_sends(form_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[tuple[Path, str, dict[str, object]]] = []
-    monkeypatch.setattr(hub, "push_bundle", lambda folder, name, **options: sent.append((folder, name, options)) or "https://hub/1")
+    monkeypatch.setattr(
+        hub, "push_bundle", lambda folder, name, **options: sent.append((folder, name, options)) or "https://hub/1"
+    )
     out = tmp_path / "bundle"
-    result = CliRunner().invoke(app, ["export", str(form_run.path), "--out", str(out), "--no-int8", "--push-to", "org/name"])
+    result = CliRunner().invoke(
+        app, ["export", str(form_run.path), "--out", str(out), "--no-int8", "--push-to", "org/name"]
+    )
     assert result.exit_code == 0, result.output
     assert f"{out}: float32; probabilities differ from torch's by " in result.output
     assert sent == [(out, "org/name", {"private": True})]
@@ -366,7 +383,9 @@ def test_the_command_exports_and_sends(form_run: Run, tmp_path: Path, monkeypatc
     assert json.loads((out / "bundle.json").read_text())["no_int8"]
 
 
-def test_an_export_that_answers_otherwise_fails_and_leaves_nothing(form_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_that_answers_otherwise_fails_and_leaves_nothing(
+    form_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def other(model: ExportedModel):
         nn.init.constant_(model.method.head.classifier.bias, 0.0)[0] += 0.1
         return trace(model)
@@ -377,7 +396,9 @@ def test_an_export_that_answers_otherwise_fails_and_leaves_nothing(form_run: Run
     assert list(tmp_path.iterdir()) == []
 
 
-def test_int8_without_photographs_is_refused_when_asked_for(tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_int8_without_photographs_is_refused_when_asked_for(
+    tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     moved = tmp_path / "run"
     shutil.copytree(tiny_run.path, moved)
     recipe = yaml.safe_load((moved / "recipe.yaml").read_text())
@@ -419,4 +440,8 @@ def test_what_lies_at_the_target_is_never_lost(tmp_path: Path) -> None:
             check_target(tmp_path / name)
     with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "folder") as made:
         _write_half(made)
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["file", "folder", "folder/notes.txt"]
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "file",
+        "folder",
+        "folder/notes.txt",
+    ]

@@ -68,7 +68,11 @@ def server(monkeypatch):
     server = Server(("127.0.0.1", 0), Handler)
     # requests: headers of each; script: what to do wrong, request by request; sent: bytes of bodies.
     server.requests, server.script, server.sent = [], [], 0
-    server.content, server.etag, server.ranges = archive_of({"metadata.csv": b"img_id\n", "noise.bin": noise(600_000)}), '"v1"', True
+    server.content, server.etag, server.ranges = (
+        archive_of({"metadata.csv": b"img_id\n", "noise.bin": noise(600_000)}),
+        '"v1"',
+        True,
+    )
     server.url = f"http://127.0.0.1:{server.server_port}/data.zip"
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
@@ -92,14 +96,19 @@ def archive_of(members):
 
 def source_of(server, **changes):
     values = {
-        "url": server.url, "filename": "data.zip", "sha256": hashlib.sha256(server.content).hexdigest(),
-        "size": len(server.content), "unpack": True,
-    }  # fmt: skip
+        "url": server.url,
+        "filename": "data.zip",
+        "sha256": hashlib.sha256(server.content).hexdigest(),
+        "size": len(server.content),
+        "unpack": True,
+    }
     return Source(**{**values, **changes})
 
 
 def get(server, root, **changes):
-    return fetch_dataset("pad_ufes_20", root, accept_licence=True, sources=[source_of(server, **changes)], progress=False)
+    return fetch_dataset(
+        "pad_ufes_20", root, accept_licence=True, sources=[source_of(server, **changes)], progress=False
+    )
 
 
 def test_a_release_is_downloaded_verified_unpacked_and_recorded(server, tmp_path):
@@ -165,7 +174,9 @@ def test_a_later_run_resumes_an_interrupted_one(server, tmp_path, monkeypatch, c
 
 def test_a_complete_partial_file_is_not_asked_for_again(server, tmp_path):
     (tmp_path / "data.zip.partial").write_bytes(server.content)
-    (tmp_path / "data.zip.partial.json").write_text(json.dumps({"url": server.url, "validator": '"v1"', "total": len(server.content)}))
+    (tmp_path / "data.zip.partial.json").write_text(
+        json.dumps({"url": server.url, "validator": '"v1"', "total": len(server.content)})
+    )
     get(server, tmp_path)
     assert server.requests == []
 
@@ -199,7 +210,9 @@ def test_a_file_that_changed_meanwhile_is_not_stitched_together(server, tmp_path
     server.content, server.etag = archive_of({"metadata.csv": b"img_id\n", "noise.bin": noise(600_000)[::-1]}), '"v2"'
     assert len(server.content) == len(old)
     (tmp_path / "data.zip.partial").write_bytes(old[:300_000])
-    (tmp_path / "data.zip.partial.json").write_text(json.dumps({"url": server.url, "validator": '"v1"', "total": len(old)}))
+    (tmp_path / "data.zip.partial.json").write_text(
+        json.dumps({"url": server.url, "validator": '"v1"', "total": len(old)})
+    )
     get(server, tmp_path)
     assert (tmp_path / "noise.bin").read_bytes() == noise(600_000)[::-1]
 
@@ -249,7 +262,13 @@ def test_without_a_checksum_the_size_is_compared_and_that_is_said(server, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "step", [{"status": 403}, {"status": 404}, {"type": "text/html", "content": b"<html>"}, {"content": b"<!doctype html>" * 99}]
+    "step",
+    [
+        {"status": 403},
+        {"status": 404},
+        {"type": "text/html", "content": b"<html>"},
+        {"content": b"<!doctype html>" * 99},
+    ],
 )
 def test_an_answer_for_browsers_says_what_to_do_in_one(server, tmp_path, step):
     server.script = [step]
@@ -281,13 +300,20 @@ def test_a_wrong_file_that_lies_there_is_neither_used_nor_overwritten(server, tm
 
 
 def test_the_archive_that_a_browser_gets_is_unpacked_with_its_parts(tmp_path):
-    parts = {f"images/imgs_part_{part}.zip": archive_of({f"imgs_part_{part}/PAT_{part}.png": noise(part * 1000)}) for part in (1, 2, 3)}
+    parts = {
+        f"images/imgs_part_{part}.zip": archive_of({f"imgs_part_{part}/PAT_{part}.png": noise(part * 1000)})
+        for part in (1, 2, 3)
+    }
     whole = {f"a long title/{name}": content for name, content in {"metadata.csv": b"img_id\n", **parts}.items()}
     (tmp_path / "zr7vgbcyr2-1.zip").write_bytes(archive_of({**whole, "__MACOSX/a long title/._metadata.csv": b"x"}))
     made = fetch_dataset("pad_ufes_20", tmp_path, accept_licence=True, progress=False)
     assert made == [tmp_path / "images", tmp_path / "metadata.csv"]
     folders = pad_ufes_20.image_folders(tmp_path)
-    assert sorted(path.name for folder in folders for path in folder.glob("*.png")) == ["PAT_1.png", "PAT_2.png", "PAT_3.png"]
+    assert sorted(path.name for folder in folders for path in folder.glob("*.png")) == [
+        "PAT_1.png",
+        "PAT_2.png",
+        "PAT_3.png",
+    ]
     assert not list(tmp_path.rglob("imgs_part_*.zip"))
     (tmp_path / "zr7vgbcyr2-1.zip").unlink()
     assert fetch_dataset("pad_ufes_20", tmp_path, accept_licence=True, progress=False) == made

@@ -7,10 +7,15 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 
-from dualrefnet.explain.embedding import EmbeddingComparison, Features, embed_features
-from dualrefnet.explain.separation import MEASURES
-from dualrefnet.figures.embedding import draw_embedding, draw_separation
-from dualrefnet.figures.picture import PRIMARY, SECONDARY, WIDTH, class_colours, inline_svg
+from dualrefnet.analysis.embedding import (
+    MEASURES,
+    EmbeddingComparison,
+    Features,
+    draw_embedding,
+    draw_separation,
+    embed_features,
+)
+from dualrefnet.display.figure import PRIMARY, SECONDARY, WIDTH, class_colours, inline_svg
 
 CLASSES = ("ACK", "BCC", "MEL", "NEV", "SCC", "SEK", "DF", "VASC")
 LONG = "pad_ufes_20-dualrefnet-efficientnet_lite0-metadata-auxiliary-R-fold4-seed0"
@@ -58,7 +63,10 @@ def test_titles_and_caption_tell_the_numbers_and_how_they_were_made(comparison: 
         assert title.splitlines()[-1] == f"silhouette {silhouette:.2f}, neighbours {knn:.2f}".replace("-", "−")
         for text in (picture.caption, picture.alt):
             assert f"{knn:.3f} [{run.value('knn_balanced_accuracy').low:.3f}, " in text
-    assert "140 (each class in proportion, seed 0) of the 1000 images that both runs were tested on of 70 patients" in picture.caption
+    assert (
+        "140 (each class in proportion, seed 0) of the 1000 images that both runs were tested on of 70 patients"
+        in picture.caption
+    )
     assert "mean nothing in such a map" in picture.caption
     assert "chance 0.12" in picture.caption
     assert "every image keeps its neighbours" in picture.caption
@@ -76,7 +84,10 @@ def test_no_words_are_cut_off_or_lie_on_the_map(comparison: EmbeddingComparison)
     assert [text.get_text() for text in picture.figure.legends[0].get_texts()] == list(CLASSES)
     boxes = [axis.get_window_extent(renderer) for axis in picture.figure.axes]
     titles = [axis._left_title.get_window_extent(renderer) for axis in picture.figure.axes]  # type: ignore[attr-defined]
-    assert all(page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1 for box in (*boxes, *titles, legend))
+    assert all(
+        page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
+        for box in (*boxes, *titles, legend)
+    )
     assert all(legend.y1 <= box.y0 for box in boxes)
     assert titles[1].y1 <= boxes[0].y0
 

@@ -7,14 +7,17 @@ import pandas as pd
 import pytest
 from numpy.typing import NDArray
 
-from dualrefnet.evaluation.curves import class_curves
-from dualrefnet.evaluation.intervals import bootstrap_intervals, with_intervals
+from dualrefnet.display.figure import PAPER, PRIMARY, Picture
+from dualrefnet.evaluation.bootstrap import bootstrap_intervals, with_intervals
+from dualrefnet.evaluation.curves import (
+    class_curves,
+    compute_reliability,
+    draw_precision_recall,
+    draw_reliability,
+    draw_roc,
+)
 from dualrefnet.evaluation.metrics import compute_metrics, metrics_from_confusion
-from dualrefnet.evaluation.reliability import compute_reliability
-from dualrefnet.figures.confusion import draw_confusion
-from dualrefnet.figures.curves import draw_precision_recall, draw_reliability, draw_roc
-from dualrefnet.figures.history import draw_history, selected_epoch
-from dualrefnet.figures.picture import PAPER, PRIMARY, Picture
+from dualrefnet.report.performance import draw_confusion, draw_history, selected_epoch
 from dualrefnet.run import Run
 from readable import assert_readable
 
@@ -29,7 +32,9 @@ def predictions(seed: int, images: int, count: int) -> tuple[NDArray[np.int64], 
     return labels, scores / scores.sum(axis=1, keepdims=True)
 
 
-def pictures(labels: NDArray[np.int64], scores: NDArray[np.float64], classes: list[str], malignant: list[str]) -> list[Picture]:
+def pictures(
+    labels: NDArray[np.int64], scores: NDArray[np.float64], classes: list[str], malignant: list[str]
+) -> list[Picture]:
     groups = np.arange(len(labels)) // 2
     metrics = compute_metrics(labels, scores, classes, malignant)
     curves = class_curves(labels, scores, groups, classes, malignant, samples=20)
@@ -46,7 +51,13 @@ def pictures(labels: NDArray[np.int64], scores: NDArray[np.float64], classes: li
 def test_every_picture_is_readable_with_two_to_eight_classes(count: int) -> None:
     labels, scores = predictions(count, 400, count)
     drawn = pictures(labels, scores, NAMES[:count], NAMES[:1])
-    assert [picture.name for picture in drawn] == ["confusion_counts", "confusion_shares", "roc", "precision_recall", "reliability"]
+    assert [picture.name for picture in drawn] == [
+        "confusion_counts",
+        "confusion_shares",
+        "roc",
+        "precision_recall",
+        "reliability",
+    ]
     for picture in drawn:
         assert_readable(picture)
         assert len(picture.data)
@@ -58,7 +69,12 @@ def test_every_picture_can_be_drawn_of_a_tiny_test_set_with_absent_classes(label
     groups = [f"p{number}" for number in range(len(labels))]
     curves = class_curves(labels, scores, groups, list("ABCD"), ["D"], samples=5)
     metrics = compute_metrics(labels, scores, list("ABCD"), ["D"])
-    drawn = [draw_confusion(metrics), draw_confusion(metrics, shares=True), draw_roc(curves), draw_precision_recall(curves)]
+    drawn = [
+        draw_confusion(metrics),
+        draw_confusion(metrics, shares=True),
+        draw_roc(curves),
+        draw_precision_recall(curves),
+    ]
     for picture in [*drawn, draw_reliability(compute_reliability(labels, scores, groups, samples=5))]:
         assert_readable(picture)
 
@@ -105,7 +121,10 @@ def test_roc_and_precision_recall_draw_the_numbers_of_their_tables() -> None:
     labels, scores = predictions(1, 200, 4)
     classes = ["A", "B", "C", "D"]
     curves = class_curves(labels, scores, np.arange(200) // 2, classes, ["B", "C"], samples=40, seed=7)
-    for picture, kind, area in ((draw_roc(curves), "roc", "AUC"), (draw_precision_recall(curves), "precision_recall", "AP")):
+    for picture, kind, area in (
+        (draw_roc(curves), "roc", "AUC"),
+        (draw_precision_recall(curves), "precision_recall", "AP"),
+    ):
         whole = curves.frame()
         expected = whole[whole["curve"] == kind].reset_index(drop=True)
         assert picture.data.equals(expected)
@@ -125,14 +144,19 @@ def test_roc_and_precision_recall_draw_the_numbers_of_their_tables() -> None:
             assert (corners[:, 1].min(), corners[:, 1].max()) == pytest.approx(
                 (part.loc["curve", "low"].min(), part.loc["curve", "high"].max())
             )
-        assert "200 test images of 100 patients; bands and brackets hold 95% of 40 resamples of the patients (seed 7)" in picture.caption
+        assert (
+            "200 test images of 100 patients; bands and brackets hold 95% of 40 resamples of the patients (seed 7)"
+            in picture.caption
+        )
         assert '"all malignant" adds up B, C' in picture.caption
     assert draw_precision_recall(curves).figure.axes[0].lines[1].get_drawstyle() == "steps-pre"
 
 
 def test_a_class_without_a_curve_is_named_and_has_no_panel() -> None:
     labels, scores = predictions(2, 60, 3)
-    curves = class_curves(labels, np.hstack([scores, np.zeros((60, 1))]), np.arange(60), ["A", "B", "C", "none"], samples=5)
+    curves = class_curves(
+        labels, np.hstack([scores, np.zeros((60, 1))]), np.arange(60), ["A", "B", "C", "none"], samples=5
+    )
     for picture in (draw_roc(curves), draw_precision_recall(curves)):
         assert len(picture.figure.axes) == 3
         assert "no image of none in the test set" in picture.caption
@@ -157,7 +181,10 @@ def test_the_reliability_diagram_shows_which_bins_hold_few_images() -> None:
     upper, lower = picture.figure.axes
     assert picture.data.equals(result.table)
     assert picture.data["count"].sum() == 24
-    line, many, few = upper.lines[0], *(one for one in upper.lines if str(one.get_label()).endswith(("more", "fewer than 10 images")))
+    line, many, few = (
+        upper.lines[0],
+        *(one for one in upper.lines if str(one.get_label()).endswith(("more", "fewer than 10 images"))),
+    )
     assert line.get_xdata() == pytest.approx([0, 1])
     assert (many.get_xdata(), many.get_ydata()) == (pytest.approx([0.9]), pytest.approx([0.75]))
     assert (few.get_xdata(), few.get_ydata()) == (pytest.approx([0.6]), pytest.approx([0.25]))
@@ -226,8 +253,13 @@ def test_the_history_draws_what_the_method_has() -> None:
     picture = draw_history(history(**full), 2)
     assert_readable(picture)
     assert panels(picture) == [
-        "classification loss", "balanced accuracy", "total loss", "reconstruction loss", "weight penalty", "relative L1 norm",
-    ]  # fmt: skip
+        "classification loss",
+        "balanced accuracy",
+        "total loss",
+        "reconstruction loss",
+        "weight penalty",
+        "relative L1 norm",
+    ]
     values = {key: part["value"].tolist() for key, part in picture.data.groupby(["panel", "series"])}
     assert values["relative L1 norm", "hidden"] == [1, 0.75, 0.5, 0.25]
     assert values["relative L1 norm", "classifier"] == pytest.approx([1, 1.1, 1.2, 1.3])

@@ -8,25 +8,40 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
+from dualrefnet.analysis.cases import Disagreement
+from dualrefnet.display.figure import FAINT, PRIMARY, SECONDARY, WIDTH, Picture, inline_svg
 from dualrefnet.evaluation.comparison import Difference
-from dualrefnet.explain.disagreement import Disagreement
-from dualrefnet.figures.picture import FAINT, PRIMARY, SECONDARY, WIDTH, Picture, inline_svg
 
 pytest.importorskip("captum")
 
-from dualrefnet.explain.gallery import RIGHT, WRONG, ChosenCase, ShownCase
-from dualrefnet.explain.players import MISSING
-from dualrefnet.figures.disagreement import draw_disagreement
-from dualrefnet.figures.gallery import draw_gallery
-from dualrefnet.figures.gradcam import overlay
+from dualrefnet.analysis.cases import RIGHT, WRONG, ChosenCase, ShownCase, draw_disagreement, draw_gallery
+from dualrefnet.analysis.gradcam import overlay
+from dualrefnet.analysis.shap import MISSING
 
-ANSWERS = [("background_father", "BRAZIL", 0.124), (MISSING, "13 of 13", -0.31), ("skin_cancer_history", "not recorded, imputed", -0.021)]
+ANSWERS = [
+    ("background_father", "BRAZIL", 0.124),
+    (MISSING, "13 of 13", -0.31),
+    ("skin_cancer_history", "not recorded, imputed", -0.021),
+]
 SHORT = ("ACK", "BCC", "MEL", "NEV", "SCC", "SEK", "DF", "VASC")
-LONG = ("squamous cell carcinoma", "BASAL CELL CARCINOMA", "actinic keratosis", "melanocytic nevus", "dermatofibroma", "vascular", "x", "y")
+LONG = (
+    "squamous cell carcinoma",
+    "BASAL CELL CARCINOMA",
+    "actinic keratosis",
+    "melanocytic nevus",
+    "dermatofibroma",
+    "vascular",
+    "x",
+    "y",
+)
 
 
 def case(
-    image_id: str, label: str, probabilities: dict[str, float], answers: list[tuple[str, str, float]] | None = None, seed: int = 0
+    image_id: str,
+    label: str,
+    probabilities: dict[str, float],
+    answers: list[tuple[str, str, float]] | None = None,
+    seed: int = 0,
 ) -> ShownCase:
     generator = np.random.default_rng(seed)
     picture = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
@@ -44,7 +59,9 @@ def assert_readable(picture: Picture) -> None:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
-    hidden = [tick for axis in figure.axes if not axis.axison for tick in (*axis.get_xticklabels(), *axis.get_yticklabels())]
+    hidden = [
+        tick for axis in figure.axes if not axis.axison for tick in (*axis.get_xticklabels(), *axis.get_yticklabels())
+    ]
     texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible() and text not in hidden]
     assert min(text.get_fontsize() for text in texts) >= 7
     boxes = [text.get_window_extent(renderer) for text in texts]
@@ -55,7 +72,9 @@ def assert_readable(picture: Picture) -> None:
     named = [(text.get_text(), box) for text, box in zip(texts, boxes, strict=True)]
     others = [("a bar", box) for box in bars if box.width > 0] + [("a photograph", box) for box in pictures]
     for (one, box), (other, second) in [*combinations(named, 2), *((text, area) for text in named for area in others)]:
-        apart = min(box.x1, second.x1) - max(box.x0, second.x0) < 1 or min(box.y1, second.y1) - max(box.y0, second.y0) < 2
+        apart = (
+            min(box.x1, second.x1) - max(box.x0, second.x0) < 1 or min(box.y1, second.y1) - max(box.y0, second.y0) < 2
+        )
         assert apart, (one, other)
 
 
@@ -78,9 +97,17 @@ def test_a_row_shows_photograph_heat_and_what_was_said() -> None:
         assert plain.get_title(loc="left") == shown.chosen.kind
         assert heat.get_title(loc="left") == f"heat for {shown.chosen.predicted}"
     assert words_of(axes[2]) == [
-        "BCC", "75% true", "MEL", "15%", "ACK", "5%", "+12  background_father = BRAZIL", "−31  fields missing: 13 of 13",
-        "−2  skin_cancer_history = not", "     recorded, imputed",
-    ]  # fmt: skip
+        "BCC",
+        "75% true",
+        "MEL",
+        "15%",
+        "ACK",
+        "5%",
+        "+12  background_father = BRAZIL",
+        "−31  fields missing: 13 of 13",
+        "−2  skin_cancer_history = not",
+        "     recorded, imputed",
+    ]
     # The true class is there even where three others are likelier.
     assert words_of(axes[5]) == ["ACK", "50%", "MEL", "30%", "BCC", "2% true"]
     widths = [np.array([bar.get_width() for bar in axis.patches]) for axis in (axes[2], axes[5])]
@@ -136,18 +163,29 @@ def disagreement(rows: list[tuple[str, str, str, str, float, float]]) -> Disagre
 def test_each_row_of_a_disagreement_says_who_was_right() -> None:
     found = disagreement([("one", "MEL", "MEL", "NEV", 0.8, 0.15), ("two", "BCC", "ACK", "BCC", 0.2, 0.9)])
     first = [case("one", "MEL", {"MEL": 0.8, "NEV": 0.2}), case("two", "BCC", {"ACK": 0.7, "BCC": 0.2}, seed=1)]
-    second = [case("one", "MEL", {"MEL": 0.15, "NEV": 0.85}, seed=2), case("two", "BCC", {"ACK": 0.1, "BCC": 0.9}, seed=3)]
+    second = [
+        case("one", "MEL", {"MEL": 0.15, "NEV": 0.85}, seed=2),
+        case("two", "BCC", {"ACK": 0.1, "BCC": 0.9}, seed=3),
+    ]
     picture = draw_disagreement(found, list(zip(first, second, strict=True)), ("DualRefNet", "MetaBlock"))
     axes = picture.figure.axes
     assert [axis.get_title(loc="left") for axis in axes] == [
-        "true: MEL", "DualRefNet\nMEL, right; MEL 80%", "MetaBlock\nNEV, wrong; MEL 15%",
-        "true: BCC", "DualRefNet\nACK, wrong; BCC 20%", "MetaBlock\nBCC, right; BCC 90%",
-    ]  # fmt: skip
+        "true: MEL",
+        "DualRefNet\nMEL, right; MEL 80%",
+        "MetaBlock\nNEV, wrong; MEL 15%",
+        "true: BCC",
+        "DualRefNet\nACK, wrong; BCC 20%",
+        "MetaBlock\nBCC, right; BCC 90%",
+    ]
     drawn = [np.asarray(axis.images[0].get_array()) for axis in axes]
     expected = [
-        first[0].picture, overlay(first[0].picture, first[0].heats["MEL"]), overlay(second[0].picture, second[0].heats["NEV"]),
-        first[1].picture, overlay(first[1].picture, first[1].heats["ACK"]), overlay(second[1].picture, second[1].heats["BCC"]),
-    ]  # fmt: skip
+        first[0].picture,
+        overlay(first[0].picture, first[0].heats["MEL"]),
+        overlay(second[0].picture, second[0].heats["NEV"]),
+        first[1].picture,
+        overlay(first[1].picture, first[1].heats["ACK"]),
+        overlay(second[1].picture, second[1].heats["BCC"]),
+    ]
     assert all((one == other).all() for one, other in zip(drawn, expected, strict=True))
     assert picture.alt == (
         "true MEL: DualRefNet says MEL, 80% for MEL; true MEL: MetaBlock says NEV, 15% for MEL; "

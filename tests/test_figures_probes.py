@@ -10,17 +10,14 @@ pytest.importorskip("matplotlib")
 
 from typer.testing import CliRunner
 
+from dualrefnet.analysis.availability import WITH, WITHOUT, Availability, draw_availability, draw_patterns
+from dualrefnet.analysis.shortcuts import MEASURES, PROBES, TRAINED, Shortcuts, draw_shortcuts
 from dualrefnet.cli import app, runs  # noqa: F401 (the module registers the commands)
+from dualrefnet.display.figure import save_picture
 from dualrefnet.errors import RunError
 from dualrefnet.evaluation.comparison import PooledBootstrap
-from dualrefnet.figures.availability import draw_availability, draw_patterns
-from dualrefnet.figures.picture import save_picture
-from dualrefnet.figures.shortcuts import draw_shortcuts
-from dualrefnet.probes.availability import WITH, WITHOUT, Availability
-from dualrefnet.probes.lead import MEASURES
-from dualrefnet.probes.shortcuts import PROBES, TRAINED, Shortcuts
-from dualrefnet.report.probed import availability_section, shortcuts_section
-from dualrefnet.report.write_probes import write_probes
+from dualrefnet.report.run_report import write_probes
+from dualrefnet.report.trust import availability_section, shortcuts_section
 from dualrefnet.run import Run
 from readable import assert_readable
 
@@ -32,9 +29,20 @@ def shortcuts(unit: str = "patient") -> Shortcuts:
         given, trained = PROBES.get(name, (TRAINED.get(name, ""), ""))
         for measure in MEASURES:
             value = 0.7 - 0.02 * place
-            row: dict[str, object] = {"probe": name, "input": given.format(unit=unit), "trained": name in TRAINED, "trained_probe": trained}
+            row: dict[str, object] = {
+                "probe": name,
+                "input": given.format(unit=unit),
+                "trained": name in TRAINED,
+                "trained_probe": trained,
+            }
             row |= {"compared_with": "whole", "measure": measure, "chance": 1 / 6 if measure == MEASURES[0] else 0.5}
-            row |= {"value": value, "low": value - 0.05, "high": value + 0.06, "difference": value - 0.7, "difference_low": -0.1}
+            row |= {
+                "value": value,
+                "low": value - 0.05,
+                "high": value + 0.06,
+                "difference": value - 0.7,
+                "difference_low": -0.1,
+            }
             row |= {"difference_high": 0.1, "lead": 1 - 0.04 * place, "lead_low": 0.1, "lead_high": 0.9}
             rows.append(row | {"images": 200, "patients": 147, "repeats": 1})
     return Shortcuts(pd.DataFrame(rows), ("one was left out",), "DualRefNet", unit, 10, 627, 1000, 0)
@@ -54,15 +62,34 @@ def availability(name: str, photographs: tuple[str, ...] = (WITH, WITHOUT)) -> A
         for measure in MEASURES[:2]
     ]
     named = [
-        {"photograph": photograph, "pattern": pattern, "removed": removed, "training_share": share, "answers_kept": 9.0, "measure": measure}
+        {
+            "photograph": photograph,
+            "pattern": pattern,
+            "removed": removed,
+            "training_share": share,
+            "answers_kept": 9.0,
+            "measure": measure,
+        }
         | numbers
         for photograph in photographs
         for pattern, removed, share in patterns
         for measure in MEASURES[:2]
     ]
     bootstrap = PooledBootstrap({}, {}, 3, 4, 100, 0.95)
-    return Availability(name, pd.DataFrame(curve), pd.DataFrame(named), 1 / 6, bootstrap, ("1", "2", "3", "4"), ("a", "a", "b", "c"), 21,
-                        "patient", 5, 100, 0)  # fmt: skip
+    return Availability(
+        name,
+        pd.DataFrame(curve),
+        pd.DataFrame(named),
+        1 / 6,
+        bootstrap,
+        ("1", "2", "3", "4"),
+        ("a", "a", "b", "c"),
+        21,
+        "patient",
+        5,
+        100,
+        0,
+    )
 
 
 @pytest.mark.parametrize("measure", MEASURES)
@@ -72,7 +99,9 @@ def test_all_probes_are_drawn_and_can_be_read(measure: str, unit: str) -> None:
     picture = draw_shortcuts(made, measure)
     assert_readable(picture)
     assert len(picture.data) == len(PROBES) + len(TRAINED)
-    dots = [line for line in picture.figure.axes[0].lines if line.get_marker() in ("o", "s") and len(line.get_xdata()) == 1]
+    dots = [
+        line for line in picture.figure.axes[0].lines if line.get_marker() in ("o", "s") and len(line.get_xdata()) == 1
+    ]
     drawn = made.table[(made.table["measure"] == measure) & ~made.table["trained"]]
     assert [line.get_xdata()[0] for line in dots] == drawn["value"].tolist()
     diamonds = [line for line in picture.figure.axes[0].lines if line.get_marker() == "D"]
@@ -83,7 +112,9 @@ def test_all_probes_are_drawn_and_can_be_read(measure: str, unit: str) -> None:
 
 def test_probes_of_one_input_alone_are_drawn(tmp_path: Path) -> None:
     made = shortcuts()
-    few = replace(made, table=made.table[made.table["probe"].isin(["whole", "gaps", "flags_hidden"])].assign(trained_probe=""))
+    few = replace(
+        made, table=made.table[made.table["probe"].isin(["whole", "gaps", "flags_hidden"])].assign(trained_probe="")
+    )
     picture = draw_shortcuts(few)
     assert_readable(picture)
     assert "outline" not in picture.caption
@@ -125,14 +156,18 @@ def test_sections_say_in_words_what_is_left() -> None:
     assert "patient's" in section.lead[1]
     assert [picture.name for picture in section.pictures] == ["shortcuts"]
     other = availability_section(availability("run"))
-    assert "with photograph 0.70 [0.40 to 0.60] with the whole form and 0.20 [0.40 to 0.60] with no answer" in other.lead[0]
+    assert (
+        "with photograph 0.70 [0.40 to 0.60] with the whole form and 0.20 [0.40 to 0.60] with no answer"
+        in other.lead[0]
+    )
     assert [picture.name for picture in other.pictures] == ["availability", "patterns"]
     assert "without" not in availability_section(availability("run", (WITH,))).lead[0]
 
 
 def test_the_command_leaves_tables_and_pictures(tiny_run: Run, tmp_path: Path) -> None:
     result = CliRunner().invoke(
-        app, ["probe", str(tiny_run.path), "--out", str(tmp_path), "--permutations", "2", "--draws", "1", "--device", "cpu"]
+        app,
+        ["probe", str(tiny_run.path), "--out", str(tmp_path), "--permutations", "2", "--draws", "1", "--device", "cpu"],
     )
     assert result.exit_code == 0, result.output
     assert "How much of the score is shortcut?" in result.output

@@ -1,4 +1,6 @@
-"""Pictures of Shapley values: the drawn numbers by hand, words that are never cut off, and eight classes with long names."""
+"""Pictures of Shapley values: the drawn numbers by hand, words that are never cut off, and eight classes with long
+names.
+"""
 
 import numpy as np
 import pytest
@@ -7,11 +9,17 @@ from matplotlib.colors import to_hex
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from dualrefnet.explain.players import MISSING, Player
-from dualrefnet.explain.shapley import MetadataShap
-from dualrefnet.figures.picture import COLOURS, Picture, inline_svg, styled
-from dualrefnet.figures.shapley import LOW_TO_HIGH, OTHER, draw_beeswarm, draw_importance, draw_waterfall
-from dualrefnet.figures.swarm import shade, swarm
+from dualrefnet.analysis.shap import (
+    LOW_TO_HIGH,
+    MISSING,
+    OTHER,
+    MetadataShap,
+    Player,
+    draw_beeswarm,
+    draw_importance,
+    draw_waterfall,
+)
+from dualrefnet.display.figure import COLOURS, Picture, inline_svg, shade, styled, swarm
 from readable import assert_readable
 
 NAMES = ("MEL", "NV", "BCC", "AK", "seborrhoeic keratosis", "DF", "melanoma, invasive", "squamous cell carcinoma")
@@ -35,7 +43,11 @@ def small(reads_image: bool = True) -> MetadataShap:
         classes=("malignant", "benign"),
         image_ids=("one", "two", "three"),
         labels=np.array([1, 0, 1]),
-        words=(("66 years", "yes", "0 of 1"), ("40 years", "not recorded, imputed", "1 of 1"), ("50 years", "no", "0 of 1")),
+        words=(
+            ("66 years", "yes", "0 of 1"),
+            ("40 years", "not recorded, imputed", "1 of 1"),
+            ("50 years", "no", "0 of 1"),
+        ),
         colours=np.array([[1.5, 1, 0], [-1, np.nan, 1], [0, 0, 0]], np.float32),
         answered=np.array([[True, True, True], [True, False, True], [True, True, True]]),
         by="field",
@@ -54,7 +66,10 @@ def large(classes: int, players: int, images: int = 120) -> MetadataShap:
     values = generator.normal(size=(images, players, classes)) * generator.exponential(0.05, size=(1, players, 1))
     values -= values.mean(axis=2, keepdims=True)
     names = ["skin_cancer_history", "background_father", "anatom_site_general", "age", "background_mother"]
-    every = [Player(f"{names[number % 5]}{number // 5 or ''}", "f", "categorical", (number,)) for number in range(players - 1)]
+    every = [
+        Player(f"{names[number % 5]}{number // 5 or ''}", "f", "categorical", (number,))
+        for number in range(players - 1)
+    ]
     words = ["not recorded, imputed", "NETHERLANDS", "lower extremity", "85 years", "CZECH"]
     base = np.full((images, classes), 1 / classes)
     return MetadataShap(
@@ -104,7 +119,11 @@ def test_every_picture_is_readable_with_few_and_many_classes_and_players(classes
     moved = result.values[:, :, 0].sum(axis=1)
     extremes = {0, int(moved.argmin()), int(moved.argmax())}
     pictures = [draw_importance(result), *(draw_beeswarm(result, label) for label in result.classes[-2:])]
-    pictures += [draw_waterfall(result, result.image_ids[row], label) for row in extremes for label in (NAMES[0], result.classes[-1])]
+    pictures += [
+        draw_waterfall(result, result.image_ids[row], label)
+        for row in extremes
+        for label in (NAMES[0], result.classes[-1])
+    ]
     for picture in pictures:
         assert_readable_bars(picture)
     assert len({picture.name for picture in pictures}) == len(pictures)
@@ -206,7 +225,9 @@ def test_the_last_step_of_a_waterfall_holds_all_others() -> None:
     assert picture.data["player"].iloc[-1] == "13 others"
     values = 100 * result.values[7, :, 2]
     order = np.argsort(-np.abs(values))
-    np.testing.assert_allclose(picture.data["points"], [*values[order[:9]], values[order[9:]].sum()], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        picture.data["points"], [*values[order[:9]], values[order[9:]].sum()], rtol=1e-4, atol=1e-4
+    )
     assert picture.data["end"].iloc[-1] == pytest.approx(100 * result.prediction[7, 2], rel=1e-4)
     assert len(draw_waterfall(large(2, 10), "ISIC_0000000", "NV").data) == 10, "one player isn't 'others'"
 

@@ -9,11 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import Rectangle
 
+from dualrefnet.display.figure import PAPER, Picture
 from dualrefnet.errors import RunError
-from dualrefnet.figures.picture import PAPER, Picture
-from dualrefnet.figures.suite import draw_ablation, draw_systems
-from dualrefnet.suite.aggregate import LABEL_LEAKING, Aggregate, aggregate
+from dualrefnet.report.suite_figures import draw_ablation, draw_systems
 from dualrefnet.suite.paper import reported
+from dualrefnet.suite.results import LABEL_LEAKING, Aggregate, aggregate
 from suite_folder import SUITE, changed, paper_suite, write_suite, wrong_on
 
 
@@ -27,21 +27,53 @@ def row(label: str, **values: object) -> dict[str, object]:
     """Return a row of `Aggregate.systems`."""
     method, backbone, variant = [*label.split("/"), "", ""][:3]
     return {
-        "dataset": "pad_ufes_20", "protocol": "paper", "method": method, "backbone": backbone or "vgg13", "variant": variant,
-        "measure": "accuracy", "pooled": 0.7, "low": 0.65, "high": 0.74, "mean": 0.7, "sd": np.nan, "runs": 1, "planned": 1, "folds": 1,
-        "seeds": 1, "images": 383, "groups": 320, "paper": np.nan, "paper_average": "", "difference": np.nan, "encoder": "fine_tuned",
-        "weights": "", "flags": "", **values,
-    }  # fmt: skip
+        "dataset": "pad_ufes_20",
+        "protocol": "paper",
+        "method": method,
+        "backbone": backbone or "vgg13",
+        "variant": variant,
+        "measure": "accuracy",
+        "pooled": 0.7,
+        "low": 0.65,
+        "high": 0.74,
+        "mean": 0.7,
+        "sd": np.nan,
+        "runs": 1,
+        "planned": 1,
+        "folds": 1,
+        "seeds": 1,
+        "images": 383,
+        "groups": 320,
+        "paper": np.nan,
+        "paper_average": "",
+        "difference": np.nan,
+        "encoder": "fine_tuned",
+        "weights": "",
+        "flags": "",
+        **values,
+    }
 
 
 def compared(label: str, reference: str, **values: object) -> dict[str, object]:
     """Return a row of `Aggregate.comparisons`."""
     method, backbone, variant = [*label.split("/"), "", ""][:3]
     return {
-        "dataset": "pad_ufes_20", "protocol": "paper", "method": method, "backbone": backbone or "vgg13", "variant": variant,
-        "reference": reference, "measure": "accuracy", "difference": -0.1, "low": -0.15, "high": -0.04, "p": 0.01, "p_holm": 0.03,
-        "samples": 1000, "note": "", **values,
-    }  # fmt: skip
+        "dataset": "pad_ufes_20",
+        "protocol": "paper",
+        "method": method,
+        "backbone": backbone or "vgg13",
+        "variant": variant,
+        "reference": reference,
+        "measure": "accuracy",
+        "difference": -0.1,
+        "low": -0.15,
+        "high": -0.04,
+        "p": 0.01,
+        "p_holm": 0.03,
+        "samples": 1000,
+        "note": "",
+        **values,
+    }
 
 
 def nothing(*rows: dict[str, object]) -> pd.DataFrame:
@@ -68,7 +100,11 @@ def intervals(axis: Axes) -> list[list[float]]:
 
 
 def hatched(axis: Axes) -> list[float]:
-    return sorted(patch.get_y() + patch.get_height() / 2 for patch in axis.patches if isinstance(patch, Rectangle) and patch.get_hatch())
+    return sorted(
+        patch.get_y() + patch.get_height() / 2
+        for patch in axis.patches
+        if isinstance(patch, Rectangle) and patch.get_hatch()
+    )
 
 
 def test_systems_are_drawn_with_the_values_and_intervals_of_the_table(small: Path) -> None:
@@ -81,7 +117,10 @@ def test_systems_are_drawn_with_the_values_and_intervals_of_the_table(small: Pat
     assert intervals(axis) == rows[["low", "high"]].to_numpy().tolist()
     assert [text.get_fontweight() for text in axis.get_yticklabels()] == ["bold", "normal"]
     assert hatched(axis) == []
-    assert picture.data[["pooled", "low", "high"]].to_numpy().tolist() == rows[["pooled", "low", "high"]].to_numpy().tolist()
+    assert (
+        picture.data[["pooled", "low", "high"]].to_numpy().tolist()
+        == rows[["pooled", "low", "high"]].to_numpy().tolist()
+    )
     assert picture.data["is_reference"].tolist() == [True, False]
     assert "48 images of 24 patients" in picture.caption
     assert "the reference, DualRefNet." in picture.caption
@@ -130,11 +169,13 @@ def test_unfinished_systems_are_hatched_and_named_and_those_without_a_value_too(
 
 def test_flags_are_told_once_with_the_systems_that_they_are_about() -> None:
     leak = "leaking split: the same patients or lesions in training and test"
-    systems = pd.DataFrame([
-        row("dualrefnet", flags=f"{leak}; frozen encoder; 1 of 3 runs", planned=3),
-        row("concat", flags=f"{LABEL_LEAKING}; {leak}; frozen encoder"),
-        row("metadata_only", flags=f"{leak}; 2 of 3 runs", runs=2, planned=3),
-    ])  # fmt: skip
+    systems = pd.DataFrame(
+        [
+            row("dualrefnet", flags=f"{leak}; frozen encoder; 1 of 3 runs", planned=3),
+            row("concat", flags=f"{LABEL_LEAKING}; {leak}; frozen encoder"),
+            row("metadata_only", flags=f"{leak}; 2 of 3 runs", runs=2, planned=3),
+        ]
+    )
     picture = draw_systems(systems, nothing(), "accuracy")
     assert f"L{leak[1:]} (all systems)." in picture.caption
     assert "Frozen encoder (all systems that read images)." in picture.caption
@@ -160,10 +201,12 @@ def test_the_papers_number_is_a_hollow_mark_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_number_that_is_averaged_in_another_way_is_named_and_not_drawn() -> None:
-    systems = pd.DataFrame([
-        row("dualrefnet", measure="f1_macro", paper=0.8, paper_average="macro"),
-        row("metablock", measure="f1_macro", paper=0.7, paper_average="weighted"),
-    ])  # fmt: skip
+    systems = pd.DataFrame(
+        [
+            row("dualrefnet", measure="f1_macro", paper=0.8, paper_average="macro"),
+            row("metablock", measure="f1_macro", paper=0.7, paper_average="weighted"),
+        ]
+    )
     picture = draw_systems(systems, nothing(), "f1_macro")
     (diamonds,) = [line for line in panels(picture)[0].lines if line.get_marker() == "D"]
     assert np.asarray(diamonds.get_xdata()) == pytest.approx([0.8, np.nan], nan_ok=True)
@@ -175,8 +218,19 @@ def test_filled_marks_differ_after_correction_and_less_may_be_better() -> None:
     systems = pd.DataFrame([row(name, measure="ece") for name in ("dualrefnet", "concat", "metanet", "visual")])
     comparisons = nothing(
         compared("concat", "dualrefnet vgg13", measure="ece"),
-        compared("metanet", "dualrefnet vgg13", measure="ece", difference=0.02, low=-0.01, high=0.05, p=0.2, p_holm=0.2),
-        compared("visual", "dualrefnet vgg13", measure="ece", difference=np.nan, low=np.nan, high=np.nan, p=np.nan, p_holm=np.nan),
+        compared(
+            "metanet", "dualrefnet vgg13", measure="ece", difference=0.02, low=-0.01, high=0.05, p=0.2, p_holm=0.2
+        ),
+        compared(
+            "visual",
+            "dualrefnet vgg13",
+            measure="ece",
+            difference=np.nan,
+            low=np.nan,
+            high=np.nan,
+            p=np.nan,
+            p_holm=np.nan,
+        ),
     )
     picture = draw_ablation(systems, comparisons, "ece")
     (axis,) = panels(picture)
@@ -198,7 +252,9 @@ def test_backbones_are_groups_and_tiers_are_marks_in_a_line() -> None:
         for tier in ("M1", "M3")
     ]
     systems = pd.DataFrame([row(name, pooled=0.5 + 0.01 * place) for place, name in enumerate(names)])
-    systems = pd.concat([systems, pd.DataFrame([row("metadata_only/vgg13/M1"), row("metadata_only/vgg13/M3", runs=1, planned=2)])])
+    systems = pd.concat(
+        [systems, pd.DataFrame([row("metadata_only/vgg13/M1"), row("metadata_only/vgg13/M3", runs=1, planned=2)])]
+    )
     picture = draw_systems(systems, nothing(), "accuracy")
     assert [axis.get_title(loc="left") for axis in panels(picture)] == [
         "VGG-13",
@@ -216,10 +272,14 @@ def test_backbones_are_groups_and_tiers_are_marks_in_a_line() -> None:
 
 
 def test_one_method_on_several_encoders_and_data_sets_has_a_line_for_each_encoder() -> None:
-    systems = pd.DataFrame([
-        row("dualrefnet/vgg13"), row("dualrefnet/swin_b"), row("dualrefnet/densenet121", dataset="isic_2019"),
-        row("dualrefnet/swin_b", dataset="isic_2019", images=4936, groups=2800),
-    ])  # fmt: skip
+    systems = pd.DataFrame(
+        [
+            row("dualrefnet/vgg13"),
+            row("dualrefnet/swin_b"),
+            row("dualrefnet/densenet121", dataset="isic_2019"),
+            row("dualrefnet/swin_b", dataset="isic_2019", images=4936, groups=2800),
+        ]
+    )
     picture = draw_systems(systems, nothing(), "accuracy")
     assert [labels(axis) for axis in panels(picture)] == [["VGG-13", "Swin-B"], ["DenseNet-121", "Swin-B"]]
     assert panels(picture)[1].get_title(loc="left") == "isic_2019, protocol paper, DualRefNet"
@@ -229,8 +289,19 @@ def test_one_method_on_several_encoders_and_data_sets_has_a_line_for_each_encode
 
 
 def test_variants_of_an_ablation_are_called_by_their_own_names(tmp_path: Path) -> None:
-    variants = [{"name": "whole"}, {"name": "no R", "set": {"loss.penalty": 0}}, {"name": "Concat", "set": {"model.method": "concat"}}]
-    suite = changed(rows="variant", reference="whole", grid_methods=["dualrefnet"], grid_variants=variants, grid_folds=[0], grid_seeds=[0])
+    variants = [
+        {"name": "whole"},
+        {"name": "no R", "set": {"loss.penalty": 0}},
+        {"name": "Concat", "set": {"model.method": "concat"}},
+    ]
+    suite = changed(
+        rows="variant",
+        reference="whole",
+        grid_methods=["dualrefnet"],
+        grid_variants=variants,
+        grid_folds=[0],
+        grid_seeds=[0],
+    )
     found: Aggregate = aggregate(write_suite(tmp_path, suite, lambda cell: wrong_on(0)))
     picture = draw_systems(found.systems, found.comparisons, "accuracy")
     assert labels(panels(picture)[0]) == ["whole", "no R", "Concat"]
@@ -252,9 +323,13 @@ def test_an_unknown_measure_is_refused_with_those_there_are(small: Path) -> None
 def test_forty_systems_fit_without_touching_each_other() -> None:
     methods = ("no_metadata", "concat", "metanet", "metablock", "hmfb", "visual", "auxnet", "dualrefnet")
     backbones = ("vgg13", "resnet50", "efficientnet_b4", "mobilenet_v2", "densenet121")
-    systems = pd.DataFrame([
-        row(f"{method}/{backbone}", flags=LABEL_LEAKING if method == "concat" else "") for backbone in backbones for method in methods
-    ])  # fmt: skip
+    systems = pd.DataFrame(
+        [
+            row(f"{method}/{backbone}", flags=LABEL_LEAKING if method == "concat" else "")
+            for backbone in backbones
+            for method in methods
+        ]
+    )
     picture = draw_systems(systems, nothing(), "accuracy")
     canvas = FigureCanvasAgg(picture.figure)
     canvas.draw()
@@ -263,5 +338,8 @@ def test_forty_systems_fit_without_touching_each_other() -> None:
     assert len(boxes) == 40
     assert all(lower.y1 <= upper.y0 + 0.5 for upper, lower in pairwise(boxes))
     titles = [axis._left_title.get_window_extent(renderer) for axis in panels(picture)]  # type: ignore[attr-defined]
-    assert all(title.y1 <= axis.get_window_extent(renderer).y0 for title, axis in zip(titles[1:], panels(picture), strict=False))
+    assert all(
+        title.y1 <= axis.get_window_extent(renderer).y0
+        for title, axis in zip(titles[1:], panels(picture), strict=False)
+    )
     assert all(box.x0 >= 0 for box in boxes)

@@ -6,20 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dualrefnet.data.pipeline import read_dataset, side_rows
+from dualrefnet.analysis.subgroups import Subgroups, draw_subgroup_gaps, draw_subgroups, measure_subgroups
+from dualrefnet.data.loader import read_dataset, side_rows
 from dualrefnet.data.schema import DatasetSchema, MetadataField
+from dualrefnet.display.figure import SECONDARY
+from dualrefnet.display.format import PrintedTable
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.printed_table import PrintedTable
-from dualrefnet.evaluation.referral import referral_curve
-from dualrefnet.evaluation.selective import measure_selective
-from dualrefnet.evaluation.subgroups import Subgroups, measure_subgroups
-from dualrefnet.figures.picture import SECONDARY
-from dualrefnet.figures.referral import draw_referral
-from dualrefnet.figures.selective import draw_selective
-from dualrefnet.figures.subgroups import draw_subgroup_gaps, draw_subgroups
-from dualrefnet.report.measured import read_measured
-from dualrefnet.report.subgroups import subgroups_section
-from dualrefnet.report.trusted import calibrated_section
+from dualrefnet.evaluation.referral import draw_referral, draw_selective, measure_selective, referral_curve
+from dualrefnet.report.performance import read_measured
+from dualrefnet.report.trust import calibrated_section, subgroups_section
 from dualrefnet.run import Run
 from readable import assert_readable
 
@@ -33,25 +28,45 @@ def subgroups_of(count: int, images: int = 400, levels: tuple[str, ...] = ("FEMA
     sex = np.array(levels, dtype=object)[np.arange(images) // 2 % len(levels)]
     scores = generator.dirichlet(np.ones(count), images) + 0.1
     scores[
-        np.arange(images), np.where((sex == "FEMALE") & (generator.random(images) < 0.9), labels, generator.integers(count, size=images))
+        np.arange(images),
+        np.where((sex == "FEMALE") & (generator.random(images) < 0.9), labels, generator.integers(count, size=images)),
     ] += 2
     scores /= scores.sum(axis=1, keepdims=True)
     ids = [f"i{number}" for number in range(images)]
     classes = NAMES[:count]
-    places = np.array(["background_father = BRAZIL", "anterior torso", "head/neck"], dtype=object)[np.arange(images) // 2 % 3]
+    places = np.array(["background_father = BRAZIL", "anterior torso", "head/neck"], dtype=object)[
+        np.arange(images) // 2 % 3
+    ]
     places[:6] = "palms/soles"
     fields = (
-        MetadataField(name="sex", kind="categorical", categories=("FEMALE", "MALE"), description="Sex of the patient", subgroup=True),
         MetadataField(
-            name="place", kind="categorical", subgroup=True, description="Where on the body the lesion is, as well as it can be said"
+            name="sex",
+            kind="categorical",
+            categories=("FEMALE", "MALE"),
+            description="Sex of the patient",
+            subgroup=True,
+        ),
+        MetadataField(
+            name="place",
+            kind="categorical",
+            subgroup=True,
+            description="Where on the body the lesion is, as well as it can be said",
         ),
     )
-    schema = DatasetSchema(name="csv_table", title="own", classes=tuple(classes), malignant=tuple(classes[:1]), fields=fields)
+    schema = DatasetSchema(
+        name="csv_table", title="own", classes=tuple(classes), malignant=tuple(classes[:1]), fields=fields
+    )
     predictions = pd.DataFrame(
-        {"image_id": ids, "label": np.array(classes)[labels], **{f"prob_{n}": scores[:, k] for k, n in enumerate(classes)}}
+        {
+            "image_id": ids,
+            "label": np.array(classes)[labels],
+            **{f"prob_{n}": scores[:, k] for k, n in enumerate(classes)},
+        }
     )
     rows = pd.DataFrame({"image_id": ids, "sex": sex, "place": places})
-    return measure_subgroups(predictions, rows, pd.Series([f"p{k // 2}" for k in range(images)], index=ids), schema, samples=50)
+    return measure_subgroups(
+        predictions, rows, pd.Series([f"p{k // 2}" for k in range(images)], index=ids), schema, samples=50
+    )
 
 
 @pytest.mark.parametrize("count", [2, 8])
@@ -95,7 +110,9 @@ def test_the_section_on_subgroups_says_how_many_gaps_stand_out_and_what_chance_w
     assert f"about {found.by_chance:.0f} of them" in words
     assert f"95% interval of {found.flagged}" in words
     assert "palms/soles (6)" in words
-    assert ('"Not recorded" stands out' in words) == bool((found.table["flagged"] & (found.table["level"] == "not recorded")).any())
+    assert ('"Not recorded" stands out' in words) == bool(
+        (found.table["flagged"] & (found.table["level"] == "not recorded")).any()
+    )
     tables = [item for item in section.items if isinstance(item, PrintedTable)]
     assert len(tables[0].rows) == len(found.levels)
     assert len(tables[1].rows) == found.flagged

@@ -116,7 +116,12 @@ def test_yaml_keeps_the_order_of_the_keys_and_csv_has_no_index(tmp_path):
 
 def test_tensors_that_share_memory_or_lie_channels_last_come_back_equal(tmp_path):
     whole = torch.arange(24.0).reshape(1, 2, 3, 4)
-    tensors = {"a": whole, "view": whole[:, :1], "last": whole.to(memory_format=torch.channels_last), "half": whole.bfloat16()}
+    tensors = {
+        "a": whole,
+        "view": whole[:, :1],
+        "last": whole.to(memory_format=torch.channels_last),
+        "half": whole.bfloat16(),
+    }
     write_tensors(tmp_path / "a.safetensors", tensors, {"format": "1"})
     read = load_file(tmp_path / "a.safetensors")
     assert read.keys() == tensors.keys()

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dualrefnet.analysis.evaluate import evaluate_run
 from dualrefnet.data.adapters import load_dataset
 from dualrefnet.deploy.predictor import Predictor
-from dualrefnet.evaluation.evaluate import evaluate_run
 from dualrefnet.models.registry import METHODS, load_model, new_model
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import Run
@@ -21,7 +21,8 @@ FROZEN = {"training.encoder": "frozen", "training.epochs": 2, "model.decoder": "
 
 @pytest.fixture(scope="module")
 def recipe(tiny_recipe: Recipe) -> Recipe:
-    # ImageNet weights from the installed package: a frozen random encoder would give every image nearly the same vector.
+    # ImageNet weights from the installed package: a frozen random encoder would give every image nearly the same
+    # vector.
     return load_recipe(tiny_recipe, {"model.backbone": "efficientnet_lite0", "model.weights": "auto", **FROZEN})
 
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from dualrefnet.models.backbones import EncoderOutput
-from dualrefnet.models.fusion import ATTENTION_WIDTH, create_fusion
+from dualrefnet.models.components import ATTENTION_WIDTH, create_fusion
+from dualrefnet.models.encoders import EncoderOutput
 from stand_in import set_linear
 
 

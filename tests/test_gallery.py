@@ -8,14 +8,14 @@ import pandas as pd
 import pytest
 import torch
 
-from dualrefnet.data.masks import find_masks
-from dualrefnet.evaluation.opened_run import OpenedRun, open_run
+from dualrefnet.analysis.opened_run import OpenedRun, open_run
+from dualrefnet.data.images import find_masks
 from dualrefnet.run import Run
 
 pytest.importorskip("captum")
 
-from dualrefnet.explain.gallery import RIGHT, WRONG, ChosenCase, ShownCase, choose_cases, show_cases
-from dualrefnet.explain.gradcam import gradcam
+from dualrefnet.analysis.cases import RIGHT, WRONG, ChosenCase, ShownCase, choose_cases, show_cases
+from dualrefnet.analysis.gradcam import gradcam
 
 
 def _predictions(rows: list[tuple[str, str, float]]) -> pd.DataFrame:
@@ -26,11 +26,17 @@ def _predictions(rows: list[tuple[str, str, float]]) -> pd.DataFrame:
 
 
 def test_the_surest_of_each_class_are_chosen_right_before_wrong() -> None:
-    table = _predictions([("a1", "A", 0.6), ("a2", "A", 0.9), ("a3", "A", 0.7), ("a4", "A", 0.2), ("a5", "A", 0.1), ("b1", "B", 0.8)])
+    table = _predictions(
+        [("a1", "A", 0.6), ("a2", "A", 0.9), ("a3", "A", 0.7), ("a4", "A", 0.2), ("a5", "A", 0.1), ("b1", "B", 0.8)]
+    )
     cases = choose_cases(table, list("uvwxyz"), ["A", "B"], each=2)
     assert [(case.image_id, case.label, case.kind) for case in cases] == [
-        ("a2", "A", RIGHT), ("a3", "A", RIGHT), ("a5", "A", WRONG), ("a4", "A", WRONG), ("b1", "B", WRONG),
-    ]  # fmt: skip
+        ("a2", "A", RIGHT),
+        ("a3", "A", RIGHT),
+        ("a5", "A", WRONG),
+        ("a4", "A", WRONG),
+        ("b1", "B", WRONG),
+    ]
     assert cases[2].predicted == "B"
     assert cases[2].probabilities == {"A": 0.1, "B": 0.9}
 
@@ -92,7 +98,9 @@ def test_cases_are_shown_in_their_order_with_the_stores_pictures(
     assert [case.answers for case in shown[1:]] == [[("age", f"{row} years", 0.1)] for row in range(1, len(cases))]
 
 
-def test_heat_is_asked_for_the_predicted_the_true_and_the_second_class(opened: OpenedRun, shown: list[ShownCase]) -> None:
+def test_heat_is_asked_for_the_predicted_the_true_and_the_second_class(
+    opened: OpenedRun, shown: list[ShownCase]
+) -> None:
     examples = opened.pictures("test")
     for case in shown:
         chosen = case.chosen
@@ -101,7 +109,11 @@ def test_heat_is_asked_for_the_predicted_the_true_and_the_second_class(opened: O
         images = opened.images(batch)
         assert images is not None
         for name, heat in case.heats.items():
-            alone = gradcam(opened.model, images, batch.metadata, torch.tensor([opened.classes.index(name)])).heat[0].numpy()
+            alone = (
+                gradcam(opened.model, images, batch.metadata, torch.tensor([opened.classes.index(name)]))
+                .heat[0]
+                .numpy()
+            )
             assert heat.shape == (32, 32)
             assert heat.min() >= 0
             np.testing.assert_allclose(heat, alone, rtol=1e-3, atol=1e-5 * max(1.0, float(alone.max())))

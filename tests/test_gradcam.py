@@ -6,18 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from dualrefnet.errors import RunError
-from dualrefnet.models.backbones import BACKBONES, Encoder
+from dualrefnet.models.base import Architecture, Method
+from dualrefnet.models.encoders import BACKBONES, Encoder, WeightsSource
 from dualrefnet.models.ensemble import Ensemble
-from dualrefnet.models.method import Architecture, Method
 from dualrefnet.models.registry import METHODS, NEUTRAL, new_model
-from dualrefnet.models.weights import WeightsSource
 from dualrefnet.recipe import ModelSection, load_recipe
 from stand_in import build, set_linear
 
 pytest.importorskip("captum")
 
-from dualrefnet.explain.gradcam import gradcam
-from dualrefnet.figures.gradcam import HeatCase, draw_gradcam, overlay
+from dualrefnet.analysis.gradcam import HeatCase, draw_gradcam, gradcam, overlay
 
 WIDTH, CLASSES = 5, 4
 WITH_IMAGE = [name for name, method in METHODS.items() if method.reads_image]
@@ -41,7 +39,13 @@ def linear_on_pixels(weight: list[list[float]]) -> Method:
 
 def new(method: str, backbone: str = "mobilenet_v2", size: int = 64, **overrides: object) -> Method:
     torch.manual_seed(0)
-    values = {"model.method": method, "model.backbone": backbone, "model.weights": "none", "image.size": size, **overrides}
+    values = {
+        "model.method": method,
+        "model.backbone": backbone,
+        "model.weights": "none",
+        "image.size": size,
+        **overrides,
+    }
     if method == "ensemble":
         values["model.members"] = (backbone, "mobilenet_v2", "efficientnet_lite0")
     return new_model(load_recipe({"name": "gradcam"}, values), WIDTH, CLASSES)[0].eval()
@@ -76,7 +80,9 @@ def by_hand(model: Method, position: int, images: Tensor, metadata: Tensor, targ
 
 def state(model: Method) -> tuple[object, ...]:
     modules = list(model.modules())
-    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks) for module in modules]
+    hooks = [
+        len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks) for module in modules
+    ]
     gradients = [None if parameter.grad is None else parameter.grad.clone() for parameter in model.parameters()]
     return (
         [module.training for module in modules],
@@ -166,7 +172,9 @@ def test_heat_of_a_method_that_asks_for_taps_is_that_of_the_definition(backbone:
 def test_heat_of_a_small_vision_transformer_is_that_of_the_definition() -> None:
     encoder = small_vit()
     section = ModelSection.model_validate({"method": "concat", "backbone": "vit_b_16"})
-    model = METHODS["concat"](Architecture(image_size=64, metadata_width=WIDTH, classes=CLASSES, section=section), [encoder]).eval()
+    model = METHODS["concat"](
+        Architecture(image_size=64, metadata_width=WIDTH, classes=CLASSES, section=section), [encoder]
+    ).eval()
     check(model)
 
 
@@ -200,11 +208,14 @@ def check(model: Method) -> None:
 
 
 def test_places_of_a_vision_transformer_lie_where_they_lay_in_the_image() -> None:
-    # Only the patch in row 1, column 2 differs from the others, so only there can the heat differ; positions are taken away.
+    # Only the patch in row 1, column 2 differs from the others, so only there can the heat differ; positions are taken
+    # away.
     encoder = small_vit()
     nn.init.zeros_(encoder.body.pos_embed)
     section = ModelSection.model_validate({"method": "no_metadata", "backbone": "vit_b_16"})
-    model = METHODS["no_metadata"](Architecture(image_size=64, metadata_width=0, classes=2, section=section), [encoder]).eval()
+    model = METHODS["no_metadata"](
+        Architecture(image_size=64, metadata_width=0, classes=2, section=section), [encoder]
+    ).eval()
     image = torch.zeros(1, 3, 64, 64)
     image[:, :, 16:32, 32:48] = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))
     maps = torch.cat([gradcam(model, image, torch.empty(1, 0), torch.tensor([target])).maps[0] for target in (0, 1)])
@@ -221,7 +232,9 @@ def test_a_frozen_encoder_gives_the_same_heat(backbone: str) -> None:
     model, (images, metadata) = new("concat"), inputs()
     if backbone == "small":
         section = ModelSection.model_validate({"method": "concat", "backbone": "vit_b_16"})
-        model = METHODS["concat"](Architecture(image_size=64, metadata_width=WIDTH, classes=CLASSES, section=section), [small_vit()]).eval()
+        model = METHODS["concat"](
+            Architecture(image_size=64, metadata_width=WIDTH, classes=CLASSES, section=section), [small_vit()]
+        ).eval()
     targets = torch.tensor([0, 1, 2])
     free = gradcam(model, images, metadata, targets).heat
     assert free.any()
@@ -286,13 +299,17 @@ def test_images_of_a_batch_dont_meet() -> None:
 def test_the_form_has_a_part_in_the_heat() -> None:
     model, (images, metadata) = new("metablock"), inputs()
     targets = torch.tensor([0, 0, 0])
-    assert not torch.allclose(gradcam(model, images, metadata, targets).heat, gradcam(model, images, -metadata, targets).heat)
+    assert not torch.allclose(
+        gradcam(model, images, metadata, targets).heat, gradcam(model, images, -metadata, targets).heat
+    )
 
 
 def test_an_ensemble_shows_the_mean_of_its_encoders_in_shares_of_their_maximum() -> None:
     encoders = []
     for position in range(3):
-        encoder = Encoder("mobilenet_v2", Pixels(), WeightsSource("none", "", None, NEUTRAL, NEUTRAL), position=position)
+        encoder = Encoder(
+            "mobilenet_v2", Pixels(), WeightsSource("none", "", None, NEUTRAL, NEUTRAL), position=position
+        )
         encoder.features = 3
         encoders.append(encoder)
     section = ModelSection(method="ensemble", members=("mobilenet_v2",) * 3)
@@ -350,17 +367,26 @@ def test_drawn_cases_carry_their_numbers_and_say_what_they_show() -> None:
     picture = draw_gradcam(cases(), "The first two images.")
     data = picture.data.set_index(["image", "class"])
     assert data["probability"].to_dict() == {
-        ("image 1", "MEL"): 0.7, ("image 1", "NEV"): 0.2, ("image 2", "NEV"): 0.6, ("image 2", "MEL"): 0.4,
-    }  # fmt: skip
+        ("image 1", "MEL"): 0.7,
+        ("image 1", "NEV"): 0.2,
+        ("image 2", "NEV"): 0.6,
+        ("image 2", "MEL"): 0.4,
+    }
     assert data["maximum"].tolist() == [1.0, 0.0, 1.0, 3.0]
     assert data.loc[("image 1", "MEL"), "in_mask"] == 0.25
     assert data["in_mask"].isna().tolist() == [False, True, True, True]
     titles = [axis.get_title(loc="left") for axis in picture.figure.axes[:6]]
     assert titles == [
-        "image 1\ntrue: NEV", "MEL\n70%, predicted", "NEV\n20%, no evidence",
-        "image 2\ntrue: NEV", "NEV\n60%, predicted", "MEL\n40%, not predicted",
-    ]  # fmt: skip
-    np.testing.assert_array_equal(picture.figure.axes[1].images[0].get_array(), overlay(cases()[0].picture, cases()[0].heats["MEL"]))
+        "image 1\ntrue: NEV",
+        "MEL\n70%, predicted",
+        "NEV\n20%, no evidence",
+        "image 2\ntrue: NEV",
+        "NEV\n60%, predicted",
+        "MEL\n40%, not predicted",
+    ]
+    np.testing.assert_array_equal(
+        picture.figure.axes[1].images[0].get_array(), overlay(cases()[0].picture, cases()[0].heats["MEL"])
+    )
     assert picture.caption.endswith("The first two images.")
     assert "outline" in picture.caption
     assert "encoders" not in picture.caption

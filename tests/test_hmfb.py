@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from dualrefnet.models.backbones import BACKBONES
+from dualrefnet.models.encoders import BACKBONES
 from dualrefnet.models.hmfb import HyperparametricBlock
 from stand_in import build, given, set_linear, set_norm
 
@@ -39,4 +39,6 @@ def test_the_block_comes_before_the_funnel():
     model = build("hmfb", features=8, metadata_width=1)
     form = torch.tensor([[0.5]])
     vector = [float(number) for number in range(8)]
-    torch.testing.assert_close(model(given(vector), form).logits, model.classifier(model.funnel(model.block(torch.tensor([vector]), form))))
+    torch.testing.assert_close(
+        model(given(vector), form).logits, model.classifier(model.funnel(model.block(torch.tensor([vector]), form)))
+    )

@@ -45,7 +45,9 @@ class Server:
         shutil.copytree(folder_path, self.folder(repo_id, revision), dirs_exist_ok=True)
         return f"https://hub/{repo_id}/commit/1"
 
-    def snapshot_download(self, repo_id: str, *, allow_patterns: list[str], revision: str | None, **options: Any) -> str:
+    def snapshot_download(
+        self, repo_id: str, *, allow_patterns: list[str], revision: str | None, **options: Any
+    ) -> str:
         self.calls.append(("snapshot_download", {"repo_id": repo_id, "revision": revision, **options}))
         source, target = self.folder(repo_id, revision), self.root / "cache" / repo_id / (revision or "main")
         if not source.is_dir():
@@ -129,7 +131,9 @@ def test_a_bundle_goes_to_the_hub_and_comes_back(bundle: Path, server: Server, t
     back = Loaded.from_pretrained("org/name", revision="v1")
     assert server.calls[-1][1]["revision"] == "v1"
     assert names(back.folder) == {name for name in own(bundle) if name in FILES}
-    assert (back.device, back.variant) == ("cpu", "float32"), "values of a foreign config.json must not become arguments"
+    assert (back.device, back.variant) == ("cpu", "float32"), (
+        "values of a foreign config.json must not become arguments"
+    )
     back.save_pretrained(tmp_path / "again")
     assert names(tmp_path / "again") == own(bundle)
     assert (tmp_path / "again" / "runtime" / "form.py").read_text() == (bundle / "runtime" / "form.py").read_text()

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dualrefnet.data import image_store
-from dualrefnet.data.decode import decode_image
-from dualrefnet.data.image_store import READY, default_cache, fill_store, open_store
+from dualrefnet.data import store as image_store
+from dualrefnet.data.images import decode_image
+from dualrefnet.data.store import READY, default_cache, fill_store, open_store
 from dualrefnet.errors import DataError
 from dualrefnet.recipe import ImageSection
 from dualrefnet.runtime.preprocessing import preprocess
@@ -51,7 +51,9 @@ def table(tmp_path):
     for number in range(COUNT):
         small = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
         cv2.imwrite(str(folder / f"i{number}.png"), cv2.resize(small, (60 + number, 70)))
-    return pd.DataFrame({"image_id": [f"i{n}" for n in range(COUNT)], "image_path": [str(folder / f"i{n}.png") for n in range(COUNT)]})
+    return pd.DataFrame(
+        {"image_id": [f"i{n}" for n in range(COUNT)], "image_path": [str(folder / f"i{n}.png") for n in range(COUNT)]}
+    )
 
 
 @pytest.fixture

@@ -5,14 +5,13 @@ import pytest
 import torch
 from sklearn.ensemble import RandomForestClassifier
 
-from dualrefnet.data import imputation
+from dualrefnet.data import metadata as imputation
 from dualrefnet.data.adapters import load_dataset
-from dualrefnet.data.imputation import MOST_VALUES, fit_imputer
-from dualrefnet.data.metadata import MetadataEncoder
-from dualrefnet.data.pipeline import side_rows
+from dualrefnet.data.loader import side_rows
+from dualrefnet.data.metadata import MOST_VALUES, MetadataEncoder, fit_imputer
 from dualrefnet.data.protocols import split_dataset
 from dualrefnet.recipe import MetadataSection
-from dualrefnet.runtime.imputer import NeuralImputer, Span
+from dualrefnet.runtime.metadata import NeuralImputer, Span
 
 SPANS = [Span(0, 4, False), Span(4, 5, True), Span(5, 7, False), Span(7, 8, True)]
 
@@ -113,7 +112,7 @@ def test_plain_json_gives_the_same_imputer_to_the_bit(imputer):
 
 
 def test_the_same_seed_gives_the_same_imputer_whatever_the_threads_and_leaves_the_global_state(monkeypatch, training):
-    monkeypatch.setattr("dualrefnet.data.imputation.STEPS", 20)
+    monkeypatch.setattr("dualrefnet.data.metadata.STEPS", 20)
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     fits = []
     for count, seed in ((1, 5), (2, 5), (2, 6)):
@@ -129,7 +128,7 @@ def test_the_same_seed_gives_the_same_imputer_whatever_the_threads_and_leaves_th
 
 
 def test_many_observed_numbers_are_thinned_to_quantiles_that_were_observed(monkeypatch):
-    monkeypatch.setattr("dualrefnet.data.imputation.STEPS", 1)
+    monkeypatch.setattr("dualrefnet.data.metadata.STEPS", 1)
     columns = np.random.default_rng(0).normal(size=(900, 1)).astype(np.float32)
     imputer = fit_imputer(columns, np.zeros((900, 1), bool), [Span(0, 1, True)], 0)
     values = imputer.values[0]
@@ -140,7 +139,7 @@ def test_many_observed_numbers_are_thinned_to_quantiles_that_were_observed(monke
 
 @pytest.mark.parametrize("answered", [0, 1])
 def test_rows_with_hardly_an_answer_can_be_fitted_and_filled(monkeypatch, answered):
-    monkeypatch.setattr("dualrefnet.data.imputation.STEPS", 30)
+    monkeypatch.setattr("dualrefnet.data.metadata.STEPS", 30)
     missing = np.ones((20, 4), bool)
     missing[:answered] = False
     imputer = fit_imputer(hide(rows(20, 0), missing), missing, SPANS, 0)
@@ -156,8 +155,8 @@ def test_a_field_that_was_never_answered_is_left_at_zero_or_has_no_column():
 
 
 def test_the_same_question_is_answered_from_memory_and_the_memory_is_bounded(monkeypatch, training):
-    monkeypatch.setattr("dualrefnet.data.imputation.STEPS", 1)
-    monkeypatch.setattr("dualrefnet.data.imputation.REMEMBERED", 2)
+    monkeypatch.setattr("dualrefnet.data.metadata.STEPS", 1)
+    monkeypatch.setattr("dualrefnet.data.metadata.REMEMBERED", 2)
     imputation._remembered.clear()
     columns, missing = training
     first = fit_imputer(columns, missing, SPANS, 0)
@@ -169,7 +168,9 @@ def test_the_same_question_is_answered_from_memory_and_the_memory_is_bounded(mon
 
 
 def test_filling_gaps_from_the_diagnosis_gives_the_diagnosis_away(real_pad):
-    """Why `label_leaking` is only a demonstration: the class of rows with gaps, which are in the test fold, becomes readable."""
+    """Why `label_leaking` is only a demonstration: the class of rows with gaps, which are in the test fold, becomes
+    readable.
+    """
     dataset = load_dataset("pad_ufes_20", real_pad)
     split = split_dataset(dataset, "grouped")
     train, test = (side_rows(dataset, split, side) for side in ("train", "test"))

@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
-from dualrefnet.evaluation.intervals import bootstrap_intervals, paired_difference, wilson_interval, with_intervals
-from dualrefnet.evaluation.metrics import compute_metrics
-from dualrefnet.evaluation.resampling import Ranking, Resampler
+from dualrefnet.evaluation.bootstrap import bootstrap_intervals, paired_difference, wilson_interval, with_intervals
+from dualrefnet.evaluation.metrics import Ranking, Resampler, compute_metrics
 
 CLASSES = ["A", "B", "C"]
 
@@ -27,12 +26,16 @@ def predictions(seed: int, images: int, skill: int = 4) -> tuple[NDArray[np.int6
 def flat(metrics: dict) -> dict[str, float | None]:
     values = {key: value for key, value in metrics.items() if not isinstance(value, (dict, list))}
     values |= {f"malignant.{key}": value for key, value in metrics["malignant"].items()}
-    return values | {f"per_class.{name}.{key}": value for name, inner in metrics["per_class"].items() for key, value in inner.items()}
+    return values | {
+        f"per_class.{name}.{key}": value for name, inner in metrics["per_class"].items() for key, value in inner.items()
+    }
 
 
 @settings(max_examples=80, deadline=None)
 @given(seed=st.integers(0, 10**6), images=st.integers(2, 40), patients=st.integers(2, 8))
-def test_a_weighted_resample_measures_exactly_what_the_laid_out_sample_measures(seed: int, images: int, patients: int) -> None:
+def test_a_weighted_resample_measures_exactly_what_the_laid_out_sample_measures(
+    seed: int, images: int, patients: int
+) -> None:
     labels, scores = predictions(seed, images)
     generator = np.random.default_rng(seed)
     groups = np.concatenate([np.arange(patients), generator.integers(patients, size=images)])[:images]
@@ -65,7 +68,15 @@ def test_intervals_hold_their_value_are_reproducible_and_depend_on_the_seed() ->
     groups = np.arange(300) // 2
     intervals = bootstrap_intervals(labels, scores, groups, CLASSES, samples=200, malignant=["B"])
     values = flat(compute_metrics(labels, scores, CLASSES, malignant=["B"]))
-    for key in ("accuracy", "auc_macro_ovr", "f1_macro", "precision_macro", "kappa", "per_class.A.npv", "malignant.auc"):
+    for key in (
+        "accuracy",
+        "auc_macro_ovr",
+        "f1_macro",
+        "precision_macro",
+        "kappa",
+        "per_class.A.npv",
+        "malignant.auc",
+    ):
         low, high = intervals[key]
         assert low < values[key] < high
     assert intervals == bootstrap_intervals(labels, scores, groups, CLASSES, samples=200, malignant=["B"])
@@ -86,8 +97,12 @@ def test_the_names_of_patients_change_nothing() -> None:
 def test_copies_of_one_patients_image_do_not_narrow_the_interval() -> None:
     labels, scores = predictions(2, 100)
     once = bootstrap_intervals(labels, scores, np.arange(100), CLASSES, samples=500)
-    copied = bootstrap_intervals(np.repeat(labels, 5), np.repeat(scores, 5, axis=0), np.repeat(np.arange(100), 5), CLASSES, samples=500)
-    by_image = bootstrap_intervals(np.repeat(labels, 5), np.repeat(scores, 5, axis=0), np.arange(500), CLASSES, samples=500)
+    copied = bootstrap_intervals(
+        np.repeat(labels, 5), np.repeat(scores, 5, axis=0), np.repeat(np.arange(100), 5), CLASSES, samples=500
+    )
+    by_image = bootstrap_intervals(
+        np.repeat(labels, 5), np.repeat(scores, 5, axis=0), np.arange(500), CLASSES, samples=500
+    )
     assert copied["accuracy"] == pytest.approx(once["accuracy"])
     widths = [high - low for low, high in (once["accuracy"], by_image["accuracy"])]
     assert widths[1] < 0.6 * widths[0]
@@ -127,19 +142,32 @@ def test_with_intervals_sets_each_interval_beside_its_value_and_stays_strict_jso
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     keys = list(result)
     assert keys[keys.index("accuracy") + 1] == "accuracy_ci95"
-    for key in ("accuracy", "balanced_accuracy", "auc_macro_ovr", "f1_macro", "precision_macro", "recall_macro", "kappa", "ece"):
+    for key in (
+        "accuracy",
+        "balanced_accuracy",
+        "auc_macro_ovr",
+        "f1_macro",
+        "precision_macro",
+        "recall_macro",
+        "kappa",
+        "ece",
+    ):
         assert result[f"{key}_ci95"] == list(intervals[key])
     for name in CLASSES:
         for key in ("sensitivity", "specificity", "ppv", "npv", "auc"):
             assert result["per_class"][name][f"{key}_ci95"] == list(intervals[f"per_class.{name}.{key}"])
     assert result["malignant"]["auc_ci95"] == list(intervals["malignant.auc"])
-    assert "accuracy_ci90" in with_intervals(metrics, bootstrap_intervals(labels, scores, np.arange(100), CLASSES, samples=50, level=0.9))
+    assert "accuracy_ci90" in with_intervals(
+        metrics, bootstrap_intervals(labels, scores, np.arange(100), CLASSES, samples=50, level=0.9)
+    )
 
 
 def test_progress_counts_up_to_all_samples() -> None:
     labels, scores = predictions(6, 30)
     seen: list[tuple[int, int]] = []
-    bootstrap_intervals(labels, scores, np.arange(30), CLASSES, samples=150, progress=lambda done, total: seen.append((done, total)))
+    bootstrap_intervals(
+        labels, scores, np.arange(30), CLASSES, samples=150, progress=lambda done, total: seen.append((done, total))
+    )
     assert seen == sorted(seen)
     assert seen[-1] == (150, 150)
 
@@ -174,7 +202,9 @@ def test_the_p_value_of_two_equal_models_is_seldom_small() -> None:
         b = generator.integers(1, 6, size=(150, 3)).astype(float)
         b[np.arange(150), labels] += generator.permutation(generator.integers(0, 5, size=150))
         b /= b.sum(axis=1, keepdims=True)
-        values.append(paired_difference(labels, a, b, np.arange(150), CLASSES, measure="accuracy", samples=200, seed=seed)["p"])
+        values.append(
+            paired_difference(labels, a, b, np.arange(150), CLASSES, measure="accuracy", samples=200, seed=seed)["p"]
+        )
     assert np.mean(np.array(values) < 0.05) <= 0.15
 
 

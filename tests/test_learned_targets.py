@@ -7,13 +7,11 @@ import pytest
 import torch
 
 from dualrefnet.data.adapters import load_dataset
-from dualrefnet.data.augment import draw
-from dualrefnet.data.loader import Examples
-from dualrefnet.data.pipeline import fill_recipe_store
+from dualrefnet.data.loader import Examples, draw, fill_recipe_store
 from dualrefnet.errors import WeightsError
 from dualrefnet.files import write_tensors
-from dualrefnet.models.learned_targets import fill_targets
 from dualrefnet.models.registry import new_model
+from dualrefnet.models.superresolution import fill_targets
 from dualrefnet.models.superresolution_networks import create_network, enlarge
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import Run
@@ -32,7 +30,9 @@ def weights(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def recipe(tiny_recipe: Recipe, weights: Path) -> Recipe:
-    return load_recipe(tiny_recipe, {"model.target": "ninasr_b0", "model.target_weights": str(weights), "training.epochs": 1})
+    return load_recipe(
+        tiny_recipe, {"model.target": "ninasr_b0", "model.target_weights": str(weights), "training.epochs": 1}
+    )
 
 
 def test_the_stored_targets_are_the_networks_enlarged_pictures(recipe: Recipe, weights: Path) -> None:
@@ -51,7 +51,13 @@ def test_the_stored_targets_are_the_networks_enlarged_pictures(recipe: Recipe, w
 
 
 @pytest.mark.parametrize(
-    "overrides", [{"model.target": "bilinear"}, {"model.decoder": "none"}, {"training.encoder": "frozen"}, {"model.method": "concat"}]
+    "overrides",
+    [
+        {"model.target": "bilinear"},
+        {"model.decoder": "none"},
+        {"training.encoder": "frozen"},
+        {"model.method": "concat"},
+    ],
 )
 def test_nothing_is_computed_where_nothing_is_rebuilt(recipe: Recipe, overrides: dict[str, str]) -> None:
     changed = load_recipe(recipe, overrides)
@@ -74,7 +80,13 @@ def test_a_run_with_such_targets_names_the_network_it_used(recipe: Recipe, tmp_p
 def test_input_and_stored_target_show_the_same_crop(recipe: Recipe, tmp_path: Path) -> None:
     """A picture whose target is itself, enlarged: after augmentation the halved target must still be the input."""
     quiet = load_recipe(
-        recipe, {"augmentation.brightness": 0, "augmentation.contrast": 0, "augmentation.saturation": 0, "augmentation.noise": 0}
+        recipe,
+        {
+            "augmentation.brightness": 0,
+            "augmentation.contrast": 0,
+            "augmentation.saturation": 0,
+            "augmentation.noise": 0,
+        },
     )
     model, _, _ = new_model(quiet, 5, 6)
     neutral = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -92,7 +104,9 @@ def test_input_and_stored_target_show_the_same_crop(recipe: Recipe, tmp_path: Pa
             return {"target": np.stack([picture.repeat(2, axis=0).repeat(2, axis=1)] * len(rows))}
 
     rows = np.arange(4)
-    examples = Examples(("a",) * 4, np.zeros(4, dtype=np.int64), np.zeros((4, 5), np.float32), Pictures(), rows, (), Targets())
+    examples = Examples(
+        ("a",) * 4, np.zeros(4, dtype=np.int64), np.zeros((4, 5), np.float32), Pictures(), rows, (), Targets()
+    )
     image, target = trainer._inputs(examples.batch(rows), draw(4, quiet.augmentation, 0, 0))
     assert target.shape == (4, 3, 64, 64)
     assert float((torch.nn.functional.avg_pool2d(target, 2) - image).abs().max()) < 0.03

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualrefnet.data.image_store import fill_store
 from dualrefnet.data.loader import Examples
+from dualrefnet.data.store import fill_store
 from dualrefnet.recipe import ImageSection
 
 SIDE = 32
@@ -31,7 +31,9 @@ def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
     for number in range(11):
         cv2.imwrite(str(folder / f"i{number}.png"), np.full((40, 40, 3), 20 * number, np.uint8))
-    table = pd.DataFrame({"image_id": [f"i{n}" for n in range(11)], "image_path": [str(folder / f"i{n}.png") for n in range(11)]})
+    table = pd.DataFrame(
+        {"image_id": [f"i{n}" for n in range(11)], "image_path": [str(folder / f"i{n}.png") for n in range(11)]}
+    )
     section = ImageSection(size=SIDE, colour_constancy="none", clahe=False)
     return fill_store(table, section, cache=tmp_path_factory.mktemp("cache"))
 
@@ -39,14 +41,25 @@ def pictures(tmp_path_factory):
 @settings(max_examples=60, deadline=None)
 @given(count=st.integers(0, 40), size=st.integers(1, 12), world=st.integers(1, 4))
 def test_in_order_every_row_comes_once_over_all_ranks(count, size, world):
-    shares = [[row for batch in rows_of(examples(count).in_order(size, rank, world)) for row in batch] for rank in range(world)]
+    shares = [
+        [row for batch in rows_of(examples(count).in_order(size, rank, world)) for row in batch]
+        for rank in range(world)
+    ]
     assert sorted(row for share in shares for row in share) == list(range(count))
     assert all(share == sorted(share) for share in shares)
-    assert rows_of(examples(count).in_order(size)) == [list(range(count))[start : start + size] for start in range(0, count, size)]
+    assert rows_of(examples(count).in_order(size)) == [
+        list(range(count))[start : start + size] for start in range(0, count, size)
+    ]
 
 
 @settings(max_examples=60, deadline=None)
-@given(count=st.integers(2, 60), size=st.integers(2, 16), world=st.integers(1, 3), seed=st.integers(0, 99), epoch=st.integers(0, 9))
+@given(
+    count=st.integers(2, 60),
+    size=st.integers(2, 16),
+    world=st.integers(1, 3),
+    seed=st.integers(0, 99),
+    epoch=st.integers(0, 9),
+)
 def test_shuffled_ranks_part_each_batch_and_no_row_comes_twice(count, size, world, seed, epoch):
     data = examples(count)
     whole = rows_of(data.shuffled(size, seed, epoch))
@@ -70,7 +83,9 @@ def test_shuffled_follows_from_seed_and_epoch():
 
 def test_the_rows_left_out_of_an_incomplete_batch_change_with_the_epoch():
     data = examples(10)
-    left = [set(range(10)) - {row for batch in rows_of(data.shuffled(4, 0, epoch)) for row in batch} for epoch in range(60)]
+    left = [
+        set(range(10)) - {row for batch in rows_of(data.shuffled(4, 0, epoch)) for row in batch} for epoch in range(60)
+    ]
     assert all(len(rows) == 2 for rows in left)
     assert set().union(*left) == set(range(10))
 
@@ -78,7 +93,9 @@ def test_the_rows_left_out_of_an_incomplete_batch_change_with_the_epoch():
 def test_a_batch_holds_what_belongs_to_its_rows():
     for batch in examples(10).shuffled(4, 0, 0):
         assert batch.images is None
-        np.testing.assert_array_equal(batch.metadata.numpy(), np.stack([batch.rows, batch.rows], axis=1).astype(np.float32))
+        np.testing.assert_array_equal(
+            batch.metadata.numpy(), np.stack([batch.rows, batch.rows], axis=1).astype(np.float32)
+        )
         assert batch.labels.tolist() == (batch.rows % 3).tolist()
         assert batch.labels.dtype == torch.int64
         assert batch.metadata.dtype == torch.float32

@@ -10,16 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dualrefnet.data.masks import read_mask
+from dualrefnet.analysis.opened_run import OpenedRun, open_run
+from dualrefnet.data.images import read_mask
 from dualrefnet.errors import DataError, RunError
-from dualrefnet.evaluation.opened_run import OpenedRun, open_run
 from dualrefnet.run import Run
 
 pytest.importorskip("captum")
 
-from dualrefnet.explain.gradcam import gradcam
-from dualrefnet.explain.localisation import Localisation, centred_gaussian, energy_inside, localise, pointing_game, summarise
-from dualrefnet.figures.gradcam import draw_localisation
+from dualrefnet.analysis.gradcam import (
+    Localisation,
+    centred_gaussian,
+    draw_localisation,
+    energy_inside,
+    gradcam,
+    localise,
+    pointing_game,
+    summarise,
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +61,12 @@ def test_even_heat_has_the_share_of_the_area_in_both_measures(mask: np.ndarray) 
     np.testing.assert_allclose(pointing_game(heat, mask), mask.mean(axis=(1, 2)))
 
 
-@given(arrays(np.float64, (1, 5, 5), elements=st.floats(0, 1, width=32)), arrays(bool, (1, 5, 5)), st.floats(0.01, 1000))
-def test_measures_depend_on_shares_alone_and_mask_and_rest_add_up(heat: np.ndarray, mask: np.ndarray, factor: float) -> None:
+@given(
+    arrays(np.float64, (1, 5, 5), elements=st.floats(0, 1, width=32)), arrays(bool, (1, 5, 5)), st.floats(0.01, 1000)
+)
+def test_measures_depend_on_shares_alone_and_mask_and_rest_add_up(
+    heat: np.ndarray, mask: np.ndarray, factor: float
+) -> None:
     np.testing.assert_allclose(energy_inside(factor * heat, mask), energy_inside(heat, mask), equal_nan=True)
     if heat.any():
         np.testing.assert_allclose(energy_inside(heat, mask) + energy_inside(heat, ~mask), 1)
@@ -88,7 +99,9 @@ def test_the_spot_is_round_in_the_middle_and_a_quarter_of_the_side_wide(side: in
     middle = side // 2
     first = ((side - 1) / 2 - middle) ** 2
     second = ((side - 1) / 2 - middle - 1) ** 2
-    assert spot[middle, middle + 1] / spot[middle, middle] == pytest.approx(np.exp(-(second - first) / (2 * (side / 4) ** 2)))
+    assert spot[middle, middle + 1] / spot[middle, middle] == pytest.approx(
+        np.exp(-(second - first) / (2 * (side / 4) ** 2))
+    )
     # Of an even side four pixels are the middle.
     mask = square(side, (middle, middle))
     assert pointing_game(spot[None], mask).tolist() == [1.0 if side % 2 else 0.25]
@@ -112,8 +125,12 @@ def table_of(energy: list[float], labels: str) -> pd.DataFrame:
 
 def test_means_leave_undefined_shares_out_of_their_row_only() -> None:
     table = table_of([0.5, np.nan, 0.7, 0.1], "ABBA")
-    summary = summarise(table, np.array(["p", "p", "q", "r"]), ("A", "B", "C"), samples=100).set_index(["class", "measure"])
-    assert list(summary.index) == [(name, measure) for name in ("all images", "A", "B") for measure in ("energy", "pointing")]
+    summary = summarise(table, np.array(["p", "p", "q", "r"]), ("A", "B", "C"), samples=100).set_index(
+        ["class", "measure"]
+    )
+    assert list(summary.index) == [
+        (name, measure) for name in ("all images", "A", "B") for measure in ("energy", "pointing")
+    ]
     energy = summary.loc[("all images", "energy")]
     assert (energy["images"], energy["patients"]) == (3, 3)
     # Of images 0, 2, 3 alone: baselines .1, .3, .4 and areas 0, .2, .3.
@@ -138,7 +155,9 @@ def test_intervals_are_those_of_laid_out_samples_of_patients() -> None:
     generator = np.random.default_rng(2)
     drawn: dict[str, list[dict[str, float]]] = {"all images": [], "B": []}
     for _ in range(300):
-        sample = pd.concat([table[patients == names[number]] for number in generator.integers(len(names), size=len(names))])
+        sample = pd.concat(
+            [table[patients == names[number]] for number in generator.integers(len(names), size=len(names))]
+        )
         for name, part in (("all images", sample), ("B", sample[sample["label"] == "B"])):
             drawn[name].append(
                 {
@@ -151,7 +170,9 @@ def test_intervals_are_those_of_laid_out_samples_of_patients() -> None:
     for name, values in drawn.items():
         for prefix, column in pd.DataFrame(values).items():
             row = summary.loc[(name, "energy")]
-            np.testing.assert_allclose(row[[f"{prefix}low", f"{prefix}high"]].astype(float), np.quantile(column.dropna(), [0.025, 0.975]))
+            np.testing.assert_allclose(
+                row[[f"{prefix}low", f"{prefix}high"]].astype(float), np.quantile(column.dropna(), [0.025, 0.975])
+            )
 
 
 def test_no_samples_are_refused() -> None:
@@ -195,7 +216,9 @@ def test_heat_is_that_of_the_class_that_the_run_predicted(opened: OpenedRun, res
 
 def test_a_sample_of_the_images_is_the_same_again_and_has_every_class(opened: OpenedRun) -> None:
     told: list[tuple[int, int]] = []
-    first, again = (localise(opened, images=18, samples=20, seed=3, progress=lambda *done: told.append(done)) for _ in range(2))
+    first, again = (
+        localise(opened, images=18, samples=20, seed=3, progress=lambda *done: told.append(done)) for _ in range(2)
+    )
     pd.testing.assert_frame_equal(first.table, again.table)
     pd.testing.assert_frame_equal(first.summary, again.summary)
     assert len(first.table) == 18
@@ -259,16 +282,26 @@ def test_the_drawn_dots_are_the_numbers_of_the_summary() -> None:
             ends = np.array([segment[:, 0] for segment in collection.get_segments()])
             np.testing.assert_allclose(ends, rows[[f"{prefix}low", f"{prefix}high"]].astype(float))
         assert len({line.get_marker() for line in dots}) == 3
-    assert [label.get_text() for label in picture.figure.axes[0].get_yticklabels()] == ["all images (8)", "A (4)", "B (4)"]
+    assert [label.get_text() for label in picture.figure.axes[0].get_yticklabels()] == [
+        "all images (8)",
+        "A (4)",
+        "B (4)",
+    ]
 
 
 def test_the_words_of_the_drawing_count_what_was_left_out() -> None:
     picture = draw_localisation(drawn_result([0.5, np.nan, 0.7, 0.1, 0.2, 0.3, 0.9, 0.4]))
-    for words in ("8 test images of 4 patients", "of 12 test images, 9 have a mask", "7 x 7 places", "left out with an empty mask: 1"):
+    for words in (
+        "8 test images of 4 patients",
+        "of 12 test images, 9 have a mask",
+        "7 x 7 places",
+        "left out with an empty mask: 1",
+    ):
         assert words in picture.caption
     assert "without any heat, counted as missed: 1" in picture.caption
     # Pointing: every second image, against a spot that always hits.
     assert (
-        "all images, hottest place in it: Grad-CAM 50%, spot 100%, even heat 15%, Grad-CAM less spot -50 points (-50 to -50)" in picture.alt
+        "all images, hottest place in it: Grad-CAM 50%, spot 100%, even heat 15%, Grad-CAM less spot -50 points (-50 to -50)"
+        in picture.alt
     )
     assert "without any heat" not in draw_localisation(drawn_result([0.5] * 8)).caption

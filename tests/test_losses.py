@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from dualrefnet.models.head import Head
-from dualrefnet.models.output import Output
+from dualrefnet.models.base import Head, Output
 from dualrefnet.recipe import LossSection
 from dualrefnet.training.losses import ClassFrequencyPenalty, DualRefNetLoss, class_coefficients, class_weights
 
@@ -15,7 +14,14 @@ PAD_TRAIN = torch.tensor([486, 563, 35, 163, 128, 157])  # ACK BCC MEL NEV SCC S
 
 
 def test_class_weights_are_those_of_the_published_code_on_table_1() -> None:
-    assert [round(float(w), 3) for w in class_weights(PAD_TRAIN, "inverse")] == [3.152, 2.721, 43.771, 9.399, 11.969, 9.758]
+    assert [round(float(w), 3) for w in class_weights(PAD_TRAIN, "inverse")] == [
+        3.152,
+        2.721,
+        43.771,
+        9.399,
+        11.969,
+        9.758,
+    ]
     assert class_weights(torch.tensor([3, 0]), "inverse").tolist() == [1.0, 0.0]
     assert class_weights(PAD_TRAIN, "none").tolist() == [1.0] * 6
 
@@ -35,7 +41,9 @@ def test_norms_of_the_coefficients_hold_for_any_counts(counts: list[int]) -> Non
 
 
 def test_directions_order_the_classes() -> None:
-    inverse, proportional = (class_coefficients(PAD_TRAIN, "raw", direction) for direction in ("inverse", "proportional"))
+    inverse, proportional = (
+        class_coefficients(PAD_TRAIN, "raw", direction) for direction in ("inverse", "proportional")
+    )
     assert inverse.argmax() == 2
     assert proportional.argmax() == 1
     assert float(inverse.max()) == pytest.approx(1 / 35)
@@ -88,7 +96,9 @@ def test_the_penalty_pulls_every_weight_towards_zero(assignment: str) -> None:
         ("raw", "mean", 0.95, 1.0),
     ],
 )
-def test_what_fifty_steps_at_the_published_constants_leave_of_the_layer(frequency: str, reduction: str, low: float, high: float) -> None:
+def test_what_fifty_steps_at_the_published_constants_leave_of_the_layer(
+    frequency: str, reduction: str, low: float, high: float
+) -> None:
     torch.manual_seed(0)
     head = Head(1024, 256, 6, 0.0)
     section = LossSection(frequency=frequency, reduction=reduction, assignment="cyclic")
@@ -101,7 +111,8 @@ def test_what_fifty_steps_at_the_published_constants_leave_of_the_layer(frequenc
         optimizer.zero_grad()
         terms["total"].backward()
         optimizer.step()
-    # With labels that can't be learned only the penalty acts. It need not leave zero: steps of lambda f lr overshoot it.
+    # With labels that can't be learned only the penalty acts. It need not leave zero: steps of lambda f lr overshoot
+    # it.
     assert low <= float(head.hidden.weight.detach().abs().sum()) / first <= high
 
 
@@ -117,23 +128,33 @@ def test_total_is_the_weighted_sum_of_the_named_terms() -> None:
     by_hand = (weights * -logits.log_softmax(1)[torch.arange(5), labels]).sum() / weights.sum()
     assert float(terms["classification"]) == pytest.approx(float(by_hand), rel=1e-5)
     assert float(terms["reconstruction"]) == pytest.approx(float(((rebuilt - target) ** 2).mean()), rel=1e-5)
-    total = 0.5 * (terms["classification"] + terms["classification_image"]) + 2 * terms["reconstruction"] + 3 * terms["penalty"]
+    total = (
+        0.5 * (terms["classification"] + terms["classification_image"])
+        + 2 * terms["reconstruction"]
+        + 3 * terms["penalty"]
+    )
     assert float(terms["total"].detach()) == pytest.approx(float(total.detach()), rel=1e-6)
 
 
 def test_terms_without_a_part_in_the_model_are_absent() -> None:
     logits = torch.randn(3, 6)
-    terms = DualRefNetLoss(LossSection(), PAD_TRAIN)(Output(logits, logits, None, {}), torch.tensor([0, 1, 2]), None, None)
+    terms = DualRefNetLoss(LossSection(), PAD_TRAIN)(
+        Output(logits, logits, None, {}), torch.tensor([0, 1, 2]), None, None
+    )
     assert set(terms) == {"classification", "total"}
     no_penalty = DualRefNetLoss(LossSection(penalty_strength=0), PAD_TRAIN)
-    assert "penalty" not in no_penalty(Output(logits, logits, None, {}), torch.tensor([0, 1, 2]), None, Head(2, 2, 6, 0.0))
+    assert "penalty" not in no_penalty(
+        Output(logits, logits, None, {}), torch.tensor([0, 1, 2]), None, Head(2, 2, 6, 0.0)
+    )
 
 
 def test_equal_weights_give_the_ordinary_cross_entropy() -> None:
     logits, labels = torch.randn(7, 6), torch.arange(7) % 6
     loss = DualRefNetLoss(LossSection(class_weights="none", label_smoothing=0.1), PAD_TRAIN)
     terms = loss(Output(logits, logits, None, {}), labels, None, None)
-    assert float(terms["classification"]) == pytest.approx(float(functional.cross_entropy(logits, labels, label_smoothing=0.1)))
+    assert float(terms["classification"]) == pytest.approx(
+        float(functional.cross_entropy(logits, labels, label_smoothing=0.1))
+    )
 
 
 def test_logit_adjustment_makes_the_frequencies_the_answer_of_a_model_that_knows_nothing() -> None:

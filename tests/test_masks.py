@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dualrefnet.data.decode import decode_image
-from dualrefnet.data.masks import find_masks, photograph_size, read_mask
-from dualrefnet.data.sample import draw_sample
+from dualrefnet.data.images import decode_image, find_masks, photograph_size, read_mask
+from dualrefnet.data.synthetic import draw_sample
 from dualrefnet.errors import DataError, ImageError
 from dualrefnet.recipe import ImageSection
 from dualrefnet.runtime.preprocessing import preprocess
@@ -29,7 +28,9 @@ def photographed(path: Path, height: int, width: int, disc: tuple[int, int, int]
 
 
 @pytest.mark.parametrize("fit", ["squash", "crop"])
-@pytest.mark.parametrize(("height", "width", "disc"), [(600, 450, (250, 200, 90)), (400, 800, (180, 480, 120)), (500, 500, (250, 250, 60))])
+@pytest.mark.parametrize(
+    ("height", "width", "disc"), [(600, 450, (250, 200, 90)), (400, 800, (180, 480, 120)), (500, 500, (250, 250, 60))]
+)
 def test_a_mask_fits_the_picture_that_the_model_sees(tmp_path, fit, height, width, disc):
     photograph, path = photographed(tmp_path, height, width, disc)
     section = ImageSection(size=96, fit=fit, colour_constancy="none", clahe=False)
@@ -48,7 +49,8 @@ def test_a_mask_of_known_pixels_is_squashed_and_cropped(tmp_path):
     left[:, :5] = True
     path = save(tmp_path / "mask.png", left)
     np.testing.assert_array_equal(read_mask(path, photograph, 4, "squash"), [[True, True, False, False]] * 4)
-    # Cropped to the columns 20..60, it is still the left half: 20..40. Of a lesion in the columns 0..16 nothing is left.
+    # Cropped to the columns 20..60, it is still the left half: 20..40. Of a lesion in the columns 0..16 nothing is
+    # left.
     np.testing.assert_array_equal(read_mask(path, photograph, 4, "crop"), [[True, True, False, False]] * 4)
     left[:, 2:] = False
     assert read_mask(save(tmp_path / "mask.png", left), photograph, 4, "crop") is None

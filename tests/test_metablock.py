@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dualrefnet.errors import RecipeError
-from dualrefnet.models.backbones import BACKBONES
+from dualrefnet.models.encoders import BACKBONES
 from dualrefnet.models.metablock import GROUP, MetaBlock
 from stand_in import build, given, set_linear, set_norm
 

@@ -15,7 +15,11 @@ from dualrefnet.recipe import MetadataSection
 AGE = MetadataField(name="age", kind="numeric", tier="M1", minimum=0, maximum=120)
 ITCH = MetadataField(name="itch", kind="boolean", tier="M1", missing_codes=("UNK",))
 LAND = MetadataField(
-    name="land", kind="categorical", categories=("ITALY", "BRAZIL", "BRASIL"), missing_codes=("UNK",), aliases={"BRASIL": "BRAZIL"}
+    name="land",
+    kind="categorical",
+    categories=("ITALY", "BRAZIL", "BRASIL"),
+    missing_codes=("UNK",),
+    aliases={"BRASIL": "BRAZIL"},
 )
 SITE = MetadataField(name="site", kind="categorical")
 SIZE = MetadataField(name="size", kind="numeric", minimum=0)
@@ -41,7 +45,7 @@ SD = np.sqrt(8 / 3)
 @pytest.fixture(autouse=True)
 def _short_imputer(monkeypatch):
     # What the imputer learns is tested in test_imputation; here it only has to be there.
-    monkeypatch.setattr("dualrefnet.data.imputation.STEPS", 10)
+    monkeypatch.setattr("dualrefnet.data.metadata.STEPS", 10)
 
 
 def fit(rows=ROWS, schema=SCHEMA, **section):
@@ -115,7 +119,10 @@ def test_an_alias_seen_alone_still_has_a_column_when_categories_are_learned():
 
 def test_a_missing_code_among_the_categories_is_one_column():
     field = MetadataField(name="land", kind="categorical", categories=("ITALY", "UNK"), missing_codes=("UNK",))
-    assert fit(ROWS, SCHEMA.model_copy(update={"fields": (field,)}), imputation="zero", tier="M2").names == ["land_ITALY", "land_UNK"]
+    assert fit(ROWS, SCHEMA.model_copy(update={"fields": (field,)}), imputation="zero", tier="M2").names == [
+        "land_ITALY",
+        "land_UNK",
+    ]
 
 
 def test_the_tiers_choose_the_fields_and_m3_alone_has_the_mask():
@@ -195,7 +202,9 @@ def test_encoding_does_not_change_the_rows():
     pd.testing.assert_frame_equal(ROWS, before)
 
 
-@pytest.mark.parametrize("section", [{}, {"imputation": "zero"}, {"scale": "raw", "unknown": "missing"}, {"tier": "M0"}, {"tier": "M2"}])
+@pytest.mark.parametrize(
+    "section", [{}, {"imputation": "zero"}, {"scale": "raw", "unknown": "missing"}, {"tier": "M0"}, {"tier": "M2"}]
+)
 def test_plain_json_gives_the_same_encoder_to_the_bit(section):
     encoder = fit(**section)
     rebuilt = MetadataEncoder.from_json(json.loads(json.dumps(encoder.to_json(), allow_nan=False)))
@@ -268,7 +277,10 @@ def test_the_encodings_of_pad_have_the_widths_of_the_literature(real_pad, sectio
     if section.get("imputation") == "zero":
         # Rows without the 13 columns are zero there, as in the literature's encoding.
         gap = dataset.table["smoke"].isna().to_numpy()
-        assert (encoded.values[gap][:, [encoder.names.index(name) for name in ("smoke_True", "diameter_1", "gender_MALE")]] == 0).all()
+        assert (
+            encoded.values[gap][:, [encoder.names.index(name) for name in ("smoke_True", "diameter_1", "gender_MALE")]]
+            == 0
+        ).all()
         np.testing.assert_allclose(encoded.values[:, encoder.names.index("age")], dataset.table["age"], rtol=1e-5)
 
 

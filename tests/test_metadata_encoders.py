@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from dualrefnet.models.metadata_encoders import ColumnAttention, MetadataTransformer, create_metadata_network, metadata_mlp
+from dualrefnet.models.components import ColumnAttention, MetadataTransformer, create_metadata_network, metadata_mlp
 from stand_in import set_linear
 
 
@@ -27,7 +27,8 @@ def test_column_attention_gives_the_numbers_of_the_formula():
     attention = ColumnAttention(2)
     set_linear(attention.weights[0], [[1, 0], [0, 1]])
     set_linear(attention.weights[2], [[1, 0], [1, 3]], [0, 1])
-    # relu(2, -1) = (2, 0); sigmoid(2) = .880797 and sigmoid(2 + 1) = .952574, so the second column's weight is the first's doing.
+    # relu(2, -1) = (2, 0); sigmoid(2) = .880797 and sigmoid(2 + 1) = .952574, so the second column's weight is the
+    # first's doing.
     torch.testing.assert_close(attention(torch.tensor([[2.0, -1.0]])), torch.tensor([[1.761594, -0.952574]]))
 
 

@@ -1,6 +1,6 @@
 import torch
 
-from dualrefnet.models.backbones import BACKBONES
+from dualrefnet.models.encoders import BACKBONES
 from dualrefnet.models.metanet import GROUP
 from stand_in import build, given, set_linear
 

@@ -10,12 +10,14 @@ from numpy.typing import NDArray
 from rich.console import Console
 from sklearn import metrics as sk
 
-from dualrefnet.evaluation.intervals import bootstrap_intervals, with_intervals
+from dualrefnet.evaluation.bootstrap import bootstrap_intervals, with_intervals
 from dualrefnet.evaluation.metrics import CLASS_MEASURES, HEADLINE_MEASURES, compute_metrics, metrics_from_confusion
 from dualrefnet.evaluation.tables import MEASURE_NAMES, metrics_frame, metrics_markdown, metrics_table
 
 
-def random_predictions(seed: int, images: int, count: int, every_class: bool = True) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def random_predictions(
+    seed: int, images: int, count: int, every_class: bool = True
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     generator = np.random.default_rng(seed)
     labels = generator.integers(count, size=images)
     if every_class:
@@ -36,9 +38,17 @@ def test_every_measure_agrees_with_scikit_learn(seed: int, count: int, images: i
     labels, scores = random_predictions(seed, images, count)
     predicted = scores.argmax(axis=1)
     measured = compute_metrics(labels, scores, names(count))
-    f1 = {average: sk.f1_score(labels, predicted, average=average, zero_division=0) for average in ("macro", "weighted")}
-    precision = {average: sk.precision_score(labels, predicted, average=average, zero_division=0) for average in ("macro", "weighted")}
-    recall = {average: sk.recall_score(labels, predicted, average=average, zero_division=0) for average in ("macro", "weighted")}
+    f1 = {
+        average: sk.f1_score(labels, predicted, average=average, zero_division=0) for average in ("macro", "weighted")
+    }
+    precision = {
+        average: sk.precision_score(labels, predicted, average=average, zero_division=0)
+        for average in ("macro", "weighted")
+    }
+    recall = {
+        average: sk.recall_score(labels, predicted, average=average, zero_division=0)
+        for average in ("macro", "weighted")
+    }
     binary = [(labels == index).astype(int) for index in range(count)]
     aucs = [sk.roc_auc_score(truth, scores[:, index]) for index, truth in enumerate(binary)]
     expected = {
@@ -52,8 +62,12 @@ def test_every_measure_agrees_with_scikit_learn(seed: int, count: int, images: i
         "precision_weighted": precision["weighted"],
         "recall_macro": recall["macro"],
         "recall_weighted": recall["weighted"],
-        "specificity_macro": np.mean([sk.recall_score(truth, predicted == c, pos_label=0) for c, truth in enumerate(binary)]),
-        "npv_macro": np.mean([sk.precision_score(truth, predicted == c, pos_label=0, zero_division=0) for c, truth in enumerate(binary)]),
+        "specificity_macro": np.mean(
+            [sk.recall_score(truth, predicted == c, pos_label=0) for c, truth in enumerate(binary)]
+        ),
+        "npv_macro": np.mean(
+            [sk.precision_score(truth, predicted == c, pos_label=0, zero_division=0) for c, truth in enumerate(binary)]
+        ),
         "kappa": sk.cohen_kappa_score(labels, predicted),
         "log_loss": sk.log_loss(labels, scores, labels=range(count)),
         "support": images,
@@ -63,13 +77,17 @@ def test_every_measure_agrees_with_scikit_learn(seed: int, count: int, images: i
         assert measured["mcc"] == pytest.approx(sk.matthews_corrcoef(labels, predicted))
     for index, name in enumerate(names(count)):
         assert measured["per_class"][name]["auc"] == pytest.approx(aucs[index])
-        assert measured["per_class"][name]["f1"] == pytest.approx(sk.f1_score(binary[index], predicted == index, zero_division=0))
+        assert measured["per_class"][name]["f1"] == pytest.approx(
+            sk.f1_score(binary[index], predicted == index, zero_division=0)
+        )
     assert measured["confusion_matrix"] == sk.confusion_matrix(labels, predicted, labels=range(count)).tolist()
 
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**6), count=st.integers(2, 6), images=st.integers(1, 40))
-def test_identities_hold_and_the_result_is_strict_json_whatever_classes_are_missing(seed: int, count: int, images: int) -> None:
+def test_identities_hold_and_the_result_is_strict_json_whatever_classes_are_missing(
+    seed: int, count: int, images: int
+) -> None:
     labels, scores = random_predictions(seed, images, count, every_class=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -149,7 +167,9 @@ GOOD = np.array([[0.9, 0.1], [0.2, 0.8]])
         ([0, 1], GOOD, "AA", "named twice"),
     ],
 )
-def test_wrong_input_is_refused_with_the_reason(labels: object, probabilities: object, classes: str, message: str) -> None:
+def test_wrong_input_is_refused_with_the_reason(
+    labels: object, probabilities: object, classes: str, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         compute_metrics(labels, probabilities, list(classes))  # type: ignore[arg-type]
 
@@ -157,7 +177,12 @@ def test_wrong_input_is_refused_with_the_reason(labels: object, probabilities: o
 def test_an_unknown_malignant_class_and_a_wrong_matrix_are_refused() -> None:
     with pytest.raises(ValueError, match="malignant names no class: X"):
         compute_metrics([0, 1], GOOD, ["A", "B"], malignant=["X"])
-    wrong = {"shape": [[1, 2]], "at least 0": [[1, -1], [0, 1]], "whole": [[0.5, 1], [0, 1]], "no rows": [[0, 0], [0, 0]]}
+    wrong = {
+        "shape": [[1, 2]],
+        "at least 0": [[1, -1], [0, 1]],
+        "whole": [[0.5, 1], [0, 1]],
+        "no rows": [[0, 0], [0, 0]],
+    }
     for message, matrix in wrong.items():
         with pytest.raises(ValueError, match=message):
             metrics_from_confusion(matrix, ["A", "B"])
@@ -168,7 +193,8 @@ def test_table_markdown_and_frame_show_the_same_numbers_and_escape_class_names()
     labels, scores = random_predictions(1, 60, 3)
     plain = compute_metrics(labels, scores, classes, malignant=["malignant"])
     full = with_intervals(
-        plain, bootstrap_intervals(labels, scores, np.arange(60), classes, samples=50, malignant=["malignant"], level=0.9)
+        plain,
+        bootstrap_intervals(labels, scores, np.arange(60), classes, samples=50, malignant=["malignant"], level=0.9),
     )
     frame = metrics_frame(full)
     assert list(frame.columns) == ["measure", "class", "value", "low", "high"]

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from dualrefnet.models.backbones import Encoded, EncoderOutput
-from dualrefnet.models.method import Method
-from dualrefnet.models.missing import mark_absent
+from dualrefnet.models.base import Method, mark_absent
+from dualrefnet.models.encoders import Encoded, EncoderOutput
 from dualrefnet.models.registry import METHODS, new_model
 from dualrefnet.recipe import load_recipe
 

@@ -1,4 +1,6 @@
-"""What is given decides which thresholds hold, and a model to which missing means benign is neither exported nor served."""
+"""What is given decides which thresholds hold, and a model to which missing means benign is neither exported nor
+served.
+"""
 
 import json
 from pathlib import Path
@@ -10,21 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from dualrefnet.analysis.availability import draw_present
 from dualrefnet.cli import app, deployment  # noqa: F401 (the module registers the commands)
 from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.metadata import MetadataEncoder, missingness_shown
-from dualrefnet.data.sample import draw_sample
+from dualrefnet.data.synthetic import draw_sample
 from dualrefnet.deploy.export import export_run
 from dualrefnet.deploy.gate import refuse_shortcut, shortcut_of
 from dualrefnet.deploy.predictor import Predictor
 from dualrefnet.errors import RunError
-from dualrefnet.evaluation.availability import draw_present
-from dualrefnet.evaluation.calibrated import Calibration, fit_calibration, fit_thresholds
+from dualrefnet.evaluation.calibration import Calibration, fit_calibration, fit_thresholds
 from dualrefnet.files import read_json, write_json
 from dualrefnet.recipe import MetadataSection, load_recipe
 from dualrefnet.run import Run
 from dualrefnet.runtime.availability import Availability, availability_groups, missingness_shortcut
-from dualrefnet.runtime.probabilities import Decision
+from dualrefnet.runtime.calibration import Decision
 from dualrefnet.training.train import train_recipe
 
 CLASSES, MALIGNANT = ["A", "B", "MEL"], ["MEL"]
@@ -42,14 +44,18 @@ def test_every_input_is_in_one_group(image: bool, known: int, fields: int) -> No
 
 def test_a_model_has_the_groups_that_it_can_answer() -> None:
     assert all(group.image for group in availability_groups(reads_image=True, needs_image=True, reads_metadata=True))
-    assert not any(group.image for group in availability_groups(reads_image=False, needs_image=False, reads_metadata=True))
+    assert not any(
+        group.image for group in availability_groups(reads_image=False, needs_image=False, reads_metadata=True)
+    )
     [alone] = availability_groups(reads_image=True, needs_image=True, reads_metadata=False)
     assert alone.holds([True, False], [1, 1]).tolist() == [True, False]
 
 
 @settings(deadline=None)
 @given(st.integers(1, 12), st.integers(0, 2**32 - 1), st.floats(0, 1), st.sampled_from([0, 1, 2, 3]))
-def test_what_is_left_was_recorded_and_belongs_to_the_group(fields: int, seed: int, recorded_share: float, number: int) -> None:
+def test_what_is_left_was_recorded_and_belongs_to_the_group(
+    fields: int, seed: int, recorded_share: float, number: int
+) -> None:
     generator = np.random.default_rng(seed)
     group = availability_groups(reads_image=True, needs_image=True, reads_metadata=True)[number]
     recorded = generator.random((40, fields)) < recorded_share
@@ -87,7 +93,9 @@ def test_the_thresholds_keep_their_promises_on_new_cases() -> None:
 def test_several_draws_of_a_case_count_as_one() -> None:
     labels, scores = validation(1, 100)
     once = fit_thresholds(EVERYTHING, labels, scores, CLASSES, MALIGNANT, 0.9, 0.95)
-    often = fit_thresholds(EVERYTHING, np.tile(labels, 4), np.tile(scores, (4, 1)), CLASSES, MALIGNANT, 0.9, 0.95, draws=4)
+    often = fit_thresholds(
+        EVERYTHING, np.tile(labels, 4), np.tile(scores, (4, 1)), CLASSES, MALIGNANT, 0.9, 0.95, draws=4
+    )
     assert once.referral
     for name in ("temperature", "threshold", "referral", "class_thresholds", "images", "cancers"):
         assert getattr(often, name) == pytest.approx(getattr(once, name)), name
@@ -124,16 +132,21 @@ def test_each_input_is_decided_by_its_own_group_and_an_unknown_one_carefully() -
 def test_a_calibration_of_an_earlier_version_is_read_and_careful() -> None:
     labels, scores = validation(4)
     thresholds = fit_thresholds(EVERYTHING, labels, scores, CLASSES, MALIGNANT, 0.9, 0.95)
-    calibration = fit_calibration(labels, scores, np.arange(400), CLASSES, MALIGNANT, samples=0, availability=[thresholds])
+    calibration = fit_calibration(
+        labels, scores, np.arange(400), CLASSES, MALIGNANT, samples=0, availability=[thresholds]
+    )
     text = json.loads(json.dumps(calibration.to_json(), allow_nan=False))
     assert Calibration.from_json(text) == calibration
-    old = Calibration.from_json({name: value for name, value in text.items() if name not in ("availability", "field_effects")})
+    old = Calibration.from_json(
+        {name: value for name, value in text.items() if name not in ("availability", "field_effects")}
+    )
     decided = old.decide(scores, np.ones(400), np.ones(400))
     assert decided.refer is not None
     assert decided.refer.all()
 
 
-# Cancers referred, above the threshold of the inputs as recorded, and mean malignancy: with metadata and with blank ones.
+# Cancers referred, above the threshold of the inputs as recorded, and mean malignancy: with metadata and with blank
+# ones.
 GATE = [
     ((0.95, 0.84), (0.94, 0.84), (0.47, 0.47), "refers 95%"),
     ((0.95, 0.93), (0.94, 0.00), (0.47, 0.11), "missing means benign"),
@@ -147,7 +160,9 @@ GATE = [
 
 
 @pytest.mark.parametrize(("referred", "above", "mean", "said"), GATE)
-def test_the_gate_compares_the_same_cases_with_and_without_metadata(referred: tuple, above: tuple, mean: tuple, said: str | None) -> None:
+def test_the_gate_compares_the_same_cases_with_and_without_metadata(
+    referred: tuple, above: tuple, mean: tuple, said: str | None
+) -> None:
     keys = ("cancers_referred", "cancers_at_recorded_threshold", "mean_malignancy")
     full, blank = (dict(zip(keys, (referred[place], above[place], mean[place]), strict=True)) for place in (0, 1))
     metrics = {"availability": {"inputs": {"as_recorded": full, "image_only": blank}}}
@@ -184,10 +199,21 @@ def test_a_model_that_was_never_measured_so_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def telling(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A drawn data set in which the fields that aren't always recorded are there for cancers alone, as if only they had been biopsied."""
+    """A drawn data set in which the fields that aren't always recorded are there for cancers alone, as if only they
+    had been biopsied.
+    """
     root = draw_sample(tmp_path_factory.mktemp("telling") / "data", images=240, side=64)
     table = pd.read_csv(root / "metadata.csv", dtype=str, keep_default_na=False)
-    optional = ["smoke", "drink", "background_father", "background_mother", "pesticide", "gender", "skin_cancer_history", "cancer_history"]
+    optional = [
+        "smoke",
+        "drink",
+        "background_father",
+        "background_mother",
+        "pesticide",
+        "gender",
+        "skin_cancer_history",
+        "cancer_history",
+    ]
     optional += ["has_piped_water", "has_sewage_system", "fitspatrick", "diameter_1", "diameter_2"]
     benign = ~table["diagnostic"].isin(["BCC", "SCC", "MEL"])
     table.loc[benign, optional] = ""
@@ -201,7 +227,13 @@ def telling(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained(root: Path, out: Path, changes: dict[str, object]) -> Run:
-    frozen = {"data.root": str(root), "training.encoder": "frozen", "training.epochs": 25, "evaluation.bootstrap": 20, "image.size": 64}
+    frozen = {
+        "data.root": str(root),
+        "training.encoder": "frozen",
+        "training.epochs": 25,
+        "evaluation.bootstrap": 20,
+        "image.size": 64,
+    }
     return train_recipe(load_recipe("sample", frozen | changes), out)
 
 
@@ -233,11 +265,18 @@ def test_a_shortcut_is_refused_and_the_token_trained_model_accepted(
 
 def test_training_warns_of_an_encoding_that_shows_the_class(telling: Path, tmp_path: Path) -> None:
     dataset = load_dataset("sample", telling)
-    for section, warned in (({"tier": "M3"}, True), ({"tier": "M2", "imputation": "zero"}, True), ({"tier": "M2"}, False)):
+    for section, warned in (
+        ({"tier": "M3"}, True),
+        ({"tier": "M2", "imputation": "zero"}, True),
+        ({"tier": "M2"}, False),
+    ):
         encoder = MetadataEncoder.fit(dataset.table, dataset.schema, MetadataSection(**section))
         said = missingness_shown(encoder, dataset.table, dataset.schema)
         assert (said is not None) == warned
-        assert said is None or "0% of the training rows with missing fields are malignant, 100% of the complete ones" in said
+        assert (
+            said is None
+            or "0% of the training rows with missing fields are malignant, 100% of the complete ones" in said
+        )
 
 
 @pytest.mark.slow

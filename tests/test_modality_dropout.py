@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from dualrefnet.deploy.predictor import Predictor
 from dualrefnet.errors import RecipeError
-from dualrefnet.models.output import Output
+from dualrefnet.models.base import Output
 from dualrefnet.models.registry import METHODS, new_model
 from dualrefnet.recipe import ModalityDropoutSection, Recipe, load_recipe
-from dualrefnet.runtime.imputer import Span
+from dualrefnet.runtime.metadata import Span
 from dualrefnet.training.losses import DualRefNetLoss
 from dualrefnet.training.modality_dropout import ModalityViews, draw_missing, modality_shares
 from dualrefnet.training.train import train_recipe
@@ -63,7 +63,9 @@ def test_the_same_seed_and_epoch_take_the_same_away_and_others_do_not() -> None:
     assert (one != later).any()
 
 
-@pytest.mark.parametrize("changes", [{"metadata.imputation": "neural"}, {"modality_dropout": {"metadata": 0.5, "image": 0.5}}])
+@pytest.mark.parametrize(
+    "changes", [{"metadata.imputation": "neural"}, {"modality_dropout": {"metadata": 0.5, "image": 0.5}}]
+)
 def test_what_can_not_be_taken_away_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(RecipeError, match=r"imputation to token|stay below 1"):
         load_recipe("pad_ufes_20", changes)
@@ -93,7 +95,9 @@ def test_single_modalities_are_answered_as_if_the_other_had_never_been_there() -
     nothing = torch.full_like(metadata, torch.nan)
     assert torch.allclose(both.logits, model(images, metadata).logits, atol=1e-6)
     assert torch.allclose(single["image_only"].logits, model(images, nothing).logits, atol=1e-6)
-    assert torch.allclose(single["metadata_only"].logits, model(torch.full_like(images, torch.nan), metadata).logits, atol=1e-6)
+    assert torch.allclose(
+        single["metadata_only"].logits, model(torch.full_like(images, torch.nan), metadata).logits, atol=1e-6
+    )
     assert both.reconstruction is None
     rebuilt, alone = ModalityViews(model.train(), ["image_only"])(images, metadata)
     assert rebuilt.reconstruction.shape == (4, 3, 64, 64)
@@ -111,7 +115,9 @@ def test_the_loss_is_the_mean_over_what_would_have_been_dropped() -> None:
     parts = [float(loss.cross_entropy(output.logits, labels)) for output in outputs]
     assert float(terms["total"]) == pytest.approx(2 * (0.5 * parts[0] + 0.3 * parts[1] + 0.2 * parts[2]), rel=1e-6)
     assert float(terms["classification_image_only"]) == pytest.approx(parts[1], rel=1e-6)
-    assert float(DualRefNetLoss(section, counts)(outputs[0], labels, None, None)["total"]) == pytest.approx(2 * parts[0], rel=1e-6)
+    assert float(DualRefNetLoss(section, counts)(outputs[0], labels, None, None)["total"]) == pytest.approx(
+        2 * parts[0], rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("encoder", ["fine_tuned", "frozen"])

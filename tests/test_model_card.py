@@ -13,8 +13,8 @@ import dualrefnet
 from dualrefnet.data.isic_2019 import SCHEMA as ISIC
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.pad_ufes_20 import SCHEMA as PAD
-from dualrefnet.deploy.form_schema import form_schema
-from dualrefnet.deploy.model_card import data_licence, model_card
+from dualrefnet.deploy.card import data_licence, model_card
+from dualrefnet.deploy.export import form_schema
 from dualrefnet.run import Run
 
 FILES = ("bundle.json", "model.onnx", "runtime/")
@@ -25,7 +25,12 @@ def bundle_of(run: Run, **changes: Any) -> dict[str, Any]:
     description = run.model
     network = {
         "bytes": 2_000_000,
-        "parity": {"cases": 17, "max_probability_difference": 2e-6, "limit": 1e-3, "checked_on": "on validation cases of the run"},
+        "parity": {
+            "cases": 17,
+            "max_probability_difference": 2e-6,
+            "limit": 1e-3,
+            "checked_on": "on validation cases of the run",
+        },
         "inputs": [{"name": "image", "type": "uint8", "shape": "(N, 32, 32, 3)", "meaning": "the photograph"}],
         "outputs": [{"name": "logits", "type": "float32", "shape": "(N, 6)", "meaning": "in the order of `classes`"}],
     }
@@ -63,7 +68,10 @@ def test_the_card_tells_what_the_model_is_and_is_worth(tiny_run: Run) -> None:
     assert f"{metrics['support']} images, protocol `grouped`. **Drawn pictures, not clinical" in text
     assert "those lesions are benign: a part of the score can come from the gaps alone" in text
     assert f"Temperature {metrics['calibrated']['temperature']:.2f}" in text
-    assert f"({metrics['calibrated']['referral']['missed']} of {metrics['calibrated']['referral']['malignant']} missed)" in text
+    assert (
+        f"({metrics['calibrated']['referral']['missed']} of {metrics['calibrated']['referral']['malignant']} missed)"
+        in text
+    )
     assert "Not measured by subgroup" in text
     assert "to 2e-06 at most (17 answers, on validation cases" in text
     assert "No int8 file: it wasn't asked for." in text
@@ -82,7 +90,11 @@ def test_the_card_tells_what_the_model_is_and_is_worth(tiny_run: Run) -> None:
 def test_the_hub_can_read_the_header(tiny_run: Run) -> None:
     card = model_card(bundle_of(tiny_run), tiny_run, FILES)
     header = ModelCard(card).data
-    assert (header.license, header.library_name, header.pipeline_tag) == ("apache-2.0", "dualrefnet", "image-classification")
+    assert (header.license, header.library_name, header.pipeline_tag) == (
+        "apache-2.0",
+        "dualrefnet",
+        "image-classification",
+    )
     assert {"multimodal", "drawn-pictures-not-clinical", "research-only"} <= set(header.tags)
     unknown = {**tiny_run.model["dataset"], "citation": "", "licence": "", "drawn": False}
     header = yaml.safe_load(model_card(bundle_of(tiny_run, dataset=unknown), tiny_run, FILES).split("---")[1])
@@ -120,7 +132,11 @@ def test_int8_is_set_beside_float32(tiny_run: Run) -> None:
     }
     text = flat(model_card(bundle, tiny_run, FILES))
     for row in (
-        *("| accuracy | 0.750 | 0.500 |", "| balanced accuracy | 0.700 | 0.450 |", "| share warned of as no lesion | 0.020 | 0.040 |"),
+        *(
+            "| accuracy | 0.750 | 0.500 |",
+            "| balanced accuracy | 0.700 | 0.450 |",
+            "| share warned of as no lesion | 0.020 | 0.040 |",
+        ),
         *("| milliseconds for 1 | 4.0 | 5.0 (0.80 times as fast) |", "| megabytes | 2.0 | 0.5 |"),
     ):
         assert row in text

@@ -4,17 +4,19 @@ from torch import Tensor, nn
 
 from dualrefnet.errors import RecipeError, RunError
 from dualrefnet.files import write_tensors
-from dualrefnet.models.backbones import BACKBONES, Encoded, EncoderOutput
-from dualrefnet.models.decision_fusion import DecisionFusion
-from dualrefnet.models.method import Method
-from dualrefnet.models.output import Output
+from dualrefnet.models.base import Method, Output
+from dualrefnet.models.components import DecisionFusion
+from dualrefnet.models.encoders import BACKBONES, Encoded, EncoderOutput
 from dualrefnet.models.registry import METHODS, count_parameters, load_model, new_model
 from dualrefnet.recipe import WITH_DECODER, Recipe, load_recipe
 
-# With transformers only methods that are special there are always tested: a decoder, taps, the encoder of the publication.
+# With transformers only methods that are special there are always tested: a decoder, taps, the encoder of the
+# publication.
 QUICK = ("dualrefnet", "visual", "deepmetaforge")
 PAIRS = [
-    pytest.param(backbone, method, marks=[pytest.mark.slow] if spec.kind == "transformer" and method not in QUICK else [])
+    pytest.param(
+        backbone, method, marks=[pytest.mark.slow] if spec.kind == "transformer" and method not in QUICK else []
+    )
     for backbone, spec in BACKBONES.items()
     for method in METHODS
     if METHODS[method].reads_image
@@ -36,7 +38,8 @@ def recipe_of(method: str, backbone: str, **overrides: object) -> Recipe:
 
 
 def without_gradient(model: nn.Module) -> set[str]:
-    # A gradient of zero is one: ResNet starts with the last normalisation of each block at zero, and what lies before it waits.
+    # A gradient of zero is one: ResNet starts with the last normalisation of each block at zero, and what lies before
+    # it waits.
     return {name for name, parameter in model.named_parameters() if parameter.grad is None}
 
 
@@ -77,7 +80,9 @@ def test_every_method_with_every_backbone_keeps_the_contract(backbone: str, meth
             assert torch.isfinite(model(image, empty).logits).all()
 
     write_tensors(tmp_path / "model.safetensors", model.state_dict())
-    again = load_model({"architecture": architecture.model_dump(mode="json"), "weights": sources}, tmp_path / "model.safetensors").eval()
+    again = load_model(
+        {"architecture": architecture.model_dump(mode="json"), "weights": sources}, tmp_path / "model.safetensors"
+    ).eval()
     with torch.no_grad():
         assert torch.equal(again(image, form).logits, before.logits)
 
@@ -89,7 +94,9 @@ def test_every_method_learns_from_what_frozen_encoders_gave(backbone: str, metho
     model, _, _ = new_model(recipe, WIDTH, CLASSES)
     image, form = torch.randn(2, 3, 64, 64), torch.randn(2, WIDTH)
     given: list[EncoderOutput] = []
-    hooks = [encoder.register_forward_hook(lambda module, inputs, output: given.append(output)) for encoder in model.encoders]
+    hooks = [
+        encoder.register_forward_hook(lambda module, inputs, output: given.append(output)) for encoder in model.encoders
+    ]
     with torch.no_grad():
         from_image = model.eval()(image, form)
     for hook in hooks:
@@ -149,7 +156,9 @@ def test_every_method_says_what_it_is() -> None:
     # A method that fills in what isn't known says so where a reader of the code looks, too.
     for method in METHODS.values():
         if method.reconstruction:
-            assert any(word in str(method.__doc__) for word in ("reconstruction", "our reading", "Not faithful")), method.title
+            assert any(word in str(method.__doc__) for word in ("reconstruction", "our reading", "Not faithful")), (
+                method.title
+            )
 
 
 def test_the_penalty_acts_on_the_heads_of_dualrefnet_and_of_its_metadata_alone() -> None:
@@ -167,13 +176,17 @@ def test_fused_lengths_are_those_of_the_specification(backbone: str, fused: int)
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.needs_metadata])
 def test_without_metadata_the_image_vector_is_classified_alone(method: str) -> None:
-    model, _, _ = new_model(recipe_of(method, "mobilenet_v2", **{"metadata.tier": "M0", "model.decoder": "none"}), 0, CLASSES)
+    model, _, _ = new_model(
+        recipe_of(method, "mobilenet_v2", **{"metadata.tier": "M0", "model.decoder": "none"}), 0, CLASSES
+    )
     output = model.train()(torch.randn(2, 3, 32, 32), torch.empty(2, 0))
     assert output.features.shape == (2, 1280)
     assert output.reconstruction is None
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.needs_metadata and method.reads_image])
+@pytest.mark.parametrize(
+    "method", [name for name, method in METHODS.items() if method.needs_metadata and method.reads_image]
+)
 def test_a_method_that_needs_a_form_refuses_to_go_without(method: str) -> None:
     with pytest.raises(RecipeError, match=f"{method} needs metadata"):
         new_model(recipe_of(method, "mobilenet_v2", **{"metadata.tier": "M0"}), 0, CLASSES)
@@ -193,7 +206,9 @@ def test_a_model_that_is_loaded_expects_the_images_of_the_one_that_was_saved(tmp
     model.scales[1] = 3.0
     write_tensors(tmp_path / "model.safetensors", model.state_dict())
     sources[2] |= {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
-    again = load_model({"architecture": architecture.model_dump(mode="json"), "weights": sources}, tmp_path / "model.safetensors")
+    again = load_model(
+        {"architecture": architecture.model_dump(mode="json"), "weights": sources}, tmp_path / "model.safetensors"
+    )
     assert (again.encoders[2].mean, again.encoders[2].std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert torch.equal(again.scales, model.scales)
 

@@ -9,10 +9,10 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from dualrefnet.analysis.opened_run import OpenedRun, open_run, sample_rows
 from dualrefnet.data.adapters import Dataset
-from dualrefnet.data.sample import draw_sample
+from dualrefnet.data.synthetic import draw_sample
 from dualrefnet.errors import DataError, RunError
-from dualrefnet.evaluation.opened_run import OpenedRun, open_run, sample_rows
 from dualrefnet.files import read_json, write_json
 from dualrefnet.models.inference import predict_logits
 from dualrefnet.run import Run
@@ -24,7 +24,9 @@ def opened(tiny_run: Run) -> OpenedRun:
 
 
 def exact_shares(counts: np.ndarray, at_most: int) -> np.ndarray:
-    """Return the rows of each class as fractions: a class gets one at least, the others share what is left in proportion."""
+    """Return the rows of each class as fractions: a class gets one at least, the others share what is left in
+    proportion.
+    """
     for kept in range(len(counts), 0, -1):
         # The smallest classes are those that get their one row.
         large = np.argsort(-counts, kind="stable")[:kept]
@@ -98,7 +100,9 @@ def test_examples_pictures_and_rows_of_a_side_are_in_one_order(opened: OpenedRun
 
 def test_what_was_opened_predicts_what_the_run_predicted(opened: OpenedRun) -> None:
     examples = opened.examples("test")
-    found = predict_logits(opened.model, examples.in_order(8), opened.recipe.image.size, opened.normalisation, opened.device)
+    found = predict_logits(
+        opened.model, examples.in_order(8), opened.recipe.image.size, opened.normalisation, opened.device
+    )
     written = opened.run.predictions.query("split == 'test'")
     columns = [f"prob_{name}" for name in opened.classes]
     np.testing.assert_allclose(found.logits.double().softmax(dim=1), written[columns], atol=1e-6)
@@ -128,7 +132,9 @@ def copied(tiny_run: Run, tmp_path: Path) -> Callable[[], Run]:
 
 def test_data_without_the_runs_images_are_refused(tiny_run: Run, tmp_path: Path) -> None:
     other = draw_sample(tmp_path / "other", images=60, seed=9, side=64)
-    with pytest.raises(RunError, match=r"\d+ images of .*split\.csv are not in .*other; give the right folder with --root"):
+    with pytest.raises(
+        RunError, match=r"\d+ images of .*split\.csv are not in .*other; give the right folder with --root"
+    ):
         open_run(tiny_run, other)
     with pytest.raises(DataError, match="nowhere"):
         open_run(tiny_run, tmp_path / "nowhere")
@@ -158,11 +164,13 @@ def test_data_whose_classes_have_changed_are_refused(opened: OpenedRun, copied: 
         open_run(run)
 
 
-def test_data_that_were_read_already_are_not_read_again(tiny_run: Run, opened: OpenedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_that_were_read_already_are_not_read_again(
+    tiny_run: Run, opened: OpenedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(recipe: object) -> Dataset:
         raise AssertionError
 
-    monkeypatch.setattr("dualrefnet.evaluation.opened_run.read_dataset", refuse)
+    monkeypatch.setattr("dualrefnet.analysis.opened_run.read_dataset", refuse)
     again = open_run(tiny_run, dataset=opened.dataset)
     assert again.dataset is opened.dataset
     pd.testing.assert_frame_equal(again.split, opened.split)

@@ -12,24 +12,25 @@ from sklearn.covariance import LedoitWolf
 from sklearn.metrics import roc_auc_score
 
 from dualrefnet import Predictor
-from dualrefnet.errors import DataError, RunError
-from dualrefnet.evaluation import healthy_skin
-from dualrefnet.evaluation.everyday_pictures import DOCUMENTS, MEDICAL, PHOTOGRAPHS, PLAIN
-from dualrefnet.evaluation.intervals import wilson_interval
-from dualrefnet.evaluation.opened_run import OpenedRun, open_run
-from dualrefnet.evaluation.out_of_scope import (
+from dualrefnet.analysis import non_lesion_images as healthy_skin
+from dualrefnet.analysis.non_lesion_images import DOCUMENTS, MEDICAL, PHOTOGRAPHS, PLAIN
+from dualrefnet.analysis.opened_run import OpenedRun, open_run
+from dualrefnet.analysis.out_of_distribution import (
     CLOSE_LESION,
+    DIRECTIONS,
     EVERYDAY,
     LESIONS,
     SKIN,
+    OutOfScope,
     OutOfScopeMeasured,
+    fit_out_of_scope,
     measure_out_of_scope,
     share_interval,
     summarise,
-)  # fmt: skip
-from dualrefnet.models.inference import predict_logits
-from dualrefnet.models.out_of_scope import DIRECTIONS, OutOfScope, fit_out_of_scope
-from dualrefnet.models.vectors import VectorKeeper, joined_vectors
+)
+from dualrefnet.errors import DataError, RunError
+from dualrefnet.evaluation.bootstrap import wilson_interval
+from dualrefnet.models.inference import VectorKeeper, joined_vectors, predict_logits
 from dualrefnet.run import Run
 
 
@@ -55,7 +56,9 @@ def test_the_distance_of_few_numbers_is_that_of_ledoit_and_wolfs_covariance() ->
 
 
 @pytest.mark.parametrize(("number", "length"), [(40, 150), (300, 150)])
-def test_the_distance_of_many_numbers_keeps_the_leading_directions_and_the_sum_of_the_variances(number: int, length: int) -> None:
+def test_the_distance_of_many_numbers_keeps_the_leading_directions_and_the_sum_of_the_variances(
+    number: int, length: int
+) -> None:
     train, new = vectors(number, length, 1), vectors(20, length, 3)
     distance = fit_out_of_scope(train, vectors(50, length, 2)).vector
     kept = min(DIRECTIONS, number // 2)
@@ -68,14 +71,18 @@ def test_the_distance_of_many_numbers_keeps_the_leading_directions_and_the_sum_o
     assert np.trace(covariance) == pytest.approx(np.trace(reference), rel=1e-4)
     centred = new - train.mean(axis=0)
     np.testing.assert_allclose(
-        distance.measure(new) * distance.scale, np.einsum("ij,jk,ik->i", centred, np.linalg.inv(covariance), centred), rtol=1e-3
+        distance.measure(new) * distance.scale,
+        np.einsum("ij,jk,ik->i", centred, np.linalg.inv(covariance), centred),
+        rtol=1e-3,
     )
 
 
 def test_the_score_adds_both_distances_and_is_one_at_the_limit(fitted: OutOfScope) -> None:
     new = vectors(10, 80, 5)
     roots = np.sqrt(new / new.sum(axis=1, keepdims=True))
-    np.testing.assert_allclose(fitted.score(new) * fitted.limit, fitted.vector.measure(new) + fitted.shares.measure(roots), rtol=1e-6)
+    np.testing.assert_allclose(
+        fitted.score(new) * fitted.limit, fitted.vector.measure(new) + fitted.shares.measure(roots), rtol=1e-6
+    )
     scores = np.sort(fitted.score(vectors(209, 80, 2)))
     # Of 209 the 206th is the limit: 206 is 98% of 210, rounded up.
     assert scores[205] == pytest.approx(1)
@@ -105,7 +112,9 @@ def test_a_vector_that_is_not_finite_has_no_score_and_disturbs_no_other(fitted: 
     np.testing.assert_array_equal(scores[[0, 2, 3, 5]], alone[[0, 2, 3, 5]])
     train, held_out = vectors(60, 80, 1), vectors(30, 80, 2)
     with_gaps = np.insert(train, 7, np.nan, axis=0), np.insert(held_out, 3, np.inf, axis=0)
-    np.testing.assert_allclose(fit_out_of_scope(*with_gaps).score(rows[:1]), fit_out_of_scope(train, held_out).score(rows[:1]))
+    np.testing.assert_allclose(
+        fit_out_of_scope(*with_gaps).score(rows[:1]), fit_out_of_scope(train, held_out).score(rows[:1])
+    )
 
 
 @settings(deadline=None, max_examples=15)
@@ -114,7 +123,9 @@ def test_neither_the_order_of_the_numbers_nor_their_unit_matters(seed: int, unit
     train, held_out, new = (vectors(number, 30, seed + place) for place, number in enumerate((40, 30, 10)))
     scores = fit_out_of_scope(train, held_out).score(new)
     order = np.random.default_rng(seed).permutation(30)
-    np.testing.assert_allclose(fit_out_of_scope(train[:, order], held_out[:, order]).score(new[:, order]), scores, rtol=1e-3)
+    np.testing.assert_allclose(
+        fit_out_of_scope(train[:, order], held_out[:, order]).score(new[:, order]), scores, rtol=1e-3
+    )
     np.testing.assert_allclose(fit_out_of_scope(train * unit, held_out * unit).score(new * unit), scores, rtol=1e-3)
 
 
@@ -208,7 +219,9 @@ def test_the_predictor_gives_the_score_of_the_evaluation(opened: OpenedRun) -> N
     np.testing.assert_allclose([prediction.out_of_scope for prediction in predictions], scores, rtol=1e-4)
 
 
-def test_the_predictor_warns_beyond_the_limit_and_only_there(opened: OpenedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_predictor_warns_beyond_the_limit_and_only_there(
+    opened: OpenedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     predictor, path = Predictor.load(opened.run), opened.rows("test")["image_path"].iloc[0]
     for value, warned in ((0.99, False), (1.01, True), (50.0, True)):
         monkeypatch.setattr(OutOfScope, "score", lambda _, rows, value=value: np.full(len(rows), value))
@@ -220,7 +233,9 @@ def test_the_predictor_warns_beyond_the_limit_and_only_there(opened: OpenedRun, 
     assert predictor.predict(path, {}).out_of_scope is None
 
 
-def test_an_older_run_says_once_that_it_has_no_check(tiny_run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_older_run_says_once_that_it_has_no_check(
+    tiny_run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     older = Run(shutil.copytree(tiny_run.path, tmp_path / "older"))
     older.out_of_scope_file.unlink()
     predictor = Predictor.load(older)
@@ -237,7 +252,7 @@ def test_an_older_run_says_once_that_it_has_no_check(tiny_run: Run, tmp_path: Pa
 
 
 def test_of_an_ensemble_the_vectors_stand_beside_each_other() -> None:
-    from dualrefnet.models.backbones import Encoded, EncoderOutput
+    from dualrefnet.models.encoders import Encoded, EncoderOutput
 
     read = Encoded((EncoderOutput(None, torch.ones(2, 3)), EncoderOutput(None, torch.zeros(2, 4))))
     np.testing.assert_array_equal(joined_vectors(read), [[1, 1, 1, 0, 0, 0, 0]] * 2)
@@ -254,7 +269,10 @@ def hand_made() -> pd.DataFrame:
         (SKIN, [f"p{number}" for number in range(15)], random.uniform(0.4, 1.5, 15)),
         (CLOSE_LESION, [f"p{number}" for number in range(15)], random.uniform(0.3, 1.2, 15)),
     ]
-    return pd.concat([pd.DataFrame({"group": name, "source": source, "score": score}) for name, source, score in parts], ignore_index=True)
+    return pd.concat(
+        [pd.DataFrame({"group": name, "source": source, "score": score}) for name, source, score in parts],
+        ignore_index=True,
+    )
 
 
 def test_the_table_counts_and_ranks_each_group_against_the_lesions() -> None:
@@ -295,8 +313,10 @@ def measured(opened: OpenedRun) -> OutOfScopeMeasured:
     with pytest.MonkeyPatch.context() as patch:
         # Tests' pictures are small, and so is what can be cut out of them.
         patch.setattr(healthy_skin, "LEAST_PIXELS", 8)
-        patch.setattr("dualrefnet.evaluation.everyday_pictures.CUTTINGS", 2)
-        return measure_out_of_scope(opened, images=20, samples=100, progress=lambda done, total: seen.append((done, total)))
+        patch.setattr("dualrefnet.analysis.non_lesion_images.CUTTINGS", 2)
+        return measure_out_of_scope(
+            opened, images=20, samples=100, progress=lambda done, total: seen.append((done, total))
+        )
 
 
 def test_a_run_is_measured_against_all_groups(opened: OpenedRun, measured: OutOfScopeMeasured) -> None:
@@ -307,7 +327,9 @@ def test_a_run_is_measured_against_all_groups(opened: OpenedRun, measured: OutOf
     assert set(scores.loc[scores["group"] == SKIN, "source"]) <= set(scores.loc[scores["group"] == LESIONS, "source"])
     assert measured.skin_auroc is not None
     skin, close = (scores.loc[scores["group"] == name, "score"] for name in (SKIN, CLOSE_LESION))
-    assert measured.skin_auroc[0] == pytest.approx(roc_auc_score(np.r_[np.ones(len(skin)), np.zeros(len(close))], np.r_[skin, close]))
+    assert measured.skin_auroc[0] == pytest.approx(
+        roc_auc_score(np.r_[np.ones(len(skin)), np.zeros(len(close))], np.r_[skin, close])
+    )
     assert seen[-1][0] == seen[-1][1]
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
@@ -321,13 +343,15 @@ def test_without_masks_there_is_no_skin(opened: OpenedRun, tmp_path: Path) -> No
 
 def test_section_and_picture_say_the_measured_numbers(measured: OutOfScopeMeasured) -> None:
     pytest.importorskip("matplotlib")
-    from dualrefnet.figures.out_of_scope import draw_out_of_scope
-    from dualrefnet.report.out_of_scope import out_of_scope_section
+    from dualrefnet.analysis.out_of_distribution import draw_out_of_scope
+    from dualrefnet.report.trust import out_of_scope_section
 
     picture = draw_out_of_scope(measured)
     assert list(picture.data.columns) == ["group", "score"]
     assert sorted(picture.data["score"]) == sorted(measured.scores["score"])
-    drawn = sum(len(line.get_xdata()) for axis in picture.figure.axes for line in axis.lines if line.get_marker() != "None")
+    drawn = sum(
+        len(line.get_xdata()) for axis in picture.figure.axes for line in axis.lines if line.get_marker() != "None"
+    )
     assert drawn == len(measured.scores)
     section = out_of_scope_section(measured)
     rows = {row["group"]: row for row in measured.table.to_dict("records")}

@@ -110,7 +110,9 @@ def width(page: Any) -> tuple[int, int]:
 
 
 @everywhere
-def test_a_photograph_and_some_answers_become_an_answer_and_an_explanation(visit: Visit, model: StandIn, files: Path) -> None:
+def test_a_photograph_and_some_answers_become_an_answer_and_an_explanation(
+    visit: Visit, model: StandIn, files: Path
+) -> None:
     page = visit.page
     unknown = "[...document.querySelectorAll('fieldset')].map((e) => e.querySelector('input[value=\"\"]').checked)"
     assert page.evaluate(unknown) == [True] * 6
@@ -160,7 +162,9 @@ def test_a_changed_form_makes_the_answer_old_and_clear_forgets_everything(visit:
     assert page.locator("#photograph-1 button").first.is_visible()
 
 
-@pytest.mark.parametrize(("name", "message"), [("text.jpg", "isn't a JPEG, PNG"), ("broken.jpg", "damaged or truncated")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("text.jpg", "isn't a JPEG, PNG"), ("broken.jpg", "damaged or truncated")]
+)
 def test_what_isnt_a_photograph_is_said_plainly(visit: Visit, files: Path, name: str, message: str) -> None:
     page = visit.page
     visit.choose(files / name)
@@ -271,7 +275,17 @@ def test_the_page_can_be_used_without_a_pointer(visit: Visit, model: StandIn) ->
             page.keyboard.press("ArrowRight")
         elif name == "example-3":
             break
-    wanted = ["photograph-1", "more", "question-age", "question-region", "question-itch", "question-elevation", "rest", "clear", "classify"]
+    wanted = [
+        "photograph-1",
+        "more",
+        "question-age",
+        "question-region",
+        "question-itch",
+        "question-elevation",
+        "rest",
+        "clear",
+        "classify",
+    ]
     assert [name for name in reached if name in wanted] == wanted
     assert page.is_checked("#question-itch input[value=yes]")
     assert page.input_value("#question-region input") == "Arm"
@@ -309,7 +323,12 @@ def test_everything_has_a_name_and_headings_have_an_order(visit: Visit, files: P
     assert levels.count(1) == 1
     assert all(after - before <= 1 for before, after in pairwise(levels))
     for name in ("#answer", "#explanation"):
-        assert page.locator(f"{name} [aria-live=polite][role=region][aria-label], {name}[aria-live=polite][role=region]").count() == 1
+        assert (
+            page.locator(
+                f"{name} [aria-live=polite][role=region][aria-label], {name}[aria-live=polite][role=region]"
+            ).count()
+            == 1
+        )
     small = page.evaluate(
         """[...document.querySelectorAll('button, summary, fieldset.choice label, .questions input:not([type=radio])')].filter((e) =>
           e.offsetParent && e.getBoundingClientRect().height < 42).map((e) => e.outerHTML.slice(0, 200))"""

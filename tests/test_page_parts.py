@@ -64,7 +64,9 @@ def step(client: TestClient, name: str) -> int:
 
 
 def run(client: TestClient, name: str, *data: Any) -> Any:
-    return client.post("/gradio_api/run/predict", json={"data": list(data), "fn_index": step(client, name), "session_hash": "s"})
+    return client.post(
+        "/gradio_api/run/predict", json={"data": list(data), "fn_index": step(client, name), "session_hash": "s"}
+    )
 
 
 # The heat map
@@ -117,7 +119,12 @@ def test_questions_are_grouped_worded_and_stand_at_unknown(predictor: StandIn) -
 
 
 def test_what_changes_the_answer_most_is_asked_first() -> None:
-    effects = {"smoke": 0.3, "fitspatrick": 0.2, "age": 0.1, **dict.fromkeys(["itch", "grew", "hurt", "changed", "bleed", "drink"], 0.01)}
+    effects = {
+        "smoke": 0.3,
+        "fitspatrick": 0.2,
+        "age": 0.1,
+        **dict.fromkeys(["itch", "grew", "hurt", "changed", "bleed", "drink"], 0.01),
+    }
     questions = make_questions(StandIn(decision=SimpleNamespace(field_effects=effects)))  # type: ignore[arg-type]
     first = [question.name for question in questions if question.first]
     assert first[:2] == ["age", "fitspatrick"]
@@ -141,7 +148,13 @@ def test_a_shortcut_stands_in_red_above_everything() -> None:
 def test_a_form_is_read_back_as_the_model_wants_it(predictor: StandIn) -> None:
     questions = make_questions(predictor)  # type: ignore[arg-type]
     values = {"age": "61,5", "region": "FACE", "itch": "yes", "grew": "no", "hurt": "", "smoke": None, "diameter_1": 7}
-    assert read_form(questions, values) == {"age": 61.5, "region": "FACE", "itch": True, "grew": False, "diameter_1": 7.0}
+    assert read_form(questions, values) == {
+        "age": 61.5,
+        "region": "FACE",
+        "itch": True,
+        "grew": False,
+        "diameter_1": 7.0,
+    }
     assert read_form(questions, {}) == {}
 
 
@@ -161,7 +174,9 @@ def test_a_form_is_read_back_as_the_model_wants_it(predictor: StandIn) -> None:
         ("itch", "True", "isn't one of its choices"),
     ],
 )
-def test_what_a_form_cant_hold_is_refused_without_being_repeated(predictor: StandIn, name: str, value: Any, message: str) -> None:
+def test_what_a_form_cant_hold_is_refused_without_being_repeated(
+    predictor: StandIn, name: str, value: Any, message: str
+) -> None:
     with pytest.raises(DataError, match=re.escape(message)) as caught:
         read_form(make_questions(predictor), {name: value})  # type: ignore[arg-type]
     assert "MOON" not in str(caught.value)
@@ -176,7 +191,11 @@ def test_examples_fit_the_fields_of_each_data_set(fields: tuple[MetadataField, .
     for example in examples:
         assert "rawn" in example.title
         held = fitting(questions, example.answers)
-        assert len(read_form(questions, held)) == len(held) == sum(question.name in example.answers for question in questions)
+        assert (
+            len(read_form(questions, held))
+            == len(held)
+            == sum(question.name in example.answers for question in questions)
+        )
     again = draw_examples()
     assert all((one.picture == other.picture).all() for one, other in zip(examples, again, strict=True))
 
@@ -224,12 +243,22 @@ def test_probabilities_stand_in_a_table_likeliest_first(predictor: StandIn) -> N
     html = answer_html(prediction(), predictor, (), 1)  # type: ignore[arg-type]
     rows = re.findall(r'<th scope="row">([A-Z][a-z ]+)', html)
     assert [row.strip() for row in rows] == [
-        "Melanoma", "Nevus", "Actinic keratosis", "Seborrheic keratosis", "Squamous cell carcinoma", "Basal cell carcinoma",
-    ]  # fmt: skip
+        "Melanoma",
+        "Nevus",
+        "Actinic keratosis",
+        "Seborrheic keratosis",
+        "Squamous cell carcinoma",
+        "Basal cell carcinoma",
+    ]
     assert "<caption>" in html
     assert [percent(value) for value in (0.0, 0.004, 0.124, 0.5, 0.991, 1.0)] == [
-        "less than 1%", "less than 1%", "12%", "50%", "more than 99%", "more than 99%",
-    ]  # fmt: skip
+        "less than 1%",
+        "less than 1%",
+        "12%",
+        "50%",
+        "more than 99%",
+        "more than 99%",
+    ]
 
 
 def test_a_picture_out_of_scope_is_said_first_and_gaps_in_words(predictor: StandIn) -> None:
@@ -244,17 +273,24 @@ def test_a_picture_out_of_scope_is_said_first_and_gaps_in_words(predictor: Stand
 
 def test_nothing_from_outside_becomes_markup() -> None:
     evil = "<img src=x onerror=alert(1)>"
-    fields = (MetadataField(name="age", kind="numeric", description=evil), MetadataField(name="b", kind="categorical", categories=(evil,)))
+    fields = (
+        MetadataField(name="age", kind="numeric", description=evil),
+        MetadataField(name="b", kind="categorical", categories=(evil,)),
+    )
     predictor = StandIn(fields=fields, class_names={"MEL": evil, "NEV": evil}, title=evil, name=evil)
     questions = make_questions(predictor)  # type: ignore[arg-type]
     pieces = [
         answer_html(prediction(warnings=[evil, f"missing and {evil}: age"]), predictor, questions, 1),  # type: ignore[arg-type]
         explanation_html(
             SimpleNamespace(label="MEL", heat=np.ones((8, 8), np.float32), fields={"age": 0.2, "b": -0.1}),  # type: ignore[arg-type]
-            np.zeros((8, 8, 3), np.uint8), {"age": 3.0, "b": evil}, predictor, questions, 1,  # type: ignore[arg-type]
+            np.zeros((8, 8, 3), np.uint8),
+            {"age": 3.0, "b": evil},
+            predictor,
+            questions,
+            1,  # type: ignore[arg-type]
         ),
         problem_html(evil),
-    ]  # fmt: skip
+    ]
     assert not any("<img src=x" in piece for piece in pieces)
     assert all("&lt;img src=x" in piece for piece in pieces)
     with TestClient(mounted(predictor)) as client:
@@ -320,8 +356,10 @@ def test_an_upload_leaves_nothing_but_its_pixels(client: TestClient) -> None:
         (b"\xff\xd8\xff" + b"x" * 2 * 2**20, 413, "larger than"),
         (b"", 400, "isn't a JPEG"),
     ],
-)  # fmt: skip
-def test_what_isnt_a_photograph_is_refused_with_a_sentence(client: TestClient, content: bytes, status: int, message: str) -> None:
+)
+def test_what_isnt_a_photograph_is_refused_with_a_sentence(
+    client: TestClient, content: bytes, status: int, message: str
+) -> None:
     answer = send(client, content)
     assert (answer.status_code, message in answer.text) == (status, True), answer.text
     assert not list(private_folder().glob("*.tmp"))
@@ -334,7 +372,10 @@ def test_requests_that_arent_of_one_file_are_refused(client: TestClient) -> None
     assert client.post("/gradio_api/upload", data={"x": "y"}).status_code == 400
     odd = {"content-type": "multipart/form-data; boundary=b"}
     assert client.post("/gradio_api/upload", content=b"--b\r\nrubbish", headers=odd).status_code == 400
-    assert client.post("/gradio_api/upload", content=b"x", headers={"content-type": "multipart/form-data"}).status_code == 400
+    assert (
+        client.post("/gradio_api/upload", content=b"x", headers={"content-type": "multipart/form-data"}).status_code
+        == 400
+    )
 
 
 @pytest.mark.parametrize(
@@ -380,7 +421,8 @@ def test_routes_of_gradio_that_the_page_doesnt_need_arent_there(client: TestClie
 
 
 @pytest.mark.parametrize(
-    "path", ["component_server", "queue/join", "call/classify", "reset", "cancel", "process_recording", "vibe-edit", "upload/"]
+    "path",
+    ["component_server", "queue/join", "call/classify", "reset", "cancel", "process_recording", "vibe-edit", "upload/"],
 )
 def test_nothing_else_can_be_posted_to_gradio(client: TestClient, path: str) -> None:
     assert client.post(f"/gradio_api/{path}", json={}).status_code == 404
@@ -484,7 +526,11 @@ def test_a_mistake_of_the_server_is_told_without_its_words_and_logged_without_th
         page = Page(predictor, fail, fail, uploads)  # type: ignore[arg-type]
         other = Page(predictor, busy, busy, uploads)  # type: ignore[arg-type]
         question = asked("example-1.png")
-        return [(await page.classify(question))[0], (await page.explain(question, "MEL"))[0], (await other.classify(question))[0]]
+        return [
+            (await page.classify(question))[0],
+            (await page.explain(question, "MEL"))[0],
+            (await other.classify(question))[0],
+        ]
 
     import anyio
 
@@ -600,11 +646,15 @@ def test_the_key_opens_the_page_and_the_cookie_any_worker(locked: FastAPI, predi
         value = client.cookies[COOKIE]
     with TestClient(mounted(predictor, api_keys=(KEY,)), cookies={COOKIE: value}) as worker:
         assert worker.get("/").status_code == 200
-    with TestClient(mounted(predictor, api_keys=("changed",)), cookies={COOKIE: value}, follow_redirects=False) as changed:
+    with TestClient(
+        mounted(predictor, api_keys=("changed",)), cookies={COOKIE: value}, follow_redirects=False
+    ) as changed:
         assert changed.get("/").status_code == 303
 
 
-@pytest.mark.parametrize("value", ["", "x", ".", "9999999999.", "9999999999.00", "99999999999999999999.00", "²9.00", "-1.00"])
+@pytest.mark.parametrize(
+    "value", ["", "x", ".", "9999999999.", "9999999999.00", "99999999999999999999.00", "²9.00", "-1.00"]
+)
 def test_forged_and_old_cookies_open_nothing(locked: FastAPI, value: str) -> None:
     with TestClient(locked, follow_redirects=False) as client:
         answer = client.get("/", headers={"cookie": f"{COOKIE}={value}".encode()})
@@ -630,7 +680,14 @@ def test_a_cookie_is_good_for_its_time_only_and_the_service_can_ask(locked: Fast
             sent = True
             return {"type": "http.request", "body": b"key=a+key+of+some+length", "more_body": False}
 
-        scope = {"type": "http", "method": "POST", "path": "/login", "headers": [], "scheme": "https", "server": ("x", 443)}
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/login",
+            "headers": [],
+            "scheme": "https",
+            "server": ("x", 443),
+        }
         answer = await login.answer(Request(scope, receive), "/")
         assert "secure" in answer.headers["set-cookie"].lower()
         return answer.headers["set-cookie"].split(";")[0].split("=", 1)[1]

@@ -18,7 +18,9 @@ def test_every_printed_result_is_found_under_a_measure_of_ours_or_its_own_name()
     for row in rows.to_dict("records"):
         place = (row["dataset"], row["table"], row["method"], row["backbone"])
         measures = [measure for measure, metric in PAPER_METRICS.items() if metric == row["metric"]]
-        found = [reported(*place, measure) for measure in measures] or [reported(*place, "balanced_accuracy", metric=row["metric"])]
+        found = [reported(*place, measure) for measure in measures] or [
+            reported(*place, "balanced_accuracy", metric=row["metric"])
+        ]
         assert [number.value for number in found if number] == [row["value"]] * len(found), row
 
 
@@ -46,16 +48,22 @@ def test_table_4_fits_any_backbone_and_table_3a_does_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "average"), [("metablock", "weighted"), ("ensemble", "weighted"), ("auxnet", "macro"), ("dualrefnet", "macro")]
+    ("method", "average"),
+    [("metablock", "weighted"), ("ensemble", "weighted"), ("auxnet", "macro"), ("dualrefnet", "macro")],
 )
 def test_averages_of_table_4_are_told_apart(method: str, average: str) -> None:
-    accuracy, recall = (reported("pad_ufes_20", "4", method, "vgg13", measure) for measure in ("accuracy", "recall_macro"))
+    accuracy, recall = (
+        reported("pad_ufes_20", "4", method, "vgg13", measure) for measure in ("accuracy", "recall_macro")
+    )
     assert accuracy is not None
     assert recall is not None
     # The criterion itself: a weighted recall is the accuracy.
     assert (recall.value == accuracy.value) == (average == "weighted")
     assert recall.average == average
-    assert [recall.comparable(measure) for measure in ("recall_macro", "recall_weighted")] == [average == "macro", average == "weighted"]
+    assert [recall.comparable(measure) for measure in ("recall_macro", "recall_weighted")] == [
+        average == "macro",
+        average == "weighted",
+    ]
     assert accuracy.comparable("accuracy")
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from dualrefnet.evaluation.intervals import bootstrap_intervals
+from dualrefnet.evaluation.bootstrap import bootstrap_intervals
 from dualrefnet.evaluation.metrics import compute_metrics, metrics_from_confusion
 
 CLASSES = ["ACK", "BCC", "MEL", "NEV", "SCC", "SEK"]
@@ -70,7 +70,12 @@ def printed_value(name: str, measure: str) -> float:
 def test_table_2a_is_reproduced_to_its_two_decimals_by_any_table_of_these_margins(matrix: NDArray[np.int64]) -> None:
     assert (matrix.sum(axis=1).tolist(), matrix.sum(axis=0).tolist()) == (SUPPORT, PREDICTED)
     per_class = metrics_from_confusion(matrix, CLASSES)["per_class"]
-    cells = [(name, measure) for measure in TABLE_2A for name in CLASSES if (name, measure) not in {**TRUNCATED, **IMPOSSIBLE}]
+    cells = [
+        (name, measure)
+        for measure in TABLE_2A
+        for name in CLASSES
+        if (name, measure) not in {**TRUNCATED, **IMPOSSIBLE}
+    ]
     assert len(cells) == 25
     for name, measure in cells:
         assert f"{per_class[name][measure]:.2f}" == f"{printed_value(name, measure):.2f}", (name, measure)
@@ -107,7 +112,11 @@ def test_the_headline_values_follow_from_the_counts() -> None:
     assert round(measured["balanced_accuracy"], 5) == 0.84505
     assert round(measured["kappa"], 3) == 0.799
     # The text of the paper prints kappa .80, Table 3a accuracy .851 and balanced accuracy .845.
-    assert (round(measured["kappa"], 2), round(measured["accuracy"], 3), round(measured["balanced_accuracy"], 3)) == (0.80, 0.851, 0.845)
+    assert (round(measured["kappa"], 2), round(measured["accuracy"], 3), round(measured["balanced_accuracy"], 3)) == (
+        0.80,
+        0.851,
+        0.845,
+    )
 
 
 def test_table_4_prints_means_of_rounded_entries_for_the_proposed_system() -> None:
@@ -122,7 +131,11 @@ def test_table_4_prints_means_of_rounded_entries_for_the_proposed_system() -> No
 
 def test_table_4_mixes_weighted_and_macro_averages() -> None:
     # method -> accuracy, precision, recall as printed. A weighted recall is the accuracy, whatever the predictions.
-    weighted = {"metablock": (0.726, 0.677, 0.726), "deepmetaforge": (0.769, 0.773, 0.769), "ensemble": (0.844, 0.849, 0.844)}
+    weighted = {
+        "metablock": (0.726, 0.677, 0.726),
+        "deepmetaforge": (0.769, 0.773, 0.769),
+        "ensemble": (0.844, 0.849, 0.844),
+    }
     macro = {"auxnet": (0.849, 0.825, 0.832), "dualrefnet": (0.851, 0.828, 0.847)}
     assert all(accuracy == recall for accuracy, _, recall in weighted.values())
     assert all(accuracy != recall for accuracy, _, recall in macro.values())
@@ -135,7 +148,10 @@ def test_table_4_mixes_weighted_and_macro_averages() -> None:
 
 def test_table_2b_prints_specificities_that_its_precisions_rule_out() -> None:
     # class -> test images, sensitivity, precision, printed specificity (ISIC-2019, 4,496 test images).
-    for images, sensitivity, precision, printed, implied in ((47, 0.77, 0.73, 0.98, 0.997), (60, 0.95, 0.88, 0.98, 0.998)):
+    for images, sensitivity, precision, printed, implied in (
+        (47, 0.77, 0.73, 0.98, 0.997),
+        (60, 0.95, 0.88, 0.98, 0.998),
+    ):
         hits = sensitivity * images
         specificity = 1 - (hits / precision - hits) / (4496 - images)
         assert round(specificity, 3) == implied
@@ -147,6 +163,7 @@ def test_the_reported_balanced_accuracy_is_known_to_five_points_only() -> None:
     scores = np.full((383, 6), 0.02)
     scores[np.arange(383), predicted] = 0.9
     assert compute_metrics(truth, scores, CLASSES)["confusion_matrix"] == MATRIX.tolist()
-    # The paper doesn't say who the patients are: each image counts as one, which makes the interval too narrow if anything.
+    # The paper doesn't say who the patients are: each image counts as one, which makes the interval too narrow if
+    # anything.
     low, high = bootstrap_intervals(truth, scores, np.arange(383), CLASSES, samples=4000)["balanced_accuracy"]
     assert (low, high) == pytest.approx((0.792, 0.892), abs=0.006)

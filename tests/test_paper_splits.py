@@ -46,7 +46,10 @@ def isic(real_isic):
 
 def cells(dataset):
     counts = split_counts(split_dataset(dataset, "paper"), dataset.schema.classes)
-    return {label: tuple(row) for label, row in zip(counts.index, counts[["train", "val", "test"]].to_numpy().tolist(), strict=True)}
+    return {
+        label: tuple(row)
+        for label, row in zip(counts.index, counts[["train", "val", "test"]].to_numpy().tolist(), strict=True)
+    }
 
 
 def test_table_1_of_pad_ufes_20_to_the_row(pad):
@@ -71,7 +74,9 @@ def test_half_of_the_papers_pad_test_images_show_a_patient_of_training(pad):
     assert shares["patient"]["train_or_val"] == pytest.approx(0.554, abs=5e-4)
     assert shares["lesion"]["train"] == pytest.approx(0.227, abs=5e-4)
     assert shares["lesion"]["train_or_val"] == pytest.approx(0.292, abs=5e-4)
-    per_class = {name: {label: round(100 * share) for label, share in shares[name]["per_class"].items()} for name in shares}
+    per_class = {
+        name: {label: round(100 * share) for label, share in shares[name]["per_class"].items()} for name in shares
+    }
     assert per_class == {
         "patient": {"ACK": 41, "BCC": 56, "MEL": 78, "NEV": 42, "SCC": 56, "SEK": 46},
         "lesion": {"ACK": 18, "BCC": 25, "MEL": 56, "NEV": 15, "SCC": 28, "SEK": 26},
@@ -83,7 +88,16 @@ def test_two_thirds_of_the_papers_isic_test_images_show_a_lesion_of_training(isi
     assert shares["patient"] is None
     assert shares["lesion"]["train"] == pytest.approx(0.637, abs=5e-4)
     assert shares["lesion"]["train_or_val"] == pytest.approx(0.661, abs=5e-4)
-    expected = {"AK": 0.857, "MEL": 0.804, "BCC": 0.779, "SCC": 0.727, "DF": 0.723, "BKL": 0.669, "VASC": 0.667, "NV": 0.495}
+    expected = {
+        "AK": 0.857,
+        "MEL": 0.804,
+        "BCC": 0.779,
+        "SCC": 0.727,
+        "DF": 0.723,
+        "BKL": 0.669,
+        "VASC": 0.667,
+        "NV": 0.495,
+    }
     assert shares["lesion"]["per_class"] == pytest.approx(expected, abs=5e-4)
 
 
@@ -128,7 +142,11 @@ def test_every_category_of_pad_and_isic_is_in_the_schema(pad, isic):
     for dataset in (pad, isic):
         for field in dataset.schema.fields:
             if field.kind != "numeric":
-                legal = {*field.categories, *field.missing_codes} if field.categories else {"True", "False", *field.missing_codes}
+                legal = (
+                    {*field.categories, *field.missing_codes}
+                    if field.categories
+                    else {"True", "False", *field.missing_codes}
+                )
                 assert set(dataset.table[field.name].dropna()) <= legal, field.name
 
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from skimage.color import rgb2lab
 
-from dualrefnet.figures.picture import (
+from dualrefnet.display.figure import (
     COLOURS,
     FAINT,
     INK,
@@ -31,7 +31,8 @@ from dualrefnet.figures.picture import (
     styled,
 )
 
-# What a person without one kind of cones sees, in linear RGB, complete (Machado, Oliveira and Fernandes 2009, severity 1.0).
+# What a person without one kind of cones sees, in linear RGB, complete (Machado, Oliveira and Fernandes 2009, severity
+# 1.0).
 CONES = {
     "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
     "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
@@ -90,7 +91,9 @@ def test_the_ink_is_the_pages_own() -> None:
     # Only in styles: as an attribute of its own, var() isn't understood.
     assert not re.search(r'="var\(', svg)
     texts = [element for element in parsed(svg).iter("{http://www.w3.org/2000/svg}text")]
-    assert {"up and down", "time", "one", "here", "a dot", "all"} <= {"".join(text.itertext()).strip() for text in texts}
+    assert {"up and down", "time", "one", "here", "a dot", "all"} <= {
+        "".join(text.itertext()).strip() for text in texts
+    }
     # Without a fill, text is black in both themes.
     assert {re.findall(r"fill: ([^;]+)", text.attrib["style"])[0] for text in texts} == {"var(--ink)"}
     assert "DejaVu" not in svg
@@ -106,7 +109,9 @@ def test_a_reader_who_sees_nothing_hears_title_and_alt() -> None:
     assert "&lt; B &amp; &quot;C&quot;" in opening
     # The column decides the width, and the box the height.
     assert {"width", "height"}.isdisjoint(root.attrib)
-    assert [float(number) for number in root.attrib["viewBox"].split()] == pytest.approx([0, 0, 72 * WIDTH, 144], abs=0.1)
+    assert [float(number) for number in root.attrib["viewBox"].split()] == pytest.approx(
+        [0, 0, 72 * WIDTH, 144], abs=0.1
+    )
 
 
 def test_the_same_picture_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -146,7 +151,9 @@ def test_large_photographs_become_jpegs_in_the_page_and_look_the_same() -> None:
     def embedded(picture: np.ndarray) -> tuple[str, np.ndarray]:
         figure, (axis,) = new_figure(2.0)
         axis.imshow(picture, interpolation="none")
-        ((kind, data),) = re.findall(r'"data:image/(\w+);base64,([^"]+)"', inline_svg(Picture("plain", "", "", "", figure, pd.DataFrame())))
+        ((kind, data),) = re.findall(
+            r'"data:image/(\w+);base64,([^"]+)"', inline_svg(Picture("plain", "", "", "", figure, pd.DataFrame()))
+        )
         with Image.open(io.BytesIO(base64.b64decode(data))) as image:
             assert image.format == kind.upper()
             return kind, np.asarray(image.convert("RGBA"), dtype=float)
@@ -167,9 +174,17 @@ def test_large_photographs_become_jpegs_in_the_page_and_look_the_same() -> None:
 def test_the_callers_settings_of_matplotlib_stay_and_have_no_say() -> None:
     plain = inline_svg(drawn())
     own = {
-        "font.size": 20, "axes.grid": False, "lines.linewidth": 9, "savefig.bbox": "tight", "savefig.dpi": 50, "text.color": "red",
-        "legend.labelcolor": "green", "axes.facecolor": "yellow", "image.cmap": "gray", "svg.fonttype": "path",
-    }  # fmt: skip
+        "font.size": 20,
+        "axes.grid": False,
+        "lines.linewidth": 9,
+        "savefig.bbox": "tight",
+        "savefig.dpi": 50,
+        "text.color": "red",
+        "legend.labelcolor": "green",
+        "axes.facecolor": "yellow",
+        "image.cmap": "gray",
+        "svg.fonttype": "path",
+    }
     with matplotlib.rc_context(own):
         before = dict(matplotlib.rcParams)
         picture = drawn()

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from dualrefnet.analysis.shap import MISSING, Player, make_players, read_answers
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.schema import DatasetSchema, MetadataField
-from dualrefnet.explain.players import MISSING, Player, make_players, read_answers
 from dualrefnet.recipe import MetadataSection
 
 # A form in small: two numbers, a yes-or-no question, a category with an alias and a code for "asked, not known".
@@ -20,7 +20,11 @@ SCHEMA = DatasetSchema(
         MetadataField(name="age", kind="numeric", unit="years", tier="M1"),
         MetadataField(name="smoke", kind="boolean"),
         MetadataField(
-            name="origin", kind="categorical", categories=("BRAZIL", "ITALY"), missing_codes=("UNK",), aliases={"BRASIL": "BRAZIL"}
+            name="origin",
+            kind="categorical",
+            categories=("BRAZIL", "ITALY"),
+            missing_codes=("UNK",),
+            aliases={"BRASIL": "BRAZIL"},
         ),
         MetadataField(name="size", kind="numeric"),
         MetadataField(name="never_asked", kind="categorical"),
@@ -45,7 +49,15 @@ def fit(**settings: Any) -> MetadataEncoder:
 def test_by_field_there_is_a_player_for_each_question_and_one_for_all_flags() -> None:
     encoder = fit(tier="M3", imputation="zero")
     players = make_players(encoder, "field")
-    assert encoder.names[:7] == ["age", "smoke_False", "smoke_True", "origin_BRAZIL", "origin_ITALY", "origin_UNK", "size"]
+    assert encoder.names[:7] == [
+        "age",
+        "smoke_False",
+        "smoke_True",
+        "origin_BRAZIL",
+        "origin_ITALY",
+        "origin_UNK",
+        "size",
+    ]
     assert players == (
         Player("age", "age", "numeric", (0,)),
         Player("smoke", "smoke", "boolean", (1, 2)),
@@ -53,7 +65,12 @@ def test_by_field_there_is_a_player_for_each_question_and_one_for_all_flags() ->
         Player("size", "size", "numeric", (6,)),
         Player(MISSING, MISSING, "missing", (7, 8, 9, 10)),
     )
-    assert [player.kind for player in make_players(fit(tier="M2"), "field")] == ["numeric", "boolean", "categorical", "numeric"]
+    assert [player.kind for player in make_players(fit(tier="M2"), "field")] == [
+        "numeric",
+        "boolean",
+        "categorical",
+        "numeric",
+    ]
 
 
 def test_by_column_there_is_a_player_for_each_column_under_its_own_name() -> None:

@@ -19,7 +19,9 @@ def predictor(tiny_run: Run) -> Predictor:
     return Predictor.load(tiny_run)
 
 
-def test_the_predictor_repeats_the_evaluation_to_the_digit(tiny_run: Run, predictor: Predictor, sample_root: Path) -> None:
+def test_the_predictor_repeats_the_evaluation_to_the_digit(
+    tiny_run: Run, predictor: Predictor, sample_root: Path
+) -> None:
     table = load_dataset("sample", sample_root).table.set_index("image_id")
     fields = [field.name for field in predictor.fields]
     # Of the validation side one image lies exactly on the threshold of the sets.
@@ -54,8 +56,13 @@ def test_forms_of_any_completeness_are_answered_and_gaps_are_said(predictor: Pre
     for unknown in ({"region": "MOON"}, {"age": float("inf")}, {"age": 61, "itch": "perhaps"}):
         with pytest.raises(DataError, match="leave it out if it isn't known"):
             predictor.predict(path, unknown)
-    assert predictor.predict(path, {"region": " face"}).probabilities == predictor.predict(path, {"region": "FACE"}).probabilities
-    assert predictor.predict(path, {"itch": "yes"}).probabilities == predictor.predict(path, {"itch": True}).probabilities
+    assert (
+        predictor.predict(path, {"region": " face"}).probabilities
+        == predictor.predict(path, {"region": "FACE"}).probabilities
+    )
+    assert (
+        predictor.predict(path, {"itch": "yes"}).probabilities == predictor.predict(path, {"itch": True}).probabilities
+    )
 
 
 def test_bad_input_is_refused(predictor: Predictor, sample_root: Path) -> None:
@@ -78,7 +85,9 @@ def test_bad_input_is_refused(predictor: Predictor, sample_root: Path) -> None:
 
 def test_prediction_imports_no_training_code() -> None:
     code = (
-        "import sys, dualrefnet.deploy.predictor, dualrefnet.batch.predict; "
+        "import sys, dualrefnet.deploy.predictor, dualrefnet.deploy.batch; "
         "print([name for name in sys.modules if name.startswith('dualrefnet.training')])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

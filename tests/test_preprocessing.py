@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualrefnet.recipe import ImageSection
-from dualrefnet.runtime.colour import clahe_lightness, shades_of_gray
-from dualrefnet.runtime.preprocessing import preprocess, to_square
+from dualrefnet.runtime.preprocessing import clahe_lightness, preprocess, shades_of_gray, to_square
 
 
 def picture(height, width, seed=0):
@@ -17,7 +16,12 @@ def picture(height, width, seed=0):
 
 
 @settings(max_examples=40, deadline=None)
-@given(height=st.integers(1, 300), width=st.integers(1, 300), side=st.sampled_from([32, 96, 224]), fit=st.sampled_from(["squash", "crop"]))
+@given(
+    height=st.integers(1, 300),
+    width=st.integers(1, 300),
+    side=st.sampled_from([32, 96, 224]),
+    fit=st.sampled_from(["squash", "crop"]),
+)
 def test_any_picture_becomes_a_square_of_bytes(height, width, side, fit):
     square = to_square(picture(height, width), side, fit)
     assert square.shape == (side, side, 3)

@@ -25,7 +25,9 @@ def dataset(rows, group_by="patient_id"):
 
 
 def even(classes="ABC", patients=12, images=2):
-    return dataset([(label, f"{label}{person}") for label in classes for person in range(patients) for _ in range(images)])
+    return dataset(
+        [(label, f"{label}{person}") for label in classes for person in range(patients) for _ in range(images)]
+    )
 
 
 @st.composite
@@ -90,7 +92,9 @@ def test_classes_are_even_over_the_sides():
 
 
 def test_isic_lesions_stay_together_and_rows_without_one_stand_alone():
-    rows = [(label, f"{label}{number}") for label in "AB" for number in range(10) for _ in range(3)] + [("A", None)] * 20
+    rows = [(label, f"{label}{number}") for label in "AB" for number in range(10) for _ in range(3)] + [
+        ("A", None)
+    ] * 20
     split = split_dataset(dataset(rows, "lesion_id"))
     assert split["patient_id"].nunique() == 40
     assert split.groupby("patient_id")["split"].nunique().max() == 1
@@ -114,7 +118,11 @@ def test_a_class_of_too_few_patients_is_refused_by_name():
 @pytest.mark.parametrize(
     ("data", "folds", "message"),
     [
-        (dataset([(label, person) for label in "AB" for person in "xyz" for _ in range(4)]), 5, "3 patients can't make 5 folds"),
+        (
+            dataset([(label, person) for label in "AB" for person in "xyz" for _ in range(4)]),
+            5,
+            "3 patients can't make 5 folds",
+        ),
         (dataset([(label, f"{label}{person}") for label in "AB" for person in range(4)]), 5, "no class has 5 images"),
     ],
 )
@@ -125,7 +133,15 @@ def test_more_folds_than_the_table_can_give_are_refused(data, folds, message):
 
 def test_a_class_that_the_folds_leave_without_training_rows_is_named():
     # One of the three patients of B has most of its images; under this seed the folds put all three aside.
-    counts = {"b0": ("B", 4), "b1": ("B", 1), "b2": ("B", 1), "a0": ("A", 1), "a1": ("A", 1), "a2": ("A", 1), "a5": ("A", 1)}
+    counts = {
+        "b0": ("B", 4),
+        "b1": ("B", 1),
+        "b2": ("B", 1),
+        "a0": ("A", 1),
+        "a1": ("A", 1),
+        "a2": ("A", 1),
+        "a5": ("A", 1),
+    }
     rows = [(label, person) for person, (label, images) in counts.items() for _ in range(images)]
     rows += [("A", "b1")] * 3 + [("A", "b2")] * 3 + [("A", "a3")] * 2 + [("A", "a4")] * 2
     said = set()
@@ -179,7 +195,9 @@ def by_hand():
     )
     schema = DatasetSchema(name="t", title="T", classes=("A", "B"))
     data = Dataset(normalise(table, schema)[0], schema, Path())
-    split = pd.DataFrame({"image_id": list(sides), "patient_id": table["patient_id"], "label": table["label"], "split": sides.values()})
+    split = pd.DataFrame(
+        {"image_id": list(sides), "patient_id": table["patient_id"], "label": table["label"], "split": sides.values()}
+    )
     return data, split
 
 

@@ -7,11 +7,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from dualrefnet.deploy.parity import Cases, agreement, ask
-from dualrefnet.deploy.quantisation import encoder_nodes, measure_int8, quantise
+from dualrefnet.deploy.parity import Cases, agreement, ask, encoder_nodes, measure_int8, quantise
 from dualrefnet.errors import RunError
+from dualrefnet.runtime.bundle import OnnxNetwork
 from dualrefnet.runtime.classifier import Answered
-from dualrefnet.runtime.onnx_network import OnnxNetwork
 from test_export import CLASSES, random_cases, tiny_method, written
 
 
@@ -73,7 +72,8 @@ def test_ranges_come_from_the_photographs_given_and_from_all_of_them(float_file:
         pictures = np.stack([np.full((32, 32, 3), value, dtype=np.uint8) for value in values])
         return Cases(pictures, np.zeros((len(values), 6), dtype=np.float32))
 
-    # Normalised with means .5 .4 .3 and deviations .2 .3 .4: black is -2.5 at least, white 2.5 at most; the range holds 0.
+    # Normalised with means .5 .4 .3 and deviations .2 .3 .4: black is -2.5 at least, white 2.5 at most; the range holds
+    # 0.
     assert first_scale(grey(0)) == pytest.approx(2.5 / 255, rel=1e-3)
     # The white one is the last of 33, in a batch of its own.
     assert first_scale(grey(*[0] * 32, 255)) == pytest.approx(5 / 255, rel=1e-3)
@@ -85,7 +85,9 @@ def test_nothing_to_learn_from_or_to_quantise_is_said(float_file: Path, tmp_path
     image = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", 2])
     vector = helper.make_tensor_value_info("vector", TensorProto.FLOAT, ["N", 2])
     graph = helper.make_graph([helper.make_node("Neg", ["image"], ["vector"], name="minus")], "g", [image], [vector])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "float.onnx")
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "float.onnx"
+    )
     with pytest.raises(RunError, match="--no-int8"):
         quantise(tmp_path / "float.onnx", tmp_path / "out.onnx", random_cases(2))
     assert logging.root.manager.disable == logging.NOTSET
@@ -135,14 +137,22 @@ def numbered(count: int) -> Cases:
         (15, 0.02, 0.004, "a loss", False),
     ],
 )
-def test_the_verdict_says_whether_int8_is_worth_having(right: int, slow: float, quick: float, words: str, worth: bool) -> None:
+def test_the_verdict_says_whether_int8_is_worth_having(
+    right: int, slow: float, quick: float, words: str, worth: bool
+) -> None:
     classes = ("A", "B", "C")
-    measured, verdict, worth_it = measure_int8(Answers(30, slow), Answers(right, quick, True), numbered(30), classes, Check())
+    measured, verdict, worth_it = measure_int8(
+        Answers(30, slow), Answers(right, quick, True), numbered(30), classes, Check()
+    )
     assert words in verdict
     assert worth_it is worth
     assert ("Use model.onnx" in verdict) is not worth
     assert measured["float32"] == {"accuracy": 1.0, "balanced_accuracy": 1.0, "false_alarms": 0.0}
-    assert measured["int8"] == {"accuracy": right / 30, "balanced_accuracy": pytest.approx(right / 30), "false_alarms": 1.0}
+    assert measured["int8"] == {
+        "accuracy": right / 30,
+        "balanced_accuracy": pytest.approx(right / 30),
+        "false_alarms": 1.0,
+    }
     assert measured["same_label"] == right / 30
     assert measured["cases"] == 30
     assert [one["batch"] for one in measured["speed"]] == [1, 8]

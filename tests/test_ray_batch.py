@@ -42,9 +42,11 @@ def table(sample_root: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
-def test_ray_writes_the_same_file_as_this_machine(tiny_run: Run, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_writes_the_same_file_as_this_machine(
+    tiny_run: Run, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Two batches a task, so that there are several tasks and an end that isn't whole.
-    monkeypatch.setattr("dualrefnet.batch.ray_batch.BATCHES_A_TASK", 2)
+    monkeypatch.setattr("dualrefnet.deploy.ray_batch.BATCHES_A_TASK", 2)
     common = ("predict", tiny_run.path, "--csv", table, "--batch", "4")
     here = call(*common, "--out", tmp_path / "here.csv")
     assert here.exit_code == 0, here.output
@@ -59,16 +61,20 @@ def test_ray_writes_the_same_file_as_this_machine(tiny_run: Run, table: Path, tm
         close = 2e-3 if name == "out_of_scope" else 2e-6
         good = one[name] != ""
         assert (good == (other[name] != "")).all()
-        assert one.loc[good, name].astype(float).tolist() == pytest.approx(other.loc[good, name].astype(float).tolist(), abs=close)
+        assert one.loc[good, name].astype(float).tolist() == pytest.approx(
+            other.loc[good, name].astype(float).tolist(), abs=close
+        )
     assert sorted(path.name for path in tmp_path.glob("there.csv*")) == ["there.csv"]
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
-def test_what_one_machine_left_ray_goes_on_with(tiny_run: Run, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dualrefnet.batch.ray_batch.BATCHES_A_TASK", 2)
+def test_what_one_machine_left_ray_goes_on_with(
+    tiny_run: Run, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dualrefnet.deploy.ray_batch.BATCHES_A_TASK", 2)
     common = ("predict", tiny_run.path, "--csv", table, "--batch", "4", "--out", tmp_path / "out.csv")
-    from dualrefnet.batch import predict as batch
+    from dualrefnet.deploy import batch
 
     classify, seen = batch._classify, []
 
@@ -103,12 +109,19 @@ def test_what_ray_cannot_do_is_said_in_words(tiny_run: Run, table: Path, tmp_pat
 
 
 def test_ray_is_not_imported_unless_asked() -> None:
-    code = "import sys, dualrefnet.cli.runs, dualrefnet.batch.predict, dualrefnet.batch.case_list; print('ray' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+    code = (
+        "import sys, dualrefnet.cli.runs, dualrefnet.deploy.batch, dualrefnet.deploy.batch; print('ray' in sys.modules)"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "False"
+    )
 
 
-def test_without_ray_the_error_names_the_extra(tiny_run: Run, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ray_the_error_names_the_extra(
+    tiny_run: Run, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.delitem(sys.modules, "dualrefnet.batch.ray_batch", raising=False)
+    monkeypatch.delitem(sys.modules, "dualrefnet.deploy.ray_batch", raising=False)
     result = call("predict", tiny_run.path, "--csv", table, "--out", tmp_path / "out.csv", "--ray", "local")
     assert "pip install 'dualrefnet[scale]'" in str(result.exception)

@@ -37,7 +37,9 @@ def address(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
         settings = {"page": False, "max_images": 2}
-        serve.run(application({"model": str(tiny_run.path), "api_key_file": str(keys), "cpus": 0.5, "settings": settings}))
+        serve.run(
+            application({"model": str(tiny_run.path), "api_key_file": str(keys), "cpus": 0.5, "settings": settings})
+        )
         yield f"http://127.0.0.1:{port}"
     finally:
         serve.shutdown()
@@ -50,7 +52,10 @@ def test_ray_serve_answers_as_the_service_does(address: str, tiny_run: Run, samp
     form = json.dumps({"age": 61, "region": "FACE"})
     settings = ServiceSettings(page=False, max_images=2, api_keys=(KEY,))
     headers = {"X-API-Key": KEY}
-    with TestClient(create_app(Predictor.load(tiny_run), settings)) as here, httpx.Client(base_url=address, timeout=30) as there:
+    with (
+        TestClient(create_app(Predictor.load(tiny_run), settings)) as here,
+        httpx.Client(base_url=address, timeout=30) as there,
+    ):
         for client in (here, there):
             alive = client.get("/healthz")
             assert alive.status_code == 200
@@ -62,7 +67,9 @@ def test_ray_serve_answers_as_the_service_does(address: str, tiny_run: Run, samp
             assert client.get("/readyz").status_code == 200
             assert client.post("/v1/predict", files=[("images", photograph)]).status_code == 401
         answers = [
-            client.post("/v1/predict", files=[("images", ("a.png", photograph))] * 2, data={"metadata": form}, headers=headers)
+            client.post(
+                "/v1/predict", files=[("images", ("a.png", photograph))] * 2, data={"metadata": form}, headers=headers
+            )
             for client in (here, there)
         ]
         one, other = (answer.json() for answer in answers)

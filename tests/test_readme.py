@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dualrefnet.cli import app, data, deployment, reports, runs, suites  # noqa: F401 (the modules register the commands)
+from dualrefnet.cli import app, data, deployment, reports, runs  # noqa: F401 (the modules register the commands)
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,20 +17,14 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_the_map_names_every_source_file_once() -> None:
-    mapped = re.findall(r"^\| `([\w/.-]+\.(?:py|yaml))` \|", README, flags=re.MULTILINE)
-    sources = {str(path.relative_to(ROOT / "src/dualrefnet")) for path in (ROOT / "src/dualrefnet").rglob("*.py")}
-    sources -= {name for name in sources if name.endswith("__init__.py") and name != "__init__.py" and name != "cli/__init__.py"}
-    recipes = {str(path.relative_to(ROOT / "src/dualrefnet")) for path in (ROOT / "src/dualrefnet/recipes").rglob("*.yaml")}
-    assert sorted(mapped) == sorted(sources | recipes)
-
-
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(((?!http)[^)#]+)", README):
         assert (ROOT / target).exists(), target
 
 
-@pytest.mark.parametrize("line", [line for block in blocks("sh") for line in block.splitlines() if line.startswith("dualrefnet ")])
+@pytest.mark.parametrize(
+    "line", [line for block in blocks("sh") for line in block.splitlines() if line.startswith("dualrefnet ")]
+)
 def test_commands_of_the_readme_exist_with_their_options(line: str) -> None:
     words = shlex.split(line, comments=True)
     result = CliRunner().invoke(app, [words[1], "--help"])

@@ -43,7 +43,10 @@ def test_a_shipped_recipe_loads_under_its_own_name_and_every_key_of_it_arrives(n
 
 
 def test_the_recipes_that_ship():
-    paper, rest = ["isic_2019_paper", "pad_ufes_20_paper"], ["isic_2019", "pad_ufes_20", "pad_ufes_20_frozen", "pad_ufes_20_m3", "sample"]
+    paper, rest = (
+        ["isic_2019_paper", "pad_ufes_20_paper"],
+        ["isic_2019", "pad_ufes_20", "pad_ufes_20_frozen", "pad_ufes_20_m3", "sample"],
+    )
     assert shipped_recipes() == sorted(paper + rest)
 
 
@@ -74,14 +77,29 @@ def test_every_key_of_a_recipe_is_read_somewhere_in_the_package():
 
 
 def test_every_key_whose_name_does_not_say_it_all_is_described():
-    plain = {"name", "seed", "description", "enabled", "epochs", "batch_size", "optimizer", "learning_rate", "weight_decay"}
+    plain = {
+        "name",
+        "seed",
+        "description",
+        "enabled",
+        "epochs",
+        "batch_size",
+        "optimizer",
+        "learning_rate",
+        "weight_decay",
+    }
     plain |= {"plateau_factor", "minimum_learning_rate", "device"}
     assert [path for path, field in fields() if not field.description and path[-1] not in plain] == []
 
 
 @pytest.mark.parametrize(
     ("key", "suggestion"),
-    [("training.epoch", "epochs"), ("trainig.epochs", "training"), ("image.colour_constancey", "colour_constancy"), ("sed", "seed")],
+    [
+        ("training.epoch", "epochs"),
+        ("trainig.epochs", "training"),
+        ("image.colour_constancey", "colour_constancy"),
+        ("sed", "seed"),
+    ],
 )
 def test_an_unknown_key_is_refused_with_a_suggestion(key, suggestion):
     with pytest.raises(RecipeError, match=rf"unknown key '{key.split('.')[0]}.*did you mean '{suggestion}'\?"):

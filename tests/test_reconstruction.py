@@ -9,11 +9,16 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
+from dualrefnet.analysis.opened_run import OpenedRun, open_run, sample_rows
+from dualrefnet.analysis.reconstruction import (
+    Rebuilt,
+    Reconstruction,
+    draw_reconstruction,
+    draw_reconstruction_history,
+    rebuild,
+)
+from dualrefnet.display.figure import WIDTH
 from dualrefnet.errors import RunError
-from dualrefnet.evaluation.opened_run import OpenedRun, open_run, sample_rows
-from dualrefnet.explain.reconstruction import Rebuilt, Reconstruction, rebuild
-from dualrefnet.figures.picture import WIDTH
-from dualrefnet.figures.reconstruction import draw_reconstruction, draw_reconstruction_history
 from dualrefnet.run import Run
 
 MEASURES = ["psnr", "ssim", "psnr_flat", "ssim_flat"]
@@ -43,7 +48,11 @@ def ssim(one: np.ndarray, other: np.ndarray) -> float:
     mean_a, mean_b = smooth(a), smooth(b)
     variance_a, variance_b, both = smooth(a * a) - mean_a**2, smooth(b * b) - mean_b**2, smooth(a * b) - mean_a * mean_b
     first, second = 0.01**2, 0.03**2
-    like = (2 * mean_a * mean_b + first) * (2 * both + second) / ((mean_a**2 + mean_b**2 + first) * (variance_a + variance_b + second))
+    like = (
+        (2 * mean_a * mean_b + first)
+        * (2 * both + second)
+        / ((mean_a**2 + mean_b**2 + first) * (variance_a + variance_b + second))
+    )
     return float(like.mean())
 
 
@@ -68,7 +77,8 @@ def test_the_measures_are_those_of_the_models_pictures(opened: OpenedRun, result
 
 
 def test_the_flat_yardstick_is_the_spread_of_the_targets_colours(opened: OpenedRun) -> None:
-    # MSE of the mean colour is the variance within the channels: half of the pixels black, half white, is 1/4, so 6.02 dB.
+    # MSE of the mean colour is the variance within the channels: half of the pixels black, half white, is 1/4, so 6.02
+    # dB.
     examples = opened.pictures("test")
     half = np.zeros((1, 32, 32, 3), dtype=np.uint8)
     half[:, :, 16:] = 255
@@ -103,7 +113,9 @@ def test_what_is_brighter_than_white_is_white(opened: OpenedRun, monkeypatch: py
         assert case.measures["psnr"] == pytest.approx(psnr(np.ones((64, 64, 3)), case.target / 255), abs=0.05)
 
 
-def test_shown_are_the_images_at_a_tenth_half_and_nine_tenths_of_the_ranks(opened: OpenedRun, result: Reconstruction) -> None:
+def test_shown_are_the_images_at_a_tenth_half_and_nine_tenths_of_the_ranks(
+    opened: OpenedRun, result: Reconstruction
+) -> None:
     assert opened.store is not None
     ranked = result.table.sort_values("psnr", kind="stable")["image_id"].tolist()
     last = len(ranked) - 1
@@ -111,7 +123,11 @@ def test_shown_are_the_images_at_a_tenth_half_and_nine_tenths_of_the_ranks(opene
     for case in result.shown:
         row = result.table.set_index("image_id").loc[case.image_id]
         assert case.measures == pytest.approx(row.to_dict(), abs=1e-4)
-        assert (case.picture.shape, case.target.shape, case.reconstruction.shape) == ((32, 32, 3), (64, 64, 3), (64, 64, 3))
+        assert (case.picture.shape, case.target.shape, case.reconstruction.shape) == (
+            (32, 32, 3),
+            (64, 64, 3),
+            (64, 64, 3),
+        )
         assert {case.picture.dtype, case.target.dtype, case.reconstruction.dtype} == {np.dtype(np.uint8)}
         assert (case.picture == opened.store.read(opened.store.rows_of([case.image_id]))[0]).all()
         # Eight bits lose little.
@@ -155,8 +171,13 @@ def test_the_picture_shows_input_target_and_reconstruction_row_by_row() -> None:
     assert picture.figure.get_figwidth() == WIDTH
     axes = picture.figure.axes
     assert [axis.get_title(loc="left") for axis in axes] == [
-        "input, 16 px", "target, 32 px", "rebuilt, 10.0 dB", "input, 16 px", "target, 32 px", "rebuilt, 20.0 dB",
-    ]  # fmt: skip
+        "input, 16 px",
+        "target, 32 px",
+        "rebuilt, 10.0 dB",
+        "input, 16 px",
+        "target, 32 px",
+        "rebuilt, 20.0 dB",
+    ]
     drawn = [np.asarray(axis.images[0].get_array()) for axis in axes]
     for row, case in enumerate(shown):
         for place, part in enumerate((case.picture, case.target, case.reconstruction)):
@@ -164,7 +185,10 @@ def test_the_picture_shows_input_target_and_reconstruction_row_by_row() -> None:
     assert picture.alt == "image 1: PSNR 10.0 dB, SSIM 0.25; image 2: PSNR 20.0 dB, SSIM 0.50"
     assert "ISIC" not in picture.alt + picture.caption
     assert "of 2 of 50 test images" in picture.caption
-    assert "Mean PSNR 15.0 dB, SSIM 0.38; a plain area of the target's mean colour reaches 12.0 dB and 0.25." in picture.caption
+    assert (
+        "Mean PSNR 15.0 dB, SSIM 0.38; a plain area of the target's mean colour reaches 12.0 dB and 0.25."
+        in picture.caption
+    )
     assert "the input itself, enlarged bilinearly" in picture.caption
 
 

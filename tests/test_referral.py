@@ -8,7 +8,7 @@ from sklearn.metrics import roc_curve
 
 import dualrefnet.evaluation.referral
 from dualrefnet.evaluation.referral import measure_referral, referral_curve, referral_threshold, threshold_interval
-from dualrefnet.runtime.probabilities import malignancy
+from dualrefnet.runtime.calibration import malignancy
 
 
 def test_the_examples_in_the_docstrings_are_true() -> None:
@@ -55,9 +55,15 @@ def test_what_referral_finds_by_hand() -> None:
     referred = np.array([True, True, True, False, True, False, False, False, False, True])
     result = measure_referral(malignant, referred, np.arange(10), 0.75, 0, 0, 0.95)
     assert result == {
-        "sensitivity": 0.75, "specificity": pytest.approx(4 / 6), "referred": 0.5, "malignant": 4, "benign": 6, "missed": 1, "spared": 4,
+        "sensitivity": 0.75,
+        "specificity": pytest.approx(4 / 6),
+        "referred": 0.5,
+        "malignant": 4,
+        "benign": 6,
+        "missed": 1,
+        "spared": 4,
         "reached": True,
-    }  # fmt: skip
+    }
     assert measure_referral(malignant, referred, np.arange(10), 0.8, 0, 0, 0.95)["reached"] is False
     low, high = measure_referral(malignant, referred, np.arange(10), 0.8, 200, 0, 0.95)["sensitivity_ci95"]
     assert low < 0.75 < high

@@ -16,9 +16,9 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
 import dualrefnet
 from conftest import TINY
+from dualrefnet.analysis.opened_run import open_run
+from dualrefnet.display.format import PrintedTable
 from dualrefnet.errors import DataError, RunError
-from dualrefnet.evaluation.opened_run import open_run
-from dualrefnet.evaluation.printed_table import PrintedTable
 from dualrefnet.evaluation.tables import MEASURE_NAMES
 from dualrefnet.files import read_json, write_json, write_yaml
 from dualrefnet.recipe import Recipe, load_recipe
@@ -28,12 +28,11 @@ from read_page import Page, read
 pytest.importorskip("captum")
 pytest.importorskip("shap")
 
-from dualrefnet.report.compared import compared_section
-from dualrefnet.report.measured import CLASS_MEASURES, HEADLINE, class_section, glance_section, read_measured
-from dualrefnet.report.wishes import Wishes
-from dualrefnet.report.write import PERSONAL, write_explanations, write_report
+from dualrefnet.report import ReportOptions
+from dualrefnet.report.performance import CLASS_MEASURES, HEADLINE, class_section, glance_section, read_measured
+from dualrefnet.report.run_report import PERSONAL, compared_section, write_explanations, write_report
 
-SMALL = Wishes(images=40, shap_images=6, each=1)
+SMALL = ReportOptions(images=40, shap_images=6, each=1)
 CANCERS = ["BCC", "MEL", "SCC"]
 MEASURED = ["glance", "classes", "probabilities", "calibrated", "training"]
 EXAMINED = ["subgroups", "shortcuts", "availability", "out_of_scope", "audit"]
@@ -70,24 +69,24 @@ def form_run(trained: Callable[[str, dict[str, float]], Run]) -> Run:
 @pytest.fixture(scope="module")
 def full(tiny_run: Run, image_run: Run, folder: Path) -> Page:
     """The page with all that there can be."""
-    return read(write_report(tiny_run, folder / "full", against=image_run, wishes=SMALL))
+    return read(write_report(tiny_run, folder / "full", against=image_run, options=SMALL))
 
 
 @pytest.fixture(scope="module")
 def shared(tiny_run: Run, form_run: Run, folder: Path) -> Page:
     """The page without photographs, to be sent on."""
-    wishes = Wishes(SMALL.images, SMALL.shap_images, SMALL.each, label="BCC", photographs=False)
-    return read(write_report(tiny_run, folder / "shared", against=form_run, wishes=wishes))
+    options = ReportOptions(SMALL.images, SMALL.shap_images, SMALL.each, label="BCC", photographs=False)
+    return read(write_report(tiny_run, folder / "shared", against=form_run, options=options))
 
 
 @pytest.fixture(scope="module")
 def form_page(form_run: Run) -> Page:
-    return read(write_report(form_run, wishes=Wishes(images=20, shap_images=6, each=1, label="MEL")))
+    return read(write_report(form_run, options=ReportOptions(images=20, shap_images=6, each=1, label="MEL")))
 
 
 @pytest.fixture(scope="module")
 def image_page(image_run: Run) -> Page:
-    return read(write_report(image_run, wishes=Wishes(images=20, shap_images=6, each=1, label="MEL")))
+    return read(write_report(image_run, options=ReportOptions(images=20, shap_images=6, each=1, label="MEL")))
 
 
 @pytest.fixture(params=["full", "shared", "form_page", "image_page"])
@@ -107,9 +106,18 @@ def rows_of(run: Run) -> pd.DataFrame:
 def test_ids_are_unique_and_every_link_finds_its_place(page: Page) -> None:
     found = Counter(element.attributes["id"] for element in page.root.all() if "id" in element.attributes)
     assert [name for name, times in found.items() if times > 1] == []
-    asked = [value for element in page.root.all() for name, value in element.attributes.items() if name in ("href", "xlink:href")]
+    asked = [
+        value
+        for element in page.root.all()
+        for name, value in element.attributes.items()
+        if name in ("href", "xlink:href")
+    ]
     asked += re.findall(r"url\((#[^)]+)\)", page.text)
-    asked += [f"#{element.attributes['aria-labelledby']}" for element in page.root.all() if "aria-labelledby" in element.attributes]
+    asked += [
+        f"#{element.attributes['aria-labelledby']}"
+        for element in page.root.all()
+        if "aria-labelledby" in element.attributes
+    ]
     places = {link[1:] for link in asked if link.startswith("#")}
     assert places <= set(found)
     assert {"glance", "glance-heading", "made"} <= places
@@ -157,23 +165,42 @@ def test_who_doesnt_see_hears_what_pictures_say_and_which_cell_belongs_to_what(p
 
 def test_nothing_is_fetched_and_nothing_runs(page: Page) -> None:
     for element in page.root.all():
-        assert element.tag not in ("script", "link", "iframe", "object", "embed", "img", "base", "form", "foreignobject")
+        assert element.tag not in (
+            "script",
+            "link",
+            "iframe",
+            "object",
+            "embed",
+            "img",
+            "base",
+            "form",
+            "foreignobject",
+        )
         for name, value in element.attributes.items():
             assert not name.startswith("on"), (element.tag, name)
             assert name not in ("src", "srcset", "action", "poster", "ping")
             if name in ("href", "xlink:href"):
-                assert value.startswith(("#", "data:image/png;base64,", "data:image/jpeg;base64,", "data:text/csv;base64,")), value[:60]
+                assert value.startswith(
+                    ("#", "data:image/png;base64,", "data:image/jpeg;base64,", "data:text/csv;base64,")
+                ), value[:60]
     assert "@import" not in page.text
     assert set(re.findall(r"url\((.)", page.text)) == {"#"}
     # Names of the languages, which nobody calls up.
-    assert set(re.findall(r"https?://[^\"' <]+", page.text)) == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
-    policy = [element.attributes.get("content", "") for element in page.root.all("meta") if "http-equiv" in element.attributes]
+    assert set(re.findall(r"https?://[^\"' <]+", page.text)) == {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+    policy = [
+        element.attributes.get("content", "") for element in page.root.all("meta") if "http-equiv" in element.attributes
+    ]
     assert policy == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
 
 
 def test_text_has_the_ink_of_the_page(page: Page) -> None:
     for title, picture in page.svgs().items():
-        fills = {(re.findall(r"fill: ([^;]+)", text.attributes["style"]) or ["black"])[0] for text in picture.all("text")}
+        fills = {
+            (re.findall(r"fill: ([^;]+)", text.attributes["style"]) or ["black"])[0] for text in picture.all("text")
+        }
         on_cells = {"black", "#ffffff"} if title in ("Confusion matrix", "Shares of each true class") else set()
         assert fills - on_cells == {"var(--ink)"}, title
 
@@ -225,7 +252,11 @@ def accuracy_by_class(run: Run) -> float:
 def test_sentences_are_the_predictions_counted(full: Page, tiny_run: Run) -> None:
     rows, metrics = rows_of(tiny_run), tiny_run.metrics
     patients = tiny_run.split.set_index("image_id")["patient_id"].loc[rows["image_id"]].nunique()
-    right, cancer, called = rows["label"] == rows["predicted"], rows["label"].isin(CANCERS), rows["predicted"].isin(CANCERS)
+    right, cancer, called = (
+        rows["label"] == rows["predicted"],
+        rows["label"].isin(CANCERS),
+        rows["predicted"].isin(CANCERS),
+    )
     first, second, referred, _ = full.lead("glance")
     assert referred.startswith("Cancers referred: all that was recorded")
     low, high = metrics["accuracy_ci95"]
@@ -235,19 +266,30 @@ def test_sentences_are_the_predictions_counted(full: Page, tiny_run: Run) -> Non
     )
     assert f" it is {accuracy_by_class(tiny_run):.0%} [" in first
     assert first.endswith("(balanced accuracy; guessing gives 17%).")
-    assert second.startswith(f"Of {cancer.sum()} photographs of cancers (BCC, MEL, SCC) {(cancer & called).sum()} were given a class")
+    assert second.startswith(
+        f"Of {cancer.sum()} photographs of cancers (BCC, MEL, SCC) {(cancer & called).sum()} were given a class"
+    )
     assert f"right one: {(cancer & called).sum() / cancer.sum():.0%} [" in second
     assert f"Of {(~cancer).sum()} of benign lesions {(~cancer & ~called).sum()} were given a benign class" in second
     assert f"class: {(~cancer & ~called).sum() / (~cancer).sum():.0%} [" in second
     assert full.lead("probabilities")[0].endswith(f"the mean distance between the two, is {metrics['ece']:.2f}.")
-    history = tiny_run.history.sort_values(["val_balanced_accuracy", "val_loss", "epoch"], ascending=[False, True, True])
-    assert full.lead("training")[0].startswith(f"2 epochs; kept is epoch {history['epoch'].iloc[0]}, the one with the highest balanced")
+    history = tiny_run.history.sort_values(
+        ["val_balanced_accuracy", "val_loss", "epoch"], ascending=[False, True, True]
+    )
+    assert full.lead("training")[0].startswith(
+        f"2 epochs; kept is epoch {history['epoch'].iloc[0]}, the one with the highest balanced"
+    )
 
 
 def test_numbers_of_the_explanations_are_those_of_their_pictures(full: Page) -> None:
-    localised = pd.read_csv(full.pictures / "localisation.csv").set_index(["class", "measure"]).loc[("all images", "energy")]
+    localised = (
+        pd.read_csv(full.pictures / "localisation.csv").set_index(["class", "measure"]).loc[("all images", "energy")]
+    )
     sentence = full.lead("where")[1]
-    assert f" {localised['value']:.0%} [{localised['low']:.0%} to {localised['high']:.0%}] of the heat lies in the lesion" in sentence
+    assert (
+        f" {localised['value']:.0%} [{localised['low']:.0%} to {localised['high']:.0%}] of the heat lies in the lesion"
+        in sentence
+    )
     assert f"({localised['baseline']:.0%})" in sentence
     assert sentence.endswith(f"Even heat would have {localised['area']:.0%}.")
     mean = pd.read_csv(full.pictures / "reconstruction.csv")[["psnr", "psnr_flat"]].mean()
@@ -258,11 +300,25 @@ def test_numbers_of_the_explanations_are_those_of_their_pictures(full: Page) -> 
 
 
 def test_sections_of_a_run_that_has_everything(full: Page, tiny_run: Run) -> None:
-    assert list(full.sections) == [*MEASURED, "gallery", "where", "form", "features", "auxiliary", *EXAMINED, "against", "made"]
+    assert list(full.sections) == [
+        *MEASURED,
+        "gallery",
+        "where",
+        "form",
+        "features",
+        "auxiliary",
+        *EXAMINED,
+        "against",
+        "made",
+    ]
     predictions = rows_of(tiny_run)
     # One right and one wrong of each class, where there is one.
-    kinds = predictions.assign(right=predictions["label"] == predictions["predicted"])[["label", "right"]].drop_duplicates()
-    shown = pd.concat([pd.read_csv(full.pictures / f"gallery_{name}.csv") for name in sorted(set(predictions["label"]))])
+    kinds = predictions.assign(right=predictions["label"] == predictions["predicted"])[
+        ["label", "right"]
+    ].drop_duplicates()
+    shown = pd.concat(
+        [pd.read_csv(full.pictures / f"gallery_{name}.csv") for name in sorted(set(predictions["label"]))]
+    )
     assert len(shown) == len(kinds)
     assert set(shown["image_id"]) <= set(predictions["image_id"])
     assert len(list(full.sections["gallery"].all("image"))) == 2 * len(kinds)
@@ -318,7 +374,9 @@ def test_the_better_run_of_two_is_named_and_shown_where_it_is_right(tiny_run: Ru
     assert (a, b, difference) == pytest.approx((ours, theirs, ours - theirs), abs=6e-4)
     assert low < difference < high
     assert found[7] == (
-        "Metadata only is better on these data" if high < 0 else "the interval holds 0, so it can't be told which is better"
+        "Metadata only is better on these data"
+        if high < 0
+        else "the interval holds 0, so it can't be told which is better"
     )
     assert (p < 0.05) == (high < 0) or high == pytest.approx(0, abs=0.02)
     assert len(separation) == 3
@@ -329,7 +387,8 @@ def test_the_better_run_of_two_is_named_and_shown_where_it_is_right(tiny_run: Ru
         known = rows_of(run).set_index("image_id").loc[rows["image_id"]]
         assert list(rows["predicted"]) == list(known["predicted"])
         np.testing.assert_allclose(
-            rows["probability_of_true_class"], [known.loc[row["image_id"], f"prob_{row['label']}"] for _, row in rows.iterrows()]
+            rows["probability_of_true_class"],
+            [known.loc[row["image_id"], f"prob_{row['label']}"] for _, row in rows.iterrows()],
         )
     right = (cases["predicted"] == cases["label"]).to_numpy()
     assert (right[::2] != right[1::2]).all()
@@ -375,17 +434,19 @@ def test_without_photographs_the_numbers_are_the_same_in_an_order_that_tells_not
     assert shared.lead("auxiliary") == full.lead("auxiliary")
 
 
-def test_photographs_of_an_earlier_report_are_not_left_beside_one_without(shared: Page, full: Page, tiny_run: Run, image_run: Run) -> None:
+def test_photographs_of_an_earlier_report_are_not_left_beside_one_without(
+    shared: Page, full: Page, tiny_run: Run, image_run: Run
+) -> None:
     personal = {stem for stem in full.stems if any(fnmatch(f"{stem}.png", pattern) for pattern in PERSONAL)}
     assert {stem.split("_")[0] for stem in personal} >= {"gallery", "gradcam", "shap", "reconstruction"}
     # And of the six classes only one was asked for.
     assert {stem for stem in set(full.stems) - set(shared.stems) if not stem.startswith("shap_beeswarm")} == personal
     before = {path: path.read_bytes() for path in [full.file, *full.pictures.iterdir()]}
-    wishes = Wishes(40, 6, 1, photographs=False)
+    options = ReportOptions(40, 6, 1, photographs=False)
     with pytest.raises(RunError, match=r"full/pictures holds \w+\.csv, perhaps with photographs; .*--out"):
-        write_report(tiny_run, full.file.parent, wishes=wishes)
+        write_report(tiny_run, full.file.parent, options=options)
     with pytest.raises(RunError, match="perhaps with photographs"):
-        write_explanations(image_run, full.pictures, wishes=wishes)
+        write_explanations(image_run, full.pictures, options=options)
     assert {path: path.read_bytes() for path in [full.file, *full.pictures.iterdir()]} == before
 
 
@@ -396,9 +457,13 @@ def test_a_run_that_reads_no_photograph(form_page: Page, form_run: Run) -> None:
     assert form_page.file == form_run.path / "report" / "report.html"
     examined = [name for name in EXAMINED if name != "out_of_scope"]
     assert list(form_page.sections) == [*MEASURED, "form", "features", *examined, "made"]
-    (subtitle,) = [element.words() for element in form_page.root.all("p") if element.attributes.get("class") == "subtitle"]
+    (subtitle,) = [
+        element.words() for element in form_page.root.all("p") if element.attributes.get("class") == "subtitle"
+    ]
     assert subtitle == "no image encoder, metadata M3; patients apart; seed 0"
-    assert not [stem for stem in form_page.stems if stem.startswith(("gallery", "gradcam", "localisation", "reconstruction"))]
+    assert not [
+        stem for stem in form_page.stems if stem.startswith(("gallery", "gradcam", "localisation", "reconstruction"))
+    ]
     assert [stem for stem in form_page.stems if stem.startswith("shap_waterfall_field_PAT_")]
     # One class was asked for.
     assert [stem for stem in form_page.stems if stem.startswith("shap_beeswarm")] == ["shap_beeswarm_field_MEL"]
@@ -420,12 +485,12 @@ def test_a_run_that_reads_no_form(image_page: Page, image_run: Run) -> None:
 
 
 def test_explanations_alone_are_files(image_run: Run, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wishes = Wishes(images=20, shap_images=6, photographs=False)
-    files = write_explanations(image_run, folder / "explanations", wishes=wishes)
+    options = ReportOptions(images=20, shap_images=6, photographs=False)
+    files = write_explanations(image_run, folder / "explanations", options=options)
     assert sorted(path.name for path in (folder / "explanations").iterdir()) == sorted(path.name for path in files)
     assert [path.name for path in files] == [
         f"{stem}.{suffix}" for stem in ("localisation", "embedding") for suffix in ("png", "svg", "csv")
-    ]  # fmt: skip
+    ]
     assert list(pd.read_csv(folder / "explanations" / "embedding.csv").columns) == ["class", "x", "y", "run"]
     assert "What its features separate: embedding" in capsys.readouterr().err
 
@@ -441,12 +506,12 @@ class Refuse:
 
 sys.meta_path.insert(0, Refuse())
 from dualrefnet.errors import DependencyError
-from dualrefnet.report.write import write_report
+from dualrefnet.report.run_report import write_report
 from dualrefnet.run import Run
 
 run = Run(Path(sys.argv[1]))
 print(write_report(run, explained=False))
-assert not {"captum", "shap", "dualrefnet.explain.gradcam", "dualrefnet.report.explained"} & set(sys.modules)
+assert not {"captum", "shap", "dualrefnet.analysis.gradcam", "dualrefnet.report.explanations"} & set(sys.modules)
 try:
     write_report(run)
 except DependencyError as error:
@@ -459,7 +524,9 @@ def copied(run: Run, path: Path, **changes: dict[str, Any]) -> Run:
     copy = Run(Path(shutil.copytree(run.path, path)))
     recipe = yaml.safe_load((path / "recipe.yaml").read_text())
     write_json(copy.metrics_file, {**read_json(copy.metrics_file), **changes.pop("metrics", {})})
-    write_yaml(path / "recipe.yaml", {**recipe, **{name: {**recipe[name], **values} for name, values in changes.items()}})
+    write_yaml(
+        path / "recipe.yaml", {**recipe, **{name: {**recipe[name], **values} for name, values in changes.items()}}
+    )
     return copy
 
 
@@ -483,22 +550,29 @@ def alone(moved: Run) -> Page:
     """The page of what the predictions say, written where captum and shap aren't installed."""
     done = subprocess.run(
         [sys.executable, "-c", ELSEWHERE, str(moved.path)],
-        capture_output=True, text=True, check=False, cwd=Path(dualrefnet.__file__).parents[1],
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(dualrefnet.__file__).parents[1],
+    )
     assert done.returncode == 0, done.stderr
     where, missing = done.stdout.splitlines()
     assert "pip install 'dualrefnet[explain]'" in missing
     return read(Path(where))
 
 
-def test_what_the_predictions_say_needs_neither_data_nor_captum_nor_shap(alone: Page, full: Page, moved: Run, tmp_path: Path) -> None:
+def test_what_the_predictions_say_needs_neither_data_nor_captum_nor_shap(
+    alone: Page, full: Page, moved: Run, tmp_path: Path
+) -> None:
     assert list(alone.sections) == [*MEASURED, "made"]
     assert [alone.lead(key) for key in MEASURED] == [full.lead(key) for key in MEASURED]
     # To the last byte what the page with explanations has.
     assert alone.stems
     for stem in alone.stems:
         for suffix in ("png", "svg", "csv"):
-            assert (alone.pictures / f"{stem}.{suffix}").read_bytes() == (full.pictures / f"{stem}.{suffix}").read_bytes(), stem
+            assert (alone.pictures / f"{stem}.{suffix}").read_bytes() == (
+                full.pictures / f"{stem}.{suffix}"
+            ).read_bytes(), stem
     with pytest.raises(DataError, match="gone"):
         write_report(moved, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -507,7 +581,12 @@ def test_what_the_predictions_say_needs_neither_data_nor_captum_nor_shap(alone: 
 def test_a_run_by_the_papers_protocol_stands_beside_the_paper(alone: Page, tiny_run: Run) -> None:
     table = alone.table("Measures on the test set")
     assert table["head"] == ["measure", "this run", "the paper"]
-    printed = {"balanced accuracy": "0.845", "accuracy": "0.851", "AUC, macro, one versus rest": "0.997", "Cohen's kappa": "0.800"}
+    printed = {
+        "balanced accuracy": "0.845",
+        "accuracy": "0.851",
+        "AUC, macro, one versus rest": "0.997",
+        "Cohen's kappa": "0.800",
+    }
     del table["head"]
     for name, (ours, theirs) in table.items():
         assert theirs == printed.get(name, "–"), name
@@ -517,12 +596,18 @@ def test_a_run_by_the_papers_protocol_stands_beside_the_paper(alone: Page, tiny_
     paper = pd.read_csv(source).query("dataset == 'pad_ufes_20'").set_index(["class", "metric"])["value"]
     assert classes["head"] == ["class", "sensitivity", "specificity", "PPV", "NPV"]
     for label, values in tiny_run.metrics["per_class"].items():
-        expected = [("–" if values[name] is None else f"{values[name]:.3f}", f"paper {paper[label, name]:.3f}") for name in CLASS_MEASURES]
+        expected = [
+            ("–" if values[name] is None else f"{values[name]:.3f}", f"paper {paper[label, name]:.3f}")
+            for name in CLASS_MEASURES
+        ]
         assert classes[label] == [" ".join(cell) for cell in expected]
     words = alone.root.words()
     assert "The paper's figures come from one training each, without intervals." in words
     assert "Table 2a: the NPVs of ACK, BCC and SCC repeat the specificities" in words
-    assert "The split leaks: 49% of the test photographs show a patient that training has seen (55% with validation)." in words
+    assert (
+        "The split leaks: 49% of the test photographs show a patient that training has seen (55% with validation)."
+        in words
+    )
     assert "Drawn pictures" not in words
     assert "; the paper's split; seed 0" in words
     # Without explanations there is nothing of a patient to warn of.
@@ -534,29 +619,30 @@ def test_a_competitor_whose_backbone_the_paper_doesnt_have_stands_alone(image_ru
     measured = read_measured(copied(image_run, tmp_path / "run", **changes))
     tables = [item for section in (glance_section(measured), class_section(measured, 20, 0)) for item in section.items]
     assert [item.columns for item in tables if isinstance(item, PrintedTable)] == [
-        ("measure", "this run"), ("class", "sensitivity", "specificity", "PPV", "NPV"),
-    ]  # fmt: skip
+        ("measure", "this run"),
+        ("class", "sensitivity", "specificity", "PPV", "NPV"),
+    ]
 
 
 # What can't be done is said at once.
 
 
 @pytest.mark.parametrize(
-    ("wishes", "message"),
+    ("options", "message"),
     [
-        (Wishes(label="melanoma"), "there is no class melanoma; the classes are ACK, BCC, MEL, NEV, SCC, SEK"),
-        (Wishes(masks=Path("no/such/folder")), "there is no folder of masks no/such/folder"),
-        (Wishes(images=5), "5 images can't show 6 classes"),
-        (Wishes(shap_images=3), "3 images can't show 6 classes"),
+        (ReportOptions(label="melanoma"), "there is no class melanoma; the classes are ACK, BCC, MEL, NEV, SCC, SEK"),
+        (ReportOptions(masks=Path("no/such/folder")), "there is no folder of masks no/such/folder"),
+        (ReportOptions(images=5), "5 images can't show 6 classes"),
+        (ReportOptions(shap_images=3), "3 images can't show 6 classes"),
     ],
 )
 def test_wishes_that_cant_be_met_are_refused_before_anything_is_written(
-    tiny_run: Run, tmp_path: Path, wishes: Wishes, message: str
+    tiny_run: Run, tmp_path: Path, options: ReportOptions, message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
-        write_report(tiny_run, tmp_path / "page", wishes=wishes)
+        write_report(tiny_run, tmp_path / "page", options=options)
     with pytest.raises(DataError, match=message):
-        write_explanations(tiny_run, tmp_path / "page", wishes=wishes)
+        write_explanations(tiny_run, tmp_path / "page", options=options)
     assert not (tmp_path / "page").exists()
 
 
@@ -564,11 +650,11 @@ def test_masks_of_other_images_are_refused(tiny_run: Run, tmp_path: Path) -> Non
     masks = tmp_path / "masks"
     masks.mkdir()
     with pytest.raises(DataError, match="holds no mask; name them"):
-        write_report(tiny_run, tmp_path / "page", wishes=Wishes(masks=masks))
+        write_report(tiny_run, tmp_path / "page", options=ReportOptions(masks=masks))
     train = tiny_run.split.query("split == 'train'")["image_id"].iloc[0]
     shutil.copy(Path(str(tiny_run.recipe.data.root)) / "masks" / f"{train}.png", masks)
     with pytest.raises(DataError, match="holds no mask of a test image"):
-        write_report(tiny_run, tmp_path / "page", wishes=Wishes(masks=masks))
+        write_report(tiny_run, tmp_path / "page", options=ReportOptions(masks=masks))
     assert not (tmp_path / "page").exists()
 
 

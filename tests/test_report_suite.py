@@ -11,16 +11,21 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from numpy.typing import NDArray
 
+from dualrefnet.analysis.cases import find_disagreement
 from dualrefnet.data.adapters import load_dataset
 from dualrefnet.errors import RecipeError, RunError
-from dualrefnet.explain.disagreement import find_disagreement
-from dualrefnet.figures.suite_cases import draw_cases
 from dualrefnet.files import write_csv, write_json, write_yaml
-from dualrefnet.report.suite import write_suite_report
-from dualrefnet.report.suite_glance import MEANINGS, glance_section, suite_notes
-from dualrefnet.report.suite_pair import CASES, choose_pairs
-from dualrefnet.suite.aggregate import LABEL_LEAKING, Aggregate, aggregate
+from dualrefnet.report.suite_report import (
+    CASES,
+    MEANINGS,
+    choose_pairs,
+    draw_cases,
+    glance_section,
+    suite_notes,
+    write_suite_report,
+)
 from dualrefnet.suite.grid import Cell, expand, load_suite
+from dualrefnet.suite.results import LABEL_LEAKING, Aggregate, aggregate
 from dualrefnet.suite.tables import printed_tables
 from suite_folder import changed, paper_suite, row, write_suite, wrong_on
 
@@ -65,13 +70,21 @@ def test_the_first_sentences_are_those_of_the_numbers(three: Path, page: Path) -
     assert "3 systems are compared; 6 of 6 runs are finished." in said
     assert "patients apart, in folds: tested on 24 images of 12 patients." in said
     assert f"The reference in accuracy: DualRefNet with 0.917 [{low:.3f} to {high:.3f}]." in said
-    assert "In accuracy, of 2 systems compared with the reference, 1 is worse by 0.583: No metadata; none is better." in said
-    assert "The other one can't be told from the reference with these data, which doesn't mean that there is no difference: Concat." in said
+    assert (
+        "In accuracy, of 2 systems compared with the reference, 1 is worse by 0.583: No metadata; none is better."
+        in said
+    )
+    assert (
+        "The other one can't be told from the reference with these data, which doesn't mean that there is no difference: Concat."
+        in said
+    )
     assert "A difference counts where p < 0.05 after Holm's correction for 2 comparisons." in said
 
 
 def test_where_no_difference_is_shown_none_is_claimed(tmp_path: Path) -> None:
-    folder = write_suite(tmp_path, THREE, lambda cell: wrong_on({"dualrefnet": 0, "concat": 1, "no_metadata": 2}[cell.method]))
+    folder = write_suite(
+        tmp_path, THREE, lambda cell: wrong_on({"dualrefnet": 0, "concat": 1, "no_metadata": 2}[cell.method])
+    )
     said = sentences(aggregate(folder, 200), folder)
     assert "Each of the 2 systems compared can't be told from the reference with these data" in said
     assert "worse" not in said
@@ -82,11 +95,14 @@ def test_less_is_better_of_some_measures_and_some_have_no_interval(three: Path, 
     found = aggregate(three, 200)
     # The same numbers, had they been errors.
     suite = found.collection.suite.model_copy(update={"measures": ("ece",)})
-    tables = [table[table["measure"] == "accuracy"].assign(measure="ece") for table in (found.systems, found.comparisons)]
+    tables = [
+        table[table["measure"] == "accuracy"].assign(measure="ece") for table in (found.systems, found.comparisons)
+    ]
     errors = replace(found, collection=replace(found.collection, suite=suite), systems=tables[0], comparisons=tables[1])
     said = sentences(errors, three)
     assert (
-        "In expected calibration error, of 2 systems compared with the reference, none is worse; 1 is better by 0.583: No metadata" in said
+        "In expected calibration error, of 2 systems compared with the reference, none is worse; 1 is better by 0.583: No metadata"
+        in said
     )
     assert "The lowest expected calibration error is that of No metadata, 0.333" in said
     assert said.endswith("trained again they would change too.")
@@ -109,8 +125,18 @@ def test_a_suite_of_two_compares_one_and_one_without_a_reference_none(tmp_path: 
 
 
 def test_a_system_that_knows_the_diagnosis_never_wins(tmp_path: Path) -> None:
-    variants = [{"name": "honest"}, {"name": "leaky", "set": {"metadata.imputation": "label_leaking", "modality_dropout": {}}}]
-    suite = changed(rows="variant", reference="honest", grid_methods=["dualrefnet"], grid_variants=variants, grid_folds=[0], grid_seeds=[0])
+    variants = [
+        {"name": "honest"},
+        {"name": "leaky", "set": {"metadata.imputation": "label_leaking", "modality_dropout": {}}},
+    ]
+    suite = changed(
+        rows="variant",
+        reference="honest",
+        grid_methods=["dualrefnet"],
+        grid_variants=variants,
+        grid_folds=[0],
+        grid_seeds=[0],
+    )
     folder = write_suite(tmp_path, suite, lambda cell: wrong_on(*(() if cell.variant == "leaky" else range(16))))
     found = aggregate(folder, 200)
     assert row(found.comparisons, measure="accuracy")["p_holm"] < 0.05
@@ -128,9 +154,13 @@ def test_notes_are_told_once_with_the_systems_that_they_are_about(tmp_path: Path
     shutil.rmtree(folder / "runs" / "sample-dualrefnet-efficientnet_lite0-fold0-seed1")
     failed = folder / "runs" / "sample-metadata_only-efficientnet_lite0-fold0-seed1"
     shutil.rmtree(failed)
-    write_json(folder / "failures" / f"{failed.name}.json", {"error": "out of memory", "kind": "RuntimeError", "log": ""})
+    write_json(
+        folder / "failures" / f"{failed.name}.json", {"error": "out of memory", "kind": "RuntimeError", "log": ""}
+    )
     notes = suite_notes(aggregate(folder, 100))
-    assert notes[0].startswith("Incomplete: 2 of 4 runs are finished (1 not started, 1 failed). Runs are missing of: all systems.")
+    assert notes[0].startswith(
+        "Incomplete: 2 of 4 runs are finished (1 not started, 1 failed). Runs are missing of: all systems."
+    )
     assert {note.split(":")[0] for note in notes[1:]} == {
         "The image encoder started from random numbers, not from ImageNet (DualRefNet).",
         "Drawn pictures of invented lesions, made by a program",
@@ -139,7 +169,9 @@ def test_notes_are_told_once_with_the_systems_that_they_are_about(tmp_path: Path
     }
     assert len(notes) == 5
     told = {note.split(":")[0]: note for note in notes}
-    assert told["Drawn pictures of invented lesions, made by a program"].endswith("nothing about medicine (all systems).")
+    assert told["Drawn pictures of invented lesions, made by a program"].endswith(
+        "nothing about medicine (all systems)."
+    )
     assert told["The image encoder was frozen and has learned nothing about skin"].endswith("(DualRefNet).")
     leaking = suite_notes(paper_suite(tmp_path / "paper"))
     assert [note for note in leaking if "The split leaks" in note] == [
@@ -182,7 +214,14 @@ def test_measures_that_are_equal_by_definition_or_too_many_are_not_drawn(tmp_pat
 
 def test_variants_also_show_their_distance_from_the_reference(tmp_path: Path) -> None:
     variants = [{"name": "whole"}, {"name": "no R", "set": {"loss.penalty": 0}}]
-    suite = changed(rows="variant", reference="whole", grid_methods=["dualrefnet"], grid_variants=variants, grid_folds=[0], grid_seeds=[0])
+    suite = changed(
+        rows="variant",
+        reference="whole",
+        grid_methods=["dualrefnet"],
+        grid_variants=variants,
+        grid_folds=[0],
+        grid_seeds=[0],
+    )
     folder = write_suite(tmp_path, suite, lambda cell: wrong_on(*((0, 3) if cell.variant else ())))
     page = write_suite_report(folder, photographs=False, samples=100)
     assert "ablation_accuracy" in {path.stem for path in (page.parent / "pictures").glob("*.svg")}
@@ -198,7 +237,10 @@ def test_two_systems_are_counted_image_by_image(three: Path, page: Path) -> None
     assert "DualRefNet is the reference; No metadata is the baseline without metadata." in said
     assert "one training is looked at: fold 0, seed 0." in said
     # Both err on image 5; only DualRefNet on 0; only the baseline on the other fifteen.
-    assert "Of the 24 test photographs both are right on 7, DualRefNet alone on 15, No metadata alone on 1, and none on 1." in said
+    assert (
+        "Of the 24 test photographs both are right on 7, DualRefNet alone on 15, No metadata alone on 1, and none on 1."
+        in said
+    )
     assert "Balanced accuracy on them: 0.917 of DualRefNet, 0.333 of No metadata, difference +0.583 [" in said
     # Images 0, 3, 6 ... are of class ACK.
     assert "ACK 8 2 5 1 0" in said
@@ -211,13 +253,20 @@ def test_without_a_baseline_the_most_distant_system_is_taken(tmp_path: Path) -> 
     shutil.rmtree(folder / "runs" / "sample-metablock-efficientnet_lite0-fold0-seed0")
     (pair,) = choose_pairs(aggregate(folder, 100), folder)
     assert pair.names == ("DualRefNet", "MetaBlock")
-    assert "MetaBlock is the system farthest from it in accuracy. Of each, one training is looked at: fold 0, seed 1." in pair.rule
+    assert (
+        "MetaBlock is the system farthest from it in accuracy. Of each, one training is looked at: fold 0, seed 1."
+        in pair.rule
+    )
 
 
 def test_the_reference_is_the_best_of_several_and_its_baseline_is_like_it(tmp_path: Path) -> None:
     variants = [{"name": tier, "set": {"metadata.tier": tier}} for tier in ("M1", "M3")]
     suite = changed(grid_methods=["dualrefnet", "no_metadata"], grid_variants=variants, grid_folds=[0], grid_seeds=[0])
-    folder = write_suite(tmp_path, suite, lambda cell: wrong_on(*((0, 1) if cell.method == "no_metadata" or cell.variant == "M1" else ())))
+    folder = write_suite(
+        tmp_path,
+        suite,
+        lambda cell: wrong_on(*((0, 1) if cell.method == "no_metadata" or cell.variant == "M1" else ())),
+    )
     found = aggregate(folder, 100)
     (pair,) = choose_pairs(found, folder)
     assert pair.names == ("DualRefNet M3", "No metadata M3")
@@ -283,19 +332,28 @@ def test_several_data_sets_have_a_section_each_and_no_common_root(tmp_path: Path
     assert "Where two systems differ: pad_ufes_20, protocol grouped" in said
     assert "pad_ufes_20, patients apart: tested on 24 images of 12 patients." in said
     assert "Of each, one training is looked at: seed 0." in said
-    with pytest.raises(RecipeError, match="--root is the folder of one data set, and the suite has pad_ufes_20 and sample"):
+    with pytest.raises(
+        RecipeError, match="--root is the folder of one data set, and the suite has pad_ufes_20 and sample"
+    ):
         write_suite_report(folder, root=tmp_path, samples=100)
 
 
 def test_a_suite_of_splits_alone_has_its_page(tmp_path: Path) -> None:
-    suite: dict[str, Any] = {"name": "t", "title": "Counted", "splits": [{"dataset": "pad_ufes_20", "protocol": "paper"}]}
+    suite: dict[str, Any] = {
+        "name": "t",
+        "title": "Counted",
+        "splits": [{"dataset": "pad_ufes_20", "protocol": "paper"}],
+    }
     write_yaml(tmp_path / "suite.yaml", suite)
     with pytest.raises(RunError, match=r"nothing of the suite in .* is finished"):
         write_suite_report(tmp_path)
     rows = pd.DataFrame({"image_id": ["a", "b", "c"], "patient_id": ["p", "q", "r"], "label": ["BCC", "MEL", "MEL"]})
     write_csv(tmp_path / "splits" / "pad_ufes_20-paper.csv", rows.assign(split=["train", "val", "test"]))
     said = words(write_suite_report(tmp_path))
-    assert "Photographs of pad_ufes_20, the paper's split: 1 train, 1 val, 1 test. 0 of 18 counts are those of the paper's Table 1." in said
+    assert (
+        "Photographs of pad_ufes_20, the paper's split: 1 train, 1 val, 1 test. 0 of 18 counts are those of the paper's Table 1."
+        in said
+    )
     assert "The split leaks" in said
     assert "Images, in brackets the paper's: pad_ufes_20, protocol paper" in said
     assert "Where two systems differ" not in said
@@ -305,7 +363,9 @@ def test_a_suite_without_a_finished_run_says_what_to_do(three: Path, tmp_path: P
     folder = tmp_path / "suite"
     folder.mkdir()
     shutil.copy(three / "suite.yaml", folder)
-    with pytest.raises(RunError, match=r"there is nothing to show yet\. `dualrefnet suite .*suite.yaml --out .*` goes on"):
+    with pytest.raises(
+        RunError, match=r"there is nothing to show yet\. `dualrefnet suite .*suite.yaml --out .*` goes on"
+    ):
         write_suite_report(folder)
     cell = expand(load_suite(folder / "suite.yaml"))[0]
     write_json(folder / "failures" / f"{cell.run}.json", {"error": "boom", "kind": "RuntimeError", "log": ""})
@@ -324,20 +384,30 @@ def test_systems_without_any_run_are_named_and_the_rest_is_shown(three: Path, tm
     assert "No run at all is there of: DualRefNet." in said
     assert "Not compared: the reference has no pooled value (Concat and No metadata)." in said
     assert "whether it is better than another isn't tested" in said
-    assert "Concat is the system with the best accuracy (the reference has no result); No metadata is the baseline" in said
+    assert (
+        "Concat is the system with the best accuracy (the reference has no result); No metadata is the baseline" in said
+    )
 
 
 @pytest.mark.parametrize("first_right", [True, False])
 def test_cases_are_drawn_inside_the_picture_whatever_they_are_called(first_right: bool) -> None:
     labels = ["seborrheic_keratosis", "actinic_keratosis_or_Bowen", "nevus", "melanoma"]
     right, wrong = ("a", "b") if first_right else ("b", "a")
-    cases = pd.DataFrame([
-        {
-            "image_id": str(place), "label": label, f"predicted_{right}": label, f"p_predicted_{right}": 0.9, f"p_true_{right}": 0.9,
-            f"predicted_{wrong}": labels[place - 1], f"p_predicted_{wrong}": 0.61, f"p_true_{wrong}": 0.03,
-        }
-        for place, label in enumerate(labels)
-    ])  # fmt: skip
+    cases = pd.DataFrame(
+        [
+            {
+                "image_id": str(place),
+                "label": label,
+                f"predicted_{right}": label,
+                f"p_predicted_{right}": 0.9,
+                f"p_true_{right}": 0.9,
+                f"predicted_{wrong}": labels[place - 1],
+                f"p_predicted_{wrong}": 0.61,
+                f"p_true_{wrong}": 0.03,
+            }
+            for place, label in enumerate(labels)
+        ]
+    )
     names = ("attention on metadata (pad_ufes_20, protocol paper)", "image only")
     photographs = {str(place): np.zeros((8, 8, 3), np.uint8) for place in range(4)}
     picture = draw_cases(cases, photographs, names, first_right, "cases")

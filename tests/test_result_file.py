@@ -12,9 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coloured import Coloured, draw, predict, table_of
-from dualrefnet.batch.case_list import Cases, FileCases
-from dualrefnet.batch.predict import Summary
-from dualrefnet.batch.result_file import ResultFile, csv_lines
+from dualrefnet.deploy.batch import Cases, FileCases, ResultFile, Summary, csv_lines
 from dualrefnet.errors import DataError
 from dualrefnet.runtime.prediction import Prediction
 
@@ -48,7 +46,9 @@ def test_what_was_interrupted_goes_on_and_ends_the_same_to_the_byte(tmp_path: Pa
         with partial_file.open("r+b") as file:
             file.truncate(partial_file.stat().st_size - lost)
         assert not out.exists()
-        with pytest.raises(DataError, match=r"--resume goes on with it; to begin anew, remove it and .*out\.csv\.partial\.json"):
+        with pytest.raises(
+            DataError, match=r"--resume goes on with it; to begin anew, remove it and .*out\.csv\.partial\.json"
+        ):
             predict(model, cases, out, folder)
         again = Coloured()
         assert predict(again, cases, out, folder, resume=True) == Summary(13, 1, 4 * (after - bool(lost)))
@@ -114,7 +114,11 @@ def test_a_full_disk_is_said_in_words(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @settings(max_examples=60, deadline=None)
-@given(rows=st.lists(st.tuples(st.text(max_size=6), st.text(max_size=6)), min_size=1, max_size=9), batch=st.integers(1, 4), data=st.data())
+@given(
+    rows=st.lists(st.tuples(st.text(max_size=6), st.text(max_size=6)), min_size=1, max_size=9),
+    batch=st.integers(1, 4),
+    data=st.data(),
+)
 def test_a_file_cut_anywhere_keeps_whole_batches_of_whole_rows(
     rows: list[tuple[str, str]], batch: int, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -139,7 +143,7 @@ def test_a_killed_process_is_resumed_by_the_next(tmp_path: Path) -> None:
     draw(tmp_path / "photos", [f"{number:03}.png" for number in range(160)])
     (tmp_path / "m").mkdir()
     code = (
-        "import sys; from pathlib import Path; from coloured import Coloured, predict; from dualrefnet.batch.case_list import FileCases; "
+        "import sys; from pathlib import Path; from coloured import Coloured, predict; from dualrefnet.deploy.batch import FileCases; "
         "model = Coloured(seconds=0.02); "
         "folder = Path(sys.argv[1]); "
         "print(predict(model, FileCases([folder / 'photos'], None, model), folder / 'out.csv', folder / 'm', resume=True))"

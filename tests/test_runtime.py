@@ -23,11 +23,10 @@ from dualrefnet.data.schema import DatasetSchema, MetadataField, normalise
 from dualrefnet.errors import DataError
 from dualrefnet.recipe import ImageSection, MetadataSection
 from dualrefnet.run import Run
-from dualrefnet.runtime.answer import FormError
 from dualrefnet.runtime.classifier import Answered, Classifier
-from dualrefnet.runtime.explanation import STEPS, covered, spread_out
-from dualrefnet.runtime.form import FormEncoder
-from dualrefnet.runtime.tensors import read_tensors
+from dualrefnet.runtime.metadata import FormEncoder, FormError
+from dualrefnet.runtime.out_of_distribution import read_tensors
+from dualrefnet.runtime.prediction import STEPS, covered, spread_out
 
 PACKAGE = Path(dualrefnet.__file__).parent / "runtime"
 SIDE = 32
@@ -39,10 +38,14 @@ SCHEMA = DatasetSchema(
         MetadataField(name="age", kind="numeric", unit="years", tier="M1", minimum=0, maximum=120),
         MetadataField(name="itch", kind="boolean"),
         MetadataField(
-            name="site", kind="categorical", categories=("ARM", "LEG", "3"), aliases={"LIMB": "LEG"}, missing_codes=("UNK",)
+            name="site",
+            kind="categorical",
+            categories=("ARM", "LEG", "3"),
+            aliases={"LIMB": "LEG"},
+            missing_codes=("UNK",),
         ),
     ),
-)  # fmt: skip
+)
 
 
 def encoder(**section: Any) -> MetadataEncoder:
@@ -65,10 +68,16 @@ def classifier(network: Any, **parts: Any) -> Classifier:
     return Classifier(
         network,
         **{
-            "classes": SCHEMA.classes, "malignant": ("C",), "form": shipped(encoder()), "image": ImageSection(size=SIDE),
-            "reads_image": True, "reads_metadata": True, "learned_tokens": False, **parts,
+            "classes": SCHEMA.classes,
+            "malignant": ("C",),
+            "form": shipped(encoder()),
+            "image": ImageSection(size=SIDE),
+            "reads_image": True,
+            "reads_metadata": True,
+            "learned_tokens": False,
+            **parts,
         },
-    )  # fmt: skip
+    )
 
 
 def test_the_package_imports_numpy_opencv_onnxruntime_and_itself() -> None:
@@ -79,13 +88,17 @@ def test_the_package_imports_numpy_opencv_onnxruntime_and_itself() -> None:
                 assert node.level == 1, file.name
                 assert (PACKAGE / f"{node.module}.py").is_file(), f"{file.name}: {node.module}"
             elif isinstance(node, ast.Import | ast.ImportFrom):
-                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                names = (
+                    [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                )
                 assert {name.split(".")[0] for name in names} <= allowed, f"{file.name}: {names}"
 
 
 def test_a_predictor_of_bundles_waits_for_no_torch() -> None:
     code = "import sys, dualrefnet.deploy.predictor; print([name for name in ('torch', 'pandas', 'pydantic') if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 ANSWERS = st.fixed_dictionaries(
@@ -93,7 +106,9 @@ ANSWERS = st.fixed_dictionaries(
     optional={
         "age": st.none() | st.integers(-5, 200) | st.floats() | st.sampled_from(["61", " 7 ", "", "nan", "1e2"]),
         "itch": st.none() | st.booleans() | st.sampled_from(["yes", "No", 1, 0.0, "perhaps", ""]),
-        "site": st.none() | st.sampled_from(["ARM", "LIMB", "UNK", 3, 3.0, "3.0", True, " LEG ", "MOON", ""]) | st.text(max_size=5),
+        "site": st.none()
+        | st.sampled_from(["ARM", "LIMB", "UNK", 3, 3.0, "3.0", True, " LEG ", "MOON", ""])
+        | st.text(max_size=5),
     },
 )
 
@@ -109,7 +124,9 @@ def test_a_form_is_read_as_a_row_of_the_table_and_as_the_shipped_encoder_reads_i
     forms: list[dict[str, Any]], imputation: str, unknown: str, scale: str, merge: bool
 ) -> None:
     fitted = encoder(imputation=imputation, unknown=unknown, scale=scale, merge_aliases=merge)
-    table = pd.DataFrame([{field.name: form.get(field.name) for field in SCHEMA.fields} for form in forms], dtype=object)
+    table = pd.DataFrame(
+        [{field.name: form.get(field.name) for field in SCHEMA.fields} for form in forms], dtype=object
+    )
     row = fitted.encode(table)
     assert not (row.rejected & ~row.missing).any()
     if row.rejected.any():
@@ -134,11 +151,15 @@ def test_true_one_and_the_word_are_three_answers() -> None:
 @pytest.mark.parametrize("spelling", ["leg", " Leg ", "LEG", "limb", "LIMB ", "l e g"])
 def test_a_category_is_known_whatever_its_case_and_spaces(spelling: str) -> None:
     form = shipped(encoder())
-    np.testing.assert_array_equal(form.encode_forms([{"site": spelling}]).values, form.encode_forms([{"site": "LEG"}]).values)
+    np.testing.assert_array_equal(
+        form.encode_forms([{"site": spelling}]).values, form.encode_forms([{"site": "LEG"}]).values
+    )
 
 
 def test_categories_that_differ_in_case_alone_stay_apart() -> None:
-    schema = DatasetSchema(name="toy", title="Toy", classes=("A", "B"), fields=(MetadataField(name="gene", kind="categorical"),))
+    schema = DatasetSchema(
+        name="toy", title="Toy", classes=("A", "B"), fields=(MetadataField(name="gene", kind="categorical"),)
+    )
     rows = pd.DataFrame({"gene": ["a", "A", "b"]})
     form = shipped(MetadataEncoder.fit(rows, schema, MetadataSection(tier="M2", imputation="zero")))
     one, other, third = form.encode_forms([{"gene": "a"}, {"gene": "A"}, {"gene": "B"}]).values

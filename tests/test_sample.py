@@ -17,10 +17,11 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.preprocessing import StandardScaler
 
-from dualrefnet.data import pad_ufes_20, sample
+from dualrefnet.data import pad_ufes_20
+from dualrefnet.data import synthetic as sample
 from dualrefnet.data.adapters import DATA_VARIABLE, Dataset, load_dataset
 from dualrefnet.data.protocols import split_dataset
-from dualrefnet.data.sample_drawing import MASK_SIDE, STYLES, draw_lesion, outline, photograph
+from dualrefnet.data.synthetic_lesions import MASK_SIDE, STYLES, draw_lesion, outline, photograph
 from dualrefnet.errors import DataError
 
 OFFICIAL_HEADER = (
@@ -87,14 +88,18 @@ def test_the_official_header_is_that_of_the_published_file():
     assert ",".join(table.columns) == OFFICIAL_HEADER
     for column, pattern in FORMATS.items():
         # A few published diameters have a fraction; whole numbers are all that is drawn.
-        assert table[column].map(lambda value, p=pattern: value == "" or re.fullmatch(p, value) is not None).mean() > 0.98, column
+        assert (
+            table[column].map(lambda value, p=pattern: value == "" or re.fullmatch(p, value) is not None).mean() > 0.98
+        ), column
 
 
 def test_every_value_is_written_as_in_the_published_file(raw):
     for column in raw.columns:
         pattern = FORMATS.get(column, "True|False")
         blank_allowed = column in sample.MISSING_TOGETHER
-        wrong = [value for value in raw[column] if not (re.fullmatch(pattern, value) or (blank_allowed and value == ""))]
+        wrong = [
+            value for value in raw[column] if not (re.fullmatch(pattern, value) or (blank_allowed and value == ""))
+        ]
         assert not wrong, (column, wrong[:3])
     full = raw[raw["diameter_1"] != ""]
     assert (full["diameter_2"].astype(float) <= full["diameter_1"].astype(float)).all()
@@ -196,7 +201,9 @@ def test_metadata_and_image_each_tell_a_part_and_together_more(dataset):
     table = dataset.table
     metadata = metadata_features(table)
     image = StandardScaler().fit_transform(np.array([image_features(path) for path in table["image_path"]]))
-    folds = list(StratifiedGroupKFold(5, shuffle=True, random_state=0).split(table, table["label"], table["patient_id"]))
+    folds = list(
+        StratifiedGroupKFold(5, shuffle=True, random_state=0).split(table, table["label"], table["patient_id"])
+    )
 
     def score(features: np.ndarray) -> float:
         model = LogisticRegression(C=0.3, max_iter=2000, class_weight="balanced")
@@ -209,9 +216,14 @@ def test_metadata_and_image_each_tell_a_part_and_together_more(dataset):
 
 
 def test_a_seed_gives_the_same_bytes_again_and_another_seed_others(tmp_path):
-    first, again, other = (sample.draw_sample(tmp_path / name, seed=seed, **SMALL) for name, seed in (("a", 3), ("b", 3), ("c", 4)))
+    first, again, other = (
+        sample.draw_sample(tmp_path / name, seed=seed, **SMALL) for name, seed in (("a", 3), ("b", 3), ("c", 4))
+    )
     assert contents(first) == contents(again)
-    images = [{name: data for name, data in contents(folder).items() if name.startswith("images/")} for folder in (first, other)]
+    images = [
+        {name: data for name, data in contents(folder).items() if name.startswith("images/")}
+        for folder in (first, other)
+    ]
     assert len(images[0]) == len(images[1]) == 60
     assert not set(images[0].values()) & set(images[1].values())
 
@@ -229,7 +241,10 @@ def test_a_smaller_sample_is_the_beginning_of_a_larger_one(tmp_path):
 def test_the_smallest_sample_of_any_seed_can_be_split_by_patient(seed):
     with tempfile.TemporaryDirectory() as folder:
         dataset = sample.load(sample.draw_sample(Path(folder), seed=seed, **SMALL))
-    assert dataset.table.groupby("label")["patient_id"].nunique().reindex(list(pad_ufes_20.CLASSES), fill_value=0).min() >= 3
+    assert (
+        dataset.table.groupby("label")["patient_id"].nunique().reindex(list(pad_ufes_20.CLASSES), fill_value=0).min()
+        >= 3
+    )
     split = split_dataset(dataset, "grouped", folds=5, seed=0)
     assert set(split.loc[split["split"] == "train", "label"]) == set(pad_ufes_20.CLASSES)
 
@@ -270,7 +285,9 @@ def test_a_drawn_sample_is_replaced_but_files_of_other_names_stay(tmp_path):
     assert again == contents(sample.draw_sample(tmp_path / "fresh", **SMALL))
 
 
-@pytest.mark.parametrize(("wrong", "message"), [({"images": 59}, "at least 60"), ({"side": 63}, "at least 64"), ({"seed": -1}, "negative")])
+@pytest.mark.parametrize(
+    ("wrong", "message"), [({"images": 59}, "at least 60"), ({"side": 63}, "at least 64"), ({"seed": -1}, "negative")]
+)
 def test_numbers_that_make_no_sample_are_refused_before_anything_is_written(tmp_path, wrong, message):
     with pytest.raises(DataError, match=message):
         sample.draw_sample(tmp_path / "new", **wrong)
@@ -325,7 +342,8 @@ def test_masks_took_nothing_from_the_random_streams_of_pictures_and_table(tmp_pa
     root = sample.draw_sample(tmp_path, seed=7, **SMALL)
     assert hashlib.sha256((root / "metadata.csv").read_bytes()).hexdigest() == TABLE_WITHOUT_MASKS
     for name, means in PICTURES_WITHOUT_MASKS.items():
-        # Means, since another version of OpenCV may round otherwise; another draw of skin, light or place moves them by far more.
+        # Means, since another version of OpenCV may round otherwise; another draw of skin, light or place moves them by
+        # far more.
         quarters = cv2.imread(str(root / "images" / name)).astype(float).reshape(2, 32, 2, 32, 3).mean(axis=(1, 3))
         np.testing.assert_allclose(quarters[..., 2].ravel(), means, atol=0.5)
 

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualrefnet.data.schema import DatasetSchema, MetadataField, groups, normalise, normalise_field, refuse_forbidden_features
+from dualrefnet.data.schema import (
+    DatasetSchema,
+    MetadataField,
+    groups,
+    normalise,
+    normalise_field,
+    refuse_forbidden_features,
+)
 from dualrefnet.errors import DataError
 
 AGE = MetadataField(name="age", kind="numeric", minimum=0, maximum=120, missing_codes=("UNK",))
@@ -57,7 +64,10 @@ def test_the_raw_table_is_left_as_it_was():
         (raw(label=["MEL", None, "NEV"]), "1 rows of Test have no label"),
         (raw(image_id=["a", None, None]), "2 rows of Test have no image_id"),
         (raw().iloc[:0], "has no rows"),
-        (raw().drop(columns=["age", "lesion_id"]), "columns missing from the table of Test: lesion_id, age; it has: image_id"),
+        (
+            raw().drop(columns=["age", "lesion_id"]),
+            "columns missing from the table of Test: lesion_id, age; it has: image_id",
+        ),
         (raw(age=["12", "old", "tall"]), "age must be a number, and 2 rows hold text"),
     ],
 )
@@ -69,7 +79,10 @@ def test_a_table_that_is_not_what_it_must_be_is_refused(table, message):
 def test_numbers_that_cannot_be_believed_become_missing_and_are_remarked_on():
     values, remarks = column(AGE, [55, "60.5", -1, 121, 0, 120, np.inf, "-inf", "1e999"])
     assert values == [55, 60.5, None, None, 0, 120, None, None, None]
-    assert remarks == ["age: 3 infinite values are treated as missing", "age: 2 values outside 0..120 are treated as missing"]
+    assert remarks == [
+        "age: 3 infinite values are treated as missing",
+        "age: 2 values outside 0..120 are treated as missing",
+    ]
 
 
 @pytest.mark.parametrize("blank", [None, np.nan, pd.NA, "", "  ", "nan", "NaN", "UNK", " UNK "])
@@ -91,12 +104,16 @@ def test_a_numeric_column_of_anything_gives_believable_numbers_or_an_error(value
         assert result.dropna().between(0, 120).all()
 
 
-@pytest.mark.parametrize("value", [True, np.True_, 1, 1.0, "true", "True", "TRUE", "yes", "Yes", "y", "Y", "1", "1.0", " true "])
+@pytest.mark.parametrize(
+    "value", [True, np.True_, 1, 1.0, "true", "True", "TRUE", "yes", "Yes", "y", "Y", "1", "1.0", " true "]
+)
 def test_every_spelling_of_yes_is_true(value):
     assert column(ITCH, [value])[0] == ["True"]
 
 
-@pytest.mark.parametrize("value", [False, np.False_, 0, 0.0, "false", "False", "FALSE", "no", "No", "n", "N", "0", "0.0", " no "])
+@pytest.mark.parametrize(
+    "value", [False, np.False_, 0, 0.0, "false", "False", "FALSE", "no", "No", "n", "N", "0", "0.0", " no "]
+)
 def test_every_spelling_of_no_is_false(value):
     assert column(ITCH, [value])[0] == ["False"]
 
@@ -116,7 +133,8 @@ def test_whole_numbers_with_gaps_are_the_same_categories_as_text():
 
 @settings(deadline=None)
 @given(
-    st.lists(st.none() | st.booleans() | st.integers(0, 9) | st.floats() | st.text(max_size=5), max_size=8), st.sampled_from([ITCH, SITE])
+    st.lists(st.none() | st.booleans() | st.integers(0, 9) | st.floats() | st.text(max_size=5), max_size=8),
+    st.sampled_from([ITCH, SITE]),
 )
 def test_normalising_twice_changes_nothing_more(values, field):
     once, _ = normalise_field(pd.Series(values, dtype=object), field)
@@ -125,14 +143,28 @@ def test_normalising_twice_changes_nothing_more(values, field):
 
 
 @pytest.mark.parametrize(
-    "name", ["biopsed", "Biopsied", "diagnostic", "dx", "DX-Type", "dx type", "label", "malignant", "Benign/Malignant", " target "]
+    "name",
+    [
+        "biopsed",
+        "Biopsied",
+        "diagnostic",
+        "dx",
+        "DX-Type",
+        "dx type",
+        "label",
+        "malignant",
+        "Benign/Malignant",
+        " target ",
+    ],
 )
 def test_a_field_that_holds_the_answer_is_refused(name):
     with pytest.raises(DataError, match="holds the diagnosis"):
         MetadataField(name=name, kind="categorical")
 
 
-@pytest.mark.parametrize("name", ["patient_id", "Patient ID", "lesion_id", "img_id", "image", "ID", "isic_id", "image_path"])
+@pytest.mark.parametrize(
+    "name", ["patient_id", "Patient ID", "lesion_id", "img_id", "image", "ID", "isic_id", "image_path"]
+)
 def test_a_field_that_identifies_is_refused(name):
     with pytest.raises(DataError, match="identifies"):
         refuse_forbidden_features(["age", name])
@@ -179,7 +211,11 @@ def test_a_field_is_found_by_name():
 
 def test_other_spellings_of_a_category_are_the_category_and_two_that_differ_in_case_stay_apart():
     site = MetadataField(
-        name="site", kind="categorical", categories=("UPPER ARM", "a", "A"), aliases={"LIMB": "UPPER ARM"}, missing_codes=("UNK",)
+        name="site",
+        kind="categorical",
+        categories=("UPPER ARM", "a", "A"),
+        aliases={"LIMB": "UPPER ARM"},
+        missing_codes=("UNK",),
     )
     given = ["upper_arm", " Upper Arm", "limb", "unk ", "a", "A", "moon"]
     assert column(site, given)[0] == ["UPPER ARM", "UPPER ARM", "LIMB", "UNK", "a", "A", "moon"]

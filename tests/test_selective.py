@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.metrics import balanced_accuracy_score
 
-from dualrefnet.evaluation.selective import TABLE, measure_selective
+from dualrefnet.evaluation.referral import TABLE, measure_selective
 
 
-def example(seed: int, images: int = 80, count: int = 3) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
+def example(
+    seed: int, images: int = 80, count: int = 3
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
     generator = np.random.default_rng(seed)
     labels = generator.integers(count, size=images)
     # Two decimals, so that confidences are tied.
@@ -49,7 +51,9 @@ def test_every_share_equals_measuring_the_answered_images_alone(seed: int) -> No
         assert (confidence > row["threshold"]).sum() * 100 < row["percent"] * len(labels)
         assert row["accuracy"] == pytest.approx(right[chosen].mean())
         if set(labels[chosen]) == set(labels):
-            assert row["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels[chosen], scores[chosen].argmax(axis=1)))
+            assert row["balanced_accuracy"] == pytest.approx(
+                balanced_accuracy_score(labels[chosen], scores[chosen].argmax(axis=1))
+            )
         else:
             assert np.isnan(row["balanced_accuracy"])
 
@@ -79,7 +83,9 @@ def test_confidence_that_says_nothing_gives_the_error_rate_everywhere() -> None:
 
 def test_the_json_is_strict_and_wrong_shares_are_refused() -> None:
     labels, scores, groups = example(1)
-    values = json.loads(json.dumps(measure_selective(labels, scores, groups, list("ABC"), TABLE, samples=20).to_json(), allow_nan=False))
+    values = json.loads(
+        json.dumps(measure_selective(labels, scores, groups, list("ABC"), TABLE, samples=20).to_json(), allow_nan=False)
+    )
     assert [row["percent"] for row in values["table"]] == [100, 90, 80, 70, 50]
     assert values["table"][0]["answered"] == dict(zip("ABC", np.bincount(labels).tolist(), strict=True))
     low, high = values["table"][0]["accuracy_ci95"]

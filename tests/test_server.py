@@ -50,7 +50,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(tmp_path: Path, delay: float = 0.0, settings: ServiceSettings = QUICK, command: list[str] | None = None) -> Iterator[Process]:
+def running(
+    tmp_path: Path, delay: float = 0.0, settings: ServiceSettings = QUICK, command: list[str] | None = None
+) -> Iterator[Process]:
     port = free_port()
     served = Served(source=tmp_path, settings=settings, port=port).model_dump_json()
     log = tmp_path / "log"
@@ -95,7 +97,9 @@ BODY, HEADERS = multipart([("images", picture(51)), ("metadata", b'{"age": 61}')
 
 
 def talk(port: int, found: list[Sent], keep: bool, stop: threading.Event) -> None:
-    """Ask again and again, over one connection (`keep`) or a new one for each question, until there is no connection any more."""
+    """Ask again and again, over one connection (`keep`) or a new one for each question, until there is no connection
+    any more.
+    """
     head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: {HEADERS['Content-Type']}\r\nContent-Length: {len(BODY)}\r\n"
     connection = None
     while not stop.is_set():
@@ -105,7 +109,9 @@ def talk(port: int, found: list[Sent], keep: bool, stop: threading.Event) -> Non
             if connection is None:
                 connection = socket.create_connection(("127.0.0.1", port), timeout=20)
             sent.connected = True
-            connection.sendall(f"{head}{'' if keep else 'Connection: close'}{'' if keep else chr(13) + chr(10)}\r\n".encode() + BODY)
+            connection.sendall(
+                f"{head}{'' if keep else 'Connection: close'}{'' if keep else chr(13) + chr(10)}\r\n".encode() + BODY
+            )
             sent.whole = True
             ended = read_one(connection, sent)
         except OSError:
@@ -159,7 +165,9 @@ def test_no_accepted_request_is_lost_when_the_service_stops_under_load(tmp_path:
         assert len(lost) == len(threads)
         assert all(not sent.answer for sent in lost)
         # What the service has accepted stands in its log, and each of these was read by a client.
-        logged = [event for event in process.events() if event["event"] == "request" and event["route"] == "/v1/predict"]
+        logged = [
+            event for event in process.events() if event["event"] == "request" and event["route"] == "/v1/predict"
+        ]
         assert {event["status"] for event in logged} == {200}
         assert len(logged) == len(answered)
         # Clients of kept connections were told that they end, and then found no service.
@@ -242,11 +250,15 @@ def command_line(run: Run, *more: str) -> list[str]:
 
 def metric(base: str, name: str, **labels: str) -> float:
     families = text_string_to_metric_families(httpx.get(f"{base}/metrics").text)
-    return sum(s.value for family in families for s in family.samples if s.name == name and labels.items() <= s.labels.items())
+    return sum(
+        s.value for family in families for s in family.samples if s.name == name and labels.items() <= s.labels.items()
+    )
 
 
 @pytest.mark.slow  # About 40 s: two workers load torch twice.
-def test_workers_share_the_port_and_their_numbers_and_stop_without_losing_a_request(tiny_run: Run, tmp_path: Path) -> None:
+def test_workers_share_the_port_and_their_numbers_and_stop_without_losing_a_request(
+    tiny_run: Run, tmp_path: Path
+) -> None:
     with running(tmp_path, command=command_line(tiny_run, "--workers", "2")) as process:
         workers = serving(process)
         assert len(workers) == 2
@@ -259,7 +271,9 @@ def test_workers_share_the_port_and_their_numbers_and_stop_without_losing_a_requ
         workers[0].kill()
         wait_for(lambda: len(serving(process)) == 2 and workers[0].pid not in [one.pid for one in serving(process)], 60)
         found: list[Sent] = []
-        threads = [threading.Thread(target=talk, args=(process.port, found, False, threading.Event())) for _ in range(6)]
+        threads = [
+            threading.Thread(target=talk, args=(process.port, found, False, threading.Event())) for _ in range(6)
+        ]
         for thread in threads:
             thread.start()
         time.sleep(1.5)
@@ -275,7 +289,9 @@ def test_workers_share_the_port_and_their_numbers_and_stop_without_losing_a_requ
 
 
 @pytest.mark.slow  # About 15 s.
-def test_workers_do_not_outlive_a_parent_that_is_killed(tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_do_not_outlive_a_parent_that_is_killed(
+    tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # A parent that is killed can't clear up.
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     with running(tmp_path, command=command_line(tiny_run, "--workers", "2")) as process:
@@ -306,7 +322,9 @@ def test_the_command_serves_with_keys_and_warns_of_an_open_door(tiny_run: Run, t
         body = httpx.get(f"{process.base}/v1/model", headers={"X-API-Key": "a-key-for-this-test"}).json()
         assert body["limits"]["bytes"] == 2**20
         assert "a-key-for-this-test" not in " ".join(psutil.Process(process.popen.pid).cmdline())
-        second = subprocess.run([*command_line(tiny_run), "--port", str(process.port)], capture_output=True, text=True, timeout=60)
+        second = subprocess.run(
+            [*command_line(tiny_run), "--port", str(process.port)], capture_output=True, text=True, timeout=60
+        )
         assert second.returncode == 2
         assert f"can't listen on 127.0.0.1 port {process.port}" in second.stderr
         process.popen.send_signal(signal.SIGTERM)
@@ -324,13 +342,15 @@ def test_the_command_serves_with_keys_and_warns_of_an_open_door(tiny_run: Run, t
 
 def test_workers_numbers_are_added_up_and_those_of_dead_ones_forgotten(tmp_path: Path) -> None:
     code = (
-        "import os; from dualrefnet.service.observed import Observed; observed = Observed(); observed.answered('/v1/predict', 200, 0.1); "
+        "import os; from dualrefnet.service.observability import Observed; observed = Observed(); observed.answered('/v1/predict', 200, 0.1); "
         "observed.held('predict', 2, 100); print(observed.page().decode()); {end}"
     )
     environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
 
     def worker(end: str) -> dict[str, float]:
-        done = subprocess.run([sys.executable, "-c", code.format(end=end)], env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(end=end)], env=environment, capture_output=True, text=True, check=False
+        )
         families = text_string_to_metric_families(done.stdout)
         return {sample.name: sample.value for family in families for sample in family.samples}
 

@@ -24,11 +24,9 @@ from starlette.testclient import TestClient
 from dualrefnet.errors import DataError
 from dualrefnet.run import Run
 from dualrefnet.service.app import create_app
-from dualrefnet.service.log import OneLine
 from dualrefnet.service.middleware import Guard
-from dualrefnet.service.observed import Observed
-from dualrefnet.service.openapi import ANY_ROUTE, QUESTION
-from dualrefnet.service.schemas import ExplainedBody, ModelBody, PredictionBody
+from dualrefnet.service.observability import Observed, OneLine
+from dualrefnet.service.schemas import ANY_ROUTE, QUESTION, ExplainedBody, ModelBody, PredictionBody
 from dualrefnet.service.settings import ServiceSettings, read_keys
 from live_service import QUICK, StandInPredictor, converse, live, multipart, picture, question, status_of, wait_for
 
@@ -58,7 +56,13 @@ def test_a_prediction_has_all_that_the_schema_says_and_no_more(client: httpx.Cli
     body = response.json()
     assert set(body) == set(PredictionBody.model_fields)
     assert PredictionBody.model_validate(body).probabilities == {"BCC": pytest.approx(0.8), "NEV": pytest.approx(0.2)}
-    assert (body["label"], body["likely"], body["refer"], body["warnings"], body["images"]) == ("BCC", ["BCC"], True, ["age 61"], 1)
+    assert (body["label"], body["likely"], body["refer"], body["warnings"], body["images"]) == (
+        "BCC",
+        ["BCC"],
+        True,
+        ["age 61"],
+        1,
+    )
     assert body["notice"].startswith("Not a medical device")
     assert body["request_id"] == response.headers["x-request-id"]
 
@@ -109,7 +113,10 @@ NOT_ANSWERED = {
     "not multipart": ((b"{}", {"Content-Type": "application/json"}), (415, "not_multipart")),
     "no type": ((b"{}", {}), (415, "not_multipart")),
     "urlencoded": ((b"metadata=%7B%7D", {"Content-Type": "application/x-www-form-urlencoded"}), (415, "not_multipart")),
-    "packed": ((b"", {"Content-Type": "multipart/form-data; boundary=x", "Content-Encoding": "gzip"}), (415, "encoded")),
+    "packed": (
+        (b"", {"Content-Type": "multipart/form-data; boundary=x", "Content-Encoding": "gzip"}),
+        (415, "encoded"),
+    ),
     "no boundary": ((b"", {"Content-Type": "multipart/form-data"}), (400, "bad_boundary")),
     "no body": ((b"", {"Content-Type": "multipart/form-data; boundary=x"}), (400, "truncated")),
     "no parts": ((b"--x--\r\n", {"Content-Type": "multipart/form-data; boundary=x"}), (422, "bad_form")),
@@ -180,7 +187,15 @@ KEYED = QUICK.model_copy(update={"api_keys": (SecretStr("first-key-of-many"), Se
 def test_keys_cover_everything_but_the_two_probes() -> None:
     with live(settings=KEYED) as client:
         assert client.get("/healthz").status_code == client.get("/readyz").status_code == 200
-        for path in ("/v1/model", "/metrics", "/openapi.json", "/docs", "/nothing", "/healthz%0A", "/healthz/../v1/model"):
+        for path in (
+            "/v1/model",
+            "/metrics",
+            "/openapi.json",
+            "/docs",
+            "/nothing",
+            "/healthz%0A",
+            "/healthz/../v1/model",
+        ):
             response = client.get(path)
             assert error(response) == (401, "no_key"), path
             assert response.headers["www-authenticate"].startswith("Bearer")
@@ -217,17 +232,26 @@ def test_with_a_page_only_the_page_has_its_own_login() -> None:
         assert client.get(path).text == "reached"
     app.state.page_login = type("Login", (), {"is_allowed": lambda self, request: "page" in request.cookies})()
     client.cookies["page"] = "1"
-    assert [client.get(path).status_code for path in ("/docs", "/openapi.json", "/metrics", "/v1/model")] == [200, 200, 401, 401]
+    assert [client.get(path).status_code for path in ("/docs", "/openapi.json", "/metrics", "/v1/model")] == [
+        200,
+        200,
+        401,
+        401,
+    ]
 
 
 def test_keys_are_read_from_the_environment_and_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "keys"
-    file.write_text("# whose\nkey-number-one-of-three  # the clinic\n\nkey-number-two-of-three\nkey-number-one-of-three\n")
+    file.write_text(
+        "# whose\nkey-number-one-of-three  # the clinic\n\nkey-number-two-of-three\nkey-number-one-of-three\n"
+    )
     file.chmod(0o600)
     found = read_keys(file, {"DUALREFNET_API_KEY": " key-number-three-of-three "})
     assert [key.get_secret_value() for key in found] == [
-        "key-number-three-of-three", "key-number-one-of-three", "key-number-two-of-three",
-    ]  # fmt: skip
+        "key-number-three-of-three",
+        "key-number-one-of-three",
+        "key-number-two-of-three",
+    ]
     assert not capsys.readouterr().err
     assert read_keys(None, {}) == ()
     file.chmod(0o644)
@@ -239,8 +263,11 @@ def test_keys_are_read_from_the_environment_and_a_file(tmp_path: Path, capsys: p
     assert "key-number" not in repr(settings) + settings.model_dump_json()
     file.write_text("# nobody\n")
     for broken, environment in (
-        (file, {}), (tmp_path / "nowhere", {}), (None, {"DUALREFNET_API_KEY": ""}), (None, {"DUALREFNET_API_KEY": "two words and more"}),
-    ):  # fmt: skip
+        (file, {}),
+        (tmp_path / "nowhere", {}),
+        (None, {"DUALREFNET_API_KEY": ""}),
+        (None, {"DUALREFNET_API_KEY": "two words and more"}),
+    ):
         with pytest.raises(DataError):
             read_keys(broken, environment)
 
@@ -289,7 +316,10 @@ def test_the_bytes_of_all_bodies_together_are_bound() -> None:
     settings = QUICK.model_copy(update={"max_upload": 60_000, "queue_bytes": 100_000})
     head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 60000\r\n\r\n"
     begun = b'--x\r\nContent-Disposition: form-data; name="images"\r\n\r\n' + b"x" * 55_000
-    with live(settings=settings) as client, socket.create_connection((client.base_url.host, client.base_url.port)) as first:
+    with (
+        live(settings=settings) as client,
+        socket.create_connection((client.base_url.host, client.base_url.port)) as first,
+    ):
         first.sendall(head + begun)
         wait_for(lambda: counted(client, "dualrefnet_queue_bytes") > 50_000)
         assert status_of(converse(client, head + begun)) == 429
@@ -329,7 +359,9 @@ def test_too_many_connections_are_refused() -> None:
         assert status_of(converse(client, b"")) == 503
         for connection in idle:
             connection.close()
-        wait_for(lambda: status_of(converse(client, b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")) == 200)
+        wait_for(
+            lambda: status_of(converse(client, b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")) == 200
+        )
 
 
 @pytest.fixture
@@ -362,12 +394,18 @@ def test_nothing_of_the_client_is_logged(log_lines: list[str]) -> None:
     with live(Broken()) as client:
         photograph = ("images", (f"{secret}.png", picture(), f"image/{secret}"))
         for form in ({"age": secret}, {secret: 1}, {"itch": secret}, {"region": secret}):
-            response = client.post(f"/v1/predict?patient={secret}", files=[photograph], data={"metadata": json.dumps(form)})
+            response = client.post(
+                f"/v1/predict?patient={secret}", files=[photograph], data={"metadata": json.dumps(form)}
+            )
             if "itch" in form:
                 assert error(response) == (500, "internal")
                 assert secret not in response.text
-        client.get(f"/{secret}?{secret}", headers={"X-Request-ID": f"{secret}_", "X-API-Key": secret, "User-Agent": secret})
-        client.post("/v1/predict", content=secret.encode(), headers={"Content-Type": f"multipart/form-data; boundary={secret}"})
+        client.get(
+            f"/{secret}?{secret}", headers={"X-Request-ID": f"{secret}_", "X-API-Key": secret, "User-Agent": secret}
+        )
+        client.post(
+            "/v1/predict", content=secret.encode(), headers={"Content-Type": f"multipart/form-data; boundary={secret}"}
+        )
         converse(client, f"{secret} {secret}\r\n\r\n".encode())
     assert not [line for line in log_lines if secret in line]
     events = [json.loads(line) for line in log_lines]
@@ -408,7 +446,9 @@ def test_the_guide_tells_every_path_and_status(client: httpx.Client) -> None:
     page = client.get("/docs").text
     for path, operations in client.get("/openapi.json").json()["paths"].items():
         assert path in page
-        assert all(f"<code>{status}</code>" in page for operation in operations.values() for status in operation["responses"])
+        assert all(
+            f"<code>{status}</code>" in page for operation in operations.values() for status in operation["responses"]
+        )
     assert "<script" not in page
 
 
@@ -422,8 +462,15 @@ def test_the_interface_tells_every_status_that_can_come(client: httpx.Client) ->
     assert met < set(paths["/v1/predict"]["post"]["responses"])
 
 
-CHECKS = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_headers_conformance",
-          "response_schema_conformance", "unsupported_method", "ignored_auth")  # fmt: skip
+CHECKS = (
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_headers_conformance",
+    "response_schema_conformance",
+    "unsupported_method",
+    "ignored_auth",
+)
 schema = schemathesis.openapi.from_dict(create_app(StandInPredictor(), QUICK).openapi())
 GENERATE = {"derandomize": True, "phases": [Phase.explicit, Phase.generate], "suppress_health_check": list(HealthCheck)}
 
@@ -447,12 +494,21 @@ def test_a_trained_run_answers_as_its_predictor_does(tiny_run: Run, sample_root:
         body = client.post("/v1/predict", files=files, data={"metadata": json.dumps(form)}).json()
         expected = predictor.predict_lesion(photographs, form)
         assert body["probabilities"] == pytest.approx(expected.probabilities, abs=1e-6)
-        assert (body["label"], body["likely"], body["warnings"]) == (expected.label, list(expected.likely), expected.warnings)
+        assert (body["label"], body["likely"], body["warnings"]) == (
+            expected.label,
+            list(expected.likely),
+            expected.warnings,
+        )
         body = client.post("/v1/explain", files=files[:1], data={"metadata": json.dumps(form)}).json()
         why = predictor.explain(photographs[0], form)
         assert body["explanation"]["label"] == why.label
-        assert {one["name"]: one["change"] for one in body["explanation"]["fields"]} == pytest.approx(why.fields, abs=1e-6)
-        assert error(client.post("/v1/predict", files=files, data={"metadata": '{"shoe_size": 43}'})) == (422, "bad_form")
+        assert {one["name"]: one["change"] for one in body["explanation"]["fields"]} == pytest.approx(
+            why.fields, abs=1e-6
+        )
+        assert error(client.post("/v1/predict", files=files, data={"metadata": '{"shoe_size": 43}'})) == (
+            422,
+            "bad_form",
+        )
         assert error(client.post("/v1/predict", data={"metadata": "{}"}))[0] in (415, 422)
         model = client.get("/v1/model")
         assert ModelBody.model_validate(model.json()).classes == list(predictor.classes)

@@ -23,8 +23,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from PIL import Image
 
-from dualrefnet.service.openapi import QUESTION
-from dualrefnet.service.schemas import Refusal
+from dualrefnet.service.schemas import QUESTION, Refusal
 from dualrefnet.service.server import Served
 from dualrefnet.service.settings import ServiceSettings
 from dualrefnet.service.uploads import read_form
@@ -87,7 +86,9 @@ def mutated(seed: bytes, chance: random.Random) -> bytes:
             start = chance.randrange(len(seed))
             data[place:place] = seed[start : start + chance.randint(1, 64)]
         else:
-            data[place : place + chance.randint(1, 16)] = chance.choice([b"\0" * 8, b"\xff" * 8, b"\x7f\xff\xff\xff", b"\r\n--xyz"])
+            data[place : place + chance.randint(1, 16)] = chance.choice(
+                [b"\0" * 8, b"\xff" * 8, b"\x7f\xff\xff\xff", b"\r\n--xyz"]
+            )
     return bytes(data)
 
 
@@ -101,7 +102,10 @@ def test_a_thousand_damaged_photographs(client: httpx.Client) -> None:
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["age", "region", "itch"]) | st.text(), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["age", "region", "itch"]) | st.text(), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 
@@ -190,8 +194,18 @@ def png(width: int, height: int, *middle: bytes, depth: int = 8, colour: int = 2
 
 
 def tiff(width: int, height: int, tile: int) -> bytes:
-    entries = [(256, 4, width), (257, 4, height), (258, 3, 8), (259, 3, 1), (262, 3, 1), (277, 3, 1), (322, 4, tile), (323, 4, tile),
-               (324, 4, 200), (325, 4, 64)]  # fmt: skip
+    entries = [
+        (256, 4, width),
+        (257, 4, height),
+        (258, 3, 8),
+        (259, 3, 1),
+        (262, 3, 1),
+        (277, 3, 1),
+        (322, 4, tile),
+        (323, 4, tile),
+        (324, 4, 200),
+        (325, 4, 64),
+    ]
     lines = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries)
     return b"II*\0" + struct.pack("<IH", 8, len(entries)) + lines + struct.pack("<I", 0) + b"\0" * 200
 
@@ -210,8 +224,14 @@ def bombs() -> dict[str, tuple[bytes, int]]:
         "2^31 x 2^31": (png(2**31 - 1, 2**31 - 1, chunk(b"IDAT", b"")), 422),
         "no pixels": (png(0, 0, chunk(b"IDAT", b"")), 422),
         "more pixels than its size": (png(64, 64, chunk(b"IDAT", zeros)), 200),
-        "a text of 200 MB": (png(64, 64, chunk(b"iTXt", b"x\0\1\0\0\0" + zeros), chunk(b"IDAT", zlib.compress(bytes(64 * 193)))), 422),
-        "a profile of 200 MB": (png(64, 64, chunk(b"iCCP", b"x\0\0" + zeros), chunk(b"IDAT", zlib.compress(bytes(64 * 193)))), 422),
+        "a text of 200 MB": (
+            png(64, 64, chunk(b"iTXt", b"x\0\1\0\0\0" + zeros), chunk(b"IDAT", zlib.compress(bytes(64 * 193)))),
+            422,
+        ),
+        "a profile of 200 MB": (
+            png(64, 64, chunk(b"iCCP", b"x\0\0" + zeros), chunk(b"IDAT", zlib.compress(bytes(64 * 193)))),
+            422,
+        ),
         "a tile of 60,000 x 60,000": (tiff(64, 64, 60_000), 422),
         "a TIFF of 65,000 x 65,000": (tiff(65_000, 65_000, 64), 422),
         "an animation": (animated(), 200),
@@ -330,26 +350,48 @@ REQUESTS = {
     "two hosts": (raw(b"GET /healthz HTTP/1.1", b"Host: y"), {400}),
     "no HTTP": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\r\n\r\n", {400}),
     "HTTP/2 begins": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", {400}),
-    "two lengths": (raw(b"POST /v1/predict HTTP/1.1", b"Content-Length: 5", b"Content-Length: 6", body=b"hello"), {400}),
+    "two lengths": (
+        raw(b"POST /v1/predict HTTP/1.1", b"Content-Length: 5", b"Content-Length: 6", body=b"hello"),
+        {400},
+    ),
     "length and chunks": (
-        raw(b"POST /v1/predict HTTP/1.1", b"Content-Length: 5", b"Transfer-Encoding: chunked", body=b"0\r\n\r\nGET / HTTP/1.1\r\n\r\n"),
+        raw(
+            b"POST /v1/predict HTTP/1.1",
+            b"Content-Length: 5",
+            b"Transfer-Encoding: chunked",
+            body=b"0\r\n\r\nGET / HTTP/1.1\r\n\r\n",
+        ),
         {400, 415},
     ),
     "negative length": (raw(b"POST /v1/predict HTTP/1.1", b"Content-Length: -1"), {400}),
     "length of letters": (raw(b"POST /v1/predict HTTP/1.1", b"Content-Length: abc"), {400}),
     "other coding": (raw(b"POST /v1/predict HTTP/1.1", b"Transfer-Encoding: gzip, chunked"), {501}),
     "chunks that aren't": (
-        raw(b"POST /v1/predict HTTP/1.1", b"Transfer-Encoding: chunked", b"Content-Type: multipart/form-data; boundary=x", body=b"zz\r\n"),
+        raw(
+            b"POST /v1/predict HTTP/1.1",
+            b"Transfer-Encoding: chunked",
+            b"Content-Type: multipart/form-data; boundary=x",
+            body=b"zz\r\n",
+        ),
         {400},
     ),
     "folded header": (raw(b"GET /healthz HTTP/1.1", b"X: a", b" Y: b"), {200, 400}),
     "zero in a header": (raw(b"GET /healthz HTTP/1.1", b"X: a\0b"), {400}),
     "space before the colon": (raw(b"GET /healthz HTTP/1.1", b"X : a"), {400}),
     "a web socket": (
-        raw(b"GET / HTTP/1.1", b"Upgrade: websocket", b"Connection: Upgrade", b"Sec-WebSocket-Key: eA==", b"Sec-WebSocket-Version: 13"),
+        raw(
+            b"GET / HTTP/1.1",
+            b"Upgrade: websocket",
+            b"Connection: Upgrade",
+            b"Sec-WebSocket-Key: eA==",
+            b"Sec-WebSocket-Version: 13",
+        ),
         {404},
     ),
-    "h2c": (raw(b"GET / HTTP/1.1", b"Upgrade: h2c", b"Connection: Upgrade, HTTP2-Settings", b"HTTP2-Settings: AAMA"), {404}),
+    "h2c": (
+        raw(b"GET / HTTP/1.1", b"Upgrade: h2c", b"Connection: Upgrade, HTTP2-Settings", b"HTTP2-Settings: AAMA"),
+        {404},
+    ),
     "a method of its own": (raw(b"DESTROY /v1/predict HTTP/1.1"), {405}),
     "a proxy's request": (raw(b"GET http://elsewhere.example/ HTTP/1.1"), {404}),
     "CONNECT": (raw(b"CONNECT elsewhere.example:443 HTTP/1.1"), {404, 405}),
@@ -382,8 +424,25 @@ def test_requests_in_a_row_on_one_connection_are_answered_in_order(client: httpx
 
 
 PATHS = (
-    *("/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/v1/%2e%2e/v1/model", "/%00", "/v1/predict%00", "/..%5c..%5cwindows", "//healthz"),
-    *("/\\\\host\\share", "/%c0%ae%c0%ae/", "/%ff%fe", "/%F0%9F%A7%91", "/file:///etc/passwd", "/v1/model/../../docs", "/%u0041", "/%"),
+    *(
+        "/../../etc/passwd",
+        "/%2e%2e/%2e%2e/etc/passwd",
+        "/v1/%2e%2e/v1/model",
+        "/%00",
+        "/v1/predict%00",
+        "/..%5c..%5cwindows",
+        "//healthz",
+    ),
+    *(
+        "/\\\\host\\share",
+        "/%c0%ae%c0%ae/",
+        "/%ff%fe",
+        "/%F0%9F%A7%91",
+        "/file:///etc/passwd",
+        "/v1/model/../../docs",
+        "/%u0041",
+        "/%",
+    ),
 )
 
 
@@ -409,12 +468,16 @@ NAMES = (
 )
 
 
-def test_names_of_files_are_not_looked_at(client: httpx.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_files_are_not_looked_at(
+    client: httpx.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for name in NAMES:
         lines = f'--x\r\nContent-Disposition: form-data; name="images"; filename="{name}"\r\nContent-Type: text/html\r\n\r\n'
         content = lines.encode("utf-8") + picture() + b"\r\n--x--\r\n"
-        response = client.post("/v1/predict", content=content, headers={"Content-Type": "multipart/form-data; boundary=x"})
+        response = client.post(
+            "/v1/predict", content=content, headers={"Content-Type": "multipart/form-data; boundary=x"}
+        )
         assert response.status_code in (200, 400), name
         assert not name or len(name) < 4 or name not in response.text
     assert not list(tmp_path.iterdir())
@@ -438,7 +501,9 @@ PARTS = {
     "a header without a colon": part("nonsense"),
     "10,000 parts": part(NAMED) * 10_000,
     "10,000 nameless parts": part() * 10_000,
-    "parts in a part": part(NAMED, "Content-Type: multipart/mixed; boundary=y", value=b'--y\r\n\r\n{"age": 1}\r\n--y--\r\n'),
+    "parts in a part": part(
+        NAMED, "Content-Type: multipart/mixed; boundary=y", value=b'--y\r\n\r\n{"age": 1}\r\n--y--\r\n'
+    ),
 }
 
 
@@ -473,7 +538,9 @@ def serve_apart(settings: ServiceSettings, log: Path) -> subprocess.Popen[bytes]
     script = Path(__file__).with_name("serve_stand_in.py")
     chosen = Served(source=Path(), settings=settings, port=free_port())
     with log.open("wb") as file:
-        return subprocess.Popen([sys.executable, str(script), chosen.model_dump_json()], stdout=file, stderr=file, env={**os.environ})
+        return subprocess.Popen(
+            [sys.executable, str(script), chosen.model_dump_json()], stdout=file, stderr=file, env={**os.environ}
+        )
 
 
 def free_port() -> int:
@@ -503,7 +570,9 @@ def test_two_gigabytes_take_no_memory(tmp_path: Path) -> None:
                     try:
                         while sent < 2 * 2**30:
                             piece = begin + block if sent == 0 else block
-                            connection.sendall(f"{len(piece):x}\r\n".encode() + piece + b"\r\n" if "chunked" in length else piece)
+                            connection.sendall(
+                                f"{len(piece):x}\r\n".encode() + piece + b"\r\n" if "chunked" in length else piece
+                            )
                             sent += len(piece)
                             highest = max(highest, memory.memory_info().rss)
                     except (BrokenPipeError, ConnectionResetError):

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from dualrefnet.analysis import shap as shapley
+from dualrefnet.analysis.opened_run import OpenedRun, open_run
+from dualrefnet.analysis.shap import MetadataShap, explain_metadata
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.errors import RunError
-from dualrefnet.evaluation.opened_run import OpenedRun, open_run
-from dualrefnet.explain import shapley
-from dualrefnet.explain.shapley import MetadataShap, explain_metadata
-from dualrefnet.models.method import Method
+from dualrefnet.models.base import Method
 from dualrefnet.models.registry import new_model
 from dualrefnet.recipe import MetadataSection, Recipe, load_recipe
 from dualrefnet.run import Run
@@ -22,7 +22,9 @@ from dualrefnet.training.train import train_recipe
 
 @torch.inference_mode()
 def outspoken(opened: OpenedRun, model: Method) -> Method:
-    """Of a model that has learned little, a copy whose answers differ: every class's logit has mean 0 and sd 3 over the test side."""
+    """Of a model that has learned little, a copy whose answers differ: every class's logit has mean 0 and sd 3 over
+    the test side.
+    """
     loud = copy.deepcopy(model).eval()
     pictures = opened.pictures("test")
     batch = pictures.batch(np.arange(len(pictures)))
@@ -103,9 +105,13 @@ def test_columns_share_out_the_same_difference_as_fields(opened: OpenedRun, by_f
     np.testing.assert_allclose(by_column.values.sum(axis=1), by_field.values.sum(axis=1), atol=1e-5)
 
 
-def test_the_seed_fixes_all_and_an_image_has_the_same_values_in_any_choice(opened: OpenedRun, by_field: MetadataShap) -> None:
+def test_the_seed_fixes_all_and_an_image_has_the_same_values_in_any_choice(
+    opened: OpenedRun, by_field: MetadataShap
+) -> None:
     seen: list[tuple[int, int]] = []
-    again = explain_metadata(opened, images=10, background=8, permutations=2, progress=lambda done, whole: seen.append((done, whole)))
+    again = explain_metadata(
+        opened, images=10, background=8, permutations=2, progress=lambda done, whole: seen.append((done, whole))
+    )
     np.testing.assert_array_equal(again.values, by_field.values)
     assert seen == [(number, 10) for number in range(1, 11)]
     whole = explain_metadata(opened, images=10_000, background=8, permutations=2)
@@ -113,7 +119,9 @@ def test_the_seed_fixes_all_and_an_image_has_the_same_values_in_any_choice(opene
     np.testing.assert_allclose(whole.values[places], by_field.values, atol=1e-6)
     other = explain_metadata(opened, images=10, background=8, permutations=2, seed=1)
     assert other.image_ids != by_field.image_ids
-    np.testing.assert_array_equal(other.image_ids, [image_id for image_id in whole.image_ids if image_id in other.image_ids])
+    np.testing.assert_array_equal(
+        other.image_ids, [image_id for image_id in whole.image_ids if image_id in other.image_ids]
+    )
 
 
 def test_asking_a_few_forms_at_once_gives_the_same_values(
@@ -121,7 +129,9 @@ def test_asking_a_few_forms_at_once_gives_the_same_values(
 ) -> None:
     monkeypatch.setattr(shapley, "MOST_ROWS", 7)
     monkeypatch.setattr(shapley, "BATCH", 3)
-    np.testing.assert_allclose(explain_metadata(opened, images=10, background=8, permutations=2).values, by_field.values, atol=1e-6)
+    np.testing.assert_allclose(
+        explain_metadata(opened, images=10, background=8, permutations=2).values, by_field.values, atol=1e-6
+    )
 
 
 def test_table_ranking_and_top_players_say_the_same_numbers(by_field: MetadataShap) -> None:
@@ -179,17 +189,23 @@ def test_of_every_kind_of_method_the_values_add_up_to_what_it_says_of_the_photog
 def test_stored_features_of_a_frozen_encoder_give_the_same_values(opened: OpenedRun, by_field: MetadataShap) -> None:
     frozen = replace(opened, recipe=load_recipe(opened.recipe, {"training.encoder": "frozen"}))
     assert frozen.examples("test").features
-    np.testing.assert_allclose(explain_metadata(frozen, images=10, background=8, permutations=2).values, by_field.values, atol=1e-5)
+    np.testing.assert_allclose(
+        explain_metadata(frozen, images=10, background=8, permutations=2).values, by_field.values, atol=1e-5
+    )
 
 
-def test_without_a_photograph_all_images_have_the_same_base(tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_without_a_photograph_all_images_have_the_same_base(
+    tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     recipe = load_recipe(tiny_recipe, {"model.method": "metadata_only", "training.epochs": 1})
     run = train_recipe(recipe, tmp_path_factory.mktemp("shapley") / "metadata_only")
     result = explain_metadata(open_run(run), images=8, background=6, permutations=1)
     assert not result.reads_image
     np.testing.assert_allclose(result.base, np.tile(result.base[0], (8, 1)), atol=1e-6)
     written = run.predictions.set_index("image_id").loc[list(result.image_ids)]
-    np.testing.assert_allclose(result.base + result.values.sum(axis=1), written[[f"prob_{name}" for name in result.classes]], atol=1e-4)
+    np.testing.assert_allclose(
+        result.base + result.values.sum(axis=1), written[[f"prob_{name}" for name in result.classes]], atol=1e-4
+    )
 
 
 def test_a_model_that_reads_no_metadata_is_refused(opened: OpenedRun, tiny_recipe: Recipe) -> None:

@@ -13,10 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from dualrefnet.analysis import shap as shares
+from dualrefnet.analysis.shap import Player, share_out
 from dualrefnet.errors import DependencyError
-from dualrefnet.explain import shares
-from dualrefnet.explain.players import Player
-from dualrefnet.explain.shares import share_out
 
 Floats = NDArray[np.float64]
 
@@ -70,7 +69,9 @@ def test_of_an_additive_model_a_field_is_worth_what_its_columns_are_worth_togeth
 
     by_column = share_out(classify, form, background, alone(6), 2, 0).values
     by_field = share_out(classify, form, background, columns((0, 3), (1,), (2, 4, 5)), 2, 0).values
-    np.testing.assert_allclose(by_field, [by_column[[0, 3]].sum(axis=0), by_column[1], by_column[[2, 4, 5]].sum(axis=0)], atol=1e-6)
+    np.testing.assert_allclose(
+        by_field, [by_column[[0, 3]].sum(axis=0), by_column[1], by_column[[2, 4, 5]].sum(axis=0)], atol=1e-6
+    )
 
 
 def test_two_answers_that_multiply_share_their_product_as_computed_by_hand() -> None:
@@ -164,7 +165,7 @@ def test_the_seed_fixes_the_orders_and_the_callers_random_numbers_stay_as_they_w
 
 def test_without_shap_the_message_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "shap", None)
-    monkeypatch.delitem(sys.modules, "dualrefnet.explain.shares")
+    monkeypatch.delitem(sys.modules, "dualrefnet.analysis.shap")
     with pytest.raises(DependencyError, match=r"pip install 'dualrefnet\[explain\]'"):
-        importlib.import_module("dualrefnet.explain.shares")
+        importlib.import_module("dualrefnet.analysis.shap")
     assert shares.share_out is share_out

@@ -8,15 +8,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dualrefnet.analysis.opened_run import OpenedRun, open_run
+from dualrefnet.analysis.perturbations import (
+    ask_with_forms,
+    ask_without_photograph,
+    count_flags,
+    find_gaps,
+    hide_flags,
+    replace_answers,
+    strangers,
+    without_answers,
+)
+from dualrefnet.analysis.shortcuts import (
+    Shortcuts,
+    probe_shortcuts,
+    shortcut_sentences,
+    shortcut_table,
+    train_for,
+    with_gaps_told,
+)
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.changed_inputs import ask_with_forms, ask_without_photograph, strangers, without_answers
-from dualrefnet.evaluation.intervals import paired_difference
+from dualrefnet.evaluation.bootstrap import paired_difference
 from dualrefnet.evaluation.metrics import compute_metrics
-from dualrefnet.evaluation.opened_run import OpenedRun, open_run
-from dualrefnet.probes.changed_forms import count_flags, find_gaps, hide_flags, replace_answers
-from dualrefnet.probes.shortcuts import Shortcuts, probe_shortcuts
-from dualrefnet.probes.tables import shortcut_sentences, shortcut_table
-from dualrefnet.probes.trained_for import train_for, with_gaps_told
 from dualrefnet.run import Run
 from hand_made import FormOnly, PictureOnly, hand_made
 
@@ -67,7 +80,15 @@ def test_strangers_come_from_everywhere() -> None:
 
 def test_a_model_of_gaps_keeps_all_with_gaps_alone_and_nothing_without_flags(opened: OpenedRun, tmp_path: Path) -> None:
     table = probe(opened, tmp_path, "flags")
-    for name in ("no_photograph", "other_photographs", "gaps", "photograph_and_gaps", "trained_gaps", "lesion_blurred", "background_only"):
+    for name in (
+        "no_photograph",
+        "other_photographs",
+        "gaps",
+        "photograph_and_gaps",
+        "trained_gaps",
+        "lesion_blurred",
+        "background_only",
+    ):
         assert table.loc[name, "value"] == 1, name
         assert table.loc[name, "lead"] == 1, name
         assert table.loc[name, "difference"] == 0, name
@@ -77,7 +98,9 @@ def test_a_model_of_gaps_keeps_all_with_gaps_alone_and_nothing_without_flags(ope
     assert table.loc["other_forms", "value"] < 0.4
 
 
-def test_a_model_of_answers_keeps_all_with_the_form_alone_and_nothing_with_the_gaps(opened: OpenedRun, tmp_path: Path) -> None:
+def test_a_model_of_answers_keeps_all_with_the_form_alone_and_nothing_with_the_gaps(
+    opened: OpenedRun, tmp_path: Path
+) -> None:
     table = probe(opened, tmp_path, "age")
     for name in ("no_photograph", "other_photographs", "flags_hidden", "background_only", "lesion_only"):
         assert table.loc[name, "value"] == 1, name
@@ -119,7 +142,9 @@ def empty_age(run: OpenedRun) -> int:
     rows = run.rows("test")
     values = run.metadata.encode(without_answers(rows, [field.name for field in run.metadata.fields])).values
     place = [field.name for field in run.metadata.fields].index("age")
-    return round(float(values[0, run.metadata.names.index("age")] * run.metadata.spread[place] + run.metadata.centre[place]))
+    return round(
+        float(values[0, run.metadata.names.index("age")] * run.metadata.spread[place] + run.metadata.centre[place])
+    )
 
 
 def test_replaced_answers_are_those_of_others_and_gaps_stay(opened: OpenedRun) -> None:
@@ -162,7 +187,9 @@ def test_hidden_flags_change_nothing_but_the_flags(opened: OpenedRun) -> None:
 def test_the_whole_is_what_the_run_predicted_and_differences_are_paired(opened: OpenedRun, real: Shortcuts) -> None:
     examples = opened.pictures("test")
     written = opened.run.predictions.query("split == 'test'")[[f"prob_{name}" for name in opened.classes]].to_numpy()
-    empty = opened.metadata.encode(without_answers(opened.rows("test"), [field.name for field in opened.metadata.fields])).values
+    empty = opened.metadata.encode(
+        without_answers(opened.rows("test"), [field.name for field in opened.metadata.fields])
+    ).values
     asked = ask_with_forms(opened, examples, [examples.metadata, empty])
     np.testing.assert_allclose(asked.answers[0], written, atol=1e-5)
     assert asked.vectors.shape == (len(examples), opened.model.encoder.features)
@@ -172,7 +199,13 @@ def test_the_whole_is_what_the_run_predicted_and_differences_are_paired(opened: 
         assert values.loc[("no_form", measure), "value"] == pytest.approx(metrics[key])
     # An independent road to the same interval.
     pair = paired_difference(
-        examples.labels, asked.answers[1], asked.answers[0], groups_of(opened), opened.classes, "auc_macro_ovr", samples=50
+        examples.labels,
+        asked.answers[1],
+        asked.answers[0],
+        groups_of(opened),
+        opened.classes,
+        "auc_macro_ovr",
+        samples=50,
     )
     row = values.loc[("no_form", "auc_macro_ovr")]
     assert row["difference"] == pytest.approx(pair["difference"])
@@ -182,7 +215,9 @@ def test_the_whole_is_what_the_run_predicted_and_differences_are_paired(opened: 
 def test_without_photograph_is_one_answer_for_equal_forms_in_batches_of_any_size(opened: OpenedRun) -> None:
     forms = opened.pictures("test").metadata
     size = opened.recipe.evaluation.batch_size
-    small = opened.recipe.model_copy(update={"evaluation": opened.recipe.evaluation.model_copy(update={"batch_size": 7})})
+    small = opened.recipe.model_copy(
+        update={"evaluation": opened.recipe.evaluation.model_copy(update={"batch_size": 7})}
+    )
     assert len(forms) % 7
     assert len(forms) < size
     first, second = (ask_without_photograph(run, [forms])[0] for run in (opened, replace(opened, recipe=small)))
@@ -195,7 +230,9 @@ def test_probes_that_make_no_sense_are_left_out_and_said_so(opened: OpenedRun, t
     form = probe_shortcuts(hand_made(opened, tmp_path / "form", "age", FormOnly), permutations=2, samples=20)
     assert set(form.table["probe"]) == {"whole", "gaps", "flags_hidden", "trained_form", "trained_gaps"}
     assert any("reads no photograph" in remark for remark in form.remarks)
-    picture = probe_shortcuts(hand_made(opened, tmp_path / "picture", "corner", PictureOnly), permutations=2, samples=20)
+    picture = probe_shortcuts(
+        hand_made(opened, tmp_path / "picture", "corner", PictureOnly), permutations=2, samples=20
+    )
     assert set(picture.table["probe"]) == {
         *("whole", "trained_photograph", "whole_outlined", "lesion_blurred", "background_only", "lesion_only")
     }
@@ -245,7 +282,9 @@ def test_a_regression_learns_what_is_there_and_only_that() -> None:
     assert found.argmax(axis=1).tolist() == [0, 2]
     assert (found[:, 1] == 0).all()
     np.testing.assert_allclose(found.sum(axis=1), 1)
-    noise = train_for(generator.normal(size=(80, 2)).astype(np.float32), labels, generator.normal(size=(400, 2)).astype(np.float32), 3)
+    noise = train_for(
+        generator.normal(size=(80, 2)).astype(np.float32), labels, generator.normal(size=(400, 2)).astype(np.float32), 3
+    )
     assert noise.max() < 0.9
 
 

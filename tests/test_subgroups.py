@@ -5,14 +5,13 @@ import pandas as pd
 import pytest
 from sklearn.metrics import accuracy_score, recall_score, roc_auc_score
 
+from dualrefnet.analysis.subgroups import Subgroups, field_levels, measure_subgroups
 from dualrefnet.data.csv_table import describe
 from dualrefnet.data.isic_2019 import SCHEMA as ISIC
 from dualrefnet.data.pad_ufes_20 import SCHEMA as PAD
 from dualrefnet.data.schema import DatasetSchema, MetadataField
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.levels import field_levels
-from dualrefnet.evaluation.resampling import Resampler
-from dualrefnet.evaluation.subgroups import Subgroups, measure_subgroups
+from dualrefnet.evaluation.metrics import Resampler
 
 CLASSES = ("A", "B", "MEL")
 SEX = MetadataField(name="sex", kind="categorical", categories=("f", "m", "x"), subgroup=True)
@@ -28,11 +27,20 @@ def a_test_side(seed: int = 0, images: int = 240, schema: DatasetSchema = SCHEMA
     scores /= scores.sum(axis=1, keepdims=True)
     ids = [f"i{number}" for number in range(images)]
     predictions = pd.DataFrame(
-        {"image_id": ids, "label": np.array(CLASSES)[labels], **{f"prob_{n}": scores[:, k] for k, n in enumerate(CLASSES)}}
+        {
+            "image_id": ids,
+            "label": np.array(CLASSES)[labels],
+            **{f"prob_{n}": scores[:, k] for k, n in enumerate(CLASSES)},
+        }
     )
     groups = pd.Series([f"p{number // 2}" for number in range(images)], index=ids)
     columns = columns or {"sex": np.array(["f", "m", None], dtype=object)[np.arange(images) // 2 % 3]}
-    return {"predictions": predictions, "rows": pd.DataFrame({"image_id": ids, **columns}), "groups": groups, "schema": schema}
+    return {
+        "predictions": predictions,
+        "rows": pd.DataFrame({"image_id": ids, **columns}),
+        "groups": groups,
+        "schema": schema,
+    }
 
 
 def row(found: Subgroups, level: str, measure: str, field: str = "sex") -> dict[str, Any]:
@@ -65,7 +73,11 @@ def test_values_and_gaps_are_those_of_scikit_learn_on_the_parts() -> None:
             "overconfidence": scores[mask].max(axis=1).mean() - accuracy_score(truth, given),
         }
 
-    for level, mine, theirs in (("f", sex == "f", sex == "m"), ("m", sex == "m", sex == "f"), ("not recorded", sex.isna(), sex.notna())):
+    for level, mine, theirs in (
+        ("f", sex == "f", sex == "m"),
+        ("m", sex == "m", sex == "f"),
+        ("not recorded", sex.isna(), sex.notna()),
+    ):
         values, others = by_hand(mine.to_numpy()), by_hand(theirs.to_numpy())
         for measure, value in values.items():
             found_row = row(found, level, measure)
@@ -88,7 +100,9 @@ def test_intervals_agree_with_measuring_every_laid_out_resample() -> None:
         rows = np.concatenate([[2 * patient, 2 * patient + 1] for patient in generator.integers(60, size=60)])
         one, other = rows[sex[rows] == "f"], rows[sex[rows] == "m"]
         values.append(accuracy_score(labels[one], decided[one]))
-        recalls = [recall_score(labels[part], decided[part], average=None, labels=list(CLASSES)) for part in (one, other)]
+        recalls = [
+            recall_score(labels[part], decided[part], average=None, labels=list(CLASSES)) for part in (one, other)
+        ]
         gaps.append(np.mean(recalls[0] - recalls[1]))
     accuracy, balanced = row(found, "f", "accuracy"), row(found, "f", "balanced_accuracy")
     assert (accuracy["low"], accuracy["high"]) == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])))
@@ -204,7 +218,11 @@ def test_numbers_are_divided_into_bands() -> None:
 
 def test_words_keep_their_order_their_aliases_and_what_is_not_known() -> None:
     origin = MetadataField(
-        name="o", kind="categorical", categories=("BRAZIL", "ITALY", "BRASIL"), missing_codes=("UNK",), aliases={"BRASIL": "BRAZIL"}
+        name="o",
+        kind="categorical",
+        categories=("BRAZIL", "ITALY", "BRASIL"),
+        missing_codes=("UNK",),
+        aliases={"BRASIL": "BRAZIL"},
     )
     levels, order = field_levels(pd.Series(["BRASIL", "UNK", None, "CHILE", "BRAZIL"], dtype=object), origin)
     assert levels.tolist() == ["BRAZIL", "not recorded", "not recorded", "CHILE", "BRAZIL"]

@@ -7,10 +7,22 @@ import pytest
 from sklearn.metrics import balanced_accuracy_score
 
 from dualrefnet.files import write_yaml
-from dualrefnet.suite.aggregate import aggregate
 from dualrefnet.suite.grid import expand, load_suite
+from dualrefnet.suite.results import aggregate
 from dualrefnet.suite.tables import printed_tables
-from suite_folder import ERRORS, LABELS, SUITE, changed, image_ids, paper_suite, planned, row, write_run, write_suite, wrong_on
+from suite_folder import (
+    ERRORS,
+    LABELS,
+    SUITE,
+    changed,
+    image_ids,
+    paper_suite,
+    planned,
+    row,
+    write_run,
+    write_suite,
+    wrong_on,
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +40,9 @@ def test_means_are_over_runs_and_pooled_values_over_all_folds_of_a_seed(small: P
     assert accuracy[["runs", "planned", "folds", "seeds", "images", "groups"]].tolist() == [4, 4, 2, 2, 48, 24]
     balanced = row(found, method="concat", measure="balanced_accuracy")
     by_seed = [
-        balanced_accuracy_score(np.tile(LABELS, 2), np.concatenate([wrong_on(*ERRORS["concat", fold, seed]) for fold in (0, 1)]))
+        balanced_accuracy_score(
+            np.tile(LABELS, 2), np.concatenate([wrong_on(*ERRORS["concat", fold, seed]) for fold in (0, 1)])
+        )
         for seed in (0, 1)
     ]
     assert balanced["pooled"] == pytest.approx(np.mean(by_seed))
@@ -42,7 +56,9 @@ def test_the_interval_resamples_the_patients_of_the_pooled_test_set(small: Path)
     interval = row(aggregate(small, samples=4000).systems, method="concat", measure="accuracy")
     # Hits of each of the 24 patients, averaged over seeds; here drawn patient by patient.
     hits = [
-        np.mean([wrong_on(*ERRORS["concat", fold, seed]) == LABELS for seed in (0, 1)], axis=0).reshape(12, 2).sum(axis=1)
+        np.mean([wrong_on(*ERRORS["concat", fold, seed]) == LABELS for seed in (0, 1)], axis=0)
+        .reshape(12, 2)
+        .sum(axis=1)
         for fold in (0, 1)
     ]
     drawn = np.random.default_rng(1).choice(np.concatenate(hits), size=(20000, 24)).sum(axis=1) / 48
@@ -67,7 +83,10 @@ def test_p_is_corrected_within_a_measure_and_samples_suffice_for_the_number_of_c
     errors = {"dualrefnet": (), "concat": (0, 2, 4, 6, 8, 10, 12, 14), "metablock": (0,), "metanet": ()}
     found = aggregate(write_suite(tmp_path, suite, lambda cell: wrong_on(*errors[cell.method])), samples=10)
     assert found.samples == 300
-    p, corrected = (found.comparisons[found.comparisons["measure"] == "accuracy"].set_index("method")[name] for name in ("p", "p_holm"))
+    p, corrected = (
+        found.comparisons[found.comparisons["measure"] == "accuracy"].set_index("method")[name]
+        for name in ("p", "p_holm")
+    )
     assert corrected["concat"] == pytest.approx(3 * p["concat"])
     assert corrected["concat"] < 0.05
     assert (p["metanet"], corrected["metanet"]) == (1, 1)
@@ -118,7 +137,11 @@ def test_an_ablation_has_the_papers_ablated_number_only(tmp_path: Path) -> None:
         block={"variants": variants},
     ).systems
     assert row(found, variant="cross", measure="balanced_accuracy")["paper"] == 0.6899
-    assert found.drop(found.index[(found["variant"] == "cross") & (found["measure"] == "balanced_accuracy")])["paper"].isna().all()
+    assert (
+        found.drop(found.index[(found["variant"] == "cross") & (found["measure"] == "balanced_accuracy")])["paper"]
+        .isna()
+        .all()
+    )
 
 
 def test_a_variant_is_compared_with_the_same_backbone_of_the_reference(tmp_path: Path) -> None:
@@ -140,7 +163,12 @@ def test_a_reference_with_one_backbone_is_compared_with_methods_that_have_anothe
 
 def test_tables_of_a_real_run(tiny_run: Any, tmp_path: Path) -> None:
     recipe = tiny_run.recipe.model_dump(mode="json", exclude_unset=True)
-    suite = {"name": "real", "title": "Real", "measures": ["balanced_accuracy", "malignant.auc"], "grid": [{"recipe": recipe}]}
+    suite = {
+        "name": "real",
+        "title": "Real",
+        "measures": ["balanced_accuracy", "malignant.auc"],
+        "grid": [{"recipe": recipe}],
+    }
     write_yaml(tmp_path / "suite.yaml", suite)
     (cell,) = expand(load_suite(tmp_path / "suite.yaml"))
     shutil.copytree(tiny_run.path, tmp_path / "runs" / cell.run)
@@ -164,7 +192,12 @@ def test_runs_of_unlike_recipes_and_seeds_with_other_images_are_flagged(small: P
     write_yaml(tmp_path / "other.yaml", changes)
     for cell in expand(load_suite(tmp_path / "other.yaml")):
         if (cell.method, cell.seed) == ("concat", 1):
-            write_run(folder / "runs" / cell.run, cell, planned(cell), ids=[f"s1f{cell.fold}-{index:02}" for index in range(24)])
+            write_run(
+                folder / "runs" / cell.run,
+                cell,
+                planned(cell),
+                ids=[f"s1f{cell.fold}-{index:02}" for index in range(24)],
+            )
     found = aggregate(folder).systems
     assert row(found, method="dualrefnet", measure="accuracy")["flags"] == ""
     expected = "its runs have different recipes; not pooled: the seeds have different test images"

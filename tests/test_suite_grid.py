@@ -7,13 +7,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from dualrefnet.cli import app, suites  # noqa: F401 (registers the commands)
+from dualrefnet.cli import app
 from dualrefnet.errors import RecipeError
-from dualrefnet.models.backbones import BACKBONES
+from dualrefnet.models.encoders import BACKBONES
 from dualrefnet.recipe import load_recipe
-from dualrefnet.suite.grid import Block, Suite, Variant, check_names, expand, load_suite, override, shipped_suites
+from dualrefnet.suite.grid import (
+    Block,
+    Suite,
+    Variant,
+    check_names,
+    expand,
+    load_suite,
+    override,
+    shipped_suites,
+    smoke,
+)
 from dualrefnet.suite.paper import reported
-from dualrefnet.suite.smoke import smoke
 
 # Suite -> cells, runs.
 SHIPPED = {
@@ -46,7 +55,9 @@ def test_every_suite_of_the_paper_is_complete(name: str, counts: tuple[int, int]
     assert (len(cells), len({cell.run for cell in cells})) == counts
     protocols = {cell.protocol for cell in cells} | {split.protocol for split in suite.splits}
     assert protocols == ({"grouped"} if name == "readings" else {"paper"})
-    assert protocols != {"paper"} or "leak" in suite.description, "a suite on the paper's splits must say that they leak"
+    assert protocols != {"paper"} or "leak" in suite.description, (
+        "a suite on the paper's splits must say that they leak"
+    )
 
 
 @pytest.mark.parametrize("name", shipped_suites())
@@ -68,7 +79,9 @@ def test_the_paper_s_suites_ship() -> None:
 def test_the_tables_have_the_paper_s_cells() -> None:
     cells = expand(load_suite("table3a"))
     methods = ["no_metadata", "concat", "metanet", "metablock", "visual", "auxnet", "dualrefnet"]
-    assert [(cell.method, cell.backbone) for cell in cells] == [(method, backbone) for method in methods for backbone in CNNS]
+    assert [(cell.method, cell.backbone) for cell in cells] == [
+        (method, backbone) for method in methods for backbone in CNNS
+    ]
     for table in ("table3a", "table3b", "table4"):
         suite = load_suite(table)
         for cell in expand(suite):
@@ -81,7 +94,9 @@ def test_every_lookup_finds_the_paper_s_number() -> None:
         assert looked
         for cell in looked:
             metric = cell.paper["metrics"].get("balanced_accuracy")
-            assert reported(cell.dataset, cell.paper["table"], cell.method, cell.backbone, "balanced_accuracy", metric), cell.name
+            assert reported(
+                cell.dataset, cell.paper["table"], cell.method, cell.backbone, "balanced_accuracy", metric
+            ), cell.name
 
 
 def test_figure_1e_has_all_combinations_of_the_three_parts() -> None:
@@ -111,7 +126,9 @@ names = st.text(st.sampled_from("abcXYZ019"), min_size=1, max_size=6)
 
 @settings(deadline=None, max_examples=50)
 @given(
-    methods=st.lists(st.sampled_from(["dualrefnet", "no_metadata", "metadata_only"]), min_size=1, max_size=3, unique=True),
+    methods=st.lists(
+        st.sampled_from(["dualrefnet", "no_metadata", "metadata_only"]), min_size=1, max_size=3, unique=True
+    ),
     backbones=st.lists(st.sampled_from(CNNS), min_size=1, max_size=4, unique=True),
     folds=st.lists(st.integers(0, 4), min_size=1, max_size=3, unique=True),
     seeds=st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=3, unique=True),
@@ -157,7 +174,9 @@ def test_an_axis_that_isn_t_given_is_the_recipe_s() -> None:
 
 def test_the_stronger_setting_wins() -> None:
     variants = (Variant(name="v", set={"training.epochs": 3, "model.backbone": "vgg13"}),)
-    block = Block(recipe="pad_ufes_20", set={"training.epochs": 2, "model.hidden": 8}, backbones=("resnet50",), variants=variants)
+    block = Block(
+        recipe="pad_ufes_20", set={"training.epochs": 2, "model.hidden": 8}, backbones=("resnet50",), variants=variants
+    )
     (cell,) = expand(suite_of(block))
     assert (cell.recipe.training.epochs, cell.recipe.model.hidden, cell.backbone) == (3, 8, "vgg13")
     (cell,) = expand(override(suite_of(block), {"training.epochs": 4, "model.backbone": "densenet121"}))
@@ -165,7 +184,9 @@ def test_the_stronger_setting_wins() -> None:
 
 
 def test_an_override_of_an_axis_takes_a_list() -> None:
-    suite = override(load_suite("table3a"), {"seed": [0, 1, 2], "model.backbone": "mobilenet_v2", "data.root": "/there"})
+    suite = override(
+        load_suite("table3a"), {"seed": [0, 1, 2], "model.backbone": "mobilenet_v2", "data.root": "/there"}
+    )
     cells = expand(suite)
     assert len(cells) == 7 * 3
     assert {cell.backbone for cell in cells} == {"mobilenet_v2"}
@@ -192,7 +213,10 @@ def test_cells_that_can_t_be_told_apart_are_refused_and_a_repeated_one_is_one() 
     [
         ("name: s\ntitle: S\ngird: []\n", r"unknown key 'gird'; did you mean 'grid'"),
         ("name: s\ntitle: S\ngrid: [{recipe: sample, method: [auxnet]}]\n", r"'grid.0.method'; did you mean 'methods'"),
-        ("name: s\ntitle: S\ngrid: [{recipe: sample, variants: [{nam: x}]}]\n", r"variants.0.nam'; did you mean 'name'"),
+        (
+            "name: s\ntitle: S\ngrid: [{recipe: sample, variants: [{nam: x}]}]\n",
+            r"variants.0.nam'; did you mean 'name'",
+        ),
         ("name: s\ntitle: S\ngrid: [{recipe: sampel}]\n", r"did you mean 'sample'"),
         ("name: s\ntitle: S\n", "neither `grid` nor `splits`"),
         ("name: s\nname: t\ntitle: S\n", "stands twice"),
@@ -207,7 +231,15 @@ def test_a_wrong_suite_file_is_refused_with_a_hint(text: str, words: str, tmp_pa
 
 def test_a_wrong_key_of_a_recipe_is_refused_with_a_hint() -> None:
     with pytest.raises(RecipeError, match=r"\(bad, resnet50\).*did you mean 'target'"):
-        expand(suite_of(Block(recipe="sample", backbones=("resnet50",), variants=(Variant(name="bad", set={"model.targt": "bicubic"}),))))
+        expand(
+            suite_of(
+                Block(
+                    recipe="sample",
+                    backbones=("resnet50",),
+                    variants=(Variant(name="bad", set={"model.targt": "bicubic"}),),
+                )
+            )
+        )
     with pytest.raises(RecipeError, match="did you mean 'epochs'"):
         expand(override(load_suite("table2"), {"training.epoch": 1}))
     with pytest.raises(RecipeError, match="did you mean 'table3"):
@@ -253,7 +285,12 @@ def test_a_smoke_test_keeps_methods_and_variants_and_is_cheap(name: str, tmp_pat
     for cell in cells:
         recipe = cell.recipe
         assert (cell.dataset, cell.protocol, cell.fold, cell.seed) == ("sample", "grouped", 0, 0)
-        assert (recipe.image.size, recipe.model.weights, recipe.training.epochs, recipe.evaluation.bootstrap) == (32, "none", 1, 50)
+        assert (recipe.image.size, recipe.model.weights, recipe.training.epochs, recipe.evaluation.bootstrap) == (
+            32,
+            "none",
+            1,
+            50,
+        )
         assert recipe.model.members == ()
         assert recipe.model.target in ("bilinear", "bicubic")
     assert any("edsr" in remark for remark in remarks) == (name == "figure1e")

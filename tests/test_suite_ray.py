@@ -25,7 +25,9 @@ QUICK = {
 
 def suite_of(root: Path, **variants: dict) -> Suite:
     chosen = [Variant(name=name, set=values) for name, values in variants.items()]
-    return Suite(name="s", title="S", grid=[Block(recipe="sample", set={"data.root": str(root), **QUICK}, variants=chosen)])
+    return Suite(
+        name="s", title="S", grid=[Block(recipe="sample", set={"data.root": str(root), **QUICK}, variants=chosen)]
+    )
 
 
 def run_of(name: str) -> str:
@@ -38,14 +40,22 @@ def test_ray_does_the_runs_and_a_failed_or_killed_one_fails_alone(sample_root: P
     suite = suite_of(
         sample_root,
         endless={"training.epochs": 100_000},
-        diverges={"training.learning_rate": 1e30, "training.optimizer": "sgd", "training.schedule": "constant", "training.epochs": 3},
+        diverges={
+            "training.learning_rate": 1e30,
+            "training.optimizer": "sgd",
+            "training.schedule": "constant",
+            "training.epochs": 3,
+        },
         good={},
         last={"metadata.tier": "M1"},
     )
     killed: list[int] = []
 
     def kill_the_endless() -> None:
-        log, checkpoint = out / "logs" / f"{run_of('endless')}.log", out / "runs" / run_of("endless") / "checkpoint.safetensors"
+        log, checkpoint = (
+            out / "logs" / f"{run_of('endless')}.log",
+            out / "runs" / run_of("endless") / "checkpoint.safetensors",
+        )
         deadline = time.monotonic() + 120
         while not checkpoint.exists() and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -77,7 +87,9 @@ def test_too_few_cpus_and_a_missing_cluster_are_clear_errors(sample_root: Path, 
         run_suite(suite_of(sample_root, good={}), tmp_path / "out", ray_address="local", cores=10_000)
 
 
-def test_without_ray_the_error_names_the_extra(sample_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ray_the_error_names_the_extra(
+    sample_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(RunError, match=r"pip install 'dualrefnet\[scale\]'"):
         run_suite(suite_of(sample_root, good={}), tmp_path / "out", ray_address="auto")

@@ -18,12 +18,19 @@ from dualrefnet.errors import RunError
 from dualrefnet.files import write_yaml
 from dualrefnet.models.registry import METHODS
 from dualrefnet.run import Run
-from dualrefnet.suite.folder import suite_lock
-from dualrefnet.suite.grid import Block, Suite, Variant, expand, load_suite, override, shipped_suites, with_recipes
-from dualrefnet.suite.runner import run_suite
-from dualrefnet.suite.smoke import smoke
+from dualrefnet.suite.grid import (
+    Block,
+    Suite,
+    Variant,
+    expand,
+    load_suite,
+    override,
+    shipped_suites,
+    smoke,
+    with_recipes,
+)
+from dualrefnet.suite.runner import Outcome, duration, run_suite, suite_lock
 from dualrefnet.suite.tables import write_tables
-from dualrefnet.suite.view import Outcome, duration
 
 # Seconds a run: the metadata alone, though the rows are those of the image methods.
 QUICK = {
@@ -39,7 +46,9 @@ ENDLESS = {"training.epochs": 100_000}
 
 def suite_of(root: Path, **variants: dict) -> Suite:
     chosen = [Variant(name=name.replace("_", " "), set=values) for name, values in variants.items()]
-    return Suite(name="s", title="S", grid=[Block(recipe="sample", set={"data.root": str(root), **QUICK}, variants=chosen)])
+    return Suite(
+        name="s", title="S", grid=[Block(recipe="sample", set={"data.root": str(root), **QUICK}, variants=chosen)]
+    )
 
 
 def run_of(name: str) -> str:
@@ -49,9 +58,20 @@ def run_of(name: str) -> str:
 def start(suite: Suite, folder: Path, *arguments: str) -> subprocess.Popen:
     """Run the real program on a suite in the folder `folder/out`."""
     write_yaml(folder / "suite.yaml", suite.model_dump(mode="json"))
-    command = [sys.executable, "-m", "dualrefnet", "suite", str(folder / "suite.yaml"), "--out", str(folder / "out"), *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "dualrefnet",
+        "suite",
+        str(folder / "suite.yaml"),
+        "--out",
+        str(folder / "out"),
+        *arguments,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
 
 
 def until(condition: Callable[[], bool], process: subprocess.Popen | None = None) -> None:
@@ -82,7 +102,12 @@ def mixed(sample_root: Path) -> Suite:
         sample_root,
         good={},
         same={},
-        diverges={"training.learning_rate": 1e30, "training.optimizer": "sgd", "training.schedule": "constant", "training.epochs": 3},
+        diverges={
+            "training.learning_rate": 1e30,
+            "training.optimizer": "sgd",
+            "training.schedule": "constant",
+            "training.epochs": 3,
+        },
         wrong_device={"training.device": "mps"},
         no_data={"data.root": str(sample_root / "nowhere")},
         last={"metadata.tier": "M1"},
@@ -105,7 +130,11 @@ def test_a_failed_run_is_written_down_and_the_others_go_on(mixed: Suite, first: 
         run_of("wrong-device"): "RunError",
         run_of("no-data"): "DataError",
     }
-    for name, words in (("diverges", "learning_rate"), ("wrong-device", "training.device"), ("no-data", "there is no folder")):
+    for name, words in (
+        ("diverges", "learning_rate"),
+        ("wrong-device", "training.device"),
+        ("no-data", "there is no folder"),
+    ):
         written = json.loads((out / "failures" / f"{run_of(name)}.json").read_text())
         assert written.keys() == {"error", "kind", "log"}
         assert words in written["error"]
@@ -117,7 +146,17 @@ def test_a_failed_run_is_written_down_and_the_others_go_on(mixed: Suite, first: 
 def test_the_folder_says_what_it_holds(mixed: Suite, first: tuple[Path, Outcome]) -> None:
     out, _ = first
     cells = pd.read_csv(out / "cells.csv", keep_default_na=False)
-    assert list(cells.columns) == ["cell", "run", "dataset", "protocol", "method", "backbone", "variant", "fold", "seed"]
+    assert list(cells.columns) == [
+        "cell",
+        "run",
+        "dataset",
+        "protocol",
+        "method",
+        "backbone",
+        "variant",
+        "fold",
+        "seed",
+    ]
     assert list(cells["cell"]) == [cell.name for cell in expand(mixed)]
     assert list(cells["run"])[:2] == [run_of("good"), run_of("good")]
     assert {path.name for path in (out / "runs").iterdir()} >= {run_of("good"), run_of("last")}
@@ -125,7 +164,9 @@ def test_the_folder_says_what_it_holds(mixed: Suite, first: tuple[Path, Outcome]
     assert Run(out / "runs" / run_of("good")).finished
 
 
-def test_the_next_call_skips_the_finished_and_tries_the_failed(mixed: Suite, first: tuple[Path, Outcome], capfd) -> None:
+def test_the_next_call_skips_the_finished_and_tries_the_failed(
+    mixed: Suite, first: tuple[Path, Outcome], capfd
+) -> None:
     out, _ = first
     written = Run(out / "runs" / run_of("good")).weights_file.stat().st_mtime_ns
     (out / "failures" / f"{run_of('good')}.json").write_text("{}")
@@ -160,7 +201,10 @@ def test_another_suite_in_the_folder_is_refused(mixed: Suite, first: tuple[Path,
 
 
 def test_a_second_call_is_locked_out(mixed: Suite, tmp_path: Path) -> None:
-    with suite_lock(tmp_path), pytest.raises(RunError, match=rf"in use by another `dualrefnet suite` \(process {os.getpid()} on"):
+    with (
+        suite_lock(tmp_path),
+        pytest.raises(RunError, match=rf"in use by another `dualrefnet suite` \(process {os.getpid()} on"),
+    ):
         run_suite(mixed, tmp_path)
     assert not (tmp_path / "suite.yaml").exists()
 
@@ -175,7 +219,10 @@ def test_a_killed_worker_fails_its_run_alone_and_a_second_call_is_locked_out(sam
     os.kill(worker_of(tmp_path, "endless"), signal.SIGKILL)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 1, errors
-    assert f"failed: {run_of('endless')}: its process was ended by SIGKILL; most often the system was out of memory" in output
+    assert (
+        f"failed: {run_of('endless')}: its process was ended by SIGKILL; most often the system was out of memory"
+        in output
+    )
     assert "2; 1 finished, 0 were finished before, 1 failed" in output
     assert Run(tmp_path / "out" / "runs" / run_of("good")).finished
     assert json.loads((tmp_path / "out" / "failures" / f"{run_of('endless')}.json").read_text())["kind"] == "WorkerDied"
@@ -213,7 +260,9 @@ def test_no_worker_outlives_its_parent_and_the_same_command_goes_on(sample_root:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-def test_kill_9_at_any_moment_and_the_same_command_gives_the_same_runs(workers: int, sample_root: Path, tmp_path: Path) -> None:
+def test_kill_9_at_any_moment_and_the_same_command_gives_the_same_runs(
+    workers: int, sample_root: Path, tmp_path: Path
+) -> None:
     values = {"training.epochs": 40}
     suite = suite_of(sample_root, a=values, b={**values, "metadata.tier": "M1"}, c={**values, "model.dropout": 0.3})
     undisturbed = run_suite(suite, tmp_path / "undisturbed")
@@ -289,4 +338,11 @@ def test_the_smoke_test_of_every_suite_trains_and_makes_its_tables(name: str, tm
 
 
 def test_times_are_told_as_a_person_would() -> None:
-    assert [duration(seconds) for seconds in (0, 45.2, 99, 120, 5000, 7000)] == ["0 s", "45 s", "99 s", "2 min", "83 min", "1 h 57 min"]
+    assert [duration(seconds) for seconds in (0, 45.2, 99, 120, 5000, 7000)] == [
+        "0 s",
+        "45 s",
+        "99 s",
+        "2 min",
+        "83 min",
+        "1 h 57 min",
+    ]

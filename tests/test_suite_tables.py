@@ -7,14 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from dualrefnet.display.format import Cell as TableCell
+from dualrefnet.display.format import PrintedTable, escape_latex, escape_markdown
 from dualrefnet.errors import RunError
-from dualrefnet.evaluation.printed_table import Cell as TableCell
-from dualrefnet.evaluation.printed_table import PrintedTable, escape_latex, escape_markdown
 from dualrefnet.files import write_csv, write_json, write_yaml
 from dualrefnet.models.registry import METHODS
 from dualrefnet.suite import tables
-from dualrefnet.suite.aggregate import aggregate
 from dualrefnet.suite.grid import expand, load_suite
+from dualrefnet.suite.results import aggregate
 from dualrefnet.suite.tables import write_tables
 from suite_folder import IMAGES, SUITE, changed, paper_suite, planned, row, write_run, write_suite, wrong_on
 
@@ -25,7 +25,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_suite(tmp_path_factory.mktemp("suite") / "small", SUITE)
 
 
-def test_a_missing_run_is_said_and_the_complete_seed_is_pooled(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_run_is_said_and_the_complete_seed_is_pooled(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = shutil.copytree(small, tmp_path / "suite")
     lost, failed = "sample-concat-efficientnet_lite0-fold1-seed1", "sample-dualrefnet-efficientnet_lite0-fold0-seed0"
     shutil.rmtree(folder / "runs" / lost)
@@ -69,7 +71,8 @@ def test_a_system_without_any_run_keeps_its_row(small: Path, tmp_path: Path) -> 
     assert row(found.comparisons, measure="accuracy")["note"] == "not compared: it has no pooled value"
     write_tables(folder)
     assert re.search(
-        r"\| Concat†? \| efficientnet_lite0 \| – \| – \| 0 of 4 \|", (folder / "tables" / "table.md").read_text(encoding="utf-8")
+        r"\| Concat†? \| efficientnet_lite0 \| – \| – \| 0 of 4 \|",
+        (folder / "tables" / "table.md").read_text(encoding="utf-8"),
     )
 
 
@@ -77,13 +80,17 @@ def test_systems_tested_on_other_images_are_not_compared(small: Path, tmp_path: 
     folder = shutil.copytree(small, tmp_path / "suite")
     for cell in expand(load_suite(folder / "suite.yaml")):
         if cell.method == "concat" and cell.fold == 1:
-            write_run(folder / "runs" / cell.run, cell, planned(cell), ids=[f"other-{index:02}" for index in range(IMAGES)])
+            write_run(
+                folder / "runs" / cell.run, cell, planned(cell), ids=[f"other-{index:02}" for index in range(IMAGES)]
+            )
     found = aggregate(folder)
     assert found.comparisons["note"].unique().tolist() == ["not compared: the reference was tested on other images"]
     assert found.comparisons[["difference", "p", "p_holm"]].isna().all(axis=None)
     assert row(found.systems, method="concat", measure="accuracy")["pooled"] == pytest.approx(37 / 48)
     write_tables(folder)
-    assert "not compared: the reference was tested on other images" in (folder / "tables" / "table.md").read_text(encoding="utf-8")
+    assert "not compared: the reference was tested on other images" in (folder / "tables" / "table.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_flags_say_what_spoils_a_number(tmp_path: Path) -> None:
@@ -91,8 +98,17 @@ def test_flags_say_what_spoils_a_number(tmp_path: Path) -> None:
         {"name": "leak", "set": {"metadata.imputation": "label_leaking", "modality_dropout": {}}},
         {"name": "frozen", "set": {"training.encoder": "frozen"}},
     ]
-    suite = changed(grid_methods=["dualrefnet"], grid_folds=[0], grid_seeds=[0], grid_variants=variants, rows="variant", reference="frozen")
-    folder = write_suite(tmp_path, suite, lambda cell: wrong_on() if cell.variant == "leak" else wrong_on(0), weights="none", drawn=True)
+    suite = changed(
+        grid_methods=["dualrefnet"],
+        grid_folds=[0],
+        grid_seeds=[0],
+        grid_variants=variants,
+        rows="variant",
+        reference="frozen",
+    )
+    folder = write_suite(
+        tmp_path, suite, lambda cell: wrong_on() if cell.variant == "leak" else wrong_on(0), weights="none", drawn=True
+    )
     found = aggregate(folder)
     leak, frozen = (row(found.systems, variant=name, measure="accuracy") for name in ("leak", "frozen"))
     assert leak["flags"].startswith("LABEL-LEAKING IMPUTATION")
@@ -107,7 +123,9 @@ def test_flags_say_what_spoils_a_number(tmp_path: Path) -> None:
     assert found.comparisons["reference"].unique().tolist() == ["dualrefnet efficientnet_lite0 frozen"]
 
 
-def test_the_papers_numbers_stand_beside_ours_with_the_leak_and_the_caveats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_papers_numbers_stand_beside_ours_with_the_leak_and_the_caveats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(METHODS["visual"], "reconstruction", "taps_unknown")
     found = paper_suite(tmp_path)
     accuracy = row(found.systems, method="dualrefnet", measure="accuracy")
@@ -124,7 +142,9 @@ def test_the_papers_numbers_stand_beside_ours_with_the_leak_and_the_caveats(tmp_
 
 
 def test_weighted_numbers_of_table_4_are_shown_and_not_subtracted_from_macro_ones(tmp_path: Path) -> None:
-    found = paper_suite(tmp_path, table=4, measures=["accuracy", "f1_macro", "f1_weighted", "mcc"], methods=["metablock", "dualrefnet"])
+    found = paper_suite(
+        tmp_path, table=4, measures=["accuracy", "f1_macro", "f1_weighted", "mcc"], methods=["metablock", "dualrefnet"]
+    )
     cells = {
         (key, measure): row(found.systems, method=key, measure=measure)
         for key in ("metablock", "dualrefnet")
@@ -176,13 +196,15 @@ def test_splits_are_counted_beside_table_1(tmp_path: Path) -> None:
         for side, count in zip(("train", "val", "test"), counts, strict=True)
         for _ in range(count)
     ]
-    split = pd.DataFrame(rows, columns=["label", "split"]).assign(image_id=range(len(rows)), patient_id=range(len(rows)))
+    split = pd.DataFrame(rows, columns=["label", "split"]).assign(
+        image_id=range(len(rows)), patient_id=range(len(rows))
+    )
     write_csv(tmp_path / "splits" / "pad_ufes_20-paper.csv", split)
     found = aggregate(tmp_path)
     # One test melanoma more than in the paper.
-    assert found.splits.loc[found.splits["equal"] == "NO", ["class", "split", "images", "paper"]].to_numpy().tolist() == [
-        ["MEL", "test", 10, 9]
-    ]
+    assert found.splits.loc[
+        found.splits["equal"] == "NO", ["class", "split", "images", "paper"]
+    ].to_numpy().tolist() == [["MEL", "test", 10, 9]]
     assert (found.splits["equal"] == "yes").sum() == 17
     assert found.collection.missing["cell"].tolist() == ["split pad_ufes_20 grouped"]
     assert [path.name for path in write_tables(tmp_path)] == ["splits.csv", "missing.csv", "table.md", "table.tex"]
@@ -233,9 +255,15 @@ def test_latex_compiles(small: Path, tmp_path: Path) -> None:
         pytest.skip("there is no pdflatex")
     folder = shutil.copytree(small, tmp_path / "suite")
     write_tables(folder)
-    lines = [r"\documentclass{article}\usepackage{booktabs}\begin{document}", r"\input{tables/table.tex}", r"\end{document}"]
+    lines = [
+        r"\documentclass{article}\usepackage{booktabs}\begin{document}",
+        r"\input{tables/table.tex}",
+        r"\end{document}",
+    ]
     (folder / "page.tex").write_text("\n".join(lines), encoding="utf-8")
-    result = subprocess.run([program, "-interaction=nonstopmode", "-halt-on-error", "page.tex"], cwd=folder, capture_output=True, text=True)
+    result = subprocess.run(
+        [program, "-interaction=nonstopmode", "-halt-on-error", "page.tex"], cwd=folder, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout[-2000:]
 
 
@@ -247,7 +275,9 @@ def test_escapes_undo_every_special_sign() -> None:
         escape_markdown("a|b *c* _d_ <e> [f](g) [0.1, 0.2] vit_b_16 __g__")
         == r"a\|b \*c\* \_d\_ \<e> [f\](g) [0.1, 0.2] vit_b_16 \_\_g\_\_"
     )
-    table = PrintedTable("T|1", ("a", "b"), [[TableCell("x_1", mark="†"), TableCell("0.5", "[0.4, 0.6]", bold=True)]], ("50% & more",))
+    table = PrintedTable(
+        "T|1", ("a", "b"), [[TableCell("x_1", mark="†"), TableCell("0.5", "[0.4, 0.6]", bold=True)]], ("50% & more",)
+    )
     assert table.markdown() == "### T\\|1\n\n| a | b |\n|:--|--:|\n| x_1† | **0.5** [0.4, 0.6] |\n\n- 50% & more\n"
     assert r"x\_1\textsuperscript{$\dagger$} & \textbf{0.5} {\scriptsize [0.4, 0.6]} \\" in table.latex("one")
     assert r"50\% \& more\par" in table.latex("one")
@@ -258,5 +288,7 @@ def test_what_is_no_suite_and_unknown_measures_are_refused(small: Path, tmp_path
         write_tables(tmp_path)
     folder = shutil.copytree(small, tmp_path / "suite")
     write_yaml(folder / "suite.yaml", changed(measures=["bacc"]))
-    with pytest.raises(RunError, match=r"suite\.yaml: no measure is called 'bacc'; correct `measures`; there are: accuracy, "):
+    with pytest.raises(
+        RunError, match=r"suite\.yaml: no measure is called 'bacc'; correct `measures`; there are: accuracy, "
+    ):
         write_tables(folder)

@@ -10,14 +10,22 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dualrefnet.data.decode import decode_image
+from dualrefnet.data.images import decode_image
 from dualrefnet.errors import RecipeError, WeightsError
 from dualrefnet.files import sha256_of_file
-from dualrefnet.models import carn, edsr, ninasr
+from dualrefnet.models import superresolution_networks as carn
+from dualrefnet.models import superresolution_networks as edsr
 from dualrefnet.models import superresolution_networks as networks
+from dualrefnet.models import superresolution_networks as ninasr
+from dualrefnet.models.encoders import WEIGHTS_VARIABLE
 from dualrefnet.models.superresolution import make_target, psnr, split_native
-from dualrefnet.models.superresolution_networks import NETWORKS, create_network, enlarge, find_network_file, load_network
-from dualrefnet.models.weights import WEIGHTS_VARIABLE
+from dualrefnet.models.superresolution_networks import (
+    NETWORKS,
+    create_network,
+    enlarge,
+    find_network_file,
+    load_network,
+)
 
 REAL_FOLDER = os.environ.get(WEIGHTS_VARIABLE)
 MEAN = torch.tensor([0.4488, 0.4371, 0.4040])
@@ -92,7 +100,8 @@ class Function(nn.Module):
         ("ninasr_b1", 864 + 26 * (18496 + 1040 + 1088 + 18432) + 3468 + 6),
         # head; 16 blocks of two convolutions and one more; 64 to 256; tail; the mean twice as a convolution
         ("edsr", 1792 + 33 * 36928 + 147712 + 1731 + 24),
-        # entry; 3 blocks (two convolutions in 4 groups and one of 1x1, fusions of 2, 3 and 4 maps); fusions; x2, x3, x4; exit; mean
+        # entry; 3 blocks (two convolutions in 4 groups and one of 1x1, fusions of 2, 3 and 4 maps); fusions; x2, x3,
+        # x4; exit; mean
         ("carn_m", 1792 + 3 * (2 * 9280 + 4160 + 37056) + 37056 + 37120 + 83520 + 2 * 37120 + 1731 + 24),
     ],
 )
@@ -229,7 +238,9 @@ def test_local_attention_weighs_tiles_by_the_mean_about_their_first_pixel(height
 
 def test_carn_m_whose_cascades_pass_their_input_on_passes_the_image_on():
     network = emptied(create_network("carn_m"))
-    fusions = [module for owner in (network, network.b1, network.b2, network.b3) for module in (owner.c1, owner.c2, owner.c3)]
+    fusions = [
+        module for owner in (network, network.b1, network.b2, network.b3) for module in (owner.c1, owner.c2, owner.c3)
+    ]
     with torch.no_grad():
         # ReLU would cut what lies below the mean, so one is added at the entry and taken away at the exit.
         network.entry.bias.fill_(1)
@@ -336,7 +347,8 @@ def test_missing_unexpected_and_misshapen_tensors_are_counted_and_one_is_named(t
     path = tmp_path / "broken.pth"
     torch.save(state, path)
     with pytest.raises(
-        WeightsError, match=r"2 missing, such as tail\.0\.bias; 1 unexpected, such as extra; 1 other shape, such as head\.1"
+        WeightsError,
+        match=r"2 missing, such as tail\.0\.bias; 1 unexpected, such as extra; 1 other shape, such as head\.1",
     ):
         load_network("ninasr_b0", str(path))
 
@@ -422,7 +434,9 @@ def test_a_download_is_kept_and_not_fetched_again(monkeypatch, tmp_path):
 def test_a_failed_download_says_what_was_tried_and_leaves_nothing(monkeypatch, tmp_path, answer, reason):
     serve(monkeypatch, answer)
     monkeypatch.setenv(WEIGHTS_VARIABLE, str(tmp_path))
-    with pytest.raises(WeightsError, match=rf"no weights for edsr: no file for it in {tmp_path}; not in the cache.*{reason}") as caught:
+    with pytest.raises(
+        WeightsError, match=rf"no weights for edsr: no file for it in {tmp_path}; not in the cache.*{reason}"
+    ) as caught:
         load_network("edsr")
     assert f"Put edsr64_x2.pt from https://github.com/Coloquinte/torchSR into {tmp_path}" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -487,7 +501,9 @@ def test_enlarge_of_nothing_is_nothing():
     assert enlarge(Function(twice), np.zeros((0, 4, 6, 3), np.uint8)).shape == (0, 8, 12, 3)
 
 
-@pytest.mark.parametrize("images", [np.zeros((1, 4, 4, 3), np.float32), np.zeros((4, 4, 3), np.uint8), np.zeros((1, 3, 4, 4), np.uint8)])
+@pytest.mark.parametrize(
+    "images", [np.zeros((1, 4, 4, 3), np.float32), np.zeros((4, 4, 3), np.uint8), np.zeros((1, 3, 4, 4), np.uint8)]
+)
 def test_enlarge_refuses_what_is_no_batch_of_bytes(images):
     with pytest.raises(ValueError, match=r"must be \(B,H,W,3\) uint8"):
         enlarge(Function(twice), images)

@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from sklearn.metrics import log_loss
 
-import dualrefnet.runtime.probabilities
-from dualrefnet.evaluation.temperature import HIGHEST, LOWEST, fit_temperature, temperature_interval
-from dualrefnet.runtime.probabilities import FLOOR, apply_temperature
+import dualrefnet.runtime.calibration
+from dualrefnet.evaluation.calibration import HIGHEST, LOWEST, fit_temperature, temperature_interval
+from dualrefnet.runtime.calibration import FLOOR, apply_temperature
 
 
 def truthful(seed: int, images: int, count: int, spread: float = 2.0) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -23,7 +23,7 @@ def truthful(seed: int, images: int, count: int, spread: float = 2.0) -> tuple[N
 
 
 def test_the_examples_in_the_docstrings_are_true() -> None:
-    result = doctest.testmod(dualrefnet.runtime.probabilities)
+    result = doctest.testmod(dualrefnet.runtime.calibration)
     assert (result.failed, result.attempted) == (0, 1)
 
 

@@ -16,9 +16,14 @@ from dualrefnet.files import write_yaml
 from dualrefnet.models.registry import new_model
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import Run, start_run
-from dualrefnet.training.checkpoint import load_checkpoint, save_checkpoint
-from dualrefnet.training.loop import Trainer, collapse
-from dualrefnet.training.optimisation import create_optimizer, create_schedule
+from dualrefnet.training.loop import (
+    Trainer,
+    collapse,
+    create_optimizer,
+    create_schedule,
+    load_checkpoint,
+    save_checkpoint,
+)
 from dualrefnet.training.train import train_recipe
 
 FILES = {
@@ -44,7 +49,13 @@ def test_a_run_leaves_the_contracted_files_and_nothing_else(tiny_run: Run) -> No
     assert {path.name for path in tiny_run.path.iterdir()} == FILES
     history = tiny_run.history
     assert list(history["epoch"]) == [1, 2]
-    assert {"train_classification", "train_reconstruction", "train_penalty", "val_balanced_accuracy", "l1_hidden"} <= set(history.columns)
+    assert {
+        "train_classification",
+        "train_reconstruction",
+        "train_penalty",
+        "val_balanced_accuracy",
+        "l1_hidden",
+    } <= set(history.columns)
     assert history["val_psnr"].between(0, 60).all()
     assert history["val_ssim"].between(-1, 1).all()
     fingerprint = (tiny_run.path / "fingerprint.json").read_text()
@@ -52,7 +63,9 @@ def test_a_run_leaves_the_contracted_files_and_nothing_else(tiny_run: Run) -> No
     assert "random, not pretrained" in fingerprint
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny_run: Run, tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(
+    tiny_run: Run, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
     assert same_parameters(tiny_run, train_recipe(tiny_recipe, tmp_path / "again"))
     other = load_recipe(tiny_recipe, {"seed": 1, "training.epochs": 1})
     assert not same_parameters(tiny_run, train_recipe(other, tmp_path / "other"))
@@ -91,7 +104,11 @@ def test_a_run_that_stops_after_an_epoch_resumes_to_the_same_result(
 def command(*arguments: str, launcher: tuple[str, ...] = ("-m", "dualrefnet")) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
-        [sys.executable, *launcher, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, *launcher, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -110,7 +127,9 @@ def test_kill_9_at_any_moment_and_resume_gives_the_same_result(recipe_file: str,
     for delay in (0.0, 1.5, 4.0):
         process = command("train", recipe_file, "--out", str(folder), "--resume")
         deadline = time.monotonic() + 120
-        while not (folder / "checkpoint.safetensors").exists() and process.poll() is None and time.monotonic() < deadline:
+        while (
+            not (folder / "checkpoint.safetensors").exists() and process.poll() is None and time.monotonic() < deadline
+        ):
             time.sleep(0.05)
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
@@ -126,9 +145,25 @@ def test_two_processes_train_one_model(recipe_file: str, tmp_path: Path) -> None
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    # accelerate's --cpu starts several processes through MPI only; --multi_gpu starts them itself, and on CPUs they use gloo.
-    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-                "--dynamo_backend", "no", "--main_process_port", port, "-m", "dualrefnet")  # fmt: skip
+    # accelerate's --cpu starts several processes through MPI only; --multi_gpu starts them itself, and on CPUs they use
+    # gloo.
+    launcher = (
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        port,
+        "-m",
+        "dualrefnet",
+    )
     process = command("train", recipe_file, "--out", str(tmp_path / "run"), launcher=launcher)
     output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output
@@ -162,9 +197,14 @@ def test_a_checkpoint_holds_the_whole_state_without_pickle(tmp_path: Path) -> No
 def test_a_collapse_is_said() -> None:
     first = {"hidden": 100.0, "classifier": 10.0}
     assert collapse({"l1_hidden": 90, "l1_classifier": 9, "val_spread": 0.2}, first) == []
-    assert "hidden layer has collapsed to 5.0%" in collapse({"l1_hidden": 5, "l1_classifier": 9, "val_spread": 0.2}, first)[0]
+    assert (
+        "hidden layer has collapsed to 5.0%"
+        in collapse({"l1_hidden": 5, "l1_classifier": 9, "val_spread": 0.2}, first)[0]
+    )
     assert "same answer" in collapse({"l1_hidden": 40, "l1_classifier": 9, "val_spread": 0.0001}, first)[0]
-    assert collapse({"l1_hidden": 90, "l1_classifier": 9, "val_spread": 0.0001}, first) == [], "an untrained model hasn't collapsed"
+    assert collapse({"l1_hidden": 90, "l1_classifier": 9, "val_spread": 0.0001}, first) == [], (
+        "an untrained model hasn't collapsed"
+    )
 
 
 def test_a_strong_penalty_collapses_a_real_run_and_the_run_says_so(tiny_recipe: Recipe, tmp_path: Path, capsys) -> None:
@@ -185,7 +225,12 @@ def test_a_strong_penalty_collapses_a_real_run_and_the_run_says_so(tiny_recipe: 
 
 
 def test_a_loss_that_is_no_number_stops_the_run_with_advice(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    values = {"training.learning_rate": 1e30, "training.optimizer": "sgd", "training.schedule": "constant", "training.epochs": 3}
+    values = {
+        "training.learning_rate": 1e30,
+        "training.optimizer": "sgd",
+        "training.schedule": "constant",
+        "training.epochs": 3,
+    }
     with pytest.raises(RunError, match="learning_rate"):
         train_recipe(load_recipe(tiny_recipe, values), tmp_path / "run")
 
@@ -193,15 +238,23 @@ def test_a_loss_that_is_no_number_stops_the_run_with_advice(tiny_recipe: Recipe,
 def test_early_stopping_follows_the_recipe(tiny_recipe: Recipe, tmp_path: Path) -> None:
     # A rate of almost zero: nothing improves after the first epoch.
     values = {
-        "model.method": "metadata_only", "training.learning_rate": 1e-12, "training.optimizer": "sgd", "training.epochs": 20,
-        "training.schedule": "constant", "training.early_stopping": 3, "training.selection": "balanced_accuracy", "loss.penalty": 0,
-    }  # fmt: skip
+        "model.method": "metadata_only",
+        "training.learning_rate": 1e-12,
+        "training.optimizer": "sgd",
+        "training.epochs": 20,
+        "training.schedule": "constant",
+        "training.early_stopping": 3,
+        "training.selection": "balanced_accuracy",
+        "loss.penalty": 0,
+    }
     history = train_recipe(load_recipe(tiny_recipe, values), tmp_path / "run").history
     assert 4 <= len(history) < 20
 
 
 def test_a_plateau_cuts_the_rate_after_the_patience() -> None:
-    recipe = load_recipe({"name": "x"}, {"model.method": "metadata_only", "training.schedule": "plateau", "training.plateau_patience": 2})
+    recipe = load_recipe(
+        {"name": "x"}, {"model.method": "metadata_only", "training.schedule": "plateau", "training.plateau_patience": 2}
+    )
     optimizer = create_optimizer(new_model(recipe, 4, 3)[0], recipe.training)
     schedule = create_schedule(optimizer, recipe.training, 40)
     rates = []
@@ -229,7 +282,12 @@ def test_one_cycle_ends_near_zero() -> None:
     [
         {"model.target": "native", "model.decoder": "plain"},
         {"model.decoder": "none", "model.target": "bilinear", "metadata.tier": "M1"},
-        {"model.method": "no_metadata", "metadata.tier": "M0", "training.precision": "bf16", "augmentation.enabled": False},
+        {
+            "model.method": "no_metadata",
+            "metadata.tier": "M0",
+            "training.precision": "bf16",
+            "augmentation.enabled": False,
+        },
         {"model.method": "metadata_only", "data.rows": "all", "metadata.tier": "M2", "metadata.imputation": "zero"},
         {"data.protocol": "grouped-cv", "data.fold": 3, "training.optimizer": "sgd", "training.gradient_clip": 1.0},
     ],
@@ -263,7 +321,9 @@ def test_a_folder_in_use_is_not_overwritten(tiny_recipe: Recipe, tmp_path: Path)
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_folder_with_nothing_but_the_leftovers_of_a_kill_counts_as_empty(resume: bool, tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_a_folder_with_nothing_but_the_leftovers_of_a_kill_counts_as_empty(
+    resume: bool, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
     # As a kill leaves it in the middle of the first write of a run.
     (tmp_path / ".recipe.yaml.abc.partial").write_text("na")
     run = start_run(tmp_path, tiny_recipe, resume)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualrefnet.data.unpack import unpack
+from dualrefnet.data.fetch import unpack
 from dualrefnet.errors import DataError
 
 
@@ -109,7 +109,9 @@ def test_unpacking_goes_into_folders_that_are_there_and_spares_other_files(tmp_p
 
 
 # Made once: an archive holds the time, and hypothesis wants the same bytes for the same draws.
-MUTABLE = archive_of({"a/b.txt": b"some text " * 9, "c.txt": b"more", "part.zip": archive_of({"d.txt": b"inner"}, zipfile.ZIP_STORED)})
+MUTABLE = archive_of(
+    {"a/b.txt": b"some text " * 9, "c.txt": b"more", "part.zip": archive_of({"d.txt": b"inner"}, zipfile.ZIP_STORED)}
+)
 
 
 @settings(max_examples=150, deadline=None)

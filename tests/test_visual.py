@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dualrefnet.models.backbones import BACKBONES
+from dualrefnet.models.encoders import BACKBONES
 from dualrefnet.models.visual import PlaceAttention
 from stand_in import build, given, set_linear, set_norm
 

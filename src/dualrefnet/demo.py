@@ -1,16 +1,18 @@
-"""The demonstration: from nothing to a measured and explained model on drawn pictures, in a few minutes and without a network."""
+"""The demonstration: from nothing to a measured and explained model on drawn pictures, in a few minutes and without a
+network.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
 
-from dualrefnet.data.sample import draw_sample
+from dualrefnet.data.synthetic import draw_sample
 from dualrefnet.errors import RunError
 from dualrefnet.progress import progress_bar, remark
 from dualrefnet.recipe import load_recipe
-from dualrefnet.report.wishes import Wishes
-from dualrefnet.report.write import write_report
+from dualrefnet.report import ReportOptions
+from dualrefnet.report.run_report import write_report
 from dualrefnet.run import Run
 from dualrefnet.training.train import train_recipe
 
@@ -29,7 +31,7 @@ def run_demo(out: Path) -> tuple[Run, Path]:
         RunError: `out` is in use by something else.
     """
     # Says at once, and not after the training, if an extra isn't installed.
-    import_module("dualrefnet.report.explained")
+    import_module("dualrefnet.report.explanations")
     if out.is_dir() and any(child.name not in ("data", "run", "cache") for child in out.iterdir()):
         raise RunError(f"{out} holds other things; name another folder with --out")
     remark("drawing the sample data set: invented pictures, not clinical ones")
@@ -39,4 +41,4 @@ def run_demo(out: Path) -> tuple[Run, Path]:
     run = train_recipe(recipe, out / "run", resume=True, cache=out / "cache")
     remark("writing the report")
     # Enough for a look; `dualrefnet report` takes more images.
-    return run, write_report(run, wishes=Wishes(shap_images=40), cache=out / "cache")
+    return run, write_report(run, options=ReportOptions(shap_images=40), cache=out / "cache")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from dualrefnet.data.adapters import DATA_VARIABLE, load_dataset
-from dualrefnet.data.disk import default_cache
+from dualrefnet.data.store import default_cache
 from dualrefnet.errors import DataError, WeightsError
 
 # Of each extra one library that only it brings.
@@ -63,12 +63,20 @@ def _libraries() -> Iterator[Finding]:
         fix = "install the versions of requirements.lock together: pip install --force-reinstall -r requirements.lock"
         yield Finding("FAIL", "libraries", f"torch, torchvision and timm don't work together ({error}); {fix}")
         return
-    yield Finding("PASS", "libraries", f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}")
+    yield Finding(
+        "PASS",
+        "libraries",
+        f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}",
+    )
     for extra, package in EXTRAS:
         try:
             yield Finding("PASS", f"extra {extra}", f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
-            yield Finding("WARN", f"extra {extra}", f"{package} is not installed; if you want it: pip install 'dualrefnet[{extra}]'")
+            yield Finding(
+                "WARN",
+                f"extra {extra}",
+                f"{package} is not installed; if you want it: pip install 'dualrefnet[{extra}]'",
+            )
 
 
 def _hardware() -> Iterator[Finding]:
@@ -85,13 +93,13 @@ def _hardware() -> Iterator[Finding]:
     yield Finding(
         level,
         "memory",
-        f"{memory:.1f} GiB" + ("" if memory >= 4 else "; training needs about 4 GiB: lower training.batch_size or image.size"),
+        f"{memory:.1f} GiB"
+        + ("" if memory >= 4 else "; training needs about 4 GiB: lower training.batch_size or image.size"),
     )
 
 
 def _weights() -> Iterator[Finding]:
-    from dualrefnet.models.backbones import BACKBONES
-    from dualrefnet.models.weights import available_weights
+    from dualrefnet.models.encoders import BACKBONES, available_weights
 
     local: list[str] = []
     missing: list[str] = []
@@ -108,10 +116,11 @@ def _weights() -> Iterator[Finding]:
         )
     if missing:
         yield Finding(
-            "WARN", "ImageNet weights to download",
+            "WARN",
+            "ImageNet weights to download",
             f"{', '.join(missing)}: fetched from timm's hub at first use; without a network put <name>.safetensors into a folder "
             "and set DUALREFNET_WEIGHTS to it",
-        )  # fmt: skip
+        )
     from dualrefnet.models.superresolution_networks import NETWORKS, find_network_file
 
     try:
@@ -123,7 +132,8 @@ def _weights() -> Iterator[Finding]:
     yield Finding(
         "PASS",
         "super-resolution networks",
-        f"here: {', '.join(here) or 'none'}" + (f"; downloaded when a recipe asks for them: {', '.join(others)}" if others else ""),
+        f"here: {', '.join(here) or 'none'}"
+        + (f"; downloaded when a recipe asks for them: {', '.join(others)}" if others else ""),
     )
 
 
@@ -138,7 +148,11 @@ def _data() -> Iterator[Finding]:
         return
     for name in ("pad_ufes_20", "isic_2019"):
         if not (Path(base) / name).is_dir():
-            yield Finding("WARN", f"data {name}", f"not in {base}; `dualrefnet fetch {name} --root {Path(base) / name}` downloads it")
+            yield Finding(
+                "WARN",
+                f"data {name}",
+                f"not in {base}; `dualrefnet fetch {name} --root {Path(base) / name}` downloads it",
+            )
             continue
         try:
             dataset = load_dataset(name)
@@ -150,7 +164,8 @@ def _data() -> Iterator[Finding]:
         yield Finding(
             level,
             f"data {name}",
-            f"{found} of {rows} rows have their image" + ("" if found == rows else "; the others are left out by methods that read images"),
+            f"{found} of {rows} rows have their image"
+            + ("" if found == rows else "; the others are left out by methods that read images"),
         )
 
 
@@ -162,7 +177,9 @@ def _disk() -> Iterator[Finding]:
         yield Finding("FAIL", "cache", f"{cache} can't be written; set DUALREFNET_CACHE to a folder that can")
     elif free < 5:
         yield Finding(
-            "WARN", "cache", f"{free:.1f} GiB are free at {cache}; ISIC-2019 at 224 px takes 3.6 GiB: set DUALREFNET_CACHE to a larger disk"
+            "WARN",
+            "cache",
+            f"{free:.1f} GiB are free at {cache}; ISIC-2019 at 224 px takes 3.6 GiB: set DUALREFNET_CACHE to a larger disk",
         )
     else:
         yield Finding("PASS", "cache", f"{cache}, {free:.0f} GiB free")

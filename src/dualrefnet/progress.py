@@ -34,7 +34,9 @@ def warn(message: str) -> None:
 def progress_bar(description: str, enabled: bool = True) -> Iterator[ShowProgress]:
     """Give a function that takes (done, in all) and shows a bar with the remaining time."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not enabled or not console.is_terminal) as progress:
+    with Progress(
+        *columns, console=console, transient=True, disable=not enabled or not console.is_terminal
+    ) as progress:
         task = progress.add_task(description, total=None)
 
         def update(done: int, total: int) -> None:

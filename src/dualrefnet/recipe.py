@@ -29,16 +29,23 @@ class DataSection(Section):
     """Which images, and how they become train, validation and test rows."""
 
     dataset: str = Field("pad_ufes_20", description="adapter: pad_ufes_20, isic_2019, sample or csv_table")
-    root: str | None = Field(None, description="the data set's folder; empty: the folder of that name in $DUALREFNET_DATA")
+    root: str | None = Field(
+        None, description="the data set's folder; empty: the folder of that name in $DUALREFNET_DATA"
+    )
     description: str | None = Field(None, description="csv_table only: the YAML file that describes the columns")
     rows: Literal["with_image", "all"] = Field(
         "with_image", description="all: rows without an image too (metadata_only alone can use them)"
     )
-    protocol: Literal["paper", "grouped", "grouped-cv"] = Field("grouped", description="how rows are divided; only `paper` may leak")
+    protocol: Literal["paper", "grouped", "grouped-cv"] = Field(
+        "grouped", description="how rows are divided; only `paper` may leak"
+    )
     fold: int = Field(0, ge=0, description="which fold of grouped-cv is the test set")
     folds: int = Field(5, ge=3, le=50, description="grouped, grouped-cv: number of folds; one is the test set")
     split_seed: int = Field(
-        0, ge=0, le=2**31 - 1, description="shuffles the grouped split; apart from `seed`, so that several seeds share a split"
+        0,
+        ge=0,
+        le=2**31 - 1,
+        description="shuffles the grouped split; apart from `seed`, so that several seeds share a split",
     )
 
 
@@ -46,7 +53,8 @@ class MetadataSection(Section):
     """How the patient's form becomes a vector."""
 
     tier: Literal["M0", "M1", "M2", "M3"] = Field(
-        "M2", description="M0 none, M1 always recorded, M2 all fields, M3 all fields and missingness flags (research only)"
+        "M2",
+        description="M0 none, M1 always recorded, M2 all fields, M3 all fields and missingness flags (research only)",
     )
     imputation: Literal["neural", "zero", "token", "label_leaking"] = Field(
         "neural",
@@ -54,8 +62,12 @@ class MetadataSection(Section):
         "too, and lets photographs be missing: see modality_dropout); "
         "label_leaking: predicted from the diagnosis, only to demonstrate that leak: such a model can't be used",
     )
-    unknown: Literal["level", "missing"] = Field("level", description="codes such as UNK: a category of its own, or missing")
-    scale: Literal["zscore", "raw"] = Field("zscore", description="numbers: standardised with the training mean and sd, or as they are")
+    unknown: Literal["level", "missing"] = Field(
+        "level", description="codes such as UNK: a category of its own, or missing"
+    )
+    scale: Literal["zscore", "raw"] = Field(
+        "zscore", description="numbers: standardised with the training mean and sd, or as they are"
+    )
     merge_aliases: bool = Field(True, description="BRASIL is BRAZIL")
 
 
@@ -63,7 +75,9 @@ class ImageSection(Section):
     """How a photograph becomes the square that lies in the image store."""
 
     size: int = Field(224, ge=32, le=1024, multiple_of=32, description="side of the model's input, pixels")
-    colour_constancy: Literal["shades_of_gray", "none"] = Field("shades_of_gray", description="take the colour of the light out")
+    colour_constancy: Literal["shades_of_gray", "none"] = Field(
+        "shades_of_gray", description="take the colour of the light out"
+    )
     minkowski_p: float = Field(6.0, ge=1, description="norm of Shades of Gray; 1 is Grey World")
     gamma: float | None = Field(None, gt=0, description="decode this gamma before colour constancy (2.2), or empty")
     clahe: bool = Field(True, description="contrast-limited adaptive histogram equalisation of L in LAB")
@@ -72,7 +86,9 @@ class ImageSection(Section):
     clahe_channel_order: Literal["correct", "hm_compat"] = Field(
         "correct", description="hm_compat: red and blue swapped in L, as in released code of the lineage"
     )
-    fit: Literal["squash", "crop"] = Field("squash", description="to a square: squash both sides, or crop the longer one")
+    fit: Literal["squash", "crop"] = Field(
+        "squash", description="to a square: squash both sides, or crop the longer one"
+    )
 
 
 class AugmentationSection(Section):
@@ -81,12 +97,16 @@ class AugmentationSection(Section):
     enabled: bool = True
     horizontal_flip: float = Field(0.5, ge=0, le=1, description="probability")
     vertical_flip: float = Field(0.5, ge=0, le=1, description="probability")
-    scale: tuple[float, float] = Field((0.7, 1.0), description="side of the random crop, as a share of the image's side")
+    scale: tuple[float, float] = Field(
+        (0.7, 1.0), description="side of the random crop, as a share of the image's side"
+    )
     rotation: float = Field(0.0, ge=0, le=180, description="rotate by up to this many degrees")
     brightness: float = Field(0.15, ge=0, le=1, description="multiply by 1 +- this")
     contrast: float = Field(0.15, ge=0, le=1, description="stretch about the mean by 1 +- this")
     saturation: float = Field(0.15, ge=0, le=1, description="mix with grey by 1 +- this")
-    noise: float = Field(0.02, ge=0, le=0.5, description="sd of Gaussian noise is drawn from 0..this (image range 0..1)")
+    noise: float = Field(
+        0.02, ge=0, le=0.5, description="sd of Gaussian noise is drawn from 0..this (image range 0..1)"
+    )
 
     @model_validator(mode="after")
     def _scale_in_order(self) -> AugmentationSection:
@@ -98,19 +118,31 @@ class AugmentationSection(Section):
 class ModalityDropoutSection(Section):
     """What is missing in training, so that the model copes with whatever is missing later.
 
-    `fields` and `pattern` are drawn for every case and epoch. `metadata` and `image` are not drawn: every case is classified with both,
-    without metadata and without the image, and each answer has its share of the classification loss. That is the mean over which
+    `fields` and `pattern` are drawn for every case and epoch. `metadata` and `image` are not drawn: every case is
+    classified with both,
+    without metadata and without the image, and each answer has its share of the classification loss. That is the mean
+    over which
     modality would have been dropped, at no cost, since the image is encoded once.
     """
 
     model_config = ConfigDict(populate_by_name=True)
 
-    fields: float = Field(0.0, ge=0, le=1, description="probability of hiding a random share of the fields, drawn evenly from none to all")
-    pattern: float = Field(0.0, ge=0, le=1, description="probability of hiding the fields that are missing in another training case")
-    metadata: float = Field(
-        0.0, ge=0, lt=1, alias="form", description="share of the classification loss that is of the images without metadata"
+    fields: float = Field(
+        0.0, ge=0, le=1, description="probability of hiding a random share of the fields, drawn evenly from none to all"
     )
-    image: float = Field(0.0, ge=0, lt=1, description="share of the classification loss that is of the metadata without images")
+    pattern: float = Field(
+        0.0, ge=0, le=1, description="probability of hiding the fields that are missing in another training case"
+    )
+    metadata: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        alias="form",
+        description="share of the classification loss that is of the images without metadata",
+    )
+    image: float = Field(
+        0.0, ge=0, lt=1, description="share of the classification loss that is of the metadata without images"
+    )
 
     @property
     def enabled(self) -> bool:
@@ -120,39 +152,57 @@ class ModalityDropoutSection(Section):
     @model_validator(mode="after")
     def _something_whole(self) -> ModalityDropoutSection:
         if self.metadata + self.image >= 1:
-            raise ValueError("modality_dropout.metadata and image leave nothing to cases with both: together they must stay below 1")
+            raise ValueError(
+                "modality_dropout.metadata and image leave nothing to cases with both: together they must stay below 1"
+            )
         return self
 
 
 class ModelSection(Section):
     """The architecture."""
 
-    method: str = Field("dualrefnet", description="the system: dualrefnet, auxnet, metablock, ...; `dualrefnet methods` lists them")
-    backbone: str = Field("mobilenet_v2", description="image encoder, by its paper name; `dualrefnet doctor` lists them")
-    members: tuple[str, ...] = Field(
-        (), description="ensemble: its image encoders; as published efficientnet_b4, densenet121, resnet50; empty: three of `backbone`"
+    method: str = Field(
+        "dualrefnet", description="the system: dualrefnet, auxnet, metablock, ...; `dualrefnet methods` lists them"
     )
-    weights: str = Field("auto", description="auto: local file, installed package, then hub; hub; none (from scratch); or a file")
+    backbone: str = Field(
+        "mobilenet_v2", description="image encoder, by its paper name; `dualrefnet doctor` lists them"
+    )
+    members: tuple[str, ...] = Field(
+        (),
+        description="ensemble: its image encoders; as published efficientnet_b4, densenet121, resnet50; empty: three of `backbone`",
+    )
+    weights: str = Field(
+        "auto", description="auto: local file, installed package, then hub; hub; none (from scratch); or a file"
+    )
     metadata_encoder: Literal["mlp", "attention", "transformer"] = Field(
-        "mlp", description="dualrefnet, auxnet: the four-layer network; the same on columns weighted by attention; or a transformer"
+        "mlp",
+        description="dualrefnet, auxnet: the four-layer network; the same on columns weighted by attention; or a transformer",
     )
     metadata_widths: tuple[int, ...] = Field((64, 128, 256, 512), description="layers of the metadata network")
     fusion: Literal["concat", "hadamard", "cross_attention"] = Field(
-        "concat", description="dualrefnet, auxnet: concatenation; product; or four heads of attention from the metadata to the image"
+        "concat",
+        description="dualrefnet, auxnet: concatenation; product; or four heads of attention from the metadata to the image",
     )
-    combination_factor: float = Field(0.8, gt=0, lt=1, description="concat: share of image features in the fused vector")
+    combination_factor: float = Field(
+        0.8, gt=0, lt=1, description="concat: share of image features in the fused vector"
+    )
     metanet_variant: Literal["original", "mb_compat"] = Field(
-        "original", description="metanet: one gate a channel; mb_compat: the re-implementation behind the published table"
+        "original",
+        description="metanet: one gate a channel; mb_compat: the re-implementation behind the published table",
     )
     hidden: int = Field(256, ge=1, description="width of the layer before the classifier")
     dropout: float = Field(
-        0.0, ge=0, lt=1, description="before the classifier and after the fused vector; methods with published rates keep those"
+        0.0,
+        ge=0,
+        lt=1,
+        description="before the classifier and after the fused vector; methods with published rates keep those",
     )
     decoder: Literal["bottleneck", "plain", "none"] = Field(
         "bottleneck", description="dualrefnet, auxnet: plain is the literal reading; none: no auxiliary task"
     )
     target: Literal["bilinear", "bicubic", "native", "carn_m", "ninasr_b0", "ninasr_b1", "edsr"] = Field(
-        "bilinear", description="x2 image to rebuild: interpolated; native: the real photograph at 2x size; or a network's output"
+        "bilinear",
+        description="x2 image to rebuild: interpolated; native: the real photograph at 2x size; or a network's output",
     )
     target_weights: str = Field("auto", description="weights of the network that makes the target: auto, or a file")
 
@@ -167,11 +217,16 @@ class LossSection(Section):
     frequency: Literal["raw", "sum1", "mean1", "balanced"] = Field(
         "raw", description="f: 1/n, scaled to sum 1, scaled to mean 1, or N/(C n)"
     )
-    direction: Literal["inverse", "constant", "proportional"] = Field("inverse", description="f grows with 1/n, not at all, or with n")
-    assignment: Literal["constant", "cyclic", "blocks", "affinity", "batch"] = Field("affinity", description="which f a hidden unit has")
+    direction: Literal["inverse", "constant", "proportional"] = Field(
+        "inverse", description="f grows with 1/n, not at all, or with n"
+    )
+    assignment: Literal["constant", "cyclic", "blocks", "affinity", "batch"] = Field(
+        "affinity", description="which f a hidden unit has"
+    )
     reduction: Literal["sum", "mean"] = Field("sum", description="R sums over the weights, or averages")
     class_weights: Literal["inverse", "none", "logit_adjustment"] = Field(
-        "inverse", description="cross-entropy: N/n_c, equal, or equal with the log frequency added to the logits in training"
+        "inverse",
+        description="cross-entropy: N/n_c, equal, or equal with the log frequency added to the logits in training",
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the cross-entropy")
 
@@ -180,7 +235,8 @@ class TrainingSection(Section):
     """How the parameters are found."""
 
     encoder: Literal["fine_tuned", "frozen"] = Field(
-        "fine_tuned", description="frozen: image features are computed once and the rest is trained on them: seconds a run, no augmentation"
+        "fine_tuned",
+        description="frozen: image features are computed once and the rest is trained on them: seconds a run, no augmentation",
     )
     epochs: int = Field(12, ge=1)
     batch_size: int = Field(32, ge=2)
@@ -194,7 +250,9 @@ class TrainingSection(Section):
     plateau_patience: int = Field(5, ge=0, description="epochs without a lower validation loss before the rate is cut")
     plateau_factor: float = Field(0.1, gt=0, lt=1)
     minimum_learning_rate: float = Field(1e-6, ge=0)
-    early_stopping: int | None = Field(None, ge=1, description="stop after this many epochs without a better selection value; empty: never")
+    early_stopping: int | None = Field(
+        None, ge=1, description="stop after this many epochs without a better selection value; empty: never"
+    )
     selection: Literal["balanced_accuracy", "accuracy", "loss", "last"] = Field(
         "balanced_accuracy",
         description="best epoch by this value on validation; last: the last epoch, so that validation serves calibration alone",
@@ -209,8 +267,12 @@ class EvaluationSection(Section):
     """How the run is measured."""
 
     bootstrap: int = Field(1000, ge=0, description="patient-level bootstrap samples for the intervals; 0: none")
-    coverage: float = Field(0.9, gt=0, lt=1, description="how often a conformal set of classes shall hold the right one")
-    referral_sensitivity: float = Field(0.95, gt=0, le=1, description="share of the cancers that the threshold of referral shall find")
+    coverage: float = Field(
+        0.9, gt=0, lt=1, description="how often a conformal set of classes shall hold the right one"
+    )
+    referral_sensitivity: float = Field(
+        0.95, gt=0, le=1, description="share of the cancers that the threshold of referral shall find"
+    )
     batch_size: int = Field(64, ge=1)
 
 
@@ -237,12 +299,16 @@ class Recipe(Section):
     @property
     def rebuilds_image(self) -> bool:
         """True if the auxiliary task is part of the training: a frozen encoder has nothing to learn from it."""
-        return self.model.method in WITH_DECODER and self.model.decoder != "none" and self.training.encoder == "fine_tuned"
+        return (
+            self.model.method in WITH_DECODER and self.model.decoder != "none" and self.training.encoder == "fine_tuned"
+        )
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         if self.data.fold >= self.data.folds:
-            raise ValueError(f"data.fold {self.data.fold} doesn't exist: data.folds is {self.data.folds} and folds count from 0")
+            raise ValueError(
+                f"data.fold {self.data.fold} doesn't exist: data.folds is {self.data.folds} and folds count from 0"
+            )
         if self.data.protocol != "grouped-cv" and self.data.fold != 0:
             raise ValueError(f"data.fold is for the protocol grouped-cv; {self.data.protocol} has one split")
         if self.model.method == "metadata_only" and self.metadata.tier == "M0":
@@ -252,7 +318,9 @@ class Recipe(Section):
                 "modality_dropout needs something in place of what it takes away: set metadata.imputation to token, or modality_dropout={}"
             )
         if self.training.selection == "last" and self.training.early_stopping is not None:
-            raise ValueError("training.early_stopping waits for a better epoch, and training.selection last takes the last one: choose one")
+            raise ValueError(
+                "training.early_stopping waits for a better epoch, and training.selection last takes the last one: choose one"
+            )
         if self.model.members and self.model.method != "ensemble":
             raise ValueError(f"model.members is for model.method ensemble, not {self.model.method}")
         if self.data.rows == "all" and self.model.method != "metadata_only":
@@ -347,7 +415,9 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
 
 
 class StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice; YAML readers keep the last one, and a whole section would be lost without a word."""
+    """Refuses a key that stands twice; YAML readers keep the last one, and a whole section would be lost without a
+    word.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Make a dict of a mapping.
@@ -358,7 +428,9 @@ class StrictLoader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key, _ in node.value:
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 

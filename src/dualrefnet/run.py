@@ -11,21 +11,22 @@ import subprocess
 from dataclasses import dataclass
 from importlib import metadata as packages
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import psutil
-import torch
 import yaml
 
 import dualrefnet
 from dualrefnet.data.adapters import Dataset
 from dualrefnet.data.protocols import SPLIT_COLUMNS, refuse_crossing
 from dualrefnet.errors import RunError
-from dualrefnet.evaluation.calibrated import Calibration
 from dualrefnet.files import read_json, remove_partial, sha256_of_json, write_csv, write_json, write_yaml
-from dualrefnet.models.out_of_scope import OutOfScope
 from dualrefnet.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from dualrefnet.analysis.out_of_distribution import OutOfScope
+    from dualrefnet.evaluation.calibration import Calibration
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,9 @@ class Run:
     def predictions(self) -> pd.DataFrame:
         """One row an image of validation and test."""
         return pd.read_csv(
-            self._existing("predictions.csv"), dtype={"image_id": str, "label": str, "predicted": str}, keep_default_na=False
+            self._existing("predictions.csv"),
+            dtype={"image_id": str, "label": str, "predicted": str},
+            keep_default_na=False,
         )
 
     @property
@@ -106,15 +109,21 @@ class Run:
         if self.finished and not self.calibration_file.is_file():
             raise RunError(f"{self.path} is older than calibration.json: run `dualrefnet evaluate {self.path}`")
         try:
+            from dualrefnet.evaluation.calibration import Calibration
+
             return Calibration.from_json(read_json(self._existing(self.calibration_file.name)))
         except ValueError as error:  # JSONDecodeError is one.
-            raise RunError(f"{self.calibration_file} can't be read ({error}): run `dualrefnet evaluate {self.path}`") from None
+            raise RunError(
+                f"{self.calibration_file} can't be read ({error}): run `dualrefnet evaluate {self.path}`"
+            ) from None
 
     @property
     def out_of_scope(self) -> OutOfScope:
         """How unlike the training photographs a picture is, with its limit."""
         if self.finished and not self.out_of_scope_file.is_file():
             raise RunError(f"{self.path} has no out-of-scope check: run `dualrefnet evaluate {self.path}`")
+        from dualrefnet.analysis.out_of_distribution import OutOfScope
+
         return OutOfScope.load(self._existing(self.out_of_scope_file.name))
 
     @property
@@ -161,7 +170,9 @@ def start_run(path: Path, recipe: Recipe, resume: bool) -> Run:
             what = "a finished run" if run.finished else "an unfinished run"
             raise RunError(f"{path} holds {what}; continue it with --resume, or name another folder with --out")
         if run.recipe != recipe:
-            raise RunError(f"{path} was started with another recipe ({_difference(run.recipe, recipe)}); name another folder with --out")
+            raise RunError(
+                f"{path} was started with another recipe ({_difference(run.recipe, recipe)}); name another folder with --out"
+            )
     write_yaml(path / "recipe.yaml", recipe.model_dump(mode="json"))
     return run
 
@@ -175,7 +186,9 @@ def write_split(run: Run, split: pd.DataFrame) -> None:
     split = split.astype(str)
     if (run.path / "split.csv").is_file():
         if not run.split.equals(split.reset_index(drop=True)):
-            raise RunError(f"the data have changed since {run.path} was started: its split.csv doesn't fit any more; start anew with --out")
+            raise RunError(
+                f"the data have changed since {run.path} was started: its split.csv doesn't fit any more; start anew with --out"
+            )
         return
     write_csv(run.path / "split.csv", split)
 
@@ -200,7 +213,19 @@ def fingerprint(
         precision: of the training, fp32 or bf16.
         processes: that trained together.
     """
-    names = ("torch", "torchvision", "timm", "accelerate", "opencv-python-headless", "pillow", "numpy", "pandas", "scikit-learn")
+    import torch
+
+    names = (
+        "torch",
+        "torchvision",
+        "timm",
+        "accelerate",
+        "opencv-python-headless",
+        "pillow",
+        "numpy",
+        "pandas",
+        "scikit-learn",
+    )
     return {
         "dualrefnet": dualrefnet.__version__,
         "python": platform.python_version(),
@@ -238,14 +263,20 @@ def _git_commit() -> str | None:
     """Return the commit of the source tree, with `+changes` if it is not clean; None for an installed wheel."""
     here = Path(__file__).parent
     try:
-        known = subprocess.run(["git", "-C", here, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10)
+        known = subprocess.run(
+            ["git", "-C", here, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10
+        )
         if known.returncode:
             return None
         commit = subprocess.run(
             ["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
         ).stdout.strip()
         dirty = subprocess.run(
-            ["git", "-C", here, "status", "--porcelain", "--", here], capture_output=True, text=True, timeout=10, check=True
+            ["git", "-C", here, "status", "--porcelain", "--", here],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -28,13 +28,17 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def options(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and stop.")) -> None:
+def options(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and stop."
+    ),
+) -> None:
     """Options before the command."""
 
 
 def main() -> None:
     """Run the command line; an error that the user can mend is one line and exit status 2."""
-    from dualrefnet.cli import data, deployment, reports, runs, suites  # noqa: F401 (registers the commands)
+    from dualrefnet.cli import data, deployment, reports, runs  # noqa: F401 (registers the commands)
     from dualrefnet.progress import console
 
     try:

@@ -14,11 +14,16 @@ from dualrefnet.cli.show import COLOURS, output, print_findings, print_table
 
 DatasetName = Annotated[str, typer.Argument(metavar="DATASET", help="pad_ufes_20, isic_2019, sample or csv_table")]
 Root = Annotated[
-    Path | None, typer.Option("--root", metavar="DIR", help="The data set's folder; default: the folder of that name in $DUALREFNET_DATA.")
+    Path | None,
+    typer.Option(
+        "--root", metavar="DIR", help="The data set's folder; default: the folder of that name in $DUALREFNET_DATA."
+    ),
 ]
 Description = Annotated[
     Path | None,
-    typer.Option("--description", metavar="YAML", help="csv_table: what the columns mean; default: dataset.yaml in the folder."),
+    typer.Option(
+        "--description", metavar="YAML", help="csv_table: what the columns mean; default: dataset.yaml in the folder."
+    ),
 ]
 
 
@@ -32,7 +37,7 @@ def sample(
 
     Drawn, not clinical: for trying the software without any download.
     """
-    from dualrefnet.data.sample import draw_sample
+    from dualrefnet.data.synthetic import draw_sample
     from dualrefnet.progress import progress_bar
 
     with progress_bar("drawing") as show:
@@ -44,7 +49,9 @@ def sample(
 def fetch(
     dataset: DatasetName,
     root: Annotated[Path, typer.Option("--root", metavar="DIR", help="Folder to fill.")],
-    accept_licence: Annotated[bool, typer.Option("--accept-licence", help="You accept the data set's licence.")] = False,
+    accept_licence: Annotated[
+        bool, typer.Option("--accept-licence", help="You accept the data set's licence.")
+    ] = False,
 ) -> None:
     """Download the official release of a data set. Running it again resumes.
 
@@ -61,7 +68,9 @@ def check(
     dataset: DatasetName,
     root: Root = None,
     description: Description = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the findings as JSON.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the findings as JSON.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Threads that read images; default: one a core.")] = None,
 ) -> None:
     """Validate a data set: counts, missing, broken and identical images, shared ids, unknown codes.
@@ -85,11 +94,15 @@ def split(
     dataset: DatasetName,
     root: Root = None,
     description: Description = None,
-    protocol: Annotated[str, typer.Option(help="paper (Table 1 to the row; leaks), grouped (patients apart) or grouped-cv.")] = "grouped",
+    protocol: Annotated[
+        str, typer.Option(help="paper (Table 1 to the row; leaks), grouped (patients apart) or grouped-cv.")
+    ] = "grouped",
     fold: Annotated[int, typer.Option(help="grouped-cv: which fold is the test set, from 0.")] = 0,
     folds: Annotated[int, typer.Option(help="Number of folds.")] = 5,
     seed: Annotated[int, typer.Option(help="Shuffles the grouped protocols.")] = 0,
-    out: Annotated[Path | None, typer.Option("--out", metavar="CSV", help="Write image_id, patient_id, label, split.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="CSV", help="Write image_id, patient_id, label, split.")
+    ] = None,
 ) -> None:
     """Divide a data set into train, validation and test, and say what leaks. Works from the CSVs alone."""
     from dualrefnet.data.adapters import load_dataset
@@ -128,28 +141,48 @@ def audit(
     dataset: DatasetName,
     root: Root = None,
     description: Description = None,
-    protocol: Annotated[str, typer.Option(help="The split to audit: paper (leaks), grouped or grouped-cv.")] = "grouped",
+    protocol: Annotated[
+        str, typer.Option(help="The split to audit: paper (leaks), grouped or grouped-cv.")
+    ] = "grouped",
     fold: Annotated[int, typer.Option(help="grouped-cv: which fold is the test set, from 0.")] = 0,
     folds: Annotated[int, typer.Option(help="Number of folds.")] = 5,
     seed: Annotated[int, typer.Option(help="Shuffles the grouped protocols.")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write findings and tables as JSON.")] = None,
-    without_images: Annotated[bool, typer.Option("--without-images", help="Read no image; copies aren't looked for.")] = False,
-    without_forests: Annotated[bool, typer.Option("--without-forests", help="Grow no trees on the form: faster.")] = False,
-    workers: Annotated[int | None, typer.Option(help="Threads that read and compare images; default: one a core.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write findings and tables as JSON.")
+    ] = None,
+    without_images: Annotated[
+        bool, typer.Option("--without-images", help="Read no image; copies aren't looked for.")
+    ] = False,
+    without_forests: Annotated[
+        bool, typer.Option("--without-forests", help="Grow no trees on the form: faster.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(help="Threads that read and compare images; default: one a core.")
+    ] = None,
 ) -> None:
-    """Audit a data set and its split: patients, lesions and copies of pictures on two sides, and metadata that give the answer away.
+    """Audit a data set and its split: patients, lesions and copies of pictures on two sides, and metadata that give the
+    answer away.
 
     Exit status 1 if something FAILs.
     """
-    from dualrefnet.audit.dataset_audit import audit_dataset
-    from dualrefnet.audit.printed import printed_tables
+    from dualrefnet.analysis.audit import audit_dataset, printed_tables
     from dualrefnet.files import write_json
     from dualrefnet.progress import progress_steps
 
     with progress_steps() as show:
         result = audit_dataset(
-            dataset, root, description, protocol, fold, folds, seed, not without_images, not without_forests, workers, show
-        )  # fmt: skip
+            dataset,
+            root,
+            description,
+            protocol,
+            fold,
+            folds,
+            seed,
+            not without_images,
+            not without_forests,
+            workers,
+            show,
+        )
     print_findings(result.findings)
     for table in printed_tables(result).values():
         print_table(table)

@@ -22,7 +22,9 @@ Accept = Annotated[
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the bundle; one that is there already is replaced.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder of the bundle; one that is there already is replaced.")
+    ],
     int8: Annotated[
         bool | None,
         typer.Option(
@@ -31,10 +33,16 @@ def export(
             "photographs. Default: where they are at hand.",
         ),
     ] = None,
-    root: Annotated[Path | None, typer.Option("--root", metavar="DIR", help="Where the data lie now, if they have moved.")] = None,
+    root: Annotated[
+        Path | None, typer.Option("--root", metavar="DIR", help="Where the data lie now, if they have moved.")
+    ] = None,
     cache: Annotated[
         Path | None,
-        typer.Option("--cache", metavar="DIR", help="Where prepared images lie; default: $DUALREFNET_CACHE or the user's cache folder."),
+        typer.Option(
+            "--cache",
+            metavar="DIR",
+            help="Where prepared images lie; default: $DUALREFNET_CACHE or the user's cache folder.",
+        ),
     ] = None,
     accept_missingness_shortcut: Accept = False,
     push_to: Annotated[
@@ -48,12 +56,16 @@ def export(
 ) -> None:
     """Make a bundle of a trained run: a folder that answers without torch, and says what it is (extra `export`).
 
-    It holds the network as ONNX (`model.onnx`) and for `torch.export.load` (`model.pt2`), preprocessing, encoding of the form, calibration
-    and the check of pictures, a model card, the licence of the data, and a small program that needs only onnxruntime, NumPy and OpenCV.
+    It holds the network as ONNX (`model.onnx`) and for `torch.export.load` (`model.pt2`), preprocessing, encoding of
+    the form, calibration
+    and the check of pictures, a model card, the licence of the data, and a small program that needs only onnxruntime,
+    NumPy and OpenCV.
     No photograph and no patient is in it.
 
-    The network's answers are compared with torch's on validation photographs; a difference of more than 0.001 in a probability stops the
-    export, and nothing is left behind. A model whose referral of cancers falls by more than .10 when metadata are blank is refused.
+    The network's answers are compared with torch's on validation photographs; a difference of more than 0.001 in a
+    probability stops the
+    export, and nothing is left behind. A model whose referral of cancers falls by more than .10 when metadata are blank
+    is refused.
 
     `predict`, `serve` and `dualrefnet.Predictor.load` take the folder in place of a run.
     """
@@ -72,22 +84,37 @@ def export(
 
 @app.command()
 def serve(
-    model: Annotated[Path, typer.Argument(metavar="RUN_OR_BUNDLE", help="A run folder, or the folder of an exported bundle.")],
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for everybody who reaches this machine.")] = "127.0.0.1",
+    model: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_BUNDLE", help="A run folder, or the folder of an exported bundle.")
+    ],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 for everybody who reaches this machine.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: a free one.")] = 8000,
-    workers: Annotated[int, typer.Option(min=1, help="Processes, each with a copy of the model and its share of the cores.")] = 1,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes, each with a copy of the model and its share of the cores.")
+    ] = 1,
     api_key_file: Annotated[
         Path | None,
         typer.Option(
-            "--api-key-file", metavar="FILE", help="Keys, one a line, of which every request must name one. Also: $DUALREFNET_API_KEY."
+            "--api-key-file",
+            metavar="FILE",
+            help="Keys, one a line, of which every request must name one. Also: $DUALREFNET_API_KEY.",
         ),
     ] = None,
     max_upload: Annotated[int, typer.Option("--max-upload", min=1, metavar="MB", help="Largest request.")] = 64,
-    queue: Annotated[int, typer.Option(min=1, help="Requests that a worker holds at once; more are told to ask again.")] = 64,
-    timeout: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="From a whole request to its answer.")] = 30.0,
+    queue: Annotated[
+        int, typer.Option(min=1, help="Requests that a worker holds at once; more are told to ask again.")
+    ] = 64,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, metavar="SECONDS", help="From a whole request to its answer.")
+    ] = 30.0,
     page: Annotated[bool, typer.Option("--page/--no-page", help="The page for people at /.")] = True,
     root_path: Annotated[
-        str, typer.Option("--root-path", metavar="PATH", help="Path under which a proxy shows the service, such as /lesions.")
+        str,
+        typer.Option(
+            "--root-path", metavar="PATH", help="Path under which a proxy shows the service, such as /lesions."
+        ),
     ] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     variant: Annotated[str, typer.Option(help="Of a bundle: float32, or int8 if it has that.")] = "float32",
@@ -95,7 +122,8 @@ def serve(
 ) -> None:
     """Serve a model over HTTP, with a page for people at / and a description for programs at /docs.
 
-    SIGTERM or Ctrl+C stops the service after every accepted request is answered; a second one stops it at once. Needs the extra `deploy`.
+    SIGTERM or Ctrl+C stops the service after every accepted request is answered; a second one stops it at once. Needs
+    the extra `deploy`.
     """
     from pydantic import ValidationError
 
@@ -108,9 +136,14 @@ def serve(
     room = max(4 * size, 256 * 2**20)
     try:
         settings = ServiceSettings(
-            page=page, root_path=root_path, max_upload=size, queue_bytes=room, queue=queue, timeout=timeout,
+            page=page,
+            root_path=root_path,
+            max_upload=size,
+            queue_bytes=room,
+            queue=queue,
+            timeout=timeout,
             accept_missingness_shortcut=accept_missingness_shortcut,
-        )  # fmt: skip
+        )
     except ValidationError:
         # All other options have been checked by their types.
         raise DataError(f"--root-path {root_path} isn't a path such as /lesions, without a slash at its end") from None

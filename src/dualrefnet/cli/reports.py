@@ -1,24 +1,48 @@
 """Commands that show what a run or a suite says: explain, report."""
 
+# also: Commands about suites: suites, suite, tables.
+
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dualrefnet.cli import app
+from dualrefnet.errors import DualRefNetError
+
+if TYPE_CHECKING:
+    from dualrefnet.suite.grid import Cell
+
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")]
+
+
 Root = Annotated[Path | None, typer.Option("--root", metavar="DIR", help="Where the data lie now, if they have moved.")]
+
+
 Cache = Annotated[
     Path | None,
-    typer.Option("--cache", metavar="DIR", help="Where prepared images lie; default: $DUALREFNET_CACHE or the user's cache folder."),
+    typer.Option(
+        "--cache",
+        metavar="DIR",
+        help="Where prepared images lie; default: $DUALREFNET_CACHE or the user's cache folder.",
+    ),
 ]
+
+
 Against = Annotated[
-    Path | None, typer.Option("--against", metavar="RUN2", help="Set a second run beside it, on the test images that both have.")
+    Path | None,
+    typer.Option("--against", metavar="RUN2", help="Set a second run beside it, on the test images that both have."),
 ]
-Label = Annotated[str | None, typer.Option("--class", metavar="CLASS", help="Also show where photographs speak for this class.")]
+
+
+Label = Annotated[
+    str | None, typer.Option("--class", metavar="CLASS", help="Also show where photographs speak for this class.")
+]
+
+
 Masks = Annotated[
     Path | None,
     typer.Option(
@@ -27,14 +51,31 @@ Masks = Annotated[
         help="Outlines of the lesions, IMAGE_ID.png, to measure where Grad-CAM looks; default: masks/ in the data's folder, if there.",
     ),
 ]
+
+
 Images = Annotated[int, typer.Option(min=20, help="Test images at most that are looked at, each class in proportion.")]
-ShapImages = Annotated[int, typer.Option(min=20, help="Of these at most so many for SHAP, which takes about a fifth of a second an image.")]
+
+
+ShapImages = Annotated[
+    int, typer.Option(min=20, help="Of these at most so many for SHAP, which takes about a fifth of a second an image.")
+]
+
+
 Each = Annotated[int, typer.Option(min=1, help="Right and wrong answers of each class in the gallery.")]
+
+
 Seed = Annotated[int, typer.Option(help="Of the choice of images and of all resamples.")]
+
+
 NoPhotographs = Annotated[
     bool,
-    typer.Option("--no-photographs", help="Leave out photographs and all that names a single image, so that the result may be sent on."),
+    typer.Option(
+        "--no-photographs",
+        help="Leave out photographs and all that names a single image, so that the result may be sent on.",
+    ),
 ]
+
+
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU if there is one.")]
 
 
@@ -42,7 +83,9 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU
 def explain(
     run: RunFolder,
     against: Against = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder; default: explanations/ in the run folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder; default: explanations/ in the run folder.")
+    ] = None,
     label: Label = None,
     masks: Masks = None,
     images: Images = 500,
@@ -56,14 +99,15 @@ def explain(
 ) -> None:
     """Show what a trained run sees: Grad-CAM, SHAP of the form, t-SNE, a gallery, the auxiliary task (extra `explain`).
 
-    Leaves every picture as PNG (300 dpi) and SVG, and its numbers as CSV. `report` puts all of them and more into one page.
+    Leaves every picture as PNG (300 dpi) and SVG, and its numbers as CSV. `report` puts all of them and more into one
+    page.
     """
-    from dualrefnet.report.wishes import Wishes
-    from dualrefnet.report.write import write_explanations
+    from dualrefnet.report import ReportOptions
+    from dualrefnet.report.run_report import write_explanations
     from dualrefnet.run import Run
 
-    wishes = Wishes(images, min(shap_images, images), each, label, masks, not no_photographs, seed)
-    files = write_explanations(Run(run), out, Run(against) if against else None, wishes, root, cache, device)
+    options = ReportOptions(images, min(shap_images, images), each, label, masks, not no_photographs, seed)
+    files = write_explanations(Run(run), out, Run(against) if against else None, options, root, cache, device)
     typer.echo(f"{len(files)} files in {files[0].parent}")
 
 
@@ -72,10 +116,15 @@ def report(
     folder: Annotated[Path, typer.Argument(metavar="RUN|SUITE", help="A finished run's folder, or a suite's.")],
     against: Against = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Folder; default: report/ in the run's or suite's folder.")
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Folder; default: report/ in the run's or suite's folder."),
     ] = None,
     without_explanations: Annotated[
-        bool, typer.Option("--without-explanations", help="Only what the predictions say: seconds, and neither data nor model are needed.")
+        bool,
+        typer.Option(
+            "--without-explanations",
+            help="Only what the predictions say: seconds, and neither data nor model are needed.",
+        ),
     ] = False,
     label: Label = None,
     masks: Masks = None,
@@ -90,20 +139,174 @@ def report(
 ) -> None:
     """Write one page about a run or a suite, for people who have only a browser (extras `report` and `explain`).
 
-    The page is one HTML file that works offline; its pictures (PNG, SVG) and their numbers (CSV) lie beside it. A run's page
-    takes some minutes on a CPU, most of them for SHAP; `--without-explanations` takes seconds. Of a suite the page shows all
-    systems with intervals, and cases in which two of them differ; `--against`, `--class`, `--masks`, the numbers of images and
+    The page is one HTML file that works offline; its pictures (PNG, SVG) and their numbers (CSV) lie beside it. A run's
+    page
+    takes some minutes on a CPU, most of them for SHAP; `--without-explanations` takes seconds. Of a suite the page
+    shows all
+    systems with intervals, and cases in which two of them differ; `--against`, `--class`, `--masks`, the numbers of
+    images and
     the device are for runs alone.
     """
-    from dualrefnet.report.wishes import Wishes
-    from dualrefnet.report.write import write_report
+    from dualrefnet.report import ReportOptions
+    from dualrefnet.report.run_report import write_report
     from dualrefnet.run import Run
 
     if (folder / "suite.yaml").is_file():
-        from dualrefnet.report.suite import write_suite_report
+        from dualrefnet.report.suite_report import write_suite_report
 
         page = write_suite_report(folder, out, not no_photographs, root, cache)
     else:
-        wishes = Wishes(images, min(shap_images, images), each, label, masks, not no_photographs, seed)
-        page = write_report(Run(folder), out, Run(against) if against else None, wishes, not without_explanations, root, cache, device)
+        options = ReportOptions(images, min(shap_images, images), each, label, masks, not no_photographs, seed)
+        page = write_report(
+            Run(folder), out, Run(against) if against else None, options, not without_explanations, root, cache, device
+        )
     typer.echo(f"the report: {page}")
+
+
+@app.command("suites")
+def list_suites(
+    name: Annotated[str | None, typer.Argument(metavar="[SUITE]", help="Print this suite.")] = None,
+) -> None:
+    """List the suites that ship, or print one: save it, change it, and give the file to `suite`."""
+    from dualrefnet.suite.grid import expand, load_suite, shipped_suites, suite_text
+
+    if name is not None:
+        typer.echo(suite_text(name), nl=False)
+        return
+    for shipped in shipped_suites():
+        loaded = load_suite(shipped)
+        typer.echo(f"{shipped:<17} {len({cell.run for cell in expand(loaded)}):>4} runs  {loaded.title}")
+
+
+@app.command()
+def suite(
+    name: Annotated[
+        str,
+        typer.Argument(metavar="SUITE", help="A YAML file, or the name of a suite that ships (`dualrefnet suites`)."),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Change the recipe of every run: data.root=DIR training.epochs=3 ...; model.method, model.backbone, data.fold and seed "
+            "take lists too: seed=[0,1,2].",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The suite folder; default: its name in suites/.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check every recipe and list the runs; train nothing.")
+    ] = False,
+    smoke: Annotated[
+        bool,
+        typer.Option(
+            "--smoke", help="Minutes on a CPU: drawn pictures, one cheap CNN, one epoch. Shows that everything works."
+        ),
+    ] = False,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Runs at the same time on this machine; they share its cores.")
+    ] = 1,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Run on a Ray cluster (extra `scale`): its address, `auto`, or `local` to start Ray here. --out, the data and best also "
+            "--cache must be on a file system that all its machines see.",
+        ),
+    ] = None,
+    cores: Annotated[
+        int | None,
+        typer.Option(min=1, help="CPU cores of one run; default: this machine's shared by the workers, on Ray 1."),
+    ] = None,
+    discard_models: Annotated[
+        bool,
+        typer.Option(
+            "--discard-models", help="Remove the parameters of finished runs; the tables need their predictions alone."
+        ),
+    ] = False,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--cache",
+            metavar="DIR",
+            help="Where prepared images lie; default: $DUALREFNET_CACHE or the user's cache folder.",
+        ),
+    ] = None,
+) -> None:
+    """Train a grid of recipes: a table or figure of the paper, or your own. Running it again goes on where it stopped.
+
+    A run that fails is reported at the end, doesn't stop the others, and is tried again by the next call. Exit status 1
+    if
+    one failed. `dualrefnet tables DIR` makes the tables.
+    """
+    from dualrefnet.progress import remark
+    from dualrefnet.recipe import parse_overrides
+    from dualrefnet.suite.grid import check_names, expand, load_suite, override
+    from dualrefnet.suite.grid import smoke as smoke_of
+    from dualrefnet.suite.runner import run_suite
+
+    chosen, values = load_suite(name), parse_overrides(overrides or [])
+    folder = out or Path("suites") / (f"{chosen.name}-smoke" if smoke else chosen.name)
+    if smoke:
+        chosen, remarks = smoke_of(chosen, folder.absolute() / "data")
+        ignored = [key for key in values if key.startswith("data.")]
+        remarks += [f"{key} is ignored: a smoke test has its own data" for key in ignored]
+        values = {key: value for key, value in values.items() if key not in ignored}
+        for message in remarks:
+            remark(message)
+    chosen = override(chosen, values)
+    cells = expand(chosen)
+    check_names(cells)
+    if dry_run:
+        _print_plan(
+            cells, [f"{split.recipe.data.dataset}, protocol {split.recipe.data.protocol}" for split in chosen.splits]
+        )
+        return
+    try:
+        outcome = run_suite(chosen, folder, workers, cache, ray, cores, not discard_models)
+    except KeyboardInterrupt:
+        raise DualRefNetError(
+            f"interrupted; what is finished is kept in {folder}, and the same command goes on"
+        ) from None
+    for reason in dict.fromkeys(failure.error for failure in outcome.failed.values()):
+        runs = [run for run, failure in outcome.failed.items() if failure.error == reason]
+        typer.echo(f"failed: {', '.join(runs)}: {reason}")
+    counts = f"{len(outcome.finished)} finished, {outcome.skipped} were finished before, {len(outcome.failed)} failed"
+    typer.echo(f"runs in {folder}: {outcome.total}; {counts}")
+    if outcome.failed:
+        typer.echo(f"{folder}/failures and {folder}/logs say more; the same command tries the failed runs again")
+    else:
+        typer.echo(f"now: dualrefnet tables {folder}")
+    raise typer.Exit(1 if outcome.failed else 0)
+
+
+@app.command()
+def tables(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A suite folder, finished or not.")]) -> None:
+    """Make the tables of a suite from its runs: CSV, Markdown and LaTeX, with intervals, tests and the paper's numbers.
+
+    Prints the Markdown of the printed table; the files are in DIR/tables.
+    """
+    from dualrefnet.suite.tables import write_tables
+
+    files = write_tables(folder)
+    printed = next((file for file in files if file.suffix == ".md"), None)
+    if printed is not None:
+        typer.echo(printed.read_text(encoding="utf-8"))
+    typer.echo(f"files: {', '.join(str(file) for file in files)}")
+
+
+def _print_plan(cells: list[Cell], splits: list[str]) -> None:
+    for cell in cells:
+        if cell.run == cell.name:
+            typer.echo(f"{cell.name:<64} protocol {cell.protocol}, {cell.recipe.training.epochs} epochs")
+    for split in splits:
+        typer.echo(f"split of {split}")
+    shared = [cell for cell in cells if cell.run != cell.name]
+    for cell in shared:
+        typer.echo(f"{cell.name:<64} is the run {cell.run}")
+    counts = [f"runs: {len(cells) - len(shared)}"]
+    counts += [f"cells: {len(cells)}"] if shared else []
+    counts += [f"splits: {len(splits)}"] if splits else []
+    typer.echo(f"{', '.join(counts)}; nothing was trained")

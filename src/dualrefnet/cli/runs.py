@@ -14,15 +14,23 @@ from dualrefnet.cli.show import COLOURS, output, print_table
 from dualrefnet.errors import DualRefNetError
 
 RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that ships (`dualrefnet recipes`).")
+    str,
+    typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that ships (`dualrefnet recipes`)."),
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Change the recipe: training.epochs=3 data.root=DIR ...")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Change the recipe: training.epochs=3 data.root=DIR ..."),
 ]
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder; default: the recipe's name in runs/.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="The run folder; default: the recipe's name in runs/.")
+]
 Cache = Annotated[
     Path | None,
-    typer.Option("--cache", metavar="DIR", help="Where prepared images lie; default: $DUALREFNET_CACHE or the user's cache folder."),
+    typer.Option(
+        "--cache",
+        metavar="DIR",
+        help="Where prepared images lie; default: $DUALREFNET_CACHE or the user's cache folder.",
+    ),
 ]
 Workers = Annotated[int | None, typer.Option(help="Threads that prepare images; default: one a core.")]
 
@@ -35,15 +43,20 @@ def doctor() -> None:
     findings = examine()
     console = output()
     for finding in findings:
-        console.print(f"[{COLOURS[finding.level]}]{finding.level}[/]  {finding.subject}: {finding.message}", soft_wrap=True)
+        console.print(
+            f"[{COLOURS[finding.level]}]{finding.level}[/]  {finding.subject}: {finding.message}", soft_wrap=True
+        )
     raise typer.Exit(1 if any(finding.level == "FAIL" for finding in findings) else 0)
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the drawn data and the run.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the drawn data and the run.")] = Path(
+        "runs/demo"
+    ),
 ) -> None:
-    """Draw the sample data set, train DualRefNet on it, measure and explain it, and write a report. No network; a few minutes.
+    """Draw the sample data set, train DualRefNet on it, measure and explain it, and write a report. No network; a few
+    minutes.
 
     Needs the extra `explain`.
     """
@@ -60,7 +73,9 @@ def demo(
 
 @app.command()
 def methods() -> None:
-    """List the methods that can be trained: `train RECIPE model.method=NAME`. Where a system is a reconstruction, it says so."""
+    """List the methods that can be trained: `train RECIPE model.method=NAME`. Where a system is a reconstruction, it
+    says so.
+    """
     from rich.table import Table
 
     from dualrefnet.models.registry import METHODS
@@ -79,7 +94,9 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe."
     if name is not None:
         text = recipe_text(name)
         console = Console()
-        console.print(Syntax(text, "yaml", background_color="default")) if console.is_terminal else typer.echo(text, nl=False)
+        console.print(Syntax(text, "yaml", background_color="default")) if console.is_terminal else typer.echo(
+            text, nl=False
+        )
         return
     for shipped in shipped_recipes():
         typer.echo(f"{shipped:<20} {load_recipe(shipped).description}")
@@ -88,7 +105,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe."
 @app.command()
 def prepare(recipe: RecipeName, overrides: Overrides = None, cache: Cache = None, workers: Workers = None) -> None:
     """Decode and preprocess a recipe's images once, into the image store. `train` does it too if it wasn't done."""
-    from dualrefnet.data.pipeline import fill_recipe_store, read_dataset
+    from dualrefnet.data.loader import fill_recipe_store, read_dataset
     from dualrefnet.recipe import load_recipe, parse_overrides
 
     checked = load_recipe(recipe, parse_overrides(overrides or []))
@@ -109,7 +126,8 @@ def train(
 ) -> None:
     """Train and evaluate a recipe; leaves a run folder with the model, predictions and measures.
 
-    Several GPUs: `accelerate launch --multi_gpu -m dualrefnet train RECIPE ...`; several processes on CPUs: the same with
+    Several GPUs: `accelerate launch --multi_gpu -m dualrefnet train RECIPE ...`; several processes on CPUs: the same
+    with
     `--num_processes N` and `training.device=cpu`.
     """
     from dualrefnet.recipe import load_recipe, parse_overrides
@@ -133,11 +151,13 @@ def train(
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    root: Annotated[Path | None, typer.Option("--root", metavar="DIR", help="Where the data lie now, if they have moved.")] = None,
+    root: Annotated[
+        Path | None, typer.Option("--root", metavar="DIR", help="Where the data lie now, if they have moved.")
+    ] = None,
     cache: Cache = None,
 ) -> None:
     """Measure a trained run again: writes predictions.csv and metrics.json, prints the tables."""
-    from dualrefnet.evaluation.evaluate import evaluate_run
+    from dualrefnet.analysis.evaluate import evaluate_run
     from dualrefnet.run import Run
 
     _print_metrics(evaluate_run(Run(run), root, cache=cache))
@@ -148,32 +168,43 @@ def probe(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
     against: Annotated[
         list[Path] | None,
-        typer.Option("--against", metavar="RUN2", help="Set a run of the same test images beside it; may be given several times."),
+        typer.Option(
+            "--against", metavar="RUN2", help="Set a run of the same test images beside it; may be given several times."
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder; default: probes/ in the run folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder; default: probes/ in the run folder.")
+    ] = None,
     masks: Annotated[
         Path | None,
         typer.Option(
-            "--masks", metavar="DIR", help="Outlines of the lesions, IMAGE_ID.png; default: masks/ in the data's folder, if there."
+            "--masks",
+            metavar="DIR",
+            help="Outlines of the lesions, IMAGE_ID.png; default: masks/ in the data's folder, if there.",
         ),
     ] = None,
     permutations: Annotated[int, typer.Option(min=1, help="How often inputs are exchanged between patients.")] = 10,
     draws: Annotated[int, typer.Option(min=1, help="Random choices of answers for each share of them.")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="Of exchanges, choices and resamples.")] = 0,
-    root: Annotated[Path | None, typer.Option("--root", metavar="DIR", help="Where the data lie now, if they have moved.")] = None,
+    root: Annotated[
+        Path | None, typer.Option("--root", metavar="DIR", help="Where the data lie now, if they have moved.")
+    ] = None,
     cache: Cache = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU if there is one.")] = None,
 ) -> None:
     """Ask a trained run again with parts of its input taken away or exchanged: how much of its score is shortcut?
 
-    Then with fewer and fewer answers, with and without the photograph. Leaves the tables as CSV and, with the extra `report`,
+    Then with fewer and fewer answers, with and without the photograph. Leaves the tables as CSV and, with the extra
+    `report`,
     their pictures.
     """
-    from dualrefnet.report.write_probes import write_probes
+    from dualrefnet.report.run_report import write_probes
     from dualrefnet.run import Run
 
     others = [Run(path) for path in against or []]
-    probed = write_probes(Run(run), others, out, masks, permutations, draws, seed=seed, root=root, cache=cache, device=device)
+    probed = write_probes(
+        Run(run), others, out, masks, permutations, draws, seed=seed, root=root, cache=cache, device=device
+    )
     for table in probed.tables:
         print_table(table)
     typer.echo(f"the probes: {probed.folder}")
@@ -181,9 +212,16 @@ def probe(
 
 @app.command()
 def predict(
-    model: Annotated[Path, typer.Argument(metavar="RUN_OR_BUNDLE", help="A run folder, or the folder of an exported bundle.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_BUNDLE", help="A run folder, or the folder of an exported bundle.")
+    ],
     out: Annotated[
-        Path, typer.Option("--out", metavar="CSV", help="Result: image, predicted, prob_CLASS of every class, malignancy, warnings, error.")
+        Path,
+        typer.Option(
+            "--out",
+            metavar="CSV",
+            help="Result: image, predicted, prob_CLASS of every class, malignancy, warnings, error.",
+        ),
     ],
     images: Annotated[
         list[Path] | None,
@@ -207,7 +245,11 @@ def predict(
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with what an interrupted call with the same arguments left; begin if it left nothing.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with what an interrupted call with the same arguments left; begin if it left nothing.",
+        ),
     ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Photographs that the model sees at once.")] = 32,
     workers: Annotated[
@@ -227,15 +269,24 @@ def predict(
 ) -> None:
     """Classify photographs, a few or a million, with a trained run or an exported bundle.
 
-    Metadata that are missing make the sets larger and more cases be referred: each answer uses the thresholds that were fitted for what is
-    given. A row that can't be predicted, or has a value that the model doesn't know, says why in its column error. Memory doesn't grow with
+    Metadata that are missing make the sets larger and more cases be referred: each answer uses the thresholds that were
+    fitted for what is
+    given. A row that can't be predicted, or has a value that the model doesn't know, says why in its column error.
+    Memory doesn't grow with
     the number of photographs.
     """
     from functools import partial
 
-    from dualrefnet.batch.case_list import Cases, FileCases, TableCases
-    from dualrefnet.batch.pace import show_pace
-    from dualrefnet.batch.predict import ModelFolder, Work, predict_here, predict_to_csv
+    from dualrefnet.deploy.batch import (
+        Cases,
+        FileCases,
+        ModelFolder,
+        TableCases,
+        Work,
+        predict_here,
+        predict_to_csv,
+        show_pace,
+    )
 
     if bool(images) == (table is not None) or (table is not None and metadata is not None):
         raise DualRefNetError("give --images, with --metadata if there are forms, or --csv, a table with both")
@@ -246,16 +297,22 @@ def predict(
     if ray is None:
         work: Work = partial(predict_here, predictor, batch=batch, workers=workers)
     else:
-        from dualrefnet.batch.ray_batch import ray_work
+        from dualrefnet.deploy.ray_batch import ray_work
 
         work = ray_work(folder, out, ray, batch, workers)
     try:
         with show_pace("predicting") as show:
-            done = predict_to_csv(folder, predictor.classes, cases, out, work, batch=batch, resume=resume, progress=show)
+            done = predict_to_csv(
+                folder, predictor.classes, cases, out, work, batch=batch, resume=resume, progress=show
+            )
     except KeyboardInterrupt:
-        raise DualRefNetError(f"interrupted; what is done is kept beside {out}, and the same command with --resume goes on") from None
+        raise DualRefNetError(
+            f"interrupted; what is done is kept beside {out}, and the same command with --resume goes on"
+        ) from None
     resumed = f" ({done.resumed} of these rows were there before)" if done.resumed else ""
-    typer.echo(f"{done.classified} rows classified, {done.failed} not, for the reason in their column error{resumed}: {out}")
+    typer.echo(
+        f"{done.classified} rows classified, {done.failed} not, for the reason in their column error{resumed}: {out}"
+    )
     raise typer.Exit(2 if done.failed and not done.classified else 0)
 
 

@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dualrefnet.evaluation.printed_table import PrintedTable
-from dualrefnet.findings import Finding
+from dualrefnet.data.check import Finding
+from dualrefnet.display.format import PrintedTable
 
 COLOURS = {"PASS": "green", "WARN": "yellow", "FAIL": "red"}
 # Characters that a column of words gets at least, if it needs them.
@@ -28,16 +28,23 @@ def print_findings(findings: list[Finding]) -> None:
     console = output()
     for finding in findings:
         # Ids and messages come from the user's table: square brackets in them are no markup.
-        console.print(f"[{COLOURS[finding.level]}]{finding.level}[/]  {finding.check}: {escape(finding.message)}", soft_wrap=True)
+        console.print(
+            f"[{COLOURS[finding.level]}]{finding.level}[/]  {finding.check}: {escape(finding.message)}", soft_wrap=True
+        )
         if finding.examples and finding.level != "PASS":
-            console.print(f"      e.g. {escape(', '.join(map(str, finding.examples[:3])))}", style="dim", soft_wrap=True)
+            console.print(
+                f"      e.g. {escape(', '.join(map(str, finding.examples[:3])))}", style="dim", soft_wrap=True
+            )
 
 
 def print_table(table: PrintedTable) -> None:
     """Print a table and its notes."""
     console = output()
     # What is said at the left may be long, and the numbers must leave it some room.
-    words = [max(len(text) for text in (name, *(row[number].text for row in table.rows))) for number, name in enumerate(table.columns)]
+    words = [
+        max(len(text) for text in (name, *(row[number].text for row in table.rows)))
+        for number, name in enumerate(table.columns)
+    ]
     taken = sum(min(length, LONGEST) + 2 for length in words[: table.left])
     room = max(9, (console.width - taken) // max(1, len(table.columns) - table.left) - 2)
     shown = Table(title=table.title, box=box.SIMPLE_HEAD, title_justify="left")

@@ -26,7 +26,8 @@ class Dataset:
         schema: what the columns mean.
         root: the folder that was read.
         remarks: what the user should know of the reading, one sentence each.
-        other_columns: the published columns that are neither ids nor label nor metadata field, as text, with the index of
+        other_columns: the published columns that are neither ids nor label nor metadata field, as text, with the index
+            of
             `table`: never features, but an audit looks at them.
     """
 
@@ -45,7 +46,8 @@ class Dataset:
 def adapters() -> dict[str, Callable[[Path, Path | None], Dataset]]:
     """Return the adapters by name; each takes (root, description file or None)."""
     # Imported here: each adapter imports this module for `Dataset`.
-    from dualrefnet.data import csv_table, isic_2019, pad_ufes_20, sample
+    from dualrefnet.data import csv_table, isic_2019, pad_ufes_20
+    from dualrefnet.data import synthetic as sample
 
     return {
         "pad_ufes_20": lambda root, description: pad_ufes_20.load(root),
@@ -88,7 +90,11 @@ def find_root(name: str, root: Path | str | None = None) -> Path:
         root = Path(base) / name
     root = Path(root).expanduser()
     if not root.is_dir():
-        hint = f"; `dualrefnet sample {root}` draws it" if name == "sample" else f"; `dualrefnet fetch {name} --root {root}` downloads it"
+        hint = (
+            f"; `dualrefnet sample {root}` draws it"
+            if name == "sample"
+            else f"; `dualrefnet fetch {name} --root {root}` downloads it"
+        )
         raise DataError(f"there is no folder {root}{hint if name != 'csv_table' else ''}")
     return root
 

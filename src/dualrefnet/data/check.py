@@ -1,26 +1,88 @@
-"""Say what is wrong with a data set before anybody trains on it."""
+"""What an examination of data says: one finding a question, each with a verdict."""
+
+# also: Images that are the same bytes: under one label a repetition, under two a wrong label.
+# also: Say what is wrong with a data set before anybody trains on it.
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 
 from dualrefnet.data import csv_table, isic_2019, pad_ufes_20
 from dualrefnet.data.adapters import IMAGE_SUFFIXES, Dataset, index_images, load_dataset
-from dualrefnet.data.decode import MAX_BYTES, decode_image
-from dualrefnet.data.identical import identical_images
+from dualrefnet.data.images import MAX_BYTES, decode_image
 from dualrefnet.data.schema import BOOLEAN_VALUES, MetadataField
 from dualrefnet.errors import ImageError
-from dualrefnet.findings import MAX_EXAMPLES, Finding, found_or_pass
+
+Level = Literal["PASS", "WARN", "FAIL"]
+
+
+MAX_EXAMPLES = 10
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check.
+
+    Attributes:
+        level: PASS; WARN: known and worth knowing; FAIL: mend it before training.
+        check: short id, the same in every release.
+        message: one sentence for people.
+        examples: up to ten ids.
+        count: how many rows, images or values the finding is about.
+    """
+
+    level: Level
+    check: str
+    message: str
+    examples: tuple[str, ...] = ()
+    count: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the finding as values that JSON knows."""
+        return {**asdict(self), "examples": list(self.examples)}
+
+
+def found_or_pass(level: Level, check: str, found: list[str], what: str, nothing: str) -> Finding:
+    """Return a finding of `level` that says `what` of the ids `found`, or a PASS that says `nothing` if there are
+    none.
+    """
+    if not found:
+        return Finding("PASS", check, nothing)
+    return Finding(level, check, f"{what}: {len(found):,}", tuple(found[:MAX_EXAMPLES]), len(found))
+
+
+def identical_images(images: Iterable[tuple[str, str, str]]) -> Iterator[Finding]:
+    """Say which images are identical, those of different labels first.
+
+    Args:
+        images: id, label and hash of the bytes (empty: unknown) of every image.
+    """
+    twins: dict[str, list[tuple[str, str]]] = {}
+    for image_id, label, sha256 in images:
+        if sha256:
+            twins.setdefault(sha256, []).append((image_id, label))
+    unlike, alike = [], []
+    for group in twins.values():
+        if len({label for _, label in group}) > 1:
+            unlike.append(" = ".join(f"{image_id} ({label})" for image_id, label in group))
+        elif len(group) > 1:
+            alike.append(" = ".join(image_id for image_id, _ in group))
+    what = "byte-identical images under different labels (at least one label is wrong), groups"
+    yield found_or_pass("WARN", "identical_other_label", unlike, what, "no images of different labels are identical")
+    what = "byte-identical images under one label (they may stand on both sides of a split), groups"
+    yield found_or_pass("WARN", "identical_same_label", alike, what, "no images of one label are identical")
+
 
 TINY_SIDE = 64
+
 
 # Pacheco et al. 2020, table 2; the ground truth of the ISIC 2019 challenge.
 OFFICIAL_CLASS_COUNTS = {
@@ -99,16 +161,24 @@ def _rows(dataset: Dataset) -> Iterator[Finding]:
     if official is None or rows == official:
         yield Finding("PASS", "rows", f"{rows:,} rows{'' if official is None else ', as published'}", count=rows)
     else:
-        yield Finding("FAIL", "rows", f"{rows:,} rows where {official:,} were published; get the metadata again", count=rows)
+        yield Finding(
+            "FAIL", "rows", f"{rows:,} rows where {official:,} were published; get the metadata again", count=rows
+        )
     counts = {label: int((dataset.table["label"] == label).sum()) for label in dataset.schema.classes}
     said = ", ".join(f"{label} {count:,}" for label, count in counts.items())
     published = OFFICIAL_CLASS_COUNTS.get(dataset.schema.name, counts)
-    wrong = [f"{label} ({published[label]:,} published)" for label, count in counts.items() if count != published[label]]
+    wrong = [
+        f"{label} ({published[label]:,} published)" for label, count in counts.items() if count != published[label]
+    ]
     empty = [label for label, count in counts.items() if count == 0]
     if wrong:
-        yield found_or_pass("FAIL", "classes", wrong, f"rows a class are {said}; classes that differ from the publication", said)
+        yield found_or_pass(
+            "FAIL", "classes", wrong, f"rows a class are {said}; classes that differ from the publication", said
+        )
     else:
-        yield found_or_pass("FAIL", "classes", empty, "classes without a row (take them out of the classes)", f"rows a class: {said}")
+        yield found_or_pass(
+            "FAIL", "classes", empty, "classes without a row (take them out of the classes)", f"rows a class: {said}"
+        )
 
 
 def _patients(dataset: Dataset) -> Iterator[Finding]:
@@ -119,7 +189,9 @@ def _patients(dataset: Dataset) -> Iterator[Finding]:
         yield Finding("WARN", "patients", message, count=len(unnamed))
     else:
         message = f"{table['patient_id'].nunique():,} patients, named in every row"
-        yield found_or_pass("WARN", "patients", unnamed, "rows without a patient (each counts as a patient of its own)", message)
+        yield found_or_pass(
+            "WARN", "patients", unnamed, "rows without a patient (each counts as a patient of its own)", message
+        )
     if dataset.schema.name in ("pad_ufes_20", "sample"):
         # In the lesion table the patient stands before each of these ids, which makes them unique.
         table = pad_ufes_20.read_raw(dataset.root)
@@ -144,7 +216,10 @@ def _metadata(dataset: Dataset) -> Iterator[Finding]:
     total = 0
     for field in dataset.schema.fields:
         values = dataset.table[field.name]
-        counts = {"": int(values.isna().sum()), **{f" {code}": int((values == code).sum()) for code in field.missing_codes}}
+        counts = {
+            "": int(values.isna().sum()),
+            **{f" {code}": int((values == code).sum()) for code in field.missing_codes},
+        }
         total += sum(counts.values())
         if any(counts.values()):
             silent.append(f"{field.name} {' + '.join(f'{count:,}{code}' for code, count in counts.items() if count)}")
@@ -184,7 +259,9 @@ def _image_files(name: str, dataset: Dataset, description: Path | None) -> dict[
     if name == "csv_table":
         told = csv_table.read_description(description or dataset.root / csv_table.DEFAULT_DESCRIPTION)
         folder = (dataset.root / told.images).resolve()
-        files = sorted(file for file in folder.rglob("[!.]*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+        files = sorted(
+            file for file in folder.rglob("[!.]*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
+        )
         return {file.relative_to(folder).as_posix(): str(file) for file in files}
     folders = isic_2019.image_folders if name == "isic_2019" else pad_ufes_20.image_folders
     return {stem: str(path) for stem, path in index_images(folders(dataset.root)).items()}
@@ -200,7 +277,9 @@ def _missing_images(dataset: Dataset, files: dict[str, str]) -> Iterator[Finding
     yield found_or_pass("WARN", "images_without_row", spare, what, "every image file belongs to a row")
 
 
-def _read_images(dataset: Dataset, workers: int | None, progress: Callable[[int, int], None] | None) -> list[_ImageFile]:
+def _read_images(
+    dataset: Dataset, workers: int | None, progress: Callable[[int, int], None] | None
+) -> list[_ImageFile]:
     """Decode every image once; of each only its hash and size are kept, so memory doesn't grow with the pictures."""
     table = dataset.with_image
     rows = list(zip(table["image_id"], table["label"], table["image_path"], strict=True))
@@ -237,10 +316,18 @@ def _images(images: list[_ImageFile]) -> Iterator[Finding]:
     broken = [image for image in images if image.error is not None]
     what = f"images that can't be decoded, such as: {broken[0].error}" if broken else ""
     yield found_or_pass(
-        "FAIL", "undecodable", [image.image_id for image in broken], what, f"all {len(images):,} images on disk can be decoded"
+        "FAIL",
+        "undecodable",
+        [image.image_id for image in broken],
+        what,
+        f"all {len(images):,} images on disk can be decoded",
     )
     tiny = [image.image_id for image in images if image.error is None and image.side < TINY_SIDE]
     yield found_or_pass(
-        "WARN", "tiny", tiny, f"images with a side below {TINY_SIDE} pixels", f"no image has a side below {TINY_SIDE} pixels"
+        "WARN",
+        "tiny",
+        tiny,
+        f"images with a side below {TINY_SIDE} pixels",
+        f"no image has a side below {TINY_SIDE} pixels",
     )
     yield from identical_images((image.image_id, image.label, image.sha256) for image in images)

@@ -74,7 +74,11 @@ def read_description(path: Path) -> TableDescription:
         first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
         where = ".".join(map(str, first["loc"])) or "the file"
         legal = TableDescription.model_fields if len(first["loc"]) == 1 else MetadataField.model_fields
-        said = f"unknown key; the keys there are {', '.join(legal)}" if first["type"] == "extra_forbidden" else first["msg"]
+        said = (
+            f"unknown key; the keys there are {', '.join(legal)}"
+            if first["type"] == "extra_forbidden"
+            else first["msg"]
+        )
         raise DataError(f"{path}: {where}: {said}") from None
 
 
@@ -93,11 +97,15 @@ def load(root: Path, description_file: Path | None = None) -> Dataset:
     named = [description.image, description.label, description.patient, description.lesion]
     used = [field.name for field in description.metadata if field.name in named]
     if used:
-        raise DataError(f"{', '.join(used)} can't be a metadata field: the column is the image, the label, the patient or the lesion")
+        raise DataError(
+            f"{', '.join(used)} can't be a metadata field: the column is the image, the label, the patient or the lesion"
+        )
     named += [field.name for field in description.metadata]
     absent = [column for column in named if column and column not in raw.columns]
     if absent:
-        raise DataError(f"{root / description.table} has no column {', '.join(absent)}; it has: {', '.join(raw.columns)}")
+        raise DataError(
+            f"{root / description.table} has no column {', '.join(absent)}; it has: {', '.join(raw.columns)}"
+        )
     if len(raw) == 0:
         raise DataError(f"{root / description.table} has no rows")
     if raw[description.image].isna().any():
@@ -134,7 +142,8 @@ def describe(table: pd.DataFrame, columns: list[str]) -> tuple[MetadataField, ..
     """Guess the metadata fields of a table: what a person would say who looked at the columns.
 
     A column of numbers with more than ten values is numeric; one with only yes/no values is boolean; others are
-    categorical, their values learned from the training rows. Results are compared between the values of age, sex, skin type,
+    categorical, their values learned from the training rows. Results are compared between the values of age, sex, skin
+    type,
     ethnicity and body site, if a column is called so.
 
     Raises:
@@ -155,7 +164,9 @@ def describe(table: pd.DataFrame, columns: list[str]) -> tuple[MetadataField, ..
         elif numeric and values.nunique() > 10:
             kind = "numeric"
         elif values.nunique() > 50:
-            raise DataError(f"{name!r} has {values.nunique()} different values: free text or an id, not a metadata field")
+            raise DataError(
+                f"{name!r} has {values.nunique()} different values: free text or an id, not a metadata field"
+            )
         else:
             kind = "categorical"
         fields.append(MetadataField(name=name, kind=kind, subgroup=_SUBGROUPS.fullmatch(name) is not None))

@@ -1,4 +1,6 @@
-"""Download one large file over a connection that may break: every byte that has arrived is kept and never asked for again."""
+"""Download one large file over a connection that may break: every byte that has arrived is kept and never asked for
+again.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +85,11 @@ def download(source: Source, partial: Path, refused: Callable[[str], DataError],
         with _bytes_bar(source, progress) as show:
             _download(source, partial, refused, show)
     except KeyboardInterrupt:
-        warn(escape(f"interrupted: {_bytes_of(partial):,} bytes of {source.filename} are kept, and running it again resumes"))
+        warn(
+            escape(
+                f"interrupted: {_bytes_of(partial):,} bytes of {source.filename} are kept, and running it again resumes"
+            )
+        )
         raise
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -103,7 +109,9 @@ def _download(source: Source, partial: Path, refused: Callable[[str], DataError]
             reason = " ".join(str(error).split())[:200]
         kept = f"{_bytes_of(partial):,} bytes"
         if failures >= ATTEMPTS:
-            raise DataError(f"{source.url} failed {failures} times ({reason}); {kept} are kept: run it again later to resume")
+            raise DataError(
+                f"{source.url} failed {failures} times ({reason}); {kept} are kept: run it again later to resume"
+            )
         pause = min(60.0, BACKOFF_SECONDS * 2 ** (failures - 1))
         warn(escape(f"{source.filename}: {reason}; trying again in {pause:.0f} s, {kept} are kept"))
         time.sleep(pause)
@@ -179,7 +187,13 @@ def _known_validators(source: Source, partial: Path) -> dict[str, Any]:
 
 @contextmanager
 def _bytes_bar(source: Source, enabled: bool) -> Iterator[Callable[[int], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True, disable=not enabled or not console.is_terminal) as bar:
         task = bar.add_task(escape(source.filename), total=source.size or None)
         yield lambda done: bar.update(task, completed=done)

@@ -45,7 +45,13 @@ SCHEMA = DatasetSchema(
             description="Age of the patient, to 5 years",
             subgroup=True,
         ),
-        MetadataField(name="sex", kind="categorical", categories=("female", "male"), description="Sex of the patient", subgroup=True),
+        MetadataField(
+            name="sex",
+            kind="categorical",
+            categories=("female", "male"),
+            description="Sex of the patient",
+            subgroup=True,
+        ),
         MetadataField(
             name="anatom_site_general",
             kind="categorical",
@@ -117,4 +123,6 @@ def load(root: Path) -> Dataset:
     raw["image_path"] = [str(paths[stem]) if stem in paths else None for stem in raw["image_id"]]
     raw["patient_id"] = None
     table, remarks = normalise(raw, SCHEMA)
-    return Dataset(table, SCHEMA, root, remarks, other_columns(raw, (*ID_COLUMNS, *(field.name for field in SCHEMA.fields))))
+    return Dataset(
+        table, SCHEMA, root, remarks, other_columns(raw, (*ID_COLUMNS, *(field.name for field in SCHEMA.fields)))
+    )

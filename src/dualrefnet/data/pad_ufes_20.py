@@ -27,10 +27,47 @@ CLASS_NAMES = {
 
 # In the order of first appearance in the published CSV, so that the columns are those of the literature.
 _COUNTRIES_FATHER = [
-    "POMERANIA", "GERMANY", "BRAZIL", "NETHERLANDS", "ITALY", "POLAND", "PORTUGAL", "BRASIL", "CZECH", "AUSTRIA", "SPAIN", "ISRAEL",
-]  # fmt: skip
-_COUNTRIES_MOTHER = ["POMERANIA", "ITALY", "GERMANY", "BRAZIL", "POLAND", "NORWAY", "PORTUGAL", "NETHERLANDS", "FRANCE", "SPAIN"]
-_REGIONS = ["ARM", "NECK", "FACE", "HAND", "FOREARM", "CHEST", "NOSE", "THIGH", "SCALP", "EAR", "BACK", "FOOT", "ABDOMEN", "LIP"]
+    "POMERANIA",
+    "GERMANY",
+    "BRAZIL",
+    "NETHERLANDS",
+    "ITALY",
+    "POLAND",
+    "PORTUGAL",
+    "BRASIL",
+    "CZECH",
+    "AUSTRIA",
+    "SPAIN",
+    "ISRAEL",
+]
+_COUNTRIES_MOTHER = [
+    "POMERANIA",
+    "ITALY",
+    "GERMANY",
+    "BRAZIL",
+    "POLAND",
+    "NORWAY",
+    "PORTUGAL",
+    "NETHERLANDS",
+    "FRANCE",
+    "SPAIN",
+]
+_REGIONS = [
+    "ARM",
+    "NECK",
+    "FACE",
+    "HAND",
+    "FOREARM",
+    "CHEST",
+    "NOSE",
+    "THIGH",
+    "SCALP",
+    "EAR",
+    "BACK",
+    "FOOT",
+    "ABDOMEN",
+    "LIP",
+]
 
 
 def _boolean(name: str, description: str) -> MetadataField:
@@ -58,10 +95,23 @@ FIELDS = (
     _origin("background_father", _COUNTRIES_FATHER, "the father"),
     _origin("background_mother", _COUNTRIES_MOTHER, "the mother"),
     MetadataField(
-        name="age", kind="numeric", unit="years", tier="M1", minimum=0, maximum=120, description="Age of the patient", subgroup=True
+        name="age",
+        kind="numeric",
+        unit="years",
+        tier="M1",
+        minimum=0,
+        maximum=120,
+        description="Age of the patient",
+        subgroup=True,
     ),
     _boolean("pesticide", "Does the patient work with pesticides?"),
-    MetadataField(name="gender", kind="categorical", categories=("FEMALE", "MALE"), description="Sex of the patient", subgroup=True),
+    MetadataField(
+        name="gender",
+        kind="categorical",
+        categories=("FEMALE", "MALE"),
+        description="Sex of the patient",
+        subgroup=True,
+    ),
     _boolean("skin_cancer_history", "Has the patient or family had skin cancer?"),
     _boolean("cancer_history", "Has the patient or family had any cancer?"),
     _boolean("has_piped_water", "Is there piped water at home?"),
@@ -81,8 +131,17 @@ FIELDS = (
         description="Where on the body the lesion is",
         subgroup=True,
     ),
-    MetadataField(name="diameter_1", kind="numeric", unit="mm", minimum=0, maximum=500, description="Longest diameter of the lesion"),
-    MetadataField(name="diameter_2", kind="numeric", unit="mm", minimum=0, maximum=500, description="Diameter across the longest"),
+    MetadataField(
+        name="diameter_1",
+        kind="numeric",
+        unit="mm",
+        minimum=0,
+        maximum=500,
+        description="Longest diameter of the lesion",
+    ),
+    MetadataField(
+        name="diameter_2", kind="numeric", unit="mm", minimum=0, maximum=500, description="Diameter across the longest"
+    ),
     _symptom("itch", "Does it itch?"),
     _symptom("grew", "Has it grown?"),
     _symptom("hurt", "Does it hurt?"),
@@ -122,7 +181,9 @@ def read_raw(root: Path) -> pd.DataFrame:
     raw = read_csv(root / "metadata.csv", dtype=str, keep_default_na=False, na_values=[""])
     absent = [column for column in ("img_id", "patient_id", "lesion_id", "diagnostic") if column not in raw.columns]
     if absent:
-        raise DataError(f"{root / 'metadata.csv'} has no column {', '.join(absent)}: it isn't the metadata of PAD-UFES-20")
+        raise DataError(
+            f"{root / 'metadata.csv'} has no column {', '.join(absent)}: it isn't the metadata of PAD-UFES-20"
+        )
     # The suffix is not part of the id: the same image is .png in the release and .jpg in a re-encoded copy.
     return raw.assign(image_id=raw["img_id"].str.replace(r"\.\w+$", "", regex=True), label=raw["diagnostic"])
 

@@ -28,7 +28,9 @@ PUBLISHED_ROWS = {
 SPLIT_COLUMNS = ("image_id", "patient_id", "label", "split")
 
 
-def split_dataset(dataset: Dataset, protocol: str = "grouped", fold: int = 0, folds: int = 5, seed: int = 0) -> pd.DataFrame:
+def split_dataset(
+    dataset: Dataset, protocol: str = "grouped", fold: int = 0, folds: int = 5, seed: int = 0
+) -> pd.DataFrame:
     """Divide a data set.
 
     The division is made over all rows of the table, those without an image included, so that a person is on the same
@@ -42,7 +44,8 @@ def split_dataset(dataset: Dataset, protocol: str = "grouped", fold: int = 0, fo
         seed: shuffles the grouped protocols; the paper's have the paper's seeds.
 
     Returns:
-        Table with the columns `image_id, patient_id, label, split`, in the order of the lesion table; `patient_id` holds
+        Table with the columns `image_id, patient_id, label, split`, in the order of the lesion table; `patient_id`
+        holds
         the group that the protocol keeps together (for ISIC-2019 the lesion). Rows that the protocol leaves out are
         left out.
 
@@ -89,7 +92,8 @@ def _paper_sides(dataset: Dataset) -> pd.Series:
         )
     sides = pd.Series("train", index=table.index, dtype=object)
     if name == "pad_ufes_20":
-        # The split published with MetaBlock: the sixth of six folds is test; of the rest, the first of five is validation.
+        # The split published with MetaBlock: the sixth of six folds is test; of the rest, the first of five is
+        # validation.
         rest, test = list(StratifiedKFold(6, shuffle=True, random_state=8).split(table, table["label"]))[5]
         inner = StratifiedKFold(5, shuffle=True, random_state=8).split(rest, table["label"].iloc[rest])
         val = rest[next(inner)[1]]
@@ -153,7 +157,9 @@ def refuse_crossing(split: pd.DataFrame) -> None:
 
 def split_counts(split: pd.DataFrame, classes: tuple[str, ...]) -> pd.DataFrame:
     """Count images: one row a class (and `total`), columns train, val, test."""
-    counts = pd.crosstab(split["label"], split["split"]).reindex(index=list(classes), columns=list(SPLITS), fill_value=0)
+    counts = pd.crosstab(split["label"], split["split"]).reindex(
+        index=list(classes), columns=list(SPLITS), fill_value=0
+    )
     counts.loc["total"] = counts.sum()
     return counts
 
@@ -161,7 +167,9 @@ def split_counts(split: pd.DataFrame, classes: tuple[str, ...]) -> pd.DataFrame:
 def missing_sides(split: pd.DataFrame, classes: tuple[str, ...]) -> list[str]:
     """Say which classes have no image in validation or test: measures of them will be undefined."""
     counts = split_counts(split, classes).drop(index="total")
-    return [f"class {label} has no image in {side}" for side in ("val", "test") for label in counts.index[counts[side] == 0]]
+    return [
+        f"class {label} has no image in {side}" for side in ("val", "test") for label in counts.index[counts[side] == 0]
+    ]
 
 
 def leakage(dataset: Dataset, split: pd.DataFrame) -> dict[str, Any]:
@@ -182,7 +190,13 @@ def leakage(dataset: Dataset, split: pd.DataFrame) -> dict[str, Any]:
         test = table["split"] == "test"
         seen = test & ids.isin(ids[table["split"] == "train"].dropna())
         seen_or_val = test & ids.isin(ids[~test].dropna())
-        per_class = {label: float(seen[rows].sum() / len(rows)) for label, rows in table[test].groupby("label").groups.items()}
+        per_class = {
+            label: float(seen[rows].sum() / len(rows)) for label, rows in table[test].groupby("label").groups.items()
+        }
         total = max(int(test.sum()), 1)
-        result[name] = {"train": float(seen.sum() / total), "train_or_val": float(seen_or_val.sum() / total), "per_class": per_class}
+        result[name] = {
+            "train": float(seen.sum() / total),
+            "train_or_val": float(seen_or_val.sum() / total),
+            "per_class": per_class,
+        }
     return result

@@ -11,7 +11,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dualrefnet.errors import DataError
-from dualrefnet.runtime.answer import FormError, by_fold, fold, read_number, spell
+from dualrefnet.runtime.metadata import FormError, by_fold, fold, read_number, spell
 
 Kind = Literal["numeric", "boolean", "categorical"]
 FieldTier = Literal["M1", "M2"]
@@ -106,7 +106,9 @@ class DatasetSchema(BaseModel):
         for key, labels in (("malignant", set(self.malignant)), ("class_names", set(self.class_names))):
             unknown = labels - set(self.classes)
             if unknown:
-                raise DataError(f"{key} names no class: {', '.join(sorted(unknown))}; classes: {', '.join(self.classes)}")
+                raise DataError(
+                    f"{key} names no class: {', '.join(sorted(unknown))}; classes: {', '.join(self.classes)}"
+                )
         return self
 
     @property
@@ -189,10 +191,14 @@ def normalise(table: pd.DataFrame, schema: DatasetSchema) -> tuple[pd.DataFrame,
         result[column] = ids.where(ids != "", other=np.nan)
     doubled = result.loc[result["image_id"].duplicated(), "image_id"]
     if len(doubled):
-        raise DataError(f"{len(doubled)} image ids stand in more than one row, the first: {doubled.iloc[0]}; remove the duplicates")
+        raise DataError(
+            f"{len(doubled)} image ids stand in more than one row, the first: {doubled.iloc[0]}; remove the duplicates"
+        )
     unknown = sorted(set(result["label"]) - set(schema.classes))
     if unknown:
-        raise DataError(f"unknown labels: {', '.join(unknown[:8])}; the classes of {schema.title} are {', '.join(schema.classes)}")
+        raise DataError(
+            f"unknown labels: {', '.join(unknown[:8])}; the classes of {schema.title} are {', '.join(schema.classes)}"
+        )
     remarks: list[str] = []
     for field in schema.fields:
         result[field.name], said = normalise_field(result[field.name], field)
@@ -230,13 +236,15 @@ def _numbers(cells: pd.Series, field: MetadataField) -> tuple[pd.Series, list[st
             not_numbers += 1
     if not_numbers:
         raise DataError(f"{field.name} must be a number, and {not_numbers} rows hold text; is it the right column?")
-    numbers = pd.Series([np.nan if answer.value is None else float(answer.value) for answer in answers], index=cells.index, dtype=float)
+    numbers = pd.Series(
+        [np.nan if answer.value is None else float(answer.value) for answer in answers], index=cells.index, dtype=float
+    )
     odd = [answer.odd for answer in answers if answer.odd]
     return numbers, [odd_remark(field, reason, count) for reason, count in sorted(Counter(odd).items())]
 
 
 def odd_remark(field: MetadataField, odd: str, count: int) -> str:
-    """Say how many answers to a field don't count, and why; see `dualrefnet.runtime.form.Answer`."""
+    """Say how many answers to a field don't count, and why; see `dualrefnet.runtime.metadata.Answer`."""
     if odd == "infinite":
         return f"{field.name}: {count} infinite values are treated as missing"
     if odd == "outside":

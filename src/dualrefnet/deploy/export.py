@@ -1,4 +1,6 @@
-"""From a trained run to a bundle: one folder that answers without torch, and says what it is."""
+"""What a form may hold, as JSON Schema, for programs that send one."""
+
+# also: From a trained run to a bundle: one folder that answers without torch, and says what it is.
 
 from __future__ import annotations
 
@@ -14,32 +16,82 @@ from typing import Any
 import torch
 
 import dualrefnet
+from dualrefnet.analysis.opened_run import open_run
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.deploy import hub
-from dualrefnet.deploy.exported_model import ExportedModel, ProgramNetwork, trace, write_onnx, write_program
-from dualrefnet.deploy.form_schema import form_schema
+from dualrefnet.deploy.card import data_licence, model_card
 from dualrefnet.deploy.gate import refuse_shortcut
-from dualrefnet.deploy.model_card import data_licence, model_card
-from dualrefnet.deploy.parity import BATCH, Cases, check_parity, drawn_cases, real_cases
-from dualrefnet.deploy.quantisation import SETTING, measure_int8, quantise
-from dualrefnet.deploy.run_parts import described_dataset
-from dualrefnet.deploy.torch_network import TorchNetwork
+from dualrefnet.deploy.network import ExportedModel, ProgramNetwork, TorchNetwork, trace, write_onnx, write_program
+from dualrefnet.deploy.parity import (
+    BATCH,
+    SETTING,
+    Cases,
+    check_parity,
+    drawn_cases,
+    measure_int8,
+    quantise,
+    real_cases,
+)
+from dualrefnet.deploy.predictor import described_dataset
 from dualrefnet.errors import DataError, RunError
-from dualrefnet.evaluation.opened_run import open_run
 from dualrefnet.files import sha256_of_file, write_json, write_text
-from dualrefnet.models.method import Architecture, Method
+from dualrefnet.models.base import Architecture, Method
 from dualrefnet.models.registry import load_model
 from dualrefnet.progress import progress_bar, remark, warn
 from dualrefnet.recipe import ImageSection
 from dualrefnet.run import Run
 from dualrefnet.runtime.availability import missingness_shortcut
-from dualrefnet.runtime.bundle import FORMAT
+from dualrefnet.runtime.bundle import FORMAT, OnnxNetwork
 from dualrefnet.runtime.classifier import Network
-from dualrefnet.runtime.onnx_network import OnnxNetwork
+
+
+def form_schema(metadata: MetadataEncoder, name: str, reads_metadata: bool = True) -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of a form.
+
+    Args:
+        metadata: the fitted encoder.
+        name: of the model.
+        reads_metadata: False: the model asks nothing, whatever the encoder knows.
+    """
+    questions = {}
+    asked = zip(metadata.fields, metadata.levels, strict=True) if reads_metadata else ()
+    for one, levels in asked:
+        said = one.description or one.name.replace("_", " ")
+        question: dict[str, Any] = {"description": f"{said}, in {one.unit}" if one.unit else said}
+        if one.unit:
+            question["unit"] = one.unit
+        if one.kind == "numeric":
+            limits = {"minimum": one.minimum, "maximum": one.maximum}
+            number = {"type": "number", **{key: value for key, value in limits.items() if value is not None}}
+            question["anyOf"] = [number, {"enum": [*one.missing_codes, None]}]
+        else:
+            words: list[str | bool] = list(dict.fromkeys([*levels, *one.aliases, *one.missing_codes]))
+            if one.kind == "boolean":
+                words = [True, False, *(word for word in words if word not in ("True", "False"))]
+            # Categories that are whole numbers, such as skin types, may be sent as such.
+            question["enum"] = [
+                *words,
+                *(int(word) for word in words if isinstance(word, str) and word.isdecimal()),
+                None,
+            ]
+        questions[one.name] = question
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": f"Form of {name}",
+        "description": "A patient's answers. None is compulsory; null means the same as leaving the question out.",
+        "type": "object",
+        "properties": questions,
+        "additionalProperties": False,
+    }
+
 
 # The largest difference between a probability of torch and one of onnxruntime that is taken for rounding.
 LIMIT = 1e-3
+
+
 VALIDATION, TRAINING, DRAWN = 300, 256, 64
+
+
 NOTICE = "Not a medical device. For research and teaching."
 
 
@@ -74,30 +126,38 @@ def export_run(
         int8: write the 8-bit network too; None: if the run's photographs are at hand.
         root: where the data lie now, if not where the recipe says.
         cache: where image stores lie.
-        accept_missingness_shortcut: export it though blank metadata keep it from referring cancers; the bundle then warns of it.
+        accept_missingness_shortcut: export it though blank metadata keep it from referring cancers; the bundle then
+            warns of it.
 
     Returns:
         The content of `bundle.json`.
 
     Raises:
-        RunError: the run isn't finished, mustn't be used by anybody (see `refuse_shortcut`), `out` holds something else, or the exported
+        RunError: the run isn't finished, mustn't be used by anybody (see `refuse_shortcut`), `out` holds something
+            else, or the exported
             network doesn't answer as the trained one does.
         DataError: `root` doesn't hold the run's data, or int8 was asked for and they aren't at hand.
         DependencyError: an optional library is missing.
     """
     check_target(out)
     if not run.finished:
-        raise RunError(f"{run.path} isn't finished: `dualrefnet train ... --resume` goes on, `dualrefnet evaluate {run.path}` measures it")
+        raise RunError(
+            f"{run.path} isn't finished: `dualrefnet train ... --resume` goes on, `dualrefnet evaluate {run.path}` measures it"
+        )
     refuse_shortcut(missingness_shortcut(run.metrics), run.path, accept_missingness_shortcut)
     description = run.model
     metadata = MetadataEncoder.from_json(description["metadata"])
     if metadata.leaked_classes:
-        raise RunError(f"{run.path} fills gaps of the form from the diagnosis, a demonstration of that leak: nobody could use its bundle")
+        raise RunError(
+            f"{run.path} fills gaps of the form from the diagnosis, a demonstration of that leak: nobody could use its bundle"
+        )
     method = load_model(description, run.weights_file).eval()
     if int8 and not method.reads_image:
         raise RunError("int8 is for image encoders, and this model reads no image; export it with --no-int8")
     image = ImageSection.model_validate(description["preprocessing"]["image"])
-    material = _material(run, root, cache, image if method.reads_image else None, metadata, int8 is not False and method.reads_image)
+    material = _material(
+        run, root, cache, image if method.reads_image else None, metadata, int8 is not False and method.reads_image
+    )
     if int8 and material.training is None:
         raise DataError(
             "int8 learns its ranges from training photographs and is measured on validation photographs, and the run's data aren't at "
@@ -144,7 +204,12 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def _material(
-    run: Run, root: Path | None, cache: Path | None, image: ImageSection | None, metadata: MetadataEncoder, training: bool
+    run: Run,
+    root: Path | None,
+    cache: Path | None,
+    image: ImageSection | None,
+    metadata: MetadataEncoder,
+    training: bool,
 ) -> _Material:
     """Read photographs and forms of the run's data; draw some, and say so, if they aren't at hand."""
     try:
@@ -157,7 +222,9 @@ def _material(
             f"the run's data aren't at hand ({error}). Parity is checked on drawn pictures instead, and int8 could neither learn its "
             "ranges from real photographs nor be measured"
         )
-        return _Material(drawn_cases(DRAWN, image, metadata), None, "on drawn pictures, since the run's photographs weren't at hand")
+        return _Material(
+            drawn_cases(DRAWN, image, metadata), None, "on drawn pictures, since the run's photographs weren't at hand"
+        )
     size = opened.recipe.image.size
     cases = real_cases(opened.pictures("val"), size, VALIDATION)
     learn = real_cases(opened.pictures("train"), size, TRAINING) if training else None
@@ -165,7 +232,13 @@ def _material(
 
 
 def _fill(
-    folder: Path, run: Run, method: Method, image: ImageSection, metadata: MetadataEncoder, material: _Material, int8: bool | None
+    folder: Path,
+    run: Run,
+    method: Method,
+    image: ImageSection,
+    metadata: MetadataEncoder,
+    material: _Material,
+    int8: bool | None,
 ) -> dict[str, Any]:
     """Write all files of the bundle, and return the content of `bundle.json`."""
     description = run.model
@@ -230,13 +303,18 @@ def _write_networks(folder: Path, model: ExportedModel, trained: Network, materi
     with progress_bar("comparing with torch") as show:
         parity = check_parity(trained, OnnxNetwork(onnx_file), material.cases, tokens, show)
     few = material.cases.part(0, BATCH)
-    for name, found in (("ONNX", parity), ("torch.export", check_parity(trained, ProgramNetwork(program_file, model.inputs), few, tokens))):
+    for name, found in (
+        ("ONNX", parity),
+        ("torch.export", check_parity(trained, ProgramNetwork(program_file, model.inputs), few, tokens)),
+    ):
         if not found.largest <= LIMIT:
             raise RunError(
                 f"the {name} file doesn't answer as the trained model does: a probability differs by {found.largest:.2g}, and "
                 f"{LIMIT:g} is the limit. Nothing was written. Please report this, with the recipe and the versions of `dualrefnet doctor`"
             )
-    remark(f"parity: the probabilities of model.onnx differ from torch's by {parity.largest:.1e} at most, {material.checked_on}")
+    remark(
+        f"parity: the probabilities of model.onnx differ from torch's by {parity.largest:.1e} at most, {material.checked_on}"
+    )
     return {
         "file": onnx_file.name,
         "sha256": sha256_of_file(onnx_file),
@@ -256,7 +334,7 @@ def _write_int8(folder: Path, run: Run, cases: Cases, training: Cases, classes: 
     with progress_bar("int8: measuring") as show:
         measured, verdict, worth_it = measure_int8(
             OnnxNetwork(folder / "model.onnx"), OnnxNetwork(file), cases, classes, check, show
-        )  # fmt: skip
+        )
     (remark if worth_it else warn)(f"int8: {verdict}")
     return {
         "file": file.name,

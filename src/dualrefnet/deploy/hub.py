@@ -1,6 +1,8 @@
-"""Bundles on the Hugging Face Hub, or on a server that speaks its language: `from_pretrained`, `save_pretrained`, `push_to_hub`.
+"""Bundles on the Hugging Face Hub, or on a server that speaks its language: `from_pretrained`, `save_pretrained`,
+`push_to_hub`.
 
-Only a bundle's own files are sent or fetched. Of a bundle that was fetched nothing is run: its folder `runtime/`, which is for people,
+Only a bundle's own files are sent or fetched. Of a bundle that was fetched nothing is run: its folder `runtime/`, which
+is for people,
 stays where it is, and its networks are read only if they are the ones that `bundle.json` describes.
 """
 
@@ -13,17 +15,32 @@ from pathlib import Path
 from typing import Any, Self
 
 from huggingface_hub import ModelHubMixin, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 
 from dualrefnet.errors import RunError
 from dualrefnet.files import read_json, sha256_of_file
 
 DESCRIPTION = "bundle.json"
 NETWORKS = ("model.onnx", "model.int8.onnx")
-FILES = (DESCRIPTION, *NETWORKS, "model.pt2", "out_of_scope.safetensors", "form.schema.json", "README.md", "DATA_LICENCE.md")
+FILES = (
+    DESCRIPTION,
+    *NETWORKS,
+    "model.pt2",
+    "out_of_scope.safetensors",
+    "form.schema.json",
+    "README.md",
+    "DATA_LICENCE.md",
+)
 RUNTIME = "runtime"
 MESSAGE = "Upload a bundle of dualrefnet"
-# What the Hub answers, and what its client raises where nobody answers: the library of the latter isn't the same in all versions.
+# What the Hub answers, and what its client raises where nobody answers: the library of the latter isn't the same in all
+# versions.
 _REFUSALS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)
 
 
@@ -37,7 +54,9 @@ class BundleMixin(ModelHubMixin, ABC, library_name="dualrefnet", tags=["dualrefn
     bundle: Path | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Make an object whose arguments aren't kept: the mixin would write them into a `config.json` beside the bundle's files."""
+        """Make an object whose arguments aren't kept: the mixin would write them into a `config.json` beside the
+        bundle's files.
+        """
         made = super().__new__(cls)
         made._hub_mixin_config = None
         return made
@@ -66,7 +85,8 @@ class BundleMixin(ModelHubMixin, ABC, library_name="dualrefnet", tags=["dualrefn
     ) -> Self:
         """Load a bundle from the Hub or from a folder.
 
-        Unlike the mixin's own method this one asks the Hub for no `config.json`, whose values would become arguments of the class.
+        Unlike the mixin's own method this one asks the Hub for no `config.json`, whose values would become arguments of
+        the class.
 
         Args:
             pretrained_model_name_or_path: `ORG/NAME`, or a folder.
@@ -119,7 +139,9 @@ class BundleMixin(ModelHubMixin, ABC, library_name="dualrefnet", tags=["dualrefn
 
     def _save_pretrained(self, save_directory: Path) -> None:
         if self.bundle is None:
-            raise RunError("a run folder can't be saved or sent as a bundle: make one with `dualrefnet export RUN --out DIR`")
+            raise RunError(
+                "a run folder can't be saved or sent as a bundle: make one with `dualrefnet export RUN --out DIR`"
+            )
         copy_bundle(self.bundle, save_directory)
 
 
@@ -170,16 +192,27 @@ def check_bundle(folder: Path) -> None:
     if not is_bundle(folder):
         raise RunError(f"{folder} is no bundle: it has no {DESCRIPTION}; `dualrefnet export RUN --out DIR` makes one")
     try:
-        networks = {name: (str(one["file"]), str(one["sha256"])) for name, one in read_json(folder / DESCRIPTION)["networks"].items()}
+        networks = {
+            name: (str(one["file"]), str(one["sha256"]))
+            for name, one in read_json(folder / DESCRIPTION)["networks"].items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{folder / DESCRIPTION} is damaged: {_one_line(error)}; fetch or export the bundle again") from None
+        raise RunError(
+            f"{folder / DESCRIPTION} is damaged: {_one_line(error)}; fetch or export the bundle again"
+        ) from None
     for variant, (name, digest) in networks.items():
         if name not in NETWORKS:
-            raise RunError(f"{folder / DESCRIPTION} names {name[:60]!r} as network {variant}; networks are called {' or '.join(NETWORKS)}")
+            raise RunError(
+                f"{folder / DESCRIPTION} names {name[:60]!r} as network {variant}; networks are called {' or '.join(NETWORKS)}"
+            )
         if not (folder / name).is_file():
-            raise RunError(f"{folder} has no {name}, which its {DESCRIPTION} describes; fetch or export the bundle again")
+            raise RunError(
+                f"{folder} has no {name}, which its {DESCRIPTION} describes; fetch or export the bundle again"
+            )
         if sha256_of_file(folder / name) != digest:
-            raise RunError(f"{folder / name} isn't the file that {DESCRIPTION} describes (SHA-256); fetch or export the bundle again")
+            raise RunError(
+                f"{folder / name} isn't the file that {DESCRIPTION} describes (SHA-256); fetch or export the bundle again"
+            )
 
 
 def copy_bundle(source: Path, target: Path) -> None:
@@ -229,7 +262,9 @@ def _fetch(model_id: str, **options: Any) -> Path:
             f"there is no folder {model_id}, and no such repository on the Hub that you may see; `hf auth login` logs in"
         ) from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-        raise RunError(f"there is no folder {model_id}, and the Hub can't be reached to fetch it; it isn't in the cache either") from None
+        raise RunError(
+            f"there is no folder {model_id}, and the Hub can't be reached to fetch it; it isn't in the cache either"
+        ) from None
     except _REFUSALS as error:
         raise RunError(f"{model_id} couldn't be fetched: {_one_line(error)}") from None
 

@@ -15,10 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dualrefnet.evaluation.inputs import check_classes
-from dualrefnet.evaluation.intervals import draw, group_codes, percentile_interval, two_sided_p
-from dualrefnet.evaluation.metrics import compute_metrics
-from dualrefnet.evaluation.resampling import Resampler
+from dualrefnet.evaluation.bootstrap import draw, group_codes, percentile_interval, two_sided_p
+from dualrefnet.evaluation.metrics import Resampler, check_classes, compute_metrics
 
 Floats = NDArray[np.float64]
 NAN = float("nan")
@@ -145,7 +143,9 @@ def pooled_bootstrap(
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1, not {level}")
     codes = group_codes(groups)
-    resamplers = [Resampler(labels, seed_scores, codes, classes, malignant) for seeds in systems.values() for seed_scores in seeds]
+    resamplers = [
+        Resampler(labels, seed_scores, codes, classes, malignant) for seeds in systems.values() for seed_scores in seeds
+    ]
     drawn = iter(draw(resamplers, samples, seed, progress))
     points, resampled = {}, {}
     for name, seeds in systems.items():

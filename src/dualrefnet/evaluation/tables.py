@@ -11,9 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from dualrefnet.evaluation.intervals import interval_suffix
+from dualrefnet.evaluation.bootstrap import interval_suffix
+from dualrefnet.evaluation.calibration import at_bound
 from dualrefnet.evaluation.metrics import CLASS_MEASURES, HEADLINE_MEASURES, MALIGNANT_MEASURES
-from dualrefnet.evaluation.temperature import at_bound
 from dualrefnet.runtime.availability import ALWAYS_RECORDED, AS_RECORDED, IMAGE_ONLY, METADATA_ONLY
 
 MEASURE_NAMES = {
@@ -95,7 +95,10 @@ def metrics_table(metrics: Mapping[str, Any], title: str = "Test set") -> Group:
     first.add_column(interval)
     for row in headline:
         first.add_row(*row)
-    second = Table(title="Each class versus the rest" + (f" (below: {interval})" if _has_intervals(metrics) else ""), title_justify="left")
+    second = Table(
+        title="Each class versus the rest" + (f" (below: {interval})" if _has_intervals(metrics) else ""),
+        title_justify="left",
+    )
     second.add_column("class")
     for column in CLASS_COLUMNS.values():
         second.add_column(column, justify="right", overflow="fold")
@@ -126,8 +129,14 @@ def calibration_line(calibrated: Mapping[str, Any]) -> str:
 
 
 AVAILABILITY_COLUMNS = (
-    "given", "balanced accuracy", "malignant AUC", "cancers referred", "benign referred", "sets hold", "classes in a set"
-)  # fmt: skip
+    "given",
+    "balanced accuracy",
+    "malignant AUC",
+    "cancers referred",
+    "benign referred",
+    "sets hold",
+    "classes in a set",
+)
 AVAILABILITY_NAMES = {
     AS_RECORDED: "all that was recorded",
     ALWAYS_RECORDED: "image, only what is always recorded",
@@ -137,7 +146,8 @@ AVAILABILITY_NAMES = {
 
 
 def availability_rows(measured: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Return what was given, and value and interval of each other of `AVAILABILITY_COLUMNS`: named inputs, then the groups.
+    """Return what was given, and value and interval of each other of `AVAILABILITY_COLUMNS`: named inputs, then the
+    groups.
 
     Args:
         measured: `availability` of metrics.json.
@@ -148,7 +158,14 @@ def availability_rows(measured: Mapping[str, Any]) -> list[tuple[str, list[tuple
     rows = []
     for name, values in (named | groups).items():
         cells = []
-        for key in ("balanced_accuracy", "malignant_auc", "cancers_referred", "benign_referred", "coverage", "mean_size"):
+        for key in (
+            "balanced_accuracy",
+            "malignant_auc",
+            "cancers_referred",
+            "benign_referred",
+            "coverage",
+            "mean_size",
+        ):
             value, bounds = values.get(key), values.get(key + suffix)
             text = "–" if value is None else f"{value:.{1 if key == 'mean_size' else 3}f}"
             cells.append((text, f"[{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else ""))
@@ -162,12 +179,15 @@ def availability_notes(measured: Mapping[str, Any]) -> list[str]:
     for one in measured["groups"]:
         notes += [f"{one['name']}: {remark}." for remark in one["remarks"]]
         if one["referral_threshold"] == 0:
-            notes.append(f"{one['name']}: too few cancers in validation for a referral threshold, so everybody is referred.")
+            notes.append(
+                f"{one['name']}: too few cancers in validation for a referral threshold, so everybody is referred."
+            )
     return notes
 
 
 def availability_line(measured: Mapping[str, Any]) -> str:
-    """Say in a line what becomes of the referral of cancers when metadata, or the image, are missing; empty if nothing was measured so.
+    """Say in a line what becomes of the referral of cancers when metadata, or the image, are missing; empty if nothing
+    was measured so.
 
     Args:
         measured: `availability` of metrics.json.
@@ -189,7 +209,14 @@ def metrics_markdown(metrics: Mapping[str, Any], title: str = "Test set") -> str
     """
     headline, by_class = _cells(metrics)
     interval = _interval_name(metrics)
-    lines = [f"## {title}", "", _row(["measure", "value", interval]), "|:--|--:|:--|", *(_row(row) for row in headline), ""]
+    lines = [
+        f"## {title}",
+        "",
+        _row(["measure", "value", interval]),
+        "|:--|--:|:--|",
+        *(_row(row) for row in headline),
+        "",
+    ]
     lines += [f"Each class versus the rest{f', with the {interval}' if _has_intervals(metrics) else ''}:", ""]
     lines += [_row(["class", *CLASS_COLUMNS.values()]), "|:--|" + "--:|" * len(CLASS_COLUMNS)]
     lines += [_row([name, *(" ".join(part for part in cell if part) for cell in cells)]) for name, cells in by_class]
@@ -209,7 +236,9 @@ def _cells(metrics: Mapping[str, Any]) -> tuple[list[list[str]], list[tuple[str,
     }
     headline = [[MEASURE_NAMES[measure], *cell] for (measure, name), cell in printed.items() if not name]
     empty = ("–", "")
-    by_class = [(name, [printed.get((measure, name), empty) for measure in CLASS_COLUMNS]) for name in metrics["per_class"]]
+    by_class = [
+        (name, [printed.get((measure, name), empty) for measure in CLASS_COLUMNS]) for name in metrics["per_class"]
+    ]
     return headline, by_class
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dualrefnet.models.backbones import Encoded, Encoder
-from dualrefnet.models.method import Architecture, Method
-from dualrefnet.models.output import Output
+from dualrefnet.models.base import Architecture, Method, Output
+from dualrefnet.models.encoders import Encoded, Encoder
 
 
 def reduced_features(metadata_width: int, combination_factor: float) -> int:
@@ -23,20 +22,25 @@ def reduced_features(metadata_width: int, combination_factor: float) -> int:
 
 
 class Concat(Method):
-    """Image vector (D) -> Linear(D -> n), normalisation, ReLU, dropout .5; beside it the form (d) as it is -> Linear(n + d -> C).
+    """Image vector (D) -> Linear(D -> n), normalisation, ReLU, dropout .5; beside it the form (d) as it is -> Linear(n
+    + d -> C).
 
     The layers are those of public code; the rule for n is our reading (`reduced_features`).
     """
 
     title = "Concat"
     reference = "Pacheco and Krohling, Computers in Biology and Medicine 2020, arXiv 1909.12912"
-    reconstruction = "the rule for the number of image features is inferred from one pair in public code (324 beside 81)"
+    reconstruction = (
+        "the rule for the number of image features is inferred from one pair in public code (324 beside 81)"
+    )
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
         super().__init__(architecture, encoders)
         width = architecture.metadata_width
         reduced = reduced_features(width, architecture.section.combination_factor)
-        self.reducer = nn.Sequential(nn.Linear(encoders[0].features, reduced), nn.BatchNorm1d(reduced), nn.ReLU(), nn.Dropout(0.5))
+        self.reducer = nn.Sequential(
+            nn.Linear(encoders[0].features, reduced), nn.BatchNorm1d(reduced), nn.ReLU(), nn.Dropout(0.5)
+        )
         self.classifier = nn.Linear(reduced + width, architecture.classes)
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:

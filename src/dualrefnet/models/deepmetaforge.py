@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dualrefnet.models.backbones import Encoded, Encoder
-from dualrefnet.models.method import Architecture, Method
-from dualrefnet.models.output import Output
+from dualrefnet.models.base import Architecture, Method, Output
+from dualrefnet.models.encoders import Encoded, Encoder
 
 COMPRESSED, CLASSIFIER_DROPOUT = 256, 0.2
 
@@ -32,11 +31,15 @@ class DeepMetadataFusion(nn.Module):
 
 
 class MetadataConvolution(nn.Module):
-    """Encoded form (B, M) as a signal of M steps -> convolutions of width 3 to 32 and 64 channels, ReLU -> Linear -> (B, E)."""
+    """Encoded form (B, M) as a signal of M steps -> convolutions of width 3 to 32 and 64 channels, ReLU -> Linear ->
+    (B, E).
+    """
 
     def __init__(self, metadata_width: int, features: int) -> None:
         super().__init__()
-        self.convolutions = nn.Sequential(nn.Conv1d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv1d(32, 64, 3, padding=1), nn.ReLU())
+        self.convolutions = nn.Sequential(
+            nn.Conv1d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv1d(32, 64, 3, padding=1), nn.ReLU()
+        )
         self.last = nn.Linear(64 * metadata_width, features)
 
     def forward(self, metadata: Tensor) -> Tensor:
@@ -47,13 +50,16 @@ class MetadataConvolution(nn.Module):
 class DeepMetaForge(Method):
     """Image vector (D) and a convolved form of the same length -> fusion module (2 D) -> 512, GELU, dropout .2 -> C.
 
-    A reconstruction: published, where we could read, are BEiT as encoder, a CNN of the form, and the idea of a module that
+    A reconstruction: published, where we could read, are BEiT as encoder, a CNN of the form, and the idea of a module
+    that
     compresses and decompresses both together. Every width, gate and normalisation here is our reading.
     """
 
     title = "DeepMetaForge"
     reference = "DeepMetaForge, IEEE Access 2023"
-    reconstruction = "layer sizes aren't published where we could read them: BEiT, 1-D CNN and the idea of the fusion module are"
+    reconstruction = (
+        "layer sizes aren't published where we could read them: BEiT, 1-D CNN and the idea of the fusion module are"
+    )
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
         super().__init__(architecture, encoders)

@@ -1,16 +1,14 @@
 """DualRefNet (Khurshid, Singh, Vatsa, Scientific Reports 2025)."""
 
+# also: AuxNet (ISBI 2024), the direct ancestor of DualRefNet.
+
 from __future__ import annotations
 
 from torch import Tensor
 
-from dualrefnet.models.backbones import Encoded, Encoder
-from dualrefnet.models.decoders import create_decoder
-from dualrefnet.models.fusion import create_fusion
-from dualrefnet.models.head import Head
-from dualrefnet.models.metadata_encoders import create_metadata_network
-from dualrefnet.models.method import Architecture, Method
-from dualrefnet.models.output import Output
+from dualrefnet.models.base import Architecture, Head, Method, Output
+from dualrefnet.models.components import create_decoder, create_fusion, create_metadata_network
+from dualrefnet.models.encoders import Encoded, Encoder
 from dualrefnet.recipe import ModelSection
 
 
@@ -36,11 +34,15 @@ class DualRefNet(Method):
         self.metadata_network = self.fusion = None
         features = encoder.features
         if architecture.metadata_width:
-            self.metadata_network = create_metadata_network(section.metadata_encoder, architecture.metadata_width, section.metadata_widths)
+            self.metadata_network = create_metadata_network(
+                section.metadata_encoder, architecture.metadata_width, section.metadata_widths
+            )
             self.fusion = create_fusion(section.fusion, encoder.features, section.metadata_widths[-1])
             features = self.fusion.features
         self.head = Head(features, section.hidden, architecture.classes, section.dropout)
-        self.decoder = None if section.decoder == "none" else create_decoder(section.decoder, encoder.features, encoder.stride)
+        self.decoder = (
+            None if section.decoder == "none" else create_decoder(section.decoder, encoder.features, encoder.stride)
+        )
 
     @classmethod
     def maps(cls, section: ModelSection) -> bool:
@@ -62,3 +64,24 @@ class DualRefNet(Method):
         if self.metadata_network is not None and self.fusion is not None:
             features = self.fusion(images.first, self.metadata_network(metadata))
         return Output(self.head(features), features, None, {})
+
+
+class AuxNet(DualRefNet):
+    """The network and the auxiliary task of DualRefNet, without the penalty R: L = alpha L_class + beta L_aux.
+
+    A reconstruction: fusion and losses are known second hand, and what isn't known is taken from DualRefNet, its
+    successor.
+    With `fusion: hadamard` the vectors are multiplied (a public digest's reading of FV_image (.) FV_meta) instead of
+    concatenated (as DualRefNet's authors call the same step).
+    """
+
+    title = "AuxNet"
+    reference = "AuxNet, ISBI 2024, arXiv 2402.10454"
+    reconstruction = (
+        "metadata network, decoder and optimizer aren't published where we could read them; DualRefNet's are used"
+    )
+
+    @property
+    def penalised(self) -> Head | None:
+        """None: the penalty is what DualRefNet added."""
+        return None

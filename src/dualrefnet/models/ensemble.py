@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dualrefnet.models.backbones import Encoded, Encoder
-from dualrefnet.models.decision_fusion import DecisionFusion
-from dualrefnet.models.method import Architecture, Method
-from dualrefnet.models.output import Output
+from dualrefnet.models.base import Architecture, Method, Output
+from dualrefnet.models.components import DecisionFusion
+from dualrefnet.models.encoders import Encoded, Encoder
 
 # A kernel of 5 is what the rule of ECA gives for 512 to 1792 channels (7 for the 2048 of ResNet-50).
 METADATA_FEATURES, HIDDEN, ATTENTION_KERNEL = 128, 256, 5
@@ -32,16 +31,23 @@ class EfficientChannelAttention(nn.Module):
 class Member(nn.Module):
     """One encoder's part: [ECA(v) || CNN(form)] (D + 128) -> 256, ReLU -> C.
 
-    The CNN: the form as a signal of M steps -> 64 channels, normalisation, ReLU, half the steps -> 128 channels, ReLU, mean.
+    The CNN: the form as a signal of M steps -> 64 channels, normalisation, ReLU, half the steps -> 128 channels, ReLU,
+    mean.
     """
 
     def __init__(self, features: int, classes: int, dropout: float) -> None:
         super().__init__()
         self.attention = EfficientChannelAttention()
         self.metadata_network = nn.Sequential(
-            nn.Conv1d(1, 64, 3, padding=1), nn.BatchNorm1d(64), nn.ReLU(), nn.MaxPool1d(2, ceil_mode=True),
-            nn.Conv1d(64, METADATA_FEATURES, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(),
-        )  # fmt: skip
+            nn.Conv1d(1, 64, 3, padding=1),
+            nn.BatchNorm1d(64),
+            nn.ReLU(),
+            nn.MaxPool1d(2, ceil_mode=True),
+            nn.Conv1d(64, METADATA_FEATURES, 3, padding=1),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool1d(1),
+            nn.Flatten(),
+        )
         self.hidden = nn.Sequential(nn.Linear(features + METADATA_FEATURES, HIDDEN), nn.ReLU(), nn.Dropout(dropout))
         self.classifier = nn.Linear(HIDDEN, classes)
 
@@ -56,18 +62,24 @@ class Ensemble(Method):
 
     All three are trained together, a cross-entropy each; the weights of the mean are chosen on validation.
 
-    A reconstruction: published, where we could read, are three different encoders with efficient attention, the 1-D CNN of
-    the form beside each, and the weighted mean. EfficientNet, DenseNet and ResNet (`model.members`), ECA as that attention,
+    A reconstruction: published, where we could read, are three different encoders with efficient attention, the 1-D CNN
+    of
+    the form beside each, and the weighted mean. EfficientNet, DenseNet and ResNet (`model.members`), ECA as that
+    attention,
     and every width are our reading.
     """
 
     title = "Ensemble"
     reference = "Pham et al., IUKM 2025"
-    reconstruction = "layer sizes aren't published where we could read them; the published .844 is of another test set (460 images)"
+    reconstruction = (
+        "layer sizes aren't published where we could read them; the published .844 is of another test set (460 images)"
+    )
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
         super().__init__(architecture, encoders)
-        self.members = nn.ModuleList(Member(encoder.features, architecture.classes, architecture.section.dropout) for encoder in encoders)
+        self.members = nn.ModuleList(
+            Member(encoder.features, architecture.classes, architecture.section.dropout) for encoder in encoders
+        )
         self.decision = DecisionFusion(tuple(f"member_{number}" for number in range(1, len(encoders) + 1)))
         # Images come normalised for the first encoder; the others' weights may expect another mean and deviation.
         self.scales: Tensor

@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dualrefnet.models.backbones import Encoded, Encoder
-from dualrefnet.models.method import Architecture, Method
-from dualrefnet.models.output import Output
+from dualrefnet.models.base import Architecture, Method, Output
+from dualrefnet.models.encoders import Encoded, Encoder
 
 # The hyperparameters that give the block its name: shares of the image branch and of the metadata branch.
 IMAGE_SHARE, METADATA_SHARE = 0.7, 0.3
@@ -17,7 +16,9 @@ DROPOUTS = (0.4, 0.4, 0.3)
 
 
 class HyperparametricBlock(nn.Module):
-    """out = SiLU(.7 LeakyReLU(v * t1) + .3 t2), t_k = BN(A_k u + b_k): two numbers from the form u (d) for each of v (D)."""
+    """out = SiLU(.7 LeakyReLU(v * t1) + .3 t2), t_k = BN(A_k u + b_k): two numbers from the form u (d) for each of v
+    (D).
+    """
 
     def __init__(self, features: int, metadata_width: int) -> None:
         super().__init__()
@@ -34,13 +35,16 @@ class HyperparametricMetadataFusion(Method):
     """Pooled image vector (D) -> block -> a funnel of three layers (normalisation, ReLU, dropout) -> Linear(C).
 
     Block, funnels and dropout are those of the released code for the paper's five encoders; D/2, D/4, D/8 for others is
-    its rule carried on. Not faithful is the image vector: but for EfficientNet, the released code has a convolution as wide
+    its rule carried on. Not faithful is the image vector: but for EfficientNet, the released code has a convolution as
+    wide
     as the whole last map (200 million parameters for ResNet-50) where the map is pooled here, as in its successors.
     """
 
     title = "HMFB"
     reference = "hyperparametric metadata fusion block, reference 28 of the paper"
-    reconstruction = "the last map is pooled; the released code convolves the whole map into a vector, but for EfficientNet"
+    reconstruction = (
+        "the last map is pooled; the released code convolves the whole map into a vector, but for EfficientNet"
+    )
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
         super().__init__(architecture, encoders)

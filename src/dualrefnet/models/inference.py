@@ -1,17 +1,27 @@
 """From bytes to logits: the same few steps in validation, evaluation and prediction."""
 
+# also: What image encoders make of a picture, kept beside the answer, so that a picture is read once for both.
+# also: Frozen encoders: what they make of every picture is computed once, and the rest of a method is trained on it.
+
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dualrefnet.data.loader import Batch
-from dualrefnet.models.backbones import Encoded, EncoderOutput
+from dualrefnet.data.store import Arrays, DerivedStore, ImageStore, Part, fill_derived_store
+from dualrefnet.models.base import Method, Output
+from dualrefnet.models.encoders import Encoded, Encoder, EncoderOutput
+from dualrefnet.progress import progress_bar
+from dualrefnet.recipe import Recipe
 
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 
@@ -44,7 +54,11 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type == "cpu":
         # Older processors emulate bf16, and are slower with it than without.
-        return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16") else "fp32"
+        return (
+            "bf16"
+            if torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16")
+            else "fp32"
+        )
     return "fp32"
 
 
@@ -116,3 +130,88 @@ def predict_logits(
             progress(done)
     model.train(was_training)
     return Predicted(torch.cat(logits), torch.cat(labels), {name: torch.cat(values) for name, values in heads.items()})
+
+
+class VectorKeeper(nn.Module):
+    """A method that keeps the vectors of what it classifies, so that a picture is encoded once for both; in evaluation
+    only.
+
+    Args:
+        method: that is asked.
+    """
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.method = method
+        # A new module is in training, and would put the method into it when it is put back into the mode that it had.
+        self.train(method.training)
+        self._kept: list[NDArray[np.float32]] = []
+
+    def forward(self, image: Tensor | Encoded | None, metadata: Tensor) -> Output:
+        """Classify as the method does."""
+        if image is not None:
+            image = self.method.encode(image)
+            self._kept.append(joined_vectors(image))
+        output: Output = self.method(image, metadata)
+        return output
+
+    def take(self) -> NDArray[np.float32] | None:
+        """Return the vectors (N, D) since the last call; None if no image was read."""
+        kept, self._kept = self._kept, []
+        return np.concatenate(kept) if kept else None
+
+
+def joined_vectors(read: Encoded) -> NDArray[np.float32]:
+    """Return the vectors of all encoders beside each other, (B, D)."""
+    return torch.cat([output.vector.float() for output in read.outputs], dim=1).cpu().numpy()
+
+
+def fill_features(recipe: Recipe, model: Method, store: ImageStore, device: torch.device) -> tuple[DerivedStore, ...]:
+    """Return what each encoder of a model makes of every picture; computed once for all runs that share encoder and
+    pictures.
+
+    Args:
+        recipe: the run's.
+        model: with encoders that are not trained.
+        store: the pictures, of the input's size.
+        device: where to compute.
+
+    Raises:
+        DataError: the disk has no room.
+    """
+    keep_map, size = model.maps(recipe.model), recipe.image.size
+    stores = []
+    for module in model.encoders:
+        assert isinstance(module, Encoder)
+        stores.append(_fill(module, store, size, keep_map, device))
+    return tuple(stores)
+
+
+def _fill(encoder: Encoder, store: ImageStore, size: int, keep_map: bool, device: torch.device) -> DerivedStore:
+    encoder.to(device).eval()
+
+    @torch.inference_mode()
+    def compute(pictures: NDArray[np.uint8]) -> Arrays:
+        images = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device)
+        output = encoder(normalise(to_unit(images, size), (encoder.mean, encoder.std)))
+        values = {"vector": output.vector.float().cpu().numpy()}
+        if keep_map and output.map is not None:
+            values["map"] = output.map.half().cpu().numpy()
+        return values | {f"tap{number}": tap.half().cpu().numpy() for number, tap in enumerate(output.taps)}
+
+    shapes = {name: value.shape[1:] for name, value in compute(np.zeros((1, size, size, 3), dtype=np.uint8)).items()}
+    # Half precision is enough for maps, which are large, and of which the mean or a weighted mean is taken.
+    parts = {name: Part("float32" if name == "vector" else "float16", shape) for name, shape in shapes.items()}
+    settings = {"encoder": encoder.name, "parameters": _fingerprint(encoder), "size": size, "parts": sorted(parts)}
+    settings |= {"mean": list(encoder.mean), "std": list(encoder.std)}
+    with progress_bar(f"features of {encoder.name}") as show:
+        return fill_derived_store(store, f"features-{encoder.name}", settings, parts, compute, progress=show)
+
+
+def _fingerprint(module: nn.Module) -> str:
+    """Return the SHA-256 of all parameters and buffers, so that only the same encoder finds its features again."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

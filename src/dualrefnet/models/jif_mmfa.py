@@ -1,20 +1,22 @@
-"""JIF-MMFA (Pattern Recognition 2024): joint and individual features, fused by self- and mutual attention, with three heads."""
+"""JIF-MMFA (Pattern Recognition 2024): joint and individual features, fused by self- and mutual attention, with three
+heads.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from dualrefnet.models.backbones import Encoded, Encoder
-from dualrefnet.models.decision_fusion import DecisionFusion
-from dualrefnet.models.method import Architecture, Method
-from dualrefnet.models.output import Output
+from dualrefnet.models.base import Architecture, Method, Output
+from dualrefnet.models.components import DecisionFusion
+from dualrefnet.models.encoders import Encoded, Encoder
 
 WIDTHS, DROPOUT = (512, 128), 0.3
 
 
 class MutualAttention(nn.Module):
-    """a' = a + a * s_a * m_a, with the gates s_a = sigmoid(W1 a) from itself and m_a = sigmoid(W3 b) from the other; b' alike.
+    """a' = a + a * s_a * m_a, with the gates s_a = sigmoid(W1 a) from itself and m_a = sigmoid(W3 b) from the other; b'
+    alike.
 
     Our reading of "self- and mutual attention" of two vectors.
     """
@@ -33,17 +35,21 @@ class MutualAttention(nn.Module):
 
 
 class JointIndividualFusion(Method):
-    """Image vector (D) -> 512 -> 128 = a and form (d) -> 512 -> 128 = b; heads of a, of b and of [a' || b']; their weighted mean.
+    """Image vector (D) -> 512 -> 128 = a and form (d) -> 512 -> 128 = b; heads of a, of b and of [a' || b']; their
+    weighted mean.
 
     L = CE_joint + CE_image + CE_metadata; the weights of the mean are chosen on validation.
 
-    A reconstruction: published, where we could read, are joint and individual features and attention of both kinds. Widths,
+    A reconstruction: published, where we could read, are joint and individual features and attention of both kinds.
+    Widths,
     activation and dropout are those of the group's earlier FusionM4Net; gates, losses and the mean are our reading.
     """
 
     title = "JIF-MMFA"
     reference = "joint-individual fusion with multi-modal fusion attention, Pattern Recognition 2024, arXiv 2312.04189"
-    reconstruction = "sizes and optimizer aren't published where we could read them; branches are those of the group's earlier code"
+    reconstruction = (
+        "sizes and optimizer aren't published where we could read them; branches are those of the group's earlier code"
+    )
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
         super().__init__(architecture, encoders)

@@ -5,16 +5,18 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from dualrefnet.errors import RecipeError
-from dualrefnet.models.backbones import Encoded, Encoder
-from dualrefnet.models.method import Architecture, Method
-from dualrefnet.models.output import Output
+from dualrefnet.models.base import Architecture, Method, Output
+from dualrefnet.models.encoders import Encoded, Encoder
 
-# Values in one "map" of the pooled vector; the published code has 32 for every encoder that it divides (and 56 for EfficientNet-B4).
+# Values in one "map" of the pooled vector; the published code has 32 for every encoder that it divides (and 56 for
+# EfficientNet-B4).
 GROUP = 32
 
 
 class MetaBlock(nn.Module):
-    """out = sigmoid(tanh(V * t1) + t2), t_k = BN(A_k u + b_k): two numbers from the form u (d) for each of m maps of n values."""
+    """out = sigmoid(tanh(V * t1) + t2), t_k = BN(A_k u + b_k): two numbers from the form u (d) for each of m maps of n
+    values.
+    """
 
     def __init__(self, maps: int, metadata_width: int) -> None:
         super().__init__()
@@ -30,7 +32,8 @@ class MetaBlock(nn.Module):
 class MetaBlockNet(Method):
     """Pooled image vector (D) as D/32 maps of 32 values -> MetaBlock -> Linear(D -> C).
 
-    The vector is divided, not a map, so every encoder here fits: all D are multiples of 32. The published network for VGG
+    The vector is divided, not a map, so every encoder here fits: all D are multiples of 32. The published network for
+    VGG
     flattens the last map instead of pooling it.
     """
 
@@ -41,7 +44,9 @@ class MetaBlockNet(Method):
         super().__init__(architecture, encoders)
         features = encoders[0].features
         if features % GROUP:
-            raise RecipeError(f"metablock divides the image vector into groups of {GROUP}; {encoders[0].name} has {features} features")
+            raise RecipeError(
+                f"metablock divides the image vector into groups of {GROUP}; {encoders[0].name} has {features} features"
+            )
         self.block = MetaBlock(features // GROUP, architecture.metadata_width)
         self.dropout = nn.Dropout(architecture.section.dropout)
         self.classifier = nn.Linear(features, architecture.classes)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dualrefnet.models.backbones import Encoded, Encoder
-from dualrefnet.models.method import Architecture, Method
-from dualrefnet.models.output import Output
+from dualrefnet.models.base import Architecture, Method, Output
+from dualrefnet.models.encoders import Encoded, Encoder
 
 # Of the re-implementation `mb_compat`: values under one gate (8 x 8), and the width between its two layers.
 GROUP, MIDDLE = 64, 64
@@ -16,10 +15,13 @@ class MetaNet(Method):
     """Map * sigmoid(A u + b), one gate a channel, then mean over places and Linear(D -> C).
 
     A gate is the same at every place, so gating the mean is gating the map: the same numbers. That is why every encoder
-    fits: of ViT and ConViT the class token is gated, of BEiT the normalised mean, which a network of this kind never had.
+    fits: of ViT and ConViT the class token is gated, of BEiT the normalised mean, which a network of this kind never
+        had.
 
-    With `metanet_variant: mb_compat` the pooled vector is taken as maps of 8 x 8 *channels* under one gate each, from two
-    layers with ReLU between: the re-implementation that Table 3's numbers probably come from. (Its code had other numbers
+    With `metanet_variant: mb_compat` the pooled vector is taken as maps of 8 x 8 *channels* under one gate each, from
+    two
+    layers with ReLU between: the re-implementation that Table 3's numbers probably come from. (Its code had other
+    numbers
     for two encoders: VGG, whose map it flattened, and MobileNet, by mistake; here all have D / 64 gates.)
     """
 

@@ -11,21 +11,18 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dualrefnet.errors import RecipeError, RunError
-from dualrefnet.models.auxnet import AuxNet
-from dualrefnet.models.backbones import create_encoder
+from dualrefnet.models.base import Architecture, Method
 from dualrefnet.models.concat import Concat
 from dualrefnet.models.deepmetaforge import DeepMetaForge
-from dualrefnet.models.dualrefnet import DualRefNet
+from dualrefnet.models.dualrefnet import AuxNet, DualRefNet
+from dualrefnet.models.encoders import WeightsSource, create_encoder
 from dualrefnet.models.ensemble import Ensemble
 from dualrefnet.models.hmfb import HyperparametricMetadataFusion
 from dualrefnet.models.jif_mmfa import JointIndividualFusion
 from dualrefnet.models.metablock import MetaBlockNet
-from dualrefnet.models.metadata_only import MetadataOnly
 from dualrefnet.models.metanet import MetaNet
-from dualrefnet.models.method import Architecture, Method
-from dualrefnet.models.no_metadata import NoMetadata
+from dualrefnet.models.single_modality import MetadataOnly, NoMetadata
 from dualrefnet.models.visual import Visual
-from dualrefnet.models.weights import WeightsSource
 from dualrefnet.recipe import Recipe, suggestion
 
 METHODS: dict[str, type[Method]] = {
@@ -53,7 +50,9 @@ def check_method(recipe: Recipe) -> type[Method]:
     """
     name = recipe.model.method
     if name not in METHODS:
-        raise RecipeError(f"model.method: there is no method {name!r}{suggestion(name, METHODS)} (there are: {', '.join(METHODS)})")
+        raise RecipeError(
+            f"model.method: there is no method {name!r}{suggestion(name, METHODS)} (there are: {', '.join(METHODS)})"
+        )
     if METHODS[name].needs_metadata and recipe.metadata.tier == "M0":
         raise RecipeError(f"model.method {name} needs metadata: set metadata.tier to M1, M2 or M3, or take no_metadata")
     return METHODS[name]
@@ -68,7 +67,8 @@ def new_model(recipe: Recipe, metadata_width: int, classes: int) -> tuple[Method
         classes: C.
 
     Returns:
-        The model, its description, and the record of each encoder's weights (with `mean` and `std`); a method that reads
+        The model, its description, and the record of each encoder's weights (with `mean` and `std`); a method that
+        reads
         no image has one record that says so.
 
     Raises:
@@ -94,7 +94,9 @@ def new_model(recipe: Recipe, metadata_width: int, classes: int) -> tuple[Method
     if recipe.training.encoder == "frozen":
         for encoder in encoders:
             encoder.freeze()
-    sources = [encoder.weights for encoder in encoders] or [WeightsSource("none", "no image encoder", None, NEUTRAL, NEUTRAL)]
+    sources = [encoder.weights for encoder in encoders] or [
+        WeightsSource("none", "no image encoder", None, NEUTRAL, NEUTRAL)
+    ]
     return model, architecture, [source.as_dict() for source in sources]
 
 
@@ -109,16 +111,22 @@ def load_model(description: Mapping[str, Any], weights_file: Path) -> Method:
         RunError: the parameters aren't there, or don't fit.
     """
     if not weights_file.is_file():
-        raise RunError(f"there is no {weights_file}: the run's first epoch isn't over (`dualrefnet train ... --resume`)")
+        raise RunError(
+            f"there is no {weights_file}: the run's first epoch isn't over (`dualrefnet train ... --resume`)"
+        )
     architecture = Architecture.model_validate(description["architecture"])
     section = architecture.section
     if section.method not in METHODS:
-        raise RunError(f"{weights_file.parent} holds a model of method {section.method!r}, which this version doesn't know")
+        raise RunError(
+            f"{weights_file.parent} holds a model of method {section.method!r}, which this version doesn't know"
+        )
     method = METHODS[section.method]
     encoders = []
     for position, name in enumerate(architecture.backbones if method.reads_image else ()):
         source = description["weights"][position]
-        encoder = create_encoder(name, "none", architecture.image_size, source["options"], method.taps(section), position)
+        encoder = create_encoder(
+            name, "none", architecture.image_size, source["options"], method.taps(section), position
+        )
         # Built without its weights file, the encoder doesn't know what images it expects; the record does.
         encoder.mean, encoder.std = tuple(source["mean"]), tuple(source["std"])
         encoders.append(encoder)

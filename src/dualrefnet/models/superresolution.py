@@ -5,13 +5,22 @@ of an auto-encoder. `native` keeps the real photograph at twice the size and shr
 super-resolution proper.
 """
 
+# also: Targets of the auxiliary task that a super-resolution network makes: computed once from the stored pictures.
+
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from skimage.metrics import structural_similarity
 from torch import Tensor
+
+from dualrefnet.data.store import DerivedStore, ImageStore, Part, fill_derived_store
+from dualrefnet.models.superresolution_networks import NETWORKS, enlarge, load_network
+from dualrefnet.progress import progress_bar, remark
+from dualrefnet.recipe import Recipe
 
 
 def make_target(kind: str, image: Tensor) -> Tensor:
@@ -28,7 +37,9 @@ def make_target(kind: str, image: Tensor) -> Tensor:
         ValueError: `kind` is no interpolation.
     """
     if kind not in ("bilinear", "bicubic"):
-        raise ValueError(f"a target is made by bilinear or bicubic interpolation, not {kind!r}; for native use split_native")
+        raise ValueError(
+            f"a target is made by bilinear or bicubic interpolation, not {kind!r}; for native use split_native"
+        )
     return F.interpolate(image, scale_factor=2, mode=kind, align_corners=False, antialias=False).clamp(0.0, 1.0)
 
 
@@ -50,7 +61,9 @@ def split_native(image: Tensor) -> tuple[Tensor, Tensor]:
     return F.avg_pool2d(image, 2), image
 
 
-def input_and_target(pictures: Tensor, stored: Tensor | None, kind: str | None, size: int) -> tuple[Tensor, Tensor | None]:
+def input_and_target(
+    pictures: Tensor, stored: Tensor | None, kind: str | None, size: int
+) -> tuple[Tensor, Tensor | None]:
     """Divide what is stored of an image into what the model reads and what it is to rebuild.
 
     Args:
@@ -119,3 +132,34 @@ def ssim(prediction: Tensor, target: Tensor) -> Tensor:
 def _check_shapes(prediction: Tensor, target: Tensor) -> None:
     if prediction.shape != target.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} must have one shape")
+
+
+def fill_targets(
+    recipe: Recipe, store: ImageStore, device: torch.device
+) -> tuple[DerivedStore | None, dict[str, Any] | None]:
+    """Return the enlarged pictures (part `target`, (2S, 2S, 3) bytes) and the record of the network's weights.
+
+    Both None if the recipe's target isn't a network's, or nothing is rebuilt.
+
+    Raises:
+        WeightsError: the network's weights aren't to be had.
+        DataError: the disk has no room.
+    """
+    name = recipe.model.target
+    if not recipe.rebuilds_image or name not in NETWORKS:
+        return None, None
+    network, source = load_network(name, recipe.model.target_weights)
+    network.to(device)
+    remark(f"targets of the auxiliary task: {NETWORKS[name].title}, {source.description}")
+    side = 2 * store.side
+    with progress_bar(f"targets of {name}") as show:
+        targets = fill_derived_store(
+            store,
+            f"targets-{name}",
+            {"network": name, "weights": source.sha256},
+            {"target": Part("uint8", (side, side, 3))},
+            lambda pictures: {"target": enlarge(network, pictures)},
+            batch=4,
+            progress=show,
+        )
+    return targets, source.as_dict()

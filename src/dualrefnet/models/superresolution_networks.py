@@ -1,12 +1,16 @@
-"""The published networks of super-resolution by two, whose output can be the target of the auxiliary task.
+"""What the networks of super-resolution share."""
 
-They are frozen teachers: nothing here is trained. Modules and parameters have the names of the published state dicts, so
-that these load strictly. NinaSR and EDSR are those of torchSR, CARN-M is that of its authors.
-"""
+# also: EDSR: super-resolution by residual blocks without normalisation, the baseline as published by torchSR.
+# also: CARN-M: super-resolution by cascading blocks of grouped convolutions, as published by its authors.
+# also: NinaSR: super-resolution by residual blocks with local attention, as published by torchSR.
+# also: The published networks of super-resolution by two, whose output can be the target of the auxiliary task.
 
 from __future__ import annotations
 
+import math
 import os
+from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +20,244 @@ import requests
 import torch
 from huggingface_hub import constants as hub_constants
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from dualrefnet.errors import RecipeError, WeightsError
 from dualrefnet.files import atomic_path, sha256_of_file
-from dualrefnet.models.carn import CARNM
-from dualrefnet.models.edsr import EDSR
-from dualrefnet.models.ninasr import NinaSR
-from dualrefnet.models.weights import HUB_TIMEOUT, SUFFIXES, WEIGHTS_VARIABLE, WeightsSource, read_tensors, weights_folder
+from dualrefnet.models.encoders import (
+    HUB_TIMEOUT,
+    SUFFIXES,
+    WEIGHTS_VARIABLE,
+    WeightsSource,
+    read_tensors,
+    weights_folder,
+)
 from dualrefnet.recipe import suggestion
 
+# Mean of the channels (RGB, range 0..1) over DIV2K, with which all of these networks were trained.
+DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
+
+
+class Body(nn.Module):
+    """Layers one after another under the name `body`, as the published state dicts have them."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*layers)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Apply the layers."""
+        result: Tensor = self.body(features)
+        return result
+
+
+def convolution(before: int, after: int, groups: int = 1) -> nn.Conv2d:
+    """Return a convolution of 3x3 that keeps the size of the map."""
+    return nn.Conv2d(before, after, 3, padding=1, groups=groups)
+
+
+def mean_shift(factor: float) -> nn.Conv2d:
+    """Return a convolution that adds `factor` times the mean: as one, it is part of the published state dicts."""
+    shift = nn.Conv2d(3, 3, 1)
+    shift.weight.data = torch.eye(3).view(3, 3, 1, 1)
+    shift.bias = nn.Parameter(factor * torch.tensor(DIV2K_MEAN))
+    return shift
+
+
+class EDSR(nn.Module):
+    """EDSR by two (Lim et al. 2017, arXiv:1707.02921): residual blocks without normalisation, then a pixel shuffle.
+
+    Inside, images are in 0..255. The skip over all blocks ends after the last convolution of `body`.
+    """
+
+    def __init__(self, blocks: int, features: int) -> None:
+        super().__init__()
+        self.sub_mean = mean_shift(-255)
+        self.add_mean = mean_shift(255)
+        self.head = nn.Sequential(convolution(3, features))
+        self.body = nn.Sequential(*(_EDSRBlock(features) for _ in range(blocks)), convolution(features, features))
+        shuffle = nn.Sequential(convolution(features, features * 2 * 2), nn.PixelShuffle(2))
+        self.tail = nn.Sequential(shuffle, convolution(features, 3))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Enlarge (B,3,H,W) in 0..1 to (B,3,2H,2W), not clamped."""
+        features = self.head(self.sub_mean(255 * image))
+        result: Tensor = self.add_mean(self.tail(features + self.body(features))) / 255
+        return result
+
+
+class _EDSRBlock(Body):
+    """x + f(x), f being two 3x3 convolutions; the baseline doesn't scale f."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(convolution(features, features), nn.ReLU(inplace=True), convolution(features, features))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features + super().forward(features)
+
+
+class CARNM(nn.Module):
+    """CARN-M by two (Ahn et al. 2018, arXiv:1803.08664): three cascading blocks that cascade themselves.
+
+    The published network enlarges by two, three and four. All three ends are here, since its state dict holds them, but
+    `forward` uses the one for two: 0.25 of the 0.41 M parameters.
+    """
+
+    def __init__(self, features: int = 64, groups: int = 4) -> None:
+        super().__init__()
+        # In a module of one layer, whose name is part of the published state dict.
+        self.sub_mean = nn.Sequential(OrderedDict(shifter=mean_shift(-1)))
+        self.add_mean = nn.Sequential(OrderedDict(shifter=mean_shift(1)))
+        self.entry = convolution(3, features)
+        self.b1, self.b2, self.b3 = (_CascadingBlock(features, groups) for _ in range(3))
+        self.c1, self.c2, self.c3 = (_fusion(count, features) for count in (2, 3, 4))
+        stages = {"up2": (2,), "up3": (3,), "up4": (2, 2)}
+        self.upsample = nn.ModuleDict(
+            {
+                name: Body(*(layer for side in sides for layer in _upscale(features, side, groups)))
+                for name, sides in stages.items()
+            }
+        )
+        self.exit = convolution(features, 3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Enlarge (B,3,H,W) in 0..1 to (B,3,2H,2W), not clamped."""
+        features = self.entry(self.sub_mean(image))
+        features = _cascade(features, (self.b1, self.b2, self.b3), (self.c1, self.c2, self.c3))
+        result: Tensor = self.add_mean(self.exit(self.upsample["up2"](features)))
+        return result
+
+
+class _CascadingBlock(nn.Module):
+    """One residual block used three times, with the same parameters, in a cascade."""
+
+    def __init__(self, features: int, groups: int) -> None:
+        super().__init__()
+        self.b1 = _GroupedBlock(features, groups)
+        self.c1, self.c2, self.c3 = (_fusion(count, features) for count in (2, 3, 4))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return _cascade(features, (self.b1, self.b1, self.b1), (self.c1, self.c2, self.c3))
+
+
+class _GroupedBlock(Body):
+    """ReLU(x + f(x)): f is two 3x3 convolutions within groups of channels, and one of 1x1 that mixes the groups."""
+
+    def __init__(self, features: int, groups: int) -> None:
+        super().__init__(
+            convolution(features, features, groups),
+            nn.ReLU(inplace=True),
+            convolution(features, features, groups),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(features, features, 1),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.relu(features + super().forward(features))
+
+
+def _cascade(features: Tensor, blocks: Iterable[nn.Module], fusions: Iterable[nn.Module]) -> Tensor:
+    """Run blocks in a row; after each, the cascade's input and all blocks' outputs so far are fused into the next
+    input.
+    """
+    gathered = features
+    for block, fusion in zip(blocks, fusions, strict=True):
+        gathered = torch.cat([gathered, block(features)], dim=1)
+        features = fusion(gathered)
+    return features
+
+
+def _fusion(count: int, features: int) -> Body:
+    return Body(nn.Conv2d(count * features, features, 1), nn.ReLU(inplace=True))
+
+
+def _upscale(features: int, side: int, groups: int) -> list[nn.Module]:
+    return [convolution(features, features * side**2, groups), nn.ReLU(inplace=True), nn.PixelShuffle(side)]
+
+
+class NinaSR(nn.Module):
+    """NinaSR by two (Gouvine 2021, doi:10.5281/zenodo.4868308): residual blocks with local attention at the input's
+    size.
+
+    A block adds s = 4/N times its output to its input. Were the outputs of variance 1, as the first input is, the input
+    of block i would be of variance 1 + i s^2: it is divided by the root of that, so that no block sees larger numbers
+    than another. What the head gives reaches the tail twice, through the blocks and past them.
+    """
+
+    def __init__(self, blocks: int, features: int) -> None:
+        super().__init__()
+        scale = 4 / blocks
+        self.head = nn.Sequential(_AddMean(-1), nn.Conv2d(3, features, 3, padding=1, bias=False))
+        self.body = nn.Sequential(
+            *(_NinaBlock(features, 1 / math.sqrt(1 + i * scale**2), scale) for i in range(blocks))
+        )
+        self.tail = nn.Sequential(nn.Conv2d(features, 3 * 2 * 2, 3, padding=1), nn.PixelShuffle(2), _AddMean(1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Enlarge (B,3,H,W) in 0..1 to (B,3,2H,2W), not clamped."""
+        features = self.head(image)
+        result: Tensor = self.tail(features + self.body(features))
+        return result
+
+
+class _AddMean(nn.Module):
+    """Add the mean of the training images, or with the sign -1 subtract it."""
+
+    def __init__(self, sign: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(sign * torch.tensor(DIV2K_MEAN).view(1, 3, 1, 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image + self.bias
+
+
+class _NinaBlock(Body):
+    """x + 2 s f(x / sd): f is two 3x3 convolutions that double and halve the channels, with attention between them.
+
+    The 2 makes up for the attention, which halves its input before it has learnt anything.
+    """
+
+    def __init__(self, features: int, in_scale: float, out_scale: float) -> None:
+        middle = 2 * features
+        super().__init__(
+            nn.Conv2d(features, middle, 3, padding=1),
+            nn.ReLU(inplace=True),
+            _LocalAttention(middle),
+            nn.Conv2d(middle, features, 3, padding=1, bias=False),
+        )
+        self.in_scale = in_scale
+        self.out_scale = out_scale
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features + 2 * self.out_scale * super().forward(features * self.in_scale)
+
+
+class _LocalAttention(Body):
+    """Squeeze and excitation of 16x16 tiles: a tile's channels are weighted by the means of the 31x31 pixels about its
+    first.
+
+    Pixels outside the image don't count, so that the mean is one of fewer pixels at the border.
+    """
+
+    def __init__(self, features: int, reduction: int = 4, stride: int = 16) -> None:
+        super().__init__(
+            nn.AvgPool2d(2 * stride - 1, stride=stride, padding=stride - 1, count_include_pad=False),
+            nn.Conv2d(features, features // reduction, 1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(features // reduction, features, 1),
+            nn.Sigmoid(),
+            nn.Upsample(scale_factor=stride, mode="nearest"),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        height, width = features.shape[-2:]
+        # The last tiles reach beyond an image whose sides aren't multiples of 16.
+        return features * super().forward(features)[..., :height, :width]
+
+
 _TORCHSR = "https://github.com/Coloquinte/torchSR"
+
+
 _CARN = "https://github.com/nmhkahn/CARN-pytorch"
 
 
@@ -56,7 +287,9 @@ class NetworkSpec:
 
 
 def _of_torchsr(title: str, parameters: float, filename: str, psnr: float) -> NetworkSpec:
-    return NetworkSpec(title, parameters, filename, f"{_TORCHSR}/releases/download/v1.0.3/{filename}", _TORCHSR, "MIT", psnr)
+    return NetworkSpec(
+        title, parameters, filename, f"{_TORCHSR}/releases/download/v1.0.3/{filename}", _TORCHSR, "MIT", psnr
+    )
 
 
 NETWORKS: dict[str, NetworkSpec] = {
@@ -83,7 +316,9 @@ def network_spec(name: str) -> NetworkSpec:
         RecipeError: there is none.
     """
     if name not in NETWORKS:
-        raise RecipeError(f"no super-resolution network is called {name!r}{suggestion(name, NETWORKS)} (there are: {', '.join(NETWORKS)})")
+        raise RecipeError(
+            f"no super-resolution network is called {name!r}{suggestion(name, NETWORKS)} (there are: {', '.join(NETWORKS)})"
+        )
     return NETWORKS[name]
 
 
@@ -108,7 +343,8 @@ def create_network(name: str) -> nn.Module:
 
 
 def load_network(name: str, weights: str = "auto") -> tuple[nn.Module, WeightsSource]:
-    """Build a network and fill it with published weights; it is in evaluation mode, and its parameters have no gradients.
+    """Build a network and fill it with published weights; it is in evaluation mode, and its parameters have no
+    gradients.
 
     Args:
         name: a key of `NETWORKS`.
@@ -121,7 +357,8 @@ def load_network(name: str, weights: str = "auto") -> tuple[nn.Module, WeightsSo
 
     Raises:
         RecipeError: the name is unknown.
-        WeightsError: the weights are not to be had, or the file holds others; the message says what was tried and what to
+        WeightsError: the weights are not to be had, or the file holds others; the message says what was tried and what
+            to
             do.
     """
     spec = network_spec(name)
@@ -143,7 +380,9 @@ def load_network(name: str, weights: str = "auto") -> tuple[nn.Module, WeightsSo
     if published:
         _check_published(path, spec)
     description = spec.url if published else path.name
-    source = WeightsSource("hub" if published else "file", description, sha256_of_file(path), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    source = WeightsSource(
+        "hub" if published else "file", description, sha256_of_file(path), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    )
     return network, source
 
 
@@ -170,7 +409,8 @@ def enlarge(network: nn.Module, images: NDArray[np.uint8], batch_size: int | Non
     Args:
         network: as `load_network` returns it, on any device; or another module of its contract.
         images: (B,H,W,3) RGB, 0..255.
-        batch_size: images at a time, about 0.2 GB each for CARN-M and 224 px; None: 1 on CPUs, where more take longer, else 16.
+        batch_size: images at a time, about 0.2 GB each for CARN-M and 224 px; None: 1 on CPUs, where more take longer,
+            else 16.
 
     Returns:
         (B,2H,2W,3) RGB, the nearest bytes; what is outside 0..255 is clamped.
@@ -214,7 +454,9 @@ def _cached(spec: NetworkSpec) -> Path:
 
 def _check_published(path: Path, spec: NetworkSpec) -> None:
     if spec.sha256 is not None and sha256_of_file(path) != spec.sha256:
-        raise WeightsError(f"{path} isn't the published file (its SHA-256 isn't {spec.sha256}); delete it and run again")
+        raise WeightsError(
+            f"{path} isn't the published file (its SHA-256 isn't {spec.sha256}); delete it and run again"
+        )
 
 
 def _download(name: str, network: nn.Module) -> Path:

@@ -7,9 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from dualrefnet.models.backbones import Encoded, Encoder
-from dualrefnet.models.method import Architecture, Method
-from dualrefnet.models.output import Output
+from dualrefnet.models.base import Architecture, Method, Output
+from dualrefnet.models.encoders import Encoded, Encoder
 from dualrefnet.recipe import ModelSection
 
 METADATA_DROPOUT, CLASSIFIER_DROPOUT = 0.2, 0.4
@@ -19,7 +18,8 @@ class PlaceAttention(nn.Module):
     """g_k = sum_x a(x) L(x), a = softmax_x <L(x), g>: where a map agrees with the image vector (Jetley et al. 2018).
 
     L = P T is the map T after a 1x1 convolution to D channels without bias, or the map itself if it has D channels. The
-    same numbers come from <P T(x), g> = <T(x), P'g> and sum_x a(x) P T(x) = P sum_x a(x) T(x), without a map of D channels.
+    same numbers come from <P T(x), g> = <T(x), P'g> and sum_x a(x) P T(x) = P sum_x a(x) T(x), without a map of D
+    channels.
     """
 
     def __init__(self, channels: int, features: int) -> None:
@@ -40,14 +40,19 @@ class PlaceAttention(nn.Module):
 
 
 class Visual(Method):
-    """[g_1 || g_2 || g_3 || g * phi(form)] (4 D) -> layers -> C: attention at three maps, and the image vector g, weighted.
+    """[g_1 || g_2 || g_3 || g * phi(form)] (4 D) -> layers -> C: attention at three maps, and the image vector g,
+    weighted.
 
     Every encoder fits, since the taps of transformers too are maps: their tokens, laid out on the grid.
 
-    Not faithful in three things. The released code taps MobileNet and EfficientNet at places of its own, of EfficientNet two
-    inside blocks; here all taps are the ends of the last three stages before the last map, its places in VGG-13, ResNet-50
-    and DenseNet-121 (of ViT-like encoders: the blocks at a quarter, a half and three quarters). Its border of zeros around
-    the maps is left out. Normalisation and dropout are its ResNet-50's for all. The widths are the released ones, but for
+    Not faithful in three things. The released code taps MobileNet and EfficientNet at places of its own, of
+    EfficientNet two
+    inside blocks; here all taps are the ends of the last three stages before the last map, its places in VGG-13,
+    ResNet-50
+    and DenseNet-121 (of ViT-like encoders: the blocks at a quarter, a half and three quarters). Its border of zeros
+    around
+    the maps is left out. Normalisation and dropout are its ResNet-50's for all. The widths are the released ones, but
+    for
     the layer of 81 that it puts before those for forms of ISIC.
     """
 
@@ -65,7 +70,9 @@ class Visual(Method):
         between = [512] if features > 1024 else [width for width in (256, 512) if width < features]
         self.attentions = nn.ModuleList(PlaceAttention(channels, features) for channels in taps)
         # Its last dropout would hide parts of the image vector itself; the released code has none there.
-        self.metadata_network = nn.Sequential(*_layers([architecture.metadata_width, *between, features], METADATA_DROPOUT)[:-1])
+        self.metadata_network = nn.Sequential(
+            *_layers([architecture.metadata_width, *between, features], METADATA_DROPOUT)[:-1]
+        )
         funnel = [features, *between[::-1]]
         self.reducer = nn.Sequential(*_layers([(len(taps) + 1) * features, *funnel], CLASSIFIER_DROPOUT))
         self.classifier = nn.Linear(funnel[-1], architecture.classes)
@@ -78,7 +85,9 @@ class Visual(Method):
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
         """Classify images, as encoded, with (B, M) forms."""
         encoded = images.first
-        looked = [attention(tap, encoded.vector)[0] for attention, tap in zip(self.attentions, encoded.taps, strict=True)]
+        looked = [
+            attention(tap, encoded.vector)[0] for attention, tap in zip(self.attentions, encoded.taps, strict=True)
+        ]
         features = self.reducer(torch.cat([*looked, encoded.vector * self.metadata_network(metadata)], dim=1))
         return Output(self.classifier(features), features, None, {})
 

@@ -45,7 +45,11 @@ def answer_html(prediction: Prediction, predictor: Predictor, questions: Sequenc
     sentence = _set_sentence(prediction, predictor)
     if sentence:
         parts.append(f"<p>{sentence}</p>")
-    parts += [_malignancy(prediction, predictor), _table(prediction, predictor), _warnings(prediction.warnings, questions)]
+    parts += [
+        _malignancy(prediction, predictor),
+        _table(prediction, predictor),
+        _warnings(prediction.warnings, questions),
+    ]
     parts.append(f'<p class="notice">{NOTICE}</p>')
     return f'<div class="answer given">{"".join(parts)}</div>'
 
@@ -74,7 +78,9 @@ def explanation_html(
         parts.append(_heat(explanation.heat, photograph, name, photographs))
     if questions:
         parts.append(_fields(explanation.fields, form, name, questions))
-    parts.append('<p class="small">An explanation shows what this model reacted to. It doesn\'t show that the answer is right.</p>')
+    parts.append(
+        '<p class="small">An explanation shows what this model reacted to. It doesn\'t show that the answer is right.</p>'
+    )
     return f'<div class="answer">{"".join(parts)}</div>'
 
 
@@ -140,7 +146,9 @@ def _table(prediction: Prediction, predictor: Predictor) -> str:
         # A bar says what the number beside it says; a screen reader reads the number.
         bar = f'<div class="bar" aria-hidden="true"><div style="width:{100 * min(1, max(0, probability)):.1f}%"></div></div>'
         mark = ' <span class="mark">malignant</span>' if label in predictor.malignant else ""
-        rows.append(f'<tr><th scope="row">{_name(predictor, label, capital=True)}{mark}{bar}</th><td>{_short(probability)}</td></tr>')
+        rows.append(
+            f'<tr><th scope="row">{_name(predictor, label, capital=True)}{mark}{bar}</th><td>{_short(probability)}</td></tr>'
+        )
     return (
         '<table class="probabilities"><caption>Probability of each class</caption><thead class="unseen"><tr><th scope="col">Class</th>'
         f'<th scope="col">Probability</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dualrefnet.data.sample_drawing import draw_lesion, photograph
+from dualrefnet.data.synthetic_lesions import draw_lesion, photograph
 
 _SIDE = 384
 
@@ -30,29 +30,79 @@ class Example:
 
 def _both(age: int, sex: str, region: str, site: str, **answers: Any) -> dict[str, Any]:
     """Spell a patient as each of the data sets asks."""
-    return {"age": age, "age_approx": age, "gender": sex, "sex": sex, "region": region, "anatom_site_general": site, **answers}
+    return {
+        "age": age,
+        "age_approx": age,
+        "gender": sex,
+        "sex": sex,
+        "region": region,
+        "anatom_site_general": site,
+        **answers,
+    }
 
 
 _CASES = (
     (
         "Drawn dark patch",
         ("MEL", 2, 0.23, 4, 5),
-        _both(59, "male", "back", "posterior torso", itch=False, grew=True, hurt=False, changed=True, bleed=False, elevation=False,
-              diameter_1=14, diameter_2=11, skin_cancer_history=False, fitspatrick=2),
+        _both(
+            59,
+            "male",
+            "back",
+            "posterior torso",
+            itch=False,
+            grew=True,
+            hurt=False,
+            changed=True,
+            bleed=False,
+            elevation=False,
+            diameter_1=14,
+            diameter_2=11,
+            skin_cancer_history=False,
+            fitspatrick=2,
+        ),
     ),
     (
         "Drawn pearly bump",
         ("BCC", 2, 0.2, 2, 3),
-        _both(68, "female", "nose", "head/neck", itch=True, grew=True, hurt=False, changed=False, bleed=True, elevation=True,
-              diameter_1=8, diameter_2=7, skin_cancer_history=True, fitspatrick=2),
+        _both(
+            68,
+            "female",
+            "nose",
+            "head/neck",
+            itch=True,
+            grew=True,
+            hurt=False,
+            changed=False,
+            bleed=True,
+            elevation=True,
+            diameter_1=8,
+            diameter_2=7,
+            skin_cancer_history=True,
+            fitspatrick=2,
+        ),
     ),
     (
         "Drawn even mole",
         ("NEV", 3, 0.18, 3, 8),
-        _both(31, "female", "arm", "upper extremity", itch=False, grew=False, hurt=False, changed=False, bleed=False, elevation=False,
-              diameter_1=5, diameter_2=4, skin_cancer_history=False, fitspatrick=3),
+        _both(
+            31,
+            "female",
+            "arm",
+            "upper extremity",
+            itch=False,
+            grew=False,
+            hurt=False,
+            changed=False,
+            bleed=False,
+            elevation=False,
+            diameter_1=5,
+            diameter_2=4,
+            skin_cancer_history=False,
+            fitspatrick=3,
+        ),
     ),
-)  # fmt: skip
+)
 
 
 def draw_examples() -> list[Example]:

@@ -32,7 +32,8 @@ class Question:
         name: the model's field.
         kind: numeric, categorical or boolean.
         text: the question in plain words.
-        first: stands at the top: one of the fields that change the answer most, or, where that wasn't measured, that are always recorded.
+        first: stands at the top: one of the fields that change the answer most, or, where that wasn't measured, that
+            are always recorded.
         choices: words and value of each answer, "unknown" first; empty for a number.
         minimum: smallest believable number.
         maximum: largest believable number.
@@ -79,7 +80,9 @@ class Question:
 
 
 def make_questions(predictor: Predictor) -> tuple[Question, ...]:
-    """Return the questions of a model: those that change its answer most first, then by kind, then in the schema's order."""
+    """Return the questions of a model: those that change its answer most first, then by kind, then in the schema's
+    order.
+    """
     questions = []
     effects = predictor.decision.field_effects if predictor.decision is not None else {}
     deciding = sorted(effects, key=lambda name: -effects[name])[:FIRST]
@@ -93,7 +96,9 @@ def make_questions(predictor: Predictor) -> tuple[Question, ...]:
             choices = ((UNKNOWN, ""), *((_in_words(level), level) for level in levels))
         text = field.description or _in_words(field.name)
         first = field.name in deciding if deciding else field.tier == "M1"
-        questions.append(Question(field.name, field.kind, text, first, choices, field.minimum, field.maximum, field.unit))
+        questions.append(
+            Question(field.name, field.kind, text, first, choices, field.minimum, field.maximum, field.unit)
+        )
     return tuple(sorted(questions, key=lambda question: (not question.first, _ORDER[question.kind])))
 
 
@@ -102,10 +107,16 @@ def make_component(question: Question) -> gradio.components.Component:
     identity = f"question-{question.name}"
     if question.kind == "numeric":
         # Gradio's own field of numbers shows an empty one as 0, and an age of 0 isn't an unknown age.
-        return gradio.Textbox(label=question.label, info=question.hint, value="", max_lines=1, elem_id=identity, elem_classes="number")
+        return gradio.Textbox(
+            label=question.label, info=question.hint, value="", max_lines=1, elem_id=identity, elem_classes="number"
+        )
     if len(question.choices) <= _MOST_BUTTONS:
-        return gradio.Radio(list(question.choices), value="", label=question.label, elem_id=identity, elem_classes="choice")
-    return gradio.Dropdown(list(question.choices), value="", label=question.label, elem_id=identity, elem_classes="list", filterable=False)
+        return gradio.Radio(
+            list(question.choices), value="", label=question.label, elem_id=identity, elem_classes="choice"
+        )
+    return gradio.Dropdown(
+        list(question.choices), value="", label=question.label, elem_id=identity, elem_classes="list", filterable=False
+    )
 
 
 def read_form(questions: Sequence[Question], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""What stands between the network and Gradio: only what the page needs passes, and every answer carries headers that keep it to itself."""
+"""What stands between the network and Gradio: only what the page needs passes, and every answer carries headers that
+keep it to itself.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ _API = "/gradio_api"
 _FILE = f"{_API}/file="
 # Gradio's own code and pictures, which it looks up below its own folder.
 _LIBRARY = re.compile(r"/(assets|static)/[\w./-]+")
-_PLAIN = frozenset({"/", "/theme.css", "/config", "/favicon.ico", f"{_API}/theme.css", f"{_API}/app_id", f"{_API}/startup-events"})
+_PLAIN = frozenset(
+    {"/", "/theme.css", "/config", "/favicon.ico", f"{_API}/theme.css", f"{_API}/app_id", f"{_API}/startup-events"}
+)
 _RUN = re.compile(rf"{_API}/(run|api)/(predict|classify|explain)/?")
 _LARGEST_REQUEST = 256 * 1024
 _UPLOAD_SECONDS = 120
@@ -101,7 +105,8 @@ class PageGate:
         if method == "GET" and path.startswith(_FILE):
             return self._show(path.removeprefix(_FILE))
         if method == "GET" and path == f"{_API}/upload_progress":
-            # Photographs are taken whole, so there is no progress to tell; this answer tells the browser not to ask again.
+            # Photographs are taken whole, so there is no progress to tell; this answer tells the browser not to ask
+            # again.
             return Response(status_code=204)
         if method == "POST" and path == f"{_API}/upload":
             return await self._upload(request)
@@ -148,15 +153,22 @@ async def _read_run(request: Request, steps: Mapping[int, int]) -> Response | tu
     try:
         asked = json.loads(bytes(body))
         data, number = asked["data"], asked["fn_index"]
-        # Texts alone: Gradio would fetch or copy what a file's description names, and write what it doesn't expect to the log.
-        valid = type(number) is int and type(data) is list and all(item is None or isinstance(item, str) for item in data)
+        # Texts alone: Gradio would fetch or copy what a file's description names, and write what it doesn't expect to
+        # the log.
+        valid = (
+            type(number) is int and type(data) is list and all(item is None or isinstance(item, str) for item in data)
+        )
         valid = valid and len(data) == steps.get(number)
     except (ValueError, TypeError, KeyError, RecursionError):
         valid = False
     if not valid:
         return _refuse(400, "bad_request", "this isn't a request of the page; reload it")
     content = json.dumps({"data": data, "fn_index": number}).encode()
-    headers = [(name, value) for name, value in request.scope["headers"] if name not in (b"content-length", b"transfer-encoding")]
+    headers = [
+        (name, value)
+        for name, value in request.scope["headers"]
+        if name not in (b"content-length", b"transfer-encoding")
+    ]
     scope = dict(request.scope, headers=[*headers, (b"content-length", str(len(content)).encode())], query_string=b"")
     sent = False
 

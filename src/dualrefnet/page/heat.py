@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-# The colours of the report's heat maps: their lightness rises with the heat, so they are told apart without seeing hues, and in grey.
+# The colours of the report's heat maps: their lightness rises with the heat, so they are told apart without seeing
+# hues, and in grey.
 _COLOURS = cv2.COLORMAP_INFERNO
 # How much of the photograph the hottest place hides; from half of the maximum on, all hide as much.
 COVER, FULL_FROM = 0.65, 0.5
@@ -79,6 +80,8 @@ def to_jpeg(picture: NDArray[np.uint8], quality: int = 85) -> bytes:
 
 def _blend(picture: NDArray[np.uint8], share: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Lay the colours of shares (H, W) in 0..1 over a picture."""
-    colour = cv2.applyColorMap(np.rint(share * 255).clip(0, 255).astype(np.uint8), _COLOURS)[..., ::-1].astype(np.float32)
+    colour = cv2.applyColorMap(np.rint(share * 255).clip(0, 255).astype(np.uint8), _COLOURS)[..., ::-1].astype(
+        np.float32
+    )
     cover = (COVER * np.minimum(share / FULL_FROM, 1))[..., None]
     return np.ascontiguousarray(np.rint((1 - cover) * picture + cover * colour), dtype=np.uint8)

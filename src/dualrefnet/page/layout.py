@@ -31,11 +31,14 @@ def build_blocks(page: Page, examples: Sequence[Example]) -> gradio.Blocks:
     """
     predictor, questions = page.predictor, page.questions
     # Files that Gradio itself might write go after minutes too.
-    blocks = gradio.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(60, page.uploads.seconds), fill_width=True)
+    blocks = gradio.Blocks(
+        title=TITLE, analytics_enabled=False, delete_cache=(60, page.uploads.seconds), fill_width=True
+    )
     with blocks:
         gradio.HTML(_header(predictor), elem_id="header")
         gradio.HTML(f"<p><strong>{NOTICE}</strong></p>", elem_id="notice")
-        # What is asked; what the server told, the label to explain and what it was asked for that; the explanation and the same.
+        # What is asked; what the server told, the label to explain and what it was asked for that; the explanation and
+        # the same.
         asked, told, label, of, why, why_of = (gradio.Textbox(visible=False) for _ in range(6))
         with gradio.Row(elem_id="columns"):
             with gradio.Column(elem_id="ask", min_width=300):
@@ -56,9 +59,17 @@ def build_blocks(page: Page, examples: Sequence[Example]) -> gradio.Blocks:
         # The server gets texts as they are, and shows HTML as it is.
         served: dict[str, Any] = {**quiet, "preprocess": False, "api_visibility": "private"}
         start.click(
-            None, js=scripts.gather(_names(questions), len(photographs)), inputs=inputs, outputs=[asked, answer, explanation], **quiet
+            None,
+            js=scripts.gather(_names(questions), len(photographs)),
+            inputs=inputs,
+            outputs=[asked, answer, explanation],
+            **quiet,
         ).then(page.classify, inputs=[asked], outputs=[told, label, of], api_name="classify", **served).then(
-            None, js=scripts.show_answer(), inputs=[asked, of, told, label, answer, explanation], outputs=[answer, explanation], **quiet
+            None,
+            js=scripts.show_answer(),
+            inputs=[asked, of, told, label, answer, explanation],
+            outputs=[answer, explanation],
+            **quiet,
         ).then(page.explain, inputs=[of, label], outputs=[why, why_of], api_name="explain", **served).then(
             None, js=scripts.SHOW_EXPLANATION, inputs=[asked, why_of, why, explanation], outputs=[explanation], **quiet
         )
@@ -84,7 +95,9 @@ def _photographs(predictor: Predictor) -> list[gradio.Image]:
         None, js=scripts.CAMERA, queue=False, show_progress="hidden"
     )
     with gradio.Accordion("More photographs of the same lesion", open=False, elem_id="more"):
-        found += [_photograph(number, f"Photograph {number} of the same lesion") for number in range(2, PHOTOGRAPHS + 1)]
+        found += [
+            _photograph(number, f"Photograph {number} of the same lesion") for number in range(2, PHOTOGRAPHS + 1)
+        ]
     return found
 
 
@@ -94,9 +107,17 @@ def _names(questions: Sequence[Question]) -> list[str]:
 
 def _photograph(number: int, words: str) -> gradio.Image:
     return gradio.Image(
-        label=words, sources=["upload"], type="filepath", buttons=[], show_label=False, height=240,
-        elem_id=f"photograph-{number}", elem_classes="photograph", alt_text=words, placeholder="Choose a photograph, or drop one here",
-    )  # fmt: skip
+        label=words,
+        sources=["upload"],
+        type="filepath",
+        buttons=[],
+        show_label=False,
+        height=240,
+        elem_id=f"photograph-{number}",
+        elem_classes="photograph",
+        alt_text=words,
+        placeholder="Choose a photograph, or drop one here",
+    )
 
 
 def _form(questions: Sequence[Question]) -> list[gradio.components.Component]:
@@ -121,7 +142,9 @@ def _form(questions: Sequence[Question]) -> list[gradio.components.Component]:
 
 def _examples(page: Page, examples: Sequence[Example]) -> list[gradio.Button]:
     """Write the examples' pictures into the folder, and make their buttons."""
-    gradio.HTML("<h2>Or try an example</h2><p>Drawn by a program, <strong>not clinical</strong>.</p>", elem_id="examples-title")
+    gradio.HTML(
+        "<h2>Or try an example</h2><p>Drawn by a program, <strong>not clinical</strong>.</p>", elem_id="examples-title"
+    )
     buttons, pictured = [], page.predictor.reads_image
     with gradio.Row(elem_id="examples"):
         for number, example in enumerate(examples, 1):
@@ -129,11 +152,16 @@ def _examples(page: Page, examples: Sequence[Example]) -> list[gradio.Button]:
             small = data_uri("jpeg", to_jpeg(example.picture[::4, ::4]))
             buttons.append(
                 gradio.Button(
-                    example.title, elem_id=f"example-{number}", elem_classes=["example", *(["pictured"] if pictured else [])], min_width=80
+                    example.title,
+                    elem_id=f"example-{number}",
+                    elem_classes=["example", *(["pictured"] if pictured else [])],
+                    min_width=80,
                 )
             )
             if pictured:
-                gradio.HTML(f"<style>#example-{number}::before {{ background-image: url({small}); }}</style>", padding=False)
+                gradio.HTML(
+                    f"<style>#example-{number}::before {{ background-image: url({small}); }}</style>", padding=False
+                )
     return buttons
 
 

@@ -77,7 +77,9 @@ class Login:
                 response = RedirectResponse(home, status_code=303)
                 value = f"{expires}.{_sign(matching[0], expires)}"
                 secure = request.url.scheme == "https"
-                response.set_cookie(COOKIE, value, max_age=self._seconds, path=home, secure=secure, httponly=True, samesite="strict")
+                response.set_cookie(
+                    COOKIE, value, max_age=self._seconds, path=home, secure=secure, httponly=True, samesite="strict"
+                )
                 return response
             return HTMLResponse(_page("That isn't the key. Try again."), status_code=401)
         return RedirectResponse(home, status_code=303) if self.is_allowed(request) else HTMLResponse(_page())

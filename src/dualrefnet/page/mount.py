@@ -25,7 +25,7 @@ from dualrefnet.page.login import Login
 from dualrefnet.page.quiet_gradio import gradio
 from dualrefnet.page.upload import AROUND, Uploads, private_folder
 from dualrefnet.service.batcher import Busy
-from dualrefnet.service.log import where
+from dualrefnet.service.observability import where
 from dualrefnet.service.schemas import Refusal
 
 if TYPE_CHECKING:
@@ -99,7 +99,9 @@ class Page:
         try:
             request = json.loads(asked)
             names, values = request["photographs"], request["form"]
-            valid = isinstance(names, list) and all(isinstance(name, str) for name in names) and isinstance(values, dict)
+            valid = (
+                isinstance(names, list) and all(isinstance(name, str) for name in names) and isinstance(values, dict)
+            )
         except (ValueError, TypeError, KeyError, RecursionError):
             valid = False
         if not valid or len(names) > PHOTOGRAPHS:
@@ -130,7 +132,9 @@ def mount_page(app: FastAPI, predictor: Predictor, ask: Ask, explain: Explain, s
     # It tells a browser whether the server is still the same one; workers are.
     blocks.app_id = 1
     app.state.page_login = login
-    steps = {number: len(step.inputs) for number, step in blocks.fns.items() if step.api_name in ("classify", "explain")}
+    steps = {
+        number: len(step.inputs) for number, step in blocks.fns.items() if step.api_name in ("classify", "explain")
+    }
     mounted: FastAPI = gradio.mount_gradio_app(
         app,
         blocks,
@@ -144,7 +148,9 @@ def mount_page(app: FastAPI, predictor: Predictor, ask: Ask, explain: Explain, s
         enable_monitoring=False,
         pwa=False,
         mcp_server=False,
-        theme=gradio.themes.Base(primary_hue="teal", neutral_hue="slate", font=_FONTS, font_mono=["ui-monospace", "monospace"]),
+        theme=gradio.themes.Base(
+            primary_hue="teal", neutral_hue="slate", font=_FONTS, font_mono=["ui-monospace", "monospace"]
+        ),
         css_paths=[_CSS],
         js=page_scripts.ON_LOAD,
     )
@@ -158,7 +164,9 @@ def is_allowed(request: Request) -> bool:
 
 
 def _say(error: Exception) -> str:
-    """Return what people are told of an error; where it is unexpected, where it happened goes to the log, and none of its words."""
+    """Return what people are told of an error; where it is unexpected, where it happened goes to the log, and none of
+    its words.
+    """
     if isinstance(error, DualRefNetError | Refusal):
         return str(error)
     if isinstance(error, Busy):

@@ -1,4 +1,6 @@
-"""Photographs that a browser sends to the page: read within bounds, stripped of everything but their pixels, kept for minutes."""
+"""Photographs that a browser sends to the page: read within bounds, stripped of everything but their pixels, kept for
+minutes.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ from dualrefnet.errors import DataError, ImageError
 
 # Gradio reads its folder from this variable; workers inherit it, so they share one.
 VARIABLE = "GRADIO_TEMP_DIR"
-# What a photograph is called from here on: nothing of the client's name, and nothing that could be guessed. Examples are no secret.
+# What a photograph is called from here on: nothing of the client's name, and nothing that could be guessed. Examples
+# are no secret.
 NAME = re.compile(r"(photograph-[0-9a-f]{32}|example-[0-9])\.png")
 _SECONDS = 10 * 60
 _MOST_BYTES = 2 * 2**30
@@ -50,7 +53,9 @@ class Uploads:
         seconds: how long a photograph is kept.
     """
 
-    def __init__(self, folder: Path, decode: Callable[[bytes], NDArray[np.uint8]], max_bytes: int, seconds: int = _SECONDS) -> None:
+    def __init__(
+        self, folder: Path, decode: Callable[[bytes], NDArray[np.uint8]], max_bytes: int, seconds: int = _SECONDS
+    ) -> None:
         self.folder, self.seconds = folder, seconds
         self._decode, self._max_bytes = decode, max_bytes
         # A photograph of 100 million pixels takes 300 MB; two at a time are enough for two cores.
@@ -91,7 +96,9 @@ class Uploads:
         try:
             return self._find(name).read_bytes()
         except FileNotFoundError:
-            raise ImageError(f"the photograph isn't here any more (it is kept for {self.seconds // 60} minutes); choose it again") from None
+            raise ImageError(
+                f"the photograph isn't here any more (it is kept for {self.seconds // 60} minutes); choose it again"
+            ) from None
 
     def preview(self, name: str) -> bytes:
         """Return a small JPEG of a photograph, for showing.
@@ -175,7 +182,8 @@ async def _parse(headers: Headers, body: bytes) -> list[bytes]:
 def private_folder() -> Path:
     """Return the folder of photographs, which only this user may look into.
 
-    It is the one that the environment names, as for the workers of one server; else a new one, which the environment then names, and which
+    It is the one that the environment names, as for the workers of one server; else a new one, which the environment
+    then names, and which
     is removed when this process ends. Call it before workers are started.
 
     Raises:
@@ -191,7 +199,9 @@ def private_folder() -> Path:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise DataError(f"{VARIABLE} names {folder}, which others may look into; unset it, or `chmod 700` a folder of this user")
+        raise DataError(
+            f"{VARIABLE} names {folder}, which others may look into; unset it, or `chmod 700` a folder of this user"
+        )
     return folder
 
 

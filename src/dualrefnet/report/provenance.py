@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from dualrefnet.data.protocols import split_counts
+from dualrefnet.display.format import Cell, PrintedTable
 from dualrefnet.errors import RunError
-from dualrefnet.evaluation.printed_table import Cell, PrintedTable
-from dualrefnet.models.backbones import BACKBONES
-from dualrefnet.models.method import Architecture
+from dualrefnet.models.base import Architecture
+from dualrefnet.models.encoders import BACKBONES
 from dualrefnet.models.registry import METHODS
 from dualrefnet.run import Run
 
 if TYPE_CHECKING:
-    from dualrefnet.report.section import Section
+    from dualrefnet.display.page import Section
 
 # In these data sets a form has gaps because the lesion was not biopsied, and such lesions are benign.
 GAPS_TELL_THE_CLASS = ("pad_ufes_20", "sample")
@@ -28,19 +28,33 @@ WORDS = (
     ("kappa", "agreement beyond chance; 0 is chance, 1 is perfect"),
     ("expected calibration error", "the mean distance between how sure the model is and how often it is right"),
     ("Brier score", "the mean squared distance between the probabilities and the truth; 0 is perfect, 2 the worst"),
-    ("95% interval", "from resampling whole patients, so that several photographs of one patient don't feign certainty"),
-)  # fmt: skip
+    (
+        "95% interval",
+        "from resampling whole patients, so that several photographs of one patient don't feign certainty",
+    ),
+)
 
 
 def run_title(run: Run) -> tuple[str, str]:
     """Return the title of a run's page and the line below it."""
     recipe, description = run.recipe, run.model
     method, architecture = METHODS[recipe.model.method], Architecture.model_validate(description["architecture"])
-    backbones = " + ".join(BACKBONES[name].title for name in architecture.backbones) if method.reads_image else "no image encoder"
+    backbones = (
+        " + ".join(BACKBONES[name].title for name in architecture.backbones)
+        if method.reads_image
+        else "no image encoder"
+    )
     metadata = "no metadata" if recipe.metadata.tier == "M0" else f"metadata {recipe.metadata.tier}"
-    protocol = {"paper": "the paper's split", "grouped": "patients apart", "grouped-cv": f"patients apart, fold {recipe.data.fold}"}
+    protocol = {
+        "paper": "the paper's split",
+        "grouped": "patients apart",
+        "grouped-cv": f"patients apart, fold {recipe.data.fold}",
+    }
     title = f"{method.title} on {description['dataset']['title']}"
-    return title, f"{backbones}, {metadata}; {protocol.get(recipe.data.protocol, recipe.data.protocol)}; seed {recipe.seed}"
+    return (
+        title,
+        f"{backbones}, {metadata}; {protocol.get(recipe.data.protocol, recipe.data.protocol)}; seed {recipe.seed}",
+    )
 
 
 def run_names(first: Run, second: Run) -> tuple[str, str]:
@@ -74,9 +88,13 @@ def run_notes(run: Run) -> list[str]:
                 f"({shares['train_or_val']:.0%} with validation). The numbers are too good for new {name}s."
             )
     if all(shares is None for shares in metrics["leakage"].values()):
-        notes.append("The data set names neither patients nor lesions: whether one is on both sides of the split can't be seen.")
+        notes.append(
+            "The data set names neither patients nor lesions: whether one is on both sides of the split can't be seen."
+        )
     if recipe.metadata.imputation == "label_leaking" and method.needs_metadata:
-        notes.append("The gaps of the metadata were filled with the help of the diagnosis: a demonstration of that leak, no result.")
+        notes.append(
+            "The gaps of the metadata were filled with the help of the diagnosis: a demonstration of that leak, no result."
+        )
     reads_gaps = recipe.metadata.tier in ("M2", "M3") and method.reads_metadata
     if recipe.data.dataset in GAPS_TELL_THE_CLASS and reads_gaps:
         notes.append(
@@ -96,27 +114,39 @@ def run_notes(run: Run) -> list[str]:
 def provenance_section(run: Run) -> Section:
     """Return how the run was made: data, split, code, hardware, weights and the whole recipe."""
     # Sections hold pictures, and so need matplotlib; titles and notes are also for those who don't have it.
-    from dualrefnet.report.section import Section
+    from dualrefnet.display.page import Section
 
     recipe, made = run.recipe, run.fingerprint
     description = run.model
     dataset = description["dataset"]
     rows = [
-        ("data", f"{dataset['title']}, {made['data']['rows_used']:,} rows used; licence {dataset['licence'] or 'not stated'}"),
+        (
+            "data",
+            f"{dataset['title']}, {made['data']['rows_used']:,} rows used; licence {dataset['licence'] or 'not stated'}",
+        ),
         ("protocol", recipe.data.protocol),
         ("weights at the start", "; ".join(dict.fromkeys(source["description"] for source in made["weights"]))),
-        ("software", f"dualrefnet {made['dualrefnet']}, commit {made['git_commit'] or 'not known (installed package)'}"),
+        (
+            "software",
+            f"dualrefnet {made['dualrefnet']}, commit {made['git_commit'] or 'not known (installed package)'}",
+        ),
         ("libraries", ", ".join(f"{name} {version}" for name, version in made["packages"].items())),
         ("hardware", _hardware(made)),
         ("seed", str(made["seed"])),
         ("fingerprints", f"table {made['data']['table_sha256'][:16]}, split {made['data']['split_sha256'][:16]}"),
-    ]  # fmt: skip
-    facts = PrintedTable("How this run was made", ("what", "value"), [[Cell(name), Cell(value)] for name, value in rows], left=2)
+    ]
+    facts = PrintedTable(
+        "How this run was made", ("what", "value"), [[Cell(name), Cell(value)] for name, value in rows], left=2
+    )
     counts = split_counts(run.split, tuple(description["classes"]))
     split = PrintedTable(
-        "Photographs", ("class", *map(str, counts.columns)),
-        [[Cell(str(name)), *(Cell(f"{value:,}") for value in values)] for name, *values in counts.itertuples(name=None)],
-    )  # fmt: skip
+        "Photographs",
+        ("class", *map(str, counts.columns)),
+        [
+            [Cell(str(name)), *(Cell(f"{value:,}") for value in values)]
+            for name, *values in counts.itertuples(name=None)
+        ],
+    )
     words = PrintedTable("Words", ("word", "meaning"), [[Cell(word), Cell(meaning)] for word, meaning in WORDS], left=2)
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     lead = ["Save the recipe below as a file and give it to `dualrefnet train` to repeat the run."]

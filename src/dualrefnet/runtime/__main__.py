@@ -30,7 +30,9 @@ def main() -> int:
     try:
         text = Path(arguments.form).read_text(encoding="utf-8") if arguments.form.endswith(".json") else arguments.form
         classifier = load_bundle(arguments.bundle, arguments.variant)
-        pictures = [classifier.prepare_array(decode(path)) for path in arguments.photographs] if classifier.reads_image else []
+        pictures = (
+            [classifier.prepare_array(decode(path)) for path in arguments.photographs] if classifier.reads_image else []
+        )
         [prediction] = classifier.classify([pictures], [json.loads(text)])
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

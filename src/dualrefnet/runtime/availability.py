@@ -1,4 +1,6 @@
-"""Availability: how much of an image and its metadata was given. Calibration is fitted for each of its groups (Mondrian; Vovk 2012)."""
+"""Availability: how much of an image and its metadata was given. Calibration is fitted for each of its groups
+(Mondrian; Vovk 2012).
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,14 @@ from numpy.typing import ArrayLike, NDArray
 SHARES = ((0.0, 0.0), (0.0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1.0))
 TOLERANCE = 1e-9
 # Inputs that every run is measured with, where it can answer them.
-AS_RECORDED, ALWAYS_RECORDED, IMAGE_ONLY, METADATA_ONLY = "as_recorded", "always_recorded", "image_only", "metadata_only"
-# The largest fall, when metadata are blank, of the share of cancers referred, or of the mean malignancy, of a model that may be used.
+AS_RECORDED, ALWAYS_RECORDED, IMAGE_ONLY, METADATA_ONLY = (
+    "as_recorded",
+    "always_recorded",
+    "image_only",
+    "metadata_only",
+)
+# The largest fall, when metadata are blank, of the share of cancers referred, or of the mean malignancy, of a model
+# that may be used.
 LARGEST_FALL = 0.10
 
 
@@ -42,7 +50,9 @@ class Availability(NamedTuple):
     @property
     def words(self) -> str:
         """The group within a sentence."""
-        fields = "no metadata" if self.to == 0 else f"{100 * self.above:.0f} to {100 * self.to:.0f}% of the metadata fields"
+        fields = (
+            "no metadata" if self.to == 0 else f"{100 * self.above:.0f} to {100 * self.to:.0f}% of the metadata fields"
+        )
         return f"{'an image' if self.image else 'no image'} and {fields}"
 
     def holds(self, image: ArrayLike, share: ArrayLike) -> NDArray[np.bool_]:
@@ -54,11 +64,15 @@ class Availability(NamedTuple):
         """
         share = np.asarray(share, dtype=np.float64)
         inside = (share > self.above + TOLERANCE) & (share <= self.to + TOLERANCE)
-        return np.asarray((inside | ((self.to == 0) & (share <= TOLERANCE))) & (np.asarray(image, dtype=bool) == self.image))
+        return np.asarray(
+            (inside | ((self.to == 0) & (share <= TOLERANCE))) & (np.asarray(image, dtype=bool) == self.image)
+        )
 
 
 def share_given(missing: NDArray[np.bool_], reads_metadata: bool) -> NDArray[np.float64]:
-    """Return which share of the fields has a value, (N,), from which are missing, (N, F); 1 for a model that reads none."""
+    """Return which share of the fields has a value, (N,), from which are missing, (N, F); 1 for a model that reads
+    none.
+    """
     if not reads_metadata or not missing.shape[1]:
         return np.ones(len(missing))
     return np.asarray(1 - missing.mean(axis=1))
@@ -77,10 +91,12 @@ class Thresholds:
 
     Attributes:
         group: which inputs.
-        temperature: see `dualrefnet.runtime.probabilities.apply_temperature`.
-        threshold: a class with at least this probability is in the set; 0: too few validation cases, so all classes are.
+        temperature: see `dualrefnet.runtime.calibration.apply_temperature`.
+        threshold: a class with at least this probability is in the set; 0: too few validation cases, so all classes
+            are.
         class_thresholds: class -> the same for sets that keep the promise within every class.
-        referral: malignancy from which a case is referred; 0: too few cancers in validation, so all are; None: no class is malignant.
+        referral: malignancy from which a case is referred; 0: too few cancers in validation, so all are; None: no class
+            is malignant.
         images: validation images on which they were fitted.
         cancers: how many of these show one.
         remarks: what is weak about the fit, in sentences.
@@ -130,24 +146,27 @@ class Thresholds:
 def missingness_shortcut(metrics: Mapping[str, Any]) -> str | None:
     """Say why a run must not answer patients whose metadata may be blank; None if it may.
 
-    Blank metadata leave less to go by, so that fewer cancers reach a threshold that was fitted with metadata, and the thresholds that were
-    fitted without answer for that. But they must not lower the malignancy on average: over many patients the mean of calibrated
-    probabilities is the share of cancers, whatever is known of each. A model whose mean falls takes missing for a sign of benign.
+    Blank metadata leave less to go by, so that fewer cancers reach a threshold that was fitted with metadata, and the
+    thresholds that were
+    fitted without answer for that. But they must not lower the malignancy on average: over many patients the mean of
+    calibrated
+    probabilities is the share of cancers, whatever is known of each. A model whose mean falls takes missing for a sign
+    of benign.
 
     Args:
         metrics: of the run, or of its bundle.
     """
     inputs = metrics.get("availability", {}).get("inputs")
     if inputs is None:
-        return (
-            "what blank metadata do to its referral of cancers was never measured (`dualrefnet evaluate RUN` does it; then export it again)"
-        )
+        return "what blank metadata do to its referral of cancers was never measured (`dualrefnet evaluate RUN` does it; then export it again)"
     if IMAGE_ONLY not in inputs:
         return None
 
     def fall(measure: str) -> tuple[float, float, bool]:
         full, blank = (inputs[name].get(measure) for name in (AS_RECORDED, IMAGE_ONLY))
-        return (full, blank, full - blank > LARGEST_FALL) if full is not None and blank is not None else (0.0, 0.0, False)
+        return (
+            (full, blank, full - blank > LARGEST_FALL) if full is not None and blank is not None else (0.0, 0.0, False)
+        )
 
     full, blank, falls = fall("cancers_referred")
     if falls:

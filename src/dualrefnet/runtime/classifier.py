@@ -8,14 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .answer import Field
 from .availability import Thresholds, share_given
-from .explanation import answers_apart, covered, spread_out
-from .form import EncodedForms, FormEncoder
-from .out_of_scope import OutOfScopeScore
-from .prediction import Explanation, Prediction
+from .calibration import Decision, apply_temperature, softmax
+from .metadata import EncodedForms, Field, FormEncoder
+from .out_of_distribution import OutOfScopeScore
+from .prediction import Explanation, Prediction, answers_apart, covered, spread_out
 from .preprocessing import ImageSettings, preprocess
-from .probabilities import Decision, apply_temperature, softmax
 
 Picture = NDArray[np.uint8]
 # Pictures that the network reads at once where one question needs many of them.
@@ -27,7 +25,8 @@ class Answered(NamedTuple):
 
     Attributes:
         logits: (N, C).
-        vectors: (N, D), what its image encoders make of each picture, NaN where there is none; None if it reads no picture.
+        vectors: (N, D), what its image encoders make of each picture, NaN where there is none; None if it reads no
+            picture.
     """
 
     logits: NDArray[np.floating]
@@ -110,13 +109,18 @@ class Classifier:
             ValueError: it has another shape, or isn't uint8.
         """
         if photograph.dtype != np.uint8 or photograph.ndim != 3 or photograph.shape[2] != 3 or photograph.size == 0:
-            raise ValueError(f"an image array must be (height, width, 3) uint8 RGB, not {photograph.shape} {photograph.dtype}")
+            raise ValueError(
+                f"an image array must be (height, width, 3) uint8 RGB, not {photograph.shape} {photograph.dtype}"
+            )
         return preprocess(photograph, self.image)
 
-    def classify(self, lesions: Sequence[Sequence[Picture | None]], forms: Sequence[Mapping[str, Any]]) -> list[Prediction]:
+    def classify(
+        self, lesions: Sequence[Sequence[Picture | None]], forms: Sequence[Mapping[str, Any]]
+    ) -> list[Prediction]:
         """Classify lesions, each with one form and one or several photographs of it.
 
-        Of several photographs the model's probabilities are averaged; temperature, set and referral then act on the mean.
+        Of several photographs the model's probabilities are averaged; temperature, set and referral then act on the
+        mean.
 
         Args:
             lesions: of each lesion the photographs, as `prepare_array` makes them; None: there is none.
@@ -163,7 +167,9 @@ class Classifier:
             for index, (start, count, form) in enumerate(zip(starts, counts, forms, strict=True))
         ]
 
-    def explain_prepared(self, picture: Picture | None, form: Mapping[str, Any], label: str | None = None) -> Explanation:
+    def explain_prepared(
+        self, picture: Picture | None, form: Mapping[str, Any], label: str | None = None
+    ) -> Explanation:
         """Say what an answer rests on: the model is asked again with places covered and with answers left out.
 
         Args:
@@ -186,10 +192,14 @@ class Classifier:
         pictures = [picture] * (1 + len(forms)) + list(patches)
         values = np.concatenate([encoded, np.repeat(encoded[:1], len(patches), axis=0)])
         rows = np.concatenate(
-            [self._ask(pictures[start : start + BATCH], values[start : start + BATCH])[0] for start in range(0, len(pictures), BATCH)]
+            [
+                self._ask(pictures[start : start + BATCH], values[start : start + BATCH])[0]
+                for start in range(0, len(pictures), BATCH)
+            ]
         )
         if self.decision is not None:
-            # One temperature for all: a change must be of the model's answer, not of the group that the changed input falls into.
+            # One temperature for all: a change must be of the model's answer, not of the group that the changed input
+            # falls into.
             given = self.decision.decide(
                 rows[:1], [self.reads_image and picture is not None], share_given(whole.missing, self.reads_metadata)
             )
@@ -197,7 +207,12 @@ class Classifier:
         place = int(rows[0].argmax()) if label is None else self.classes.index(label)
         lost = rows[0, place] - rows[1:, place]
         heat = None if picture is None else spread_out(lost[len(forms) :], self.size)
-        return Explanation(self.classes[place], float(rows[0, place]), heat, dict(zip(answered, lost[: len(forms)].tolist(), strict=True)))
+        return Explanation(
+            self.classes[place],
+            float(rows[0, place]),
+            heat,
+            dict(zip(answered, lost[: len(forms)].tolist(), strict=True)),
+        )
 
     def _notes(self, row: NDArray[np.float64], thresholds: Thresholds, refer: bool | None) -> list[str]:
         """Say where too little was known to decide, and why a cancer isn't referred."""
@@ -226,7 +241,9 @@ class Classifier:
             return [None]
         there: list[Picture | None] = [picture for picture in lesion if picture is not None]
         if not there and self.needs_image:
-            raise ValueError("this model needs a photograph; one that was trained for gaps (metadata.imputation token) would do without")
+            raise ValueError(
+                "this model needs a photograph; one that was trained for gaps (metadata.imputation token) would do without"
+            )
         return there or [None]
 
     def _ask(
@@ -266,7 +283,9 @@ class Classifier:
         likely = {label for label, chosen in zip(self.classes, inside.tolist(), strict=True) if chosen}
         scores = [score for score in unlike if score is not None]
         warnings = [
-            self._unlike_warning(score, number, len(pictures)) for number, score in enumerate(unlike, 1) if score is not None and score > 1
+            self._unlike_warning(score, number, len(pictures))
+            for number, score in enumerate(unlike, 1)
+            if score is not None and score > 1
         ]
         if self.reads_image and pictures[0] is None:
             warnings.append("answered without a photograph")

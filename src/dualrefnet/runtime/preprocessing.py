@@ -1,14 +1,79 @@
-"""From a decoded photograph to the square that the model reads: one function for training and for prediction."""
+"""Colour constancy and contrast: Shades of Gray, then CLAHE on the lightness."""
+
+# also: From a decoded photograph to the square that the model reads: one function for training and for prediction.
 
 from __future__ import annotations
 
+import threading
 from typing import Protocol
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from .colour import clahe_lightness, shades_of_gray
+Image = NDArray[np.uint8]
+
+
+_clahe = threading.local()
+
+
+def shades_of_gray(image: Image, p: float = 6.0, gamma: float | None = None) -> Image:
+    """Take the colour of the light out of a photograph (Finlayson and Trezzi 2004).
+
+    The light of channel c is estimated as e_c = (mean_x I_c(x)^p)^(1/p); with e scaled to unit length every channel is
+    divided by sqrt(3) e_c, so that grey light changes nothing.
+
+    Args:
+        image: (H, W, 3) RGB.
+        p: Minkowski norm; 1 is Grey World, large values approach max-RGB.
+        gamma: decode the image with this exponent first and encode it again at the end; None: neither.
+
+    Returns:
+        (H, W, 3) RGB, clipped to 0..255.
+    """
+    # An 8-bit channel has 256 values: powers of 256 numbers and a histogram replace powers of every pixel, exactly.
+    levels = np.arange(256, dtype=np.float64) / 255
+    if gamma is not None:
+        levels = levels**gamma
+    counts = np.stack([np.bincount(image[..., channel].ravel(), minlength=256) for channel in range(3)])
+    # Powers of shares of the channel's peak, since a large power of a dark level itself would underflow to zero.
+    peak = np.where(counts > 0, levels, 0).max(axis=1)
+    shares = np.minimum(levels / np.maximum(peak, 1e-12)[:, None], 1)
+    light = peak * ((counts * shares**p).sum(axis=1) / (image.shape[0] * image.shape[1])) ** (1 / p)
+    length = np.linalg.norm(light)
+    if length == 0:
+        return image.copy()
+    # A channel that is black everywhere stays black: any finite gain will do.
+    gain = 1 / (np.sqrt(3) * np.maximum(light / length, 1e-6))
+    table = np.clip(levels[:, None] * gain[None, :], 0, 1)
+    if gamma is not None:
+        table = table ** (1 / gamma)
+    table = np.rint(table * 255).astype(np.uint8)
+    return np.asarray(cv2.LUT(image, table[None, :, :]), dtype=np.uint8)
+
+
+def clahe_lightness(image: Image, clip: float = 1.0, grid: int = 12, channel_order: str = "correct") -> Image:
+    """Equalise the lightness in tiles with limited contrast; a and b of CIE LAB are untouched.
+
+    Args:
+        image: (H, W, 3) RGB.
+        clip: clip limit.
+        grid: number of tiles along each side.
+        channel_order: `hm_compat` computes LAB from swapped red and blue, as released code of the paper's lineage does.
+
+    Returns:
+        (H, W, 3) RGB.
+    """
+    to_lab, from_lab = (
+        (cv2.COLOR_RGB2LAB, cv2.COLOR_LAB2RGB) if channel_order == "correct" else (cv2.COLOR_BGR2LAB, cv2.COLOR_LAB2BGR)
+    )
+    lab = cv2.cvtColor(image, to_lab)
+    # An OpenCV CLAHE object keeps buffers, so each thread has its own.
+    if getattr(_clahe, "settings", None) != (clip, grid):
+        _clahe.settings, _clahe.filter = (clip, grid), cv2.createCLAHE(clipLimit=clip, tileGridSize=(grid, grid))
+    lab[..., 0] = _clahe.filter.apply(np.ascontiguousarray(lab[..., 0]))
+    return np.asarray(cv2.cvtColor(lab, from_lab), dtype=np.uint8)
+
 
 # A thread pool works on whole images; OpenCV's own threads inside each of them would only fight over the cores.
 cv2.setNumThreads(1)
@@ -81,5 +146,7 @@ def to_square(image: NDArray[np.uint8], side: int, fit: str) -> NDArray[np.uint8
         image = image[top : top + short, left : left + short]
     # Averaging areas avoids aliasing when shrinking; it has no meaning when enlarging.
     shrink = min(image.shape[:2]) >= side
-    resized = cv2.resize(np.ascontiguousarray(image), (side, side), interpolation=cv2.INTER_AREA if shrink else cv2.INTER_LINEAR)
+    resized = cv2.resize(
+        np.ascontiguousarray(image), (side, side), interpolation=cv2.INTER_AREA if shrink else cv2.INTER_LINEAR
+    )
     return np.asarray(resized, dtype=np.uint8)

@@ -1,4 +1,6 @@
-"""From the bytes of photographs and a form to an answer: decoding in a pool, prediction in one lane, explanation in another."""
+"""From the bytes of photographs and a form to an answer: decoding in a pool, prediction in one lane, explanation in
+another.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,7 @@ from numpy.typing import NDArray
 
 from dualrefnet.errors import DataError
 from dualrefnet.service.batcher import Batcher, Busy, Lane, Photographs, Place, Room
-from dualrefnet.service.log import where
-from dualrefnet.service.observed import Observed
+from dualrefnet.service.observability import Observed, where
 from dualrefnet.service.schemas import Refusal
 from dualrefnet.service.settings import ServiceSettings
 
@@ -62,22 +63,29 @@ class Answering:
         explain_room: places for explanations.
     """
 
-    def __init__(self, predictor: Predictor, settings: ServiceSettings, observed: Observed, explainer: Predictor | None = None) -> None:
+    def __init__(
+        self, predictor: Predictor, settings: ServiceSettings, observed: Observed, explainer: Predictor | None = None
+    ) -> None:
         """Make it; it answers from `start` on.
 
         Args:
             predictor: the model.
             settings: its limits.
             observed: what counts.
-            explainer: a second copy of the model, for explanations: a prediction then never waits for one. Without it both share the
+            explainer: a second copy of the model, for explanations: a prediction then never waits for one. Without it
+                both share the
                 model, one at a time.
         """
         self.predictor, self.settings, self._observed = predictor, settings, observed
         self._explainer = explainer or predictor
         self.standing = Standing()
-        self.room = Room(settings.queue, settings.queue_bytes, lambda number, size: observed.held("predict", number, size))
+        self.room = Room(
+            settings.queue, settings.queue_bytes, lambda number, size: observed.held("predict", number, size)
+        )
         explain_size = max(settings.max_upload, settings.queue_bytes // 4)
-        self.explain_room = Room(settings.explain_queue, explain_size, lambda number, size: observed.held("explain", number, size))
+        self.explain_room = Room(
+            settings.explain_queue, explain_size, lambda number, size: observed.held("explain", number, size)
+        )
         self._decoding = 0
         # A model answers one thread at a time.
         lock = threading.Lock()
@@ -179,7 +187,9 @@ class Answering:
         self._check(images, form)
         return await self._in_time(self._predict(images, form, place))
 
-    async def explain(self, image: bytes | None, form: dict[str, Any], label: str | None, place: Place) -> tuple[Prediction, Explanation]:
+    async def explain(
+        self, image: bytes | None, form: dict[str, Any], label: str | None, place: Place
+    ) -> tuple[Prediction, Explanation]:
         """Classify one lesion and explain the answer; as `predict`.
 
         Args:

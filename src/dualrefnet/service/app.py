@@ -22,10 +22,12 @@ except ImportError:
 from dualrefnet.deploy.gate import refuse_shortcut
 from dualrefnet.service.answering import Answering, unless_gone
 from dualrefnet.service.middleware import Guard
-from dualrefnet.service.observed import Observed
-from dualrefnet.service.openapi import ANY_ROUTE, GUIDE_POLICY, QUESTION, describe, errors, guide, question_body
+from dualrefnet.service.observability import Observed
 from dualrefnet.service.schemas import (
+    ANY_ROUTE,
+    GUIDE_POLICY,
     NOTICE,
+    QUESTION,
     Alive,
     ErrorBody,
     ExplainedBody,
@@ -34,9 +36,13 @@ from dualrefnet.service.schemas import (
     ModelBody,
     PredictionBody,
     Refusal,
+    describe,
     error_bytes,
+    errors,
     explanation_body,
+    guide,
     prediction_body,
+    question_body,
 )
 from dualrefnet.service.settings import ServiceSettings
 from dualrefnet.service.uploads import read_upload
@@ -98,7 +104,9 @@ def create_app(predictor: Predictor, settings: ServiceSettings, explainer: Predi
 
 
 class OtherMethod:
-    """Answers a path of the interface that was asked with another method; the page, which takes any path, would say 404."""
+    """Answers a path of the interface that was asked with another method; the page, which takes any path, would say
+    404.
+    """
 
     def __init__(self, allowed: str) -> None:
         self._allowed = allowed
@@ -141,7 +149,9 @@ def _add_questions(app: FastAPI, service: Answering) -> None:
     async def predict(request: Request) -> Any:
         """Classify one lesion from its photographs and the patient's metadata."""
         with service.place(service.room) as place:
-            upload = await read_upload(request, place, max_images=settings.max_images, max_metadata=settings.max_metadata)
+            upload = await read_upload(
+                request, place, max_images=settings.max_images, max_metadata=settings.max_metadata
+            )
             prediction = await unless_gone(lambda: gone(request), service.predict(upload.images, upload.form, place))
         return prediction_body(prediction, predictor.name, len(upload.images), _id(request))
 
@@ -154,7 +164,9 @@ def _add_questions(app: FastAPI, service: Answering) -> None:
     async def explain(request: Request) -> Any:
         """Classify one lesion from one photograph and the metadata, and tell what the answer hangs on."""
         with service.place(service.explain_room) as place:
-            upload = await read_upload(request, place, max_images=1, max_metadata=settings.max_metadata, with_label=True)
+            upload = await read_upload(
+                request, place, max_images=1, max_metadata=settings.max_metadata, with_label=True
+            )
             image = upload.images[0] if upload.images else None
             work = service.explain(image, upload.form, upload.label, place)
             prediction, explanation = await unless_gone(lambda: gone(request), work)
@@ -186,7 +198,10 @@ def _add_facts(app: FastAPI, service: Answering, observed: Observed) -> None:
             for field in predictor.fields
         ]
         limits = LimitsBody(
-            bytes=settings.max_upload, pixels=settings.max_pixels, images=settings.max_images, metadata_bytes=settings.max_metadata
+            bytes=settings.max_upload,
+            pixels=settings.max_pixels,
+            images=settings.max_images,
+            metadata_bytes=settings.max_metadata,
         )
         return ModelBody(
             name=predictor.name,
@@ -218,7 +233,9 @@ def _add_facts(app: FastAPI, service: Answering, observed: Observed) -> None:
             raise Refusal(503, service.standing.state, f"not ready: {service.standing.state}", {"Retry-After": "1"})
         return {"status": "ready"}
 
-    plain: Answers = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' text format."}}
+    plain: Answers = {
+        200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' text format."}
+    }
 
     @app.get("/metrics", response_class=Response, responses={**told, **plain})
     async def metrics() -> Response:

@@ -49,7 +49,9 @@ class Room:
         Raises:
             Busy: there are not as many; nothing is taken.
         """
-        if (requests > 0 and self.requests + requests > self.max_requests) or (size > 0 and self.size + size > self.max_size):
+        if (requests > 0 and self.requests + requests > self.max_requests) or (
+            size > 0 and self.size + size > self.max_size
+        ):
             raise Busy
         self.requests += requests
         self.size += size
@@ -66,7 +68,9 @@ class Place:
     def __enter__(self) -> Place:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._room.change(-self._requests, -self._size)
 
     def hold(self, size: int) -> None:
@@ -88,7 +92,8 @@ class Place:
 class Lane(Generic[Job, Result]):
     """Jobs that wait for one thread, which does several at once.
 
-    A lone job starts at once. What comes while the thread works is taken together when it is done; only if `soon` says that more
+    A lone job starts at once. What comes while the thread works is taken together when it is done; only if `soon` says
+    that more
     jobs are about to come does an idle thread wait for them, `max_wait` seconds at most.
     """
 
@@ -231,7 +236,9 @@ class Lesion:
 class Batcher(Lane[Lesion, "Prediction"]):
     """The lane of predictions."""
 
-    def __init__(self, predict: Callable[[list[Photographs], list[Mapping[str, Any]]], list[Prediction]], **settings: Any) -> None:
+    def __init__(
+        self, predict: Callable[[list[Photographs], list[Mapping[str, Any]]], list[Prediction]], **settings: Any
+    ) -> None:
         """Make a batcher.
 
         Args:

@@ -1,4 +1,6 @@
-"""What stands around every route: request ids, keys, limits of bodies, headers of safety, one line of log, and one form of errors."""
+"""What stands around every route: request ids, keys, limits of bodies, headers of safety, one line of log, and one
+form of errors.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dualrefnet.errors import DataError, ImageError
 from dualrefnet.service.answering import Standing
 from dualrefnet.service.batcher import Busy
-from dualrefnet.service.log import where
-from dualrefnet.service.observed import Observed
+from dualrefnet.service.observability import Observed, where
 from dualrefnet.service.schemas import Refusal, error_bytes
 from dualrefnet.service.settings import ServiceSettings
 
@@ -38,7 +39,8 @@ SAFE_HEADERS = {
 }
 # Answers of the interface are data; nothing in them may be run, shown in a frame or kept.
 DATA_POLICY = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-# The interface; with the page on, everything else is the page's, which has a login of its own. Only the beginnings are compared: a path
+# The interface; with the page on, everything else is the page's, which has a login of its own. Only the beginnings are
+# compared: a path
 # that isn't quite one of the interface must not pass for one of the page.
 INTERFACE = ("/v1", "/metrics", "/openapi", "/docs")
 ASKED = ("/v1/predict", "/v1/explain", "/v1/model", "/healthz", "/readyz", "/metrics")
@@ -110,7 +112,12 @@ class Guard:
                 raise Refusal(400, "not_http", "this service speaks HTTP/1.1", {"Connection": "close"})
             if not self._admit(scope, headers):
                 self._observed.rejected("key")
-                raise Refusal(401, "no_key", "name an API key in the header X-API-Key", {"WWW-Authenticate": 'Bearer realm="dualrefnet"'})
+                raise Refusal(
+                    401,
+                    "no_key",
+                    "name an API key in the header X-API-Key",
+                    {"WWW-Authenticate": 'Bearer realm="dualrefnet"'},
+                )
             body.check_length()
             await self._app(scope, body.receive, answer.send)
         except (Refusal, Busy, DataError, ImageError) as error:
@@ -120,11 +127,17 @@ class Guard:
         except asyncio.CancelledError:
             # Nobody but the server does that, when the time to stop is over.
             self._standing.given_up += 1
-            await answer.refuse(Refusal(503, "stopping", "the service had to stop before it could answer; ask again", {"Retry-After": "1"}))
+            await answer.refuse(
+                Refusal(
+                    503, "stopping", "the service had to stop before it could answer; ask again", {"Retry-After": "1"}
+                )
+            )
             raise
         except Exception as error:
             log.error("error", extra={"id": request_id, "error": type(error).__name__, "where": where(error)})
-            await answer.refuse(Refusal(500, "internal", "the service made a mistake; its log tells more under this request_id"))
+            await answer.refuse(
+                Refusal(500, "internal", "the service made a mistake; its log tells more under this request_id")
+            )
         finally:
             # A request without an answer was given up: by its client, or when the service had to stop.
             status, route = answer.status or CLIENT_GONE, route_of(scope)
@@ -201,7 +214,9 @@ class _Body:
         return message
 
     async def throw_away(self, seconds: float) -> None:
-        """Read the rest of the body and forget it: closing at once would reset the connection under an answer that isn't read yet."""
+        """Read the rest of the body and forget it: closing at once would reset the connection under an answer that
+        isn't read yet.
+        """
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while not self.done:

@@ -30,7 +30,8 @@ class RayService(BaseModel):
         model: a run folder or that of an exported bundle, seen by all machines under this name.
         variant: of a bundle.
         device: `cpu`, or `cuda` for a GPU a replica.
-        settings: limits and habits of each replica. The page for people is left out: a visit to it must stay with one replica.
+        settings: limits and habits of each replica. The page for people is left out: a visit to it must stay with one
+            replica.
         api_key_file: keys, one a line; every replica reads it, so that no key goes through Ray.
         min_replicas: as many are always there.
         max_replicas: as many may be there under load.
@@ -57,7 +58,9 @@ class RayService(BaseModel):
         if self.max_replicas < self.min_replicas:
             raise ValueError(f"max_replicas ({self.max_replicas}) must be at least min_replicas ({self.min_replicas})")
         if self.settings.page:
-            raise ValueError("the page needs one process that remembers its visitors: set page to false, and `dualrefnet serve` the page")
+            raise ValueError(
+                "the page needs one process that remembers its visitors: set page to false, and `dualrefnet serve` the page"
+            )
         if self.settings.api_keys:
             raise ValueError("keys must not travel through Ray: leave api_keys out, and name a file in api_key_file")
         return self
@@ -90,7 +93,8 @@ def build_service(options: RayService) -> Application:
 
 
 def application(options: dict[str, Any]) -> Application:
-    """Return the application for `serve run dualrefnet.service.ray_serve:application KEY=VALUE ...` and for Ray's YAML files.
+    """Return the application for `serve run dualrefnet.service.ray_serve:application KEY=VALUE ...` and for Ray's YAML
+    files.
 
     Args:
         options: the fields of `RayService`.

@@ -34,14 +34,17 @@ class ServiceSettings(BaseModel):
         header_timeout: seconds for the lines before the body.
         body_timeout: seconds for the whole body.
         idle_timeout: seconds without a byte of the body.
-        linger: seconds for which the rest of a refused body is thrown away, so that its sender reads why; and for which a
+        linger: seconds for which the rest of a refused body is thrown away, so that its sender reads why; and for which
+            a
             connection without a request stays open when the service stops.
         grace: seconds in which accepted requests are answered when the service stops.
         connections: most open connections, each worker.
         max_batch: most photographs that the model reads at once; on CPUs more of them take as much longer.
-        max_wait: seconds that the model waits for photographs that are being decoded; with none of these it never waits.
+        max_wait: seconds that the model waits for photographs that are being decoded; with none of these it never
+            waits.
         decoders: threads that decode photographs, each worker.
-        accept_missingness_shortcut: for research, serve also a model whose referral of cancers rests on metadata being there.
+        accept_missingness_shortcut: for research, serve also a model whose referral of cancers rests on metadata being
+            there.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -76,7 +79,8 @@ class ServiceSettings(BaseModel):
 
 
 def read_keys(file: Path | None, environment: Mapping[str, str] = os.environ) -> tuple[SecretStr, ...]:
-    """Read the keys: from the environment variable DUALREFNET_API_KEY, and from a file with one a line (# begins a remark).
+    """Read the keys: from the environment variable DUALREFNET_API_KEY, and from a file with one a line (# begins a
+    remark).
 
     Args:
         file: the file, or None.
@@ -92,14 +96,20 @@ def read_keys(file: Path | None, environment: Mapping[str, str] = os.environ) ->
     if KEY_VARIABLE in environment:
         lines = [environment[KEY_VARIABLE].strip()]
         if not lines[0]:
-            raise DataError(f"{KEY_VARIABLE} is set but empty, so nobody could be let in; put a key into it, or unset it")
+            raise DataError(
+                f"{KEY_VARIABLE} is set but empty, so nobody could be let in; put a key into it, or unset it"
+            )
     if file is not None:
         lines += _keys_of(file)
     for key in lines:
         if not all(33 <= ord(character) <= 126 for character in key):
-            raise DataError("an API key may hold printable ASCII characters only, without spaces: others can't be sent in a header")
+            raise DataError(
+                "an API key may hold printable ASCII characters only, without spaces: others can't be sent in a header"
+            )
         if len(key) < SHORT_KEY:
-            warn(f"an API key has only {len(key)} characters; one of {SHORT_KEY} or more, drawn at random, can't be guessed")
+            warn(
+                f"an API key has only {len(key)} characters; one of {SHORT_KEY} or more, drawn at random, can't be guessed"
+            )
     return tuple(SecretStr(key) for key in dict.fromkeys(lines))
 
 

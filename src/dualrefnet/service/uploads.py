@@ -1,7 +1,9 @@
 """Read one multipart request within limits, in memory: nothing of a client's is ever written to a disk.
 
-Starlette's own form parser spools files above 1 MB to a temporary file. Here its tokenizer (python-multipart's low-level parser, which
-only finds the parts) feeds byte arrays; the limits hold while the bytes come in. File names and types that the client names are read
+Starlette's own form parser spools files above 1 MB to a temporary file. Here its tokenizer (python-multipart's
+low-level parser, which
+only finds the parts) feeds byte arrays; the limits hold while the bytes come in. File names and types that the client
+names are read
 by nobody.
 """
 
@@ -48,7 +50,9 @@ class Upload:
     label: str | None
 
 
-async def read_upload(request: Request, place: Place, *, max_images: int, max_metadata: int, with_label: bool = False) -> Upload:
+async def read_upload(
+    request: Request, place: Place, *, max_images: int, max_metadata: int, with_label: bool = False
+) -> Upload:
     """Read a request of `images`, `metadata` and (`with_label`) `label`.
 
     The size of the whole body and the time for it are bound by the middleware, which gives the bytes.
@@ -64,7 +68,11 @@ async def read_upload(request: Request, place: Place, *, max_images: int, max_me
         Refusal: the request isn't what it must be.
         Busy: too many bytes are held already.
     """
-    limits = {"images": (max_images, math.inf), "metadata": (1, max_metadata), **({"label": (1, MAX_LABEL)} if with_label else {})}
+    limits = {
+        "images": (max_images, math.inf),
+        "metadata": (1, max_metadata),
+        **({"label": (1, MAX_LABEL)} if with_label else {}),
+    }
     parts = _Parts(limits)
     parser = MultipartParser(_boundary(request), parts.callbacks())  # type: ignore[arg-type]
     try:
@@ -86,7 +94,11 @@ def _boundary(request: Request) -> bytes:
     """Return the boundary of the parts."""
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     if kind.strip().lower() != b"multipart/form-data":
-        raise Refusal(415, "not_multipart", "send multipart/form-data with parts images (files) and metadata (a JSON object as text)")
+        raise Refusal(
+            415,
+            "not_multipart",
+            "send multipart/form-data with parts images (files) and metadata (a JSON object as text)",
+        )
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise Refusal(415, "encoded", "send the body as it is, without Content-Encoding")
     boundary = options.get(b"boundary", b"")
@@ -158,7 +170,8 @@ def read_form(raw: bytes) -> dict[str, Any]:
     """Read a form: strict JSON, an object of texts, numbers, true, false and null.
 
     Raises:
-        Refusal: 400 if it isn't strict JSON (no NaN, no name twice, no number out of range), 422 if it isn't such an object.
+        Refusal: 400 if it isn't strict JSON (no NaN, no name twice, no number out of range), 422 if it isn't such an
+            object.
     """
     try:
         value = json.loads(
@@ -173,7 +186,9 @@ def read_form(raw: bytes) -> dict[str, Any]:
     except (json.JSONDecodeError, RecursionError):
         raise _bad("not_json", "metadata isn't JSON") from None
     if not isinstance(value, dict) or any(isinstance(item, (dict, list)) for item in value.values()):
-        raise Refusal(422, "not_flat", 'metadata must be one JSON object of plain values, such as {"age": 61, "region": "FACE"}')
+        raise Refusal(
+            422, "not_flat", 'metadata must be one JSON object of plain values, such as {"age": 61, "region": "FACE"}'
+        )
     for name, item in value.items():
         if len(name) > MAX_NAME:
             raise _bad("long_name", f"a name in metadata has more than {MAX_NAME} characters")

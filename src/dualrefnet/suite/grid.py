@@ -1,8 +1,11 @@
 """A suite: one YAML file that names a grid of recipes, and how it becomes cells, one a training.
 
-What a cell's recipe says is, from weak to strong: the block's recipe, the block's `set`, the grid's axes (method, backbone,
+What a cell's recipe says is, from weak to strong: the block's recipe, the block's `set`, the grid's axes (method,
+backbone,
 fold, seed), the variant's `set`, and the overrides of the command line.
 """
+
+# also: The smoke test of a suite: the same methods and variants in minutes on a CPU, to show that everything works.
 
 from __future__ import annotations
 
@@ -19,10 +22,13 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from dualrefnet.errors import RecipeError
+from dualrefnet.models.encoders import backbone_spec
 from dualrefnet.recipe import Recipe, Section, StrictLoader, load_recipe, shipped_text, suggestion
 
 # Keys of a recipe that are axes of the grid, and the block's list that holds their values.
 AXES = {"model.method": "methods", "model.backbone": "backbones", "data.fold": "folds", "seed": "seeds"}
+
+
 # Enough for a name of a file on every system, with room for the endings of temporary files.
 LONGEST_NAME = 180
 
@@ -44,7 +50,9 @@ class Lookup(Section):
     """Where the paper's numbers for a cell stand."""
 
     table: str | None = Field(None, coerce_numbers_to_str=True, description="3a, 3b, 4, text; empty: the suite's table")
-    metrics: dict[str, str] = Field({}, description="measure -> the paper's name for it, where it isn't the ordinary one")
+    metrics: dict[str, str] = Field(
+        {}, description="measure -> the paper's name for it, where it isn't the ordinary one"
+    )
 
 
 class Variant(Section):
@@ -58,7 +66,9 @@ class Variant(Section):
 class Block(Section):
     """A recipe, and the grid spanned over it; a list that isn't given holds the recipe's own value."""
 
-    recipe: str | dict[str, Any] = Field(..., description="a shipped name, a file (relative to the suite's), or the recipe itself")
+    recipe: str | dict[str, Any] = Field(
+        ..., description="a shipped name, a file (relative to the suite's), or the recipe itself"
+    )
     set: dict[str, Any] = Field({}, description="dotted key of a recipe -> value, for every run of the block")
     methods: tuple[str, ...] | None = Field(None, min_length=1)
     backbones: tuple[str, ...] | None = Field(None, min_length=1)
@@ -79,10 +89,16 @@ class Suite(Section):
     name: str = Field(..., pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     title: str
     description: str = ""
-    smoke: bool = Field(False, description="drawn pictures in place of the data sets: shows that everything works, and nothing else")
-    table: str | None = Field(None, coerce_numbers_to_str=True, description="the paper's table: 1, 2a, 3a, 3b, 4, text ...")
+    smoke: bool = Field(
+        False, description="drawn pictures in place of the data sets: shows that everything works, and nothing else"
+    )
+    table: str | None = Field(
+        None, coerce_numbers_to_str=True, description="the paper's table: 1, 2a, 3a, 3b, 4, text ..."
+    )
     reference: str | None = Field(None, description="the method, or variant, with which the others are compared")
-    measures: tuple[str, ...] = Field(("accuracy", "balanced_accuracy", "auc_macro_ovr"), description="columns: keys of metrics.json")
+    measures: tuple[str, ...] = Field(
+        ("accuracy", "balanced_accuracy", "auc_macro_ovr"), description="columns: keys of metrics.json"
+    )
     rows: Literal["method", "variant"] = Field("method", description="what a row of the printed table is")
     per_class: bool = Field(False, description="also a table by class")
     splits: tuple[SplitCount, ...] = ()
@@ -151,7 +167,9 @@ def load_suite(name_or_file: str | Path) -> Suite:
     try:
         suite = Suite.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(f"suite {name_or_file}: " + "; ".join(_explain(item) for item in error.errors()[:5])) from None
+        raise RecipeError(
+            f"suite {name_or_file}: " + "; ".join(_explain(item) for item in error.errors()[:5])
+        ) from None
     if not suite.grid and not suite.splits:
         raise RecipeError(f"suite {name_or_file} has neither `grid` nor `splits`: there is nothing to do")
     return with_recipes(suite, path.parent)
@@ -171,7 +189,9 @@ def with_recipes(suite: Suite, folder: Path = Path()) -> Suite:
     for block in suite.grid:
         recipe = block.recipe
         source = folder / recipe if isinstance(recipe, str) and (folder / recipe).is_file() else recipe
-        blocks.append(block.model_copy(update={"recipe": load_recipe(source).model_dump(mode="json", exclude_unset=True)}))
+        blocks.append(
+            block.model_copy(update={"recipe": load_recipe(source).model_dump(mode="json", exclude_unset=True)})
+        )
     return suite.model_copy(update={"grid": tuple(blocks)})
 
 
@@ -183,7 +203,11 @@ def override(suite: Suite, overrides: Mapping[str, Any]) -> Suite:
     Raises:
         RecipeError: one root for two data sets.
     """
-    axes = {AXES[key]: tuple(value) if isinstance(value, list) else (value,) for key, value in overrides.items() if key in AXES}
+    axes = {
+        AXES[key]: tuple(value) if isinstance(value, list) else (value,)
+        for key, value in overrides.items()
+        if key in AXES
+    }
     plain = {key: value for key, value in overrides.items() if key not in AXES}
     blocks = []
     for block in suite.grid:
@@ -223,7 +247,9 @@ def expand(suite: Suite) -> list[Cell]:
             ]
             name = "-".join(part for part in parts if part)
             if len(name) > LONGEST_NAME:
-                raise RecipeError(f"{suite.name}: the name {name} is too long for a folder; shorten the name of the variant")
+                raise RecipeError(
+                    f"{suite.name}: the name {name} is too long for a folder; shorten the name of the variant"
+                )
             recipe = recipe.model_copy(update={"name": name})
             run = runs.setdefault(recipe.model_dump_json(exclude={"name", "description"}), name)
             lookup = variant.paper or block.paper
@@ -232,7 +258,9 @@ def expand(suite: Suite) -> list[Cell]:
             system = (data.dataset, data.protocol, recipe.model.method, backbone, variant.name)
             cell = Cell(name, run, recipe, *system, data.fold, recipe.seed, paper)
             if cells.setdefault(name, cell) != cell:
-                differences = ", ".join(_differing(cells[name].recipe.model_dump(), recipe.model_dump())) or "the paper's numbers"
+                differences = (
+                    ", ".join(_differing(cells[name].recipe.model_dump(), recipe.model_dump())) or "the paper's numbers"
+                )
                 raise RecipeError(
                     f"{suite.name}: two cells are called {name} and differ in {differences}; give the variants of their blocks other names"
                 )
@@ -246,7 +274,7 @@ def check_names(cells: list[Cell]) -> None:
         RecipeError: naming the cell, and those that there are.
     """
     from dualrefnet.data.adapters import adapters
-    from dualrefnet.models.backbones import backbone_spec
+    from dualrefnet.models.encoders import backbone_spec
     from dualrefnet.models.registry import check_method
 
     for cell in cells:
@@ -264,7 +292,9 @@ def check_names(cells: list[Cell]) -> None:
 def differences(before: Suite, now: Suite) -> list[str]:
     """Name the keys in which two suites differ, and how."""
     old, new = (_flat(suite.model_dump(mode="json")) for suite in (before, now))
-    return [f"{key}: {old.get(key)} there, {new.get(key)} now" for key in {**old, **new} if old.get(key) != new.get(key)]
+    return [
+        f"{key}: {old.get(key)} there, {new.get(key)} now" for key in {**old, **new} if old.get(key) != new.get(key)
+    ]
 
 
 def _recipes(suite: Suite, block: Block) -> Iterator[tuple[Recipe, Variant]]:
@@ -325,7 +355,84 @@ def _explain(item: Any) -> str:
         if isinstance(part, str):
             annotation = section.model_fields[part].annotation
             section = next(
-                kind for kind in (annotation, *typing.get_args(annotation)) if isinstance(kind, type) and issubclass(kind, BaseModel)
+                kind
+                for kind in (annotation, *typing.get_args(annotation))
+                if isinstance(kind, type) and issubclass(kind, BaseModel)
             )
     legal = list(section.model_fields)
     return f"unknown key {key!r}{suggestion(str(last), legal)} (keys there: {', '.join(legal)})"
+
+
+# What a smoke test trains on: seconds a run on a CPU.
+SMOKE = {"image.size": 32, "model.weights": "none", "training.epochs": 1, "evaluation.bootstrap": 50}
+
+
+SMOKE_BACKBONE = "mobilenet_v2"
+
+
+# These stand for the data, and for the cost of a run, which a smoke test sets itself.
+_NOT_IN_SMOKE = re.compile(
+    r"data\.(?!rows$)|image\.size$|training\.epochs$|evaluation\.bootstrap$|model\.(weights|target_weights|members|method|backbone)$|seed$"
+)
+
+
+# Targets of the auxiliary task that a network with downloaded weights makes.
+_NETWORK_TARGETS = ("carn_m", "ninasr_b0", "ninasr_b1", "edsr")
+
+
+def smoke(suite: Suite, root: Path) -> tuple[Suite, list[str]]:
+    """Return the suite as a test of the machinery that takes minutes on a CPU, and remarks on what it leaves out.
+
+    Methods and variants stay; data set, recipe, CNNs, size and length become the cheapest; folds and seeds the first.
+
+    Args:
+        suite: any suite.
+        root: where the drawn sample is, or will be drawn.
+    """
+
+    def cheap(backbone: str) -> str:
+        return SMOKE_BACKBONE if backbone_spec(backbone).kind == "cnn" else backbone
+
+    remarks = ["a smoke test: drawn pictures, encoders from scratch, one epoch; its numbers mean nothing"]
+    blocks: dict[tuple[str, str, str], Block] = {}
+    for block in suite.grid:
+        recipe = load_recipe(block.recipe)
+        model = recipe.model
+        # How metadata are read belongs to what is compared.
+        read = {name: getattr(recipe, name).model_dump(mode="json") for name in ("metadata", "modality_dropout")}
+        for variant in block.variants:
+            given = {"model.method": model.method, "model.backbone": model.backbone, **block.set, **variant.set}
+            methods = (
+                (given["model.method"],) if "model.method" in variant.set else block.methods or (given["model.method"],)
+            )
+            backbones = (
+                (given["model.backbone"],)
+                if "model.backbone" in variant.set
+                else block.backbones or (given["model.backbone"],)
+            )
+            kept = {key: value for key, value in {**block.set, **variant.set}.items() if not _NOT_IN_SMOKE.match(key)}
+            if kept.get("model.target") in _NETWORK_TARGETS:
+                remarks.append(f"the target {kept['model.target']} needs a download: bicubic in its place")
+                kept["model.target"] = "bicubic"
+            for method, backbone in product(methods, dict.fromkeys(map(cheap, backbones))):
+                # Blocks of two data sets, of which the first is kept: on the drawn sample they are the same system.
+                blocks.setdefault(
+                    (method, backbone, variant.name),
+                    Block(
+                        recipe="sample",
+                        set={"data.root": str(root), **read, **SMOKE},
+                        methods=(method,),
+                        backbones=(backbone,),
+                        variants=(Variant(name=variant.name, set=kept),),
+                    ),
+                )
+    splits = (SplitCount(dataset="sample", protocol="grouped", set={"data.root": str(root)}),) if suite.splits else ()
+    changed = {
+        "name": f"{suite.name}-smoke",
+        "title": f"SMOKE TEST ON DRAWN PICTURES: {suite.title}",
+        "description": "Drawn pictures, encoders from scratch, one epoch: shows that everything works; the numbers mean nothing.",
+        "smoke": True,
+    }
+    return suite.model_copy(update={**changed, "splits": splits, "grid": tuple(blocks.values())}), list(
+        dict.fromkeys(remarks)
+    )

@@ -51,7 +51,9 @@ class Reported:
         return not self.average or measure.endswith(f"_{self.average}")
 
 
-def reported(dataset: str, table: str, method: str, backbone: str, measure: str, metric: str | None = None) -> Reported | None:
+def reported(
+    dataset: str, table: str, method: str, backbone: str, measure: str, metric: str | None = None
+) -> Reported | None:
     """Return the paper's number for a cell, or None if the paper has none.
 
     Args:
@@ -114,7 +116,17 @@ def caveats(dataset: str, table: str, methods: Collection[str]) -> list[str]:
 
 _PAD, _ISIC = "pad_ufes_20", "isic_2019"
 _3A, _3B, _4, _TEXT = (_PAD, "3a"), (_ISIC, "3b"), (_PAD, "4"), {(_PAD, "text"), (_ISIC, "text")}
-_COMPETITORS = {"no_metadata", "concat", "metanet", "metablock", "visual", "auxnet", "deepmetaforge", "jif_mmfa", "ensemble"}
+_COMPETITORS = {
+    "no_metadata",
+    "concat",
+    "metanet",
+    "metablock",
+    "visual",
+    "auxnet",
+    "deepmetaforge",
+    "jif_mmfa",
+    "ensemble",
+}
 # (where it applies, the methods it is about (empty: whatever they are), the remark).
 _CAVEATS: tuple[tuple[set[tuple[str, str]], set[str], str], ...] = (
     ({_3A, _3B, _4, *_TEXT}, set(), "The paper's figures come from one training each, without intervals."),
@@ -135,7 +147,11 @@ _CAVEATS: tuple[tuple[set[tuple[str, str]], set[str], str], ...] = (
         {"dualrefnet"},
         "The paper's AUC of DualRefNet (.981 to .997) doesn't fit its accuracy: probably another definition of AUC. No target.",
     ),
-    ({_3A}, {"visual"}, "Visual with DenseNet-121: the paper's accuracy .709 is below its balanced accuracy .779; probably misprinted."),
+    (
+        {_3A},
+        {"visual"},
+        "Visual with DenseNet-121: the paper's accuracy .709 is below its balanced accuracy .779; probably misprinted.",
+    ),
     (
         {_3B},
         {"visual"},
@@ -148,9 +164,17 @@ _CAVEATS: tuple[tuple[set[tuple[str, str]], set[str], str], ...] = (
         "Table 4 mixes averages: precision, recall and F1 of MetaBlock, DeepMetaForge and the ensemble are weighted (their recall is "
         "their accuracy), those of AuxNet and DualRefNet macro. A difference is given only where the average is the same.",
     ),
-    ({_4}, {"dualrefnet"}, "DualRefNet's figures of Table 4 are means of rounded values of Table 2a; its exact macro recall is .845."),
+    (
+        {_4},
+        {"dualrefnet"},
+        "DualRefNet's figures of Table 4 are means of rounded values of Table 2a; its exact macro recall is .845.",
+    ),
     ({_4}, {"metablock"}, "MetaBlock's accuracy .726 in Table 4 is no cell of Table 3a."),
-    ({_4}, {"ensemble"}, "The ensemble's accuracy .844 fits a test set of 460 images (388 right), not the paper's 383."),
+    (
+        {_4},
+        {"ensemble"},
+        "The ensemble's accuracy .844 fits a test set of 460 images (388 right), not the paper's 383.",
+    ),
     (
         {(_PAD, "2a")},
         set(),
@@ -163,7 +187,11 @@ _CAVEATS: tuple[tuple[set[tuple[str, str]], set[str], str], ...] = (
         "Table 2b: the specificity .98 of DF and VASC is ruled out by their precisions, which imply .997 and .998.",
     ),
     ({(_PAD, "1")}, set(), "The paper's text says 80:20; its Table 1, rebuilt here, is 4/6, 1/6 and 1/6."),
-    ({(_ISIC, "1")}, set(), "The paper's text says that about 3,051 images were excluded; by its Table 1 there were 2,851."),
+    (
+        {(_ISIC, "1")},
+        set(),
+        "The paper's text says that about 3,051 images were excluded; by its Table 1 there were 2,851.",
+    ),
     (
         {(_ISIC, "text")},
         set(),

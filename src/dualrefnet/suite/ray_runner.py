@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dualrefnet.errors import RunError
-from dualrefnet.suite.folder import Failure
-from dualrefnet.suite.workers import Event, Job, available_cores, perform
+from dualrefnet.suite.runner import Event, Failure, Job, available_cores, perform
 
 # Where data, weights and prepared images lie, which the machines of a cluster can't know.
 _PASSED_ON = "DUALREFNET_"
@@ -25,7 +24,9 @@ def require_ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise RunError("Ray isn't installed; it comes with the extra `scale`: pip install 'dualrefnet[scale]'") from None
+        raise RunError(
+            "Ray isn't installed; it comes with the extra `scale`: pip install 'dualrefnet[scale]'"
+        ) from None
     return ray
 
 
@@ -43,14 +44,18 @@ def work_on_ray(jobs: list[Job], address: str) -> Generator[Event]:
     variables = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
     local: dict[str, Any] = {"num_cpus": available_cores(), "include_dashboard": False} if address == "local" else {}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="error", runtime_env={"env_vars": variables}, **local)
+        ray.init(
+            address=address, log_to_driver=False, logging_level="error", runtime_env={"env_vars": variables}, **local
+        )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise RunError(f"no Ray cluster answers at {address}: {' '.join(str(error).split())}") from None
     try:
         resources = ray.cluster_resources()
         needed = max((job.threads for job in jobs), default=0)
         if needed > resources.get("CPU", 0):
-            raise RunError(f"a run is to have {needed} CPUs and the cluster has {resources.get('CPU', 0):.0f}; give fewer --cores")
+            raise RunError(
+                f"a run is to have {needed} CPUs and the cluster has {resources.get('CPU', 0):.0f}; give fewer --cores"
+            )
         # A crash would only be repeated: the next call tries failed runs again.
         task = ray.remote(max_retries=0)(_perform)
         waiting = {}
@@ -88,5 +93,9 @@ def _result(ray: Any, reference: Any) -> Failure | None:
         return ray.get(reference)  # type: ignore[no-any-return]
     except ray.exceptions.RayError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        hint = "; give it more --cores, so that fewer runs share a machine" if isinstance(error, ray.exceptions.OutOfMemoryError) else ""
+        hint = (
+            "; give it more --cores, so that fewer runs share a machine"
+            if isinstance(error, ray.exceptions.OutOfMemoryError)
+            else ""
+        )
         return Failure(f"Ray ended it: {lines[0] if lines else type(error).__name__}{hint}", type(error).__name__)

@@ -1,4 +1,8 @@
-"""Write the tables of a suite: tidy CSVs, and one page as Markdown and as LaTeX."""
+"""What stands below the printed tables: what the numbers mean, what the protocol leaks, what is wrong with the
+paper's.
+"""
+
+# also: Write the tables of a suite: tidy CSVs, and one page as Markdown and as LaTeX.
 
 from __future__ import annotations
 
@@ -6,24 +10,122 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from dualrefnet.evaluation.printed_table import Cell, PrintedTable, escape_markdown
+from dualrefnet.display.format import Cell, PrintedTable, escape_markdown
 from dualrefnet.evaluation.tables import CLASS_COLUMNS, MEASURE_NAMES
 from dualrefnet.files import write_csv, write_text
 from dualrefnet.models.registry import METHODS
 from dualrefnet.progress import progress_bar
-from dualrefnet.suite.aggregate import LABEL_LEAKING, Aggregate, aggregate
-from dualrefnet.suite.collect import Key
-from dualrefnet.suite.notes import DAGGER, LESS_IS_BETTER, class_notes, group_notes, split_notes
+from dualrefnet.suite.paper import caveats
+from dualrefnet.suite.results import LABEL_LEAKING, Aggregate, Key, System, aggregate
+
+DAGGER = "†"
+
+
+LESS_IS_BETTER = ("ece", "brier", "log_loss")
+
+
+_CLASS_TABLES = {"pad_ufes_20": "2a", "isic_2019": "2b"}
+
+
+def group_notes(found: Aggregate, members: list[Key]) -> tuple[str, ...]:
+    """Return the notes below the main table of one data set and protocol.
+
+    Args:
+        found: the tidy tables.
+        members: the systems of the table.
+    """
+    suite = found.collection.suite
+    systems = [system for system in found.collection.systems if system.key in members]
+    rows = found.systems[
+        found.systems["dataset"].eq(members[0].dataset) & found.systems["protocol"].eq(members[0].protocol)
+    ]
+    sizes = rows.loc[rows["images"] > 0, ["images", "groups"]].drop_duplicates().to_numpy()
+    kind = "lesions" if members[0].dataset == "isic_2019" else "patients"
+    tested = " or ".join(f"{images} images of {groups} {kind}" for images, groups in sizes) or "nothing yet"
+    notes = [
+        "Value [95% interval]: the test predictions of all folds put together, measured once a seed, averaged over seeds. "
+        f"The interval comes from {found.samples} bootstrap samples of {kind} and takes the trained models as given. Tested on: {tested}.",
+        "Bold: the best value of the column; that is no statement about significance.",
+    ]
+    if rows["sd"].notna().any():
+        notes.append("Mean ± standard deviation: over runs (folds × seeds), each measured on its own test fold.")
+    drawn = rows[rows["pooled"].notna()].groupby("measure", sort=False)["low"].count()
+    bare = [MEASURE_NAMES.get(measure, measure) for measure in suite.measures if not drawn.get(measure, True)]
+    if bare:
+        notes.append(f"No interval is drawn of: {'; '.join(bare)}.")
+    compared = found.comparisons[found.comparisons["dataset"].isin([members[0].dataset])]
+    if len(compared):
+        family = int((found.comparisons["measure"] == suite.measures[0]).sum())
+        notes.append(
+            f"*: differs from {suite.reference}, p < .05 after Holm's correction for {family} comparisons a measure; p two-sided, from the "
+            "same bootstrap samples for both."
+        )
+    if rows["encoder"].eq("frozen").any():
+        notes.append(
+            "Frozen encoder: what it makes of every image was computed once, and the rest was trained on that: no augmentation, and the "
+            "auxiliary task has no effect. It compares ways of fusion, not whole systems."
+        )
+    notes += [f"{message}." for system in systems for message in _leaks(system)][:2]
+    methods = dict.fromkeys(key.method for key in members)
+    for method in methods:
+        known = METHODS.get(method)
+        if known and known.reconstruction:
+            notes.append(f"{DAGGER} {known.title} is reconstructed in part: {known.reconstruction}.")
+    if rows["paper"].notna().any():
+        tables = [system.paper.get("table") or suite.table or "" for system in systems]
+        notes += [note for table in dict.fromkeys(tables) for note in caveats(members[0].dataset, table, methods)]
+    return tuple(dict.fromkeys(notes))
+
+
+def class_notes(key: Key) -> tuple[str, ...]:
+    """Return the notes below a table by class."""
+    return tuple(caveats(key.dataset, _CLASS_TABLES.get(key.dataset, ""), [key.method]))
+
+
+def split_notes(dataset: str, rows: pd.DataFrame) -> tuple[str, ...]:
+    """Return the notes below the counts of a split."""
+    known, unequal = int((rows["equal"] != "").sum()), int((rows["equal"] == "NO").sum())
+    if not known:
+        return ()
+    said = (
+        f"all {known} counts are those of Table 1"
+        if not unequal
+        else f"{unequal} of {known} counts are NOT those of Table 1 (≠)"
+    )
+    return (f"Beside the paper: {said}.", *caveats(dataset, "1", []))
+
+
+def _leaks(system: System) -> list[str]:
+    """Say what the training sides of a system's runs give away of their test sides."""
+    result = []
+    for name in ("patient", "lesion"):
+        shares = [shares for run in system.runs if (shares := (run.metrics.get("leakage") or {}).get(name))]
+        if not shares:
+            continue
+        train, seen = (float(np.mean([share[side] for share in shares])) for side in ("train", "train_or_val"))
+        if seen:
+            result.append(
+                f"LEAK: {train:.1%} of the test images show a {name} that is also in train ({seen:.1%} with validation), so the "
+                "numbers are too good"
+            )
+        else:
+            result.append(f"No test image shows a {name} of train or validation")
+    return result
+
 
 SIGNIFICANT = 0.05
+
+
 # Cells without a result that the page names; all of them are in missing.csv.
 NAMED = 12
 
 
 def write_tables(suite_dir: Path) -> list[Path]:
-    """Write `SUITE_DIR/tables/`: systems, comparisons, per_class, splits and missing as CSV (each if it has rows), table.md, table.tex.
+    """Write `SUITE_DIR/tables/`: systems, comparisons, per_class, splits and missing as CSV (each if it has rows),
+    table.md, table.tex.
 
     Args:
         suite_dir: folder of a suite, whether all its cells are finished or not.
@@ -42,7 +144,10 @@ def write_tables(suite_dir: Path) -> list[Path]:
         written += _write_rows(folder / f"{name}.csv", getattr(found, name))
     written += _write_rows(folder / "missing.csv", found.collection.missing)
     suite, tables = found.collection.suite, printed_tables(found)
-    head = [f"# {escape_markdown(suite.title)}\n", *([f"{escape_markdown(suite.description)}\n"] if suite.description else [])]
+    head = [
+        f"# {escape_markdown(suite.title)}\n",
+        *([f"{escape_markdown(suite.description)}\n"] if suite.description else []),
+    ]
     write_text(folder / "table.md", "\n".join([*head, *(table.markdown() for table in tables)]))
     comment = f"% {suite.title}\n% \\usepackage{{booktabs}}; the intervals are 95% intervals.\n"
     latex = [table.latex(f"{suite.name}-{number}") for number, table in enumerate(tables, 1)]
@@ -65,7 +170,9 @@ def printed_tables(found: Aggregate) -> list[PrintedTable]:
     if len(found.systems):
         for _, rows in found.systems.groupby(["dataset", "protocol"], sort=False):
             tables += _group_tables(found, rows)
-    for (dataset, protocol), rows in found.splits.groupby(["dataset", "protocol"], sort=False) if len(found.splits) else ():
+    for (dataset, protocol), rows in (
+        found.splits.groupby(["dataset", "protocol"], sort=False) if len(found.splits) else ()
+    ):
         tables.append(_split_table(str(dataset), str(protocol), rows))
     return tables
 
@@ -80,7 +187,9 @@ def _group_tables(found: Aggregate, rows: pd.DataFrame) -> Iterator[PrintedTable
     names = {key: _row_name(key, found, members) for key in members}
     where = f"{members[0].dataset}, protocol {members[0].protocol}"
 
-    def table(title: str, heads: list[str], cells: dict[Key, list[Cell]], notes: tuple[str, ...] = (), left: int = 2) -> PrintedTable:
+    def table(
+        title: str, heads: list[str], cells: dict[Key, list[Cell]], notes: tuple[str, ...] = (), left: int = 2
+    ) -> PrintedTable:
         lines = [[*names[key], *line] for key, line in cells.items()]
         return PrintedTable(f"{title} ({where})", (suite.rows, "backbone", *heads), lines, notes, left)
 
@@ -89,22 +198,38 @@ def _group_tables(found: Aggregate, rows: pd.DataFrame) -> Iterator[PrintedTable
     for key in members:
         cells = [by_cell[key, measure] for measure in measures]
         marks = ["*" if compared.get((key, measure), _NOTHING)["p_holm"] < SIGNIFICANT else "" for measure in measures]
-        main[key] = [_value_cell(cell, cell["pooled"] == best[cell["measure"]], mark) for cell, mark in zip(cells, marks, strict=True)]
-        main[key].append(Cell(str(cells[0]["runs"]) + (f" of {cells[0]['planned']}" if cells[0]["runs"] < cells[0]["planned"] else "")))
+        main[key] = [
+            _value_cell(cell, cell["pooled"] == best[cell["measure"]], mark)
+            for cell, mark in zip(cells, marks, strict=True)
+        ]
+        main[key].append(
+            Cell(
+                str(cells[0]["runs"]) + (f" of {cells[0]['planned']}" if cells[0]["runs"] < cells[0]["planned"] else "")
+            )
+        )
     yield table(suite.title, [*columns, "runs"], main, group_notes(found, members))
 
     if rows["sd"].notna().any():
-        yield table("Mean ± standard deviation over runs", columns, {k: [Cell(_spread(by_cell[k, m])) for m in measures] for k in members})
+        yield table(
+            "Mean ± standard deviation over runs",
+            columns,
+            {k: [Cell(_spread(by_cell[k, m])) for m in measures] for k in members},
+        )
     if rows["paper"].notna().any():
         papers = {key: [_paper_cell(by_cell[key, measure]) for measure in measures] for key in members}
         yield table("The paper's value (pooled − paper)", columns, papers)
     rivals = {key: compared[key, measures[0]] for key in members if (key, measures[0]) in compared}
     if rivals:
         differences = {
-            key: [*(_comparison_cell(compared[key, measure]) for measure in measures), Cell(first["note"] or first["reference"])]
+            key: [
+                *(_comparison_cell(compared[key, measure]) for measure in measures),
+                Cell(first["note"] or first["reference"]),
+            ]
             for key, first in rivals.items()
         }
-        yield table(f"Difference from {suite.reference} [95% interval], corrected p", [*columns, "compared with"], differences)
+        yield table(
+            f"Difference from {suite.reference} [95% interval], corrected p", [*columns, "compared with"], differences
+        )
     how = {
         key: [Cell(row["encoder"].replace("_", "-")), Cell(row["weights"]), Cell(row["flags"])]
         for key in members
@@ -116,7 +241,9 @@ def _group_tables(found: Aggregate, rows: pd.DataFrame) -> Iterator[PrintedTable
         for key in members:
             chosen = found.per_class[[tuple(row) == key for row in found.per_class[list(Key._fields)].to_numpy()]]
             if any(key == other for other, _ in classes):
-                yield from _class_tables(key, f"{' '.join(cell.text for cell in names[key] if cell.text)}, {where}", chosen)
+                yield from _class_tables(
+                    key, f"{' '.join(cell.text for cell in names[key] if cell.text)}, {where}", chosen
+                )
 
 
 # Stands for a comparison that wasn't made.
@@ -153,7 +280,9 @@ def _split_table(dataset: str, protocol: str, rows: pd.DataFrame) -> PrintedTabl
             line.append(Cell(str(images), small))
         lines.append(line)
     columns = ("class", *sides)
-    return PrintedTable(f"Images, in brackets the paper's: {dataset}, protocol {protocol}", columns, lines, split_notes(dataset, rows))
+    return PrintedTable(
+        f"Images, in brackets the paper's: {dataset}, protocol {protocol}", columns, lines, split_notes(dataset, rows)
+    )
 
 
 def _missing_table(found: Aggregate) -> PrintedTable:
@@ -201,7 +330,9 @@ def _comparison_cell(row: dict[str, Any]) -> Cell:
 
 def _paper_cell(row: dict[str, Any]) -> Cell:
     incomparable = pd.isna(row["difference"]) and row["paper_average"] and not pd.isna(row["pooled"])
-    return Cell(_value(row["paper"]), f"({row['paper_average']} average)" if incomparable else _bracketed(row["difference"]))
+    return Cell(
+        _value(row["paper"]), f"({row['paper_average']} average)" if incomparable else _bracketed(row["difference"])
+    )
 
 
 def _spread(row: dict[str, Any]) -> str:

@@ -1,10 +1,20 @@
-"""The training loop: one readable pass over epochs and batches, on any device and any number of processes."""
+"""Optimizer and learning-rate schedule of a recipe."""
+
+# also: The state of a training between two epochs, in one safetensors file: tensors, and everything else as JSON in its
+# header.
+# also: Make the C library keep freed memory, for training on a CPU.
+# also: The training loop: one readable pass over epochs and batches, on any device and any number of processes.
 
 from __future__ import annotations
 
+import ctypes
+import json
+import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,32 +22,152 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
+from safetensors import safe_open
 from sklearn.metrics import accuracy_score, recall_score
-from torch import Tensor, optim
+from torch import Tensor, nn, optim
 
-from dualrefnet.data.augment import AugmentationDraw, draw, shade, warp
-from dualrefnet.data.loader import Batch, Examples
+from dualrefnet.data.loader import AugmentationDraw, Batch, Examples, draw, shade, warp
 from dualrefnet.errors import RunError
 from dualrefnet.files import write_csv, write_tensors
-from dualrefnet.models.backbones import Encoded
-from dualrefnet.models.decision_fusion import DecisionFusion
+from dualrefnet.models.base import Method
+from dualrefnet.models.components import DecisionFusion
+from dualrefnet.models.encoders import Encoded
 from dualrefnet.models.inference import Normalisation, autocast, encoded, normalise, predict_logits, resolve_precision
-from dualrefnet.models.method import Method
 from dualrefnet.models.superresolution import input_and_target, psnr, ssim
 from dualrefnet.progress import progress_bar, remark, warn
-from dualrefnet.recipe import Recipe
+from dualrefnet.recipe import Recipe, TrainingSection
 from dualrefnet.run import Run
-from dualrefnet.runtime.imputer import Span
-from dualrefnet.training.allocator import keep_freed_memory
-from dualrefnet.training.checkpoint import load_checkpoint, save_checkpoint
+from dualrefnet.runtime.metadata import Span
 from dualrefnet.training.losses import DualRefNetLoss
 from dualrefnet.training.modality_dropout import ModalityViews, draw_missing, modality_shares
-from dualrefnet.training.optimisation import create_optimizer, create_schedule
+
+# Share of the steps in which the rate of one_cycle rises.
+WARM_UP = 0.25
+
+
+def create_optimizer(model: nn.Module, section: TrainingSection) -> optim.Optimizer:
+    """Return SGD as the paper has it, or AdamW."""
+    # A frozen encoder has no part in it.
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if section.optimizer == "sgd":
+        return optim.SGD(learning, section.learning_rate, momentum=section.momentum, weight_decay=section.weight_decay)
+    # Decaying biases and the scales of normalisation layers only pulls them away from what the data ask for.
+    matrices = [parameter for parameter in learning if parameter.ndim > 1]
+    vectors = [parameter for parameter in learning if parameter.ndim <= 1]
+    parts = [{"params": matrices, "weight_decay": section.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return optim.AdamW(parts, section.learning_rate)
+
+
+def create_schedule(
+    optimizer: optim.Optimizer, section: TrainingSection, steps: int
+) -> optim.lr_scheduler.LambdaLR | optim.lr_scheduler.ReduceLROnPlateau | None:
+    """Return the schedule: by step (one cycle over `steps`), by validation loss (plateau), or none."""
+    if section.schedule == "one_cycle":
+        return optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step / steps))
+    if section.schedule == "plateau":
+        return optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer,
+            factor=section.plateau_factor,
+            patience=section.plateau_patience,
+            min_lr=section.minimum_learning_rate,
+        )
+    return None
+
+
+def one_cycle(progress: float) -> float:
+    """Return the share of the highest learning rate: linear up in the first quarter, then a half cosine down to zero.
+
+    Args:
+        progress: share of the steps done, 0..1.
+    """
+    if progress < WARM_UP:
+        # The first step isn't lost to a rate of zero.
+        return 0.04 + 0.96 * progress / WARM_UP
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - WARM_UP) / (1 - WARM_UP))))
+
+
+FORMAT = 1
+
+
+def save_checkpoint(path: Path, model: nn.Module, optimizer: optim.Optimizer, progress: dict[str, Any]) -> None:
+    """Write the state after an epoch.
+
+    Args:
+        path: the file.
+        model: the bare model, not a wrapper.
+        optimizer: its optimizer.
+        progress: plain JSON values: the next epoch, the history, the scheduler's state.
+    """
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {f"model/{name}": value for name, value in model.state_dict().items()}
+    numbers: dict[str, dict[str, Any]] = {}
+    for index, slots in state["state"].items():
+        for name, value in slots.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{index}/{name}"] = value
+            else:
+                numbers.setdefault(str(index), {})[name] = value
+    header = {"format": FORMAT, "progress": progress, "groups": state["param_groups"], "numbers": numbers}
+    write_tensors(path, tensors, {"state": json.dumps(header)})
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: optim.Optimizer) -> dict[str, Any]:
+    """Put a saved state into a model and an optimizer, and return the progress.
+
+    Raises:
+        RunError: the file is damaged or of another format.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = json.loads(file.metadata()["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except Exception as error:
+        raise RunError(f"{path} can't be read ({error}); delete it to train from the beginning") from error
+    if header["format"] != FORMAT:
+        raise RunError(
+            f"{path} was written by another version of dualrefnet; train from the beginning in another folder"
+        )
+    model.load_state_dict(
+        {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
+    )
+    slots: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in header["numbers"].items()}
+    for name, value in tensors.items():
+        if name.startswith("optimizer/"):
+            _, index, slot = name.split("/")
+            slots.setdefault(int(index), {})[slot] = value
+    optimizer.load_state_dict({"state": slots, "param_groups": header["groups"]})
+    return header["progress"]  # type: ignore[no-any-return]
+
+
+# Parameters of mallopt, from glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to serve large blocks from its heap and not to shrink it; return whether it was told (Linux, glibc).
+
+    The process keeps its peak memory until it ends.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # A C library other than glibc, such as musl.
+        return False
+    return all(
+        mallopt(name, value) == 1
+        for name, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20))
+    )
+
 
 # The last layers have collapsed if the penalty R has left less than this share of their first L1 norm, or if the
 # probabilities hardly differ between images (mean over classes of their sd over the validation images).
 COLLAPSED_NORM = 0.1
+
+
 COLLAPSED_SPREAD = 0.005
+
+
 # Validation images, the first ones, on which the auxiliary task is measured after each epoch.
 REBUILT_IMAGES = 32
 
@@ -53,22 +183,38 @@ class Trainer:
     """
 
     def __init__(
-        self, model: Method, recipe: Recipe, run: Run, counts: Tensor, normalisation: Normalisation, spans: Sequence[Span] = ()
+        self,
+        model: Method,
+        recipe: Recipe,
+        run: Run,
+        counts: Tensor,
+        normalisation: Normalisation,
+        spans: Sequence[Span] = (),
     ) -> None:
         section = recipe.training
         self.accelerator = Accelerator(
-            cpu=section.device == "cpu", log_with="tensorboard" if section.tracker == "tensorboard" else None, project_dir=run.path
+            cpu=section.device == "cpu",
+            log_with="tensorboard" if section.tracker == "tensorboard" else None,
+            project_dir=run.path,
         )
         self.device = self.accelerator.device
         if section.device not in ("auto", "cpu", self.device.type):
-            raise RunError(f"training.device is {section.device}, and this machine offers {self.device.type}; use training.device=auto")
+            raise RunError(
+                f"training.device is {section.device}, and this machine offers {self.device.type}; use training.device=auto"
+            )
         self.frozen = section.encoder == "frozen"
         # Small layers on stored features gain nothing from half precision.
         self.precision = "fp32" if self.frozen else resolve_precision(section.precision, self.device)
         self._best: dict[str, Tensor] = {}
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.model, self.recipe, self.run, self.normalisation, self.spans = model, recipe, run, normalisation, list(spans)
+        self.model, self.recipe, self.run, self.normalisation, self.spans = (
+            model,
+            recipe,
+            run,
+            normalisation,
+            list(spans),
+        )
         # Convolutions on pixels-with-their-channels are faster on CPUs and on tensor cores alike.
         self.model.to(self.device).to(memory_format=torch.channels_last)
         shares = modality_shares(model, recipe.modality_dropout)
@@ -86,10 +232,18 @@ class Trainer:
         section, accelerator = self.recipe.training, self.accelerator
         world, rank = accelerator.num_processes, accelerator.process_index
         if min(section.batch_size, len(train)) < 2 * world:
-            raise RunError(f"a batch of {min(section.batch_size, len(train))} images is too small for {world} processes")
+            raise RunError(
+                f"a batch of {min(section.batch_size, len(train))} images is too small for {world} processes"
+            )
         steps = train.steps(section.batch_size)
         schedule = create_schedule(self.optimizer, section, steps * section.epochs)
-        progress: dict[str, Any] = {"epoch": 0, "history": [], "best": None, "stale": 0, "norms": head_norms(self.model)}
+        progress: dict[str, Any] = {
+            "epoch": 0,
+            "history": [],
+            "best": None,
+            "stale": 0,
+            "norms": head_norms(self.model),
+        }
         if self.run.checkpoint_file.is_file():
             progress = load_checkpoint(self.run.checkpoint_file, self.model, self.optimizer)
             if schedule is not None:
@@ -109,10 +263,14 @@ class Trainer:
             augmented = self.recipe.augmentation.enabled and not self.frozen
             draws = draw(len(train), self.recipe.augmentation, self.recipe.seed, epoch) if augmented else None
             dropout = self.recipe.modality_dropout
-            hidden = draw_missing(train.metadata, self.spans, dropout, self.recipe.seed, epoch) if dropout.enabled else None
+            hidden = (
+                draw_missing(train.metadata, self.spans, dropout, self.recipe.seed, epoch) if dropout.enabled else None
+            )
             sums: dict[str, float] = {}
             self.model.train()
-            with progress_bar(f"epoch {epoch + 1}/{section.epochs}", accelerator.is_main_process and not self.frozen) as show:
+            with progress_bar(
+                f"epoch {epoch + 1}/{section.epochs}", accelerator.is_main_process and not self.frozen
+            ) as show:
                 for step, batch in enumerate(train.shuffled(section.batch_size, self.recipe.seed, epoch, rank, world)):
                     terms = self._step(wrapped, batch, draws, hidden)
                     if isinstance(schedule, optim.lr_scheduler.LambdaLR):
@@ -150,7 +308,9 @@ class Trainer:
             output, single = wrapped(image, metadata)
         terms: dict[str, Tensor] = self.loss(output, labels, target, self.model.penalised, single)
         if not torch.isfinite(terms["total"]):
-            raise RunError("the loss is no longer a number: lower training.learning_rate, or set training.gradient_clip=1")
+            raise RunError(
+                "the loss is no longer a number: lower training.learning_rate, or set training.gradient_clip=1"
+            )
         self.accelerator.backward(terms["total"])
         if self.recipe.training.gradient_clip is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.training.gradient_clip)
@@ -185,7 +345,9 @@ class Trainer:
         """Return the validation measures; every process works on its share."""
         accelerator, size = self.accelerator, self.recipe.image.size
         batches = val.in_order(self.recipe.evaluation.batch_size, accelerator.process_index, accelerator.num_processes)
-        logits, labels, heads = predict_logits(self.model, batches, size, self.normalisation, self.device, self.precision)
+        logits, labels, heads = predict_logits(
+            self.model, batches, size, self.normalisation, self.device, self.precision
+        )
         if accelerator.num_processes > 1:
             parts = gather_object([(logits, labels, heads)])
             logits, labels = (torch.cat([part[k] for part in parts]) for k in (0, 1))
@@ -201,12 +363,16 @@ class Trainer:
             "val_loss": float(self.loss.cross_entropy(logits.to(self.device), labels.to(self.device))),
             "val_accuracy": float(accuracy_score(labels, predicted)),
             "val_spread": float(logits.softmax(dim=1).std(dim=0).mean()),
-            "val_balanced_accuracy": float(recall_score(labels, predicted, labels=present, average="macro", zero_division=0)),
+            "val_balanced_accuracy": float(
+                recall_score(labels, predicted, labels=present, average="macro", zero_division=0)
+            ),
         }
 
     @torch.inference_mode()
     def _rebuild(self, batch: Batch) -> dict[str, float]:
-        """Return how well validation images are rebuilt: mean PSNR (dB) and SSIM; nothing for a model without a decoder."""
+        """Return how well validation images are rebuilt: mean PSNR (dB) and SSIM; nothing for a model without a
+        decoder.
+        """
         image, target = self._inputs(batch, None)
         if image is None or target is None:
             return {}
@@ -237,7 +403,9 @@ class Trainer:
             if self.frozen:
                 if better:
                     state = self.model.state_dict()
-                    self._best = {name: value.clone() for name, value in state.items() if not name.startswith("encoders.")}
+                    self._best = {
+                        name: value.clone() for name, value in state.items() if not name.startswith("encoders.")
+                    }
             else:
                 if better:
                     write_tensors(self.run.weights_file, self.model.state_dict())

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dualrefnet.models.head import Head
-from dualrefnet.models.output import Output
+from dualrefnet.models.base import Head, Output
 from dualrefnet.recipe import LossSection
 
 
@@ -120,11 +119,14 @@ class DualRefNetLoss(nn.Module):
     """L = alpha L_class + beta L_aux + gamma R (equation 7).
 
     L_class is the weighted cross-entropy (equation 5), divided by the weights of the batch so that the scale of the
-    weights doesn't matter. With `class_weights: logit_adjustment` (Menon et al. 2021, not in the paper) the imbalance is met
-    by log(n_c / N), added to the logits in the loss alone: weights lose their effect once a small training set is learned
+    weights doesn't matter. With `class_weights: logit_adjustment` (Menon et al. 2021, not in the paper) the imbalance
+    is met
+    by log(n_c / N), added to the logits in the loss alone: weights lose their effect once a small training set is
+    learned
     by heart, this doesn't. L_aux is the mean squared error over all elements of the rebuilt image (equation 6).
 
-    With `modality_dropout` (not in the paper) L_class is the weighted mean of the cross-entropies of both modalities and of single ones.
+    With `modality_dropout` (not in the paper) L_class is the weighted mean of the cross-entropies of both modalities
+    and of single ones.
     """
 
     def __init__(self, section: LossSection, counts: Tensor, shares: Mapping[str, float] | None = None) -> None:
@@ -140,7 +142,12 @@ class DualRefNetLoss(nn.Module):
         self.penalty = ClassFrequencyPenalty(f, section.penalty_strength, section.assignment, section.reduction)
 
     def forward(
-        self, output: Output, labels: Tensor, target: Tensor | None, head: Head | None, single: Mapping[str, Output] | None = None
+        self,
+        output: Output,
+        labels: Tensor,
+        target: Tensor | None,
+        head: Head | None,
+        single: Mapping[str, Output] | None = None,
     ) -> dict[str, Tensor]:
         """Return the named, unweighted terms and `total`.
 
@@ -152,7 +159,8 @@ class DualRefNetLoss(nn.Module):
             single: what the model makes of single modalities, by the names in `shares`.
 
         Returns:
-            Scalars: `classification`, `classification_<head>` for additional heads, `classification_<modality>` for single modalities,
+            Scalars: `classification`, `classification_<head>` for additional heads, `classification_<modality>` for
+                single modalities,
             `reconstruction`, `penalty`, `total`; a term that the model has no part for is absent.
         """
         section = self.section
@@ -174,10 +182,14 @@ class DualRefNetLoss(nn.Module):
 
     def _classification(self, output: Output, labels: Tensor) -> dict[str, Tensor]:
         """Return the cross-entropy of the answer, and of each further head."""
-        named = {"classification": output.logits} | {f"classification_{name}": logits for name, logits in output.heads.items()}
+        named = {"classification": output.logits} | {
+            f"classification_{name}": logits for name, logits in output.heads.items()
+        }
         return {name: self.cross_entropy(logits, labels) for name, logits in named.items()}
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return L_class of (B, C) logits and (B,) labels."""
         logits = logits.float() + self.log_frequency
-        return functional.cross_entropy(logits, labels, self.class_weights, label_smoothing=self.section.label_smoothing)
+        return functional.cross_entropy(
+            logits, labels, self.class_weights, label_smoothing=self.section.label_smoothing
+        )

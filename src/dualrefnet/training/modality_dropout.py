@@ -1,8 +1,12 @@
-"""Modality dropout: in training fields, metadata and images are missing at random, so that the model copes with what is missing later.
+"""Modality dropout: in training fields, metadata and images are missing at random, so that the model copes with what is
+missing later.
 
-Neverova et al. 2016 drop whole modalities of random cases. Here every case is classified with both modalities, without metadata and
-without its image, and each answer has its share of the loss: the mean over which modality would have been dropped, with less noise and
-hardly any cost, since the image is encoded once. Fields are dropped by a share that is itself drawn, so that every amount is met as
+Neverova et al. 2016 drop whole modalities of random cases. Here every case is classified with both modalities, without
+metadata and
+without its image, and each answer has its share of the loss: the mean over which modality would have been dropped, with
+less noise and
+hardly any cost, since the image is encoded once. Fields are dropped by a share that is itself drawn, so that every
+amount is met as
 often. With `pattern` a case takes over what is missing in another one: then what is missing says less about the class.
 """
 
@@ -15,13 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dualrefnet.models.backbones import Encoded
-from dualrefnet.models.method import Method
-from dualrefnet.models.missing import mark_absent
-from dualrefnet.models.output import Output
+from dualrefnet.models.base import Method, Output, mark_absent
+from dualrefnet.models.encoders import Encoded
 from dualrefnet.recipe import ModalityDropoutSection
 from dualrefnet.runtime.availability import IMAGE_ONLY, METADATA_ONLY
-from dualrefnet.runtime.imputer import Span
+from dualrefnet.runtime.metadata import Span
 
 
 def draw_missing(
@@ -54,7 +56,9 @@ def draw_missing(
 
 
 def modality_shares(method: Method, section: ModalityDropoutSection) -> dict[str, float]:
-    """Return the share of the classification loss that each single modality has; none for a method that reads one modality."""
+    """Return the share of the classification loss that each single modality has; none for a method that reads one
+    modality.
+    """
     if method.missing is None or not method.reads_metadata or not method.reads_image:
         return {}
     shares = {IMAGE_ONLY: section.metadata, METADATA_ONLY: section.image}

@@ -9,15 +9,15 @@ import torch
 from accelerate import PartialState
 
 import dualrefnet
+from dualrefnet.analysis.evaluate import evaluate_run
+from dualrefnet.data.loader import fill_recipe_store, make_examples, read_dataset, side_rows, split_rows
 from dualrefnet.data.metadata import MetadataEncoder, missingness_shown
-from dualrefnet.data.pipeline import fill_recipe_store, make_examples, read_dataset, side_rows, split_rows
 from dualrefnet.data.schema import DatasetSchema
-from dualrefnet.evaluation.evaluate import evaluate_run
 from dualrefnet.files import remove_partial, write_json
-from dualrefnet.models.frozen import fill_features
-from dualrefnet.models.learned_targets import fill_targets
-from dualrefnet.models.method import Architecture
+from dualrefnet.models.base import Architecture
+from dualrefnet.models.inference import fill_features
 from dualrefnet.models.registry import check_method, count_parameters, new_model
+from dualrefnet.models.superresolution import fill_targets
 from dualrefnet.progress import remark, warn
 from dualrefnet.recipe import Recipe
 from dualrefnet.run import Run, fingerprint, save_fingerprint, start_run, write_split
@@ -26,7 +26,9 @@ from dualrefnet.training.loop import Trainer
 MODEL_FORMAT = 2
 
 
-def train_recipe(recipe: Recipe, out: Path, resume: bool = False, cache: Path | None = None, workers: int | None = None) -> Run:
+def train_recipe(
+    recipe: Recipe, out: Path, resume: bool = False, cache: Path | None = None, workers: int | None = None
+) -> Run:
     """Train and evaluate a recipe.
 
     Args:
@@ -65,7 +67,11 @@ def train_recipe(recipe: Recipe, out: Path, resume: bool = False, cache: Path | 
         shown = missingness_shown(encoder, side_rows(dataset, split, "train"), dataset.schema)
         if shown is not None:
             warn(shown)
-    if recipe.modality_dropout.enabled and state.is_main_process and not (method.reads_image and method.reads_metadata and encoder.width):
+    if (
+        recipe.modality_dropout.enabled
+        and state.is_main_process
+        and not (method.reads_image and method.reads_metadata and encoder.width)
+    ):
         remark(f"{recipe.model.method} reads one modality: the shares of modality_dropout have no part in its training")
     torch.manual_seed(recipe.seed)
     model, architecture, sources = new_model(recipe, encoder.width, len(dataset.schema.classes))
@@ -80,12 +86,18 @@ def train_recipe(recipe: Recipe, out: Path, resume: bool = False, cache: Path | 
         start = "; ".join(dict.fromkeys(str(source["description"]) for source in sources))
         remark(f"{recipe.model.method}: {count_parameters(model) / 1e6:.2f} M parameters; encoder starts from: {start}")
         if frozen:
-            remark("the encoder is frozen: the rest is trained on its features, without augmentation and without the auxiliary task")
-        remark(f"{len(train)} training and {len(val)} validation images; metadata {recipe.metadata.tier}, {encoder.width} columns")
+            remark(
+                "the encoder is frozen: the rest is trained on its features, without augmentation and without the auxiliary task"
+            )
+        remark(
+            f"{len(train)} training and {len(val)} validation images; metadata {recipe.metadata.tier}, {encoder.width} columns"
+        )
     counts = torch.bincount(torch.tensor(train.labels), minlength=len(dataset.schema.classes))
     trainer = Trainer(model, recipe, run, counts, (tuple(sources[0]["mean"]), tuple(sources[0]["std"])), encoder.spans)
     if state.is_main_process:
-        save_fingerprint(run, fingerprint(recipe, dataset, split, sources, target_source, trainer.precision, state.num_processes))
+        save_fingerprint(
+            run, fingerprint(recipe, dataset, split, sources, target_source, trainer.precision, state.num_processes)
+        )
     trainer.fit(train, val)
     if state.is_main_process:
         evaluate_run(run, dataset=dataset, cache=cache, device=trainer.device)
@@ -101,7 +113,11 @@ def _tidy(run: Run) -> None:
 
 
 def model_description(
-    recipe: Recipe, architecture: Architecture, encoder: MetadataEncoder, schema: DatasetSchema, sources: list[dict[str, Any]]
+    recipe: Recipe,
+    architecture: Architecture,
+    encoder: MetadataEncoder,
+    schema: DatasetSchema,
+    sources: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Return `model.json`: everything besides the weights that prediction needs, as plain JSON."""
     return {
@@ -119,7 +135,11 @@ def model_description(
             "class_names": schema.class_names,
             "protocol": recipe.data.protocol,
         },
-        "preprocessing": {"image": recipe.image.model_dump(mode="json"), "mean": list(sources[0]["mean"]), "std": list(sources[0]["std"])},
+        "preprocessing": {
+            "image": recipe.image.model_dump(mode="json"),
+            "mean": list(sources[0]["mean"]),
+            "std": list(sources[0]["std"]),
+        },
         "metadata": encoder.to_json(),
         "weights": sources,
     }

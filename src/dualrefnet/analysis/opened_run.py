@@ -1,0 +1,257 @@
+"""A finished run, opened: its model, its data and all that lies between, as training left them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dualrefnet.data.adapters import Dataset
+from dualrefnet.data.images import FOLDER, find_masks
+from dualrefnet.data.loader import Batch, Examples, fill_recipe_store, make_examples, read_dataset, side_rows
+from dualrefnet.data.metadata import MetadataEncoder
+from dualrefnet.data.store import DerivedStore, ImageStore
+from dualrefnet.errors import DataError, RunError
+from dualrefnet.models.base import Method
+from dualrefnet.models.encoders import Encoded
+from dualrefnet.models.inference import Normalisation, encoded, fill_features, joined_vectors, normalise, to_unit
+from dualrefnet.models.registry import load_model
+from dualrefnet.recipe import Recipe, load_recipe
+from dualrefnet.run import Run
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """What predicting again, measuring and explaining need; make one with `open_run`.
+
+    Attributes:
+        run: the folder.
+        recipe: the run's, with the data where they lie now.
+        dataset: the data set.
+        split: of its rows.
+        model: the best epoch, in evaluation mode, on `device`.
+        metadata: the fitted metadata encoder.
+        normalisation: mean and sd that the (first) image encoder expects.
+        store: the pictures; None for a method that reads no image.
+        device: where to compute.
+        cache: where image stores lie; None: the user's cache folder.
+    """
+
+    run: Run
+    recipe: Recipe
+    dataset: Dataset
+    split: pd.DataFrame
+    model: Method
+    metadata: MetadataEncoder
+    normalisation: Normalisation
+    store: ImageStore | None
+    device: torch.device
+    cache: Path | None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Labels in the order of the outputs."""
+        return self.dataset.schema.classes
+
+    @property
+    def groups(self) -> pd.Series:
+        """Image id -> the patient (of ISIC-2019: lesion) whose images stay together."""
+        return self.split.set_index("image_id")["patient_id"]
+
+    @property
+    def reads_metadata(self) -> bool:
+        """False if neither the method nor the recipe's tier lets the form in."""
+        return self.model.reads_metadata and self.metadata.width > 0
+
+    def examples(self, side: str) -> Examples:
+        """Return one side of the split, with the stored features if the encoder was frozen: the quick way to
+        predictions.
+        """
+        return make_examples(self.dataset, self.split, side, self.metadata, self.store, self._features)
+
+    def pictures(self, side: str) -> Examples:
+        """Return one side of the split with its pictures, also if the encoder was frozen: what explanations look at."""
+        return make_examples(self.dataset, self.split, side, self.metadata, self.store)
+
+    def rows(self, side: str) -> pd.DataFrame:
+        """Return the lesion table's rows of one side, in the order of its examples."""
+        return side_rows(self.dataset, self.split, side)
+
+    @cached_property
+    def _features(self) -> tuple[DerivedStore, ...]:
+        if self.store is None or self.recipe.training.encoder != "frozen":
+            return ()
+        return fill_features(self.recipe, self.model, self.store, self.device)
+
+    def images(self, batch: Batch) -> Tensor | None:
+        """Return a batch's pictures (B, 3, S, S) as the model reads them; None for a method that reads no image."""
+        if batch.images is None:
+            return None
+        return normalise(to_unit(batch.images.to(self.device), self.recipe.image.size), self.normalisation)
+
+    def encode(self, batch: Batch) -> Encoded | None:
+        """Return what the encoders make of a batch's images, or what is stored of them; None for a method that reads
+        no image.
+        """
+        if batch.features:
+            return encoded(batch.features, self.device)
+        images = self.images(batch)
+        return None if images is None else self.model.encode(images)
+
+    @torch.inference_mode()
+    def vectors(
+        self, examples: Examples, rows: NDArray[np.int64], progress: Callable[[int, int], None] | None = None
+    ) -> NDArray[np.float32]:
+        """Return what the encoders make of the examples at `rows`, (N, D), side by side if there are several; stored
+        features are read
+        where there are some.
+        """
+        size, kept = self.recipe.evaluation.batch_size, []
+        for start in range(0, len(rows), size):
+            read = self.encode(examples.batch(rows[start : start + size]))
+            assert read is not None
+            kept.append(joined_vectors(read))
+            if progress is not None:
+                progress(min(start + size, len(rows)), len(rows))
+        return np.concatenate(kept)
+
+    def masks(self, folder: Path | None = None) -> dict[str, Path]:
+        """Return test image id -> mask of the lesion; none if no folder was named and the data set brings none.
+
+        Args:
+            folder: of the masks; None: `masks` in the data set's folder, if it is there.
+
+        Raises:
+            DataError: `folder` isn't there, or holds no mask of a test image.
+        """
+        if folder is None and not (self.dataset.root / FOLDER).is_dir():
+            return {}
+        found = find_masks(self.dataset.root, folder)
+        masks = {image_id: found[image_id] for image_id in self.rows("test")["image_id"] if image_id in found}
+        if folder is not None and not masks:
+            raise DataError(f"{folder} holds no mask of a test image; masks are named <image id>.png")
+        return masks
+
+    @torch.inference_mode()
+    def blank(self, count: int) -> Encoded:
+        """Return what stands for `count` photographs that aren't there: the model's learned token, or of a model
+        without one what its
+        encoders make of a picture in the mean colour of their normalisation.
+        """
+        side, pixel = self.recipe.image.size, torch.nan if self.model.missing is not None else 0.0
+        read = self.model.encode(torch.full((1, 3, side, side), pixel, device=self.device))
+        if self.model.missing is not None:
+            read = self.model.missing.photograph(read)
+        return read.rows(torch.zeros(count, dtype=torch.int64, device=self.device))
+
+
+def open_run(
+    run: Run,
+    root: Path | str | None = None,
+    dataset: Dataset | None = None,
+    cache: Path | None = None,
+    device: torch.device | None = None,
+) -> OpenedRun:
+    """Open a trained run.
+
+    Args:
+        run: its folder.
+        root: where the data lie now, if not where the recipe says.
+        dataset: the data set, if it has been read already.
+        cache: where image stores lie.
+        device: where to compute; None: a GPU if there is one.
+
+    Raises:
+        RunError: images of the split have vanished, the classes have changed, or the run holds no trained model.
+    """
+    overrides = {"data.root": str(root)} if root is not None else {}
+    recipe, split, description = load_recipe(run.recipe, overrides), run.split, run.model
+    dataset = dataset or read_dataset(recipe)
+    model = load_model(description, run.weights_file)
+    if list(dataset.schema.classes) != description["classes"]:
+        raise RunError(
+            f"{run.path} knows the classes {', '.join(description['classes'])}, but the data in {dataset.root} have "
+            f"{', '.join(dataset.schema.classes)}; give the right folder with --root"
+        )
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device).eval()
+    store = fill_recipe_store(recipe, dataset, cache) if model.reads_image else None
+    gone = set(split["image_id"]) - (
+        set(store.image_ids) - set(store.broken) if store else set(dataset.table["image_id"])
+    )
+    if gone:
+        raise RunError(
+            f"{len(gone)} images of {run.path / 'split.csv'} are not in {dataset.root}; give the right folder with --root"
+        )
+    preprocessing = description["preprocessing"]
+    return OpenedRun(
+        run,
+        recipe,
+        dataset,
+        split,
+        model,
+        MetadataEncoder.from_json(description["metadata"]),
+        (tuple(preprocessing["mean"]), tuple(preprocessing["std"])),
+        store,
+        device,
+        cache,
+    )
+
+
+def sample_rows(labels: np.ndarray, at_most: int, seed: int) -> np.ndarray:
+    """Choose rows for a picture of a part of them: all, or `at_most` with each class in proportion, and at least one of
+    each.
+
+    Every class gets its share, rounded up or down (largest remainder); classes whose share is less than one row get
+    one, and
+    the others share what is left.
+
+    Args:
+        labels: (N,) class of every row.
+        at_most: how many; at least the number of classes.
+        seed: of the choice.
+
+    Returns:
+        The chosen rows, ascending.
+
+    Raises:
+        ValueError: `at_most` is less than the number of classes.
+    """
+    names, counts = np.unique(labels, return_counts=True)
+    if len(labels) <= at_most:
+        return np.arange(len(labels))
+    if at_most < len(names):
+        raise ValueError(f"{at_most} rows can't show {len(names)} classes; ask for more")
+    wanted = _in_proportion(counts, at_most)
+    generator = np.random.default_rng(seed)
+    chosen = [
+        generator.choice(np.flatnonzero(labels == name), number, replace=False)
+        for name, number in zip(names, wanted, strict=True)
+    ]
+    return np.sort(np.concatenate(chosen))
+
+
+def _in_proportion(counts: np.ndarray, at_most: int) -> np.ndarray:
+    """Return how many rows of each class to choose, in all `at_most`; there are more rows than that and not more
+    classes.
+    """
+    rare = np.zeros(len(counts), dtype=bool)
+    while True:
+        left = at_most - int(rare.sum())
+        # In whole numbers, so that no rounding has a say: share = parts / total.
+        parts, total = left * counts, int(counts[~rare].sum())
+        more = ~rare & (parts < total)
+        if not more.any():
+            break
+        rare |= more
+    wanted = np.where(rare, 1, parts // total)
+    order = np.argsort(np.where(rare, 1, -(parts % total)), kind="stable")
+    wanted[order[: at_most - wanted.sum()]] += 1
+    return np.asarray(wanted)

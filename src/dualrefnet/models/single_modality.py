@@ -1,0 +1,59 @@
+"""The image-only baseline of Table 3: backbone, pooled vector, one linear layer."""
+
+# also: The metadata-only baseline: DualRefNet without its image branch. What the form alone gives away.
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from dualrefnet.models.base import Architecture, Head, Method, Output
+from dualrefnet.models.components import create_metadata_network
+from dualrefnet.models.encoders import Encoded, Encoder
+
+
+class NoMetadata(Method):
+    """Image vector (D) -> dropout -> Linear(D -> C); metadata are ignored.
+
+    The published network for VGG flattens the last map instead of pooling it; here every encoder gives one vector.
+    """
+
+    title = "No metadata"
+    reference = "baseline of Pacheco and Krohling, MetaBlock, IEEE JBHI 2021"
+    reads_metadata = False
+    needs_metadata = False
+
+    def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
+        super().__init__(architecture, encoders)
+        self.dropout = nn.Dropout(architecture.section.dropout)
+        self.classifier = nn.Linear(encoders[0].features, architecture.classes)
+
+    def classify(self, images: Encoded, metadata: Tensor) -> Output:
+        """Classify images, as encoded; the form is ignored."""
+        features = images.first.vector
+        return Output(self.classifier(self.dropout(features)), features, None, {})
+
+
+class MetadataOnly(Method):
+    """Metadata network and head of DualRefNet; the image is ignored."""
+
+    title = "Metadata only"
+    reference = "baseline of this project"
+    reads_image = False
+
+    def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
+        super().__init__(architecture, encoders)
+        section = architecture.section
+        self.metadata_network = create_metadata_network(
+            section.metadata_encoder, architecture.metadata_width, section.metadata_widths
+        )
+        self.head = Head(section.metadata_widths[-1], section.hidden, architecture.classes, section.dropout)
+
+    @property
+    def penalised(self) -> Head | None:
+        """The head, as in DualRefNet."""
+        return self.head
+
+    def classify(self, images: Encoded, metadata: Tensor) -> Output:
+        """Classify (B, M) forms; there are no images."""
+        features = self.metadata_network(metadata)
+        return Output(self.head(features), features, None, {})

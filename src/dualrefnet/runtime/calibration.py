@@ -1,0 +1,211 @@
+"""What is made of a model's probabilities: calibrated ones, a set of classes, and whether to refer.
+
+All of it was fitted on the validation side, in `dualrefnet.evaluation.calibration`, for each group of inputs by what is
+given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .availability import Availability, Thresholds
+
+Floats = NDArray[np.float64]
+
+# What is smaller can't be told from 0 in single precision; 0 itself has no logarithm.
+FLOOR = float(np.finfo(np.float32).smallest_subnormal)
+
+
+class Decided(NamedTuple):
+    """What is said of N inputs.
+
+    Attributes:
+        probabilities: (N, C), at the temperature of each input's group.
+        sets: (N, C), which classes are in the set; never none.
+        refer: (N,), whether a dermatologist should see the lesion; None where no class is malignant.
+        thresholds: of each input's group.
+    """
+
+    probabilities: Floats
+    sets: NDArray[np.bool_]
+    refer: NDArray[np.bool_] | None
+    thresholds: list[Thresholds]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a run's validation side says about its probabilities.
+
+    `temperature`, `threshold`, `class_thresholds` and `referral` are of the validation side as it was recorded: they
+    describe the model.
+    An answer is decided by the thresholds of its group of availability (`decide`).
+
+    Attributes:
+        classes: names in the order of the columns.
+        malignant: the classes that are cancer.
+        temperature: see `apply_temperature`.
+        coverage: how often a set shall hold the right class.
+        threshold: a class with at least this probability is in the set; 0: all classes are.
+        class_thresholds: class -> the same for sets that keep the promise within every class.
+        referral: an image with at least this malignancy is referred; None: there is no malignant class, or no
+            validation image of one.
+        availability: thresholds of each group of inputs.
+        field_effects: field -> how much of the probability moves, on average over validation, when the field is left
+            out; empty if that
+            wasn't measured.
+    """
+
+    classes: tuple[str, ...]
+    malignant: tuple[str, ...]
+    temperature: float
+    coverage: float
+    threshold: float
+    class_thresholds: dict[str, float]
+    referral: float | None
+    availability: tuple[Thresholds, ...]
+    field_effects: dict[str, float]
+
+    @cached_property
+    def cancer(self) -> NDArray[np.bool_]:
+        """Return which columns are malignant, (C,)."""
+        return np.isin(self.classes, self.malignant)
+
+    def probabilities(self, probabilities: ArrayLike) -> Floats:
+        """Return the model's probabilities (N, C) at the temperature."""
+        return apply_temperature(probabilities, self.temperature)
+
+    def prediction_sets(self, probabilities: ArrayLike, by_class: bool = False) -> NDArray[np.bool_]:
+        """Return which classes are in the set of each image, (N, C); never none.
+
+        Args:
+            probabilities: (N, C), as the model gave them.
+            by_class: with the thresholds that keep the promise within every class.
+        """
+        return prediction_sets(self.probabilities(probabilities), self.thresholds(by_class))
+
+    def decide(self, probabilities: ArrayLike, image: ArrayLike, share: ArrayLike) -> Decided:
+        """Decide about N inputs, each by the thresholds of its group.
+
+        An input of a group for which nothing was fitted has all classes in its set and is referred.
+
+        Args:
+            probabilities: (N, C), as the model gave them.
+            image: (N,), whether there is an image.
+            share: (N,), of the fields with a value; 1 for a model that reads none.
+        """
+        scores = np.asarray(probabilities, dtype=np.float64)
+        fitted = [*self.availability, self._unfitted]
+        place = np.full(len(scores), len(self.availability))
+        for number, thresholds in enumerate(self.availability):
+            place[thresholds.group.holds(image, share)] = number
+        calibrated, sets = np.empty_like(scores), np.empty(scores.shape, dtype=bool)
+        refer = np.ones(len(scores), dtype=bool)
+        for number in np.unique(place):
+            rows, thresholds = place == number, fitted[number]
+            calibrated[rows] = apply_temperature(scores[rows], thresholds.temperature)
+            sets[rows] = prediction_sets(calibrated[rows], thresholds.threshold)
+            refer[rows] = malignancy(calibrated[rows], self.cancer) >= (thresholds.referral or 0)
+        return Decided(calibrated, sets, refer if self.cancer.any() else None, [fitted[number] for number in place])
+
+    @cached_property
+    def _unfitted(self) -> Thresholds:
+        everything = dict.fromkeys(self.classes, 0.0)
+        return Thresholds(
+            Availability(False, 0, 0), self.temperature, 0.0, everything, 0.0 if self.cancer.any() else None
+        )
+
+    def thresholds(self, by_class: bool) -> float | list[float]:
+        """Return the one threshold, or those of the classes in their order."""
+        return [self.class_thresholds[name] for name in self.classes] if by_class else self.threshold
+
+    def refer(self, probabilities: ArrayLike) -> NDArray[np.bool_] | None:
+        """Return which images should be seen by a dermatologist, (N,); None where there is no threshold.
+
+        Args:
+            probabilities: (N, C), as the model gave them.
+        """
+        return (
+            None
+            if self.referral is None
+            else np.asarray(malignancy(self.probabilities(probabilities), self.cancer) >= self.referral)
+        )
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the attributes of a decision that stand in a `calibration.json`.
+
+        Raises:
+            ValueError: a key is missing, or a value has the wrong type.
+        """
+        try:
+            conformal, referral = values["conformal"], values["referral"]
+            return {
+                "classes": tuple(values["classes"]),
+                "malignant": tuple(values["malignant"]),
+                "temperature": float(values["temperature"]),
+                "coverage": float(conformal["coverage"]),
+                "threshold": float(conformal["threshold"]),
+                "class_thresholds": {name: float(conformal["class_thresholds"][name]) for name in values["classes"]},
+                "referral": float(referral["threshold"]) if referral else None,
+                # A calibration of an earlier version has none, so every answer is the careful one.
+                "availability": tuple(Thresholds.read(one) for one in values.get("availability", ())),
+                "field_effects": {str(name): float(effect) for name, effect in values.get("field_effects", {}).items()},
+            }
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"this isn't a calibration: {error!r}") from None
+
+
+def softmax(logits: ArrayLike) -> Floats:
+    """Return probabilities (N, C)."""
+    scores = np.asarray(logits, dtype=np.float64)
+    powers = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+
+
+def to_logits(probabilities: ArrayLike) -> Floats:
+    """Return logits (N, C) whose largest in each row is 0; 0 counts as the smallest number of single precision."""
+    logits = np.log(np.maximum(np.asarray(probabilities, dtype=np.float64), FLOOR))
+    return np.asarray(logits - logits.max(axis=1, keepdims=True))
+
+
+def apply_temperature(probabilities: ArrayLike, temperature: float) -> Floats:
+    """Return probabilities at a temperature, (N, C); each row sums to 1.
+
+    Args:
+        probabilities: (N, C), rows sum to 1; 0 counts as the smallest number of single precision.
+        temperature: above 0; 1 changes nothing.
+
+    Raises:
+        ValueError: `temperature` isn't above 0.
+
+    >>> apply_temperature([[0.8, 0.2]], 2).round(4).tolist()  # .8^½ : .2^½ = 2 : 1
+    [[0.6667, 0.3333]]
+    """
+    if not temperature > 0:
+        raise ValueError(f"a temperature must be above 0, not {temperature}")
+    return softmax(to_logits(probabilities) / temperature)
+
+
+def prediction_sets(probabilities: ArrayLike, thresholds: float | Sequence[float]) -> NDArray[np.bool_]:
+    """Return which classes are in the set of each image, (N, C). A set that would be empty holds the likeliest class.
+
+    Args:
+        probabilities: (N, C).
+        thresholds: one for all classes, or one for each.
+    """
+    scores = np.asarray(probabilities, dtype=np.float64)
+    sets = scores >= np.asarray(thresholds)
+    empty = np.flatnonzero(~sets.any(axis=1))
+    sets[empty, scores[empty].argmax(axis=1)] = True
+    return np.asarray(sets)
+
+
+def malignancy(probabilities: Floats, cancer: NDArray[np.bool_]) -> Floats:
+    """Return the malignancy score of every image, (N,); `cancer`: (C,), which classes are malignant."""
+    return np.asarray(probabilities[:, cancer].sum(axis=1))
