@@ -172,9 +172,11 @@ def test_heat_of_a_method_that_asks_for_taps_is_that_of_the_definition(backbone:
 def test_heat_of_a_small_vision_transformer_is_that_of_the_definition() -> None:
     encoder = small_vit()
     section = ModelSection.model_validate({"method": "concat", "backbone": "vit_b_16"})
-    model = METHODS["concat"](
-        Architecture(image_size=64, metadata_width=WIDTH, classes=CLASSES, section=section), [encoder]
-    ).eval()
+    model = (
+        METHODS["concat"]
+        .network(Architecture(image_size=64, metadata_width=WIDTH, classes=CLASSES, section=section), [encoder])
+        .eval()
+    )
     check(model)
 
 
@@ -213,9 +215,11 @@ def test_places_of_a_vision_transformer_lie_where_they_lay_in_the_image() -> Non
     encoder = small_vit()
     nn.init.zeros_(encoder.body.pos_embed)
     section = ModelSection.model_validate({"method": "no_metadata", "backbone": "vit_b_16"})
-    model = METHODS["no_metadata"](
-        Architecture(image_size=64, metadata_width=0, classes=2, section=section), [encoder]
-    ).eval()
+    model = (
+        METHODS["no_metadata"]
+        .network(Architecture(image_size=64, metadata_width=0, classes=2, section=section), [encoder])
+        .eval()
+    )
     image = torch.zeros(1, 3, 64, 64)
     image[:, :, 16:32, 32:48] = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))
     maps = torch.cat([gradcam(model, image, torch.empty(1, 0), torch.tensor([target])).maps[0] for target in (0, 1)])
@@ -232,9 +236,11 @@ def test_a_frozen_encoder_gives_the_same_heat(backbone: str) -> None:
     model, (images, metadata) = new("concat"), inputs()
     if backbone == "small":
         section = ModelSection.model_validate({"method": "concat", "backbone": "vit_b_16"})
-        model = METHODS["concat"](
-            Architecture(image_size=64, metadata_width=WIDTH, classes=CLASSES, section=section), [small_vit()]
-        ).eval()
+        model = (
+            METHODS["concat"]
+            .network(Architecture(image_size=64, metadata_width=WIDTH, classes=CLASSES, section=section), [small_vit()])
+            .eval()
+        )
     targets = torch.tensor([0, 1, 2])
     free = gradcam(model, images, metadata, targets).heat
     assert free.any()

@@ -10,7 +10,7 @@ from dualrefnet.errors import DualRefNetError
 
 app = typer.Typer(
     name="dualrefnet",
-    help="Classify skin lesions from a photograph and the patient's metadata. Not a medical device.\n\n"
+    help="Classify skin lesions from an image and the patient's metadata. Not a medical device.\n\n"
     "First steps: `dualrefnet doctor`, then `dualrefnet demo`.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -37,7 +37,7 @@ def options(
 
 
 def main() -> None:
-    """Run the command line; an error that the user can mend is one line and exit status 2."""
+    """Run the command line; an error that the user can fix is one line and exit status 2."""
     from dualrefnet.cli import data, deployment, reports, runs  # noqa: F401 (registers the commands)
     from dualrefnet.progress import console
 

@@ -30,10 +30,10 @@ Description = Annotated[
 @app.command()
 def sample(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write; new, empty, or an earlier sample.")],
-    images: Annotated[int, typer.Option(help="Number of pictures.")] = 420,
+    images: Annotated[int, typer.Option(help="Number of images.")] = 420,
     seed: Annotated[int, typer.Option(help="The same seed draws the same bytes.")] = 0,
 ) -> None:
-    """Draw the sample data set: pictures of invented lesions with invented metadata, in PAD-UFES-20's layout.
+    """Draw the sample data set: images of invented lesions with invented metadata, in PAD-UFES-20's layout.
 
     Drawn, not clinical: for trying the software without any download.
     """
@@ -42,7 +42,7 @@ def sample(
 
     with progress_bar("drawing") as show:
         draw_sample(folder, images=images, seed=seed, progress=show)
-    typer.echo(f"{images} drawn pictures with metadata are in {folder}")
+    typer.echo(f"{images} synthetic images with metadata are in {folder}")
 
 
 @app.command()
@@ -95,7 +95,7 @@ def split(
     root: Root = None,
     description: Description = None,
     protocol: Annotated[
-        str, typer.Option(help="paper (Table 1 to the row; leaks), grouped (patients apart) or grouped-cv.")
+        str, typer.Option(help="paper (Table 1 to the row; leaks), grouped (patient-disjoint) or grouped-cv.")
     ] = "grouped",
     fold: Annotated[int, typer.Option(help="grouped-cv: which fold is the test set, from 0.")] = 0,
     folds: Annotated[int, typer.Option(help="Number of folds.")] = 5,
@@ -154,13 +154,13 @@ def audit(
         bool, typer.Option("--without-images", help="Read no image; copies aren't looked for.")
     ] = False,
     without_forests: Annotated[
-        bool, typer.Option("--without-forests", help="Grow no trees on the form: faster.")
+        bool, typer.Option("--without-forests", help="Grow no trees on the metadata: faster.")
     ] = False,
     workers: Annotated[
         int | None, typer.Option(help="Threads that read and compare images; default: one a core.")
     ] = None,
 ) -> None:
-    """Audit a data set and its split: patients, lesions and copies of pictures on two sides, and metadata that give the
+    """Audit a data set and its split: patients, lesions and copies of images on two sides, and metadata that give the
     answer away.
 
     Exit status 1 if something FAILs.

@@ -30,7 +30,7 @@ def export(
         typer.Option(
             "--int8/--no-int8",
             help="Also a network of 8-bit whole numbers: smaller, as a rule faster on CPUs, measured beside the other. It needs the run's "
-            "photographs. Default: where they are at hand.",
+            "images. Default: where they are at hand.",
         ),
     ] = None,
     root: Annotated[
@@ -57,12 +57,12 @@ def export(
     """Make a bundle of a trained run: a folder that answers without torch, and says what it is (extra `export`).
 
     It holds the network as ONNX (`model.onnx`) and for `torch.export.load` (`model.pt2`), preprocessing, encoding of
-    the form, calibration
-    and the check of pictures, a model card, the licence of the data, and a small program that needs only onnxruntime,
+    the metadata, calibration
+    and the check of images, a model card, the licence of the data, and a small program that needs only onnxruntime,
     NumPy and OpenCV.
-    No photograph and no patient is in it.
+    No image and no patient is in it.
 
-    The network's answers are compared with torch's on validation photographs; a difference of more than 0.001 in a
+    The network's answers are compared with torch's on validation images; a difference of more than 0.001 in a
     probability stops the
     export, and nothing is left behind. A model whose referral of cancers falls by more than .10 when metadata are blank
     is refused.

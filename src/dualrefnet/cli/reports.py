@@ -39,7 +39,7 @@ Against = Annotated[
 
 
 Label = Annotated[
-    str | None, typer.Option("--class", metavar="CLASS", help="Also show where photographs speak for this class.")
+    str | None, typer.Option("--class", metavar="CLASS", help="Also show where images speak for this class.")
 ]
 
 
@@ -71,7 +71,7 @@ NoPhotographs = Annotated[
     bool,
     typer.Option(
         "--no-photographs",
-        help="Leave out photographs and all that names a single image, so that the result may be sent on.",
+        help="Leave out images and all that names a single image, so that the result may be sent on.",
     ),
 ]
 
@@ -97,9 +97,9 @@ def explain(
     cache: Cache = None,
     device: Device = None,
 ) -> None:
-    """Show what a trained run sees: Grad-CAM, SHAP of the form, t-SNE, a gallery, the auxiliary task (extra `explain`).
+    """Show what a trained run sees: Grad-CAM, SHAP of the metadata, t-SNE, a gallery, the auxiliary task (extra `explain`).
 
-    Leaves every picture as PNG (300 dpi) and SVG, and its numbers as CSV. `report` puts all of them and more into one
+    Leaves every image as PNG (300 dpi) and SVG, and its numbers as CSV. `report` puts all of them and more into one
     page.
     """
     from dualrefnet.report import ReportOptions
@@ -139,7 +139,7 @@ def report(
 ) -> None:
     """Write one page about a run or a suite, for people who have only a browser (extras `report` and `explain`).
 
-    The page is one HTML file that works offline; its pictures (PNG, SVG) and their numbers (CSV) lie beside it. A run's
+    The page is one HTML file that works offline; its images (PNG, SVG) and their numbers (CSV) lie beside it. A run's
     page
     takes some minutes on a CPU, most of them for SHAP; `--without-explanations` takes seconds. Of a suite the page
     shows all
@@ -201,7 +201,7 @@ def suite(
     smoke: Annotated[
         bool,
         typer.Option(
-            "--smoke", help="Minutes on a CPU: drawn pictures, one cheap CNN, one epoch. Shows that everything works."
+            "--smoke", help="Minutes on a CPU: synthetic images, one cheap CNN, one epoch. Shows that everything works."
         ),
     ] = False,
     workers: Annotated[

@@ -194,9 +194,9 @@ def probe(
 ) -> None:
     """Ask a trained run again with parts of its input taken away or exchanged: how much of its score is shortcut?
 
-    Then with fewer and fewer answers, with and without the photograph. Leaves the tables as CSV and, with the extra
+    Then with fewer and fewer answers, with and without the image. Leaves the tables as CSV and, with the extra
     `report`,
-    their pictures.
+    their images.
     """
     from dualrefnet.report.run_report import write_probes
     from dualrefnet.run import Run
@@ -225,7 +225,7 @@ def predict(
     ],
     images: Annotated[
         list[Path] | None,
-        typer.Option("--images", metavar="PATH", help="A photograph or a folder of them; may be given several times."),
+        typer.Option("--images", metavar="PATH", help="An image or a folder of them; may be given several times."),
     ] = None,
     table: Annotated[
         Path | None,
@@ -233,7 +233,7 @@ def predict(
             "--csv",
             metavar="CSV",
             help="Instead of --images: one row a case, in column image its file (absolute, or relative to the table), in the others the "
-            "form. Without a column image: forms alone, for models that do without photographs.",
+            "form. Without a column image: metadata alone, for models that do without images.",
         ),
     ] = None,
     metadata: Annotated[
@@ -251,7 +251,7 @@ def predict(
             help="Go on with what an interrupted call with the same arguments left; begin if it left nothing.",
         ),
     ] = False,
-    batch: Annotated[int, typer.Option(min=1, help="Photographs that the model sees at once.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Images that the model sees at once.")] = 32,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Threads that decode; default: one a core. On Ray: CPUs of each model, 1.")
     ] = None,
@@ -262,18 +262,18 @@ def predict(
         typer.Option(
             "--ray",
             metavar="ADDRESS",
-            help="Predict on a Ray cluster (extra `scale`): its address, `auto`, or `local` to start Ray here. The model, the photographs "
+            help="Predict on a Ray cluster (extra `scale`): its address, `auto`, or `local` to start Ray here. The model, the images "
             "and --out must be on a file system that all its machines see.",
         ),
     ] = None,
 ) -> None:
-    """Classify photographs, a few or a million, with a trained run or an exported bundle.
+    """Classify images, a few or a million, with a trained run or an exported bundle.
 
     Metadata that are missing make the sets larger and more cases be referred: each answer uses the thresholds that were
     fitted for what is
     given. A row that can't be predicted, or has a value that the model doesn't know, says why in its column error.
     Memory doesn't grow with
-    the number of photographs.
+    the number of images.
     """
     from functools import partial
 
@@ -289,7 +289,7 @@ def predict(
     )
 
     if bool(images) == (table is not None) or (table is not None and metadata is not None):
-        raise DualRefNetError("give --images, with --metadata if there are forms, or --csv, a table with both")
+        raise DualRefNetError("give --images, with --metadata if there are metadata, or --csv, a table with both")
     folder = ModelFolder(model, device, variant)
     # On Ray the actors have the devices; this process only asks what the model reads.
     predictor = (folder if ray is None else ModelFolder(model, "cpu", variant)).load()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dualrefnet.models.base import Output
 from dualrefnet.models.encoders import EncoderOutput
 
-# The ablation says "transformer" and no sizes; these are small, since a form has some dozens of columns.
+# The ablation says "transformer" and no sizes; these are small, since metadata has some dozens of columns.
 TOKEN_WIDTH, TOKEN_HEADS, TOKEN_LAYERS = 64, 4, 2
 
 

@@ -576,7 +576,7 @@ def create_encoder(
 
     Raises:
         RecipeError: the name is unknown, or the size isn't legal for it.
-        WeightsError: the weights are not to be had.
+        WeightsError: the weights are not available.
         ValueError: `options` with other weights than `none`.
     """
     _check_size(name, image_size)

@@ -357,7 +357,7 @@ def load_network(name: str, weights: str = "auto") -> tuple[nn.Module, WeightsSo
 
     Raises:
         RecipeError: the name is unknown.
-        WeightsError: the weights are not to be had, or the file holds others; the message says what was tried and what
+        WeightsError: the weights are not available, or the file holds others; the message says what was tried and what
             to
             do.
     """

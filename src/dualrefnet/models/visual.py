@@ -1,4 +1,4 @@
-"""Visual: the image vector asks maps inside the encoder where to look, and the form weights the image vector."""
+"""Visual: the image vector asks maps inside the encoder where to look, and the metadata weights the image vector."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class PlaceAttention(nn.Module):
             return (looked if self.projector is None else self.projector(looked)), attention
 
 
-class Visual(Method):
+class Visual(Method, name="visual"):
     """[g_1 || g_2 || g_3 || g * phi(form)] (4 D) -> layers -> C: attention at three maps, and the image vector g,
     weighted.
 
@@ -53,15 +53,8 @@ class Visual(Method):
     around
     the maps is left out. Normalisation and dropout are its ResNet-50's for all. The widths are the released ones, but
     for
-    the layer of 81 that it puts before those for forms of ISIC.
+    the layer of 81 that it puts before those for metadata of ISIC.
     """
-
-    title = "Visual"
-    reference = "visual and metadata guided skin lesion classification, reference 34 of the paper"
-    reconstruction = (
-        "taps at the ends of stages, where the released code has places of its own for MobileNet and EfficientNet; "
-        "no border of zeros around the maps; normalisation and dropout of its ResNet-50 for all encoders"
-    )
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
         super().__init__(architecture, encoders)
@@ -79,11 +72,9 @@ class Visual(Method):
 
     @classmethod
     def taps(cls, section: ModelSection) -> bool:
-        """The attention looks at maps inside the encoder."""
         return True
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
-        """Classify images, as encoded, with (B, M) forms."""
         encoded = images.first
         looked = [
             attention(tap, encoded.vector)[0] for attention, tap in zip(self.attentions, encoded.taps, strict=True)

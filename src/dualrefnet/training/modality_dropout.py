@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dualrefnet.models.base import Method, Output, mark_absent
+from dualrefnet.models.base import Method, Output, mark_missing
 from dualrefnet.models.encoders import Encoded
 from dualrefnet.recipe import ModalityDropoutSection
 from dualrefnet.runtime.availability import IMAGE_ONLY, METADATA_ONLY
@@ -83,5 +83,5 @@ class ModalityViews(nn.Module):
             single[IMAGE_ONLY] = self.method.answer(images, torch.full_like(metadata, torch.nan))
         if METADATA_ONLY in self.modalities:
             gone = torch.ones(len(metadata), dtype=torch.bool, device=metadata.device)
-            single[METADATA_ONLY] = self.method.answer(mark_absent(images, gone), metadata)
+            single[METADATA_ONLY] = self.method.answer(mark_missing(images, gone), metadata)
         return self.method(images, metadata), single
