@@ -119,10 +119,8 @@ class ModalityDropoutSection(Section):
     """What is missing in training, so that the model copes with whatever is missing later.
 
     `fields` and `pattern` are drawn for every case and epoch. `metadata` and `image` are not drawn: every case is
-    classified with both,
-    without metadata and without the image, and each answer has its share of the classification loss. That is the mean
-    over which
-    modality would have been dropped, at no cost, since the image is encoded once.
+    classified with both, without metadata and without the image, and each answer has its share of the classification
+    loss. That is the mean over which modality would have been dropped, at no cost, since the image is encoded once.
     """
 
     model_config = ConfigDict(populate_by_name=True)

@@ -202,8 +202,7 @@ class Method(nn.Module, ABC):
 
         Args:
             image: (B, 3, H, W), normalised for the first encoder, or what the encoders have made of them; None for a
-                method that reads
-                no image. With `missing`, an image of NaN isn't there.
+                method that reads no image. With `missing`, an image of NaN isn't there.
             metadata: (B, M) encoded metadata; with `missing`, NaN is a gap.
         """
         images = Encoded(()) if image is None else self.encode(image)
@@ -255,7 +254,8 @@ class Method(nn.Module, ABC):
 
     def reconstruct(self, image: Tensor | Encoded) -> Tensor | None:
         """Return the (B, 3, 2H, 2W) image that the auxiliary task's decoder rebuilds, in about 0..1; None if there is
-        no decoder.
+        no
+        decoder.
         """
         return None
 

@@ -22,7 +22,8 @@ def reduced_features(metadata_width: int, combination_factor: float) -> int:
 
 
 class Concat(Method, name="concat"):
-    """Image vector (D) -> Linear(D -> n), normalisation, ReLU, dropout .5; beside it the metadata (d) as it is -> Linear(n
+    """Image vector (D) -> Linear(D -> n), normalisation, ReLU, dropout .5; beside it the metadata (d) as it is ->
+    Linear(n
     + d -> C).
 
     The layers are those of public code; the rule for n is our reading (`reduced_features`).

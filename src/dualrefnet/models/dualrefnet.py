@@ -62,9 +62,8 @@ class AuxNet(DualRefNet, name="auxnet"):
     """The network and the auxiliary task of DualRefNet, without the penalty R: L = alpha L_class + beta L_aux.
 
     A reconstruction: fusion and losses are known second hand, and what isn't known is taken from DualRefNet, its
-    successor.
-    With `fusion: hadamard` the vectors are multiplied (a public digest's reading of FV_image (.) FV_meta) instead of
-    concatenated (as DualRefNet's authors call the same step).
+    successor. With `fusion: hadamard` the vectors are multiplied (a public digest's reading of FV_image (.) FV_meta)
+    instead of concatenated (as DualRefNet's authors call the same step).
     """
 
     @property

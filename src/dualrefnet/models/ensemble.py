@@ -31,8 +31,8 @@ class EfficientChannelAttention(nn.Module):
 class Member(nn.Module):
     """One encoder's part: [ECA(v) || CNN(form)] (D + 128) -> 256, ReLU -> C.
 
-    The CNN: the metadata as a signal of M steps -> 64 channels, normalisation, ReLU, half the steps -> 128 channels, ReLU,
-    mean.
+    The CNN: the metadata as a signal of M steps -> 64 channels, normalisation, ReLU, half the steps -> 128 channels,
+    ReLU, mean.
     """
 
     def __init__(self, features: int, classes: int, dropout: float) -> None:
@@ -63,10 +63,8 @@ class Ensemble(Method, name="ensemble"):
     All three are trained together, a cross-entropy each; the weights of the mean are chosen on validation.
 
     A reconstruction: published, where we could read, are three different encoders with efficient attention, the 1-D CNN
-    of
-    the metadata beside each, and the weighted mean. EfficientNet, DenseNet and ResNet (`model.members`), ECA as that
-    attention,
-    and every width are our reading.
+    of the metadata beside each, and the weighted mean. EfficientNet, DenseNet and ResNet (`model.members`), ECA as that
+    attention, and every width are our reading.
     """
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:

@@ -16,7 +16,8 @@ DROPOUTS = (0.4, 0.4, 0.3)
 
 
 class HyperparametricBlock(nn.Module):
-    """out = SiLU(.7 LeakyReLU(v * t1) + .3 t2), t_k = BN(A_k u + b_k): two numbers from the metadata u (d) for each of v
+    """out = SiLU(.7 LeakyReLU(v * t1) + .3 t2), t_k = BN(A_k u + b_k): two numbers from the metadata u (d) for each of
+    v
     (D).
     """
 
@@ -36,8 +37,8 @@ class HyperparametricMetadataFusion(Method, name="hmfb"):
 
     Block, funnels and dropout are those of the released code for the paper's five encoders; D/2, D/4, D/8 for others is
     its rule carried on. Not faithful is the image vector: but for EfficientNet, the released code has a convolution as
-    wide
-    as the whole last map (200 million parameters for ResNet-50) where the map is pooled here, as in its successors.
+    wide as the whole last map (200 million parameters for ResNet-50) where the map is pooled here, as in its
+    successors.
     """
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:

@@ -41,8 +41,8 @@ class JointIndividualFusion(Method, name="jif_mmfa"):
     L = CE_joint + CE_image + CE_metadata; the weights of the mean are chosen on validation.
 
     A reconstruction: published, where we could read, are joint and individual features and attention of both kinds.
-    Widths,
-    activation and dropout are those of the group's earlier FusionM4Net; gates, losses and the mean are our reading.
+    Widths, activation and dropout are those of the group's earlier FusionM4Net; gates, losses and the mean are our
+    reading.
     """
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:

@@ -14,7 +14,8 @@ GROUP = 32
 
 
 class MetaBlock(nn.Module):
-    """out = sigmoid(tanh(V * t1) + t2), t_k = BN(A_k u + b_k): two numbers from the metadata u (d) for each of m maps of n
+    """out = sigmoid(tanh(V * t1) + t2), t_k = BN(A_k u + b_k): two numbers from the metadata u (d) for each of m maps
+    of n
     values.
     """
 
@@ -33,8 +34,7 @@ class MetaBlockNet(Method, name="metablock"):
     """Pooled image vector (D) as D/32 maps of 32 values -> MetaBlock -> Linear(D -> C).
 
     The vector is divided, not a map, so every encoder here fits: all D are multiples of 32. The published network for
-    VGG
-    flattens the last map instead of pooling it.
+    VGG flattens the last map instead of pooling it.
     """
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:

@@ -16,13 +16,11 @@ class MetaNet(Method, name="metanet"):
 
     A gate is the same at every place, so gating the mean is gating the map: the same numbers. That is why every encoder
     fits: of ViT and ConViT the class token is gated, of BEiT the normalised mean, which a network of this kind never
-        had.
+    had.
 
     With `metanet_variant: mb_compat` the pooled vector is taken as maps of 8 x 8 *channels* under one gate each, from
-    two
-    layers with ReLU between: the re-implementation that Table 3's numbers probably come from. (Its code had other
-    numbers
-    for two encoders: VGG, whose map it flattened, and MobileNet, by mistake; here all have D / 64 gates.)
+    two layers with ReLU between: the re-implementation that Table 3's numbers probably come from. (Its code had other
+    numbers for two encoders: VGG, whose map it flattened, and MobileNet, by mistake; here all have D / 64 gates.)
     """
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:

@@ -1,7 +1,7 @@
 """Targets of the auxiliary task, an image of twice the side, and the measure of how well it was rebuilt.
 
-`bilinear` and `bicubic` enlarge the input itself, so the target holds nothing that the input lacks: the task is that
-of an auto-encoder. `native` keeps the real image at twice the size and shrinks it to get the input, which is
+`bilinear` and `bicubic` enlarge the input itself, so the target holds nothing that the input lacks: the task is that of
+an auto-encoder. `native` keeps the real image at twice the size and shrinks it to get the input, which is
 super-resolution proper.
 """
 
@@ -62,7 +62,7 @@ def split_native(image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def input_and_target(
-    pictures: Tensor, stored: Tensor | None, kind: str | None, size: int
+    images: Tensor, stored: Tensor | None, kind: str | None, size: int
 ) -> tuple[Tensor, Tensor | None]:
     """Divide what is stored of an image into what the model reads and what it is to rebuild.
 
@@ -75,11 +75,11 @@ def input_and_target(
     Returns:
         The input (B,3,size,size) and the target of twice its side, or None.
     """
-    if pictures.shape[-1] == 2 * size:
-        return split_native(pictures)
+    if images.shape[-1] == 2 * size:
+        return split_native(images)
     if stored is None and kind is not None:
-        stored = make_target(kind, pictures)
-    return pictures, stored
+        stored = make_target(kind, images)
+    return images, stored
 
 
 def psnr(prediction: Tensor, target: Tensor) -> Tensor:

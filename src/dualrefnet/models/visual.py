@@ -46,14 +46,10 @@ class Visual(Method, name="visual"):
     Every encoder fits, since the taps of transformers too are maps: their tokens, laid out on the grid.
 
     Not faithful in three things. The released code taps MobileNet and EfficientNet at places of its own, of
-    EfficientNet two
-    inside blocks; here all taps are the ends of the last three stages before the last map, its places in VGG-13,
-    ResNet-50
-    and DenseNet-121 (of ViT-like encoders: the blocks at a quarter, a half and three quarters). Its border of zeros
-    around
-    the maps is left out. Normalisation and dropout are its ResNet-50's for all. The widths are the released ones, but
-    for
-    the layer of 81 that it puts before those for metadata of ISIC.
+    EfficientNet two inside blocks; here all taps are the ends of the last three stages before the last map, its places
+    in VGG-13, ResNet-50 and DenseNet-121 (of ViT-like encoders: the blocks at a quarter, a half and three quarters).
+    Its border of zeros around the maps is left out. Normalisation and dropout are its ResNet-50's for all. The widths
+    are the released ones, but for the layer of 81 that it puts before those for metadata of ISIC.
     """
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:

@@ -2,12 +2,10 @@
 missing later.
 
 Neverova et al. 2016 drop whole modalities of random cases. Here every case is classified with both modalities, without
-metadata and
-without its image, and each answer has its share of the loss: the mean over which modality would have been dropped, with
-less noise and
-hardly any cost, since the image is encoded once. Fields are dropped by a share that is itself drawn, so that every
-amount is met as
-often. With `pattern` a case takes over what is missing in another one: then what is missing says less about the class.
+metadata and without its image, and each answer has its share of the loss: the mean over which modality would have been
+dropped, with less noise and hardly any cost, since the image is encoded once. Fields are dropped by a share that is
+itself drawn, so that every amount is met as often. With `pattern` a case takes over what is missing in another one:
+then what is missing says less about the class.
 """
 
 from __future__ import annotations
