@@ -443,33 +443,33 @@ class GradCamCase:
     mask: NDArray[np.bool_] | None = None
 
 
-def overlay(picture: NDArray[np.uint8], heat: NDArray[Any]) -> NDArray[np.uint8]:
-    """Lay heat over a picture, in shares of its maximum; where it is low the skin stays visible.
+def overlay(image: NDArray[np.uint8], saliency: NDArray[Any]) -> NDArray[np.uint8]:
+    """Lay saliency over a image, in shares of its maximum; where it is low the skin stays visible.
 
     Args:
         image: (S, S, 3).
-        heat: (S, S), not negative; without any heat the picture stays as it is.
+        saliency: (S, S), not negative; without any saliency the image stays as it is.
 
     Returns:
         (S, S, 3).
 
     Raises:
-        ValueError: the shapes don't fit, or heat is negative or not finite.
+        ValueError: the shapes don't fit, or saliency is negative or not finite.
     """
-    if heat.shape != picture.shape[:2]:
-        raise ValueError(f"heat {heat.shape} doesn't fit a picture {picture.shape}")
-    if not np.isfinite(heat).all() or heat.min() < 0:
-        raise ValueError("heat must be finite and not negative")
-    largest = float(heat.max())
-    share = heat.astype(np.float64) / largest if largest > 0 else np.zeros(heat.shape)
+    if saliency.shape != image.shape[:2]:
+        raise ValueError(f"saliency {saliency.shape} doesn't fit a image {image.shape}")
+    if not np.isfinite(saliency).all() or saliency.min() < 0:
+        raise ValueError("saliency must be finite and not negative")
+    largest = float(saliency.max())
+    share = saliency.astype(np.float64) / largest if largest > 0 else np.zeros(saliency.shape)
     colour = 255 * colormaps[SALIENCY_CMAP](share)[..., :3]
     cover = _COVER * np.minimum(share / _FULL_FROM, 1)[..., None]
-    return np.asarray(np.rint((1 - cover) * picture + cover * colour), dtype=np.uint8)
+    return np.asarray(np.rint((1 - cover) * image + cover * colour), dtype=np.uint8)
 
 
 @styled
 def draw_gradcam(cases: Sequence[GradCamCase], choice: str, encoders: int = 1) -> ReportFigure:
-    """Draw images beside the heat of the predicted and of another class.
+    """Draw images beside the saliency of the predicted and of another class.
 
     Args:
         cases: one a row.
