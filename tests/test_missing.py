@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dualrefnet.models.base import Method, mark_absent
+from dualrefnet.models.base import Method, mark_missing
 from dualrefnet.models.encoders import Encoded, EncoderOutput
 from dualrefnet.models.registry import METHODS, new_model
 from dualrefnet.recipe import load_recipe
@@ -33,7 +33,7 @@ def test_every_method_answers_with_gaps_in_training_and_after(name: str) -> None
     absent = torch.tensor([False, True, False, False])
     for training in (True, False):
         read = None if images is None else model.train(training).encode(images)
-        read = mark_absent(read, absent) if read is not None and not model.needs_image else read
+        read = mark_missing(read, absent) if read is not None and not model.needs_image else read
         assert torch.isfinite(model.train(training)(read, forms).logits).all()
     if images is not None and not model.needs_image:
         images[1] = NAN
@@ -79,7 +79,7 @@ def test_the_tokens_learn_and_what_they_replace_does_not() -> None:
     forms[1, 4] = NAN
     images.requires_grad_(), forms.requires_grad_()
     # Without the normalisation layers, which let every image touch every other.
-    read = mark_absent(model.eval().encode(images), torch.tensor([True, False, False, False]))
+    read = mark_missing(model.eval().encode(images), torch.tensor([True, False, False, False]))
     model(read, forms).logits.square().sum().backward()
     assert model.missing.places[0].grad.abs().sum() > 0
     assert model.missing.columns.grad[4] != 0
@@ -91,7 +91,7 @@ def test_the_tokens_learn_and_what_they_replace_does_not() -> None:
 
 def test_a_map_and_taps_are_marked_with_their_vector() -> None:
     read = Encoded((EncoderOutput(torch.ones(2, 3, 2, 2), torch.ones(2, 3), (torch.ones(2, 1, 4, 4),)),))
-    marked = mark_absent(read, torch.tensor([False, True]))
+    marked = mark_missing(read, torch.tensor([False, True]))
     for values in (marked.first.map, marked.first.vector, marked.first.taps[0]):
         assert values[1].isnan().all()
         assert (values[0] == 1).all()

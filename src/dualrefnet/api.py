@@ -61,7 +61,7 @@ def fit(
         dataframe: one row an image.
         image: column with the image's path.
         label: column with the class.
-        group: column that names the patient; photographs of one patient stay on one side of the split.
+        group: column that names the patient; images of one patient stay on one side of the split.
         metadata: columns that describe the patient or the lesion; their kinds are guessed from the values.
         malignant: the classes that are cancer, for sensitivity and specificity of "malignant".
         out: the run folder; the table is kept beside it in `<out>-data/`, so that the run can be repeated.

@@ -5,7 +5,7 @@ The command line prints them as one line and exits with status 2; everything els
 
 
 class DualRefNetError(Exception):
-    """Base of every error that the user, not the programmer, can mend."""
+    """Base of every error that the user, not the programmer, can fix."""
 
 
 class DataError(DualRefNetError):
@@ -21,7 +21,7 @@ class SplitError(DualRefNetError):
 
 
 class WeightsError(DualRefNetError):
-    """Weights were asked for and are not to be had; nothing is ever silently random instead."""
+    """Weights were asked for and are not available; nothing is ever silently random instead."""
 
 
 class ImageError(DualRefNetError):

@@ -1,8 +1,8 @@
 """What every model returns."""
 
 # also: The last two layers, on which the second stage of the refinement acts.
-# also: Learned tokens for what is missing: a field of the form, the whole form, or the photograph.
-# also: What every method is: a network that reads an image, a form or both, and says so.
+# also: Learned tokens for what is missing: a field of the metadata, the whole form, or the image.
+# also: What every method is: a network that reads an image, metadata or both, and says so.
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from dualrefnet.models.encoders import Encoded, Encoder, EncoderOutput
+from dualrefnet.models.registry import METHODS
 from dualrefnet.recipe import ModelSection
 
 
@@ -76,13 +77,13 @@ class MissingInputs(nn.Module):
         )
 
     def form(self, metadata: Tensor) -> Tensor:
-        """Put the tokens into the gaps of (B, M) encoded forms."""
+        """Put the tokens into the gaps of (B, M) encoded metadata."""
         if not len(self.columns):
             return metadata
         return torch.where(metadata.isnan(), self.columns.to(metadata.dtype), metadata)
 
     def photograph(self, encoded: Encoded) -> Encoded:
-        """Put the tokens in place of photographs that aren't there: those whose vectors are NaN."""
+        """Put the tokens in place of images that aren't there: those whose vectors are NaN."""
         if not len(self.places):
             return encoded
         outputs, taps = [], iter(self.taps)
@@ -98,11 +99,11 @@ class MissingInputs(nn.Module):
         return Encoded(tuple(outputs))
 
 
-def mark_absent(encoded: Encoded, absent: Tensor) -> Encoded:
-    """Make NaN of what was read of photographs that aren't there.
+def mark_missing(encoded: Encoded, absent: Tensor) -> Encoded:
+    """Make NaN of what was read of images that aren't there.
 
     Args:
-        encoded: of B photographs.
+        encoded: of B images.
         absent: (B,) which of them aren't there.
     """
     gap = torch.tensor(float("nan"))
@@ -152,22 +153,22 @@ class Method(nn.Module, ABC):
     form.
 
     Attributes:
-        title: name in tables.
-        reference: where the method was published.
-        reconstruction: what isn't known of the published system and was filled in here; None if it is known.
+        title: name in tables; like the next two, of `METHODS`.
         reads_image: False for a method of the metadata alone.
         reads_metadata: False for a method of the image alone.
-        needs_metadata: False for a method that also works without a form (metadata tier M0).
         encoders: the image encoders; `reads_image` says whether there are any.
-        missing: learned tokens for what is missing; None: every photograph and every column must be there.
+        missing: learned tokens for what is missing; None: every image and every column must be there.
     """
 
     title: ClassVar[str]
-    reference: ClassVar[str]
-    reconstruction: ClassVar[str | None] = None
     reads_image: ClassVar[bool] = True
     reads_metadata: ClassVar[bool] = True
-    needs_metadata: ClassVar[bool] = True
+
+    def __init_subclass__(cls, name: str | None = None) -> None:
+        super().__init_subclass__()
+        if name is not None:
+            info = METHODS[name]
+            cls.title, cls.reads_image, cls.reads_metadata = info.title, info.reads_image, info.reads_metadata
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
         super().__init__()
@@ -197,13 +198,12 @@ class Method(nn.Module, ABC):
         return False
 
     def forward(self, image: Tensor | Encoded | None, metadata: Tensor) -> Output:
-        """Classify images with their forms.
+        """Classify images with their metadata.
 
         Args:
             image: (B, 3, H, W), normalised for the first encoder, or what the encoders have made of them; None for a
-                method that reads
-                no image. With `missing`, a photograph of NaN isn't there.
-            metadata: (B, M) encoded forms; with `missing`, NaN is a gap.
+                method that reads no image. With `missing`, an image of NaN isn't there.
+            metadata: (B, M) encoded metadata; with `missing`, NaN is a gap.
         """
         images = Encoded(()) if image is None else self.encode(image)
         output = self.answer(images, metadata)
@@ -218,7 +218,7 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
-        """Do what the method does with images that were read and forms in which nothing is missing; see `forward`.
+        """Do what the method does with images that were read and metadata in which nothing is missing; see `forward`.
 
         Args:
             images: what each encoder gave; empty for a method that reads no image.
@@ -238,7 +238,9 @@ class Method(nn.Module, ABC):
             return self.read(image)
         # Training encodes every image and drops some afterwards, so none is missing here.
         return (
-            self.read(image) if self.training else mark_absent(self.read(image.nan_to_num()), image[:, 0, 0, 0].isnan())
+            self.read(image)
+            if self.training
+            else mark_missing(self.read(image.nan_to_num()), image[:, 0, 0, 0].isnan())
         )
 
     @property
@@ -252,7 +254,8 @@ class Method(nn.Module, ABC):
 
     def reconstruct(self, image: Tensor | Encoded) -> Tensor | None:
         """Return the (B, 3, 2H, 2W) image that the auxiliary task's decoder rebuilds, in about 0..1; None if there is
-        no decoder.
+        no
+        decoder.
         """
         return None
 

@@ -376,8 +376,7 @@ class BackboneSpec:
         stride: side of the image / side of the map.
         class_token: the vector is the class token, not the mean of the map.
         taps: which of timm's intermediate maps are given on request: the ends of the last stages before the map (CNNs,
-            Swin),
-            or the blocks after a quarter, a half and three quarters of the network.
+            Swin), or the blocks after a quarter, a half and three quarters of the network.
     """
 
     timm_name: str
@@ -480,8 +479,7 @@ class Encoder(nn.Module):
         options: what `create_encoder` needs besides name and size to build this network again.
         body: the timm network.
         last_map: the map passes through it unchanged, so that a hook there sees the map and its gradient. Not of
-            encoders
-            whose vector is a class token: it is made beside the map, not from it.
+            encoders whose vector is a class token: it is made beside the map, not from it.
     """
 
     def __init__(
@@ -576,7 +574,7 @@ def create_encoder(
 
     Raises:
         RecipeError: the name is unknown, or the size isn't legal for it.
-        WeightsError: the weights are not to be had.
+        WeightsError: the weights are not available.
         ValueError: `options` with other weights than `none`.
     """
     _check_size(name, image_size)

@@ -357,9 +357,8 @@ def load_network(name: str, weights: str = "auto") -> tuple[nn.Module, WeightsSo
 
     Raises:
         RecipeError: the name is unknown.
-        WeightsError: the weights are not to be had, or the file holds others; the message says what was tried and what
-            to
-            do.
+        WeightsError: the weights are not available, or the file holds others; the message says what was tried and what
+            to do.
     """
     spec = network_spec(name)
     # Whether a teacher is loaded must not change what the caller draws next.

@@ -337,7 +337,7 @@ class Trainer:
         kind = self.recipe.model.target if self.recipe.rebuilds_image else None
         image, target = input_and_target(full, target, kind, self.recipe.image.size)
         if chosen is not None:
-            # The target keeps the colours of the photograph: to take the noise out again is part of the auxiliary task.
+            # The target keeps the colours of the image: to take the noise out again is part of the auxiliary task.
             image = shade(image, chosen.photometry.to(self.device))
         return normalise(image, self.normalisation).contiguous(memory_format=torch.channels_last), target
 
