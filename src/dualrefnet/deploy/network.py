@@ -96,7 +96,7 @@ class ExportedModel(nn.Module):
                 read = mark_missing(read, absent)
             vectors = (torch.cat([output.vector for output in read.outputs], dim=1),)
         if missing is not None:
-            read, metadata = missing.photograph(read), missing.form(metadata)
+            read, metadata = missing.fill_images(read), missing.fill_metadata(metadata)
         return self.method.classify(read, metadata).logits, *vectors
 
     def example(self, count: int = 2) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Visual: the image vector asks maps inside the encoder where to look, and the metadata weights the image vector."""
+"""Visual: the image vector attends to maps inside the encoder, and the metadata weights the image vector."""
 
 from __future__ import annotations
 
