@@ -58,7 +58,7 @@ class MissingInputs(nn.Module):
     All tokens start at zero: for a standardised number its mean, for categories none.
 
     Attributes:
-        columns: (M,) one number for each column of the encoded form; none if the method reads no form.
+        columns: (M,) one number for each column of the encoded metadata; none if the method reads none.
         places: for each encoder (D,), in place of its vector and of every place of its map; none if an image is never
             missing.
         taps: for each tap of each encoder (C_k,), in place of every place of that map.
@@ -118,7 +118,7 @@ class Architecture(BaseModel):
 
     Attributes:
         image_size: side of the input, pixels.
-        metadata_width: M, length of an encoded form.
+        metadata_width: M, length of encoded metadata.
         classes: C.
         section: method, backbone and their settings.
         missing_tokens: learned tokens stand for what is missing.
@@ -145,8 +145,8 @@ class Architecture(BaseModel):
 class Method(nn.Module, ABC):
     """Base of all methods.
 
-    A method is built from its `Architecture` and its encoders, and says in `classify` what it does with an image and a
-    form.
+    A method is built from its `Architecture` and its encoders, and says in `classify` what it does with image and
+    metadata.
 
     Attributes:
         title: name in tables; like the next two, of `METHODS`.
@@ -225,8 +225,8 @@ class Method(nn.Module, ABC):
         """Read (B, 3, H, W) images, normalised for the first encoder, with all encoders; `forward` takes the result in
         their place.
 
-        What depends on the metadata alone can then be computed many times for one encoding. What was encoded before passes
-        through.
+        What depends on the metadata alone can then be computed many times for one encoding. What was encoded before
+        passes through.
         """
         if isinstance(image, Encoded):
             return image

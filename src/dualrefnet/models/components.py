@@ -1,4 +1,5 @@
-"""The parts that methods are made of: metadata networks, fusions, decision fusion, and the decoders of the auxiliary task.
+"""The parts that methods are made of: metadata networks, fusions, decision fusion, and the decoders of the auxiliary
+task.
 
 The paper's own choice stands first in each group, its ablations and other readings after it.
 """
@@ -151,9 +152,9 @@ class Hadamard(nn.Module):
 class CrossAttention(nn.Module):
     """The ablation's cross-attention, four heads of 512 together.
 
-    The paper gives no more than that. Our reading: the metadata vector is the query, the places of the last map and the image
-    vector answer, and what they say stands beside the metadata vector: [MHA(W_q m, W_p [v || places]) || W_q m]. (With
-    the image vector alone attention would have no choice; without it the last normalisation of BEiT would have no
+    The paper gives no more than that. Our reading: the metadata vector is the query, the places of the last map and the
+    image vector answer, and what they say stands beside the metadata vector: [MHA(W_q m, W_p [v || places]) || W_q m].
+    (With the image vector alone attention would have no choice; without it the last normalisation of BEiT would have no
     part.)
 
     Attributes:

@@ -1,4 +1,5 @@
-"""Published networks of x2 super-resolution, whose output can be the target of the auxiliary task: EDSR, CARN-M, NinaSR.
+"""Published networks of x2 super-resolution, whose output can be the target of the auxiliary task: EDSR, CARN-M,
+NinaSR.
 
 Layers and their names are those of the published state dicts (torchSR; the authors of CARN).
 """
