@@ -33,7 +33,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import ArrayLike, NDArray
 
-from dualrefnet.display.figure import FAINT, INK, PAPER, PRIMARY, WIDTH, Picture, class_colours, new_figure, styled
+from dualrefnet.display.figure import FAINT, INK, PAPER, PRIMARY, WIDTH, ReportFigure, class_colours, new_figure, styled
 from dualrefnet.evaluation.bootstrap import draw_counts, group_codes, percentile_interval, wilson_interval
 from dualrefnet.evaluation.metrics import (
     DEFAULT_BINS,
@@ -417,7 +417,7 @@ LINE = 15
 
 
 @styled
-def draw_roc(curves: Curves, unit: str = "patients") -> Picture:
+def draw_roc(curves: Curves, unit: str = "patients") -> ReportFigure:
     """Draw the ROC curve of each class, one panel a class.
 
     Args:
@@ -437,11 +437,11 @@ def draw_roc(curves: Curves, unit: str = "patients") -> Picture:
         f"guessing. The dot is the decision for the most probable class; it needn't lie on the curve. {_drawn(curves, unit)}"
     )
     data = curves.frame().query("curve == 'roc'").reset_index(drop=True)
-    return Picture("roc", "ROC curves", caption, _alt(words, curves), figure, data)
+    return ReportFigure("roc", "ROC curves", caption, _alt(words, curves), figure, data)
 
 
 @styled
-def draw_precision_recall(curves: Curves, unit: str = "patients") -> Picture:
+def draw_precision_recall(curves: Curves, unit: str = "patients") -> ReportFigure:
     """Draw the precision-recall curve of each class, one panel a class.
 
     Args:
@@ -464,11 +464,11 @@ def draw_precision_recall(curves: Curves, unit: str = "patients") -> Picture:
         f"of the images. The dot is the decision for the most probable class; it needn't lie on the curve. {_drawn(curves, unit)}"
     )
     data = curves.frame().query("curve == 'precision_recall'").reset_index(drop=True)
-    return Picture("precision_recall", "Precision-recall curves", caption, _alt(words, curves), figure, data)
+    return ReportFigure("precision_recall", "Precision-recall curves", caption, _alt(words, curves), figure, data)
 
 
 @styled
-def draw_reliability(reliability: Reliability, unit: str = "patients") -> Picture:
+def draw_reliability(reliability: Reliability, unit: str = "patients") -> ReportFigure:
     """Draw the reliability diagram of the top label, with the number of images of each bin below.
 
     Args:
@@ -518,7 +518,7 @@ def draw_reliability(reliability: Reliability, unit: str = "patients") -> Pictur
         for row in table[table["count"] > 0].itertuples(index=False)
     ]
     alt = f"Expected calibration error {reliability.ece:.3f}. {'; '.join(words)}"
-    return Picture("reliability", "Reliability of the probabilities", caption, alt, figure, table)
+    return ReportFigure("reliability", "Reliability of the probabilities", caption, alt, figure, table)
 
 
 def _panels(curves: Curves, x: str, y: str) -> tuple[Figure, list[Axes]]:

@@ -24,7 +24,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import ArrayLike, NDArray
 
-from dualrefnet.display.figure import COLOURS, FAINT, INK, PRIMARY, Picture, new_figure, styled
+from dualrefnet.display.figure import COLOURS, FAINT, INK, PRIMARY, ReportFigure, new_figure, styled
 from dualrefnet.evaluation.bootstrap import (
     NAN,
     beside,
@@ -414,7 +414,7 @@ _LINES: tuple[tuple[str, str, str, Literal["-", "--"]], ...] = (
 
 
 @styled
-def draw_referral(curve: ReferralCurve, unit: str = "patients") -> Picture:
+def draw_referral(curve: ReferralCurve, unit: str = "patients") -> ReportFigure:
     """Draw sensitivity and specificity over the threshold, and the threshold in use.
 
     Args:
@@ -455,7 +455,7 @@ def draw_referral(curve: ReferralCurve, unit: str = "patients") -> Picture:
         f"At the threshold in use, {curve.chosen:.2f}, {curve.sensitivity:.2f} of the cancers are referred (wanted {curve.target:.2f}) and "
         f"{curve.specificity:.2f} of the benign lesions are spared"
     )
-    return Picture("referral", "Referral: cancers found and benign lesions spared", caption, alt, figure, table)
+    return ReportFigure("referral", "Referral: cancers found and benign lesions spared", caption, alt, figure, table)
 
 
 # Fewer answers than this say little, and the band would fill the picture.
@@ -474,7 +474,7 @@ _NAMED = (100, 80, 50)
 
 
 @styled
-def draw_selective(selective: Selective, unit: str = "patients") -> Picture:
+def draw_selective(selective: Selective, unit: str = "patients") -> ReportFigure:
     """Draw accuracy and balanced accuracy over the share of images that is answered.
 
     Args:
@@ -505,7 +505,7 @@ def draw_selective(selective: Selective, unit: str = "patients") -> Picture:
         if percent in at.index
     ]
     alt = "; ".join([*words, f"AURC {_aurc(selective)}"])
-    return Picture(
+    return ReportFigure(
         "selective", "Right answers when the model may keep silent", caption, alt, figure, table.reset_index(drop=True)
     )
 
