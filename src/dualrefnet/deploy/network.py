@@ -181,7 +181,7 @@ class ExportedModel(nn.Module):
                 read = mark_missing(read, absent)
             vectors = (torch.cat([output.vector for output in read.outputs], dim=1),)
         if self.method.missing is not None:
-            read, metadata = self.method.missing.photograph(read), self.method.missing.form(metadata)
+            read, metadata = self.method.missing.fill_images(read), self.method.missing.fill_metadata(metadata)
         return self.method.classify(read, metadata).logits, *vectors
 
     def example(self, count: int = 2) -> dict[str, Tensor]:
