@@ -76,7 +76,7 @@ def tiny_method(name: str, tokens: bool = False, width: int = WIDTH) -> tuple[Me
     architecture = Architecture(
         image_size=SIDE, metadata_width=width, classes=CLASSES, section=section, missing_tokens=tokens
     )
-    kind, encoders = METHODS[name], []
+    kind, encoders = METHODS[name].network, []
     for position in range(3 if name == "ensemble" else int(kind.reads_image)):
         # The second and third encoder of an ensemble expect images of another mean and deviation.
         source = WeightsSource(

@@ -28,7 +28,7 @@ from dualrefnet.display.figure import (
     FAINT,
     PRIMARY,
     SECONDARY,
-    Picture,
+    ReportFigure,
     class_colours,
     class_markers,
     new_figure,
@@ -457,7 +457,7 @@ _KNN = "knn_balanced_accuracy"
 
 
 @styled
-def draw_embedding(a: Embedding, b: Embedding | None = None) -> Picture:
+def draw_embedding(a: Embedding, b: Embedding | None = None) -> ReportFigure:
     """Draw the map of a run's test images, or of two runs' one above the other.
 
     Args:
@@ -498,13 +498,13 @@ def draw_embedding(a: Embedding, b: Embedding | None = None) -> Picture:
     )
     alt = f"Map of {len(a.table)} test images of {len(shown)} classes. {said}."
     name = "embedding" if b is None else "embeddings"
-    return Picture(
+    return ReportFigure(
         name, "Fused features of the test images", caption, alt, figure, pd.concat([run.table for run in maps])
     )
 
 
 @styled
-def draw_separation(comparison: EmbeddingComparison) -> Picture:
+def draw_separation(comparison: EmbeddingComparison) -> ReportFigure:
     """Draw silhouettes and nearest neighbours of two runs on the same images, with intervals."""
     runs = (comparison.first, comparison.second)
     figure, axes = new_figure(3.1, len(MEASURES))
@@ -536,7 +536,7 @@ def draw_separation(comparison: EmbeddingComparison) -> Picture:
         f"neighbours, which are the nearest images of other {first.unit}. {comparison.conclusion()} {_intervals(first)}"
     )
     alt = " ".join(comparison.sentence(measure) for measure in MEASURES)
-    return Picture("separation", "How well the classes are apart", caption, alt, figure, pd.DataFrame(rows))
+    return ReportFigure("separation", "How well the classes are apart", caption, alt, figure, pd.DataFrame(rows))
 
 
 def _draw_map(axis: Axes, run: Embedding) -> None:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from dualrefnet.analysis.opened_run import OpenedRun
 from dualrefnet.data.schema import DatasetSchema, MetadataField
-from dualrefnet.display.figure import FAINT, INK, PAPER, PRIMARY, SECONDARY, Picture, new_figure, shortened, styled
+from dualrefnet.display.figure import FAINT, INK, PAPER, PRIMARY, SECONDARY, ReportFigure, new_figure, styled, truncate
 from dualrefnet.errors import DataError
 from dualrefnet.evaluation.bootstrap import Bootstrap, group_codes, percentile_interval, wilson_interval
 from dualrefnet.evaluation.metrics import WeightedMetrics, check_predictions
@@ -469,7 +469,7 @@ NAMED = 3
 
 
 @styled
-def draw_subgroups(subgroups: Subgroups, measure: str, unit: str = "patients") -> Picture:
+def draw_subgroups(subgroups: Subgroups, measure: str, unit: str = "patients") -> ReportFigure:
     """Draw a measure of every level with its interval, and a line at that of the whole test side.
 
     Args:
@@ -493,7 +493,7 @@ def draw_subgroups(subgroups: Subgroups, measure: str, unit: str = "patients") -
         f"Mark: {name} of the level (in brackets: its test images); line: {_interval(subgroups, unit)}. {_classes(rows)}"
         f"{_without(rows)}A difference from the dashed line may come from which cases a level holds."
     )
-    return Picture(
+    return ReportFigure(
         f"subgroups_{_slug(measure)}",
         f"Subgroups: {name}",
         caption,
@@ -504,7 +504,7 @@ def draw_subgroups(subgroups: Subgroups, measure: str, unit: str = "patients") -
 
 
 @styled
-def draw_subgroup_gaps(subgroups: Subgroups, measure: str, unit: str = "patients") -> Picture:
+def draw_subgroup_gaps(subgroups: Subgroups, measure: str, unit: str = "patients") -> ReportFigure:
     """Draw how far every level is from the others with the interval, and a line at zero.
 
     Args:
@@ -534,7 +534,7 @@ def draw_subgroup_gaps(subgroups: Subgroups, measure: str, unit: str = "patients
         f"{_classes(rows)}{_without(rows)}A gap says that results differ, not why."
     )
     alt = _alt(rows, "gap", "gap_low", "gap_high", "+.2f")
-    return Picture(f"subgroup_gaps_{_slug(measure)}", f"Subgroups: gaps in {name}", caption, alt, figure, rows)
+    return ReportFigure(f"subgroup_gaps_{_slug(measure)}", f"Subgroups: gaps in {name}", caption, alt, figure, rows)
 
 
 def _rows(subgroups: Subgroups, measure: str, value: str) -> pd.DataFrame:
@@ -565,7 +565,7 @@ def _draw(axis: Axes, rows: pd.DataFrame, value: str, low: str, high: str, title
         face = PAPER if value == "gap" and not flagged else colour
         axis.plot(row[value], place, marker, color=colour, markerfacecolor=face, markersize=4.5)
     axis.set_ylim(len(shown) - 0.2, -0.8)
-    axis.set_yticks(range(len(shown)), [f"{shortened(str(row['level']), LETTERS)} ({row['images']})" for row in shown])
+    axis.set_yticks(range(len(shown)), [f"{truncate(str(row['level']), LETTERS)} ({row['images']})" for row in shown])
     axis.tick_params(axis="y", length=0)
     axis.grid(visible=False, axis="y")
     axis.locator_params(axis="x", nbins=6)

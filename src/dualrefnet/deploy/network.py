@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 
 import dualrefnet
 from dualrefnet.errors import DependencyError
-from dualrefnet.models.base import Architecture, Method, mark_absent
+from dualrefnet.models.base import Architecture, Method, mark_missing
 from dualrefnet.models.encoders import Encoded, Encoder
 from dualrefnet.models.inference import Normalisation
 from dualrefnet.runtime.classifier import Answered
@@ -93,10 +93,10 @@ class ExportedModel(nn.Module):
             # `to_unit` and `normalise` of the training, on channels that come last.
             read = self.method.read((image.permute(0, 3, 1, 2).float().div(255) - self.mean) / self.std)
             if absent is not None:
-                read = mark_absent(read, absent)
+                read = mark_missing(read, absent)
             vectors = (torch.cat([output.vector for output in read.outputs], dim=1),)
         if missing is not None:
-            read, metadata = missing.photograph(read), missing.form(metadata)
+            read, metadata = missing.fill_images(read), missing.fill_metadata(metadata)
         return self.method.classify(read, metadata).logits, *vectors
 
     def example(self, count: int = 2) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from dualrefnet.display.figure import FAINT, INK, PAPER, PRIMARY, WIDTH, Picture, class_colours, new_figure, styled
+from dualrefnet.display.figure import FAINT, INK, PAPER, PRIMARY, WIDTH, ReportFigure, class_colours, new_figure, styled
 from dualrefnet.evaluation.bootstrap import NAN, Bootstrap, Estimate, Floats, divide
 from dualrefnet.evaluation.metrics import (
     DEFAULT_BINS,
@@ -290,7 +290,7 @@ def compute_reliability(
 
 
 @styled
-def draw_curves(curves: Curves, kind: Kind, unit: str = "patients") -> Picture:
+def draw_curves(curves: Curves, kind: Kind, unit: str = "patients") -> ReportFigure:
     """Draw the ROC or precision-recall curve of each class, one panel a class.
 
     Args:
@@ -333,11 +333,11 @@ def draw_curves(curves: Curves, kind: Kind, unit: str = "patients") -> Picture:
     if curves.of and curves.of[-1].name == ALL_MALIGNANT:
         caption += f'; "{ALL_MALIGNANT}" is {", ".join(curves.malignant)} together'
     alt = "; ".join([*parts, *curves.notes])
-    return Picture(kind, title, "; ".join([caption, *curves.notes]) + ".", alt, figure, curves.frame(kind))
+    return ReportFigure(kind, title, "; ".join([caption, *curves.notes]) + ".", alt, figure, curves.frame(kind))
 
 
 @styled
-def draw_reliability(reliability: Reliability, unit: str = "patients") -> Picture:
+def draw_reliability(reliability: Reliability, unit: str = "patients") -> ReportFigure:
     """Draw the reliability diagram of the top label, with the number of images of each bin below.
 
     Args:
@@ -370,7 +370,7 @@ def draw_reliability(reliability: Reliability, unit: str = "patients") -> Pictur
         for row in table[table["count"] > 0].itertuples(index=False)
     ]
     alt = f"Expected calibration error {reliability.ece:.3f}. {'; '.join(bins)}"
-    return Picture("reliability", "Reliability diagram", caption, alt, figure, table)
+    return ReportFigure("reliability", "Reliability diagram", caption, alt, figure, table)
 
 
 def _highest(x: Floats, y: Floats, wanted: Floats) -> Floats:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from dualrefnet.display.figure import COLOURS, FAINT, INK, PRIMARY, Picture, new_figure, styled
+from dualrefnet.display.figure import COLOURS, FAINT, INK, PRIMARY, ReportFigure, new_figure, styled
 from dualrefnet.evaluation.bootstrap import NAN, Bootstrap, Estimate, Floats, divide
 from dualrefnet.evaluation.metrics import check_predictions
 
@@ -207,7 +207,7 @@ def measure_selective(
 
 
 @styled
-def draw_referral(curve: ReferralCurve, unit: str = "patients") -> Picture:
+def draw_referral(curve: ReferralCurve, unit: str = "patients") -> ReportFigure:
     """Draw sensitivity and specificity over the threshold, and the threshold in use.
 
     Args:
@@ -233,11 +233,11 @@ def draw_referral(curve: ReferralCurve, unit: str = "patients") -> Picture:
         f"At the threshold in use, {curve.chosen:.2f}, the sensitivity is {curve.sensitivity:.2f} (target "
         f"{curve.target:.2f}) and the specificity {curve.specificity:.2f}"
     )
-    return Picture("referral", "Referral: sensitivity and specificity", caption, alt, figure, curve.table)
+    return ReportFigure("referral", "Referral: sensitivity and specificity", caption, alt, figure, curve.table)
 
 
 @styled
-def draw_selective(selective: Selective, unit: str = "patients") -> Picture:
+def draw_selective(selective: Selective, unit: str = "patients") -> ReportFigure:
     """Draw accuracy and balanced accuracy over coverage.
 
     Args:
@@ -270,7 +270,7 @@ def draw_selective(selective: Selective, unit: str = "patients") -> Picture:
         for row in selective.table[selective.table["percent"].isin(TABLE)].itertuples()
     ]
     alt = "; ".join([*points, f"AURC {aurc}"])
-    return Picture("selective", "Selective prediction", caption, alt, figure, table)
+    return ReportFigure("selective", "Selective prediction", caption, alt, figure, table)
 
 
 def _draw_banded(axis: Axes, x: pd.Series, table: pd.DataFrame, measure: str, colour: str, line: str) -> None:
