@@ -357,11 +357,11 @@ def _auroc(lesions: pd.DataFrame, others: pd.DataFrame, samples: int, seed: int)
     patients = int(codes[: len(lesions)].max()) + 1
     apart = int(codes.max()) + 1 - patients
     ranking = Ranking.of(both["score"].to_numpy(), np.arange(len(both)) >= len(lesions), codes)
-    value = float(ranking.auc(np.ones((patients + apart, 1)))[0])
+    value = float(ranking.auc(np.ones((1, patients + apart)))[0])
     if min(patients, apart or patients) < FEW_SOURCES:
         return value, np.nan, np.nan
     streams = [draw_counts(patients, samples, seed)] + ([draw_counts(apart, samples, seed + 1)] if apart else [])
-    drawn = np.concatenate([ranking.auc(np.hstack(times).T) for times in zip(*streams, strict=True)])
+    drawn = np.concatenate([ranking.auc(np.hstack(times)) for times in zip(*streams, strict=True)])
     low, high = percentile_interval(drawn, 0.95) or (np.nan, np.nan)
     return value, low, high
 
