@@ -317,13 +317,14 @@ def predict(
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:
-    from dualrefnet.evaluation.tables import availability_line, calibration_line, metrics_table
+    from dualrefnet.display.format import availability_line, calibration_line, metrics_tables
     from dualrefnet.runtime.availability import missingness_shortcut
 
     title = f"{metrics['dataset']}, test set, protocol {metrics['protocol']}" + (
         " - DRAWN PICTURES, NOT CLINICAL" if metrics["drawn"] else ""
     )
-    Console().print(metrics_table(metrics, title=title))
+    for table in metrics_tables(metrics, title):
+        print_table(table)
     # A run that was finished by an earlier version has none.
     if "calibrated" in metrics:
         typer.echo(calibration_line(metrics["calibrated"]))
