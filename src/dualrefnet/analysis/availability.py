@@ -32,7 +32,7 @@ from dualrefnet.data.metadata import EncodedMetadata
 from dualrefnet.data.schema import DatasetSchema
 from dualrefnet.display.figure import COLOURS, INK, MARKERS, ReportFigure, new_figure, styled
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.bootstrap import beside, group_codes, measure_ratios, percentile_interval
+from dualrefnet.evaluation.bootstrap import Bootstrap, group_codes, percentile_interval
 from dualrefnet.evaluation.calibration import Calibration
 from dualrefnet.evaluation.comparison import PooledBootstrap, pooled_bootstrap
 from dualrefnet.evaluation.tables import MEASURE_NAMES
@@ -266,7 +266,7 @@ def draw_present(
     """
     count, fields = recorded.shape
     amounts = np.arange(fields + 1)
-    legal = amounts[group.holds(np.full(fields + 1, group.image), amounts / max(fields, 1))]
+    legal = amounts[group.contains(np.full(fields + 1, group.image), amounts / max(fields, 1))]
     if not len(legal):
         # A form of two fields has no third of them.
         return np.zeros_like(recorded), np.zeros(count, dtype=bool)
@@ -341,7 +341,7 @@ def measure_availability(
         told = {
             "temperature": thresholds.temperature,
             "referral_threshold": thresholds.referral,
-            "remarks": list(thresholds.remarks),
+            "remarks": list(thresholds.notes),
         }
         by_group.append({"name": one.group.name, "group": one.group._asdict(), **told, **values})
     return {"inputs": dict(zip(named, measured, strict=False)), "groups": by_group}
@@ -360,34 +360,33 @@ def _measure(
     result: dict[str, Any] = {"images": len(one.places), "fields": float(one.share.mean()) if one.share.size else None}
     if len(np.unique(patients)) < 2:
         return result
-    # Patients who can't be asked so aren't resampled.
-    patients = group_codes(patients)
+    # Patients without such an input aren't resampled.
+    bootstrap = Bootstrap(patients, len(truth), samples, seed, LEVEL)
     decided = calibration.decide(scores, np.full(len(scores), one.image), one.share.ravel())
     drawn = pooled_bootstrap(
         truth[: len(one.places)],
         {"run": list(one.probabilities)},
         patients[: len(one.places)],
         calibration.classes,
-        max(samples, 1),
+        samples,
         seed,
         LEVEL,
         calibration.malignant,
     )
     for measure in ("balanced_accuracy", "auc_macro_ovr", *(["malignant.auc"] if calibration.malignant else [])):
-        value = drawn.value("run", measure)
-        result |= beside(measure.replace(".", "_"), value.value, (value.low, value.high) if samples else None, LEVEL)
+        result |= drawn.value("run", measure).to_json(measure.replace(".", "_"), LEVEL)
     everyone = np.ones(len(truth), dtype=bool)
     ill = calibration.cancer[truth]
     score = malignancy(calibration.probabilities(scores), calibration.cancer)
     at_recorded = np.zeros(len(truth), dtype=bool) if calibration.referral is None else score >= calibration.referral
     refer = decided.refer if decided.refer is not None else at_recorded
     amounts = np.stack([decided.sets[np.arange(len(truth)), truth], refer, refer, at_recorded], axis=1)
-    ratios = measure_ratios(amounts, np.stack([everyone, ill, ~ill, ill], axis=1), patients, samples, seed, LEVEL)
+    ratios = bootstrap.ratios(amounts, np.stack([everyone, ill, ~ill, ill], axis=1))
     names = ("coverage", "cancers_referred", "benign_referred", "cancers_at_recorded_threshold")
     for name, ratio in zip(names, ratios, strict=True):
         result |= ratio.to_json(name, LEVEL)
     amounts = np.stack([decided.sets.sum(axis=1), score], axis=1)
-    means = measure_ratios(amounts, np.ones(amounts.shape, dtype=bool), patients, samples, seed, LEVEL, shares=False)
+    means = bootstrap.ratios(amounts, np.ones(amounts.shape, dtype=bool), proportions=False)
     for name, mean in zip(("mean_size", "mean_malignancy"), means, strict=True):
         result |= mean.to_json(name, LEVEL)
     return result
@@ -691,7 +690,7 @@ def _measured(
                 **start,
                 **{"measure": measure, "value": value.value, "low": value.low, "high": value.high},
                 **{
-                    "difference": difference.difference,
+                    "difference": difference.value,
                     "difference_low": difference.low,
                     "difference_high": difference.high,
                 },

@@ -35,8 +35,8 @@ from dualrefnet.display.figure import (
     truncate,
 )
 from dualrefnet.errors import RunError
-from dualrefnet.evaluation.bootstrap import paired_difference
-from dualrefnet.evaluation.comparison import Difference
+from dualrefnet.evaluation.bootstrap import Difference
+from dualrefnet.evaluation.comparison import pooled_bootstrap
 from dualrefnet.models.inference import to_unit
 from dualrefnet.run import Run
 
@@ -239,15 +239,15 @@ def find_disagreement(a: Run, b: Run, cases: int = 6, samples: int = 1000, seed:
         }
     )
     patients = both["group"].to_numpy()
-    found = paired_difference(truth, scores[0], scores[1], patients, classes, samples=samples, seed=seed)
+    found = pooled_bootstrap(truth, {"a": [scores[0]], "b": [scores[1]]}, patients, classes, samples, seed)
     return Disagreement(
         table,
         _choose(table, patients, cases),
         {kind: int((table["kind"] == kind).sum()) for kind in KINDS.values()},
-        found["a"],
-        found["b"],
-        Difference(found["difference"], found["ci95"][0], found["ci95"][1], found["p"], found["samples"]),
-        found["groups"],
+        found.points["a"]["balanced_accuracy"],
+        found.points["b"]["balanced_accuracy"],
+        found.difference("a", "b", "balanced_accuracy"),
+        found.groups,
         len(tested[0]) - len(both),
         len(tested[1]) - len(both),
     )

@@ -35,8 +35,8 @@ from dualrefnet.display.figure import (
     styled,
 )
 from dualrefnet.errors import RunError
-from dualrefnet.evaluation.bootstrap import CHUNK, group_codes
-from dualrefnet.evaluation.comparison import Difference, PooledBootstrap, Value
+from dualrefnet.evaluation.bootstrap import CHUNK, Difference, Estimate, group_codes
+from dualrefnet.evaluation.comparison import PooledBootstrap
 from dualrefnet.models.inference import encoded
 
 NEIGHBOURS = 5
@@ -227,7 +227,7 @@ class Embedding:
     seed: int
     unit: str
 
-    def value(self, measure: str) -> Value:
+    def value(self, measure: str) -> Estimate:
         """Return one of `MEASURES` with its interval."""
         return self.separation.value(self.name, measure)
 
@@ -261,9 +261,7 @@ class EmbeddingComparison:
         """Say in numbers which run separates the classes better by one of `MEASURES`, or that it can't be told."""
         found, winner = self.difference(measure), self.better(measure)
         values = ", ".join(f"{run.name} {run.value(measure).value:.3f}" for run in (self.first, self.second))
-        numbers = f"{values}; difference {found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]".replace(
-            "-", "−"
-        )
+        numbers = f"{values}; difference {found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]".replace("-", "−")
         said = (
             f"{winner.name} separates the classes better"
             if winner

@@ -144,7 +144,7 @@ def measure_probes(
             rows.append(
                 {
                     **{"probe": name, "compared_with": whole, "measure": measure, "chance": chance},
-                    **{"value": value.value, "low": value.low, "high": value.high, "difference": difference.difference},
+                    **{"value": value.value, "low": value.low, "high": value.high, "difference": difference.value},
                     **{"difference_low": difference.low, "difference_high": difference.high},
                     **dict(zip(("lead", "lead_low", "lead_high"), lead, strict=True)),
                     **{"images": bootstrap.images, "patients": bootstrap.groups, "repeats": len(repeats)},

@@ -33,11 +33,11 @@ from dualrefnet.display.format import Cell, PrintedTable
 from dualrefnet.display.page import Section
 from dualrefnet.evaluation.bootstrap import interval_suffix
 from dualrefnet.evaluation.curves import (
+    KINDS,
     class_curves,
     compute_reliability,
-    draw_precision_recall,
+    draw_curves,
     draw_reliability,
-    draw_roc,
 )
 from dualrefnet.evaluation.tables import (
     AVAILABILITY_COLUMNS,
@@ -185,7 +185,7 @@ def class_section(measured: Measured, samples: int, seed: int) -> Section:
         "classes",
         "Class by class",
         lead,
-        [*tables, *pictures, draw_roc(curves, unit), draw_precision_recall(curves, unit)],
+        [*tables, *pictures, *(draw_curves(curves, kind, unit) for kind in KINDS)],
     )
 
 

@@ -93,7 +93,7 @@ def compared_section(first: OpenedRun, second: OpenedRun, options: ReportOptions
         verdict = "the interval holds 0, so it can't be told which is better"
     alone = found.only_a + found.only_b
     left_out = f" ({alone:,} images that only one of them was tested on are left out)" if alone else ""
-    numbers = f"{difference.difference:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]".replace("-", "−")
+    numbers = f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]".replace("-", "−")
     lead = [
         f"Both runs on the {len(found.table):,} test photographs that they share{left_out}: balanced accuracy "
         f"{found.balanced_accuracy_a:.3f} of {names[0]} and {found.balanced_accuracy_b:.3f} of {names[1]}; difference {numbers}, "

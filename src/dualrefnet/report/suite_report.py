@@ -630,7 +630,7 @@ def _sentences(pair: Pair, found: Disagreement) -> Iterator[str]:
         f"Of the {len(found.table):,} test photographs both are right on {counts['both_right']:,}, {a} alone on "
         f"{counts['only_a_right']:,}, {b} alone on {counts['only_b_right']:,}, and none on {counts['both_wrong']:,}."
     )
-    interval = f"difference {gap.difference:+.3f} [{gap.low:+.3f} to {gap.high:+.3f}]".replace("-", "−")
+    interval = f"difference {gap.value:+.3f} [{gap.low:+.3f} to {gap.high:+.3f}]".replace("-", "−")
     yield (
         f"Balanced accuracy on them: {found.balanced_accuracy_a:.3f} of {a}, {found.balanced_accuracy_b:.3f} of {b}, {interval}. "
         "It is the result of these two trainings only; the tables have that of all."
