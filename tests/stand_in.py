@@ -21,7 +21,7 @@ def build(name: str, features: int, metadata_width: int, taps: Sequence[int] = (
     encoder = Encoder("mobilenet_v2", nn.Identity(), WeightsSource("none", "stand-in", None, NEUTRAL, NEUTRAL))
     encoder.features, encoder.tap_features = features, tuple(taps)
     architecture = Architecture(image_size=32, metadata_width=metadata_width, classes=2, section=section)
-    return METHODS[name](architecture, [encoder]).eval()
+    return METHODS[name].network(architecture, [encoder]).eval()
 
 
 def given(vector: list[float], taps: Sequence[Tensor] = ()) -> Encoded:

@@ -15,7 +15,7 @@ from stand_in import build, set_linear
 
 pytest.importorskip("captum")
 
-from dualrefnet.analysis.gradcam import HeatCase, draw_gradcam, gradcam, overlay
+from dualrefnet.analysis.gradcam import GradCamCase, draw_gradcam, gradcam, overlay
 
 WIDTH, CLASSES = 5, 4
 WITH_IMAGE = [name for name, method in METHODS.items() if method.reads_image]
@@ -172,9 +172,11 @@ def test_heat_of_a_method_that_asks_for_taps_is_that_of_the_definition(backbone:
 def test_heat_of_a_small_vision_transformer_is_that_of_the_definition() -> None:
     encoder = small_vit()
     section = ModelSection.model_validate({"method": "concat", "backbone": "vit_b_16"})
-    model = METHODS["concat"](
-        Architecture(image_size=64, metadata_width=WIDTH, classes=CLASSES, section=section), [encoder]
-    ).eval()
+    model = (
+        METHODS["concat"]
+        .network(Architecture(image_size=64, metadata_width=WIDTH, classes=CLASSES, section=section), [encoder])
+        .eval()
+    )
     check(model)
 
 
@@ -213,9 +215,11 @@ def test_places_of_a_vision_transformer_lie_where_they_lay_in_the_image() -> Non
     encoder = small_vit()
     nn.init.zeros_(encoder.body.pos_embed)
     section = ModelSection.model_validate({"method": "no_metadata", "backbone": "vit_b_16"})
-    model = METHODS["no_metadata"](
-        Architecture(image_size=64, metadata_width=0, classes=2, section=section), [encoder]
-    ).eval()
+    model = (
+        METHODS["no_metadata"]
+        .network(Architecture(image_size=64, metadata_width=0, classes=2, section=section), [encoder])
+        .eval()
+    )
     image = torch.zeros(1, 3, 64, 64)
     image[:, :, 16:32, 32:48] = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))
     maps = torch.cat([gradcam(model, image, torch.empty(1, 0), torch.tensor([target])).maps[0] for target in (0, 1)])
@@ -232,9 +236,11 @@ def test_a_frozen_encoder_gives_the_same_heat(backbone: str) -> None:
     model, (images, metadata) = new("concat"), inputs()
     if backbone == "small":
         section = ModelSection.model_validate({"method": "concat", "backbone": "vit_b_16"})
-        model = METHODS["concat"](
-            Architecture(image_size=64, metadata_width=WIDTH, classes=CLASSES, section=section), [small_vit()]
-        ).eval()
+        model = (
+            METHODS["concat"]
+            .network(Architecture(image_size=64, metadata_width=WIDTH, classes=CLASSES, section=section), [small_vit()])
+            .eval()
+        )
     targets = torch.tensor([0, 1, 2])
     free = gradcam(model, images, metadata, targets).heat
     assert free.any()
@@ -353,13 +359,15 @@ def test_an_overlay_of_what_is_no_heat_is_refused(heat: np.ndarray) -> None:
         overlay(np.zeros((2, 2, 3), dtype=np.uint8), heat)
 
 
-def cases() -> list[HeatCase]:
+def cases() -> list[GradCamCase]:
     picture, mask = np.full((8, 8, 3), 120, dtype=np.uint8), np.zeros((8, 8), dtype=bool)
     mask[:, :2] = True
     even, none = np.ones((8, 8), dtype=np.float32), np.zeros((8, 8), dtype=np.float32)
     return [
-        HeatCase("image 1", picture, {"MEL": even, "NEV": none}, {"MEL": 0.7, "NEV": 0.2}, "NEV", "MEL", "NEV", mask),
-        HeatCase("image 2", picture, {"MEL": even * 3, "NEV": even}, {"MEL": 0.4, "NEV": 0.6}, "NEV", "NEV", "MEL"),
+        GradCamCase(
+            "image 1", picture, {"MEL": even, "NEV": none}, {"MEL": 0.7, "NEV": 0.2}, "NEV", "MEL", "NEV", mask
+        ),
+        GradCamCase("image 2", picture, {"MEL": even * 3, "NEV": even}, {"MEL": 0.4, "NEV": 0.6}, "NEV", "NEV", "MEL"),
     ]
 
 
@@ -385,7 +393,7 @@ def test_drawn_cases_carry_their_numbers_and_say_what_they_show() -> None:
         "MEL\n40%, not predicted",
     ]
     np.testing.assert_array_equal(
-        picture.figure.axes[1].images[0].get_array(), overlay(cases()[0].picture, cases()[0].heats["MEL"])
+        picture.figure.axes[1].images[0].get_array(), overlay(cases()[0].image, cases()[0].saliency["MEL"])
     )
     assert picture.caption.endswith("The first two images.")
     assert "outline" in picture.caption

@@ -255,7 +255,7 @@ def test_without_masks_the_error_says_where_they_should_be(opened: OpenedRun, tm
 def test_a_run_without_images_has_nothing_to_localise(opened: OpenedRun) -> None:
     from dualrefnet.models.registry import METHODS
 
-    class Blind(METHODS["dualrefnet"]):  # type: ignore[misc]
+    class Blind(METHODS["dualrefnet"].network):  # type: ignore[misc]
         title, reads_image = "Blind", False
 
     with pytest.raises(RunError, match="Blind reads no image"):

@@ -1,4 +1,4 @@
-"""Skin-lesion classification from a photograph and the patient's metadata: DualRefNet and honest measurement.
+"""Skin-lesion classification from an image and the patient's metadata: DualRefNet and honest measurement.
 
 Public names: `train`, `fit`, `Predictor`, `Prediction`, `Run`, `Recipe`, `load_recipe`, `load_dataset`,
 `split_dataset`, `DualRefNetError`.

@@ -5,7 +5,7 @@ The command line prints them as one line and exits with status 2; everything els
 
 
 class DualRefNetError(Exception):
-    """Base of every error that the user, not the programmer, can mend."""
+    """Base of every error that the user, not the programmer, can fix."""
 
 
 class DataError(DualRefNetError):
@@ -17,11 +17,11 @@ class RecipeError(DualRefNetError):
 
 
 class SplitError(DualRefNetError):
-    """Rows cannot be divided as the protocol asks, or a group crosses the split."""
+    """Rows cannot be divided as the protocol demands, or a group crosses the split."""
 
 
 class WeightsError(DualRefNetError):
-    """Weights were asked for and are not to be had; nothing is ever silently random instead."""
+    """Requested weights are not available; nothing is ever silently random instead."""
 
 
 class ImageError(DualRefNetError):

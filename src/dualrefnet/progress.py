@@ -1,4 +1,4 @@
-"""What a person sees while something takes longer than a few seconds: progress bars and remarks, on standard error."""
+"""What a person sees while something takes longer than a few seconds: progress bars and notes, on standard error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-# Standard output is for results; progress and remarks must not mix with a table that is piped elsewhere.
+# Standard output is for results; progress and notes must not mix with a table that is piped elsewhere.
 console = Console(stderr=True, highlight=False)
 
 

@@ -50,7 +50,7 @@ class DataSection(Section):
 
 
 class MetadataSection(Section):
-    """How the patient's form becomes a vector."""
+    """How the patient's metadata becomes a vector."""
 
     tier: Literal["M0", "M1", "M2", "M3"] = Field(
         "M2",
@@ -59,20 +59,20 @@ class MetadataSection(Section):
     imputation: Literal["neural", "zero", "token", "label_leaking"] = Field(
         "neural",
         description="missing fields: predicted without labels; zero (which shows that they are missing); a learned token (which shows it "
-        "too, and lets photographs be missing: see modality_dropout); "
+        "too, and lets images be missing: see modality_dropout); "
         "label_leaking: predicted from the diagnosis, only to demonstrate that leak: such a model can't be used",
     )
     unknown: Literal["level", "missing"] = Field(
         "level", description="codes such as UNK: a category of its own, or missing"
     )
     scale: Literal["zscore", "raw"] = Field(
-        "zscore", description="numbers: standardised with the training mean and sd, or as they are"
+        "zscore", description="numbers: standardised with the training mean and std, or as they are"
     )
     merge_aliases: bool = Field(True, description="BRASIL is BRAZIL")
 
 
 class ImageSection(Section):
-    """How a photograph becomes the square that lies in the image store."""
+    """How an image becomes the square in the image store."""
 
     size: int = Field(224, ge=32, le=1024, multiple_of=32, description="side of the model's input, pixels")
     colour_constancy: Literal["shades_of_gray", "none"] = Field(
@@ -105,7 +105,7 @@ class AugmentationSection(Section):
     contrast: float = Field(0.15, ge=0, le=1, description="stretch about the mean by 1 +- this")
     saturation: float = Field(0.15, ge=0, le=1, description="mix with grey by 1 +- this")
     noise: float = Field(
-        0.02, ge=0, le=0.5, description="sd of Gaussian noise is drawn from 0..this (image range 0..1)"
+        0.02, ge=0, le=0.5, description="std of Gaussian noise is drawn from 0..this (image range 0..1)"
     )
 
     @model_validator(mode="after")
@@ -119,10 +119,8 @@ class ModalityDropoutSection(Section):
     """What is missing in training, so that the model copes with whatever is missing later.
 
     `fields` and `pattern` are drawn for every case and epoch. `metadata` and `image` are not drawn: every case is
-    classified with both,
-    without metadata and without the image, and each answer has its share of the classification loss. That is the mean
-    over which
-    modality would have been dropped, at no cost, since the image is encoded once.
+    classified with both, without metadata and without the image, and each answer has its share of the classification
+    loss. That is the mean over which modality would have been dropped, at no cost, since the image is encoded once.
     """
 
     model_config = ConfigDict(populate_by_name=True)
@@ -202,7 +200,7 @@ class ModelSection(Section):
     )
     target: Literal["bilinear", "bicubic", "native", "carn_m", "ninasr_b0", "ninasr_b1", "edsr"] = Field(
         "bilinear",
-        description="x2 image to rebuild: interpolated; native: the real photograph at 2x size; or a network's output",
+        description="x2 image to rebuild: interpolated; native: the real image at 2x size; or a network's output",
     )
     target_weights: str = Field("auto", description="weights of the network that makes the target: auto, or a file")
 

@@ -51,17 +51,17 @@ class Run:
 
     @property
     def metrics_file(self) -> Path:
-        """The measures; written last, so its presence says that the run is finished."""
+        """The metrics; written last, so a run that has them is finished."""
         return self.path / "metrics.json"
 
     @property
     def calibration_file(self) -> Path:
-        """What the validation side taught about the probabilities."""
+        """Calibration fitted on the validation split."""
         return self.path / "calibration.json"
 
     @property
     def out_of_scope_file(self) -> Path:
-        """The score that tells what isn't like the training photographs; not of a method that reads no image."""
+        """The out-of-distribution score; not of a method that reads no image."""
         return self.path / "out_of_scope.safetensors"
 
     @property
@@ -91,7 +91,7 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The measures on the test side."""
+        """The metrics on the test split."""
         return read_json(self._existing("metrics.json"))  # type: ignore[no-any-return]
 
     @property
@@ -114,7 +114,7 @@ class Run:
 
     @property
     def calibration(self) -> Calibration:
-        """Temperature, conformal thresholds and threshold of referral, fitted on the validation side."""
+        """Temperature, conformal thresholds and threshold of referral, fitted on the validation split."""
         if self.finished and not self.calibration_file.is_file():
             raise RunError(f"{self.path} is older than calibration.json: run `dualrefnet evaluate {self.path}`")
         try:
@@ -128,9 +128,9 @@ class Run:
 
     @property
     def out_of_scope(self) -> OutOfScope:
-        """How unlike the training photographs a picture is, with its limit."""
+        """The out-of-distribution score of an image, with its limit."""
         if self.finished and not self.out_of_scope_file.is_file():
-            raise RunError(f"{self.path} has no out-of-scope check: run `dualrefnet evaluate {self.path}`")
+            raise RunError(f"{self.path} has no out-of-distribution check: run `dualrefnet evaluate {self.path}`")
         from dualrefnet.analysis.out_of_distribution import OutOfScope
 
         return OutOfScope.load(self._existing(self.out_of_scope_file.name))

@@ -6,11 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from dualrefnet.cli import app
-from dualrefnet.cli.show import COLOURS, output, print_findings, print_table
+from dualrefnet.cli import Workers, app
 
 DatasetName = Annotated[str, typer.Argument(metavar="DATASET", help="pad_ufes_20, isic_2019, sample or csv_table")]
 Root = Annotated[
@@ -25,24 +22,31 @@ Description = Annotated[
         "--description", metavar="YAML", help="csv_table: what the columns mean; default: dataset.yaml in the folder."
     ),
 ]
+Protocol = Annotated[
+    str, typer.Option(help="paper (Table 1 to the row; leaks), grouped (patient-disjoint) or grouped-cv.")
+]
+Fold = Annotated[int, typer.Option(help="grouped-cv: which fold is the test set, from 0.")]
+Folds = Annotated[int, typer.Option(help="Number of folds.")]
+SplitSeed = Annotated[int, typer.Option(help="Shuffles the grouped protocols.")]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
 
 
 @app.command()
 def sample(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write; new, empty, or an earlier sample.")],
-    images: Annotated[int, typer.Option(help="Number of pictures.")] = 420,
-    seed: Annotated[int, typer.Option(help="The same seed draws the same bytes.")] = 0,
+    images: Annotated[int, typer.Option(help="Number of images.")] = 420,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
 ) -> None:
-    """Draw the sample data set: pictures of invented lesions with invented metadata, in PAD-UFES-20's layout.
+    """Make the synthetic sample data set: images of invented lesions with metadata, in PAD-UFES-20's layout.
 
-    Drawn, not clinical: for trying the software without any download.
+    Not clinical: for trying the software without any download.
     """
     from dualrefnet.data.synthetic import draw_sample
     from dualrefnet.progress import progress_bar
 
     with progress_bar("drawing") as show:
         draw_sample(folder, images=images, seed=seed, progress=show)
-    typer.echo(f"{images} drawn pictures with metadata are in {folder}")
+    typer.echo(f"{images} synthetic images with metadata are in {folder}")
 
 
 @app.command()
@@ -68,15 +72,14 @@ def check(
     dataset: DatasetName,
     root: Root = None,
     description: Description = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write the findings as JSON.")
-    ] = None,
-    workers: Annotated[int | None, typer.Option(help="Threads that read images; default: one a core.")] = None,
+    json_file: Json = None,
+    workers: Workers = None,
 ) -> None:
     """Validate a data set: counts, missing, broken and identical images, shared ids, unknown codes.
 
     Exit status 1 if something FAILs.
     """
+    from dualrefnet.cli.show import print_findings
     from dualrefnet.data.check import check_dataset
     from dualrefnet.files import write_json
     from dualrefnet.progress import progress_bar
@@ -94,17 +97,18 @@ def split(
     dataset: DatasetName,
     root: Root = None,
     description: Description = None,
-    protocol: Annotated[
-        str, typer.Option(help="paper (Table 1 to the row; leaks), grouped (patients apart) or grouped-cv.")
-    ] = "grouped",
-    fold: Annotated[int, typer.Option(help="grouped-cv: which fold is the test set, from 0.")] = 0,
-    folds: Annotated[int, typer.Option(help="Number of folds.")] = 5,
-    seed: Annotated[int, typer.Option(help="Shuffles the grouped protocols.")] = 0,
+    protocol: Protocol = "grouped",
+    fold: Fold = 0,
+    folds: Folds = 5,
+    seed: SplitSeed = 0,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="CSV", help="Write image_id, patient_id, label, split.")
     ] = None,
 ) -> None:
     """Divide a data set into train, validation and test, and say what leaks. Works from the CSVs alone."""
+    from rich.console import Console
+    from rich.table import Table
+
     from dualrefnet.data.adapters import load_dataset
     from dualrefnet.data.protocols import leakage, missing_sides, split_counts, split_dataset
     from dualrefnet.files import write_csv
@@ -122,7 +126,7 @@ def split(
         warn(message)
     for name, shares in leakage(loaded, rows).items():
         if shares is None:
-            remark(f"the data set names no {name}, so that a {name} on both sides can't be seen")
+            remark(f"the data set names no {name}, so whether a {name} is in two splits can't be seen")
         elif shares["train"] or shares["train_or_val"]:
             worst = max(shares["per_class"], key=shares["per_class"].get)
             warn(
@@ -141,48 +145,33 @@ def audit(
     dataset: DatasetName,
     root: Root = None,
     description: Description = None,
-    protocol: Annotated[
-        str, typer.Option(help="The split to audit: paper (leaks), grouped or grouped-cv.")
-    ] = "grouped",
-    fold: Annotated[int, typer.Option(help="grouped-cv: which fold is the test set, from 0.")] = 0,
-    folds: Annotated[int, typer.Option(help="Number of folds.")] = 5,
-    seed: Annotated[int, typer.Option(help="Shuffles the grouped protocols.")] = 0,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write findings and tables as JSON.")
-    ] = None,
+    protocol: Protocol = "grouped",
+    fold: Fold = 0,
+    folds: Folds = 5,
+    seed: SplitSeed = 0,
+    json_file: Json = None,
     without_images: Annotated[
-        bool, typer.Option("--without-images", help="Read no image; copies aren't looked for.")
+        bool, typer.Option("--without-images", help="Read no image; duplicates aren't searched.")
     ] = False,
     without_forests: Annotated[
-        bool, typer.Option("--without-forests", help="Grow no trees on the form: faster.")
+        bool, typer.Option("--without-forests", help="Train no random forests on the metadata: faster.")
     ] = False,
-    workers: Annotated[
-        int | None, typer.Option(help="Threads that read and compare images; default: one a core.")
-    ] = None,
+    workers: Workers = None,
 ) -> None:
-    """Audit a data set and its split: patients, lesions and copies of pictures on two sides, and metadata that give the
-    answer away.
+    """Audit a data set and its split: patients, lesions and duplicate images in two splits, and label-leaking metadata.
 
     Exit status 1 if something FAILs.
     """
     from dualrefnet.analysis.audit import audit_dataset, printed_tables
+    from dualrefnet.cli.show import COLOURS, output, print_findings, print_table
     from dualrefnet.files import write_json
     from dualrefnet.progress import progress_steps
 
     with progress_steps() as show:
         result = audit_dataset(
-            dataset,
-            root,
-            description,
-            protocol,
-            fold,
-            folds,
-            seed,
-            not without_images,
-            not without_forests,
-            workers,
+            dataset, root, description, protocol, fold, folds, seed, not without_images, not without_forests, workers,
             show,
-        )
+        )  # fmt: skip
     print_findings(result.findings)
     for table in printed_tables(result).values():
         print_table(table)

@@ -7,65 +7,51 @@ from typing import Annotated
 
 import typer
 
-from dualrefnet.cli import app
+from dualrefnet.cli import Cache, ModelFolder, PredictionDevice, Root, RunFolder, Variant, app
 
 Accept = Annotated[
     bool,
     typer.Option(
         "--accept-missingness-shortcut",
-        help="For research: also a model that takes missing metadata for a sign of a benign lesion, or that was never measured so. Card, "
-        "/v1/model and page then warn of it.",
+        help="For research: also a model that takes missing metadata for a sign of a benign lesion, or that was never "
+        "measured so. Model card, /v1/model and page then warn of it.",
     ),
 ]
 
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
-    out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Folder of the bundle; one that is there already is replaced.")
-    ],
+    run: RunFolder,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the bundle; replaced if it exists.")],
     int8: Annotated[
         bool | None,
         typer.Option(
             "--int8/--no-int8",
-            help="Also a network of 8-bit whole numbers: smaller, as a rule faster on CPUs, measured beside the other. It needs the run's "
-            "photographs. Default: where they are at hand.",
+            help="Also an 8-bit network: smaller, as a rule faster on CPUs, and measured. It needs the run's images. "
+            "Default: if they are available.",
         ),
     ] = None,
-    root: Annotated[
-        Path | None, typer.Option("--root", metavar="DIR", help="Where the data lie now, if they have moved.")
-    ] = None,
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            "--cache",
-            metavar="DIR",
-            help="Where prepared images lie; default: $DUALREFNET_CACHE or the user's cache folder.",
-        ),
-    ] = None,
+    root: Root = None,
+    cache: Cache = None,
     accept_missingness_shortcut: Accept = False,
     push_to: Annotated[
         str | None,
         typer.Option(
             "--push-to",
             metavar="ORG/NAME",
-            help="Then send the bundle to the Hugging Face Hub (`hf auth login` first). A new repository is private.",
+            help="Then push the bundle to the Hugging Face Hub (`hf auth login` first). A new repository is private.",
         ),
     ] = None,
 ) -> None:
-    """Make a bundle of a trained run: a folder that answers without torch, and says what it is (extra `export`).
+    """Export a trained run as a bundle: a folder that predicts without torch, and says what it is (extra `export`).
 
-    It holds the network as ONNX (`model.onnx`) and for `torch.export.load` (`model.pt2`), preprocessing, encoding of
-    the form, calibration
-    and the check of pictures, a model card, the licence of the data, and a small program that needs only onnxruntime,
-    NumPy and OpenCV.
-    No photograph and no patient is in it.
+    It holds the network as ONNX (`model.onnx`) and for `torch.export.load` (`model.pt2`), preprocessing, metadata
+    encoding, calibration, the out-of-distribution check, a model card, the licence of the data, and a small program
+    that needs only onnxruntime, NumPy and OpenCV. No image and no patient is in it.
 
-    The network's answers are compared with torch's on validation photographs; a difference of more than 0.001 in a
-    probability stops the
-    export, and nothing is left behind. A model whose referral of cancers falls by more than .10 when metadata are blank
-    is refused.
+    The exported network is compared with torch's on validation images; a difference of more than 0.001 in a probability
+    stops the export, and nothing is left behind. A model whose referral of cancers falls by more than .10 when metadata
+    are blank is refused.
 
     `predict`, `serve` and `dualrefnet.Predictor.load` take the folder in place of a run.
     """
@@ -74,22 +60,18 @@ def export(
 
     bundle = export_run(Run(run), out, int8, root, cache, accept_missingness_shortcut)
     parity = bundle["networks"]["float32"]["parity"]
-    difference = f"probabilities differ from torch's by {parity['max_probability_difference']:.1e} at most, {parity['checked_on']}"
-    typer.echo(f"{out}: {', '.join(bundle['networks'])}; {difference}")
+    difference = f"largest difference of a probability from torch's {parity['max_probability_difference']:.1e}"
+    typer.echo(f"{out}: {', '.join(bundle['networks'])}; {difference}, {parity['checked_on']}")
     if push_to is not None:
         from dualrefnet.deploy.hub import push_bundle
 
-        typer.echo(f"sent: {push_bundle(out, push_to, private=True)}")
+        typer.echo(f"pushed: {push_bundle(out, push_to, private=True)}")
 
 
 @app.command()
 def serve(
-    model: Annotated[
-        Path, typer.Argument(metavar="RUN_OR_BUNDLE", help="A run folder, or the folder of an exported bundle.")
-    ],
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 for everybody who reaches this machine.")
-    ] = "127.0.0.1",
+    model: ModelFolder,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: a free one.")] = 8000,
     workers: Annotated[
         int, typer.Option(min=1, help="Processes, each with a copy of the model and its share of the cores.")
@@ -104,23 +86,21 @@ def serve(
     ] = None,
     max_upload: Annotated[int, typer.Option("--max-upload", min=1, metavar="MB", help="Largest request.")] = 64,
     queue: Annotated[
-        int, typer.Option(min=1, help="Requests that a worker holds at once; more are told to ask again.")
+        int, typer.Option(min=1, help="Requests that a worker holds at once; more are told to retry later.")
     ] = 64,
     timeout: Annotated[
-        float, typer.Option(min=0.1, metavar="SECONDS", help="From a whole request to its answer.")
+        float, typer.Option(min=0.1, metavar="SECONDS", help="From a complete request to its response.")
     ] = 30.0,
-    page: Annotated[bool, typer.Option("--page/--no-page", help="The page for people at /.")] = True,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="The web page at /.")] = True,
     root_path: Annotated[
         str,
-        typer.Option(
-            "--root-path", metavar="PATH", help="Path under which a proxy shows the service, such as /lesions."
-        ),
+        typer.Option("--root-path", metavar="PATH", help="Path under which a proxy serves it, such as /lesions."),
     ] = "",
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    variant: Annotated[str, typer.Option(help="Of a bundle: float32, or int8 if it has that.")] = "float32",
+    device: PredictionDevice = "cpu",
+    variant: Variant = "float32",
     accept_missingness_shortcut: Accept = False,
 ) -> None:
-    """Serve a model over HTTP, with a page for people at / and a description for programs at /docs.
+    """Serve a model over HTTP, with a web page at / and the API's documentation at /docs.
 
     SIGTERM or Ctrl+C stops the service after every accepted request is answered; a second one stops it at once. Needs
     the extra `deploy`.
@@ -133,13 +113,12 @@ def serve(
     from dualrefnet.service.settings import ServiceSettings
 
     size = max_upload * 2**20
-    room = max(4 * size, 256 * 2**20)
     try:
         settings = ServiceSettings(
             page=page,
             root_path=root_path,
             max_upload=size,
-            queue_bytes=room,
+            queue_bytes=max(4 * size, 256 * 2**20),
             queue=queue,
             timeout=timeout,
             accept_missingness_shortcut=accept_missingness_shortcut,

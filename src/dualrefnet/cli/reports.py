@@ -1,6 +1,4 @@
-"""Commands that show what a run or a suite says: explain, report."""
-
-# also: Commands about suites: suites, suite, tables.
+"""Commands that show what a run or a suite says: explain, report; and those of suites: suites, suite, tables."""
 
 from __future__ import annotations
 
@@ -9,74 +7,30 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dualrefnet.cli import app
+from dualrefnet.cli import Cache, Device, Masks, RayAddress, Root, RunFolder, app
 from dualrefnet.errors import DualRefNetError
 
 if TYPE_CHECKING:
     from dualrefnet.suite.grid import Cell
 
-
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")]
-
-
-Root = Annotated[Path | None, typer.Option("--root", metavar="DIR", help="Where the data lie now, if they have moved.")]
-
-
-Cache = Annotated[
-    Path | None,
-    typer.Option(
-        "--cache",
-        metavar="DIR",
-        help="Where prepared images lie; default: $DUALREFNET_CACHE or the user's cache folder.",
-    ),
-]
-
-
 Against = Annotated[
     Path | None,
-    typer.Option("--against", metavar="RUN2", help="Set a second run beside it, on the test images that both have."),
+    typer.Option("--against", metavar="RUN2", help="Compare a second run, on the test images of both."),
 ]
-
-
 Label = Annotated[
-    str | None, typer.Option("--class", metavar="CLASS", help="Also show where photographs speak for this class.")
+    str | None, typer.Option("--class", metavar="CLASS", help="Also show where images speak for this class.")
 ]
-
-
-Masks = Annotated[
-    Path | None,
-    typer.Option(
-        "--masks",
-        metavar="DIR",
-        help="Outlines of the lesions, IMAGE_ID.png, to measure where Grad-CAM looks; default: masks/ in the data's folder, if there.",
-    ),
-]
-
-
-Images = Annotated[int, typer.Option(min=20, help="Test images at most that are looked at, each class in proportion.")]
-
-
-ShapImages = Annotated[
-    int, typer.Option(min=20, help="Of these at most so many for SHAP, which takes about a fifth of a second an image.")
-]
-
-
-Each = Annotated[int, typer.Option(min=1, help="Right and wrong answers of each class in the gallery.")]
-
-
-Seed = Annotated[int, typer.Option(help="Of the choice of images and of all resamples.")]
-
-
+Images = Annotated[int, typer.Option(min=20, help="Test images at most, stratified by class.")]
+ShapImages = Annotated[int, typer.Option(min=20, help="Of these at most so many for SHAP, about 0.2 s each.")]
+Each = Annotated[int, typer.Option(min=1, help="Correct and wrong predictions of each class in the gallery.")]
+Seed = Annotated[int, typer.Option(help="Of the sampling of images and of all resamples.")]
 NoPhotographs = Annotated[
     bool,
     typer.Option(
         "--no-photographs",
-        help="Leave out photographs and all that names a single image, so that the result may be sent on.",
+        help="Leave out images and whatever identifies a single one, so that the result can be shared.",
     ),
 ]
-
-
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU if there is one.")]
 
 
 @app.command()
@@ -97,10 +51,9 @@ def explain(
     cache: Cache = None,
     device: Device = None,
 ) -> None:
-    """Show what a trained run sees: Grad-CAM, SHAP of the form, t-SNE, a gallery, the auxiliary task (extra `explain`).
+    """Explain a trained run: Grad-CAM, SHAP of the metadata, t-SNE, a gallery, super-resolution (extra `explain`).
 
-    Leaves every picture as PNG (300 dpi) and SVG, and its numbers as CSV. `report` puts all of them and more into one
-    page.
+    Writes every figure as PNG (300 dpi) and SVG, and its data as CSV. `report` puts all of them into one page.
     """
     from dualrefnet.report import ReportOptions
     from dualrefnet.report.run_report import write_explanations
@@ -123,7 +76,7 @@ def report(
         bool,
         typer.Option(
             "--without-explanations",
-            help="Only what the predictions say: seconds, and neither data nor model are needed.",
+            help="Only what follows from the predictions: seconds, without data and model.",
         ),
     ] = False,
     label: Label = None,
@@ -137,15 +90,12 @@ def report(
     cache: Cache = None,
     device: Device = None,
 ) -> None:
-    """Write one page about a run or a suite, for people who have only a browser (extras `report` and `explain`).
+    """Write a report of a run or a suite as one HTML page (extras `report` and `explain`).
 
-    The page is one HTML file that works offline; its pictures (PNG, SVG) and their numbers (CSV) lie beside it. A run's
-    page
-    takes some minutes on a CPU, most of them for SHAP; `--without-explanations` takes seconds. Of a suite the page
-    shows all
-    systems with intervals, and cases in which two of them differ; `--against`, `--class`, `--masks`, the numbers of
-    images and
-    the device are for runs alone.
+    The page works offline; its figures (PNG, SVG) and their data (CSV) are beside it. A run's page takes some minutes
+    on a CPU, most of them for SHAP; `--without-explanations` takes seconds. A suite's page shows all systems with
+    intervals, and cases in which two of them differ; `--against`, `--class`, `--masks`, the numbers of images and the
+    device are for runs alone.
     """
     from dualrefnet.report import ReportOptions
     from dualrefnet.report.run_report import write_report
@@ -160,7 +110,7 @@ def report(
         page = write_report(
             Run(folder), out, Run(against) if against else None, options, not without_explanations, root, cache, device
         )
-    typer.echo(f"the report: {page}")
+    typer.echo(f"report: {page}")
 
 
 @app.command("suites")
@@ -188,8 +138,8 @@ def suite(
         list[str] | None,
         typer.Argument(
             metavar="[KEY=VALUE]...",
-            help="Change the recipe of every run: data.root=DIR training.epochs=3 ...; model.method, model.backbone, data.fold and seed "
-            "take lists too: seed=[0,1,2].",
+            help="Change the recipe of every run: data.root=DIR training.epochs=3 ...; model.method, model.backbone, "
+            "data.fold and seed take lists too: seed=[0,1,2].",
         ),
     ] = None,
     out: Annotated[
@@ -201,21 +151,13 @@ def suite(
     smoke: Annotated[
         bool,
         typer.Option(
-            "--smoke", help="Minutes on a CPU: drawn pictures, one cheap CNN, one epoch. Shows that everything works."
+            "--smoke", help="Minutes on a CPU: synthetic images, one cheap CNN, one epoch. Shows that everything works."
         ),
     ] = False,
     workers: Annotated[
         int, typer.Option(min=1, help="Runs at the same time on this machine; they share its cores.")
     ] = 1,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            "--ray",
-            metavar="ADDRESS",
-            help="Run on a Ray cluster (extra `scale`): its address, `auto`, or `local` to start Ray here. --out, the data and best also "
-            "--cache must be on a file system that all its machines see.",
-        ),
-    ] = None,
+    ray: RayAddress = None,
     cores: Annotated[
         int | None,
         typer.Option(min=1, help="CPU cores of one run; default: this machine's shared by the workers, on Ray 1."),
@@ -226,20 +168,12 @@ def suite(
             "--discard-models", help="Remove the parameters of finished runs; the tables need their predictions alone."
         ),
     ] = False,
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            "--cache",
-            metavar="DIR",
-            help="Where prepared images lie; default: $DUALREFNET_CACHE or the user's cache folder.",
-        ),
-    ] = None,
+    cache: Cache = None,
 ) -> None:
     """Train a grid of recipes: a table or figure of the paper, or your own. Running it again goes on where it stopped.
 
     A run that fails is reported at the end, doesn't stop the others, and is tried again by the next call. Exit status 1
-    if
-    one failed. `dualrefnet tables DIR` makes the tables.
+    if one failed. `dualrefnet tables DIR` makes the tables.
     """
     from dualrefnet.progress import remark
     from dualrefnet.recipe import parse_overrides

@@ -6,16 +6,24 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.syntax import Syntax
 
-from dualrefnet.cli import app
-from dualrefnet.cli.show import COLOURS, output, print_table
+from dualrefnet.cli import (
+    Cache,
+    Device,
+    Masks,
+    ModelFolder,
+    PredictionDevice,
+    RayAddress,
+    Root,
+    RunFolder,
+    Variant,
+    Workers,
+    app,
+)
 from dualrefnet.errors import DualRefNetError
 
 RecipeName = Annotated[
-    str,
-    typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that ships (`dualrefnet recipes`)."),
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name (`dualrefnet recipes`).")
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -24,39 +32,24 @@ Overrides = Annotated[
 Out = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="The run folder; default: the recipe's name in runs/.")
 ]
-Cache = Annotated[
-    Path | None,
-    typer.Option(
-        "--cache",
-        metavar="DIR",
-        help="Where prepared images lie; default: $DUALREFNET_CACHE or the user's cache folder.",
-    ),
-]
-Workers = Annotated[int | None, typer.Option(help="Threads that prepare images; default: one a core.")]
 
 
 @app.command()
 def doctor() -> None:
     """Check the environment, the weights and the data: PASS, WARN or FAIL, each with the fix. Exit status 1 on FAIL."""
+    from dualrefnet.cli.show import print_findings
     from dualrefnet.doctor import examine
 
     findings = examine()
-    console = output()
-    for finding in findings:
-        console.print(
-            f"[{COLOURS[finding.level]}]{finding.level}[/]  {finding.subject}: {finding.message}", soft_wrap=True
-        )
+    print_findings(findings)
     raise typer.Exit(1 if any(finding.level == "FAIL" for finding in findings) else 0)
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the drawn data and the run.")] = Path(
-        "runs/demo"
-    ),
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for data and run.")] = Path("runs/demo"),
 ) -> None:
-    """Draw the sample data set, train DualRefNet on it, measure and explain it, and write a report. No network; a few
-    minutes.
+    """Make synthetic data, train DualRefNet on them, evaluate and explain it, write a report. No network; minutes.
 
     Needs the extra `explain`.
     """
@@ -65,17 +58,16 @@ def demo(
     run, page = run_demo(out)
     _print_metrics(run.metrics)
     typer.echo(
-        f"The run folder is {run.path}; try: dualrefnet predict {run.path} --images {out}/data/images --metadata {out}/data/metadata.csv "
-        "--out predictions.csv"
+        f"The run folder is {run.path}; try: dualrefnet predict {run.path} --images {out}/data/images "
+        f"--metadata {out}/data/metadata.csv --out predictions.csv"
     )
     typer.echo(f"The report, for any browser: {page.resolve()}")
 
 
 @app.command()
 def methods() -> None:
-    """List the methods that can be trained: `train RECIPE model.method=NAME`. Where a system is a reconstruction, it
-    says so.
-    """
+    """List the methods (`train RECIPE model.method=NAME`), and what of each is a reconstruction."""
+    from rich.console import Console
     from rich.table import Table
 
     from dualrefnet.models.registry import METHODS
@@ -92,11 +84,14 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe."
     from dualrefnet.recipe import load_recipe, recipe_text, shipped_recipes
 
     if name is not None:
-        text = recipe_text(name)
-        console = Console()
-        console.print(Syntax(text, "yaml", background_color="default")) if console.is_terminal else typer.echo(
-            text, nl=False
-        )
+        from rich.console import Console
+        from rich.syntax import Syntax
+
+        text, console = recipe_text(name), Console()
+        if console.is_terminal:
+            console.print(Syntax(text, "yaml", background_color="default"))
+        else:
+            typer.echo(text, nl=False)
         return
     for shipped in shipped_recipes():
         typer.echo(f"{shipped:<20} {load_recipe(shipped).description}")
@@ -127,8 +122,7 @@ def train(
     """Train and evaluate a recipe; leaves a run folder with the model, predictions and measures.
 
     Several GPUs: `accelerate launch --multi_gpu -m dualrefnet train RECIPE ...`; several processes on CPUs: the same
-    with
-    `--num_processes N` and `training.device=cpu`.
+    with `--num_processes N` and `training.device=cpu`.
     """
     from dualrefnet.recipe import load_recipe, parse_overrides
     from dualrefnet.training.train import train_recipe
@@ -150,13 +144,11 @@ def train(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    root: Annotated[
-        Path | None, typer.Option("--root", metavar="DIR", help="Where the data lie now, if they have moved.")
-    ] = None,
+    run: RunFolder,
+    root: Root = None,
     cache: Cache = None,
 ) -> None:
-    """Measure a trained run again: writes predictions.csv and metrics.json, prints the tables."""
+    """Evaluate a trained run again: writes predictions.csv and metrics.json, prints the metrics."""
     from dualrefnet.analysis.evaluate import evaluate_run
     from dualrefnet.run import Run
 
@@ -165,39 +157,28 @@ def evaluate(
 
 @app.command()
 def probe(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
+    run: RunFolder,
     against: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--against", metavar="RUN2", help="Set a run of the same test images beside it; may be given several times."
-        ),
+        typer.Option("--against", metavar="RUN2", help="Compare a run of the same test images; several times allowed."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Folder; default: probes/ in the run folder.")
     ] = None,
-    masks: Annotated[
-        Path | None,
-        typer.Option(
-            "--masks",
-            metavar="DIR",
-            help="Outlines of the lesions, IMAGE_ID.png; default: masks/ in the data's folder, if there.",
-        ),
-    ] = None,
-    permutations: Annotated[int, typer.Option(min=1, help="How often inputs are exchanged between patients.")] = 10,
-    draws: Annotated[int, typer.Option(min=1, help="Random choices of answers for each share of them.")] = 5,
-    seed: Annotated[int, typer.Option(min=0, help="Of exchanges, choices and resamples.")] = 0,
-    root: Annotated[
-        Path | None, typer.Option("--root", metavar="DIR", help="Where the data lie now, if they have moved.")
-    ] = None,
+    masks: Masks = None,
+    permutations: Annotated[int, typer.Option(min=1, help="How often inputs are permuted across patients.")] = 10,
+    draws: Annotated[int, typer.Option(min=1, help="Random choices of fields for each share of them.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Of permutations, choices and resamples.")] = 0,
+    root: Root = None,
     cache: Cache = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU if there is one.")] = None,
+    device: Device = None,
 ) -> None:
-    """Ask a trained run again with parts of its input taken away or exchanged: how much of its score is shortcut?
+    """Predict with parts of the input removed or permuted: how much of the score is shortcut?
 
-    Then with fewer and fewer answers, with and without the photograph. Leaves the tables as CSV and, with the extra
-    `report`,
-    their pictures.
+    Then with fewer and fewer fields, with and without the image. Writes tables as CSV and, with the extra `report`,
+    figures.
     """
+    from dualrefnet.cli.show import print_table
     from dualrefnet.report.run_report import write_probes
     from dualrefnet.run import Run
 
@@ -212,9 +193,7 @@ def probe(
 
 @app.command()
 def predict(
-    model: Annotated[
-        Path, typer.Argument(metavar="RUN_OR_BUNDLE", help="A run folder, or the folder of an exported bundle.")
-    ],
+    model: ModelFolder,
     out: Annotated[
         Path,
         typer.Option(
@@ -225,15 +204,15 @@ def predict(
     ],
     images: Annotated[
         list[Path] | None,
-        typer.Option("--images", metavar="PATH", help="A photograph or a folder of them; may be given several times."),
+        typer.Option("--images", metavar="PATH", help="An image or a folder of them; several times allowed."),
     ] = None,
     table: Annotated[
         Path | None,
         typer.Option(
             "--csv",
             metavar="CSV",
-            help="Instead of --images: one row a case, in column image its file (absolute, or relative to the table), in the others the "
-            "form. Without a column image: forms alone, for models that do without photographs.",
+            help="Instead of --images: one row a case, its file in column image (absolute, or relative to the table), "
+            "metadata in the others. Without a column image: metadata alone, for models that need no image.",
         ),
     ] = None,
     metadata: Annotated[
@@ -241,39 +220,25 @@ def predict(
         typer.Option(
             "--metadata",
             metavar="CSV",
-            help="Beside --images: one row an image, a column image (file name or id) and any of the fields; absent ones are missing.",
+            help="Beside --images: one row an image, column image (file name or id) and any of the fields.",
         ),
     ] = None,
     resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            help="Go on with what an interrupted call with the same arguments left; begin if it left nothing.",
-        ),
+        bool, typer.Option("--resume", help="Continue an interrupted call with the same arguments, if there was one.")
     ] = False,
-    batch: Annotated[int, typer.Option(min=1, help="Photographs that the model sees at once.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 32,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Threads that decode; default: one a core. On Ray: CPUs of each model, 1.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    variant: Annotated[str, typer.Option(help="Of a bundle: float32, or int8 if it has that.")] = "float32",
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            "--ray",
-            metavar="ADDRESS",
-            help="Predict on a Ray cluster (extra `scale`): its address, `auto`, or `local` to start Ray here. The model, the photographs "
-            "and --out must be on a file system that all its machines see.",
-        ),
-    ] = None,
+    device: PredictionDevice = "cpu",
+    variant: Variant = "float32",
+    ray: RayAddress = None,
 ) -> None:
-    """Classify photographs, a few or a million, with a trained run or an exported bundle.
+    """Classify images, a few or a million, with a trained run or an exported bundle.
 
-    Metadata that are missing make the sets larger and more cases be referred: each answer uses the thresholds that were
-    fitted for what is
-    given. A row that can't be predicted, or has a value that the model doesn't know, says why in its column error.
-    Memory doesn't grow with
-    the number of photographs.
+    Missing metadata make the prediction sets larger and refer more cases: each prediction uses the thresholds fitted
+    for what is given. A row that can't be predicted, or has a value unknown to the model, says why in its column error.
+    Memory doesn't grow with the number of images.
     """
     from functools import partial
 
@@ -289,7 +254,7 @@ def predict(
     )
 
     if bool(images) == (table is not None) or (table is not None and metadata is not None):
-        raise DualRefNetError("give --images, with --metadata if there are forms, or --csv, a table with both")
+        raise DualRefNetError("give --images, with --metadata if you have them, or --csv, a table with both")
     folder = ModelFolder(model, device, variant)
     # On Ray the actors have the devices; this process only asks what the model reads.
     predictor = (folder if ray is None else ModelFolder(model, "cpu", variant)).load()
@@ -317,11 +282,14 @@ def predict(
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from dualrefnet.cli.show import print_table
     from dualrefnet.display.format import availability_line, calibration_line, metrics_tables
     from dualrefnet.runtime.availability import missingness_shortcut
 
     title = f"{metrics['dataset']}, test set, protocol {metrics['protocol']}" + (
-        " - DRAWN PICTURES, NOT CLINICAL" if metrics["drawn"] else ""
+        " - SYNTHETIC IMAGES, NOT CLINICAL" if metrics["drawn"] else ""
     )
     for table in metrics_tables(metrics, title):
         print_table(table)

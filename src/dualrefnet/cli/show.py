@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dualrefnet.data.check import Finding
-from dualrefnet.display.format import PrintedTable
+if TYPE_CHECKING:
+    from dualrefnet.data.check import Finding
+    from dualrefnet.display.format import PrintedTable
 
 COLOURS = {"PASS": "green", "WARN": "yellow", "FAIL": "red"}
 # Characters that a column of words gets at least, if it needs them.

@@ -9,7 +9,7 @@ from html import escape
 
 import pandas as pd
 
-from dualrefnet.display.figure import Picture, inline_svg
+from dualrefnet.display.figure import ReportFigure, inline_svg
 from dualrefnet.display.format import PrintedTable
 from dualrefnet.errors import DependencyError
 
@@ -33,14 +33,14 @@ class Section:
     key: str
     title: str
     intro: list[str]
-    items: Sequence[PrintedTable | Picture] = ()
+    items: Sequence[PrintedTable | ReportFigure] = ()
     preformatted: str = ""
     folded: bool = False
 
     @property
-    def pictures(self) -> list[Picture]:
+    def pictures(self) -> list[ReportFigure]:
         """The figures among the items."""
-        return [item for item in self.items if isinstance(item, Picture)]
+        return [item for item in self.items if isinstance(item, ReportFigure)]
 
 
 def render_page(title: str, subtitle: str, notes: Sequence[str], sections: Sequence[Section], photographs: bool) -> str:
@@ -68,7 +68,7 @@ def render_page(title: str, subtitle: str, notes: Sequence[str], sections: Seque
     )
     environment.filters["svg"] = lambda figure: Markup(inline_svg(figure))
     environment.filters["csv_link"] = lambda data, name: Markup(_csv_link(data, name))
-    environment.tests["figure"] = lambda item: isinstance(item, Picture)
+    environment.tests["figure"] = lambda item: isinstance(item, ReportFigure)
     template = environment.get_template("page.html.jinja")
     return template.render(title=title, subtitle=subtitle, notes=notes, sections=sections, photographs=photographs)
 

@@ -1,8 +1,4 @@
-"""What every model returns."""
-
-# also: The last two layers, on which the second stage of the refinement acts.
-# also: Learned tokens for what is missing: a field of the form, the whole form, or the photograph.
-# also: What every method is: a network that reads an image, a form or both, and says so.
+"""What every method is: a network that reads an image, metadata or both, copes with missing ones, and classifies."""
 
 from __future__ import annotations
 
@@ -15,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from dualrefnet.models.encoders import Encoded, Encoder, EncoderOutput
+from dualrefnet.models.registry import METHODS
 from dualrefnet.recipe import ModelSection
 
 
@@ -61,7 +58,7 @@ class MissingInputs(nn.Module):
     All tokens start at zero: for a standardised number its mean, for categories none.
 
     Attributes:
-        columns: (M,) one number for each column of the encoded form; none if the method reads no form.
+        columns: (M,) one number for each column of the encoded metadata; none if the method reads none.
         places: for each encoder (D,), in place of its vector and of every place of its map; none if an image is never
             missing.
         taps: for each tap of each encoder (C_k,), in place of every place of that map.
@@ -75,45 +72,45 @@ class MissingInputs(nn.Module):
             nn.Parameter(torch.zeros(channels)) for encoder in encoders for channels in encoder.tap_features
         )
 
-    def form(self, metadata: Tensor) -> Tensor:
-        """Put the tokens into the gaps of (B, M) encoded forms."""
+    def fill_metadata(self, metadata: Tensor) -> Tensor:
+        """Put the tokens where (B, M) encoded metadata are missing (NaN)."""
         if not len(self.columns):
             return metadata
         return torch.where(metadata.isnan(), self.columns.to(metadata.dtype), metadata)
 
-    def photograph(self, encoded: Encoded) -> Encoded:
-        """Put the tokens in place of photographs that aren't there: those whose vectors are NaN."""
+    def fill_images(self, encoded: Encoded) -> Encoded:
+        """Put the tokens in place of missing images: those whose vectors are NaN."""
         if not len(self.places):
             return encoded
         outputs, taps = [], iter(self.taps)
         for output, place in zip(encoded.outputs, self.places, strict=True):
-            absent = output.vector[:, 0].isnan()
+            missing = output.vector[:, 0].isnan()
             outputs.append(
                 EncoderOutput(
-                    None if output.map is None else _fill(output.map, place, absent),
-                    _fill(output.vector, place, absent),
-                    tuple(_fill(tap, next(taps), absent) for tap in output.taps),
+                    None if output.map is None else _fill(output.map, place, missing),
+                    _fill(output.vector, place, missing),
+                    tuple(_fill(tap, next(taps), missing) for tap in output.taps),
                 )
             )
         return Encoded(tuple(outputs))
 
 
-def mark_absent(encoded: Encoded, absent: Tensor) -> Encoded:
-    """Make NaN of what was read of photographs that aren't there.
+def mark_missing(encoded: Encoded, missing: Tensor) -> Encoded:
+    """Set what was encoded of missing images to NaN.
 
     Args:
-        encoded: of B photographs.
-        absent: (B,) which of them aren't there.
+        encoded: of B images.
+        missing: (B,) which of them are missing.
     """
-    gap = torch.tensor(float("nan"))
-    return encoded.each(lambda values: _fill(values, gap, absent))
+    nan = torch.tensor(float("nan"))
+    return encoded.each(lambda values: _fill(values, nan, missing))
 
 
-def _fill(values: Tensor, token: Tensor, absent: Tensor) -> Tensor:
-    """Replace (B, C, ...) `values` by (C,) or a single number `token` where (B,) `absent`."""
+def _fill(values: Tensor, token: Tensor, missing: Tensor) -> Tensor:
+    """Replace (B, C, ...) `values` by (C,) or a single number `token` where (B,) `missing`."""
     rest = (1,) * (values.dim() - 2)
     token = token.to(values).reshape(1, -1, *rest)
-    return torch.where(absent.reshape(-1, 1, *rest), token, values)
+    return torch.where(missing.reshape(-1, 1, *rest), token, values)
 
 
 class Architecture(BaseModel):
@@ -121,7 +118,7 @@ class Architecture(BaseModel):
 
     Attributes:
         image_size: side of the input, pixels.
-        metadata_width: M, length of an encoded form.
+        metadata_width: M, length of encoded metadata.
         classes: C.
         section: method, backbone and their settings.
         missing_tokens: learned tokens stand for what is missing.
@@ -148,26 +145,26 @@ class Architecture(BaseModel):
 class Method(nn.Module, ABC):
     """Base of all methods.
 
-    A method is built from its `Architecture` and its encoders, and says in `classify` what it does with an image and a
-    form.
+    A method is built from its `Architecture` and its encoders, and says in `classify` what it does with image and
+    metadata.
 
     Attributes:
-        title: name in tables.
-        reference: where the method was published.
-        reconstruction: what isn't known of the published system and was filled in here; None if it is known.
+        title: name in tables; like the next two, of `METHODS`.
         reads_image: False for a method of the metadata alone.
         reads_metadata: False for a method of the image alone.
-        needs_metadata: False for a method that also works without a form (metadata tier M0).
         encoders: the image encoders; `reads_image` says whether there are any.
-        missing: learned tokens for what is missing; None: every photograph and every column must be there.
+        missing: learned tokens for what is missing; None: every image and every column must be there.
     """
 
     title: ClassVar[str]
-    reference: ClassVar[str]
-    reconstruction: ClassVar[str | None] = None
     reads_image: ClassVar[bool] = True
     reads_metadata: ClassVar[bool] = True
-    needs_metadata: ClassVar[bool] = True
+
+    def __init_subclass__(cls, name: str | None = None) -> None:
+        super().__init_subclass__()
+        if name is not None:
+            info = METHODS[name]
+            cls.title, cls.reads_image, cls.reads_metadata = info.title, info.reads_image, info.reads_metadata
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
         super().__init__()
@@ -197,13 +194,12 @@ class Method(nn.Module, ABC):
         return False
 
     def forward(self, image: Tensor | Encoded | None, metadata: Tensor) -> Output:
-        """Classify images with their forms.
+        """Classify images with their metadata.
 
         Args:
             image: (B, 3, H, W), normalised for the first encoder, or what the encoders have made of them; None for a
-                method that reads
-                no image. With `missing`, a photograph of NaN isn't there.
-            metadata: (B, M) encoded forms; with `missing`, NaN is a gap.
+                method that reads no image. With `missing`, an image of NaN is missing.
+            metadata: (B, M) encoded metadata; with `missing`, NaN is a missing value.
         """
         images = Encoded(()) if image is None else self.encode(image)
         output = self.answer(images, metadata)
@@ -213,12 +209,12 @@ class Method(nn.Module, ABC):
     def answer(self, images: Encoded, metadata: Tensor) -> Output:
         """Classify what was encoded, with the learned tokens in place of what is missing; see `forward`."""
         if self.missing is not None:
-            images, metadata = self.missing.photograph(images), self.missing.form(metadata)
+            images, metadata = self.missing.fill_images(images), self.missing.fill_metadata(metadata)
         return self.classify(images, metadata)
 
     @abstractmethod
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
-        """Do what the method does with images that were read and forms in which nothing is missing; see `forward`.
+        """Do what the method does with images that were read and metadata in which nothing is missing; see `forward`.
 
         Args:
             images: what each encoder gave; empty for a method that reads no image.
@@ -229,8 +225,8 @@ class Method(nn.Module, ABC):
         """Read (B, 3, H, W) images, normalised for the first encoder, with all encoders; `forward` takes the result in
         their place.
 
-        What depends on the metadata alone can then be asked many times of one reading. What was encoded before passes
-        through.
+        What depends on the metadata alone can then be computed many times for one encoding. What was encoded before
+        passes through.
         """
         if isinstance(image, Encoded):
             return image
@@ -238,7 +234,9 @@ class Method(nn.Module, ABC):
             return self.read(image)
         # Training encodes every image and drops some afterwards, so none is missing here.
         return (
-            self.read(image) if self.training else mark_absent(self.read(image.nan_to_num()), image[:, 0, 0, 0].isnan())
+            self.read(image)
+            if self.training
+            else mark_missing(self.read(image.nan_to_num()), image[:, 0, 0, 0].isnan())
         )
 
     @property
@@ -252,7 +250,8 @@ class Method(nn.Module, ABC):
 
     def reconstruct(self, image: Tensor | Encoded) -> Tensor | None:
         """Return the (B, 3, 2H, 2W) image that the auxiliary task's decoder rebuilds, in about 0..1; None if there is
-        no decoder.
+        no
+        decoder.
         """
         return None
 

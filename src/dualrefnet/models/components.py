@@ -1,8 +1,8 @@
-"""The metadata network: encoded form -> vector. The paper's four layers, and the two others of its ablations."""
+"""The parts that methods are made of: metadata networks, fusions, decision fusion, and the decoders of the auxiliary
+task.
 
-# also: How DualRefNet and AuxNet put the image vector and the metadata vector together.
-# also: Decision fusion: several heads of one model answer, and the final probabilities are their weighted mean.
-# also: The decoders of the auxiliary branch: from the encoder's map to an image of twice the input's side.
+The paper's own choice stands first in each group, its ablations and other readings after it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dualrefnet.models.base import Output
 from dualrefnet.models.encoders import EncoderOutput
 
-# The ablation says "transformer" and no sizes; these are small, since a form has some dozens of columns.
+# The ablation says "transformer" and no sizes; these are small, since metadata has some dozens of columns.
 TOKEN_WIDTH, TOKEN_HEADS, TOKEN_LAYERS = 64, 4, 2
 
 
@@ -68,7 +68,7 @@ class ColumnAttention(nn.Module):
         )
 
     def forward(self, metadata: Tensor) -> Tensor:
-        """Weight each column by what the whole form says."""
+        """Weight each column by all columns."""
         return metadata * self.weights(metadata)  # type: ignore[no-any-return]
 
 
@@ -152,11 +152,10 @@ class Hadamard(nn.Module):
 class CrossAttention(nn.Module):
     """The ablation's cross-attention, four heads of 512 together.
 
-    The paper gives no more than that. Our reading: the metadata vector asks, the places of the last map and the image
-    vector
-    answer, and what they say stands beside the metadata vector: [MHA(W_q m, W_p [v || places]) || W_q m]. (With the
-    image
-    vector alone attention would have no choice; without it the last normalisation of BEiT would have no part.)
+    The paper gives no more than that. Our reading: the metadata vector is the query, the places of the last map and the
+    image vector answer, and what they say stands beside the metadata vector: [MHA(W_q m, W_p [v || places]) || W_q m].
+    (With the image vector alone attention would have no choice; without it the last normalisation of BEiT would have no
+    part.)
 
     Attributes:
         features: 512 + 512.
@@ -179,14 +178,9 @@ class CrossAttention(nn.Module):
 
 
 Fusion = Concatenation | Hadamard | CrossAttention
-
-
 FUSIONS: dict[str, type[Fusion]] = {"concat": Concatenation, "hadamard": Hadamard, "cross_attention": CrossAttention}
-
-
 # The simplex is searched in steps of a twelfth, so that equal weights of two, three or four heads are among the
-# candidates
-# (91 for three heads).
+# candidates (91 for three heads).
 STEPS = 12
 
 
@@ -213,8 +207,7 @@ class DecisionFusion(nn.Module):
         """Return a model's output.
 
         In training the first head's scores stand in `logits` and the others in `heads`, so that each has a
-        cross-entropy
-        of its own; afterwards `logits` is the fused answer and `heads` holds all of them.
+        cross-entropy of its own; afterwards `logits` is the fused answer and `heads` holds all of them.
 
         Args:
             logits: (B, C) of every head, in the order of `names`.
@@ -274,8 +267,8 @@ def create_decoder(kind: str, in_features: int, stride: int) -> nn.Sequential:
 def plain_decoder(in_features: int, stride: int) -> nn.Sequential:
     """Six up-sampling stages, D-256-128-64-32-16-3: the literal reading of the paper.
 
-    Cost for a 224 px image and D = 1280: 706 M multiply-adds (MobileNet-V2 itself: 300 M), 5.9 M parameters.
-    For stride 16 the first stage keeps the size.
+    Cost for a 224 px image and D = 1280: 706 M multiply-adds (MobileNet-V2 itself: 300 M), 5.9 M parameters. For stride
+    16 the first stage keeps the size.
     """
     widths = (in_features, 256, 128, 64, 32, 16)
     layers: list[nn.Module] = []
@@ -312,9 +305,7 @@ def bottleneck_decoder(in_features: int, stride: int) -> nn.Sequential:
 
 
 class _Block(nn.Sequential):
-    """Convolution, batch normalisation, ReLU and, if it enlarges, a pixel shuffle: (B,before,h,w) -> (B,after,h u,w
-    u).
-    """
+    """Convolution, batch normalisation, ReLU and, if it enlarges, a pixel shuffle: (B,before,h,w) -> (B,after,h u,w u)."""
 
     def __init__(self, before: int, after: int, kernel: int = 3, upscale: int = 1) -> None:
         convolution = nn.Conv2d(before, after * upscale**2, kernel, padding=kernel // 2, bias=False)

@@ -1,4 +1,4 @@
-"""Concat (Pacheco and Krohling 2020): the reduced image vector beside the raw form."""
+"""Concat (Pacheco and Krohling 2020): the reduced image vector beside the raw metadata."""
 
 from __future__ import annotations
 
@@ -21,18 +21,13 @@ def reduced_features(metadata_width: int, combination_factor: float) -> int:
     return max(1, round(combination_factor * metadata_width / (1 - combination_factor)))
 
 
-class Concat(Method):
-    """Image vector (D) -> Linear(D -> n), normalisation, ReLU, dropout .5; beside it the form (d) as it is -> Linear(n
+class Concat(Method, name="concat"):
+    """Image vector (D) -> Linear(D -> n), normalisation, ReLU, dropout .5; beside it the metadata (d) as it is ->
+    Linear(n
     + d -> C).
 
     The layers are those of public code; the rule for n is our reading (`reduced_features`).
     """
-
-    title = "Concat"
-    reference = "Pacheco and Krohling, Computers in Biology and Medicine 2020, arXiv 1909.12912"
-    reconstruction = (
-        "the rule for the number of image features is inferred from one pair in public code (324 beside 81)"
-    )
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
         super().__init__(architecture, encoders)
@@ -44,6 +39,5 @@ class Concat(Method):
         self.classifier = nn.Linear(reduced + width, architecture.classes)
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
-        """Classify images, as encoded, with (B, M) forms."""
         features = torch.cat([self.reducer(images.first.vector), metadata], dim=1)
         return Output(self.classifier(features), features, None, {})

@@ -31,7 +31,8 @@ class DeepMetadataFusion(nn.Module):
 
 
 class MetadataConvolution(nn.Module):
-    """Encoded form (B, M) as a signal of M steps -> convolutions of width 3 to 32 and 64 channels, ReLU -> Linear ->
+    """Encoded metadata (B, M) as a signal of M steps -> convolutions of width 3 to 32 and 64 channels, ReLU -> Linear
+    ->
     (B, E).
     """
 
@@ -47,19 +48,12 @@ class MetadataConvolution(nn.Module):
         return self.last(self.convolutions(metadata.unsqueeze(1)).flatten(1))  # type: ignore[no-any-return]
 
 
-class DeepMetaForge(Method):
-    """Image vector (D) and a convolved form of the same length -> fusion module (2 D) -> 512, GELU, dropout .2 -> C.
+class DeepMetaForge(Method, name="deepmetaforge"):
+    """Image vector (D) and convolved metadata of the same length -> fusion module (2 D) -> 512, GELU, dropout .2 -> C.
 
-    A reconstruction: published, where we could read, are BEiT as encoder, a CNN of the form, and the idea of a module
-    that
-    compresses and decompresses both together. Every width, gate and normalisation here is our reading.
+    A reconstruction: published, where we could read, are BEiT as encoder, a CNN of the metadata, and the idea of a
+    module that compresses and decompresses both together. Every width, gate and normalisation here is our reading.
     """
-
-    title = "DeepMetaForge"
-    reference = "DeepMetaForge, IEEE Access 2023"
-    reconstruction = (
-        "layer sizes aren't published where we could read them: BEiT, 1-D CNN and the idea of the fusion module are"
-    )
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
         super().__init__(architecture, encoders)
@@ -71,6 +65,5 @@ class DeepMetaForge(Method):
         self.classifier = nn.Linear(512, architecture.classes)
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
-        """Classify images, as encoded, with (B, M) forms."""
         features = self.fusion(images.first.vector, self.metadata_network(metadata))
         return Output(self.classifier(self.dropout(functional.gelu(self.hidden(features)))), features, None, {})

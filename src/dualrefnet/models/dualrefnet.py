@@ -1,6 +1,4 @@
-"""DualRefNet (Khurshid, Singh, Vatsa, Scientific Reports 2025)."""
-
-# also: AuxNet (ISBI 2024), the direct ancestor of DualRefNet.
+"""DualRefNet (Khurshid, Singh, Vatsa, Scientific Reports 2025), and AuxNet (ISBI 2024), its direct ancestor."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from dualrefnet.models.encoders import Encoded, Encoder
 from dualrefnet.recipe import ModelSection
 
 
-class DualRefNet(Method):
+class DualRefNet(Method, name="dualrefnet"):
     """Image encoder and metadata network, concatenated and classified; a decoder rebuilds a x2 image in training.
 
     One forward tells the architecture: FV = [FV_image || FV_meta] (equation 3), the head of two layers, and the
@@ -23,10 +21,6 @@ class DualRefNet(Method):
         head: the layers on which the penalty R acts.
         decoder: dropped at inference; None without the auxiliary task.
     """
-
-    title = "DualRefNet"
-    reference = "Khurshid, Singh, Vatsa, Scientific Reports 2025"
-    needs_metadata = False
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
         super().__init__(architecture, encoders)
@@ -46,42 +40,30 @@ class DualRefNet(Method):
 
     @classmethod
     def maps(cls, section: ModelSection) -> bool:
-        """Cross-attention looks at the places of the last map."""
         return section.fusion == "cross_attention"
 
     @property
     def penalised(self) -> Head | None:
-        """The head: equation 4."""
         return self.head
 
     def reconstruct(self, image: Tensor | Encoded) -> Tensor | None:
-        """Rebuild the image at twice its side from the encoder's last map."""
         return None if self.decoder is None else self.decoder(self.encode(image).first.map)
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
-        """Classify images, as encoded, with (B, M) forms."""
         features = images.first.vector
         if self.metadata_network is not None and self.fusion is not None:
             features = self.fusion(images.first, self.metadata_network(metadata))
         return Output(self.head(features), features, None, {})
 
 
-class AuxNet(DualRefNet):
+class AuxNet(DualRefNet, name="auxnet"):
     """The network and the auxiliary task of DualRefNet, without the penalty R: L = alpha L_class + beta L_aux.
 
     A reconstruction: fusion and losses are known second hand, and what isn't known is taken from DualRefNet, its
-    successor.
-    With `fusion: hadamard` the vectors are multiplied (a public digest's reading of FV_image (.) FV_meta) instead of
-    concatenated (as DualRefNet's authors call the same step).
+    successor. With `fusion: hadamard` the vectors are multiplied (a public digest's reading of FV_image (.) FV_meta)
+    instead of concatenated (as DualRefNet's authors call the same step).
     """
-
-    title = "AuxNet"
-    reference = "AuxNet, ISBI 2024, arXiv 2402.10454"
-    reconstruction = (
-        "metadata network, decoder and optimizer aren't published where we could read them; DualRefNet's are used"
-    )
 
     @property
     def penalised(self) -> Head | None:
-        """None: the penalty is what DualRefNet added."""
         return None

@@ -1,4 +1,4 @@
-"""The ensemble of three encoders (Pham et al. 2025): each with efficient attention and a 1-D CNN of the form."""
+"""The ensemble of three encoders (Pham et al. 2025): each with efficient attention and a 1-D CNN of the metadata."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class EfficientChannelAttention(nn.Module):
 
 
 class Member(nn.Module):
-    """One encoder's part: [ECA(v) || CNN(form)] (D + 128) -> 256, ReLU -> C.
+    """One encoder's part: [ECA(v) || CNN(metadata)] (D + 128) -> 256, ReLU -> C.
 
-    The CNN: the form as a signal of M steps -> 64 channels, normalisation, ReLU, half the steps -> 128 channels, ReLU,
-    mean.
+    The CNN: the metadata as a signal of M steps -> 64 channels, normalisation, ReLU, half the steps -> 128 channels,
+    ReLU, mean.
     """
 
     def __init__(self, features: int, classes: int, dropout: float) -> None:
@@ -57,23 +57,15 @@ class Member(nn.Module):
         return self.classifier(hidden), hidden
 
 
-class Ensemble(Method):
-    """Three encoders, each with the form beside it; the answer is the weighted mean of their probabilities.
+class Ensemble(Method, name="ensemble"):
+    """Three encoders, each with the metadata beside it; the answer is the weighted mean of their probabilities.
 
     All three are trained together, a cross-entropy each; the weights of the mean are chosen on validation.
 
     A reconstruction: published, where we could read, are three different encoders with efficient attention, the 1-D CNN
-    of
-    the form beside each, and the weighted mean. EfficientNet, DenseNet and ResNet (`model.members`), ECA as that
-    attention,
-    and every width are our reading.
+    of the metadata beside each, and the weighted mean. EfficientNet, DenseNet and ResNet (`model.members`), ECA as that
+    attention, and every width are our reading.
     """
-
-    title = "Ensemble"
-    reference = "Pham et al., IUKM 2025"
-    reconstruction = (
-        "layer sizes aren't published where we could read them; the published .844 is of another test set (460 images)"
-    )
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
         super().__init__(architecture, encoders)
@@ -94,7 +86,6 @@ class Ensemble(Method):
         return Encoded(tuple(encoder(image * scale + shift) for encoder, scale, shift in parts))
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
-        """Classify images, as encoded by all members, with (B, M) forms."""
         logits, hidden = {}, []
         for name, member, output in zip(self.decision.names, self.members, images.outputs, strict=True):
             logits[name], features = member(output.vector, metadata)

@@ -16,7 +16,8 @@ DROPOUTS = (0.4, 0.4, 0.3)
 
 
 class HyperparametricBlock(nn.Module):
-    """out = SiLU(.7 LeakyReLU(v * t1) + .3 t2), t_k = BN(A_k u + b_k): two numbers from the form u (d) for each of v
+    """out = SiLU(.7 LeakyReLU(v * t1) + .3 t2), t_k = BN(A_k u + b_k): two numbers from the metadata u (d) for each of
+    v
     (D).
     """
 
@@ -31,20 +32,14 @@ class HyperparametricBlock(nn.Module):
         return functional.silu(IMAGE_SHARE * image + METADATA_SHARE * self.shift(metadata))
 
 
-class HyperparametricMetadataFusion(Method):
+class HyperparametricMetadataFusion(Method, name="hmfb"):
     """Pooled image vector (D) -> block -> a funnel of three layers (normalisation, ReLU, dropout) -> Linear(C).
 
     Block, funnels and dropout are those of the released code for the paper's five encoders; D/2, D/4, D/8 for others is
     its rule carried on. Not faithful is the image vector: but for EfficientNet, the released code has a convolution as
-    wide
-    as the whole last map (200 million parameters for ResNet-50) where the map is pooled here, as in its successors.
+    wide as the whole last map (200 million parameters for ResNet-50) where the map is pooled here, as in its
+    successors.
     """
-
-    title = "HMFB"
-    reference = "hyperparametric metadata fusion block, reference 28 of the paper"
-    reconstruction = (
-        "the last map is pooled; the released code convolves the whole map into a vector, but for EfficientNet"
-    )
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
         super().__init__(architecture, encoders)
@@ -58,6 +53,5 @@ class HyperparametricMetadataFusion(Method):
         self.classifier = nn.Linear(before, architecture.classes)
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
-        """Classify images, as encoded, with (B, M) forms."""
         features = self.funnel(self.block(images.first.vector, metadata))
         return Output(self.classifier(features), features, None, {})

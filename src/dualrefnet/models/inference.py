@@ -1,7 +1,4 @@
-"""From bytes to logits: the same few steps in validation, evaluation and prediction."""
-
-# also: What image encoders make of a picture, kept beside the answer, so that a picture is read once for both.
-# also: Frozen encoders: what they make of every picture is computed once, and the rest of a method is trained on it.
+"""From bytes to logits: the same few steps in validation, evaluation and prediction; and features of frozen encoders."""
 
 from __future__ import annotations
 
@@ -102,7 +99,7 @@ def predict_logits(
         model: any model of the contract.
         batches: what to read.
         size: side of the model's input.
-        normalisation: mean and sd of the encoder's weights.
+        normalisation: mean and std of the encoder's weights.
         device: where the model is.
         precision: `fp32` or `bf16`.
         progress: called with the number of images done.
@@ -133,11 +130,11 @@ def predict_logits(
 
 
 class VectorKeeper(nn.Module):
-    """A method that keeps the vectors of what it classifies, so that a picture is encoded once for both; in evaluation
+    """A method that keeps the vectors of what it classifies, so that an image is encoded once for both; in evaluation
     only.
 
     Args:
-        method: that is asked.
+        method: to keep the vectors of.
     """
 
     def __init__(self, method: Method) -> None:
@@ -167,13 +164,13 @@ def joined_vectors(read: Encoded) -> NDArray[np.float32]:
 
 
 def fill_features(recipe: Recipe, model: Method, store: ImageStore, device: torch.device) -> tuple[DerivedStore, ...]:
-    """Return what each encoder of a model makes of every picture; computed once for all runs that share encoder and
-    pictures.
+    """Return what each encoder of a model makes of every image; computed once for all runs that share encoder and
+    images.
 
     Args:
         recipe: the run's.
         model: with encoders that are not trained.
-        store: the pictures, of the input's size.
+        store: the images, of the input's size.
         device: where to compute.
 
     Raises:

@@ -34,22 +34,16 @@ class MutualAttention(nn.Module):
         return torch.cat([enhanced_image, enhanced_metadata], dim=1)
 
 
-class JointIndividualFusion(Method):
-    """Image vector (D) -> 512 -> 128 = a and form (d) -> 512 -> 128 = b; heads of a, of b and of [a' || b']; their
+class JointIndividualFusion(Method, name="jif_mmfa"):
+    """Image vector (D) -> 512 -> 128 = a and metadata (d) -> 512 -> 128 = b; heads of a, of b and of [a' || b']; their
     weighted mean.
 
     L = CE_joint + CE_image + CE_metadata; the weights of the mean are chosen on validation.
 
     A reconstruction: published, where we could read, are joint and individual features and attention of both kinds.
-    Widths,
-    activation and dropout are those of the group's earlier FusionM4Net; gates, losses and the mean are our reading.
+    Widths, activation and dropout are those of the group's earlier FusionM4Net; gates, losses and the mean are our
+    reading.
     """
-
-    title = "JIF-MMFA"
-    reference = "joint-individual fusion with multi-modal fusion attention, Pattern Recognition 2024, arXiv 2312.04189"
-    reconstruction = (
-        "sizes and optimizer aren't published where we could read them; branches are those of the group's earlier code"
-    )
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
         super().__init__(architecture, encoders)
@@ -63,7 +57,6 @@ class JointIndividualFusion(Method):
         self.decision = DecisionFusion(("joint", "image", "metadata"))
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
-        """Classify images, as encoded, with (B, M) forms."""
         individual_image = self.image_branch(images.first.vector)
         individual_metadata = self.metadata_branch(metadata)
         joint = self.attention(individual_image, individual_metadata)

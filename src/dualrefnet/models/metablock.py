@@ -1,4 +1,4 @@
-"""MetaBlock (Pacheco and Krohling 2021): the form gates and shifts groups of image features."""
+"""MetaBlock (Pacheco and Krohling 2021): the metadata gates and shifts groups of image features."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ GROUP = 32
 
 
 class MetaBlock(nn.Module):
-    """out = sigmoid(tanh(V * t1) + t2), t_k = BN(A_k u + b_k): two numbers from the form u (d) for each of m maps of n
+    """out = sigmoid(tanh(V * t1) + t2), t_k = BN(A_k u + b_k): two numbers from the metadata u (d) for each of m maps
+    of n
     values.
     """
 
@@ -29,16 +30,12 @@ class MetaBlock(nn.Module):
         return ((maps * scale).tanh() + shift).sigmoid()  # type: ignore[no-any-return]
 
 
-class MetaBlockNet(Method):
+class MetaBlockNet(Method, name="metablock"):
     """Pooled image vector (D) as D/32 maps of 32 values -> MetaBlock -> Linear(D -> C).
 
     The vector is divided, not a map, so every encoder here fits: all D are multiples of 32. The published network for
-    VGG
-    flattens the last map instead of pooling it.
+    VGG flattens the last map instead of pooling it.
     """
-
-    title = "MetaBlock"
-    reference = "Pacheco and Krohling, IEEE JBHI 2021"
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
         super().__init__(architecture, encoders)
@@ -52,6 +49,5 @@ class MetaBlockNet(Method):
         self.classifier = nn.Linear(features, architecture.classes)
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
-        """Classify images, as encoded, with (B, M) forms."""
         features = self.block(images.first.vector.reshape(len(metadata), -1, GROUP), metadata).flatten(1)
         return Output(self.classifier(self.dropout(features)), features, None, {})

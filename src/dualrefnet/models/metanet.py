@@ -1,4 +1,4 @@
-"""MetaNet (Li et al. 2020): the form gates the channels of the last map."""
+"""MetaNet (Li et al. 2020): the metadata gates the channels of the last map."""
 
 from __future__ import annotations
 
@@ -11,22 +11,17 @@ from dualrefnet.models.encoders import Encoded, Encoder
 GROUP, MIDDLE = 64, 64
 
 
-class MetaNet(Method):
+class MetaNet(Method, name="metanet"):
     """Map * sigmoid(A u + b), one gate a channel, then mean over places and Linear(D -> C).
 
     A gate is the same at every place, so gating the mean is gating the map: the same numbers. That is why every encoder
     fits: of ViT and ConViT the class token is gated, of BEiT the normalised mean, which a network of this kind never
-        had.
+    had.
 
     With `metanet_variant: mb_compat` the pooled vector is taken as maps of 8 x 8 *channels* under one gate each, from
-    two
-    layers with ReLU between: the re-implementation that Table 3's numbers probably come from. (Its code had other
-    numbers
-    for two encoders: VGG, whose map it flattened, and MobileNet, by mistake; here all have D / 64 gates.)
+    two layers with ReLU between: the re-implementation that Table 3's numbers probably come from. (Its code had other
+    numbers for two encoders: VGG, whose map it flattened, and MobileNet, by mistake; here all have D / 64 gates.)
     """
-
-    title = "MetaNet"
-    reference = "Li et al., IEEE ISBI 2020"
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
         super().__init__(architecture, encoders)
@@ -42,7 +37,6 @@ class MetaNet(Method):
         self.classifier = nn.Linear(features, architecture.classes)
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
-        """Classify images, as encoded, with (B, M) forms."""
         gates = self.gate(metadata).repeat_interleave(self.group, dim=1)
         features = images.first.vector * gates
         return Output(self.classifier(self.dropout(features)), features, None, {})

@@ -1,52 +1,127 @@
-"""From names to models: every method by its paper name, built from a description that is plain JSON."""
+"""Every method by its name: what it is called, who published it, what it reads, and how its model is built.
+
+Nothing here needs torch until a model is built, so that a recipe is checked and listed at once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from dualrefnet.errors import RecipeError, RunError
-from dualrefnet.models.base import Architecture, Method
-from dualrefnet.models.concat import Concat
-from dualrefnet.models.deepmetaforge import DeepMetaForge
-from dualrefnet.models.dualrefnet import AuxNet, DualRefNet
-from dualrefnet.models.encoders import WeightsSource, create_encoder
-from dualrefnet.models.ensemble import Ensemble
-from dualrefnet.models.hmfb import HyperparametricMetadataFusion
-from dualrefnet.models.jif_mmfa import JointIndividualFusion
-from dualrefnet.models.metablock import MetaBlockNet
-from dualrefnet.models.metanet import MetaNet
-from dualrefnet.models.single_modality import MetadataOnly, NoMetadata
-from dualrefnet.models.visual import Visual
 from dualrefnet.recipe import Recipe, suggestion
 
-METHODS: dict[str, type[Method]] = {
-    "dualrefnet": DualRefNet,
-    "auxnet": AuxNet,
-    "no_metadata": NoMetadata,
-    "metadata_only": MetadataOnly,
-    "concat": Concat,
-    "metanet": MetaNet,
-    "metablock": MetaBlockNet,
-    "hmfb": HyperparametricMetadataFusion,
-    "visual": Visual,
-    "deepmetaforge": DeepMetaForge,
-    "jif_mmfa": JointIndividualFusion,
-    "ensemble": Ensemble,
-}
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dualrefnet.models.base import Architecture, Method
+
 NEUTRAL = (0.5, 0.5, 0.5)
 
 
-def check_method(recipe: Recipe) -> type[Method]:
+@dataclass
+class MethodInfo:
+    """A method of the comparison.
+
+    Attributes:
+        title: name in tables.
+        reference: where it was published.
+        home: module and class of the network.
+        reconstruction: what isn't known of the published system and was filled in here; None if it is known.
+        reads_image: False for a method of the metadata alone.
+        reads_metadata: False for a method of the image alone.
+        needs_metadata: False for a method that also works without metadata (tier M0).
+    """
+
+    title: str
+    reference: str
+    home: str
+    reconstruction: str | None = None
+    reads_image: bool = True
+    reads_metadata: bool = True
+    needs_metadata: bool = True
+
+    @property
+    def network(self) -> type[Method]:
+        """The class of the network; imports torch."""
+        module, name = self.home.split(".")
+        return getattr(import_module(f"dualrefnet.models.{module}"), name)  # type: ignore[no-any-return]
+
+
+METHODS = {
+    "dualrefnet": MethodInfo(
+        "DualRefNet",
+        "Khurshid, Singh, Vatsa, Scientific Reports 2025",
+        "dualrefnet.DualRefNet",
+        needs_metadata=False,
+    ),
+    "auxnet": MethodInfo(
+        "AuxNet",
+        "AuxNet, ISBI 2024, arXiv 2402.10454",
+        "dualrefnet.AuxNet",
+        "metadata network, decoder and optimizer aren't published where we could read them; DualRefNet's are used",
+        needs_metadata=False,
+    ),
+    "no_metadata": MethodInfo(
+        "No metadata",
+        "baseline of Pacheco and Krohling, MetaBlock, IEEE JBHI 2021",
+        "single_modality.NoMetadata",
+        reads_metadata=False,
+        needs_metadata=False,
+    ),
+    "metadata_only": MethodInfo(
+        "Metadata only", "baseline of this project", "single_modality.MetadataOnly", reads_image=False
+    ),
+    "concat": MethodInfo(
+        "Concat",
+        "Pacheco and Krohling, Computers in Biology and Medicine 2020, arXiv 1909.12912",
+        "concat.Concat",
+        "the rule for the number of image features is inferred from one pair in public code (324 beside 81)",
+    ),
+    "metanet": MethodInfo("MetaNet", "Li et al., IEEE ISBI 2020", "metanet.MetaNet"),
+    "metablock": MethodInfo("MetaBlock", "Pacheco and Krohling, IEEE JBHI 2021", "metablock.MetaBlockNet"),
+    "hmfb": MethodInfo(
+        "HMFB",
+        "hyperparametric metadata fusion block, reference 28 of the paper",
+        "hmfb.HyperparametricMetadataFusion",
+        "the last map is pooled; the released code convolves the whole map into a vector, but for EfficientNet",
+    ),
+    "visual": MethodInfo(
+        "Visual",
+        "visual and metadata guided skin lesion classification, reference 34 of the paper",
+        "visual.Visual",
+        "taps at the ends of stages, where the released code has places of its own for MobileNet and EfficientNet; "
+        "no border of zeros around the maps; normalisation and dropout of its ResNet-50 for all encoders",
+    ),
+    "deepmetaforge": MethodInfo(
+        "DeepMetaForge",
+        "DeepMetaForge, IEEE Access 2023",
+        "deepmetaforge.DeepMetaForge",
+        "layer sizes aren't published where we could read them: BEiT, 1-D CNN and the idea of the fusion module are",
+    ),
+    "jif_mmfa": MethodInfo(
+        "JIF-MMFA",
+        "joint-individual fusion with multi-modal fusion attention, Pattern Recognition 2024, arXiv 2312.04189",
+        "jif_mmfa.JointIndividualFusion",
+        "sizes and optimizer aren't published where we could read them; branches are those of the group's earlier code",
+    ),
+    "ensemble": MethodInfo(
+        "Ensemble",
+        "Pham et al., IUKM 2025",
+        "ensemble.Ensemble",
+        "layer sizes aren't published where we could read them; the published .844 is of another test set (460 images)",
+    ),
+}
+
+
+def check_method(recipe: Recipe) -> MethodInfo:
     """Return the method of a recipe.
 
     Raises:
-        RecipeError: there is none of that name (the message names those there are), or it can't work without a form.
+        RecipeError: there is none of that name, or it can't work without metadata.
     """
     name = recipe.model.method
     if name not in METHODS:
@@ -68,27 +143,30 @@ def new_model(recipe: Recipe, metadata_width: int, classes: int) -> tuple[Method
 
     Returns:
         The model, its description, and the record of each encoder's weights (with `mean` and `std`); a method that
-        reads
-        no image has one record that says so.
+        reads no image has one record that says so.
 
     Raises:
         RecipeError: unknown method or backbone.
-        WeightsError: the weights aren't to be had.
+        WeightsError: the weights are not available.
     """
-    method, section = check_method(recipe), recipe.model
+    from dualrefnet.models.base import Architecture
+    from dualrefnet.models.encoders import WeightsSource, create_encoder
+
+    info, section = check_method(recipe), recipe.model
+    method = info.network
     if not recipe.rebuilds_image:
         section = section.model_copy(update={"decoder": "none"})
-    reads_both = method.reads_image and method.reads_metadata and metadata_width > 0
+    reads_metadata = info.reads_metadata and metadata_width > 0
     architecture = Architecture(
         image_size=recipe.image.size,
         metadata_width=metadata_width,
         classes=classes,
         section=section,
-        missing_tokens=recipe.metadata.imputation == "token" and method.reads_metadata and metadata_width > 0,
-        missing_image=reads_both and recipe.modality_dropout.image > 0,
+        missing_tokens=recipe.metadata.imputation == "token" and reads_metadata,
+        missing_image=info.reads_image and reads_metadata and recipe.modality_dropout.image > 0,
     )
     encoders = []
-    for position, name in enumerate(architecture.backbones if method.reads_image else ()):
+    for position, name in enumerate(architecture.backbones if info.reads_image else ()):
         encoders.append(create_encoder(name, section.weights, recipe.image.size, None, method.taps(section), position))
     model = method(architecture, encoders)
     if recipe.training.encoder == "frozen":
@@ -101,15 +179,17 @@ def new_model(recipe: Recipe, metadata_width: int, classes: int) -> tuple[Method
 
 
 def load_model(description: Mapping[str, Any], weights_file: Path) -> Method:
-    """Build a trained model.
-
-    Args:
-        description: the run's `model.json`.
-        weights_file: its `model.safetensors`.
+    """Build a trained model from the run's `model.json` and its `model.safetensors`.
 
     Raises:
         RunError: the parameters aren't there, or don't fit.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from dualrefnet.models.base import Architecture
+    from dualrefnet.models.encoders import create_encoder
+
     if not weights_file.is_file():
         raise RunError(
             f"there is no {weights_file}: the run's first epoch isn't over (`dualrefnet train ... --resume`)"
@@ -117,10 +197,8 @@ def load_model(description: Mapping[str, Any], weights_file: Path) -> Method:
     architecture = Architecture.model_validate(description["architecture"])
     section = architecture.section
     if section.method not in METHODS:
-        raise RunError(
-            f"{weights_file.parent} holds a model of method {section.method!r}, which this version doesn't know"
-        )
-    method = METHODS[section.method]
+        raise RunError(f"{weights_file.parent} holds a model of method {section.method!r}, unknown to this version")
+    method = METHODS[section.method].network
     encoders = []
     for position, name in enumerate(architecture.backbones if method.reads_image else ()):
         source = description["weights"][position]

@@ -1,6 +1,4 @@
-"""The image-only baseline of Table 3: backbone, pooled vector, one linear layer."""
-
-# also: The metadata-only baseline: DualRefNet without its image branch. What the form alone gives away.
+"""The single-modality baselines: the image alone (Table 3), and the metadata alone."""
 
 from __future__ import annotations
 
@@ -11,16 +9,11 @@ from dualrefnet.models.components import create_metadata_network
 from dualrefnet.models.encoders import Encoded, Encoder
 
 
-class NoMetadata(Method):
+class NoMetadata(Method, name="no_metadata"):
     """Image vector (D) -> dropout -> Linear(D -> C); metadata are ignored.
 
     The published network for VGG flattens the last map instead of pooling it; here every encoder gives one vector.
     """
-
-    title = "No metadata"
-    reference = "baseline of Pacheco and Krohling, MetaBlock, IEEE JBHI 2021"
-    reads_metadata = False
-    needs_metadata = False
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
         super().__init__(architecture, encoders)
@@ -28,17 +21,12 @@ class NoMetadata(Method):
         self.classifier = nn.Linear(encoders[0].features, architecture.classes)
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
-        """Classify images, as encoded; the form is ignored."""
         features = images.first.vector
         return Output(self.classifier(self.dropout(features)), features, None, {})
 
 
-class MetadataOnly(Method):
+class MetadataOnly(Method, name="metadata_only"):
     """Metadata network and head of DualRefNet; the image is ignored."""
-
-    title = "Metadata only"
-    reference = "baseline of this project"
-    reads_image = False
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
         super().__init__(architecture, encoders)
@@ -50,10 +38,8 @@ class MetadataOnly(Method):
 
     @property
     def penalised(self) -> Head | None:
-        """The head, as in DualRefNet."""
         return self.head
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
-        """Classify (B, M) forms; there are no images."""
         features = self.metadata_network(metadata)
         return Output(self.head(features), features, None, {})

@@ -1,11 +1,9 @@
 """Targets of the auxiliary task, an image of twice the side, and the measure of how well it was rebuilt.
 
-`bilinear` and `bicubic` enlarge the input itself, so the target holds nothing that the input lacks: the task is that
-of an auto-encoder. `native` keeps the real photograph at twice the size and shrinks it to get the input, which is
+`bilinear` and `bicubic` enlarge the input itself, so the target holds nothing that the input lacks: the task is that of
+an auto-encoder. `native` keeps the real image at twice the size and shrinks it to get the input, which is
 super-resolution proper.
 """
-
-# also: Targets of the auxiliary task that a super-resolution network makes: computed once from the stored pictures.
 
 from __future__ import annotations
 
@@ -44,7 +42,7 @@ def make_target(kind: str, image: Tensor) -> Tensor:
 
 
 def split_native(image: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide real photographs of twice the input's size into the model's input and its target.
+    """Divide real images of twice the input's size into the model's input and its target.
 
     Args:
         image: (B,3,2H,2W), range 0..1.
@@ -62,12 +60,12 @@ def split_native(image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def input_and_target(
-    pictures: Tensor, stored: Tensor | None, kind: str | None, size: int
+    images: Tensor, stored: Tensor | None, kind: str | None, size: int
 ) -> tuple[Tensor, Tensor | None]:
     """Divide what is stored of an image into what the model reads and what it is to rebuild.
 
     Args:
-        pictures: (B,3,S,S), range 0..1; S is `size`, or twice that for native targets.
+        images: (B,3,S,S), range 0..1; S is `size`, or twice that for native targets.
         stored: (B,3,2S,2S), range 0..1, a network's targets, or None.
         kind: of the target (`model.target`); None: nothing is rebuilt.
         size: side of the model's input.
@@ -75,11 +73,11 @@ def input_and_target(
     Returns:
         The input (B,3,size,size) and the target of twice its side, or None.
     """
-    if pictures.shape[-1] == 2 * size:
-        return split_native(pictures)
+    if images.shape[-1] == 2 * size:
+        return split_native(images)
     if stored is None and kind is not None:
-        stored = make_target(kind, pictures)
-    return pictures, stored
+        stored = make_target(kind, images)
+    return images, stored
 
 
 def psnr(prediction: Tensor, target: Tensor) -> Tensor:
@@ -137,12 +135,12 @@ def _check_shapes(prediction: Tensor, target: Tensor) -> None:
 def fill_targets(
     recipe: Recipe, store: ImageStore, device: torch.device
 ) -> tuple[DerivedStore | None, dict[str, Any] | None]:
-    """Return the enlarged pictures (part `target`, (2S, 2S, 3) bytes) and the record of the network's weights.
+    """Return the enlarged images (part `target`, (2S, 2S, 3) bytes) and the record of the network's weights.
 
     Both None if the recipe's target isn't a network's, or nothing is rebuilt.
 
     Raises:
-        WeightsError: the network's weights aren't to be had.
+        WeightsError: the network's weights are not available.
         DataError: the disk has no room.
     """
     name = recipe.model.target

@@ -1,4 +1,4 @@
-"""Visual: the image vector asks maps inside the encoder where to look, and the form weights the image vector."""
+"""Visual: the image vector attends to maps inside the encoder, and the metadata weights the image vector."""
 
 from __future__ import annotations
 
@@ -39,34 +39,23 @@ class PlaceAttention(nn.Module):
             return (looked if self.projector is None else self.projector(looked)), attention
 
 
-class Visual(Method):
-    """[g_1 || g_2 || g_3 || g * phi(form)] (4 D) -> layers -> C: attention at three maps, and the image vector g,
+class Visual(Method, name="visual"):
+    """[g_1 || g_2 || g_3 || g * phi(metadata)] (4 D) -> layers -> C: attention at three maps, and the image vector g,
     weighted.
 
     Every encoder fits, since the taps of transformers too are maps: their tokens, laid out on the grid.
 
     Not faithful in three things. The released code taps MobileNet and EfficientNet at places of its own, of
-    EfficientNet two
-    inside blocks; here all taps are the ends of the last three stages before the last map, its places in VGG-13,
-    ResNet-50
-    and DenseNet-121 (of ViT-like encoders: the blocks at a quarter, a half and three quarters). Its border of zeros
-    around
-    the maps is left out. Normalisation and dropout are its ResNet-50's for all. The widths are the released ones, but
-    for
-    the layer of 81 that it puts before those for forms of ISIC.
+    EfficientNet two inside blocks; here all taps are the ends of the last three stages before the last map, its places
+    in VGG-13, ResNet-50 and DenseNet-121 (of ViT-like encoders: the blocks at a quarter, a half and three quarters).
+    Its border of zeros around the maps is left out. Normalisation and dropout are its ResNet-50's for all. The widths
+    are the released ones, but for the layer of 81 that it puts before those for metadata of ISIC.
     """
-
-    title = "Visual"
-    reference = "visual and metadata guided skin lesion classification, reference 34 of the paper"
-    reconstruction = (
-        "taps at the ends of stages, where the released code has places of its own for MobileNet and EfficientNet; "
-        "no border of zeros around the maps; normalisation and dropout of its ResNet-50 for all encoders"
-    )
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
         super().__init__(architecture, encoders)
         features, taps = encoders[0].features, encoders[0].tap_features
-        # The released widths between form and D, and, backwards, between D and C; for other D the nearest of them.
+        # The released widths between metadata and D, and, backwards, between D and C; for other D the nearest of them.
         between = [512] if features > 1024 else [width for width in (256, 512) if width < features]
         self.attentions = nn.ModuleList(PlaceAttention(channels, features) for channels in taps)
         # Its last dropout would hide parts of the image vector itself; the released code has none there.
@@ -79,11 +68,9 @@ class Visual(Method):
 
     @classmethod
     def taps(cls, section: ModelSection) -> bool:
-        """The attention looks at maps inside the encoder."""
         return True
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
-        """Classify images, as encoded, with (B, M) forms."""
         encoded = images.first
         looked = [
             attention(tap, encoded.vector)[0] for attention, tap in zip(self.attentions, encoded.taps, strict=True)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from dualrefnet.analysis.cases import ShownCase, choose_cases, draw_gallery, show_cases
 from dualrefnet.analysis.embedding import draw_embedding, embed
-from dualrefnet.analysis.gradcam import ALL, HeatCase, draw_gradcam, draw_localisation, localise
+from dualrefnet.analysis.gradcam import ALL_IMAGES, GradCamCase, draw_gradcam, draw_localisation, localise
 from dualrefnet.analysis.opened_run import OpenedRun
-from dualrefnet.analysis.reconstruction import draw_reconstruction, rebuild
+from dualrefnet.analysis.reconstruction import draw_reconstruction, reconstruct
 from dualrefnet.analysis.shap import MetadataShap, draw_beeswarm, draw_importance, draw_waterfall, explain_metadata
-from dualrefnet.display.figure import Picture
+from dualrefnet.display.figure import ReportFigure
 from dualrefnet.display.page import Section
 from dualrefnet.errors import DataError
 from dualrefnet.progress import progress_bar, remark
@@ -49,7 +49,7 @@ def _sections(opened: OpenedRun, options: ReportOptions, masks: dict[str, Path])
         values = {}
         if gallery_shap is not None:
             for row, (image_id, case) in enumerate(zip(gallery_shap.image_ids, cases, strict=True)):
-                values[image_id] = gallery_shap.top_players(row, case.predicted, GALLERY_VALUES)
+                values[image_id] = gallery_shap.top_groups(row, case.predicted, GALLERY_VALUES)
         with progress_bar("Grad-CAM of the gallery") as show:
             shown = show_cases(opened, cases, options.label, values, masks, show)
         yield _gallery_section(opened, shown)
@@ -77,7 +77,7 @@ def _gallery_section(opened: OpenedRun, shown: Sequence[ShownCase]) -> Section:
     by_class = {label: [case for case in shown if case.chosen.label == label] for label in opened.classes}
     figures = [draw_gallery(cases, label, names.get(label, "")) for label, cases in by_class.items() if cases]
     values = ", and the metadata with the largest SHAP values, in percentage points" * any(
-        case.answers for case in shown
+        case.attributions for case in shown
     )
     intro = [
         "The most confident correct and incorrect predictions of each class, selected by probability only.",
@@ -88,7 +88,7 @@ def _gallery_section(opened: OpenedRun, shown: Sequence[ShownCase]) -> Section:
 
 def _gradcam_section(opened: OpenedRun, options: ReportOptions, shown: Sequence[ShownCase], masks: bool) -> Section:
     intro = ["Grad-CAM shows which regions of the image are evidence for a class, given the metadata of the case."]
-    figures: list[Picture] = []
+    figures: list[ReportFigure] = []
     # Of each class the most confident correct case, which comes first, or else the most confident incorrect one.
     first = {}
     for case in shown:
@@ -104,7 +104,9 @@ def _gradcam_section(opened: OpenedRun, options: ReportOptions, shown: Sequence[
         with progress_bar("Grad-CAM and masks") as show:
             found = localise(opened, options.masks, options.images, SAMPLES, options.seed, show)
         figures.append(draw_localisation(found))
-        row = found.summary.query("`class` == @ALL and measure == 'energy'", local_dict={"ALL": ALL}).iloc[0]
+        row = found.summary.query(
+            "`class` == @ALL_IMAGES and measure == 'energy'", local_dict={"ALL_IMAGES": ALL_IMAGES}
+        ).iloc[0]
         compared = "not significantly different from"
         if row["difference_low"] > 0 or row["difference_high"] < 0:
             compared = "more than" if row["difference_low"] > 0 else "less than"
@@ -118,11 +120,11 @@ def _gradcam_section(opened: OpenedRun, options: ReportOptions, shown: Sequence[
     return Section("gradcam", "Grad-CAM", intro, figures)
 
 
-def _gradcam_case(case: ShownCase, label: str | None) -> HeatCase:
+def _gradcam_case(case: ShownCase, label: str | None) -> GradCamCase:
     chosen = case.chosen
     other = label or (chosen.label if chosen.label != chosen.predicted else chosen.second)
-    return HeatCase(
-        chosen.kind, case.picture, case.heats, chosen.probabilities, chosen.label, chosen.predicted, other, case.mask
+    return GradCamCase(
+        chosen.kind, case.image, case.saliency, chosen.probabilities, chosen.label, chosen.predicted, other, case.mask
     )
 
 
@@ -150,7 +152,7 @@ def _shap_section(opened: OpenedRun, options: ReportOptions, gallery: MetadataSh
 
 def _super_resolution_section(opened: OpenedRun, options: ReportOptions) -> Section:
     with progress_bar("super-resolution") as show:
-        found = rebuild(opened, min(options.images, 200), seed=options.seed, progress=show)
+        found = reconstruct(opened, min(options.images, 200), seed=options.seed, progress=show)
     psnr, flat = found.table["psnr"].mean(), found.table["psnr_flat"].mean()
     compared = "better" if psnr > flat else "no better"
     intro = [

@@ -12,7 +12,17 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dualrefnet.analysis.reconstruction import draw_reconstruction_history
-from dualrefnet.display.figure import AMOUNTS, COLOURS, INK, MARKERS, PAPER, WIDTH, Picture, new_figure, styled
+from dualrefnet.display.figure import (
+    COLOURS,
+    INK,
+    MARKERS,
+    PAPER,
+    SEQUENTIAL_CMAP,
+    WIDTH,
+    ReportFigure,
+    new_figure,
+    styled,
+)
 from dualrefnet.display.format import (
     CLASS_COLUMNS,
     MEASURE_NAMES,
@@ -23,7 +33,7 @@ from dualrefnet.display.format import (
     percent,
 )
 from dualrefnet.display.page import Section
-from dualrefnet.evaluation.curves import class_curves, draw_precision_recall, draw_roc
+from dualrefnet.evaluation.curves import class_curves, draw_curves
 from dualrefnet.progress import progress_bar
 from dualrefnet.run import Run
 from dualrefnet.suite.paper import caveats, reported, reported_class
@@ -190,8 +200,8 @@ def curve_sections(measured: Measured, samples: int, seed: int) -> Iterator[Sect
             progress=show,
             malignant=measured.malignant,
         )
-    yield Section("roc", "ROC", [], [draw_roc(curves, measured.unit)])
-    yield Section("precision-recall", "Precision-recall", [], [draw_precision_recall(curves, measured.unit)])
+    yield Section("roc", "ROC", [], [draw_curves(curves, "roc", measured.unit)])
+    yield Section("precision-recall", "Precision-recall", [], [draw_curves(curves, "precision_recall", measured.unit)])
 
 
 def history_section(measured: Measured) -> Section:
@@ -218,7 +228,7 @@ LEVEL = 40
 @styled
 def draw_confusion(
     metrics: Mapping[str, Any], shares: bool = False, malignant: Sequence[str] = (), unit: str = "patients"
-) -> Picture:
+) -> ReportFigure:
     """Draw the confusion matrix: rows are true classes, columns predicted ones.
 
     Args:
@@ -243,8 +253,8 @@ def draw_confusion(
     beside = [textwrap.fill(f"{name} ({images})", LINE) for name, images in zip(classes, support, strict=True)]
     upright = len(classes) * max(len(line) for name in below for line in name.splitlines()) > LEVEL
     figure, (axis,) = new_figure(WIDTH * min(0.35 + 0.12 * len(classes), 0.92) + (0.7 if upright else 0))
-    axis.pcolormesh(np.ma.masked_invalid(cells), cmap=AMOUNTS, vmin=0, vmax=top, edgecolor=PAPER, linewidth=1)
-    scale = matplotlib.colormaps[AMOUNTS]
+    axis.pcolormesh(np.ma.masked_invalid(cells), cmap=SEQUENTIAL_CMAP, vmin=0, vmax=top, edgecolor=PAPER, linewidth=1)
+    scale = matplotlib.colormaps[SEQUENTIAL_CMAP]
     # Five digits must fit a cell of an eighth of the width.
     size = 7 if len(classes) > 6 else 8
     for (row, column), value in np.ndenumerate(cells):
@@ -284,7 +294,7 @@ def draw_confusion(
     name, title = (
         ("confusion_shares", "Normalised by true class") if shares else ("confusion_counts", "Number of images")
     )
-    return Picture(name, title, caption, "; ".join(alt), figure, data)
+    return ReportFigure(name, title, caption, "; ".join(alt), figure, data)
 
 
 def _text_colour(colour: Sequence[float]) -> str:
@@ -325,7 +335,7 @@ def selected_epoch(history: pd.DataFrame, selection: str) -> int:
 
 
 @styled
-def draw_history(history: pd.DataFrame, selected: int) -> Picture:
+def draw_history(history: pd.DataFrame, selected: int) -> ReportFigure:
     """Draw the losses, the balanced accuracy on validation and, if recorded, the norms of the penalised layers.
 
     Args:
@@ -366,7 +376,7 @@ def draw_history(history: pd.DataFrame, selected: int) -> Picture:
     if NORMS in panels:
         caption += " L1 norms of the last two layers, relative to the first epoch; near 0 indicates a collapse."
     alt = [f"{epochs}; kept is epoch {selected} with a balanced accuracy of {kept:.3f} on validation", *alt]
-    return Picture("history", "Training history", caption, "; ".join(alt), figure, data)
+    return ReportFigure("history", "Training history", caption, "; ".join(alt), figure, data)
 
 
 def _panels(history: pd.DataFrame) -> dict[str, dict[str, pd.Series]]:

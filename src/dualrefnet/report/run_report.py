@@ -12,10 +12,10 @@ import torch
 
 from dualrefnet.analysis.audit import audit_split
 from dualrefnet.analysis.availability import (
-    Availability,
-    compare_availability,
-    draw_availability,
-    draw_patterns,
+    MissingMetadata,
+    compare_missing_metadata,
+    draw_missing_metadata,
+    draw_missing_patterns,
     measure_missing_metadata,
 )
 from dualrefnet.analysis.cases import (
@@ -32,16 +32,16 @@ from dualrefnet.analysis.opened_run import OpenedRun, open_run
 from dualrefnet.analysis.out_of_distribution import OutOfScopeMeasured, measure_out_of_scope
 from dualrefnet.analysis.shortcuts import (
     Shortcuts,
-    availability_table,
-    difference_table,
     draw_shortcuts,
-    pattern_table,
+    missing_difference_table,
+    missing_metadata_table,
+    missing_pattern_table,
     probe_shortcuts,
     shortcut_sentences,
     shortcut_table,
 )
 from dualrefnet.analysis.subgroups import Subgroups, subgroups_of_run
-from dualrefnet.display.figure import Picture, save_picture
+from dualrefnet.display.figure import ReportFigure, save_figure
 from dualrefnet.display.format import Cell, PrintedTable
 from dualrefnet.display.page import Section, render_page
 from dualrefnet.errors import DependencyError, RunError
@@ -110,7 +110,7 @@ def write_explanations(
     _check(run, against, options, out)
     files = []
     for section in _model_sections(run, against, options, root, cache, device):
-        files += [path for picture in section.pictures for path in save_picture(picture, out)]
+        files += [path for picture in section.pictures for path in save_figure(picture, out)]
         if section.pictures:
             remark(f"{section.title}: {', '.join(picture.name for picture in section.pictures)}")
     return files
@@ -172,7 +172,7 @@ def write_report(
     done = []
     for section in sections():
         for picture in section.pictures:
-            save_picture(picture, out / "pictures")
+            save_figure(picture, out / "pictures")
         done.append(section)
         remark(f"done: {section.title}")
     title, subtitle = run_title(run)
@@ -237,9 +237,9 @@ def _model_sections(
 
 def _anonymous(section: Section) -> Section:
     """Remove what identifies an image or a patient's metadata from the data of the figures."""
-    items: list[PrintedTable | Picture] = []
+    items: list[PrintedTable | ReportFigure] = []
     for item in section.items:
-        if isinstance(item, Picture) and "image_id" in item.data:
+        if isinstance(item, ReportFigure) and "image_id" in item.data:
             data = item.data.drop(columns=SINGLE, errors="ignore")
             # Sorted: the order of the rows could tell which of them are of one image.
             item = replace(item, data=data.sort_values(list(data.columns), ignore_index=True))
@@ -299,7 +299,7 @@ def comparison_section(first: OpenedRun, second: OpenedRun, options: ReportOptio
     found = find_disagreement(first.run, second.run, CASES, SAMPLES, options.seed)
     with progress_bar("features of both") as show:
         comparison = compare_embeddings(first, second, options.images, SAMPLES, options.seed, names, show)
-    figures: list[Picture] = [draw_embedding(comparison.first, comparison.second), draw_separation(comparison)]
+    figures: list[ReportFigure] = [draw_embedding(comparison.first, comparison.second), draw_separation(comparison)]
     if options.photographs and first.model.reads_image and len(found.chosen):
         ours = _shown(first, found, "predicted_a")
         theirs = _shown(second, found, "predicted_b") if second.model.reads_image else [None] * len(ours)
@@ -310,7 +310,7 @@ def comparison_section(first: OpenedRun, second: OpenedRun, options: ReportOptio
         verdict = "no significant difference"
     alone = found.only_a + found.only_b
     left_out = f" ({alone:,} images tested by only one of them are left out)" if alone else ""
-    difference = Cell.estimate(found.difference.difference, low, high, "+.3f", "+.3f")
+    difference = Cell.estimate(found.difference.value, low, high, "+.3f", "+.3f")
     intro = [
         f"On the {len(found.table):,} test images that both share{left_out}, the balanced accuracy is "
         f"{found.balanced_accuracy_a:.3f} for {names[0]}, {found.balanced_accuracy_b:.3f} for {names[1]}; difference "
@@ -339,7 +339,7 @@ class Probed:
     folder: Path
     tables: list[PrintedTable]
     shortcuts: Shortcuts
-    availability: list[Availability]
+    availability: list[MissingMetadata]
 
 
 def write_probes(
@@ -400,11 +400,11 @@ def write_probes(
         remark(f"done: missing metadata, {name}")
     write_csv(out / "availability.csv", pd.concat([one.curve.assign(run=one.name) for one in found], ignore_index=True))
     write_csv(out / "patterns.csv", pd.concat([one.patterns.assign(run=one.name) for one in found], ignore_index=True))
-    tables = [shortcut_table(shortcuts), availability_table(found[0]), pattern_table(found[0])]
+    tables = [shortcut_table(shortcuts), missing_metadata_table(found[0]), missing_pattern_table(found[0])]
     differences = []
     for other in found[1:]:
-        table = compare_availability(found[0], other)
-        tables.append(difference_table(table, found[0].name, other.name))
+        table = compare_missing_metadata(found[0], other)
+        tables.append(missing_difference_table(table, found[0].name, other.name))
         differences.append(table.assign(run=found[0].name, against=other.name))
     if differences:
         write_csv(out / "availability-differences.csv", pd.concat(differences, ignore_index=True))
@@ -440,9 +440,9 @@ def _shortcuts_json(shortcuts: Shortcuts) -> dict[str, Any]:
     }
 
 
-def _draw_probes(shortcuts: Shortcuts, found: list[Availability], folder: Path) -> None:
+def _draw_probes(shortcuts: Shortcuts, found: list[MissingMetadata], folder: Path) -> None:
     try:
-        for picture in (draw_shortcuts(shortcuts), draw_availability(found), draw_patterns(found)):
-            save_picture(picture, folder)
+        for picture in (draw_shortcuts(shortcuts), draw_missing_metadata(found), draw_missing_patterns(found)):
+            save_figure(picture, folder)
     except DependencyError as error:
         remark(f"no figures: {error}")

@@ -9,7 +9,13 @@ from typing import Any
 import pandas as pd
 
 from dualrefnet.analysis.audit import Audit, printed_tables
-from dualrefnet.analysis.availability import WITH, WITHOUT, Availability, draw_availability, draw_patterns
+from dualrefnet.analysis.availability import (
+    WITH_IMAGE,
+    WITHOUT_IMAGE,
+    MissingMetadata,
+    draw_missing_metadata,
+    draw_missing_patterns,
+)
 from dualrefnet.analysis.out_of_distribution import (
     CLOSE_LESION,
     EVERYDAY,
@@ -23,9 +29,9 @@ from dualrefnet.analysis.out_of_distribution import (
 from dualrefnet.analysis.shortcuts import (
     BALANCED,
     Shortcuts,
-    availability_table,
     draw_shortcuts,
-    pattern_table,
+    missing_metadata_table,
+    missing_pattern_table,
     shortcut_sentences,
     shortcut_table,
 )
@@ -37,7 +43,7 @@ from dualrefnet.analysis.subgroups import (
     draw_subgroup_gaps,
     draw_subgroups,
 )
-from dualrefnet.display.figure import Picture
+from dualrefnet.display.figure import ReportFigure
 from dualrefnet.display.format import Cell, PrintedTable, interval, interval_of, listed, number, percent, sentence
 from dualrefnet.display.page import Section
 from dualrefnet.evaluation.calibration import Calibration
@@ -64,7 +70,7 @@ def calibration_section(measured: Measured, samples: int, seed: int) -> Section:
         samples: bootstrap samples of the bands in the figures.
         seed: of their draw.
     """
-    items: list[PrintedTable | Picture] = [_reliability(measured, measured.probabilities, samples, seed)]
+    items: list[PrintedTable | ReportFigure] = [_reliability(measured, measured.probabilities, samples, seed)]
     intro = [f"The expected calibration error on the test split is {number(measured.metrics['ece'])}."]
     if measured.run.calibration_file.is_file():
         calibration, values = measured.run.calibration, measured.metrics["calibrated"]
@@ -75,7 +81,7 @@ def calibration_section(measured: Measured, samples: int, seed: int) -> Section:
     return Section("calibration", "Calibration", intro, items)
 
 
-def _reliability(measured: Measured, probabilities: Any, samples: int, seed: int) -> Picture:
+def _reliability(measured: Measured, probabilities: Any, samples: int, seed: int) -> ReportFigure:
     found = compute_reliability(measured.labels, probabilities, measured.groups, samples=samples, seed=seed)
     return draw_reliability(found, measured.unit)
 
@@ -239,7 +245,7 @@ def subgroups_section(subgroups: Subgroups, unit: str = "patients") -> Section:
         f"Of {subgroups.looked_at:,} gaps, {subgroups.flagged:,} have a 95% interval without 0 (about "
         f"{subgroups.by_chance:.0f} expected by chance){': ' if where else ''}{listed(where)}.",
     ]
-    items: list[PrintedTable | Picture] = [_category_table(subgroups, unit)]
+    items: list[PrintedTable | ReportFigure] = [_category_table(subgroups, unit)]
     if len(flagged):
         items.append(_gap_table(flagged))
     known = {measure: table[table["measure"] == measure] for measure in subgroups.overall}
@@ -338,13 +344,13 @@ def shortcuts_section(shortcuts: Shortcuts) -> Section:
     return Section("shortcuts", "Shortcut probes", shortcut_sentences(shortcuts), [table, figure])
 
 
-def missing_metadata_section(availability: Availability) -> Section:
+def missing_metadata_section(availability: MissingMetadata) -> Section:
     """Return the performance with fewer metadata and without the image."""
     table = availability.curve[availability.curve["measure"] == BALANCED]
     least = table["share"].min()
     kept = "no metadata" if least == 0 else f"{least:.0%} of the fields"
     parts = []
-    for name in (WITH, WITHOUT):
+    for name in (WITH_IMAGE, WITHOUT_IMAGE):
         rows = {row["share"]: row for row in table[table["photograph"] == name].to_dict("records")}
         if rows:
             full, fewest = _estimate(rows[1.0], form=".2f"), _estimate(rows[least], form=".2f")
@@ -354,8 +360,8 @@ def missing_metadata_section(availability: Availability) -> Section:
         "The curve removes single fields at random; the patterns remove fields that are missing together in training, "
         "where missingness itself may reveal the class.",
     ]
-    figures = [draw_availability([availability]), draw_patterns([availability])]
-    tables = [pattern_table(availability), availability_table(availability)]
+    figures = [draw_missing_metadata([availability]), draw_missing_patterns([availability])]
+    tables = [missing_pattern_table(availability), missing_metadata_table(availability)]
     return Section("missing-metadata", "Missing metadata", intro, [*tables, *figures])
 
 

@@ -120,10 +120,9 @@ class DualRefNetLoss(nn.Module):
 
     L_class is the weighted cross-entropy (equation 5), divided by the weights of the batch so that the scale of the
     weights doesn't matter. With `class_weights: logit_adjustment` (Menon et al. 2021, not in the paper) the imbalance
-    is met
-    by log(n_c / N), added to the logits in the loss alone: weights lose their effect once a small training set is
-    learned
-    by heart, this doesn't. L_aux is the mean squared error over all elements of the rebuilt image (equation 6).
+    is met by log(n_c / N), added to the logits in the loss alone: weights lose their effect once a small training set
+    is learned by heart, this doesn't. L_aux is the mean squared error over all elements of the rebuilt image (equation
+    6).
 
     With `modality_dropout` (not in the paper) L_class is the weighted mean of the cross-entropies of both modalities
     and of single ones.
@@ -160,8 +159,8 @@ class DualRefNetLoss(nn.Module):
 
         Returns:
             Scalars: `classification`, `classification_<head>` for additional heads, `classification_<modality>` for
-                single modalities,
-            `reconstruction`, `penalty`, `total`; a term that the model has no part for is absent.
+                single modalities, `reconstruction`, `penalty`, `total`; a term that the model has no part for is
+                absent.
         """
         section = self.section
         terms = self._classification(output, labels)

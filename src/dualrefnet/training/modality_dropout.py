@@ -2,12 +2,10 @@
 missing later.
 
 Neverova et al. 2016 drop whole modalities of random cases. Here every case is classified with both modalities, without
-metadata and
-without its image, and each answer has its share of the loss: the mean over which modality would have been dropped, with
-less noise and
-hardly any cost, since the image is encoded once. Fields are dropped by a share that is itself drawn, so that every
-amount is met as
-often. With `pattern` a case takes over what is missing in another one: then what is missing says less about the class.
+metadata and without its image, and each answer has its share of the loss: the mean over which modality would have been
+dropped, with less noise and hardly any cost, since the image is encoded once. Fields are dropped by a share that is
+itself drawn, so that every amount is met as often. With `pattern` a case takes over what is missing in another one:
+then what is missing says less about the class.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dualrefnet.models.base import Method, Output, mark_absent
+from dualrefnet.models.base import Method, Output, mark_missing
 from dualrefnet.models.encoders import Encoded
 from dualrefnet.recipe import ModalityDropoutSection
 from dualrefnet.runtime.availability import IMAGE_ONLY, METADATA_ONLY
@@ -82,6 +80,6 @@ class ModalityViews(nn.Module):
         if IMAGE_ONLY in self.modalities:
             single[IMAGE_ONLY] = self.method.answer(images, torch.full_like(metadata, torch.nan))
         if METADATA_ONLY in self.modalities:
-            gone = torch.ones(len(metadata), dtype=torch.bool, device=metadata.device)
-            single[METADATA_ONLY] = self.method.answer(mark_absent(images, gone), metadata)
+            missing = torch.ones(len(metadata), dtype=torch.bool, device=metadata.device)
+            single[METADATA_ONLY] = self.method.answer(mark_missing(images, missing), metadata)
         return self.method(images, metadata), single
