@@ -21,6 +21,7 @@ from dualrefnet.data.store import fill_store
 from dualrefnet.recipe import ImageSection
 from dualrefnet.runtime.preprocessing import preprocess
 from record import RESULTS, compare, how, interleaved, record
+from synthetic_images import image_table
 
 SECTION = ImageSection()
 METADATA = 81

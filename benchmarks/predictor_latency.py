@@ -33,6 +33,7 @@ from dualrefnet.data.images import decode_image
 from dualrefnet.deploy.network import TorchNetwork
 from dualrefnet.runtime.preprocessing import clahe_lightness, shades_of_gray, to_square
 from record import RESULTS, interleaved, record
+from synthetic_images import image_table
 
 # Seconds before each timing, as between requests of one client.
 PAUSE = 0.005
@@ -155,9 +156,9 @@ def main(
         file = Path(folder) / "encoder.onnx"
         export_encoder(eager, file)
         encoder = Timed(bare_encoder, file, eager.size)
-    photograph, form, settings = decode_image(data), an_answer_for_every_field(exported), exported.image
-    prepared = exported.prepare(photograph)
-    coloured = shades_of_gray(photograph, settings.minkowski_p, settings.gamma)
+    image, form, settings = decode_image(data), an_answer_for_every_field(exported), exported.image
+    prepared = exported.prepare(image)
+    coloured = shades_of_gray(image, settings.minkowski_p, settings.gamma)
     flat = clahe_lightness(coloured, settings.clahe_clip, settings.clahe_grid, settings.clahe_channel_order)
     assert prepared is not None
     seconds: dict[str, list[float]] = {}
@@ -175,7 +176,7 @@ def main(
     seconds |= interleaved(
         {
             "step: decode the JPEG": lambda: decode_image(data),
-            "step: colour constancy": lambda: shades_of_gray(photograph, settings.minkowski_p, settings.gamma),
+            "step: colour constancy": lambda: shades_of_gray(image, settings.minkowski_p, settings.gamma),
             "step: CLAHE": lambda: clahe_lightness(
                 coloured, settings.clahe_clip, settings.clahe_grid, settings.clahe_channel_order
             ),

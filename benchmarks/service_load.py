@@ -31,6 +31,7 @@ import psutil
 import typer
 
 from record import RESULTS, record
+from synthetic_images import image_table
 
 PICTURES = 16
 

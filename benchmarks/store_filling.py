@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from dualrefnet.data.store import ImageStore, fill_store
 from dualrefnet.recipe import ImageSection
 from record import RESULTS, compare, how, interleaved, record
+from synthetic_images import image_table
 
 MOST_LEVELS = 2
 SECTION = ImageSection()

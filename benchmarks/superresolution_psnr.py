@@ -19,6 +19,7 @@ from dualrefnet.data.images import decode_image
 from dualrefnet.models.superresolution import make_target, psnr, split_native
 from dualrefnet.models.superresolution_networks import NETWORKS, enlarge, find_network_file, load_network
 from record import RESULTS, record
+from synthetic_images import image_table
 
 
 class Interpolation(nn.Module):
