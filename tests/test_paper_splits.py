@@ -2,7 +2,8 @@
 
 import pytest
 
-from dualrefnet.data.adapters import Dataset, load_dataset
+from dualrefnet.data.adapters import load_dataset
+from dualrefnet.data.schema import Dataset
 from dualrefnet.data.protocols import leakage, split_counts, split_dataset
 from dualrefnet.errors import SplitError
 

@@ -12,7 +12,7 @@ import torch
 from dualrefnet.analysis.availability import SideAnswers, answer_side, measure_availability
 from dualrefnet.analysis.opened_run import open_run
 from dualrefnet.analysis.out_of_distribution import fit_run
-from dualrefnet.data.adapters import Dataset
+from dualrefnet.data.schema import Dataset
 from dualrefnet.data.protocols import leakage
 from dualrefnet.evaluation.bootstrap import bootstrap_intervals, with_intervals
 from dualrefnet.evaluation.calibration import Calibration, fit_calibration, fit_thresholds, measure_calibrated
@@ -75,7 +75,7 @@ def evaluate_run(
         "split": "test",
         "protocol": recipe.data.protocol,
         "dataset": dataset.schema.title,
-        "drawn": dataset.schema.drawn,
+        "drawn": dataset.schema.synthetic,
         "method": recipe.model.method,
         "leakage": leakage(dataset, opened.split),
         "validation": measures["val"],

@@ -150,7 +150,7 @@ def draw_lesion(label: str, rng: Random) -> Lesion:
     )
 
 
-def photograph(
+def render_lesion(
     lesion: Lesion, skin_type: int, radius: float, hairs: float, rng: Random, side: int
 ) -> NDArray[np.uint8]:
     """Photograph a lesion on skin.
@@ -192,7 +192,7 @@ def photograph(
     return _expose(picture, direction, rng)
 
 
-def outline(lesion: Lesion, radius: float, rng: Random, side: int) -> NDArray[np.bool_]:
+def lesion_mask(lesion: Lesion, radius: float, rng: Random, side: int) -> NDArray[np.bool_]:
     """Return the true mask of a lesion in the picture that `photograph` makes of it with a random stream of the same
     seed.
 

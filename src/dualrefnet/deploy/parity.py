@@ -25,7 +25,7 @@ from dualrefnet.analysis.opened_run import sample_rows
 from dualrefnet.data.loader import Examples
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.schema import BOOLEAN_VALUES
-from dualrefnet.data.synthetic_lesions import STYLES, draw_lesion, photograph
+from dualrefnet.data.synthetic_lesions import STYLES, draw_lesion, render_lesion
 from dualrefnet.errors import DependencyError, RunError
 from dualrefnet.evaluation.metrics import compute_metrics
 from dualrefnet.runtime.calibration import softmax
@@ -158,7 +158,7 @@ def drawn_cases(count: int, image: ImageSettings | None, metadata: MetadataEncod
         drawn = []
         for number in range(count):
             lesion = draw_lesion(list(STYLES)[number % len(STYLES)], random)
-            picture = photograph(
+            picture = render_lesion(
                 lesion, int(random.integers(1, 7)), float(random.uniform(0.15, 0.35)), 3.0, random, max(64, image.size)
             )
             drawn.append(preprocess(picture, image))

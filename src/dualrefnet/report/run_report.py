@@ -288,7 +288,7 @@ def _explained(
     opened = _open(run, root, cache, device)
     second = _open(against, root, cache, device) if against is not None else None
     explanations = explained_sections(opened, options)
-    if not opened.dataset.schema.drawn and options.photographs:
+    if not opened.dataset.schema.synthetic and options.photographs:
         remark(
             "the result shows photographs of patients: treat it as patient data, or leave them out with --no-photographs"
         )
