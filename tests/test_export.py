@@ -33,7 +33,7 @@ from dualrefnet.models.registry import METHODS, new_model
 from dualrefnet.recipe import ModelSection, Recipe, load_recipe
 from dualrefnet.run import Run
 from dualrefnet.runtime.bundle import OnnxNetwork
-from dualrefnet.runtime.classifier import Answered, Network
+from dualrefnet.runtime.classifier import Network, NetworkOutput
 
 SIDE, WIDTH, CLASSES, FEATURES = 32, 6, 3, 32
 NORMALISATION = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
@@ -198,15 +198,15 @@ def test_agreement_is_what_it_says() -> None:
         agreement(first, second[:1])
 
 
-def logits_of(rows: Answered | np.ndarray, calls: list[int] | None = None, seconds: float = 0.0) -> Network:
+def logits_of(rows: NetworkOutput | np.ndarray, calls: list[int] | None = None, seconds: float = 0.0) -> Network:
     """A network that answers with the mean of the picture, or as it is told."""
 
-    def network(images, absent, forms) -> Answered:
+    def network(images, absent, forms) -> NetworkOutput:
         time.sleep(seconds)
         if calls is not None:
             calls.append(len(forms))
         gone = np.zeros(len(forms)) if absent is None else absent.astype(float)
-        return Answered(np.stack([images.mean(axis=(1, 2, 3)) / 255, gone * rows], axis=1), None)
+        return NetworkOutput(np.stack([images.mean(axis=(1, 2, 3)) / 255, gone * rows], axis=1), None)
 
     return network
 

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from dualrefnet.deploy.parity import Cases, agreement, ask, encoder_nodes, measure_int8, quantise
 from dualrefnet.errors import RunError
 from dualrefnet.runtime.bundle import OnnxNetwork
-from dualrefnet.runtime.classifier import Answered
+from dualrefnet.runtime.classifier import NetworkOutput
 from test_export import CLASSES, random_cases, tiny_method, written
 
 
@@ -110,11 +110,11 @@ class Answers:
         self.right, self.seconds, self.alarm = right, seconds, alarm
         self.place = 0
 
-    def __call__(self, images, absent, forms) -> Answered:
+    def __call__(self, images, absent, forms) -> NetworkOutput:
         time.sleep(self.seconds)
         numbers = images[:, 0, 0, 0].astype(int)
         labels = np.where(numbers < self.right, numbers % CLASSES, (numbers + 1) % CLASSES)
-        return Answered(10 * np.eye(CLASSES)[labels], np.full((len(forms), 1), 2.0 if self.alarm else 0.0))
+        return NetworkOutput(10 * np.eye(CLASSES)[labels], np.full((len(forms), 1), 2.0 if self.alarm else 0.0))
 
 
 class Check:

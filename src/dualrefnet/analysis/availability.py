@@ -266,7 +266,7 @@ def draw_present(
     """
     count, fields = recorded.shape
     amounts = np.arange(fields + 1)
-    legal = amounts[group.holds(np.full(fields + 1, group.image), amounts / max(fields, 1))]
+    legal = amounts[group.contains(np.full(fields + 1, group.image), amounts / max(fields, 1))]
     if not len(legal):
         # A form of two fields has no third of them.
         return np.zeros_like(recorded), np.zeros(count, dtype=bool)
@@ -339,7 +339,7 @@ def measure_availability(
         told = {
             "temperature": thresholds.temperature,
             "referral_threshold": thresholds.referral,
-            "remarks": list(thresholds.remarks),
+            "remarks": list(thresholds.notes),
         }
         by_group.append({"name": one.group.name, "group": one.group._asdict(), **told, **values})
     return {"inputs": dict(zip(named, measured, strict=False)), "groups": by_group}

@@ -54,7 +54,7 @@ def form_schema(metadata: MetadataEncoder, name: str, reads_metadata: bool = Tru
         reads_metadata: False: the model asks nothing, whatever the encoder knows.
     """
     questions = {}
-    asked = zip(metadata.fields, metadata.levels, strict=True) if reads_metadata else ()
+    asked = zip(metadata.fields, metadata.categories, strict=True) if reads_metadata else ()
     for one, levels in asked:
         said = one.description or one.name.replace("_", " ")
         question: dict[str, Any] = {"description": f"{said}, in {one.unit}" if one.unit else said}

@@ -21,7 +21,7 @@ from dualrefnet.errors import DependencyError
 from dualrefnet.models.base import Architecture, Method, mark_missing
 from dualrefnet.models.encoders import Encoded, Encoder
 from dualrefnet.models.inference import Normalisation
-from dualrefnet.runtime.classifier import Answered
+from dualrefnet.runtime.classifier import NetworkOutput
 
 try:
     import onnx
@@ -135,11 +135,11 @@ class ProgramNetwork:
     @torch.inference_mode()
     def __call__(
         self, images: NDArray[np.uint8] | None, absent: NDArray[np.bool_] | None, forms: NDArray[np.float32]
-    ) -> Answered:
+    ) -> NetworkOutput:
         """Answer; see `Network`."""
         given = {"image": images, "absent": absent, "metadata": forms}
         logits, *vectors = self._module(**{name: torch.from_numpy(given[name]) for name in self._inputs})
-        return Answered(logits.numpy(), vectors[0].numpy() if vectors else None)
+        return NetworkOutput(logits.numpy(), vectors[0].numpy() if vectors else None)
 
 
 @torch.no_grad()
@@ -240,11 +240,11 @@ class TorchNetwork:
 
     def __call__(
         self, images: NDArray[np.uint8] | None, absent: NDArray[np.bool_] | None, forms: NDArray[np.float32]
-    ) -> Answered:
+    ) -> NetworkOutput:
         """Answer; see `Network`."""
         pictures = None if images is None else torch.from_numpy(images).permute(0, 3, 1, 2)
         gone = torch.from_numpy(absent) if absent is not None and absent.any() else None
         unknown = torch.zeros(len(forms), dtype=torch.int64)
         batch = Batch(np.arange(len(forms)), pictures, torch.from_numpy(forms), unknown, absent=gone)
         logits = predict_logits(self._keeper, [batch], self._size, self._normalisation, self._device).logits
-        return Answered(logits.numpy(), self._keeper.take())
+        return NetworkOutput(logits.numpy(), self._keeper.take())

@@ -29,8 +29,8 @@ from dualrefnet.data.synthetic_lesions import STYLES, draw_lesion, render_lesion
 from dualrefnet.errors import DependencyError, RunError
 from dualrefnet.evaluation.metrics import compute_metrics
 from dualrefnet.runtime.calibration import softmax
-from dualrefnet.runtime.classifier import Answered, Network
-from dualrefnet.runtime.out_of_distribution import OutOfScopeScore
+from dualrefnet.runtime.classifier import Network, NetworkOutput
+from dualrefnet.runtime.out_of_distribution import OutOfDistributionScore
 from dualrefnet.runtime.preprocessing import ImageSettings, preprocess
 
 try:
@@ -165,7 +165,7 @@ def drawn_cases(count: int, image: ImageSettings | None, metadata: MetadataEncod
         images = np.stack(drawn)
     answers = {}
     for one, levels, centre, spread in zip(
-        metadata.fields, metadata.levels, metadata.centre, metadata.spread, strict=True
+        metadata.fields, metadata.categories, metadata.mean, metadata.std, strict=True
     ):
         given = (
             random.normal(centre, spread, count)
@@ -179,7 +179,7 @@ def drawn_cases(count: int, image: ImageSettings | None, metadata: MetadataEncod
 
 def ask(
     network: Network, cases: Cases, absent: NDArray[np.bool_] | None = None, progress: Progress | None = None
-) -> Answered:
+) -> NetworkOutput:
     """Ask a network about all cases.
 
     Args:
@@ -198,7 +198,7 @@ def ask(
         if progress is not None:
             progress(start + len(part), len(cases))
     there = [one for one in vectors if one is not None]
-    return Answered(np.concatenate(logits), np.concatenate(there) if there else None)
+    return NetworkOutput(np.concatenate(logits), np.concatenate(there) if there else None)
 
 
 def agreement(first: NDArray[np.floating], second: NDArray[np.floating]) -> Agreement:
@@ -378,7 +378,7 @@ def measure_int8(
     int8: Network,
     cases: Cases,
     classes: tuple[str, ...],
-    check: OutOfScopeScore | None,
+    check: OutOfDistributionScore | None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], str, bool]:
     """Measure an 8-bit network beside the one that it was made from.

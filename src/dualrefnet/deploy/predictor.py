@@ -28,8 +28,8 @@ from dualrefnet.progress import warn
 from dualrefnet.recipe import ImageSection
 from dualrefnet.run import Run
 from dualrefnet.runtime.availability import missingness_shortcut
-from dualrefnet.runtime.classifier import Classifier, Picture
-from dualrefnet.runtime.metadata import FormError
+from dualrefnet.runtime.classifier import Classifier, Image
+from dualrefnet.runtime.metadata import MetadataError
 from dualrefnet.runtime.prediction import Explanation, Prediction
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ class Predictor(BundleMixin, Classifier):
         """
         return decode_image(source, max_bytes=max_bytes, max_pixels=max_pixels)
 
-    def prepare(self, image: ImageSource | None) -> Picture | None:
+    def prepare(self, image: ImageSource | None) -> Image | None:
         """Decode and preprocess one photograph exactly as in training, to (S, S, 3); None stays None where the model
         does without.
 
@@ -208,15 +208,15 @@ class Predictor(BundleMixin, Classifier):
         except ValueError as error:
             raise DataError(str(error)) from None
 
-    def check_form(self, form: Mapping[str, Any]) -> None:
+    def check_metadata(self, form: Mapping[str, Any]) -> None:
         """Refuse a form that couldn't be read.
 
         Raises:
             DataError: a field is unknown, or a number isn't one.
         """
         try:
-            self.form.encode_forms([form] if self.reads_metadata else [])
-        except FormError as error:
+            self.form.encode_records([form] if self.reads_metadata else [])
+        except MetadataError as error:
             raise DataError(str(error)) from None
 
     def predict(self, image: ImageSource | None = None, metadata: Mapping[str, Any] | None = None) -> Prediction:
@@ -252,13 +252,13 @@ class Predictor(BundleMixin, Classifier):
         )[0]
 
     def predict_arrays(
-        self, prepared: Sequence[Picture | None], metadata: Sequence[Mapping[str, Any]]
+        self, prepared: Sequence[Image | None], metadata: Sequence[Mapping[str, Any]]
     ) -> list[Prediction]:
         """Classify photographs that `prepare` has made ready."""
         return self.predict_lesions([[picture] for picture in prepared], metadata)
 
     def predict_lesions(
-        self, prepared: Sequence[Sequence[Picture | None]], metadata: Sequence[Mapping[str, Any]]
+        self, prepared: Sequence[Sequence[Image | None]], metadata: Sequence[Mapping[str, Any]]
     ) -> list[Prediction]:
         """Classify lesions, each with the photographs that `prepare` has made ready and with one form."""
         try:
@@ -283,7 +283,7 @@ class Predictor(BundleMixin, Classifier):
         return self.explain_array(self.prepare(image) if self.reads_image else None, metadata or {}, label)
 
     def explain_array(
-        self, prepared: Picture | None, metadata: Mapping[str, Any], label: str | None = None
+        self, prepared: Image | None, metadata: Mapping[str, Any], label: str | None = None
     ) -> Explanation:
         """Explain the answer to a photograph that `prepare` has made ready; see `explain`."""
         try:

@@ -48,14 +48,14 @@ class Availability(NamedTuple):
         return f"{modality}, {100 * self.above:.0f}-{100 * self.to:.0f}% of fields"
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """The group within a sentence."""
         fields = (
             "no metadata" if self.to == 0 else f"{100 * self.above:.0f} to {100 * self.to:.0f}% of the metadata fields"
         )
         return f"{'an image' if self.image else 'no image'} and {fields}"
 
-    def holds(self, image: ArrayLike, share: ArrayLike) -> NDArray[np.bool_]:
+    def contains(self, image: ArrayLike, share: ArrayLike) -> NDArray[np.bool_]:
         """Return which inputs belong to the group, (N,).
 
         Args:
@@ -109,7 +109,7 @@ class Thresholds:
     referral: float | None
     images: int = 0
     cancers: int = 0
-    remarks: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return one group of `calibration.json`."""
@@ -120,7 +120,7 @@ class Thresholds:
             "temperature": self.temperature,
             "conformal": {"threshold": self.threshold, "class_thresholds": self.class_thresholds},
             "referral": None if self.referral is None else {"threshold": self.referral},
-            "remarks": list(self.remarks),
+            "remarks": list(self.notes),
         }
 
     @classmethod

@@ -14,9 +14,9 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from .calibration import Decision
-from .classifier import Answered, Classifier
-from .metadata import FormEncoder
-from .out_of_distribution import OutOfScopeScore
+from .classifier import Classifier, NetworkOutput
+from .metadata import MetadataTransform
+from .out_of_distribution import OutOfDistributionScore
 from .preprocessing import ImageSettings
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -65,13 +65,13 @@ class OnnxNetwork:
 
     def __call__(
         self, images: NDArray[np.uint8] | None, absent: NDArray[np.bool_] | None, forms: NDArray[np.float32]
-    ) -> Answered:
+    ) -> NetworkOutput:
         """Answer; see `Network`."""
         given: dict[str, Any] = {"image": images, "absent": absent, "metadata": forms}
         found = dict(
             zip(self._outputs, self.session.run(None, {name: given[name] for name in self._inputs}), strict=True)
         )
-        return Answered(found["logits"], found.get("vector"))
+        return NetworkOutput(found["logits"], found.get("vector"))
 
 
 DESCRIPTION = "bundle.json"
@@ -116,12 +116,12 @@ def bundle_parts(
         "network": OnnxNetwork(folder / Path(networks[variant]["file"]).name, device),
         "classes": description["classes"],
         "malignant": description["malignant"],
-        "form": FormEncoder.from_json(description["metadata"]),
+        "form": MetadataTransform.from_json(description["metadata"]),
         "image": cast(ImageSettings, SimpleNamespace(**description["image"])),
         "reads_image": description["reads_image"],
         "reads_metadata": description["reads_metadata"],
         "learned_tokens": description["learned_tokens"],
-        "out_of_scope": OutOfScopeScore.load(check) if check.is_file() else None,
+        "out_of_scope": OutOfDistributionScore.load(check) if check.is_file() else None,
         "decision": Decision(**Decision.read(calibration)) if calibration else None,
     }
 

@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 FLOOR = float(np.finfo(np.float32).smallest_subnormal)
 
 
-class Decided(NamedTuple):
+class Decisions(NamedTuple):
     """What is said of N inputs.
 
     Attributes:
@@ -89,7 +89,7 @@ class Decision:
         """
         return prediction_sets(self.probabilities(probabilities), self.thresholds(by_class))
 
-    def decide(self, probabilities: ArrayLike, image: ArrayLike, share: ArrayLike) -> Decided:
+    def decide(self, probabilities: ArrayLike, image: ArrayLike, share: ArrayLike) -> Decisions:
         """Decide about N inputs, each by the thresholds of its group.
 
         An input of a group for which nothing was fitted has all classes in its set and is referred.
@@ -103,7 +103,7 @@ class Decision:
         fitted = [*self.availability, self._unfitted]
         place = np.full(len(scores), len(self.availability))
         for number, thresholds in enumerate(self.availability):
-            place[thresholds.group.holds(image, share)] = number
+            place[thresholds.group.contains(image, share)] = number
         calibrated, sets = np.empty_like(scores), np.empty(scores.shape, dtype=bool)
         refer = np.ones(len(scores), dtype=bool)
         for number in np.unique(place):
@@ -111,7 +111,7 @@ class Decision:
             calibrated[rows] = apply_temperature(scores[rows], thresholds.temperature)
             sets[rows] = prediction_sets(calibrated[rows], thresholds.threshold)
             refer[rows] = malignancy(calibrated[rows], self.cancer) >= (thresholds.referral or 0)
-        return Decided(calibrated, sets, refer if self.cancer.any() else None, [fitted[number] for number in place])
+        return Decisions(calibrated, sets, refer if self.cancer.any() else None, [fitted[number] for number in place])
 
     @cached_property
     def _unfitted(self) -> Thresholds:

@@ -10,17 +10,17 @@ from numpy.typing import NDArray
 
 from .availability import Thresholds, share_given
 from .calibration import Decision, apply_temperature, softmax
-from .metadata import EncodedForms, Field, FormEncoder
-from .out_of_distribution import OutOfScopeScore
+from .metadata import EncodedRecords, Field, MetadataTransform
+from .out_of_distribution import OutOfDistributionScore
 from .prediction import Explanation, Prediction, answers_apart, covered, spread_out
 from .preprocessing import ImageSettings, preprocess
 
-Picture = NDArray[np.uint8]
+Image = NDArray[np.uint8]
 # Pictures that the network reads at once where one question needs many of them.
 BATCH = 32
 
 
-class Answered(NamedTuple):
+class NetworkOutput(NamedTuple):
     """What a network says of N pictures with their forms.
 
     Attributes:
@@ -34,7 +34,7 @@ class Answered(NamedTuple):
 
 
 # (N, S, S, 3) pictures or None, (N,) which aren't there or None, and (N, M) forms -> what the network says.
-Network = Callable[[Picture | None, NDArray[np.bool_] | None, NDArray[np.float32]], Answered]
+Network = Callable[[Image | None, NDArray[np.bool_] | None, NDArray[np.float32]], NetworkOutput]
 
 
 class Classifier:
@@ -58,13 +58,13 @@ class Classifier:
         network: Network,
         classes: Sequence[str],
         malignant: Sequence[str],
-        form: FormEncoder,
+        form: MetadataTransform,
         image: ImageSettings,
         *,
         reads_image: bool,
         reads_metadata: bool,
         learned_tokens: bool,
-        out_of_scope: OutOfScopeScore | None = None,
+        out_of_scope: OutOfDistributionScore | None = None,
         decision: Decision | None = None,
     ) -> None:
         self.network, self.form, self.image = network, form, image
@@ -87,16 +87,18 @@ class Classifier:
         """What a form may ask; nothing if the model reads no form."""
         return self.form.fields if self.reads_metadata else ()
 
-    def levels(self, name: str) -> tuple[str, ...]:
+    def categories(self, name: str) -> tuple[str, ...]:
         """Return what may be answered to a field: its categories; none for a number.
 
         Raises:
             FormError: there is no such field.
         """
         self.form.check([{name: None}])
-        return next(levels for one, levels in zip(self.form.fields, self.form.levels, strict=True) if one.name == name)
+        return next(
+            levels for one, levels in zip(self.form.fields, self.form.categories, strict=True) if one.name == name
+        )
 
-    def prepare_array(self, photograph: NDArray[np.uint8]) -> Picture:
+    def prepare_array(self, photograph: NDArray[np.uint8]) -> Image:
         """Preprocess a decoded photograph exactly as in training.
 
         Args:
@@ -115,7 +117,7 @@ class Classifier:
         return preprocess(photograph, self.image)
 
     def classify(
-        self, lesions: Sequence[Sequence[Picture | None]], forms: Sequence[Mapping[str, Any]]
+        self, lesions: Sequence[Sequence[Image | None]], forms: Sequence[Mapping[str, Any]]
     ) -> list[Prediction]:
         """Classify lesions, each with one form and one or several photographs of it.
 
@@ -134,7 +136,7 @@ class Classifier:
             raise ValueError(f"{len(lesions)} lesions and {len(forms)} forms: give one form a lesion")
         if not lesions:
             return []
-        encoded = self.form.encode_forms(self._read(forms))
+        encoded = self.form.encode_records(self._read(forms))
         pictures = [self._pictures(lesion) for lesion in lesions]
         counts = [len(lesion) for lesion in pictures]
         starts = np.cumsum([0, *counts[:-1]])
@@ -167,9 +169,7 @@ class Classifier:
             for index, (start, count, form) in enumerate(zip(starts, counts, forms, strict=True))
         ]
 
-    def explain_prepared(
-        self, picture: Picture | None, form: Mapping[str, Any], label: str | None = None
-    ) -> Explanation:
+    def explain_prepared(self, picture: Image | None, form: Mapping[str, Any], label: str | None = None) -> Explanation:
         """Say what an answer rests on: the model is asked again with places covered and with answers left out.
 
         Args:
@@ -184,11 +184,11 @@ class Classifier:
         if label is not None and label not in self.classes:
             raise ValueError(f"no class is called {label[:40]!r}; there are: {', '.join(self.classes)}")
         picture, [form] = self._pictures([picture])[0], self._read([form])
-        whole = self.form.encode_forms([form])
+        whole = self.form.encode_records([form])
         answered = [one.name for one, missing in zip(self.form.fields, whole.missing[0], strict=True) if not missing]
         forms = answers_apart(form, answered)
         patches = [] if picture is None else covered(picture)
-        encoded = self.form.encode_forms([form, *forms]).values
+        encoded = self.form.encode_records([form, *forms]).values
         pictures = [picture] * (1 + len(forms)) + list(patches)
         values = np.concatenate([encoded, np.repeat(encoded[:1], len(patches), axis=0)])
         rows = np.concatenate(
@@ -227,7 +227,7 @@ class Classifier:
         if refer is False and likeliest in self.malignant:
             notes.append(
                 f"{likeliest} is the likeliest single class, but all malignant classes together stay below the referral threshold of "
-                f"{thresholds.referral:.2f} that was fitted for {thresholds.group.words}"
+                f"{thresholds.referral:.2f} that was fitted for {thresholds.group.description}"
             )
         return notes
 
@@ -235,11 +235,11 @@ class Classifier:
         """Return the forms that the model reads: empty ones if it reads none."""
         return forms if self.reads_metadata else [{}] * len(forms)
 
-    def _pictures(self, lesion: Sequence[Picture | None]) -> list[Picture | None]:
+    def _pictures(self, lesion: Sequence[Image | None]) -> list[Image | None]:
         """Return a lesion's photographs; [None] if there is none and the model does without."""
         if not self.reads_image:
             return [None]
-        there: list[Picture | None] = [picture for picture in lesion if picture is not None]
+        there: list[Image | None] = [picture for picture in lesion if picture is not None]
         if not there and self.needs_image:
             raise ValueError(
                 "this model needs a photograph; one that was trained for gaps (metadata.imputation token) would do without"
@@ -247,7 +247,7 @@ class Classifier:
         return there or [None]
 
     def _ask(
-        self, pictures: Sequence[Picture | None], values: NDArray[np.float32]
+        self, pictures: Sequence[Image | None], values: NDArray[np.float32]
     ) -> tuple[NDArray[np.float64], NDArray[np.floating] | None]:
         """Return the model's own probabilities (N, C), and the encoders' vectors."""
         images = absent = None
@@ -272,7 +272,7 @@ class Classifier:
         row: NDArray[np.float64],
         inside: NDArray[np.bool_],
         refer: bool | None,
-        pictures: Sequence[Picture | None],
+        pictures: Sequence[Image | None],
         unlike: Sequence[float | None],
         said: list[str],
         availability: str,
@@ -312,7 +312,7 @@ class Classifier:
             "that were kept for comparison); don't rely on the answer"
         )
 
-    def _said(self, encoded: EncodedForms, row: int, form: Mapping[str, Any]) -> list[str]:
+    def _said(self, encoded: EncodedRecords, row: int, form: Mapping[str, Any]) -> list[str]:
         """Return the warnings about a form."""
         names = [one.name for one in self.form.fields]
         if not names or not self.reads_metadata:

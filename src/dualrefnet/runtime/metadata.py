@@ -28,7 +28,7 @@ MOST_LEVELS = 16
 TRUE, FALSE = ("true", "yes", "y", "1", "1.0"), ("false", "no", "n", "0", "0.0")
 
 
-class FormError(ValueError):
+class MetadataError(ValueError):
     """A form isn't what the model can read; the message holds names of fields, and no answer.
 
     Attributes:
@@ -79,7 +79,7 @@ class Field(Protocol):
 
 
 @dataclass(frozen=True)
-class FormField:
+class FieldSpec:
     """One question of a bundle's form; see `Field`."""
 
     name: str
@@ -93,13 +93,13 @@ class FormField:
     description: str = ""
 
     @classmethod
-    def from_json(cls, state: Mapping[str, Any]) -> FormField:
+    def from_json(cls, state: Mapping[str, Any]) -> FieldSpec:
         """Take what prediction needs of a field's description."""
         known = {name: state[name] for name in cls.__dataclass_fields__ if name in state}
         return cls(**known | {"missing_codes": tuple(known.get("missing_codes", ()))})
 
 
-class Answer(NamedTuple):
+class ParsedValue(NamedTuple):
     """One answer, read.
 
     Attributes:
@@ -109,7 +109,7 @@ class Answer(NamedTuple):
     """
 
     value: float | int | None
-    odd: str | None = None
+    invalid: str | None = None
 
 
 def is_nothing(value: object) -> bool:
@@ -117,7 +117,7 @@ def is_nothing(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def spell(value: object, one: Field) -> str:
+def normalise_value(value: object, one: Field) -> str:
     """Spell one answer as its category: 3.0 -> `3`, yes/1/true -> `True`; empty if it is blank."""
     if one.kind == "boolean":
         word = str(value).strip().lower()
@@ -147,7 +147,7 @@ def by_fold(words: Mapping[str, Word]) -> dict[str, Word]:
     return {spelling: next(iter(meanings)) for spelling, meanings in found.items() if len(meanings) == 1}
 
 
-def refusal(one: Field, levels: Sequence[str], odd: str) -> str:
+def explain_invalid(one: Field, levels: Sequence[str], odd: str) -> str:
     """Say why a value was refused and what it may be; the value itself isn't in the message.
 
     Args:
@@ -171,30 +171,30 @@ def refusal(one: Field, levels: Sequence[str], odd: str) -> str:
     return f"{one.name} must be a number, {limits}; leave it out if it isn't known"
 
 
-def read_number(value: object, one: Field) -> Answer:
+def parse_number(value: object, one: Field) -> ParsedValue:
     """Read one answer to a numeric field.
 
     Raises:
         FormError: it is text, or yes or no.
     """
     if is_nothing(value) or str(value).strip() in (*BLANKS, *one.missing_codes):
-        return Answer(None)
+        return ParsedValue(None)
     try:
         # Python reads 1_000 as a thousand, and no table means that; yes isn't the number 1.
         if isinstance(value, bool) or (isinstance(value, str) and "_" in value):
             raise ValueError
         number = float(value)  # type: ignore[arg-type]
     except OverflowError:
-        return Answer(None, "infinite")
+        return ParsedValue(None, "infinite")
     except (TypeError, ValueError):
-        raise FormError(f"{one.name} must be a number") from None
+        raise MetadataError(f"{one.name} must be a number") from None
     if math.isnan(number):
-        raise FormError(f"{one.name} must be a number")
+        raise MetadataError(f"{one.name} must be a number")
     if math.isinf(number):
-        return Answer(None, "infinite")
+        return ParsedValue(None, "infinite")
     if (one.minimum is not None and number < one.minimum) or (one.maximum is not None and number > one.maximum):
-        return Answer(None, "outside")
-    return Answer(number)
+        return ParsedValue(None, "outside")
+    return ParsedValue(number)
 
 
 Array = NDArray[np.float32]
@@ -317,18 +317,18 @@ class Observed(NamedTuple):
 
     columns: Array
     missing: Mask
-    odd: dict[tuple[int, str], Mask]
+    invalid: dict[tuple[int, str], Mask]
 
     @property
     def rejected(self) -> Mask:
         """(N, F) which fields were answered with something that doesn't count."""
         rejected = np.zeros_like(self.missing)
-        for (index, _), rows in self.odd.items():
+        for (index, _), rows in self.invalid.items():
             rejected[:, index] |= rows
         return rejected
 
 
-class EncodedForms(NamedTuple):
+class EncodedRecords(NamedTuple):
     """N forms as the model reads them.
 
     Attributes:
@@ -341,7 +341,7 @@ class EncodedForms(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FormEncoder:
+class MetadataTransform:
     """A fitted encoder.
 
     Attributes:
@@ -356,23 +356,23 @@ class FormEncoder:
 
     section: Settings
     fields: tuple[Field, ...]
-    levels: tuple[tuple[str, ...], ...]
-    centre: tuple[float, ...]
-    spread: tuple[float, ...]
+    categories: tuple[tuple[str, ...], ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     imputer: NeuralImputer | None
     leaked_classes: tuple[str, ...] = ()
 
     @classmethod
-    def from_json(cls, state: Mapping[str, Any]) -> FormEncoder:
+    def from_json(cls, state: Mapping[str, Any]) -> MetadataTransform:
         """Rebuild from what `MetadataEncoder.to_json` wrote."""
         section = FormSettings(**{name: state["section"][name] for name in FormSettings.__dataclass_fields__})
-        return cls(section, tuple(FormField.from_json(one) for one in state["fields"]), *fitted_state(state))
+        return cls(section, tuple(FieldSpec.from_json(one) for one in state["fields"]), *fitted_state(state))
 
     @cached_property
     def names(self) -> list[str]:
         """The M column names, such as `age`, `region_FACE`, `missing_smoke`."""
         names = []
-        for one, levels in zip(self.fields, self.levels, strict=True):
+        for one, levels in zip(self.fields, self.categories, strict=True):
             names += [one.name] if one.kind == "numeric" else [f"{one.name}_{level}" for level in levels]
         return names + [f"missing_{self.fields[index].name}" for index in self._masked]
 
@@ -385,13 +385,13 @@ class FormEncoder:
     def spans(self) -> list[Span]:
         """The columns of each field; the columns that say what is missing come after them."""
         spans, start = [], 0
-        for one, levels in zip(self.fields, self.levels, strict=True):
+        for one, levels in zip(self.fields, self.categories, strict=True):
             stop = start + (1 if one.kind == "numeric" else len(levels))
             spans.append(Span(start, stop, one.kind == "numeric"))
             start = stop
         return spans
 
-    def encode_forms(self, forms: Sequence[Mapping[str, Any]]) -> EncodedForms:
+    def encode_records(self, forms: Sequence[Mapping[str, Any]]) -> EncodedRecords:
         """Encode forms; a question that isn't answered (absent, None, NaN, empty) is missing.
 
         Args:
@@ -404,18 +404,21 @@ class FormEncoder:
         """
         self.check(forms)
         if self.leaked_classes:
-            raise FormError(
+            raise MetadataError(
                 "this model was trained on metadata whose gaps were filled from the diagnosis (metadata.imputation label_leaking), "
                 "a demonstration of a leak: where the diagnosis isn't known it can't be used"
             )
         observed = self.observe([[form.get(one.name) for form in forms] for one in self.fields], len(forms))
-        if observed.odd:
+        if observed.invalid:
             # To take it as missing would change the answer without a word.
-            raise FormError(
-                "; ".join(refusal(self.fields[index], self.levels[index], odd) for index, odd in sorted(observed.odd))
+            raise MetadataError(
+                "; ".join(
+                    explain_invalid(self.fields[index], self.categories[index], odd)
+                    for index, odd in sorted(observed.invalid)
+                )
             )
         columns = observed.columns if self.imputer is None else self.imputer.fill(observed.columns, observed.missing)
-        return EncodedForms(self.finish(columns, observed.missing), observed.missing)
+        return EncodedRecords(self.finalise(columns, observed.missing), observed.missing)
 
     def check(self, forms: Sequence[Mapping[str, Any]]) -> None:
         """Refuse forms that ask for a field that isn't there; a model of no field ignores all.
@@ -426,7 +429,7 @@ class FormEncoder:
         names = {one.name for one in self.fields}
         unknown = sorted({str(name) for form in forms for name in form} - names)
         if unknown and names:
-            raise FormError(
+            raise MetadataError(
                 f"unknown metadata fields: {', '.join(name[:40] for name in unknown[:5])}; this model knows: "
                 f"{', '.join(one.name for one in self.fields)}"
             )
@@ -448,32 +451,32 @@ class FormEncoder:
             if given is None:
                 continue
             # Patients give the same few answers. True, 1 and 1.0 are one key of a dictionary, and different answers.
-            known: dict[tuple[type, object], Answer] = {}
+            known: dict[tuple[type, object], ParsedValue] = {}
             not_numbers = 0
             for row, value in enumerate(given):
                 key = (type(value), value if isinstance(value, str | int | float | bool) else str(value))
                 try:
-                    answer = known[key] if key in known else self.read(index, value)
-                except FormError:
+                    answer = known[key] if key in known else self.parse(index, value)
+                except MetadataError:
                     not_numbers += 1
                     continue
                 known[key] = answer
-                if answer.odd is not None:
-                    odd.setdefault((index, answer.odd), np.zeros(number, dtype=bool))[row] = True
+                if answer.invalid is not None:
+                    odd.setdefault((index, answer.invalid), np.zeros(number, dtype=bool))[row] = True
                 if answer.value is None:
                     continue
                 missing[row, index] = False
                 if one.kind == "numeric":
-                    columns[row, span.start] = (answer.value - self.centre[index]) / self.spread[index]
+                    columns[row, span.start] = (answer.value - self.mean[index]) / self.std[index]
                 else:
                     columns[row, span.start + int(answer.value)] = 1
             if not_numbers:
-                error = FormError(f"{one.name} must be a number")
+                error = MetadataError(f"{one.name} must be a number")
                 error.rows = not_numbers
                 raise error
         return Observed(columns, missing, odd)
 
-    def read(self, index: int, value: object) -> Answer:
+    def parse(self, index: int, value: object) -> ParsedValue:
         """Read one answer to the field of that index.
 
         Raises:
@@ -481,22 +484,22 @@ class FormEncoder:
         """
         one = self.fields[index]
         if is_nothing(value):
-            return Answer(None)
+            return ParsedValue(None)
         if one.kind == "numeric":
-            return read_number(value, one)
-        word = spell(value, one)
+            return parse_number(value, one)
+        word = normalise_value(value, one)
         if word == "" or (self.section.unknown == "missing" and fold(word) in map(fold, one.missing_codes)):
-            return Answer(None)
+            return ParsedValue(None)
         exact, folded = self._places[index]
         place = exact.get(word, folded.get(fold(word)))
-        return Answer(place, None if place is not None else "unknown")
+        return ParsedValue(place, None if place is not None else "unknown")
 
-    def finish(self, columns: Array, missing: Mask) -> Array:
+    def finalise(self, columns: Array, missing: Mask) -> Array:
         """Scale filled columns (N, K), mark what has a token, and append which fields are missing: (N, M)."""
         if self.section.scale == "raw":
             for index, (one, span) in enumerate(zip(self.fields, self.spans, strict=True)):
                 if one.kind == "numeric":
-                    raw = columns[:, span.start] * self.spread[index] + self.centre[index]
+                    raw = columns[:, span.start] * self.std[index] + self.mean[index]
                     # Zero imputation writes the number 0, as the literature's zero-filled columns do.
                     blank = missing[:, index] & (self.imputer is None)
                     columns[:, span.start] = np.where(blank, 0.0, raw)
@@ -523,7 +526,7 @@ class FormEncoder:
     def _places(self) -> list[tuple[dict[str, int], dict[str, int]]]:
         """For every field, category -> place; and the same by `fold`, without those that several categories share."""
         places = []
-        for one, levels in zip(self.fields, self.levels, strict=True):
+        for one, levels in zip(self.fields, self.categories, strict=True):
             exact = {level: place for place, level in enumerate(levels)}
             if self.section.merge_aliases:
                 exact = {alias: exact[level] for alias, level in one.aliases.items() if level in exact} | exact

@@ -90,7 +90,7 @@ class Distance:
 
 
 @dataclass(frozen=True)
-class OutOfScopeScore:
+class OutOfDistributionScore:
     """A fitted score; it is fitted in `dualrefnet.analysis.out_of_distribution`.
 
     Attributes:

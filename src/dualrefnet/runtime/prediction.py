@@ -98,7 +98,7 @@ class Explanation:
     Attributes:
         label: the class that was asked about.
         probability: what the model gives it.
-        heat: (S, S) float32: how much the probability falls if a patch around that place is painted over with the
+        saliency: (S, S) float32: how much the probability falls if a patch around that place is painted over with the
             picture's mean
             colour; negative where it rises. None without a photograph.
         fields: field -> the probability less what it would be if that answer had been left blank; answered fields only.
@@ -106,5 +106,5 @@ class Explanation:
 
     label: str
     probability: float
-    heat: NDArray[np.float32] | None
+    saliency: NDArray[np.float32] | None
     fields: dict[str, float]

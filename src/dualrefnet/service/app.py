@@ -192,7 +192,7 @@ def _add_facts(app: FastAPI, service: Answering, observed: Observed) -> None:
                 minimum=field.minimum,
                 maximum=field.maximum,
                 description=field.description,
-                levels=list(predictor.levels(field.name)) if field.kind == "categorical" else [],
+                levels=list(predictor.categories(field.name)) if field.kind == "categorical" else [],
                 effect=effects.get(field.name),
             )
             for field in predictor.fields
