@@ -17,7 +17,7 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from dualrefnet.data.loader import Examples, fill_recipe_store, make_examples, read_dataset, split_rows, recipe_split
+from dualrefnet.data.loader import Examples, fill_recipe_store, make_examples, read_dataset, recipe_split, split_rows
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.models.encoders import create_encoder
 from dualrefnet.models.inference import normalise, to_unit

@@ -33,7 +33,9 @@ def picture_table(folder: Path, images: Path | None, count: int, width: int = 15
 
 def _draw(folder: Path, count: int, width: int, height: int) -> list[Path]:
     """Draw `count` pictures of 192 px and enlarge them to JPEGs."""
-    drawn = sorted((make_synthetic(folder / "drawn", images=max(count, MINIMUM_IMAGES)) / "images").glob("*.png"))[:count]
+    drawn = sorted((make_synthetic(folder / "drawn", images=max(count, MINIMUM_IMAGES)) / "images").glob("*.png"))[
+        :count
+    ]
     files = []
     for source in drawn:
         picture = cv2.resize(decode_image(source), (width, height), interpolation=cv2.INTER_CUBIC)

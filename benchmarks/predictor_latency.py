@@ -171,7 +171,7 @@ def main(
             seconds[case] += whole.ask(min(BLOCK, rounds))
         whole.close()
     encoder.close()
-    seconds["ONNX: form alone"] = interleaved({"form": lambda: exported.form.encode_records([form])}, rounds)["form"]
+    seconds["ONNX: form alone"] = interleaved({"form": lambda: exported.encoder.encode_records([form])}, rounds)["form"]
     # Slow and independent of the model: fewer rounds are enough.
     seconds |= interleaved(
         {

@@ -15,9 +15,9 @@ from dualrefnet.analysis.duplicates import fingerprint_files
 from dualrefnet.analysis.label_leakage import IMAGES, AuditedRows, form_alone, missingness, proxies, reidentification
 from dualrefnet.cli import app, data  # noqa: F401 (the module registers the commands)
 from dualrefnet.data.adapters import load_dataset
-from dualrefnet.data.schema import Dataset
 from dualrefnet.data.check import Finding
 from dualrefnet.data.protocols import split_dataset
+from dualrefnet.data.schema import Dataset
 from dualrefnet.data.synthetic import make_synthetic
 
 

@@ -18,8 +18,7 @@ from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.metadata import MetadataEncoder, missingness_warning
 from dualrefnet.data.synthetic import make_synthetic
 from dualrefnet.deploy.export import export_run
-from dualrefnet.deploy.gate import refuse_shortcut, shortcut_of
-from dualrefnet.deploy.predictor import Predictor
+from dualrefnet.deploy.predictor import Predictor, refuse_shortcut, shortcut_of
 from dualrefnet.errors import RunError
 from dualrefnet.evaluation.calibration import Calibration, fit_calibration, fit_thresholds
 from dualrefnet.files import read_json, write_json

@@ -3,8 +3,8 @@
 import pytest
 
 from dualrefnet.data.adapters import load_dataset
-from dualrefnet.data.schema import Dataset
 from dualrefnet.data.protocols import leakage, split_counts, split_dataset
+from dualrefnet.data.schema import Dataset
 from dualrefnet.errors import SplitError
 
 TABLE_1_PAD = {

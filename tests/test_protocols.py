@@ -7,9 +7,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from dualrefnet.data import isic_2019, pad_ufes_20
-from dualrefnet.data.schema import Dataset
 from dualrefnet.data.protocols import leakage, missing_classes, refuse_crossing, split_counts, split_dataset
-from dualrefnet.data.schema import DatasetSchema, groups, normalise
+from dualrefnet.data.schema import Dataset, DatasetSchema, groups, normalise
 from dualrefnet.errors import SplitError
 
 pytestmark = pytest.mark.filterwarnings("ignore:The least populated class:UserWarning")

@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from dualrefnet.deploy.parity import Cases, agreement, ask, encoder_nodes, measure_int8, quantise
+from dualrefnet.deploy.parity import Cases, compare, encoder_nodes, measure_int8, predict_cases, quantise
 from dualrefnet.errors import RunError
 from dualrefnet.runtime.bundle import OnnxNetwork
 from dualrefnet.runtime.classifier import NetworkOutput
@@ -49,8 +49,8 @@ def test_the_encoder_is_in_whole_numbers_and_the_rest_in_float(int8_file: Path) 
 
 def test_answers_stay_near_and_gaps_stay_gaps(float_file: Path, int8_file: Path) -> None:
     cases, absent = random_cases(30, tokens=True), np.arange(30) % 3 == 0
-    first, second = (ask(OnnxNetwork(file), cases, absent) for file in (float_file, int8_file))
-    assert 0 < agreement(first.logits, second.logits).largest < 0.05
+    first, second = (predict_cases(OnnxNetwork(file), cases, absent) for file in (float_file, int8_file))
+    assert 0 < compare(first.logits, second.logits)["max_probability_difference"] < 0.05
     assert np.isnan(second.vectors).all(axis=1).tolist() == absent.tolist()
     # Without a photograph nothing is left that was rounded.
     np.testing.assert_allclose(second.logits[absent], first.logits[absent], atol=1e-5)

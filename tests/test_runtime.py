@@ -26,7 +26,7 @@ from dualrefnet.run import Run
 from dualrefnet.runtime.classifier import Classifier, NetworkOutput
 from dualrefnet.runtime.metadata import MetadataError, MetadataTransform
 from dualrefnet.runtime.out_of_distribution import read_tensors
-from dualrefnet.runtime.prediction import STEPS, covered, spread_out
+from dualrefnet.runtime.prediction import STEPS, occlude, saliency_map
 
 PACKAGE = Path(dualrefnet.__file__).parent / "runtime"
 SIDE = 32
@@ -70,7 +70,7 @@ def classifier(network: Any, **parts: Any) -> Classifier:
         **{
             "classes": SCHEMA.classes,
             "malignant": ("C",),
-            "form": shipped(encoder()),
+            "encoder": shipped(encoder()),
             "image": ImageSection(size=SIDE),
             "reads_image": True,
             "reads_metadata": True,
@@ -247,7 +247,7 @@ def test_an_explanation_finds_the_place_and_the_answer_that_the_model_looks_at()
         return NetworkOutput(np.stack([score, -score, np.full(len(score), -9.0)], axis=1), None)
 
     model = classifier(corner_and_itch)
-    names = model.form.names
+    names = model.encoder.names
     picture = np.zeros((SIDE, SIDE, 3), dtype=np.uint8)
     picture[: SIDE // 4, : SIDE // 4, 0] = 255
     found = model.explain_prepared(picture, {"itch": "yes", "age": 50, "site": None})
@@ -269,11 +269,11 @@ def test_an_explanation_finds_the_place_and_the_answer_that_the_model_looks_at()
 @pytest.mark.parametrize("side", [32, 45, 192, 224])
 def test_patches_cover_the_whole_picture(side: int) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    copies = covered(picture)
+    copies = occlude(picture)
     assert len(copies) == (STEPS - 1) ** 2
     changed = np.stack([(copy != picture).any(axis=2) for copy in copies])
     assert changed.any(axis=0).mean() > 0.99
-    np.testing.assert_allclose(spread_out(np.full(len(copies), 0.25), side), 0.25, rtol=1e-6)
+    np.testing.assert_allclose(saliency_map(np.full(len(copies), 0.25), side), 0.25, rtol=1e-6)
 
 
 def test_the_predictor_says_what_it_is(tiny_run: Run, sample_root: Path) -> None:

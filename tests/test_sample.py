@@ -334,7 +334,9 @@ def test_darker_skin_types_are_darker_and_the_light_has_a_colour():
     pictures = [render_lesion(lesion, skin_type, 0.12, 0, np.random.default_rng(1), 96) for skin_type in range(1, 7)]
     brightness = [picture.mean() for picture in pictures]
     assert brightness == sorted(brightness, reverse=True)
-    lights = [render_lesion(lesion, 2, 0.12, 0, np.random.default_rng(seed), 96).mean(axis=(0, 1)) for seed in range(20)]
+    lights = [
+        render_lesion(lesion, 2, 0.12, 0, np.random.default_rng(seed), 96).mean(axis=(0, 1)) for seed in range(20)
+    ]
     assert np.std([red / blue for red, _, blue in lights]) > 0.1
 
 

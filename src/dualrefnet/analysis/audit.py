@@ -24,9 +24,9 @@ from dualrefnet.analysis.label_leakage import (
     reidentification,
 )
 from dualrefnet.data.adapters import load_dataset
-from dualrefnet.data.schema import Dataset
 from dualrefnet.data.check import MAX_EXAMPLES, Finding, Level, identical_images
 from dualrefnet.data.protocols import leakage, split_dataset
+from dualrefnet.data.schema import Dataset
 from dualrefnet.display.format import Cell, PrintedTable
 
 

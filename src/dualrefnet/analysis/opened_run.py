@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dualrefnet.data.schema import Dataset
 from dualrefnet.data.images import MASK_FOLDER, find_masks
 from dualrefnet.data.loader import Batch, Examples, fill_recipe_store, make_examples, read_dataset, split_rows
 from dualrefnet.data.metadata import MetadataEncoder
+from dualrefnet.data.schema import Dataset
 from dualrefnet.data.store import DerivedStore, ImageStore
 from dualrefnet.errors import DataError, RunError
 from dualrefnet.models.base import Method
@@ -148,7 +148,7 @@ class OpenedRun:
         side, pixel = self.recipe.image.size, torch.nan if self.model.missing is not None else 0.0
         read = self.model.encode(torch.full((1, 3, side, side), pixel, device=self.device))
         if self.model.missing is not None:
-            read = self.model.missing.photograph(read)
+            read = self.model.missing.fill_images(read)
         return read.rows(torch.zeros(count, dtype=torch.int64, device=self.device))
 
 

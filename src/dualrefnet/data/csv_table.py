@@ -129,7 +129,7 @@ def load(root: Path, description_file: Path | None = None) -> Dataset:
     table, value_warnings = normalise(
         raw.assign(
             image_id=images.str.replace(r"\.\w+$", "", regex=True),
-            image_path=[str(folder / name) if (folder / name).is_file() else None for name in images],
+            image_path=images.map(lambda name: str(folder / name) if (folder / name).is_file() else None),
             label=raw[description.label],
             patient_id=raw[description.patient] if description.patient else None,
             lesion_id=raw[description.lesion] if description.lesion else None,

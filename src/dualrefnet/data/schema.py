@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -120,7 +120,7 @@ class DatasetSchema(BaseModel):
         return {field.name: field for field in self.fields}[name]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Dataset:
     """A data set as its adapter read it.
 
@@ -140,9 +140,9 @@ class Dataset:
     table: pd.DataFrame
     schema: DatasetSchema
     root: Path
-    value_warnings: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    other_columns: pd.DataFrame = field(default_factory=pd.DataFrame)
+    value_warnings: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    other_columns: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
     image_folders: tuple[Path, ...] = ()
     shared_lesions: tuple[str, ...] = ()
 

@@ -571,8 +571,8 @@ def _count_splits(out: Path, suite: Suite) -> None:
 
 def _fill_stores(recipes: dict[str, Recipe], cache: Path | None) -> dict[str, Failure]:
     """Prepare the images of all runs, once for those that share them; return the runs that can't have them, and why."""
-    from dualrefnet.data.schema import Dataset
     from dualrefnet.data.loader import fill_recipe_store, read_dataset, stored_size
+    from dualrefnet.data.schema import Dataset
 
     datasets: dict[str, Dataset] = {}
     stores: dict[str, DualRefNetError | None] = {}

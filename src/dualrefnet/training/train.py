@@ -10,7 +10,7 @@ from accelerate import PartialState
 
 import dualrefnet
 from dualrefnet.analysis.evaluate import evaluate_run
-from dualrefnet.data.loader import fill_recipe_store, make_examples, read_dataset, split_rows, recipe_split
+from dualrefnet.data.loader import fill_recipe_store, make_examples, read_dataset, recipe_split, split_rows
 from dualrefnet.data.metadata import MetadataEncoder, missingness_warning
 from dualrefnet.data.schema import DatasetSchema
 from dualrefnet.files import remove_partial, write_json
@@ -35,7 +35,7 @@ def train_recipe(
         recipe: a checked recipe.
         out: the run folder.
         resume: go on with an unfinished run in `out`; a finished one is returned as it is.
-        cache: where image stores lie; None: the user's cache folder.
+        cache: folder of the image stores; None: the user's cache folder.
         workers: threads that prepare images; None: one a core.
 
     Returns:
