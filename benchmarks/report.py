@@ -30,11 +30,11 @@ def prepare(folder: Path, count: int) -> None:
     """Draw images, repeat them as other patients', and train on them."""
     import pandas as pd
 
-    from dualrefnet.data.synthetic import draw_sample
+    from dualrefnet.data.synthetic import make_synthetic
     from dualrefnet.recipe import load_recipe
     from dualrefnet.training.train import train_recipe
 
-    drawn, root = draw_sample(folder / "drawn", images=min(DRAWN, count), side=64), folder / "data"
+    drawn, root = make_synthetic(folder / "drawn", images=min(DRAWN, count), side=64), folder / "data"
     for name in ("images", "masks"):
         (root / name).mkdir(parents=True)
     table, parts = pd.read_csv(drawn / "metadata.csv", dtype=str), []

@@ -8,7 +8,7 @@ import cv2
 import pandas as pd
 
 from dualrefnet.data.images import decode_image
-from dualrefnet.data.synthetic import MINIMUM_IMAGES, draw_sample
+from dualrefnet.data.synthetic import MINIMUM_IMAGES, make_synthetic
 from dualrefnet.deploy.batch import find_files
 
 DRAWN = 96
@@ -33,7 +33,9 @@ def image_table(folder: Path, images: Path | None, count: int, width: int = 1536
 
 def _draw(folder: Path, count: int, width: int, height: int) -> list[Path]:
     """Draw `count` images of 192 px and enlarge them to JPEGs."""
-    drawn = sorted((draw_sample(folder / "drawn", images=max(count, MINIMUM_IMAGES)) / "images").glob("*.png"))[:count]
+    drawn = sorted((make_synthetic(folder / "drawn", images=max(count, MINIMUM_IMAGES)) / "images").glob("*.png"))[
+        :count
+    ]
     files = []
     for source in drawn:
         picture = cv2.resize(decode_image(source), (width, height), interpolation=cv2.INTER_CUBIC)
