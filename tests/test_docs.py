@@ -173,7 +173,7 @@ def test_the_example_of_own_data_loads_without_a_remark_and_divides(tmp_path):
     for line in table.splitlines()[1:]:
         cv2.imwrite(str(tmp_path / "photos" / line.split(",")[0]), np.full((8, 8, 3), 128, np.uint8))
     dataset = load_dataset("csv_table", tmp_path)
-    assert not dataset.remarks
+    assert not dataset.warnings
     assert len(dataset.with_image) == 13
     split = split_dataset(dataset)
     assert set(split["split"]) == {"train", "val", "test"}
@@ -198,7 +198,7 @@ def test_the_counts_in_limitations_are_those_of_the_data(real_pad):
     table = load_dataset("pad_ufes_20", real_pad).table
     assert f"**{table['fitspatrick'].isin(['5', '6']).sum()} rows**" in text
     assert f"none at all in {table['fitspatrick'].isna().sum()}" in text
-    assert f"{len(table):,} smartphone photographs, {table['patient_id'].nunique():,} patients" in text
+    assert f"{len(table):,} smartphone images, {table['patient_id'].nunique():,} patients" in text
     assert f"({(table['grew'] == 'UNK').sum()} and {(table['changed'] == 'UNK').sum()} rows)" in text
 
 

@@ -131,7 +131,9 @@ def test_a_bundle_goes_to_the_hub_and_comes_back(bundle: Path, server: Server, t
     )
     back.save_pretrained(tmp_path / "again")
     assert names(tmp_path / "again") == own(bundle)
-    assert (tmp_path / "again" / "runtime" / "metadata.py").read_text() == (bundle / "runtime" / "metadata.py").read_text()
+    assert (tmp_path / "again" / "runtime" / "metadata.py").read_text() == (
+        bundle / "runtime" / "metadata.py"
+    ).read_text()
 
 
 def test_options_reach_the_hub(bundle: Path, server: Server, tmp_path: Path) -> None:

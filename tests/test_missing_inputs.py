@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from dualrefnet.analysis.availability import draw_present
 from dualrefnet.cli import app, deployment  # noqa: F401 (the module registers the commands)
 from dualrefnet.data.adapters import load_dataset
-from dualrefnet.data.metadata import MetadataEncoder, missingness_shown
+from dualrefnet.data.metadata import MetadataEncoder, missingness_warning
 from dualrefnet.data.pad_ufes_20 import SCHEMA as PAD
-from dualrefnet.data.synthetic import draw_sample
+from dualrefnet.data.synthetic import make_synthetic
 from dualrefnet.deploy.export import export_run
 from dualrefnet.deploy.predictor import Predictor, refuse_shortcut, shortcut_of
 from dualrefnet.errors import RunError
@@ -205,7 +205,7 @@ def test_no_service_of_a_shortcut_is_made_unless_it_is_accepted() -> None:
 @pytest.fixture(scope="module")
 def telling(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A synthetic data set in which optional fields are recorded for cancers alone, as if only they were biopsied."""
-    root = draw_sample(tmp_path_factory.mktemp("telling") / "data", images=240, side=64)
+    root = make_synthetic(tmp_path_factory.mktemp("telling") / "data", images=240, side=64)
     table = pd.read_csv(root / "metadata.csv", dtype=str, keep_default_na=False)
     optional = [field.name for field in PAD.fields if field.tier == "M2"]
     benign = ~table["diagnostic"].isin(["BCC", "SCC", "MEL"])
@@ -257,7 +257,7 @@ def test_training_warns_of_an_encoding_that_shows_the_class(telling: Path, tmp_p
         ({"tier": "M2"}, False),
     ):
         encoder = MetadataEncoder.fit(dataset.table, dataset.schema, MetadataSection(**section))
-        said = missingness_shown(encoder, dataset.table, dataset.schema)
+        said = missingness_warning(encoder, dataset.table, dataset.schema)
         assert (said is not None) == warned
         assert (
             said is None

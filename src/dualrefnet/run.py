@@ -18,8 +18,8 @@ import psutil
 import yaml
 
 import dualrefnet
-from dualrefnet.data.adapters import Dataset
 from dualrefnet.data.protocols import SPLIT_COLUMNS, refuse_crossing
+from dualrefnet.data.schema import Dataset
 from dualrefnet.errors import RunError
 from dualrefnet.files import read_json, remove_partial, sha256_of_json, write_csv, write_json, write_yaml
 from dualrefnet.recipe import Recipe, load_recipe
@@ -93,6 +93,15 @@ class Run:
     def metrics(self) -> dict[str, Any]:
         """The metrics on the test split."""
         return read_json(self._existing("metrics.json"))  # type: ignore[no-any-return]
+
+    @property
+    def unit(self) -> str:
+        """`patient` or `lesion`: what must not cross the split, and is resampled."""
+        from dualrefnet.data import isic_2019, pad_ufes_20
+
+        # Runs of earlier versions don't record it.
+        known = isic_2019.SCHEMA if self.recipe.data.dataset == isic_2019.SCHEMA.name else pad_ufes_20.SCHEMA
+        return str(self.metrics.get("unit", known.unit))
 
     @property
     def predictions(self) -> pd.DataFrame:

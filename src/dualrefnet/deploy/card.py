@@ -9,9 +9,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from dualrefnet.display.format import bounds_of, number, pair, percent
+from dualrefnet.display.format import MEASURE_NAMES, availability_table, interval, interval_of, number, percent
 from dualrefnet.errors import DependencyError
-from dualrefnet.evaluation.tables import AVAILABILITY_COLUMNS, MEASURE_NAMES, availability_notes, availability_rows
 from dualrefnet.models.registry import METHODS
 from dualrefnet.report.provenance import run_notes, run_title
 from dualrefnet.run import Run
@@ -68,7 +67,7 @@ def model_card(bundle: Mapping[str, Any], run: Run, files: Sequence[str]) -> str
     environment.filters |= {
         "number": number,
         "percent": percent,
-        "bounds": bounds_of,
+        "interval": interval_of,
         "cell": lambda value: str(value).replace("|", "\\|"),
         "sentence": lambda text: f"{text[0].upper()}{text[1:]}",
     }
@@ -90,9 +89,7 @@ def model_card(bundle: Mapping[str, Any], run: Run, files: Sequence[str]) -> str
         example_python=example.replace(": true", ": True").replace(": false", ": False"),
         metrics=metrics,
         measures=_measures(metrics),
-        availability=availability_rows(availability) if availability else None,
-        availability_columns=AVAILABILITY_COLUMNS,
-        availability_notes=availability_notes(availability) if availability else [],
+        availability=availability_table(availability).markdown(heading=False).strip() if availability else None,
         subgroups=_subgroups(run),
         notes=run_notes(run),
         made=run.fingerprint,
@@ -164,7 +161,7 @@ def _measures(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     malignant = metrics.get("malignant") or {}
     found = [(key, metrics, key) for key in HEADLINES]
     found += [(f"malignant_{key}", malignant, key) for key in MALIGNANT if key in malignant]
-    return [(MEASURE_NAMES[name], number(values[key]), bounds_of(values, key, ".3f")) for name, values, key in found]
+    return [(MEASURE_NAMES[name], number(values[key]), interval_of(values, key, ".3f")) for name, values, key in found]
 
 
 def _subgroups(run: Run) -> dict[str, Any] | None:
@@ -173,7 +170,7 @@ def _subgroups(run: Run) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     table = pd.read_csv(file, keep_default_na=False, na_values=[""])
-    table["interval"] = [pair(low, high, ".2f") for low, high in zip(table["low"], table["high"], strict=True)]
+    table["interval"] = [interval(low, high, ".2f") for low, high in zip(table["low"], table["high"], strict=True)]
     measured = table[(table["measure"] == "accuracy") & table["value"].notna()]
     few = table[~table["measured"].astype(bool)].drop_duplicates(["field", "level"])
     return {"measured": measured.to_dict("records"), "few": few.to_dict("records")}
