@@ -112,7 +112,7 @@ def test_a_model_of_one_answer_is_right_where_it_was_kept(
             rows.assign(**{name: rows[name].where(kept[:, index]) for index, name in enumerate(names)})
         ).values
         place = [field.name for field in run.metadata.fields].index("age")
-        ages = forms[:, run.metadata.names.index("age")] * run.metadata.spread[place] + run.metadata.centre[place]
+        ages = forms[:, run.metadata.names.index("age")] * run.metadata.std[place] + run.metadata.mean[place]
         predicted = np.clip(np.round(ages // 10), 0, 5).astype(int)
         known = kept[:, names.index("age")]
         assert (predicted[known] == labels[known]).all()

@@ -35,7 +35,6 @@ from dualrefnet.evaluation.calibration import (
     threshold_interval,
 )
 from dualrefnet.evaluation.metrics import adaptive_calibration_error, brier_score, expected_calibration_error
-from dualrefnet.evaluation.tables import calibration_line
 from dualrefnet.files import read_json
 from dualrefnet.recipe import load_recipe
 from dualrefnet.run import Run
@@ -368,17 +367,3 @@ def test_using_a_calibration_needs_neither_torch_nor_matplotlib() -> None:
     code = "import sys, dualrefnet.evaluation.calibration; print({'torch', 'matplotlib', 'timm'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
-
-
-def test_the_line_of_the_terminal_says_what_was_measured() -> None:
-    measured = {
-        "temperature": 1.246,
-        "before": {"ece": 0.1234},
-        "after": {"ece": 0.0567},
-        "conformal": {"promised": 0.9, "marginal": {"mean_size": 1.76, "coverage": 0.875}},
-        "referral": {"sensitivity": 0.931, "referred": 0.52, "wanted": 0.95},
-    }
-    line = calibration_line(measured)
-    for text in ("1.25", "0.123", "0.057", "1.8", "88%", "90%", "52%", "93%", "95%"):
-        assert text in line
-    assert calibration_line(measured | {"referral": None}) == line.rpartition("; ")[0]

@@ -198,7 +198,7 @@ def test_the_counts_in_limitations_are_those_of_the_data(real_pad):
     table = load_dataset("pad_ufes_20", real_pad).table
     assert f"**{table['fitspatrick'].isin(['5', '6']).sum()} rows**" in text
     assert f"none at all in {table['fitspatrick'].isna().sum()}" in text
-    assert f"{len(table):,} smartphone photographs, {table['patient_id'].nunique():,} patients" in text
+    assert f"{len(table):,} smartphone images, {table['patient_id'].nunique():,} patients" in text
     assert f"({(table['grew'] == 'UNK').sum()} and {(table['changed'] == 'UNK').sum()} rows)" in text
 
 

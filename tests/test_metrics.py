@@ -1,5 +1,4 @@
 import doctest
-import io
 import json
 import warnings
 
@@ -7,11 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 from sklearn import metrics as sk
 
 import dualrefnet.evaluation.metrics
-from dualrefnet.evaluation.comparison import bootstrap_intervals, flat_measures, with_intervals
+from dualrefnet.evaluation.comparison import flat_measures
 from dualrefnet.evaluation.metrics import (
     CLASS_MEASURES,
     HEADLINE_MEASURES,
@@ -25,7 +23,6 @@ from dualrefnet.evaluation.metrics import (
     expected_calibration_error,
     metrics_from_confusion,
 )
-from dualrefnet.evaluation.tables import MEASURE_NAMES, metrics_frame, metrics_markdown, metrics_table
 from resampling import CLASSES, Floats, predictions, truthful
 
 
@@ -248,43 +245,3 @@ def test_an_unknown_malignant_class_and_a_wrong_matrix_are_refused() -> None:
     for message, matrix in wrong.items():
         with pytest.raises(ValueError, match=message):
             metrics_from_confusion(matrix, ["A", "B"])
-
-
-def test_table_markdown_and_frame_show_the_same_numbers_and_escape_class_names() -> None:
-    classes = ["[bold]A", "B|b", "malignant"]
-    labels, scores = predictions(1, 60)
-    plain = compute_metrics(labels, scores, classes, malignant=["malignant"])
-    full = with_intervals(
-        plain,
-        bootstrap_intervals(labels, scores, np.arange(60), classes, samples=50, malignant=["malignant"], level=0.9),
-    )
-    frame = metrics_frame(full)
-    assert list(frame.columns) == ["measure", "class", "value", "low", "high"]
-    assert not frame.duplicated(["measure", "class"]).any()
-    row = frame[(frame["measure"] == "accuracy") & (frame["class"] == "")].iloc[0]
-    assert [row["value"], row["low"], row["high"]] == [full["accuracy"], *full["accuracy_ci90"]]
-    assert metrics_frame(plain)[["low", "high"]].isna().all(axis=None)
-
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(metrics_table(full, title="Run 1"))
-    terminal, markdown = console.export_text(), metrics_markdown(full, title="Run 1")
-    low, high = full["accuracy_ci90"]
-    for text in (terminal, markdown):
-        assert f"{full['accuracy']:.3f}" in text
-        assert f"[{low:.3f}, {high:.3f}]" in text
-        assert "90% interval" in text
-        assert "[bold]A" in text
-    assert "B\\|b" in markdown
-    assert "interval]" not in metrics_markdown(plain)
-
-
-def test_tables_take_metrics_without_probabilities_and_show_undefined_values_as_a_dash() -> None:
-    measured = metrics_from_confusion([[3, 0], [2, 0]], ["A", "B"])
-    markdown = metrics_markdown(measured)
-    assert "| B | 0.000 | 1.000 | – |" in markdown
-    assert "Note: B never predicted" in markdown
-    assert "log loss" not in markdown
-
-
-def test_every_headline_measure_has_a_name_for_people() -> None:
-    assert set(HEADLINE_MEASURES) <= set(MEASURE_NAMES)

@@ -142,9 +142,7 @@ def empty_age(run: OpenedRun) -> int:
     rows = run.rows("test")
     values = run.metadata.encode(without_fields(rows, [field.name for field in run.metadata.fields])).values
     place = [field.name for field in run.metadata.fields].index("age")
-    return round(
-        float(values[0, run.metadata.names.index("age")] * run.metadata.spread[place] + run.metadata.centre[place])
-    )
+    return round(float(values[0, run.metadata.names.index("age")] * run.metadata.std[place] + run.metadata.mean[place]))
 
 
 def test_replaced_answers_are_those_of_others_and_gaps_stay(opened: OpenedRun) -> None:

@@ -31,11 +31,11 @@ from dualrefnet.data.loader import Examples
 from dualrefnet.data.metadata import EncodedMetadata
 from dualrefnet.data.schema import DatasetSchema
 from dualrefnet.display.figure import COLOURS, INK, MARKERS, ReportFigure, new_figure, styled
+from dualrefnet.display.format import MEASURE_NAMES
 from dualrefnet.errors import DataError
 from dualrefnet.evaluation.bootstrap import Bootstrap, group_codes, percentile_interval
 from dualrefnet.evaluation.calibration import Calibration
 from dualrefnet.evaluation.comparison import PooledBootstrap, pooled_bootstrap
-from dualrefnet.evaluation.tables import MEASURE_NAMES
 from dualrefnet.progress import progress_bar
 from dualrefnet.runtime.availability import (
     ALWAYS_RECORDED,
@@ -266,7 +266,7 @@ def draw_present(
     """
     count, fields = recorded.shape
     amounts = np.arange(fields + 1)
-    legal = amounts[group.holds(np.full(fields + 1, group.image), amounts / max(fields, 1))]
+    legal = amounts[group.contains(np.full(fields + 1, group.image), amounts / max(fields, 1))]
     if not len(legal):
         # A form of two fields has no third of them.
         return np.zeros_like(recorded), np.zeros(count, dtype=bool)
@@ -341,7 +341,7 @@ def measure_availability(
         told = {
             "temperature": thresholds.temperature,
             "referral_threshold": thresholds.referral,
-            "remarks": list(thresholds.remarks),
+            "remarks": list(thresholds.notes),
         }
         by_group.append({"name": one.group.name, "group": one.group._asdict(), **told, **values})
     return {"inputs": dict(zip(named, measured, strict=False)), "groups": by_group}

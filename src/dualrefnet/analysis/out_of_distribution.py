@@ -34,7 +34,7 @@ from dualrefnet.evaluation.bootstrap import draw_counts, group_codes, percentile
 from dualrefnet.evaluation.metrics import Ranking
 from dualrefnet.files import write_tensors
 from dualrefnet.models.inference import joined_vectors, normalise, to_unit
-from dualrefnet.runtime.out_of_distribution import FORMAT, QUANTILES, Distance, OutOfScopeScore, root_shares
+from dualrefnet.runtime.out_of_distribution import FORMAT, QUANTILES, Distance, OutOfDistributionScore, root_shares
 from dualrefnet.runtime.preprocessing import preprocess
 
 Floats = NDArray[np.float64]
@@ -49,7 +49,7 @@ FALSE_ALARMS = 0.02
 
 
 @dataclass(frozen=True)
-class OutOfScope(OutOfScopeScore):
+class OutOfScope(OutOfDistributionScore):
     """A fitted score with its file; make one with `fit_out_of_scope` or `OutOfScope.load`."""
 
     def save(self, path: Path) -> None:

@@ -127,7 +127,7 @@ def make_feature_groups(encoder: MetadataEncoder, by: By) -> tuple[FeatureGroup,
     if by not in ("field", "column"):
         raise ValueError(f"players are made by field or by column, not by {by!r}")
     names, players, start = encoder.names, [], 0
-    for field, levels in zip(encoder.fields, encoder.levels, strict=True):
+    for field, levels in zip(encoder.fields, encoder.categories, strict=True):
         columns = tuple(range(start, start + (1 if field.kind == "numeric" else len(levels))))
         start += len(columns)
         if by == "column":

@@ -236,7 +236,7 @@ class Calibration(Decision):
         Raises:
             ValueError: a key is missing, or a value has the wrong type.
         """
-        decision = cls.read(values)
+        decision = cls.parse(values)
         try:
             fitted, referral = values["fitted_on"], values["referral"] or {}
             bounds, referral_bounds = values.get("temperature_ci95"), referral.get("threshold_ci95")
