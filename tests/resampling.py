@@ -3,6 +3,8 @@
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dualrefnet.evaluation.metrics import DEFAULT_BINS, CalibrationErrors, compute_metrics
+
 Floats = NDArray[np.float64]
 CLASSES = ["A", "B", "C"]
 
@@ -34,3 +36,18 @@ def lay_out(groups: ArrayLike, samples: int, seed: int = 0) -> list[NDArray[np.i
     rows = [np.flatnonzero(np.asarray(groups) == name) for name in names]
     drawn = [generator.integers(len(names), size=len(names)) for _ in range(samples)]
     return [np.concatenate([rows[index] for index in indices]) for indices in drawn]
+
+
+def ece(labels: ArrayLike, scores: ArrayLike, bins: int = DEFAULT_BINS) -> float:
+    """Expected calibration error of the images themselves."""
+    return float(CalibrationErrors(np.asarray(labels), np.asarray(scores), bins=bins).ece(np.ones((1, 1)))[0])
+
+
+def adaptive_ece(labels: ArrayLike, scores: ArrayLike, bins: int = DEFAULT_BINS) -> float:
+    """The same over bins of equal mass."""
+    return float(CalibrationErrors(np.asarray(labels), np.asarray(scores), bins=bins).adaptive_ece(np.ones((1, 1)))[0])
+
+
+def brier(labels: ArrayLike, scores: Floats) -> float:
+    """Brier score."""
+    return float(compute_metrics(labels, scores, [str(index) for index in range(scores.shape[1])])["brier"])

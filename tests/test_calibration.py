@@ -34,12 +34,11 @@ from dualrefnet.evaluation.calibration import (
     temperature_interval,
     threshold_interval,
 )
-from dualrefnet.evaluation.metrics import adaptive_calibration_error, brier_score, expected_calibration_error
 from dualrefnet.files import read_json
 from dualrefnet.recipe import load_recipe
 from dualrefnet.run import Run
 from dualrefnet.runtime.calibration import FLOOR, apply_temperature, prediction_sets
-from resampling import Floats, lay_out, truthful
+from resampling import Floats, adaptive_ece, brier, ece, lay_out, truthful
 
 CLASSES = ["A", "B", "MEL"]
 
@@ -283,10 +282,12 @@ def test_the_errors_before_and_after_and_their_intervals_are_those_of_laid_out_r
     warm = apply_temperature(scores, 1.7)
 
     def measure(rows: NDArray[np.int64]) -> list[list[float]]:
-        functions = (expected_calibration_error, adaptive_calibration_error, brier_score)
+        functions = (ece, adaptive_ece, brier)
         both = [
-            [*(function(labels[rows], one[rows]) for function in functions)]
-            + [log_loss(labels[rows], one[rows], labels=range(3))]
+            [
+                *(function(labels[rows], one[rows]) for function in functions),
+                log_loss(labels[rows], one[rows], labels=range(3)),
+            ]
             for one in (scores, warm)
         ]
         return [*both, np.subtract(both[1], both[0]).tolist()]

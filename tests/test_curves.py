@@ -21,9 +21,9 @@ from dualrefnet.evaluation.curves import (
     draw_curves,
     draw_reliability,
 )
-from dualrefnet.evaluation.metrics import Ranking, compute_metrics, expected_calibration_error
+from dualrefnet.evaluation.metrics import Ranking, compute_metrics
 from readable import assert_readable
-from resampling import CLASSES, Floats, lay_out, predictions
+from resampling import CLASSES, Floats, ece, lay_out, predictions
 
 NAMES = ["MEL", "NV", "background_father = BRAZIL", "AK", "seborrhoeic keratosis", "DF", "melanoma, invasive", "VASC"]
 
@@ -261,7 +261,7 @@ def test_reliability_is_that_of_laid_out_resamples() -> None:
     labels, scores = predictions(7, 150)
     groups = np.arange(150) // 3
     result = compute_reliability(labels, scores, groups, bins=5, samples=80, seed=2)
-    assert result.ece == pytest.approx(expected_calibration_error(labels, scores, bins=5), abs=1e-12)
+    assert result.ece == pytest.approx(ece(labels, scores, bins=5), abs=1e-12)
     right, confidence = scores.argmax(axis=1) == labels, scores.max(axis=1)
     draws, checked = lay_out(groups, 80, 2), 0
     for row in result.table.itertuples():
