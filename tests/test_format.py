@@ -1,30 +1,49 @@
 import numpy as np
+import pytest
 
-from dualrefnet.display.format import MEASURE_NAMES, calibration_line, metrics_tables
-from dualrefnet.evaluation.comparison import bootstrap_intervals, with_intervals
-from dualrefnet.evaluation.metrics import HEADLINE_MEASURES, compute_metrics, metrics_from_confusion
-from resampling import predictions
+from dualrefnet.display.format import (
+    MEASURE_NAMES,
+    Cell,
+    PrintedTable,
+    calibration_line,
+    interval,
+    listed,
+    metrics_tables,
+    number,
+    percent,
+)
+from dualrefnet.evaluation.metrics import HEADLINE_MEASURES, metrics_from_confusion
 
 
-def test_tables_show_the_measures_with_their_intervals() -> None:
-    classes = ["[bold]A", "B|b", "malignant"]
-    labels, scores = predictions(1, 60)
-    plain = compute_metrics(labels, scores, classes, malignant=["malignant"])
-    drawn = bootstrap_intervals(labels, scores, np.arange(60), classes, 50, malignant=["malignant"], level=0.9)
-    full = with_intervals(plain, drawn)
-    low, high = full["accuracy_ci90"]
-    headline, by_class = metrics_tables(full, "Run 1")
-    assert headline.columns == ("measure", "value", "90% interval")
-    row = next(row for row in headline.rows if row[0].text == "accuracy")
-    assert [cell.text for cell in row[1:]] == [f"{full['accuracy']:.3f}", f"[{low:.3f}, {high:.3f}]"]
-    assert r"| B\|b |" in by_class.markdown()
-    assert not any(row[2].text for row in metrics_tables(plain)[0].rows)
+def test_numbers_have_a_real_minus_sign_and_undefined_ones_are_a_dash() -> None:
+    assert [number(-0.5), number(None), number(np.nan), number(0.125, "+.1%")] == ["−0.500", "–", "–", "+12.5%"]
+    assert [interval(-1, 2.5), interval(None, None), interval(np.nan, np.nan)] == ["[−1.00, 2.50]", "", ""]
+    assert percent({"auc": 0.5, "auc_ci95": [0.25, 1]}, "auc") == "50% [25%, 100%]"
+    assert percent({"auc": None}, "auc") == "–"
+    assert [listed(["a"]), listed(["a", "b"]), listed(["a", "b", "c"])] == ["a", "a and b", "a, b and c"]
 
-    undefined = metrics_from_confusion([[3, 0], [2, 0]], ["A", "B"])
-    headline, by_class = metrics_tables(undefined)
-    assert "| B | 0.000 | 1.000 | – |" in by_class.markdown()
-    assert any("B never predicted" in note for note in by_class.notes)
+
+@pytest.mark.parametrize("level", [0.9, 0.95])
+def test_tables_show_the_measures_with_their_intervals(level: float) -> None:
+    classes = ["[bold]A", "B|b"]
+    metrics = metrics_from_confusion([[3, 0], [2, 0]], classes, ["B|b"])
+    headline, by_class = metrics_tables(metrics)
+    assert not any(row[2].text for row in headline.rows)
     assert "log loss" not in headline.markdown()
+    assert r"| B\|b | 0.000 | 1.000 | – |" in by_class.markdown()
+    assert any("never predicted" in note for note in by_class.notes)
+    drawn = {"bootstrap": {"level": level}, f"accuracy_ci{100 * level:g}": [0.2, 0.9]}
+    headline, _ = metrics_tables({**metrics, **drawn}, "Run 1")
+    assert (headline.title, headline.columns[2]) == ("Run 1", f"{100 * level:g}% interval")
+    assert ["accuracy", "0.600", "[0.200, 0.900]"] in [[cell.text for cell in row] for row in headline.rows]
+
+
+def test_one_table_is_markdown_and_latex() -> None:
+    table = PrintedTable("A_b", ("x", "y"), [[Cell("a|b", mark="*"), Cell.estimate(0.5, 0.25, 0.75)]], ("50% & more",))
+    assert table.markdown() == "### A_b\n\n| x | y |\n|:--|--:|\n| a\\|b\\* | 0.500 [0.25, 0.75] |\n\n- 50% & more\n"
+    latex = table.latex("t")
+    assert r"a$|$b\textsuperscript{*} & 0.500 {\scriptsize [0.25, 0.75]} \\" in latex
+    assert r"50\% \& more\par" in latex
 
 
 def test_every_headline_measure_has_a_name_for_people() -> None:

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from dualrefnet.analysis.availability import draw_present
 from dualrefnet.cli import app, deployment  # noqa: F401 (the module registers the commands)
 from dualrefnet.data.adapters import load_dataset
-from dualrefnet.data.metadata import MetadataEncoder, missingness_shown
-from dualrefnet.data.synthetic import draw_sample
+from dualrefnet.data.metadata import MetadataEncoder, missingness_warning
+from dualrefnet.data.synthetic import make_synthetic
 from dualrefnet.deploy.export import export_run
 from dualrefnet.deploy.predictor import Predictor, refuse_shortcut, shortcut_of
 from dualrefnet.errors import RunError
@@ -201,7 +201,7 @@ def telling(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A drawn data set in which the fields that aren't always recorded are there for cancers alone, as if only they
     had been biopsied.
     """
-    root = draw_sample(tmp_path_factory.mktemp("telling") / "data", images=240, side=64)
+    root = make_synthetic(tmp_path_factory.mktemp("telling") / "data", images=240, side=64)
     table = pd.read_csv(root / "metadata.csv", dtype=str, keep_default_na=False)
     optional = [
         "smoke",
@@ -270,7 +270,7 @@ def test_training_warns_of_an_encoding_that_shows_the_class(telling: Path, tmp_p
         ({"tier": "M2"}, False),
     ):
         encoder = MetadataEncoder.fit(dataset.table, dataset.schema, MetadataSection(**section))
-        said = missingness_shown(encoder, dataset.table, dataset.schema)
+        said = missingness_warning(encoder, dataset.table, dataset.schema)
         assert (said is not None) == warned
         assert (
             said is None

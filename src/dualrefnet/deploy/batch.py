@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 import dualrefnet
-from dualrefnet.data.adapters import IMAGE_SUFFIXES
+from dualrefnet.data.csv_table import IMAGE_SUFFIXES
 from dualrefnet.deploy.predictor import Predictor
 from dualrefnet.errors import DataError, ImageError
 from dualrefnet.files import read_json, sha256_of_file, sha256_of_json, write_json
