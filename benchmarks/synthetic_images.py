@@ -1,4 +1,4 @@
-"""Pictures to measure with: drawn ones enlarged to the size of a phone's, or a folder of real ones."""
+"""Images to measure with: drawn ones enlarged to the size of a phone's, or a folder of real ones."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from dualrefnet.deploy.batch import find_files
 DRAWN = 96
 
 
-def picture_table(folder: Path, images: Path | None, count: int, width: int = 1536, height: int = 1152) -> pd.DataFrame:
-    """Return a table with the columns `image_id, image_path` of `count` rows; pictures are used again if there are
+def image_table(folder: Path, images: Path | None, count: int, width: int = 1536, height: int = 1152) -> pd.DataFrame:
+    """Return a table with the columns `image_id, image_path` of `count` rows; images are used again if there are
     fewer.
 
     Args:
-        folder: an empty folder for drawn pictures.
-        images: a folder of real pictures; None: draw.
+        folder: an empty folder for synthetic images.
+        images: a folder of real images; None: draw.
         count: number of rows.
         width: of a drawn JPEG, pixels.
         height: of a drawn JPEG, pixels.
@@ -32,7 +32,7 @@ def picture_table(folder: Path, images: Path | None, count: int, width: int = 15
 
 
 def _draw(folder: Path, count: int, width: int, height: int) -> list[Path]:
-    """Draw `count` pictures of 192 px and enlarge them to JPEGs."""
+    """Draw `count` images of 192 px and enlarge them to JPEGs."""
     drawn = sorted((make_synthetic(folder / "drawn", images=max(count, MINIMUM_IMAGES)) / "images").glob("*.png"))[
         :count
     ]
