@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from numpy.typing import NDArray
 
-from dualrefnet.display.figure import PAPER, PRIMARY, Picture
+from dualrefnet.display.figure import PAPER, PRIMARY, ReportFigure
 from dualrefnet.evaluation.bootstrap import bootstrap_intervals, with_intervals
 from dualrefnet.evaluation.curves import (
     class_curves,
@@ -34,7 +34,7 @@ def predictions(seed: int, images: int, count: int) -> tuple[NDArray[np.int64], 
 
 def pictures(
     labels: NDArray[np.int64], scores: NDArray[np.float64], classes: list[str], malignant: list[str]
-) -> list[Picture]:
+) -> list[ReportFigure]:
     groups = np.arange(len(labels)) // 2
     metrics = compute_metrics(labels, scores, classes, malignant)
     curves = class_curves(labels, scores, groups, classes, malignant, samples=20)
@@ -238,7 +238,7 @@ def test_the_selected_epoch_is_the_one_whose_model_was_kept(tiny_run: Run) -> No
     assert kept["value"].tolist() == pytest.approx([row["val_balanced_accuracy"]])
 
 
-def panels(picture: Picture) -> list[str]:
+def panels(picture: ReportFigure) -> list[str]:
     return list(dict.fromkeys(picture.data["panel"]))
 
 

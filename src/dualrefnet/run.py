@@ -50,17 +50,17 @@ class Run:
 
     @property
     def metrics_file(self) -> Path:
-        """The measures; written last, so its presence says that the run is finished."""
+        """The metrics; written last, so a run that has them is finished."""
         return self.path / "metrics.json"
 
     @property
     def calibration_file(self) -> Path:
-        """What the validation split taught about the probabilities."""
+        """Calibration fitted on the validation split."""
         return self.path / "calibration.json"
 
     @property
     def out_of_scope_file(self) -> Path:
-        """The score that tells what isn't like the training images; not of a method that reads no image."""
+        """The out-of-distribution score; not of a method that reads no image."""
         return self.path / "out_of_scope.safetensors"
 
     @property
@@ -90,7 +90,7 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The measures on the test split."""
+        """The metrics on the test split."""
         return read_json(self._existing("metrics.json"))  # type: ignore[no-any-return]
 
     @property
@@ -118,7 +118,7 @@ class Run:
 
     @property
     def out_of_scope(self) -> OutOfScope:
-        """How unlike the training images an image is, with its limit."""
+        """The out-of-distribution score of an image, with its limit."""
         if self.finished and not self.out_of_scope_file.is_file():
             raise RunError(f"{self.path} has no out-of-distribution check: run `dualrefnet evaluate {self.path}`")
         from dualrefnet.analysis.out_of_distribution import OutOfScope

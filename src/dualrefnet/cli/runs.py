@@ -37,15 +37,11 @@ Out = Annotated[
 @app.command()
 def doctor() -> None:
     """Check the environment, the weights and the data: PASS, WARN or FAIL, each with the fix. Exit status 1 on FAIL."""
-    from dualrefnet.cli.show import COLOURS, output
+    from dualrefnet.cli.show import print_findings
     from dualrefnet.doctor import examine
 
     findings = examine()
-    console = output()
-    for finding in findings:
-        console.print(
-            f"[{COLOURS[finding.level]}]{finding.level}[/]  {finding.subject}: {finding.message}", soft_wrap=True
-        )
+    print_findings(findings)
     raise typer.Exit(1 if any(finding.level == "FAIL" for finding in findings) else 0)
 
 

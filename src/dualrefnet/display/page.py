@@ -12,7 +12,7 @@ from html import escape
 import pandas as pd
 from markupsafe import Markup
 
-from dualrefnet.display.figure import Picture, inline_svg
+from dualrefnet.display.figure import ReportFigure, inline_svg
 from dualrefnet.display.format import PrintedTable
 from dualrefnet.errors import DependencyError
 
@@ -38,14 +38,14 @@ class Section:
     key: str
     title: str
     lead: list[str]
-    items: list[PrintedTable | Picture] = field(default_factory=list)
+    items: list[PrintedTable | ReportFigure] = field(default_factory=list)
     text: str = ""
     folded: bool = False
 
     @property
-    def pictures(self) -> list[Picture]:
+    def pictures(self) -> list[ReportFigure]:
         """The pictures among the items."""
-        return [item for item in self.items if isinstance(item, Picture)]
+        return [item for item in self.items if isinstance(item, ReportFigure)]
 
 
 # A table that is larger isn't put into the page; it lies beside it as a file.
@@ -71,7 +71,7 @@ def render_page(title: str, subtitle: str, notes: Sequence[str], sections: Seque
     )
     environment.filters["svg"] = lambda picture: Markup(inline_svg(picture))
     environment.filters["csv_link"] = _csv_link
-    environment.tests["picture"] = lambda item: isinstance(item, Picture)
+    environment.tests["picture"] = lambda item: isinstance(item, ReportFigure)
     template = environment.get_template("page.html.jinja")
     return template.render(title=title, subtitle=subtitle, notes=notes, sections=sections, photographs=photographs)
 

@@ -11,11 +11,11 @@ import pandas as pd
 
 from dualrefnet.analysis.cases import RIGHT, ChosenCase, ShownCase, choose_cases, draw_gallery, show_cases
 from dualrefnet.analysis.embedding import draw_embedding, embed
-from dualrefnet.analysis.gradcam import ALL, HeatCase, draw_gradcam, draw_localisation, localise
+from dualrefnet.analysis.gradcam import ALL_IMAGES, GradCamCase, draw_gradcam, draw_localisation, localise
 from dualrefnet.analysis.opened_run import OpenedRun
-from dualrefnet.analysis.reconstruction import draw_reconstruction, rebuild
+from dualrefnet.analysis.reconstruction import draw_reconstruction, reconstruct
 from dualrefnet.analysis.shap import MetadataShap, draw_beeswarm, draw_importance, draw_waterfall, explain_metadata
-from dualrefnet.display.figure import Picture
+from dualrefnet.display.figure import ReportFigure
 from dualrefnet.display.page import Section
 from dualrefnet.errors import DataError
 from dualrefnet.progress import progress_bar, remark
@@ -53,7 +53,7 @@ def _sections(opened: OpenedRun, options: ReportOptions, masks: dict[str, Path])
                 {}
                 if answers is None
                 else {
-                    image_id: answers.top_players(row, case.predicted, ANSWERS)
+                    image_id: answers.top_groups(row, case.predicted, ANSWERS)
                     for row, (image_id, case) in enumerate(zip(answers.image_ids, cases, strict=True))
                 }
             )
@@ -94,7 +94,7 @@ def _gallery_section(opened: OpenedRun, shown: list[ShownCase]) -> Section:
         "probabilities"
         + (
             ", then the answers of the form that moved the predicted class's probability most, in percentage points (SHAP)."
-            if any(case.answers for case in shown)
+            if any(case.attributions for case in shown)
             else "."
         ),
     ]
@@ -108,7 +108,7 @@ def _where_section(
         "Grad-CAM shows which places of a photograph speak for a class, given this patient's form. It shows where the evidence lies, not "
         "whether it is good evidence."
     ]
-    pictures: list[Picture] = []
+    pictures: list[ReportFigure] = []
     heat_cases = [_heat_case(case, options.label) for case in _one_a_class(shown)]
     if heat_cases:
         other = (
@@ -122,7 +122,7 @@ def _where_section(
         with progress_bar("Grad-CAM against masks") as show:
             found = localise(opened, options.masks, options.images, SAMPLES, options.seed, show)
         pictures.append(draw_localisation(found))
-        overall = found.summary[found.summary["class"] == ALL].set_index("measure")
+        overall = found.summary[found.summary["class"] == ALL_IMAGES].set_index("measure")
         row = overall.loc["energy"]
         better = (
             "more"
@@ -184,7 +184,7 @@ def _features_section(opened: OpenedRun, options: ReportOptions) -> Section:
 
 def _auxiliary_section(opened: OpenedRun, options: ReportOptions) -> Section:
     with progress_bar("rebuilding") as show:
-        found = rebuild(opened, min(options.images, 200), seed=options.seed, progress=show)
+        found = reconstruct(opened, min(options.images, 200), seed=options.seed, progress=show)
     mean = found.table[["psnr", "psnr_flat", "ssim", "ssim_flat"]].mean()
     said = "better" if mean["psnr"] > mean["psnr_flat"] else "no better"
     lead = [
@@ -197,11 +197,11 @@ def _auxiliary_section(opened: OpenedRun, options: ReportOptions) -> Section:
     return Section("auxiliary", "What the auxiliary task rebuilds", lead)
 
 
-def _heat_case(case: ShownCase, asked: str | None) -> HeatCase:
+def _heat_case(case: ShownCase, asked: str | None) -> GradCamCase:
     chosen = case.chosen
     other = asked or (chosen.label if chosen.label != chosen.predicted else chosen.second)
-    return HeatCase(
-        chosen.kind, case.picture, case.heats, chosen.probabilities, chosen.label, chosen.predicted, other, case.mask
+    return GradCamCase(
+        chosen.kind, case.image, case.saliency, chosen.probabilities, chosen.label, chosen.predicted, other, case.mask
     )
 
 

@@ -18,16 +18,26 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from dualrefnet.analysis.reconstruction import draw_reconstruction_history
-from dualrefnet.display.figure import AMOUNTS, COLOURS, INK, MARKERS, PAPER, WIDTH, Picture, new_figure, styled
+from dualrefnet.display.figure import (
+    COLOURS,
+    INK,
+    MARKERS,
+    PAPER,
+    SEQUENTIAL_CMAP,
+    WIDTH,
+    ReportFigure,
+    new_figure,
+    styled,
+)
 from dualrefnet.display.format import Cell, PrintedTable
 from dualrefnet.display.page import Section
 from dualrefnet.evaluation.bootstrap import interval_suffix
 from dualrefnet.evaluation.curves import (
+    KINDS,
     class_curves,
     compute_reliability,
-    draw_precision_recall,
+    draw_curves,
     draw_reliability,
-    draw_roc,
 )
 from dualrefnet.evaluation.tables import (
     AVAILABILITY_COLUMNS,
@@ -136,7 +146,7 @@ def glance_section(measured: Measured) -> Section:
             f"always the right one: {_percent(metrics['malignant'], 'sensitivity')}. Of {well:,} of benign lesions {cleared:,} were given "
             f"a benign class: {_percent(metrics['malignant'], 'specificity')}."
         )
-    tables: list[PrintedTable | Picture] = [_headline_table(measured)]
+    tables: list[PrintedTable | ReportFigure] = [_headline_table(measured)]
     if "availability" in metrics:
         lead.append(availability_line(metrics["availability"]).capitalize() + ".")
         reason = missingness_shortcut(metrics)
@@ -175,7 +185,7 @@ def class_section(measured: Measured, samples: int, seed: int) -> Section:
         "classes",
         "Class by class",
         lead,
-        [*tables, *pictures, draw_roc(curves, unit), draw_precision_recall(curves, unit)],
+        [*tables, *pictures, *(draw_curves(curves, kind, unit) for kind in KINDS)],
     )
 
 
@@ -317,7 +327,7 @@ LEVEL = 40
 @styled
 def draw_confusion(
     metrics: Mapping[str, Any], shares: bool = False, malignant: Sequence[str] = (), unit: str = "patients"
-) -> Picture:
+) -> ReportFigure:
     """Draw the confusion matrix: rows the truth, columns the prediction.
 
     Args:
@@ -341,8 +351,8 @@ def draw_confusion(
     beside = [textwrap.fill(f"{name} ({number})", LINE) for name, number in zip(classes, support, strict=True)]
     upright = len(classes) * max(len(line) for name in below for line in name.splitlines()) > LEVEL
     figure, (axis,) = new_figure(WIDTH * min(0.35 + 0.12 * len(classes), 0.92) + (0.7 if upright else 0))
-    axis.pcolormesh(np.ma.masked_invalid(cells), cmap=AMOUNTS, vmin=0, vmax=top, edgecolor=PAPER, linewidth=1)
-    scale = matplotlib.colormaps[AMOUNTS]
+    axis.pcolormesh(np.ma.masked_invalid(cells), cmap=SEQUENTIAL_CMAP, vmin=0, vmax=top, edgecolor=PAPER, linewidth=1)
+    scale = matplotlib.colormaps[SEQUENTIAL_CMAP]
     for (row, column), value in np.ndenumerate(cells):
         text = "–" if np.isnan(value) else f"{value:.2f}" if shares else f"{value:.0f}"
         colour = INK if np.isnan(value) else _on(np.asarray(scale(value / top)))
@@ -380,7 +390,7 @@ def draw_confusion(
     caption = _caption(
         metrics, classes, malignant, shares, unit, [np.array(classes)[~present], np.array(classes)[given == 0]]
     )
-    return Picture(name, title, caption, "; ".join(words), figure, data)
+    return ReportFigure(name, title, caption, "; ".join(words), figure, data)
 
 
 def _caption(
@@ -463,7 +473,7 @@ def selected_epoch(history: pd.DataFrame, selection: str) -> int:
 
 
 @styled
-def draw_history(history: pd.DataFrame, selected: int) -> Picture:
+def draw_history(history: pd.DataFrame, selected: int) -> ReportFigure:
     """Draw the losses, the balanced accuracy on validation and, where there are any, the norms of the penalised layers.
 
     Args:
@@ -514,7 +524,7 @@ def draw_history(history: pd.DataFrame, selected: int) -> Picture:
         for name, values in series.items()
     ]
     alt = f"{_epochs(history)}; kept is epoch {selected} with a balanced accuracy of {kept:.3f} on validation. {'; '.join(words)}"
-    return Picture("history", "Training, epoch by epoch", caption, alt, figure, data)
+    return ReportFigure("history", "Training, epoch by epoch", caption, alt, figure, data)
 
 
 def _series(history: pd.DataFrame) -> dict[str, dict[str, pd.Series]]:

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from dualrefnet.analysis.audit import audit_split
-from dualrefnet.analysis.availability import Availability, compare_availability
+from dualrefnet.analysis.availability import MissingMetadata, compare_missing_metadata
 from dualrefnet.analysis.availability import measure_missing_metadata as measure_availability
 from dualrefnet.analysis.cases import (
     ChosenCase,
@@ -34,15 +34,15 @@ from dualrefnet.analysis.opened_run import OpenedRun, open_run
 from dualrefnet.analysis.out_of_distribution import measure_out_of_scope
 from dualrefnet.analysis.shortcuts import (
     Shortcuts,
-    availability_table,
-    difference_table,
-    pattern_table,
+    missing_difference_table,
+    missing_metadata_table,
+    missing_pattern_table,
     probe_shortcuts,
     shortcut_sentences,
     shortcut_table,
 )
 from dualrefnet.analysis.subgroups import subgroups_of_run
-from dualrefnet.display.figure import Picture, save_picture
+from dualrefnet.display.figure import ReportFigure, save_figure
 from dualrefnet.display.format import PrintedTable
 from dualrefnet.display.page import Section, render_page
 from dualrefnet.errors import DependencyError, RunError
@@ -82,7 +82,7 @@ def compared_section(first: OpenedRun, second: OpenedRun, options: ReportOptions
     found = find_disagreement(first.run, second.run, CASES, SAMPLES, options.seed)
     with progress_bar("features of both") as show:
         comparison = compare_embeddings(first, second, options.images, SAMPLES, options.seed, names, show)
-    pictures: list[Picture] = [draw_embedding(comparison.first, comparison.second), draw_separation(comparison)]
+    pictures: list[ReportFigure] = [draw_embedding(comparison.first, comparison.second), draw_separation(comparison)]
     if options.photographs and first.model.reads_image and len(found.chosen):
         ours = _shown(first, found, "predicted_a")
         theirs = _shown(second, found, "predicted_b") if second.model.reads_image else [None] * len(ours)
@@ -93,7 +93,7 @@ def compared_section(first: OpenedRun, second: OpenedRun, options: ReportOptions
         verdict = "the interval holds 0, so it can't be told which is better"
     alone = found.only_a + found.only_b
     left_out = f" ({alone:,} images that only one of them was tested on are left out)" if alone else ""
-    numbers = f"{difference.difference:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]".replace("-", "−")
+    numbers = f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]".replace("-", "−")
     lead = [
         f"Both runs on the {len(found.table):,} test photographs that they share{left_out}: balanced accuracy "
         f"{found.balanced_accuracy_a:.3f} of {names[0]} and {found.balanced_accuracy_b:.3f} of {names[1]}; difference {numbers}, "
@@ -204,7 +204,7 @@ def write_explanations(
     _check(run, against, options, out)
     files = []
     for section in _explained(run, against, options, root, cache, device):
-        files += [path for picture in section.pictures for path in save_picture(picture, out)]
+        files += [path for picture in section.pictures for path in save_figure(picture, out)]
         if section.pictures:
             remark(f"{section.title}: {', '.join(picture.name for picture in section.pictures)}")
     return files
@@ -263,7 +263,7 @@ def write_report(
     made = []
     for section in sections():
         for picture in section.pictures:
-            save_picture(picture, out / "pictures")
+            save_figure(picture, out / "pictures")
         made.append(section)
         remark(f"done: {section.title}")
     title, subtitle = run_title(run)
@@ -305,7 +305,9 @@ def _explained(
 
 def _without_single_images(section: Section) -> Section:
     """Take out of the pictures' numbers what names an image or tells a patient's answer."""
-    items = [replace(item, data=_anonymous(item.data)) if isinstance(item, Picture) else item for item in section.items]
+    items = [
+        replace(item, data=_anonymous(item.data)) if isinstance(item, ReportFigure) else item for item in section.items
+    ]
     return replace(section, items=items)
 
 
@@ -355,7 +357,7 @@ class Probed:
     folder: Path
     tables: list[PrintedTable]
     shortcuts: Shortcuts
-    availability: list[Availability]
+    availability: list[MissingMetadata]
 
 
 def write_probes(
@@ -400,17 +402,17 @@ def write_probes(
     remark("done: what the score leans on")
     _write_subgroups(opened, out, samples, seed)
     _write_out_of_scope(opened, masks, out, samples, seed)
-    found: list[Availability] = []
+    found: list[MissingMetadata] = []
     for name, one in _named(opened, against, root, cache):
         found.append(measure_availability(one, draws=draws, samples=samples, seed=seed, name=name))
         remark(f"done: {name} with fewer answers")
     write_csv(out / "availability.csv", pd.concat([one.curve.assign(run=one.name) for one in found], ignore_index=True))
     write_csv(out / "patterns.csv", pd.concat([one.patterns.assign(run=one.name) for one in found], ignore_index=True))
-    tables += [availability_table(found[0]), pattern_table(found[0])]
+    tables += [missing_metadata_table(found[0]), missing_pattern_table(found[0])]
     differences = []
     for other in found[1:]:
-        table = compare_availability(found[0], other)
-        tables.append(difference_table(table, found[0].name, other.name))
+        table = compare_missing_metadata(found[0], other)
+        tables.append(missing_difference_table(table, found[0].name, other.name))
         differences.append(table.assign(run=found[0].name, against=other.name))
     if differences:
         write_csv(out / "availability-differences.csv", pd.concat(differences, ignore_index=True))
@@ -443,17 +445,17 @@ def _write_out_of_scope(opened: OpenedRun, masks: Path | None, out: Path, sample
     remark("done: pictures that show no lesion")
 
 
-def _draw(shortcuts: Shortcuts, found: list[Availability], out: Path) -> None:
+def _draw(shortcuts: Shortcuts, found: list[MissingMetadata], out: Path) -> None:
     """Write the pictures, or say that they were left out."""
     try:
-        from dualrefnet.analysis.availability import draw_availability, draw_patterns
+        from dualrefnet.analysis.availability import draw_missing_metadata, draw_missing_patterns
         from dualrefnet.analysis.shortcuts import draw_shortcuts
-        from dualrefnet.display.figure import save_picture
+        from dualrefnet.display.figure import save_figure
     except DependencyError as error:
         remark(f"the pictures were left out: {error}")
         return
-    for picture in (draw_shortcuts(shortcuts), draw_availability(found), draw_patterns(found)):
-        save_picture(picture, out / "pictures")
+    for picture in (draw_shortcuts(shortcuts), draw_missing_metadata(found), draw_missing_patterns(found)):
+        save_figure(picture, out / "pictures")
 
 
 def _named(

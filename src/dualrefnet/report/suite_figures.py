@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
-from dualrefnet.display.figure import COLOURS, FAINT, INK, PAPER, Picture, new_figure, styled
+from dualrefnet.display.figure import COLOURS, FAINT, INK, PAPER, ReportFigure, new_figure, styled
 from dualrefnet.display.format import pair
 from dualrefnet.errors import RunError
 from dualrefnet.evaluation.tables import MEASURE_NAMES
@@ -144,7 +144,7 @@ def by_flag(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 @styled
-def draw_systems(systems: pd.DataFrame, comparisons: pd.DataFrame, measure: str) -> Picture:
+def draw_systems(systems: pd.DataFrame, comparisons: pd.DataFrame, measure: str) -> ReportFigure:
     """Draw a measure of every system with its 95% interval, and the paper's number where there is one.
 
     Raises:
@@ -181,11 +181,11 @@ def draw_systems(systems: pd.DataFrame, comparisons: pd.DataFrame, measure: str)
     paper = ["" if pd.isna(value) else f", paper {value:.3f}" for value in drawn["paper"]]
     alt = _alt(drawn, "pooled", ".3f", paper)
     columns = [*KEY, "measure", "pooled", "low", "high", "paper", "is_reference", "runs", "planned", "flags"]
-    return Picture(f"systems_{_slug(measure)}", f"All systems: {name}", caption, alt, figure, _data(drawn, columns))
+    return ReportFigure(f"systems_{_slug(measure)}", f"All systems: {name}", caption, alt, figure, _data(drawn, columns))
 
 
 @styled
-def draw_ablation(systems: pd.DataFrame, comparisons: pd.DataFrame, measure: str) -> Picture:
+def draw_ablation(systems: pd.DataFrame, comparisons: pd.DataFrame, measure: str) -> ReportFigure:
     """Draw the difference of every system from the reference, with its 95% interval and a line at zero.
 
     Raises:
@@ -217,7 +217,7 @@ def draw_ablation(systems: pd.DataFrame, comparisons: pd.DataFrame, measure: str
     alt = _alt(drawn, "difference", "+.3f", ["" if pd.isna(p) else f", p {p:.3f}" for p in drawn["p_holm"]])
     columns = [*KEY, "reference", "measure", "difference", "low", "high", "p_holm", "runs", "planned", "flags"]
     title = f"Difference from the reference: {name}"
-    return Picture(f"ablation_{_slug(measure)}", title, caption, alt, figure, _data(drawn, columns))
+    return ReportFigure(f"ablation_{_slug(measure)}", title, caption, alt, figure, _data(drawn, columns))
 
 
 def _interval_plot(

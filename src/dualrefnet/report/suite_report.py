@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from dualrefnet.analysis.cases import KINDS, Disagreement, find_disagreement
 from dualrefnet.data.loader import read_dataset
 from dualrefnet.data.store import fill_store
-from dualrefnet.display.figure import WIDTH, Picture, new_figure, save_picture, styled
+from dualrefnet.display.figure import WIDTH, ReportFigure, new_figure, save_figure, styled
 from dualrefnet.display.format import Cell, PrintedTable
 from dualrefnet.display.page import Section, render_page
 from dualrefnet.errors import DataError, RecipeError, RunError
@@ -116,7 +116,7 @@ def write_suite_report(
     made, shows = [], False
     for section in sections():
         for picture in section.pictures:
-            save_picture(picture, out / "pictures")
+            save_figure(picture, out / "pictures")
             shows = shows or picture.name.startswith(PICTURES)
         made.append(section)
         remark(f"done: {section.title}")
@@ -154,7 +154,7 @@ def _picture_section(found: Aggregate) -> Iterator[Section]:
     ]
     if not valued:
         return
-    items: list[PrintedTable | Picture] = []
+    items: list[PrintedTable | ReportFigure] = []
     for measure in valued[:DRAWN]:
         items.append(draw_systems(systems, comparisons, measure))
         if suite.rows == "variant" and comparisons.loc[comparisons["measure"] == measure, "difference"].notna().any():
@@ -500,7 +500,7 @@ def pair_sections(found: Aggregate, folder: Path, photographs: Photographs, samp
     for number, pair in enumerate(pairs, 1):
         disagreement = find_disagreement(*pair.runs, CASES, samples)
         lead, items = list(_sentences(pair, disagreement)), [_table(pair, disagreement)]
-        pictures: list[Picture] = []
+        pictures: list[ReportFigure] = []
         if photographs.shown and len(disagreement.chosen):
             try:
                 shown = read_photographs(pair.runs[0], disagreement.chosen["image_id"].tolist(), photographs)
@@ -630,7 +630,7 @@ def _sentences(pair: Pair, found: Disagreement) -> Iterator[str]:
         f"Of the {len(found.table):,} test photographs both are right on {counts['both_right']:,}, {a} alone on "
         f"{counts['only_a_right']:,}, {b} alone on {counts['only_b_right']:,}, and none on {counts['both_wrong']:,}."
     )
-    interval = f"difference {gap.difference:+.3f} [{gap.low:+.3f} to {gap.high:+.3f}]".replace("-", "−")
+    interval = f"difference {gap.value:+.3f} [{gap.low:+.3f} to {gap.high:+.3f}]".replace("-", "−")
     yield (
         f"Balanced accuracy on them: {found.balanced_accuracy_a:.3f} of {a}, {found.balanced_accuracy_b:.3f} of {b}, {interval}. "
         "It is the result of these two trainings only; the tables have that of all."
@@ -652,7 +652,7 @@ def _table(pair: Pair, found: Disagreement) -> PrintedTable:
 
 def _pictures(
     pair: Pair, found: Disagreement, shown: Mapping[str, NDArray[np.uint8]], number: int | None
-) -> Iterator[Picture]:
+) -> Iterator[ReportFigure]:
     cases = found.chosen
     for run, end in zip(pair.runs, "ab", strict=True):
         scores = run.predictions.set_index("image_id")
@@ -681,7 +681,7 @@ def draw_cases(
     names: tuple[str, str],
     first_right: bool,
     name: str,
-) -> Picture:
+) -> ReportFigure:
     """Draw cases that one system gets right and the other wrong: each photograph below what was said of it.
 
     Args:
@@ -718,7 +718,7 @@ def draw_cases(
         for record in records
     ]
     alt = "; ".join(f"true {record['label']}: {', '.join(both)}" for record, both in zip(records, said, strict=True))
-    return Picture(
+    return ReportFigure(
         name, f"Right with {winner}, wrong with {loser}", caption, alt, figure, _suite_cases_table(records, names)
     )
 

@@ -15,7 +15,13 @@ import numpy as np
 import pandas as pd
 
 from dualrefnet.analysis.audit import Audit, printed_tables
-from dualrefnet.analysis.availability import WITH, WITHOUT, Availability, draw_availability, draw_patterns
+from dualrefnet.analysis.availability import (
+    WITH_IMAGE,
+    WITHOUT_IMAGE,
+    MissingMetadata,
+    draw_missing_metadata,
+    draw_missing_patterns,
+)
 from dualrefnet.analysis.out_of_distribution import (
     CLOSE_LESION,
     EVERYDAY,
@@ -29,9 +35,9 @@ from dualrefnet.analysis.out_of_distribution import (
 from dualrefnet.analysis.shortcuts import (
     BALANCED,
     Shortcuts,
-    availability_table,
     draw_shortcuts,
-    pattern_table,
+    missing_metadata_table,
+    missing_pattern_table,
     shortcut_sentences,
     shortcut_table,
 )
@@ -44,7 +50,7 @@ from dualrefnet.analysis.subgroups import (
     draw_subgroup_gaps,
     draw_subgroups,
 )
-from dualrefnet.display.figure import Picture
+from dualrefnet.display.figure import ReportFigure
 from dualrefnet.display.format import CI, Cell, PrintedTable, bounds_of, number, pair, percent, signed
 from dualrefnet.display.page import Section
 from dualrefnet.evaluation.calibration import Calibration
@@ -88,7 +94,7 @@ def calibrated_section(measured: Measured, samples: int = 500, seed: int = 0) ->
     selective = measure_selective(
         measured.labels, warmed, measured.groups, measured.classes, samples=samples, seed=seed
     )
-    pictures: list[PrintedTable | Picture] = [after, draw_selective(selective, unit)]
+    pictures: list[PrintedTable | ReportFigure] = [after, draw_selective(selective, unit)]
     ill = calibration.cancer[measured.labels]
     if calibration.referral is not None and 0 < ill.sum() < len(ill):
         curve = referral_curve(
@@ -289,7 +295,7 @@ def subgroups_section(subgroups: Subgroups, unit: str = "patients") -> Section:
         _flagged(subgroups),
         "A gap says that results differ, not why: cases may be harder or photographs worse, or the training images fewer.",
     ]
-    items: list[PrintedTable | Picture] = [_level_table(subgroups, unit)]
+    items: list[PrintedTable | ReportFigure] = [_level_table(subgroups, unit)]
     flagged = table[table["flagged"] & table["counted"]]
     if len(flagged):
         items.append(_gap_table(flagged))
@@ -459,11 +465,11 @@ def shortcuts_section(shortcuts: Shortcuts) -> Section:
     return Section("shortcuts", "What the score leans on", lead, [shortcut_table(shortcuts), draw_shortcuts(shortcuts)])
 
 
-def availability_section(availability: Availability) -> Section:
+def availability_section(availability: MissingMetadata) -> Section:
     """Return what the model reaches with fewer answers and without the photograph."""
     table = availability.curve[availability.curve["measure"] == BALANCED]
     values = {(row["photograph"], row["share"]): row for row in table.to_dict("records")}
-    ends = [(name, (table["photograph"] == name).any()) for name in (WITH, WITHOUT)]
+    ends = [(name, (table["photograph"] == name).any()) for name in (WITH_IMAGE, WITHOUT_IMAGE)]
     least = table["share"].min()
     said = [
         f"{name} {_value(values[name, 1.0])} with the whole form and {_value(values[name, least])} with {_probed_kept(least)}"
@@ -475,12 +481,12 @@ def availability_section(availability: Availability) -> Section:
         "In the curve single answers are removed at random. In the patterns they are missing together, as they are in training: there a "
         "gap can itself have told the class, and then it misleads where answers are missing for another reason.",
     ]
-    pictures = [draw_availability([availability]), draw_patterns([availability])]
+    pictures = [draw_missing_metadata([availability]), draw_missing_patterns([availability])]
     return Section(
         "availability",
         "With fewer answers",
         lead,
-        [pattern_table(availability), *pictures, availability_table(availability)],
+        [missing_pattern_table(availability), *pictures, missing_metadata_table(availability)],
     )
 
 

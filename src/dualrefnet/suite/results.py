@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from dualrefnet.data.protocols import split_counts
 from dualrefnet.errors import DualRefNetError, RunError
-from dualrefnet.evaluation.comparison import NAN, PooledBootstrap, flat_measures, holm, pooled_bootstrap
+from dualrefnet.evaluation.bootstrap import NAN, holm
+from dualrefnet.evaluation.comparison import PooledBootstrap, flat_measures, pooled_bootstrap
 from dualrefnet.files import read_json, sha256_of_json
 from dualrefnet.models.registry import METHODS
 from dualrefnet.recipe import Recipe
@@ -398,7 +399,8 @@ def _comparisons(
                 note = "not compared: the reference was tested on other images"
             else:
                 found = bootstrap.difference(key.name, other.name, measure)
-                difference = {name: getattr(found, name) for name in ("difference", "low", "high", "p", "samples")}
+                difference = {name: getattr(found, name) for name in ("low", "high", "p", "samples")}
+                difference["difference"] = found.value
             nothing = {"difference": NAN, "low": NAN, "high": NAN, "p": NAN, "samples": 0}
             reference_name = " ".join(part for part in other[2:] if part)
             family.append(
