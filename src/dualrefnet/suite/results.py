@@ -40,6 +40,7 @@ class FinishedRun:
     """A finished run, with its test split in the order of the image ids.
 
     Attributes:
+        run: its folder.
         fold: which fold was the test set.
         seed: of the training.
         recipe: resolved.
@@ -51,6 +52,7 @@ class FinishedRun:
         probabilities: (N, C), rows as in `test`.
     """
 
+    run: Run
     fold: int
     seed: int
     recipe: Recipe
@@ -251,6 +253,7 @@ def _load(suite_dir: Path, cell: Cell) -> FinishedRun | tuple[str, str]:
         groups = run.split.set_index("image_id")["patient_id"].loc[rows["image_id"]]
         test = rows[["image_id", "label"]].reset_index(drop=True).assign(group=groups.to_numpy())
         return FinishedRun(
+            run,
             cell.fold,
             cell.seed,
             run.recipe,
