@@ -20,14 +20,6 @@ from dualrefnet.training.loop import Trainer
 from dualrefnet.training.train import train_recipe
 
 
-@pytest.mark.parametrize("kind", ["bilinear", "bicubic"])
-@given(value=st.floats(0, 1), height=st.integers(2, 9), width=st.integers(2, 9))
-def test_an_even_image_stays_even_at_twice_the_size(kind, value, height, width):
-    target = make_target(kind, torch.full((1, 3, height, width), value))
-    assert target.shape == (1, 3, 2 * height, 2 * width)
-    torch.testing.assert_close(target, torch.full_like(target, value), rtol=0, atol=1e-6)
-
-
 @given(seed=st.integers(0, 10**6))
 def test_targets_stay_in_range_although_bicubic_overshoots(seed):
     image = torch.randint(0, 2, (1, 3, 6, 6), generator=torch.Generator().manual_seed(seed)).float()
@@ -40,16 +32,6 @@ def test_bilinear_has_the_known_weights_three_quarters_and_one_quarter():
     image = torch.tensor([0.0, 1.0]).reshape(1, 1, 1, 2).expand(1, 3, 2, 2)
     target = make_target("bilinear", image)
     torch.testing.assert_close(target[0, 0, 0], torch.tensor([0.0, 0.25, 0.75, 1.0]))
-
-
-def test_the_two_interpolations_differ():
-    image = torch.rand(1, 3, 8, 8)
-    assert not torch.allclose(make_target("bilinear", image), make_target("bicubic", image))
-
-
-def test_native_is_no_interpolation():
-    with pytest.raises(ValueError, match="split_native"):
-        make_target("native", torch.zeros(1, 3, 4, 4))
 
 
 def test_native_input_is_the_mean_of_two_by_two_and_the_target_is_the_photograph():

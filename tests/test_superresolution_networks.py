@@ -13,7 +13,6 @@ from dualrefnet.data.images import decode_image
 from dualrefnet.errors import RecipeError, WeightsError
 from dualrefnet.files import sha256_of_file
 from dualrefnet.models import superresolution_networks as carn
-from dualrefnet.models import superresolution_networks as edsr
 from dualrefnet.models import superresolution_networks as networks
 from dualrefnet.models import superresolution_networks as ninasr
 from dualrefnet.models.encoders import WEIGHTS_VARIABLE
@@ -139,38 +138,6 @@ def test_an_image_of_any_size_is_doubled(name, height, width):
         output = create_network(name)(torch.rand(2, 3, height, width))
     assert output.shape == (2, 3, 2 * height, 2 * width)
     assert torch.isfinite(output).all()
-
-
-def test_ninasr_whose_blocks_are_zero_doubles_the_contrast_and_lays_subpixels_in_rows():
-    network = emptied(ninasr.NinaSR(2, 4))
-    copy_channels(network.head[1])
-    copy_channels(network.tail[0], times=4)
-    image = torch.rand(1, 3, 4, 5)
-    # Blocks pass their input on, to which it is added once more.
-    expected = 2 * twice(image) - MEAN.view(1, 3, 1, 1)
-    with torch.no_grad():
-        torch.testing.assert_close(network(image), expected)
-        # Each colour has its four subpixels in turn: upper left, upper right, lower left, lower right.
-        network.tail[0].bias.copy_(torch.arange(12.0))
-        offsets = network(image) - expected
-    torch.testing.assert_close(offsets[0, 0, :2, :2], torch.tensor([[0.0, 1.0], [2.0, 3.0]]))
-    torch.testing.assert_close(offsets[0, 2, 2:4, 4:6], torch.tensor([[8.0, 9.0], [10.0, 11.0]]))
-
-
-def test_edsr_whose_body_is_zero_passes_the_image_on():
-    network = emptied(edsr.EDSR(2, 4))
-    copy_channels(network.head[0])
-    copy_channels(network.tail[0][0], times=4)
-    copy_channels(network.tail[1])
-    image = torch.rand(1, 3, 4, 5)
-    with torch.no_grad():
-        torch.testing.assert_close(network(image), twice(image))
-        # Inside it counts in 0..255.
-        network.tail[1].bias.fill_(51)
-        torch.testing.assert_close(network(image), twice(image) + 0.2)
-        # The last convolution of the body adds to the head's features, before they are enlarged.
-        network.body[2].bias.fill_(25.5)
-        torch.testing.assert_close(network(image), twice(image) + 0.3)
 
 
 def test_a_block_of_ninasr_scales_before_and_after():
@@ -425,14 +392,6 @@ def test_enlarge_gives_the_bytes_back_in_order_whatever_the_batches(batch_size):
     np.testing.assert_array_equal(enlarged, images.repeat(2, axis=1).repeat(2, axis=2))
     assert sum(sizes) == 5
     assert max(sizes) == min(batch_size or 1, 5)
-
-
-@pytest.mark.parametrize(
-    "images", [np.zeros((1, 4, 4, 3), np.float32), np.zeros((4, 4, 3), np.uint8), np.zeros((1, 3, 4, 4), np.uint8)]
-)
-def test_enlarge_refuses_what_is_no_batch_of_bytes(images):
-    with pytest.raises(ValueError, match=r"must be \(B,H,W,3\) uint8"):
-        enlarge(Function(twice), images)
 
 
 # The published CARN-M

@@ -94,6 +94,15 @@ class Run:
         return read_json(self._existing("metrics.json"))  # type: ignore[no-any-return]
 
     @property
+    def unit(self) -> str:
+        """`patient` or `lesion`: what must not cross the split, and is resampled."""
+        from dualrefnet.data import isic_2019, pad_ufes_20
+
+        # Runs of earlier versions don't record it.
+        known = isic_2019.SCHEMA if self.recipe.data.dataset == isic_2019.SCHEMA.name else pad_ufes_20.SCHEMA
+        return str(self.metrics.get("unit", known.unit))
+
+    @property
     def predictions(self) -> pd.DataFrame:
         """One row an image of validation and test."""
         return pd.read_csv(

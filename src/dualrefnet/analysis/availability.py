@@ -31,11 +31,11 @@ from dualrefnet.data.loader import Examples
 from dualrefnet.data.metadata import EncodedMetadata
 from dualrefnet.data.schema import DatasetSchema
 from dualrefnet.display.figure import COLOURS, INK, MARKERS, ReportFigure, new_figure, styled
+from dualrefnet.display.format import MEASURE_NAMES
 from dualrefnet.errors import DataError
 from dualrefnet.evaluation.bootstrap import Bootstrap, group_codes, percentile_interval
 from dualrefnet.evaluation.calibration import Calibration
 from dualrefnet.evaluation.comparison import PooledBootstrap, pooled_bootstrap
-from dualrefnet.evaluation.tables import MEASURE_NAMES
 from dualrefnet.progress import progress_bar
 from dualrefnet.runtime.availability import (
     ALWAYS_RECORDED,

@@ -76,6 +76,7 @@ def evaluate_run(
         "protocol": recipe.data.protocol,
         "dataset": dataset.schema.title,
         "drawn": dataset.schema.drawn,
+        "unit": dataset.schema.unit,
         "method": recipe.model.method,
         "leakage": leakage(dataset, opened.split),
         "validation": measures["val"],

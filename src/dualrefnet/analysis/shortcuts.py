@@ -47,11 +47,10 @@ from dualrefnet.analysis.perturbations import (
 )
 from dualrefnet.data.loader import Examples
 from dualrefnet.display.figure import FAINT, INK, PAPER, PRIMARY, SECONDARY, ReportFigure, new_figure, styled
-from dualrefnet.display.format import Cell, PrintedTable
+from dualrefnet.display.format import MEASURE_NAMES, Cell, PrintedTable
 from dualrefnet.errors import DataError
 from dualrefnet.evaluation.bootstrap import percentile_interval
 from dualrefnet.evaluation.comparison import PooledBootstrap, pooled_bootstrap
-from dualrefnet.evaluation.tables import MEASURE_NAMES
 from dualrefnet.progress import progress_bar
 
 # More than enough for standardised columns; a fit that needs more has converged for all that counts here.

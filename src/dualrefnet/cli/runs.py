@@ -284,13 +284,15 @@ def predict(
 def _print_metrics(metrics: dict[str, Any]) -> None:
     from rich.console import Console
 
-    from dualrefnet.evaluation.tables import availability_line, calibration_line, metrics_table
+    from dualrefnet.cli.show import print_table
+    from dualrefnet.display.format import availability_line, calibration_line, metrics_tables
     from dualrefnet.runtime.availability import missingness_shortcut
 
     title = f"{metrics['dataset']}, test set, protocol {metrics['protocol']}" + (
         " - SYNTHETIC IMAGES, NOT CLINICAL" if metrics["drawn"] else ""
     )
-    Console().print(metrics_table(metrics, title=title))
+    for table in metrics_tables(metrics, title):
+        print_table(table)
     # A run that was finished by an earlier version has none.
     if "calibrated" in metrics:
         typer.echo(calibration_line(metrics["calibrated"]))

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 
 from dualrefnet.display.figure import COLOURS, FAINT, INK, PAPER, ReportFigure, new_figure, styled
-from dualrefnet.display.format import pair
+from dualrefnet.display.format import MEASURE_NAMES, interval, number
 from dualrefnet.errors import RunError
-from dualrefnet.evaluation.tables import MEASURE_NAMES
 from dualrefnet.models.encoders import BACKBONES
 from dualrefnet.models.registry import METHODS
 from dualrefnet.suite.grid import Key
@@ -167,9 +166,9 @@ def draw_systems(systems: pd.DataFrame, comparisons: pd.DataFrame, measure: str)
     name = _measure_name(measure)
     better = "lower" if measure in LESS_IS_BETTER else "higher"
     axis.set_xlabel(f"{_wrapped(name, AXIS_LETTERS)}\n({better} is better)")
-    interval = f"line: 95% interval over {units(drawn)}" if drawn["low"].notna().any() else "without intervals"
+    line = f"line: 95% interval over {units(drawn)}" if drawn["low"].notna().any() else "without intervals"
     caption = _caption(
-        f"Mark: {name} of the pooled test predictions of all folds, averaged over seeds; {interval} ({sizes(drawn)})",
+        f"Mark: {name} of the pooled test predictions of all folds, averaged over seeds; {line} ({sizes(drawn)})",
         "Hollow diamond: the number printed in the paper, without an interval" if printed else "",
         f"Not drawn, because it is averaged differently: the paper's number of {names(otherwise)}"
         if len(otherwise)
@@ -181,7 +180,9 @@ def draw_systems(systems: pd.DataFrame, comparisons: pd.DataFrame, measure: str)
     paper = ["" if pd.isna(value) else f", paper {value:.3f}" for value in drawn["paper"]]
     alt = _alt(drawn, "pooled", ".3f", paper)
     columns = [*KEY, "measure", "pooled", "low", "high", "paper", "is_reference", "runs", "planned", "flags"]
-    return ReportFigure(f"systems_{_slug(measure)}", f"All systems: {name}", caption, alt, figure, _data(drawn, columns))
+    return ReportFigure(
+        f"systems_{_slug(measure)}", f"All systems: {name}", caption, alt, figure, _data(drawn, columns)
+    )
 
 
 @styled
@@ -281,7 +282,7 @@ def _draw_panel(axis: Axes, panel: Panel, value: str, form: str) -> None:
     for text, (_, _, reference) in zip(axis.get_yticklabels(), panel.ticks, strict=True):
         text.set_fontweight("bold" if reference else "normal")
     numbers = axis.secondary_yaxis("right")
-    numbers.set_yticks(panel.rows["y"].tolist(), [_number(each, form) for each in panel.rows[value]])
+    numbers.set_yticks(panel.rows["y"].tolist(), [number(each, form) for each in panel.rows[value]])
     numbers.tick_params(length=0, labelsize=7)
     numbers.spines["right"].set_visible(False)
     axis.set_title(_wrapped(panel.title, TITLE_LETTERS))
@@ -306,9 +307,9 @@ def _caption(*sentences: str) -> str:
 
 
 def _alt(rows: pd.DataFrame, value: str, form: str, ends: list[str]) -> str:
-    bounds = [pair(low, high, form) for low, high in zip(rows["low"], rows["high"], strict=True)]
-    parts = zip(rows["name"], [_number(each, form) for each in rows[value]], bounds, ends, strict=True)
-    return "; ".join(f"{name} {number} {interval}".rstrip() + end for name, number, interval, end in parts)
+    bounds = [interval(low, high, form) for low, high in zip(rows["low"], rows["high"], strict=True)]
+    parts = zip(rows["name"], [number(each, form) for each in rows[value]], bounds, ends, strict=True)
+    return "; ".join(f"{name} {estimate} {between}".rstrip() + end for name, estimate, between, end in parts)
 
 
 def _data(rows: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
@@ -317,10 +318,6 @@ def _data(rows: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
 
 def _measure_name(measure: str) -> str:
     return MEASURE_NAMES.get(measure.replace("malignant.", "malignant_"), measure)
-
-
-def _number(value: float, form: str) -> str:
-    return format(value, form).replace("-", "−")
 
 
 def _wrapped(text: str, width: int) -> str:

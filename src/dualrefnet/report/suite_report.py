@@ -226,7 +226,9 @@ def _verdict(found: SuiteResults, rows: pd.DataFrame) -> Iterator[str]:
         each = [f"{row['name']} with {_value(row)}" for row in references.to_dict("records")]
         yield f"Reference in {name}: {listed(each)}."
     pairs = found.comparisons[found.comparisons["measure"] == measure]
-    pairs = rows.drop(columns="difference").merge(pairs.drop(columns=["measure", "low", "high"]), on=rows.columns[:5].tolist())
+    pairs = rows.drop(columns="difference").merge(
+        pairs.drop(columns=["measure", "low", "high"]), on=rows.columns[:5].tolist()
+    )
     tested = pairs[pairs["p_holm"].notna() & pairs["name"].isin(valid["name"])]
     if len(tested):
         differs, worse = tested["p_holm"] < SIGNIFICANT, (tested["difference"] > 0) == less
@@ -249,7 +251,7 @@ def _verdict(found: SuiteResults, rows: pd.DataFrame) -> Iterator[str]:
     for note, some in pairs[pairs["note"] != ""].groupby("note", sort=False):
         yield sentence(f"{note} ({names(some, most=LISTED)})")
     if len(valid) > 1:
-        best = valid.loc[valid["pooled"].idxmin() if less else valid["pooled"].idxmax()]
+        best = valid.sort_values("pooled", ascending=less, kind="stable").to_dict("records")[0]
         yield f"{'Lowest' if less else 'Highest'} {name}: {best['name']}, {_value(best)}."
 
 
@@ -334,7 +336,7 @@ def choose_pairs(found: SuiteResults) -> Iterator[Pair]:
         return
     measure = found.suite.measures[0]
     measured, sign = MEASURE_NAMES.get(measure, measure), -1 if measure in LESS_IS_BETTER else 1
-    rows = describe(found.systems, found.comparisons, measure).assign(system=found.members)
+    rows = describe(found.systems, found.comparisons, measure).assign(system=pd.Series(found.members))
     rows = rows[rows["pooled"].notna() & ~rows["flags"].map(lambda flags: LABEL_LEAKING in flags)]
     for (dataset, protocol), group in rows.groupby(["dataset", "protocol"], sort=False):
         members: list[dict[str, Any]] = group.to_dict("records")  # type: ignore[assignment]

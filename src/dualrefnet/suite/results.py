@@ -98,13 +98,7 @@ class System:
     @property
     def unit(self) -> str:
         """What the bootstrap resamples: `patient` or `lesion`; empty without any run."""
-        if not self.runs:
-            return ""
-        metrics = self.runs[0].metrics
-        leakage = metrics.get("leakage") or {}
-        # Runs that do not name the unit: the data set names its lesions only.
-        lesions = leakage.get("lesion") and not leakage.get("patient")
-        return str(metrics.get("unit") or ("lesion" if lesions else "patient"))
+        return self.runs[0].run.unit if self.runs else ""
 
     @property
     def flags(self) -> tuple[str, ...]:

@@ -9,8 +9,15 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from dualrefnet.display.format import Cell, PrintedTable, escape_markdown, number, pair
-from dualrefnet.evaluation.tables import CLASS_COLUMNS, MEASURE_NAMES
+from dualrefnet.display.format import (
+    CLASS_COLUMNS,
+    MEASURE_NAMES,
+    Cell,
+    PrintedTable,
+    escape_markdown,
+    interval,
+    number,
+)
 from dualrefnet.files import write_csv, write_text
 from dualrefnet.models.registry import METHODS
 from dualrefnet.progress import progress_bar
@@ -180,24 +187,20 @@ def _best(rows: pd.DataFrame, measure: str) -> float:
 
 
 def _value_cell(row: dict[str, Any], bold: bool = False, mark: str = "") -> Cell:
-    return Cell(number(row["pooled"]), pair(row["low"], row["high"], ".3f"), bold, mark)
+    return Cell(number(row["pooled"]), interval(row["low"], row["high"], ".3f"), bold, mark)
 
 
 def _difference_cell(row: dict[str, Any]) -> Cell:
     p = row["p_holm"]
     significance = "" if pd.isna(p) else " p < 0.001" if p < 0.001 else f" p = {p:.3f}"
-    return Cell(_signed(row["difference"]) or "–", pair(row["low"], row["high"], ".3f") + significance)
+    return Cell(number(row["difference"], "+.3f"), interval(row["low"], row["high"], ".3f") + significance)
 
 
 def _paper_cell(row: dict[str, Any]) -> Cell:
-    difference = _signed(row["difference"])
-    incomparable = not difference and row["paper_average"] and not pd.isna(row["pooled"])
-    small = f"({row['paper_average']} average)" if incomparable else f"({difference})" if difference else ""
+    small = "" if pd.isna(row["difference"]) else f"({number(row['difference'], '+.3f')})"
+    if not small and row["paper_average"] and not pd.isna(row["pooled"]):
+        small = f"({row['paper_average']} average)"
     return Cell(number(row["paper"]), small)
-
-
-def _signed(value: float) -> str:
-    return "" if pd.isna(value) else f"{value:+.3f}".replace("-", "−")
 
 
 def _class_tables(key: Key, title: str, rows: pd.DataFrame) -> Iterator[tuple[Kind, PrintedTable]]:
