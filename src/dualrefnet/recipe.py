@@ -359,7 +359,10 @@ def shipped_text(kind: str, name_or_file: str | Path, folder: str, shipped: list
     """
     path = Path(name_or_file)
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{path} isn't YAML: {error}") from None
     if str(name_or_file) in shipped:
         return resources.files("dualrefnet").joinpath(folder, f"{name_or_file}.yaml").read_text(encoding="utf-8")
     names = f"{', '.join(shipped)}{suggestion(str(name_or_file), shipped)}"
@@ -391,7 +394,7 @@ def parse_mapping(text: str, source: str | Path) -> dict[str, Any]:
     """Parse the YAML text of a recipe or suite; `source` names it in errors."""
     try:
         values = yaml.load(text, Loader=StrictLoader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that doesn't exist.
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that doesn't exist.
         raise RecipeError(f"{source} isn't YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{source} must hold `key: value` lines")

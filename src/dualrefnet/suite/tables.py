@@ -239,7 +239,8 @@ def _missing_table(found: SuiteResults) -> PrintedTable:
     missing = found.missing.sort_values("state", key=lambda state: state != "failed", kind="stable")
     rows = [[Cell(str(value)) for value in row] for row in missing[["cell", "state", "error"]].to_numpy()[:NAMED]]
     more = (f"and {len(missing) - NAMED} more: missing.csv",) if len(missing) > NAMED else ()
-    planned, finished = (sum(counts) for counts in zip(*((s.planned, len(s.runs)) for s in found.members), strict=True))
+    planned = sum(system.planned for system in found.members)
+    finished = sum(len(system.runs) for system in found.members)
     title = f"INCOMPLETE: {finished} of {planned} runs are finished; without a result are"
     return PrintedTable(title, ("cell", "state", "error"), rows, more, left=3)
 
