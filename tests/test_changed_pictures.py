@@ -18,7 +18,7 @@ from dualrefnet.analysis.perturbations import (
     predict_perturbed,
     read_outlines,
 )
-from dualrefnet.data.adapters import Dataset
+from dualrefnet.data.schema import Dataset
 from dualrefnet.errors import DataError
 from dualrefnet.run import Run
 from hand_made import CENTRE, RADIUS, SIDE, SKIN, hand_made

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from dualrefnet.cli import app
+from dualrefnet.cli import app, reports  # noqa: F401 (the module registers the commands)
 from dualrefnet.errors import RecipeError
 from dualrefnet.models.encoders import BACKBONES
 from dualrefnet.recipe import load_recipe

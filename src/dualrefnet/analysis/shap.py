@@ -155,7 +155,7 @@ def read_field_values(players: tuple[FeatureGroup, ...], encoder: MetadataEncode
     encoded = encoder.encode(rows)
     said, known = {}, {MISSING_FLAGS: np.ones(len(rows), dtype=bool)}
     for index, field in enumerate(encoder.fields):
-        said[field.name] = _field_words(encoder, field, encoded.missing[:, index], encoded.rejected[:, index], rows)
+        said[field.name] = _field_words(encoder, field, encoded.missing[:, index], encoded.invalid[:, index], rows)
         known[field.name] = ~encoded.missing[:, index]
     words, colours, answered = [], [], []
     for player in players:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dualrefnet.data.synthetic_lesions import draw_lesion, photograph
+from dualrefnet.data.synthetic_lesions import draw_lesion, render_lesion
 
 _SIDE = 384
 
@@ -110,6 +110,6 @@ def draw_examples() -> list[Example]:
     examples = []
     for title, (label, skin_type, radius, hairs, seed), answers in _CASES:
         rng = np.random.default_rng(seed)
-        picture = photograph(draw_lesion(label, rng), skin_type, radius, hairs, rng, _SIDE)
+        picture = render_lesion(draw_lesion(label, rng), skin_type, radius, hairs, rng, _SIDE)
         examples.append(Example(title, picture, answers))
     return examples

@@ -255,15 +255,15 @@ def check_names(cells: list[Cell]) -> None:
     Raises:
         RecipeError: naming the cell, and those that exist.
     """
-    from dualrefnet.data.adapters import adapters
+    from dualrefnet.data.adapters import ADAPTERS
     from dualrefnet.models.encoders import backbone_spec
     from dualrefnet.models.registry import check_method
 
     for cell in cells:
         model, dataset = cell.recipe.model, cell.key.dataset
         try:
-            if dataset not in adapters():
-                raise RecipeError(f"no data set adapter is called {dataset!r}; there are: {', '.join(adapters())}")
+            if dataset not in ADAPTERS:
+                raise RecipeError(f"no data set adapter is called {dataset!r}; there are: {', '.join(ADAPTERS)}")
             if check_method(cell.recipe).reads_image:
                 for backbone in (model.backbone, *model.members):
                     backbone_spec(backbone)
