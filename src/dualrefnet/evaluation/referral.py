@@ -204,8 +204,8 @@ def draw_referral(curve: ReferralCurve, unit: str = "patients") -> ReportFigure:
     axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="threshold on the malignancy score", ylabel="proportion")
     figure.legend(loc="outside upper center", ncols=2)
     caption = (
-        "A lower threshold refers more of the malignant lesions (sensitivity) and fewer benign lesions are spared "
-        f"(specificity). The threshold in use was chosen on validation {unit}. {curve.bootstrap.describe(unit)}."
+        "A lower threshold refers more malignant lesions (sensitivity) and spares fewer benign ones (specificity). "
+        f"The threshold in use was chosen on validation {unit}. {curve.bootstrap.describe(unit)}."
     )
     alt = (
         f"At the threshold in use, {curve.chosen:.2f}, the sensitivity is {curve.sensitivity:.2f} (target "
