@@ -5,11 +5,11 @@ from itertools import combinations
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
-from dualrefnet.display.figure import WIDTH, Picture, styled
+from dualrefnet.display.figure import WIDTH, ReportFigure, styled
 
 
 @styled
-def assert_readable(picture: Picture) -> None:
+def assert_readable(picture: ReportFigure) -> None:
     """All letters are large enough, inside the picture, and no two texts overlap; it is one column wide and has its
     words.
     """

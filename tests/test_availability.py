@@ -11,23 +11,23 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from dualrefnet.analysis.availability import (
-    EVERYTHING,
+    ALL_FIELDS,
     MEASURES,
-    NOTHING,
-    WITH,
-    WITHOUT,
-    Availability,
-    compare_availability,
+    NO_FIELDS,
+    WITH_IMAGE,
+    WITHOUT_IMAGE,
+    MissingMetadata,
+    compare_missing_metadata,
     draw_orders,
     find_patterns,
     keep_share,
 )
 from dualrefnet.analysis.availability import measure_missing_metadata as measure_availability
 from dualrefnet.analysis.opened_run import OpenedRun, open_run
-from dualrefnet.analysis.shortcuts import availability_table, difference_table, pattern_table
+from dualrefnet.analysis.shortcuts import missing_difference_table, missing_metadata_table, missing_pattern_table
 from dualrefnet.data.schema import DatasetSchema, MetadataField
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.bootstrap import paired_difference
+from dualrefnet.evaluation.comparison import paired_difference
 from dualrefnet.evaluation.metrics import compute_metrics
 from dualrefnet.run import Run
 from hand_made import FormOnly, PictureOnly, hand_made
@@ -41,12 +41,12 @@ def opened(tiny_run: Run) -> OpenedRun:
 
 
 @pytest.fixture(scope="module")
-def real(opened: OpenedRun) -> Availability:
+def real(opened: OpenedRun) -> MissingMetadata:
     return measure_availability(opened, SHARES, draws=2, samples=50)
 
 
 @pytest.fixture(scope="module")
-def made(opened: OpenedRun, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Availability]:
+def made(opened: OpenedRun, tmp_path_factory: pytest.TempPathFactory) -> dict[str, MissingMetadata]:
     """One run that looks at the age, one that looks at the lesion; of each one that reads no more than that."""
     folder = tmp_path_factory.mktemp("made")
     runs = {
@@ -58,7 +58,7 @@ def made(opened: OpenedRun, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return {name: measure_availability(run, SHARES, draws=3, samples=40, name=name) for name, run in runs.items()}
 
 
-def balanced(availability: Availability, photograph: str) -> list[float]:
+def balanced(availability: MissingMetadata, photograph: str) -> list[float]:
     curve = availability.curve
     return curve[(curve["photograph"] == photograph) & (curve["measure"] == "balanced_accuracy")]["value"].tolist()
 
@@ -98,7 +98,7 @@ def test_runs_of_one_data_set_lose_the_same_answers_whatever_their_split(opened:
 
 
 def test_a_model_of_one_answer_is_right_where_it_was_kept(
-    opened: OpenedRun, made: dict[str, Availability], tmp_path: Path
+    opened: OpenedRun, made: dict[str, MissingMetadata], tmp_path: Path
 ) -> None:
     run = hand_made(opened, tmp_path / "run", "age")
     rows, names = run.rows("test"), [field.name for field in run.dataset.schema.fields]
@@ -112,40 +112,40 @@ def test_a_model_of_one_answer_is_right_where_it_was_kept(
             rows.assign(**{name: rows[name].where(kept[:, index]) for index, name in enumerate(names)})
         ).values
         place = [field.name for field in run.metadata.fields].index("age")
-        ages = forms[:, run.metadata.names.index("age")] * run.metadata.spread[place] + run.metadata.centre[place]
+        ages = forms[:, run.metadata.names.index("age")] * run.metadata.std[place] + run.metadata.mean[place]
         predicted = np.clip(np.round(ages // 10), 0, 5).astype(int)
         known = kept[:, names.index("age")]
         assert (predicted[known] == labels[known]).all()
         assert (predicted[~known] == labels[~known]).mean() < 0.5
         expected.append(compute_metrics(labels, np.eye(6)[predicted], run.classes)["balanced_accuracy"])
-    for photograph in (WITH, WITHOUT):
+    for photograph in (WITH_IMAGE, WITHOUT_IMAGE):
         values = balanced(made["age"], photograph)
         assert values[1] == pytest.approx(np.mean(expected))
         assert values[2] == 1
         assert values[0] == pytest.approx(1 / 6)
-    assert balanced(made["form"], WITHOUT) == balanced(made["age"], WITHOUT)
+    assert balanced(made["form"], WITHOUT_IMAGE) == balanced(made["age"], WITHOUT_IMAGE)
 
 
-def test_a_model_of_the_lesion_needs_the_photograph_and_no_answer(made: dict[str, Availability]) -> None:
-    assert balanced(made["centre"], WITH) == [1, 1, 1]
-    assert balanced(made["centre"], WITHOUT) == pytest.approx([1 / 6] * 3)
-    assert balanced(made["picture"], WITH) == [1, 1, 1]
-    assert balanced(made["picture"], WITHOUT) == []
-    assert balanced(made["form"], WITH) == []
+def test_a_model_of_the_lesion_needs_the_photograph_and_no_answer(made: dict[str, MissingMetadata]) -> None:
+    assert balanced(made["centre"], WITH_IMAGE) == [1, 1, 1]
+    assert balanced(made["centre"], WITHOUT_IMAGE) == pytest.approx([1 / 6] * 3)
+    assert balanced(made["picture"], WITH_IMAGE) == [1, 1, 1]
+    assert balanced(made["picture"], WITHOUT_IMAGE) == []
+    assert balanced(made["form"], WITH_IMAGE) == []
 
 
-def test_patterns_remove_what_they_name_and_nothing_else(made: dict[str, Availability]) -> None:
+def test_patterns_remove_what_they_name_and_nothing_else(made: dict[str, MissingMetadata]) -> None:
     table = made["age"].patterns.query("measure == 'balanced_accuracy' and photograph == @WITH").set_index("removed")
     for removed, row in table.iterrows():
         gone = "age" in str(removed).split("; ")
         assert (row["value"] == 1) == (not gone), removed
         assert row["difference"] == pytest.approx(row["value"] - 1)
-    assert table.iloc[0]["pattern"] == EVERYTHING
-    assert table.iloc[-1]["pattern"] == NOTHING
+    assert table.iloc[0]["pattern"] == ALL_FIELDS
+    assert table.iloc[-1]["pattern"] == NO_FIELDS
     assert table.iloc[-1]["answers_kept"] == 0
 
 
-def test_the_whole_form_is_what_the_run_predicted(opened: OpenedRun, real: Availability) -> None:
+def test_the_whole_form_is_what_the_run_predicted(opened: OpenedRun, real: MissingMetadata) -> None:
     metrics = opened.run.metrics
     curve = real.curve.query("photograph == @WITH and share == 1").set_index("measure")
     for measure in MEASURES:
@@ -155,21 +155,21 @@ def test_the_whole_form_is_what_the_run_predicted(opened: OpenedRun, real: Avail
     np.testing.assert_array_equal(real.curve["answers_kept"].to_numpy()[:2], [0, 0])
 
 
-def test_runs_are_compared_in_pairs(opened: OpenedRun, made: dict[str, Availability]) -> None:
-    table = compare_availability(made["age"], made["picture"])
-    assert set(table["photograph"]) == {WITH}, "a run that reads no form has no answer without a photograph"
+def test_runs_are_compared_in_pairs(opened: OpenedRun, made: dict[str, MissingMetadata]) -> None:
+    table = compare_missing_metadata(made["age"], made["picture"])
+    assert set(table["photograph"]) == {WITH_IMAGE}, "a run that reads no form has no answer without a photograph"
     half = table.query("share == 0.5 and measure == 'auc_macro_ovr'").iloc[0]
     assert half["difference"] == pytest.approx(half["first"] - half["second"])
     assert half["second"] == 1
     assert half["low"] <= half["difference"] <= half["high"] < 0
     assert table.query("share == 1")["difference"].tolist() == [0, 0]
     # A run that reads no photograph is set beside both.
-    other = compare_availability(made["centre"], made["form"])
-    assert set(other["photograph"]) == {WITH, WITHOUT}
+    other = compare_missing_metadata(made["centre"], made["form"])
+    assert set(other["photograph"]) == {WITH_IMAGE, WITHOUT_IMAGE}
     assert other.query("share == 1 and photograph == @WITHOUT and measure == 'balanced_accuracy'")["difference"].iloc[
         0
     ] == pytest.approx(1 / 6 - 1)
-    back = compare_availability(made["form"], made["centre"])
+    back = compare_missing_metadata(made["form"], made["centre"])
     merged = other.merge(back, on=["photograph", "share", "pattern", "measure"], suffixes=("", "_back"))
     assert len(merged) == len(other) == len(back)
     np.testing.assert_allclose(merged["difference"], -merged["difference_back"])
@@ -177,20 +177,20 @@ def test_runs_are_compared_in_pairs(opened: OpenedRun, made: dict[str, Availabil
 
 
 def test_the_interval_of_a_difference_is_that_of_the_paired_bootstrap(
-    opened: OpenedRun, made: dict[str, Availability]
+    opened: OpenedRun, made: dict[str, MissingMetadata]
 ) -> None:
     labels = opened.pictures("test").labels
     groups = opened.groups.loc[list(opened.rows("test")["image_id"])].to_numpy()
     # What stands for no photograph has the red of the fifth class.
     right, constant = np.eye(6)[labels], np.eye(6)[np.full(len(labels), 4)]
     pair = paired_difference(labels, right, constant, groups, opened.classes, samples=40)
-    row = compare_availability(made["form"], made["centre"]).query(
+    row = compare_missing_metadata(made["form"], made["centre"]).query(
         "share == 1 and photograph == @WITHOUT and measure == 'balanced_accuracy'"
     )
-    assert [row["low"].iloc[0], row["high"].iloc[0]] == pytest.approx(pair["ci95"])
+    assert [row["low"].iloc[0], row["high"].iloc[0]] == pytest.approx([pair.low, pair.high])
 
 
-def test_runs_that_can_t_be_compared_are_refused(made: dict[str, Availability]) -> None:
+def test_runs_that_can_t_be_compared_are_refused(made: dict[str, MissingMetadata]) -> None:
     first = made["age"]
     for other, what in (
         (replace(first, image_ids=first.image_ids[::-1]), "test images"),
@@ -199,7 +199,7 @@ def test_runs_that_can_t_be_compared_are_refused(made: dict[str, Availability]) 
         (replace(first, draws=9), "draws, samples and seed"),
     ):
         with pytest.raises(DataError, match=f"don't have the same {re.escape(what)}"):
-            compare_availability(first, other)
+            compare_missing_metadata(first, other)
 
 
 @pytest.mark.parametrize("shares", [(), (0.5,), (1.0, 1.0), (0.5, 0.2, 1.0), (-0.1, 1.0), (0.0, 1.5)])
@@ -229,7 +229,7 @@ def test_patterns_are_those_of_training_and_those_of_the_schema() -> None:
     assert found["sex", "smoke"].name == "2 fields missing: sex, smoke (only what is always recorded, M1)"
     assert found["itch", "smoke"].name == "only age, sex"
     assert np.isnan(found["itch", "smoke"].training_share)
-    assert found["age", "sex", "itch", "smoke"].name == NOTHING
+    assert found["age", "sex", "itch", "smoke"].name == NO_FIELDS
 
 
 def test_patterns_of_many_fields_are_cut_short_but_told_apart() -> None:
@@ -243,22 +243,22 @@ def test_patterns_of_many_fields_are_cut_short_but_told_apart() -> None:
     rows = pd.DataFrame("True", index=range(30), columns=names)
     rows.loc[:9, ["a", "b", "c", "d"]] = np.nan
     shown = [pattern.name for pattern in find_patterns(rows, schema)]
-    assert shown == [EVERYTHING, "4 fields missing: a, b, c, ...", NOTHING]
+    assert shown == [ALL_FIELDS, "4 fields missing: a, b, c, ...", NO_FIELDS]
     rows.loc[10:14, ["a", "b", "c", "e"]] = np.nan
     shown = [pattern.name for pattern in find_patterns(rows, schema)]
-    assert shown == [EVERYTHING, "4 fields missing: a, b, c, d", "4 fields missing: a, b, c, e", NOTHING]
+    assert shown == [ALL_FIELDS, "4 fields missing: a, b, c, d", "4 fields missing: a, b, c, e", NO_FIELDS]
 
 
-def test_tables_print_what_was_measured(made: dict[str, Availability], real: Availability) -> None:
-    table = availability_table(real)
+def test_tables_print_what_was_measured(made: dict[str, MissingMetadata], real: MissingMetadata) -> None:
+    table = missing_metadata_table(real)
     assert [row[0].text for row in table.rows] == ["0%", "50%", "100%"]
-    assert table.columns == ("answers kept", "on average", WITH, WITHOUT)
-    assert [row[2].text for row in table.rows] == [f"{value:.3f}" for value in balanced(real, WITH)]
-    patterns = pattern_table(made["picture"])
-    assert patterns.columns[-1] == WITH
-    assert patterns.rows[0][0].text == EVERYTHING
-    differences = difference_table(compare_availability(made["centre"], made["form"]), "centre", "form")
+    assert table.columns == ("answers kept", "on average", WITH_IMAGE, WITHOUT_IMAGE)
+    assert [row[2].text for row in table.rows] == [f"{value:.3f}" for value in balanced(real, WITH_IMAGE)]
+    patterns = missing_pattern_table(made["picture"])
+    assert patterns.columns[-1] == WITH_IMAGE
+    assert patterns.rows[0][0].text == ALL_FIELDS
+    differences = missing_difference_table(compare_missing_metadata(made["centre"], made["form"]), "centre", "form")
     texts = [row[0].text for row in differences.rows]
     assert len(set(texts)) == len(texts)
-    assert differences.rows[texts.index(f"{WITH}, 0% of the answers")][3].text == "+0.833"
-    assert not any(NOTHING in text for text in texts)
+    assert differences.rows[texts.index(f"{WITH_IMAGE}, 0% of the answers")][3].text == "+0.833"
+    assert not any(NO_FIELDS in text for text in texts)

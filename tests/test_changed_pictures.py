@@ -13,12 +13,12 @@ from dualrefnet.analysis.perturbations import (
     BORDER,
     CHANGES,
     GROWN,
-    ask_about_changed,
-    change_picture,
     grow,
+    perturb_image,
+    predict_perturbed,
     read_outlines,
 )
-from dualrefnet.data.adapters import Dataset
+from dualrefnet.data.schema import Dataset
 from dualrefnet.errors import DataError
 from dualrefnet.run import Run
 from hand_made import CENTRE, RADIUS, SIDE, SKIN, hand_made
@@ -37,7 +37,7 @@ def test_nothing_of_the_lesion_is_left_where_it_is_filled_and_all_of_it_where_th
     mask = disc(96, 20)
     picture = np.where(mask[:, :, None], np.array([90, 20, 10], np.uint8), np.array([200, 160, 140], np.uint8))
     before = picture.copy()
-    blurred, background, lesion = change_picture(picture, mask)
+    blurred, background, lesion = perturb_image(picture, mask)
     np.testing.assert_array_equal(picture, before)
     # Skin of one colour: the filled lesion can't be told from it.
     assert (background == [200, 160, 140]).all()
@@ -52,7 +52,7 @@ def test_outside_of_the_border_a_picture_stays_as_it_was() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
     mask = disc(96, 15)
     away = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, 5) > (GROWN + 5 * BORDER) * 96
-    blurred, background, lesion = change_picture(picture, mask)
+    blurred, background, lesion = perturb_image(picture, mask)
     assert away.any()
     np.testing.assert_array_equal(blurred[away], picture[away])
     np.testing.assert_array_equal(background[away], picture[away])
@@ -68,7 +68,7 @@ def test_what_fills_is_the_mean_of_the_ring_of_skin_and_not_of_the_picture() -> 
     picture = np.zeros((100, 100, 3), np.uint8)
     picture[away <= 30] = [180, 120, 100]
     picture[mask] = [10, 10, 10]
-    _, background, lesion = change_picture(picture, mask)
+    _, background, lesion = perturb_image(picture, mask)
     assert background[50, 50].tolist() == [180, 120, 100]
     assert lesion[2, 2].tolist() == [180, 120, 100]
 
@@ -89,7 +89,7 @@ def test_outlines_at_the_edge_and_nearly_everywhere_can_be_filled() -> None:
     picture = np.full((40, 40, 3), 77, np.uint8)
     for mask in (disc(40, 10, (0, 0)), ~disc(40, 6, (38, 38))):
         assert not grow(mask).all()
-        for changed in change_picture(picture, mask):
+        for changed in perturb_image(picture, mask):
             assert (changed == 77).all()
 
 
@@ -109,7 +109,7 @@ def test_outlines_are_read_as_the_model_sees_the_pictures_and_useless_ones_are_c
     assert outlines.left_out == 2
     np.testing.assert_array_equal(outlines.mask(0), disc(SIDE, RADIUS, CENTRE))
     own = examples.metadata[outlines.places]
-    answers = ask_about_changed(run, examples, outlines, [own, own])
+    answers = predict_perturbed(run, examples, outlines, [own, own])
     assert list(answers) == list(CHANGES)
     for found in answers.values():
         assert [one.shape for one in found] == [(len(outlines.places), len(run.classes))] * 2

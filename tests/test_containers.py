@@ -116,7 +116,7 @@ def test_the_packages_of_the_cpu_image_are_known_and_locked_and_hold_no_torch() 
     }
     lock = (ROOT / "requirements.lock").read_text()
     packages = packages_of_the_cpu_image()
-    assert {"numpy", "onnxruntime", "fastapi", "gradio"} <= set(packages)
+    assert {"numpy", "onnxruntime", "fastapi"} <= set(packages)
     for package in packages:
         assert package.lower() in named
         assert re.search(rf"^{package}==", lock, re.MULTILINE | re.IGNORECASE), package
@@ -146,7 +146,7 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 import dualrefnet.cli.data, dualrefnet.cli.reports, dualrefnet.cli.runs, dualrefnet.cli.reports
 import dualrefnet.deploy.batch, dualrefnet.deploy.batch, dualrefnet.deploy.batch, dualrefnet.deploy.predictor
-import dualrefnet.service.server, dualrefnet.service.app, dualrefnet.page.mount, dualrefnet.runtime.bundle
+import dualrefnet.service.server, dualrefnet.service.app, dualrefnet.runtime.bundle
 try:
     import torch
 except ImportError:

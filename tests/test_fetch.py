@@ -8,9 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from dualrefnet.data.download import Source
 
 from dualrefnet.data import download, pad_ufes_20
-from dualrefnet.data.download import Source
 from dualrefnet.data.fetch import RELEASES, fetch_dataset
 from dualrefnet.errors import DataError
 

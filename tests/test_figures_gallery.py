@@ -9,18 +9,18 @@ from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
 from dualrefnet.analysis.cases import Disagreement
-from dualrefnet.display.figure import FAINT, PRIMARY, SECONDARY, WIDTH, Picture, inline_svg
-from dualrefnet.evaluation.comparison import Difference
+from dualrefnet.display.figure import FAINT, PRIMARY, SECONDARY, WIDTH, ReportFigure, inline_svg
+from dualrefnet.evaluation.bootstrap import Difference
 
 pytest.importorskip("captum")
 
 from dualrefnet.analysis.cases import RIGHT, WRONG, ChosenCase, ShownCase, draw_disagreement, draw_gallery
 from dualrefnet.analysis.gradcam import overlay
-from dualrefnet.analysis.shap import MISSING
+from dualrefnet.analysis.shap import MISSING_FLAGS
 
 ANSWERS = [
     ("background_father", "BRAZIL", 0.124),
-    (MISSING, "13 of 13", -0.31),
+    (MISSING_FLAGS, "13 of 13", -0.31),
     ("skin_cancer_history", "not recorded, imputed", -0.021),
 ]
 SHORT = ("ACK", "BCC", "MEL", "NEV", "SCC", "SEK", "DF", "VASC")
@@ -51,7 +51,7 @@ def case(
     return ShownCase(chosen, picture, heats, None, answers or [])
 
 
-def assert_readable(picture: Picture) -> None:
+def assert_readable(picture: ReportFigure) -> None:
     """Check that no text is cut off, smaller than 7 pt, or lies on another one or on a bar."""
     inline_svg(picture)
     figure = picture.figure
@@ -91,8 +91,8 @@ def test_a_row_shows_photograph_heat_and_what_was_said() -> None:
     axes = picture.figure.axes
     assert len(axes) == 6
     for shown, (plain, heat, _) in zip((right, wrong), (axes[:3], axes[3:]), strict=True):
-        assert (np.asarray(plain.images[0].get_array()) == shown.picture).all()
-        expected = overlay(shown.picture, shown.heats[shown.chosen.predicted])
+        assert (np.asarray(plain.images[0].get_array()) == shown.image).all()
+        expected = overlay(shown.image, shown.saliency[shown.chosen.predicted])
         assert (np.asarray(heat.images[0].get_array()) == expected).all()
         assert plain.get_title(loc="left") == shown.chosen.kind
         assert heat.get_title(loc="left") == f"heat for {shown.chosen.predicted}"
@@ -179,12 +179,12 @@ def test_each_row_of_a_disagreement_says_who_was_right() -> None:
     ]
     drawn = [np.asarray(axis.images[0].get_array()) for axis in axes]
     expected = [
-        first[0].picture,
-        overlay(first[0].picture, first[0].heats["MEL"]),
-        overlay(second[0].picture, second[0].heats["NEV"]),
-        first[1].picture,
-        overlay(first[1].picture, first[1].heats["ACK"]),
-        overlay(second[1].picture, second[1].heats["BCC"]),
+        first[0].image,
+        overlay(first[0].image, first[0].saliency["MEL"]),
+        overlay(second[0].image, second[0].saliency["NEV"]),
+        first[1].image,
+        overlay(first[1].image, first[1].saliency["ACK"]),
+        overlay(second[1].image, second[1].saliency["BCC"]),
     ]
     assert all((one == other).all() for one, other in zip(drawn, expected, strict=True))
     assert picture.alt == (
@@ -208,8 +208,8 @@ def test_a_run_that_reads_no_photograph_has_no_heat() -> None:
     first = case("one", "MEL", {"MEL": 0.8, "NEV": 0.2})
     picture = draw_disagreement(found, [(first, None)], ("DualRefNet", "Metadata only"))
     drawn = [np.asarray(axis.images[0].get_array()) for axis in picture.figure.axes]
-    assert (drawn[2] == first.picture).all()
-    assert not (drawn[1] == first.picture).all()
+    assert (drawn[2] == first.image).all()
+    assert not (drawn[1] == first.image).all()
     assert picture.caption.endswith("Metadata only reads no photograph, so it has no heat.")
 
 

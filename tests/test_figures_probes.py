@@ -10,14 +10,20 @@ pytest.importorskip("matplotlib")
 
 from typer.testing import CliRunner
 
-from dualrefnet.analysis.availability import WITH, WITHOUT, Availability, draw_availability, draw_patterns
-from dualrefnet.analysis.shortcuts import MEASURES, PROBES, TRAINED, Shortcuts, draw_shortcuts
+from dualrefnet.analysis.availability import (
+    WITH_IMAGE,
+    WITHOUT_IMAGE,
+    MissingMetadata,
+    draw_missing_metadata,
+    draw_missing_patterns,
+)
+from dualrefnet.analysis.shortcuts import BASELINES, MEASURES, PROBES, Shortcuts, draw_shortcuts
 from dualrefnet.cli import app, runs  # noqa: F401 (the module registers the commands)
-from dualrefnet.display.figure import save_picture
+from dualrefnet.display.figure import save_figure
 from dualrefnet.errors import RunError
 from dualrefnet.evaluation.comparison import PooledBootstrap
 from dualrefnet.report.run_report import write_probes
-from dualrefnet.report.trust import availability_section, shortcuts_section
+from dualrefnet.report.trust import missing_metadata_section, shortcuts_section
 from dualrefnet.run import Run
 from readable import assert_readable
 
@@ -25,14 +31,14 @@ from readable import assert_readable
 def shortcuts(unit: str = "patient") -> Shortcuts:
     """Return probes of all kinds, with numbers that are made up."""
     rows = []
-    for place, name in enumerate([*PROBES, *TRAINED]):
-        given, trained = PROBES.get(name, (TRAINED.get(name, ""), ""))
+    for place, name in enumerate([*PROBES, *BASELINES]):
+        given, trained = PROBES.get(name, (BASELINES.get(name, ""), ""))
         for measure in MEASURES:
             value = 0.7 - 0.02 * place
             row: dict[str, object] = {
                 "probe": name,
                 "input": given.format(unit=unit),
-                "trained": name in TRAINED,
+                "trained": name in BASELINES,
                 "trained_probe": trained,
             }
             row |= {"compared_with": "whole", "measure": measure, "chance": 1 / 6 if measure == MEASURES[0] else 0.5}
@@ -48,7 +54,7 @@ def shortcuts(unit: str = "patient") -> Shortcuts:
     return Shortcuts(pd.DataFrame(rows), ("one was left out",), "DualRefNet", unit, 10, 627, 1000, 0)
 
 
-def availability(name: str, photographs: tuple[str, ...] = (WITH, WITHOUT)) -> Availability:
+def availability(name: str, photographs: tuple[str, ...] = (WITH_IMAGE, WITHOUT_IMAGE)) -> MissingMetadata:
     """Return curves and patterns with numbers that are made up."""
     numbers = {"value": 0.5, "low": 0.4, "high": 0.6, "difference": 0.0, "difference_low": -0.1, "difference_high": 0.1}
     long = "7 fields missing: background_father, background_mother, skin_cancer_history, ... (only what is always recorded, M1)"
@@ -76,7 +82,7 @@ def availability(name: str, photographs: tuple[str, ...] = (WITH, WITHOUT)) -> A
         for measure in MEASURES[:2]
     ]
     bootstrap = PooledBootstrap({}, {}, 3, 4, 100, 0.95)
-    return Availability(
+    return MissingMetadata(
         name,
         pd.DataFrame(curve),
         pd.DataFrame(named),
@@ -98,7 +104,7 @@ def test_all_probes_are_drawn_and_can_be_read(measure: str, unit: str) -> None:
     made = shortcuts(unit)
     picture = draw_shortcuts(made, measure)
     assert_readable(picture)
-    assert len(picture.data) == len(PROBES) + len(TRAINED)
+    assert len(picture.data) == len(PROBES) + len(BASELINES)
     dots = [
         line for line in picture.figure.axes[0].lines if line.get_marker() in ("o", "s") and len(line.get_xdata()) == 1
     ]
@@ -119,7 +125,7 @@ def test_probes_of_one_input_alone_are_drawn(tmp_path: Path) -> None:
     assert_readable(picture)
     assert "outline" not in picture.caption
     assert "diamond" not in picture.caption
-    assert len(save_picture(picture, tmp_path)) == 3
+    assert len(save_figure(picture, tmp_path)) == 3
     with pytest.raises(ValueError, match="have no kappa"):
         draw_shortcuts(made, "kappa")
 
@@ -127,9 +133,9 @@ def test_probes_of_one_input_alone_are_drawn(tmp_path: Path) -> None:
 @pytest.mark.parametrize("measure", MEASURES[:2])
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_curves_and_patterns_of_runs_can_be_read(count: int, measure: str) -> None:
-    kinds = [(WITH, WITHOUT), (WITH,), (WITHOUT,), (WITH, WITHOUT)]
+    kinds = [(WITH_IMAGE, WITHOUT_IMAGE), (WITH_IMAGE,), (WITHOUT_IMAGE,), (WITH_IMAGE, WITHOUT_IMAGE)]
     made = [availability(f"a run with a long name {number}", kinds[number]) for number in range(count)]
-    curves, patterns = draw_availability(made, measure), draw_patterns(made, measure)
+    curves, patterns = draw_missing_metadata(made, measure), draw_missing_patterns(made, measure)
     for picture in (curves, patterns):
         assert_readable(picture)
         assert set(picture.data["run"]) == {one.name for one in made}
@@ -142,7 +148,7 @@ def test_curves_and_patterns_of_runs_can_be_read(count: int, measure: str) -> No
 
 def test_too_many_runs_are_refused() -> None:
     made = [availability(str(number)) for number in range(5)]
-    for draw in (draw_availability, draw_patterns):
+    for draw in (draw_missing_metadata, draw_missing_patterns):
         with pytest.raises(ValueError, match="1 to 4 runs"):
             draw(made)
         with pytest.raises(ValueError, match="1 to 4 runs"):
@@ -152,16 +158,12 @@ def test_too_many_runs_are_refused() -> None:
 def test_sections_say_in_words_what_is_left() -> None:
     section = shortcuts_section(shortcuts())
     # Of "gaps", the sixth: 1 - 5 * 0.04.
-    assert "80% [10% to 90%] when it is given nothing but which answers are missing" in section.lead[1]
-    assert "patient's" in section.lead[1]
+    assert "80% [10% to 90%] when it is given nothing but which answers are missing" in section.intro[0]
     assert [picture.name for picture in section.pictures] == ["shortcuts"]
-    other = availability_section(availability("run"))
-    assert (
-        "with photograph 0.70 [0.40 to 0.60] with the whole form and 0.20 [0.40 to 0.60] with no answer"
-        in other.lead[0]
-    )
+    other = missing_metadata_section(availability("run"))
+    assert "0.70 [0.40, 0.60] with all metadata, 0.20 [0.40, 0.60] with no metadata" in other.intro[0]
     assert [picture.name for picture in other.pictures] == ["availability", "patterns"]
-    assert "without" not in availability_section(availability("run", (WITH,))).lead[0]
+    assert "without" not in missing_metadata_section(availability("run", (WITH_IMAGE,))).intro[0]
 
 
 def test_the_command_leaves_tables_and_pictures(tiny_run: Run, tmp_path: Path) -> None:

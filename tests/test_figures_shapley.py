@@ -11,15 +11,15 @@ from matplotlib.patches import Rectangle
 
 from dualrefnet.analysis.shap import (
     LOW_TO_HIGH,
-    MISSING,
+    MISSING_FLAGS,
     OTHER,
+    FeatureGroup,
     MetadataShap,
-    Player,
     draw_beeswarm,
     draw_importance,
     draw_waterfall,
 )
-from dualrefnet.display.figure import COLOURS, Picture, inline_svg, shade, styled, swarm
+from dualrefnet.display.figure import COLOURS, ReportFigure, beeswarm_offsets, inline_svg, rank_colour_scale, styled
 from readable import assert_readable
 
 NAMES = ("MEL", "NV", "BCC", "AK", "seborrhoeic keratosis", "DF", "melanoma, invasive", "squamous cell carcinoma")
@@ -36,9 +36,9 @@ def small(reads_image: bool = True) -> MetadataShap:
         base=base.astype(np.float32),
         prediction=(base + values.sum(axis=1)).astype(np.float32),
         players=(
-            Player("age", "age", "numeric", (0,)),
-            Player("skin_cancer_history", "skin_cancer_history", "boolean", (1, 2)),
-            Player(MISSING, MISSING, "missing", (3,)),
+            FeatureGroup("age", "age", "numeric", (0,)),
+            FeatureGroup("skin_cancer_history", "skin_cancer_history", "boolean", (1, 2)),
+            FeatureGroup(MISSING_FLAGS, MISSING_FLAGS, "missing", (3,)),
         ),
         classes=("malignant", "benign"),
         image_ids=("one", "two", "three"),
@@ -67,7 +67,7 @@ def large(classes: int, players: int, images: int = 120) -> MetadataShap:
     values -= values.mean(axis=2, keepdims=True)
     names = ["skin_cancer_history", "background_father", "anatom_site_general", "age", "background_mother"]
     every = [
-        Player(f"{names[number % 5]}{number // 5 or ''}", "f", "categorical", (number,))
+        FeatureGroup(f"{names[number % 5]}{number // 5 or ''}", "f", "categorical", (number,))
         for number in range(players - 1)
     ]
     words = ["not recorded, imputed", "NETHERLANDS", "lower extremity", "85 years", "CZECH"]
@@ -77,7 +77,7 @@ def large(classes: int, players: int, images: int = 120) -> MetadataShap:
         errors=np.full(values.shape, 0.004, np.float32),
         base=base.astype(np.float32),
         prediction=(base + values.sum(axis=1)).astype(np.float32),
-        players=(*every, Player(MISSING, MISSING, "missing", (players - 1,))),
+        players=(*every, FeatureGroup(MISSING_FLAGS, MISSING_FLAGS, "missing", (players - 1,))),
         classes=NAMES[:classes],
         image_ids=tuple(f"ISIC_{number:07d}" for number in range(images)),
         labels=generator.integers(classes, size=images),
@@ -95,7 +95,7 @@ def large(classes: int, players: int, images: int = 120) -> MetadataShap:
 
 
 @styled
-def assert_readable_bars(picture: Picture) -> None:
+def assert_readable_bars(picture: ReportFigure) -> None:
     """As `assert_readable`; and the numbers beside the bars stay clear of the players' names."""
     assert_readable(picture)
     figure = picture.figure
@@ -134,15 +134,15 @@ def test_importance_is_the_mean_of_the_absolute_values_in_percentage_points() ->
     assert_readable_bars(picture)
     lines = picture.data.set_index(["player", "class"])["points"]
     # |0.3| + |0.2| + |0.1| over three images; the second class mirrors the first.
-    for player, points in ((MISSING, 20.0), ("age", 20.0), ("skin_cancer_history", 4.0)):
+    for player, points in ((MISSING_FLAGS, 20.0), ("age", 20.0), ("skin_cancer_history", 4.0)):
         assert lines[player, "malignant"] == pytest.approx(points, rel=1e-5)
         assert lines[player, "benign"] == pytest.approx(points, rel=1e-5)
     axis = picture.figure.axes[0]
     assert [text.get_text() for text in axis.texts] == ["40.0", "40.0", "8.0"]
     names = [label.get_text() for label in axis.get_yticklabels()]
-    assert sorted(names[:2]) == sorted([MISSING, "age"])
+    assert sorted(names[:2]) == sorted([MISSING_FLAGS, "age"])
     hatched = {round(bar.get_y() + bar.get_height() / 2) for bar in axis.patches if bar.get_hatch()}
-    assert hatched == {names.index(MISSING)}
+    assert hatched == {names.index(MISSING_FLAGS)}
     assert "all 3 test images" in picture.caption
     assert "Hatched bars are no answers" in picture.caption
     assert "40.0" in picture.alt
@@ -170,7 +170,7 @@ def test_a_beeswarm_has_a_point_for_every_image_and_colours_only_what_was_answer
     assert_readable_bars(picture)
     assert picture.data.groupby("player", sort=False)["points"].apply(list).to_dict() == {
         "age": pytest.approx([10, -20, 30], rel=1e-5),
-        MISSING: pytest.approx([30, 20, -10], rel=1e-5),
+        MISSING_FLAGS: pytest.approx([30, 20, -10], rel=1e-5),
         "skin_cancer_history": pytest.approx([-2, 4, 6], rel=1e-5),
     }
     lines = [line for line in picture.figure.axes[0].lines if line.get_linestyle() == "None"]
@@ -194,7 +194,7 @@ def test_a_waterfall_leads_from_the_base_to_the_prediction_with_every_answer_in_
     picture = draw_waterfall(small(), "two", "malignant")
     assert_readable_bars(picture)
     steps = picture.data
-    assert steps["player"].tolist() == ["age", MISSING, "skin_cancer_history"]
+    assert steps["player"].tolist() == ["age", MISSING_FLAGS, "skin_cancer_history"]
     assert steps["points"].tolist() == pytest.approx([-20, 20, 4], rel=1e-5)
     assert steps["start"].tolist() == pytest.approx([50, 30, 50], rel=1e-5)
     assert steps["end"].tolist() == pytest.approx([30, 50, 54], rel=1e-5)
@@ -202,7 +202,7 @@ def test_a_waterfall_leads_from_the_base_to_the_prediction_with_every_answer_in_
     assert [label.get_text() for label in axis.get_yticklabels()] == [
         "this photograph,\nother patients' forms",
         "age = 40 years",
-        f"{MISSING} =\n1 of 1",
+        f"{MISSING_FLAGS} =\n1 of 1",
         "skin_cancer_history =\nnot recorded, imputed",
         "with this patient's form",
     ]
@@ -251,19 +251,19 @@ def test_an_image_or_class_that_is_not_there_is_an_error() -> None:
 
 def test_colours_go_from_the_fifth_to_the_ninetyfifth_percentile_and_keep_what_is_unknown_unknown() -> None:
     amount = np.append(np.arange(101), np.nan).astype(np.float32)
-    result = shade(amount)
+    result = rank_colour_scale(amount)
     assert result[[0, 5, 50, 95, 100]].tolist() == pytest.approx([0, 0, 0.5, 1, 1])
     assert np.isnan(result[101])
     rare = np.zeros(100, np.float32)
     rare[3] = 1
-    assert shade(rare).tolist() == rare.tolist()
-    assert shade(np.array([7, 7, np.nan], np.float32))[:2].tolist() == [0.5, 0.5]
-    assert np.isnan(shade(np.full(3, np.nan, np.float32))).all()
+    assert rank_colour_scale(rare).tolist() == rare.tolist()
+    assert rank_colour_scale(np.array([7, 7, np.nan], np.float32))[:2].tolist() == [0.5, 0.5]
+    assert np.isnan(rank_colour_scale(np.full(3, np.nan, np.float32))).all()
 
 
 def test_points_of_one_value_stand_beside_each_other_from_the_middle_outwards() -> None:
-    heights = swarm(np.array([1, 1, 1, 5, 1], np.float32), 0.1)
+    heights = beeswarm_offsets(np.array([1, 1, 1, 5, 1], np.float32), 0.1)
     assert heights.tolist() == pytest.approx([0, -0.09, 0.09, 0, -0.18])
-    crowd = swarm(np.zeros(301, np.float32), 0.1)
+    crowd = beeswarm_offsets(np.zeros(301, np.float32), 0.1)
     assert np.abs(crowd).max() == pytest.approx(0.4)
     assert len(np.unique(crowd)) == 301

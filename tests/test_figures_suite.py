@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import Rectangle
 
-from dualrefnet.display.figure import PAPER, Picture
+from dualrefnet.display.figure import PAPER, ReportFigure
 from dualrefnet.errors import RunError
 from dualrefnet.report.suite_figures import draw_ablation, draw_systems
 from dualrefnet.suite.paper import reported
@@ -80,7 +80,7 @@ def nothing(*rows: dict[str, object]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(compared("x", "y")))
 
 
-def panels(picture: Picture) -> list[Axes]:
+def panels(picture: ReportFigure) -> list[Axes]:
     return list(picture.figure.axes)
 
 

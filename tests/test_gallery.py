@@ -91,11 +91,11 @@ def test_cases_are_shown_in_their_order_with_the_stores_pictures(
     assert opened.store is not None
     for case in shown:
         stored = opened.store.read(opened.store.rows_of([case.chosen.image_id]))[0]
-        assert case.picture.dtype == np.uint8
-        assert case.picture.shape == (32, 32, 3)
-        assert (case.picture == stored).all()
-    assert shown[0].answers == []
-    assert [case.answers for case in shown[1:]] == [[("age", f"{row} years", 0.1)] for row in range(1, len(cases))]
+        assert case.image.dtype == np.uint8
+        assert case.image.shape == (32, 32, 3)
+        assert (case.image == stored).all()
+    assert shown[0].attributions == []
+    assert [case.attributions for case in shown[1:]] == [[("age", f"{row} years", 0.1)] for row in range(1, len(cases))]
 
 
 def test_heat_is_asked_for_the_predicted_the_true_and_the_second_class(
@@ -104,11 +104,11 @@ def test_heat_is_asked_for_the_predicted_the_true_and_the_second_class(
     examples = opened.pictures("test")
     for case in shown:
         chosen = case.chosen
-        assert list(case.heats) == list(dict.fromkeys([chosen.predicted, chosen.label, chosen.second]))
+        assert list(case.saliency) == list(dict.fromkeys([chosen.predicted, chosen.label, chosen.second]))
         batch = examples.batch(np.array([examples.image_ids.index(chosen.image_id)]))
         images = opened.images(batch)
         assert images is not None
-        for name, heat in case.heats.items():
+        for name, heat in case.saliency.items():
             alone = (
                 gradcam(opened.model, images, batch.metadata, torch.tensor([opened.classes.index(name)]))
                 .heat[0]
@@ -118,13 +118,13 @@ def test_heat_is_asked_for_the_predicted_the_true_and_the_second_class(
             assert heat.min() >= 0
             np.testing.assert_allclose(heat, alone, rtol=1e-3, atol=1e-5 * max(1.0, float(alone.max())))
     # Something to compare there was.
-    assert max(float(heat.max()) for case in shown for heat in case.heats.values()) > 0
+    assert max(float(heat.max()) for case in shown for heat in case.saliency.values()) > 0
 
 
 def test_one_more_class_can_be_asked_for(opened: OpenedRun, cases: list[ChosenCase]) -> None:
     for asked in opened.classes:
         (case,) = show_cases(opened, cases[:1], asked)
-        assert set(case.heats) == {cases[0].predicted, cases[0].label, cases[0].second, asked}
+        assert set(case.saliency) == {cases[0].predicted, cases[0].label, cases[0].second, asked}
 
 
 def test_masks_are_the_outlines_of_the_drawn_lesions_and_none_where_there_is_no_file(

@@ -15,7 +15,7 @@ from stand_in import build, set_linear
 
 pytest.importorskip("captum")
 
-from dualrefnet.analysis.gradcam import HeatCase, draw_gradcam, gradcam, overlay
+from dualrefnet.analysis.gradcam import GradCamCase, draw_gradcam, gradcam, overlay
 
 WIDTH, CLASSES = 5, 4
 WITH_IMAGE = [name for name, method in METHODS.items() if method.reads_image]
@@ -359,13 +359,15 @@ def test_an_overlay_of_what_is_no_heat_is_refused(heat: np.ndarray) -> None:
         overlay(np.zeros((2, 2, 3), dtype=np.uint8), heat)
 
 
-def cases() -> list[HeatCase]:
+def cases() -> list[GradCamCase]:
     picture, mask = np.full((8, 8, 3), 120, dtype=np.uint8), np.zeros((8, 8), dtype=bool)
     mask[:, :2] = True
     even, none = np.ones((8, 8), dtype=np.float32), np.zeros((8, 8), dtype=np.float32)
     return [
-        HeatCase("image 1", picture, {"MEL": even, "NEV": none}, {"MEL": 0.7, "NEV": 0.2}, "NEV", "MEL", "NEV", mask),
-        HeatCase("image 2", picture, {"MEL": even * 3, "NEV": even}, {"MEL": 0.4, "NEV": 0.6}, "NEV", "NEV", "MEL"),
+        GradCamCase(
+            "image 1", picture, {"MEL": even, "NEV": none}, {"MEL": 0.7, "NEV": 0.2}, "NEV", "MEL", "NEV", mask
+        ),
+        GradCamCase("image 2", picture, {"MEL": even * 3, "NEV": even}, {"MEL": 0.4, "NEV": 0.6}, "NEV", "NEV", "MEL"),
     ]
 
 
@@ -391,7 +393,7 @@ def test_drawn_cases_carry_their_numbers_and_say_what_they_show() -> None:
         "MEL\n40%, not predicted",
     ]
     np.testing.assert_array_equal(
-        picture.figure.axes[1].images[0].get_array(), overlay(cases()[0].picture, cases()[0].heats["MEL"])
+        picture.figure.axes[1].images[0].get_array(), overlay(cases()[0].image, cases()[0].saliency["MEL"])
     )
     assert picture.caption.endswith("The first two images.")
     assert "outline" in picture.caption

@@ -7,7 +7,7 @@ from sklearn.ensemble import RandomForestClassifier
 
 from dualrefnet.data import metadata as imputation
 from dualrefnet.data.adapters import load_dataset
-from dualrefnet.data.loader import side_rows
+from dualrefnet.data.loader import split_rows
 from dualrefnet.data.metadata import MOST_VALUES, MetadataEncoder, fit_imputer
 from dualrefnet.data.protocols import split_dataset
 from dualrefnet.recipe import MetadataSection
@@ -173,7 +173,7 @@ def test_filling_gaps_from_the_diagnosis_gives_the_diagnosis_away(real_pad):
     """
     dataset = load_dataset("pad_ufes_20", real_pad)
     split = split_dataset(dataset, "grouped")
-    train, test = (side_rows(dataset, split, side) for side in ("train", "test"))
+    train, test = (split_rows(dataset, split, side) for side in ("train", "test"))
     gap = test["smoke"].isna().to_numpy()
     right = {}
     for imputer in ("neural", "label_leaking"):

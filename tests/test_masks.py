@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dualrefnet.data.images import decode_image, find_masks, photograph_size, read_mask
-from dualrefnet.data.synthetic import draw_sample
+from dualrefnet.data.images import decode_image, find_masks, image_size, read_mask
+from dualrefnet.data.synthetic import make_synthetic
 from dualrefnet.errors import DataError, ImageError
 from dualrefnet.recipe import ImageSection
 from dualrefnet.runtime.preprocessing import preprocess
@@ -86,14 +86,14 @@ def test_a_photograph_is_measured_as_it_is_decoded(tmp_path, suffix, orientation
     path, exif = tmp_path / f"photo.{suffix}", Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(np.zeros((20, 40, 3), np.uint8)).save(path, exif=exif)
-    assert photograph_size(path) == decode_image(path).shape[:2] == ((20, 40) if orientation < 5 else (40, 20))
+    assert image_size(path) == decode_image(path).shape[:2] == ((20, 40) if orientation < 5 else (40, 20))
 
 
 def test_only_the_header_of_a_photograph_is_read(tmp_path):
     path = tmp_path / "photo.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)).save(path)
     path.write_bytes(path.read_bytes()[:2000])
-    assert photograph_size(path) == (200, 300)
+    assert image_size(path) == (200, 300)
     with pytest.raises(ImageError):
         decode_image(path)
 
@@ -103,9 +103,9 @@ def test_what_is_no_photograph_is_refused_in_one_line(tmp_path, content):
     path = tmp_path / "photo.jpg"
     path.write_bytes(content)
     with pytest.raises(ImageError, match=r"^photo\.jpg can't be measured .*get the file again or remove it$"):
-        photograph_size(path)
+        image_size(path)
     with pytest.raises(ImageError, match=r"gone\.jpg can't be measured \(FileNotFoundError\)"):
-        photograph_size(tmp_path / "gone.jpg")
+        image_size(tmp_path / "gone.jpg")
 
 
 def test_masks_are_found_in_the_data_sets_folder_or_where_one_says(tmp_path):
@@ -123,7 +123,7 @@ def test_masks_are_found_in_the_data_sets_folder_or_where_one_says(tmp_path):
 
 
 def test_the_drawn_sample_has_a_mask_of_every_image(tmp_path):
-    root = draw_sample(tmp_path, images=60, side=64)
+    root = make_synthetic(tmp_path, images=60, side=64)
     masks = find_masks(root)
     assert set(masks) == {path.stem for path in (root / "images").glob("*.png")}
     for path in list(masks.values())[::10]:

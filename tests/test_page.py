@@ -39,7 +39,7 @@ class PageModel(StandInPredictor):
         super().__init__()
         self.seen: list[tuple[int, dict[str, Any]]] = []
 
-    def levels(self, name: str) -> tuple[str, ...]:
+    def categories(self, name: str) -> tuple[str, ...]:
         return ("FACE", "LOWER_ARM") if name == "region" else ("unused",)
 
     def answer(self, lesion: Any, form: Any) -> Prediction:

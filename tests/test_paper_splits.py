@@ -2,8 +2,9 @@
 
 import pytest
 
-from dualrefnet.data.adapters import Dataset, load_dataset
+from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.protocols import leakage, split_counts, split_dataset
+from dualrefnet.data.schema import Dataset
 from dualrefnet.errors import SplitError
 
 TABLE_1_PAD = {

@@ -20,15 +20,15 @@ from dualrefnet.display.figure import (
     PAPER,
     PNG_DPI,
     WIDTH,
-    Picture,
+    ReportFigure,
     class_colours,
     class_markers,
     file_stem,
     inline_svg,
     new_figure,
-    save_picture,
-    shortened,
+    save_figure,
     styled,
+    truncate,
 )
 
 # What a person without one kind of cones sees, in linear RGB, complete (Machado, Oliveira and Fernandes 2009, severity
@@ -44,7 +44,7 @@ APART, NEAR = 15.0, 20.0
 
 
 @styled
-def drawn(name: str = "lines", title: str = "Lines", alt: str = "two lines") -> Picture:
+def drawn(name: str = "lines", title: str = "Lines", alt: str = "two lines") -> ReportFigure:
     """A picture with everything that carries ink: text, ticks, a grid, a legend, markers, a clipped area and images."""
     figure, (axis, other) = new_figure(2.0, 1, 2)
     axis.plot([0, 1, 2], [1, 3, 2], "o-", color=COLOURS[0], label="one")
@@ -61,7 +61,7 @@ def drawn(name: str = "lines", title: str = "Lines", alt: str = "two lines") -> 
     other.imshow(picture, interpolation="none")
     other.inset_axes([0.5, 0.5, 0.5, 0.5]).imshow(picture, interpolation="none")
     data = pd.DataFrame({"name": ["a", "b,c", 'd"e'], "value": [0.1, 1 / 3, np.nan], "count": [1, 2, 3]})
-    return Picture(name, title, "How to read it.", alt, figure, data)
+    return ReportFigure(name, title, "How to read it.", alt, figure, data)
 
 
 def parsed(svg: str) -> ET.Element:
@@ -118,13 +118,13 @@ def test_the_same_picture_gives_the_same_bytes(tmp_path: Path) -> None:
     assert inline_svg(drawn()) == inline_svg(drawn())
     picture = drawn()
     assert inline_svg(picture) == inline_svg(picture)
-    first, second = save_picture(picture, tmp_path / "first"), save_picture(drawn(), tmp_path / "second")
+    first, second = save_figure(picture, tmp_path / "first"), save_figure(drawn(), tmp_path / "second")
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
 def test_files_of_a_picture(tmp_path: Path) -> None:
     picture = drawn("some")
-    paths = save_picture(picture, tmp_path / "new" / "folder")
+    paths = save_figure(picture, tmp_path / "new" / "folder")
     assert [path.name for path in paths] == ["some.png", "some.svg", "some.csv"]
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["some.csv", "some.png", "some.svg"]
     with Image.open(paths[0]) as image:
@@ -152,7 +152,7 @@ def test_large_photographs_become_jpegs_in_the_page_and_look_the_same() -> None:
         figure, (axis,) = new_figure(2.0)
         axis.imshow(picture, interpolation="none")
         ((kind, data),) = re.findall(
-            r'"data:image/(\w+);base64,([^"]+)"', inline_svg(Picture("plain", "", "", "", figure, pd.DataFrame()))
+            r'"data:image/(\w+);base64,([^"]+)"', inline_svg(ReportFigure("plain", "", "", "", figure, pd.DataFrame()))
         )
         with Image.open(io.BytesIO(base64.b64decode(data))) as image:
             assert image.format == kind.upper()
@@ -204,16 +204,16 @@ def test_the_callers_settings_stay_when_drawing_fails(tmp_path: Path) -> None:
         fails()
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):  # noqa: PT011
-        save_picture(drawn(), tmp_path / "file")
+        save_figure(drawn(), tmp_path / "file")
     assert dict(matplotlib.rcParams) == before
 
 
 def test_dollars_in_a_name_are_dollars() -> None:
     @styled
-    def priced() -> Picture:
+    def priced() -> ReportFigure:
         figure, (axis,) = new_figure(1.0)
         axis.set_title(r"$5 to $10 \frac")
-        return Picture("priced", "", "", "", figure, pd.DataFrame())
+        return ReportFigure("priced", "", "", "", figure, pd.DataFrame())
 
     texts = [text.text for text in parsed(inline_svg(priced())).iter("{http://www.w3.org/2000/svg}text")]
     assert r"$5 to $10 \frac" in texts
@@ -270,5 +270,5 @@ def test_eight_classes_have_a_colour_and_a_marker_each_and_keep_them() -> None:
 def test_names_for_files_and_short_names() -> None:
     assert file_stem("BCC/SCC, ulcerated") == "BCC_SCC_ulcerated"
     assert file_stem("ISIC_0024306-2") == "ISIC_0024306-2"
-    assert shortened("melanoma", 8) == "melanoma"
-    assert shortened("melanomas", 8) == "melanom…"
+    assert truncate("melanoma", 8) == "melanoma"
+    assert truncate("melanomas", 8) == "melanom…"

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dualrefnet.analysis.shap import MISSING, Player, make_players, read_answers
+from dualrefnet.analysis.shap import MISSING_FLAGS, FeatureGroup, make_feature_groups, read_field_values
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.schema import DatasetSchema, MetadataField
 from dualrefnet.recipe import MetadataSection
@@ -48,7 +48,7 @@ def fit(**settings: Any) -> MetadataEncoder:
 
 def test_by_field_there_is_a_player_for_each_question_and_one_for_all_flags() -> None:
     encoder = fit(tier="M3", imputation="zero")
-    players = make_players(encoder, "field")
+    players = make_feature_groups(encoder, "field")
     assert encoder.names[:7] == [
         "age",
         "smoke_False",
@@ -59,13 +59,13 @@ def test_by_field_there_is_a_player_for_each_question_and_one_for_all_flags() ->
         "size",
     ]
     assert players == (
-        Player("age", "age", "numeric", (0,)),
-        Player("smoke", "smoke", "boolean", (1, 2)),
-        Player("origin", "origin", "categorical", (3, 4, 5)),
-        Player("size", "size", "numeric", (6,)),
-        Player(MISSING, MISSING, "missing", (7, 8, 9, 10)),
+        FeatureGroup("age", "age", "numeric", (0,)),
+        FeatureGroup("smoke", "smoke", "boolean", (1, 2)),
+        FeatureGroup("origin", "origin", "categorical", (3, 4, 5)),
+        FeatureGroup("size", "size", "numeric", (6,)),
+        FeatureGroup(MISSING_FLAGS, MISSING_FLAGS, "missing", (7, 8, 9, 10)),
     )
-    assert [player.kind for player in make_players(fit(tier="M2"), "field")] == [
+    assert [player.kind for player in make_feature_groups(fit(tier="M2"), "field")] == [
         "numeric",
         "boolean",
         "categorical",
@@ -75,18 +75,18 @@ def test_by_field_there_is_a_player_for_each_question_and_one_for_all_flags() ->
 
 def test_by_column_there_is_a_player_for_each_column_under_its_own_name() -> None:
     encoder = fit(tier="M3")
-    players = make_players(encoder, "column")
+    players = make_feature_groups(encoder, "column")
     assert [player.name for player in players] == encoder.names
     assert [player.columns for player in players] == [(number,) for number in range(encoder.width)]
-    assert players[4] == Player("origin_ITALY", "origin", "categorical", (4,))
-    assert players[7] == Player("missing_smoke", "smoke", "missing", (7,))
+    assert players[4] == FeatureGroup("origin_ITALY", "origin", "categorical", (4,))
+    assert players[7] == FeatureGroup("missing_smoke", "smoke", "missing", (7,))
     with pytest.raises(ValueError, match="by field or by column, not by 'row'"):
-        make_players(encoder, "row")  # type: ignore[arg-type]
+        make_feature_groups(encoder, "row")  # type: ignore[arg-type]
 
 
 def test_answers_are_told_in_words_and_what_was_imputed_is_told_apart() -> None:
     encoder = fit(tier="M3", imputation="neural")
-    answers = read_answers(make_players(encoder, "field"), encoder, ROWS)
+    answers = read_field_values(make_feature_groups(encoder, "field"), encoder, ROWS)
     assert answers.words == (
         ("60 years", "yes", "BRAZIL", "not recorded, imputed", "2 of 4"),
         ("40 years", "not recorded, imputed", "not known", "4", "2 of 4"),
@@ -104,7 +104,7 @@ def test_answers_are_told_in_words_and_what_was_imputed_is_told_apart() -> None:
         == [[True, True, True, False, True], [True, False, True, True, True]] + [[True, True, False, True, True]] * 2
     )
     zero = fit(tier="M2", imputation="zero", unknown="missing", merge_aliases=False)
-    assert read_answers(make_players(zero, "field"), zero, ROWS).words[:2] == (
+    assert read_field_values(make_feature_groups(zero, "field"), zero, ROWS).words[:2] == (
         ("60 years", "yes", "unknown to the model", "not recorded"),
         ("40 years", "not recorded", "not recorded", "4"),
     )
@@ -112,7 +112,7 @@ def test_answers_are_told_in_words_and_what_was_imputed_is_told_apart() -> None:
 
 def test_a_column_of_a_category_says_yes_or_no_only_where_there_is_an_answer() -> None:
     encoder = fit(tier="M3", imputation="neural")
-    answers = read_answers(make_players(encoder, "column"), encoder, ROWS)
+    answers = read_field_values(make_feature_groups(encoder, "column"), encoder, ROWS)
     assert answers.words[0][:7] == ("60 years", "no", "yes", "yes", "no", "no", "not recorded, imputed")
     assert answers.words[1][1:7] == (*["not recorded, imputed"] * 2, "no", "no", "yes", "4")
     assert answers.words[1][7:] == ("yes", "no", "no", "yes")

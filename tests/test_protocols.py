@@ -7,9 +7,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from dualrefnet.data import isic_2019, pad_ufes_20
-from dualrefnet.data.adapters import Dataset
-from dualrefnet.data.protocols import leakage, missing_sides, refuse_crossing, split_counts, split_dataset
-from dualrefnet.data.schema import DatasetSchema, groups, normalise
+from dualrefnet.data.protocols import leakage, missing_classes, refuse_crossing, split_counts, split_dataset
+from dualrefnet.data.schema import Dataset, DatasetSchema, groups, normalise
 from dualrefnet.errors import SplitError
 
 pytestmark = pytest.mark.filterwarnings("ignore:The least populated class:UserWarning")
@@ -237,5 +236,5 @@ def test_a_crossing_group_is_refused():
 
 def test_classes_without_images_in_validation_or_test_are_named():
     _, split = by_hand()
-    assert missing_sides(split, ("A", "B")) == ["class B has no image in val"]
+    assert missing_classes(split, ("A", "B")) == ["class B has no image in val"]
     assert split_counts(split, ("B", "A", "C")).loc["C"].tolist() == [0, 0, 0]

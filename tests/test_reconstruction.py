@@ -11,11 +11,11 @@ from scipy.ndimage import gaussian_filter
 
 from dualrefnet.analysis.opened_run import OpenedRun, open_run, sample_rows
 from dualrefnet.analysis.reconstruction import (
-    Rebuilt,
+    ReconstructedImage,
     Reconstruction,
     draw_reconstruction,
     draw_reconstruction_history,
-    rebuild,
+    reconstruct,
 )
 from dualrefnet.display.figure import WIDTH
 from dualrefnet.errors import RunError
@@ -31,7 +31,7 @@ def opened(tiny_run: Run) -> OpenedRun:
 
 @pytest.fixture(scope="module")
 def result(opened: OpenedRun) -> Reconstruction:
-    return rebuild(opened)
+    return reconstruct(opened)
 
 
 def psnr(one: np.ndarray, other: np.ndarray) -> float:
@@ -97,7 +97,7 @@ def test_the_flat_yardstick_is_the_spread_of_the_targets_colours(opened: OpenedR
             assert side == "test"
             return dataclasses.replace(examples, store=Half())
 
-    found = rebuild(Fixed(), images=6).table  # type: ignore[arg-type]
+    found = reconstruct(Fixed(), images=6).table  # type: ignore[arg-type]
     # Enlarging blurs the edge: of 64 columns four lie around it, at 1/4 and 3/4 of the way.
     columns = np.concatenate([np.zeros(31), [0.25, 0.75], np.ones(31)])
     assert found["psnr_flat"].to_numpy() == pytest.approx(-10 * np.log10(columns.var()), abs=1e-3)
@@ -107,7 +107,7 @@ def test_the_flat_yardstick_is_the_spread_of_the_targets_colours(opened: OpenedR
 
 def test_what_is_brighter_than_white_is_white(opened: OpenedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opened.model, "reconstruct", lambda images: torch.full((len(images), 3, 64, 64), 2.0))
-    found = rebuild(opened, images=6)
+    found = reconstruct(opened, images=6)
     for case in found.shown:
         assert (case.reconstruction == 255).all()
         assert case.measures["psnr"] == pytest.approx(psnr(np.ones((64, 64, 3)), case.target / 255), abs=0.05)
@@ -136,7 +136,7 @@ def test_shown_are_the_images_at_a_tenth_half_and_nine_tenths_of_the_ranks(
 
 def test_a_sample_is_of_every_class_and_of_the_seed_and_told_of(opened: OpenedRun, result: Reconstruction) -> None:
     steps: list[tuple[int, int]] = []
-    found = rebuild(opened, images=18, show=5, seed=4, progress=lambda done, total: steps.append((done, total)))
+    found = reconstruct(opened, images=18, show=5, seed=4, progress=lambda done, total: steps.append((done, total)))
     examples = opened.pictures("test")
     assert found.table["image_id"].tolist() == [examples.image_ids[row] for row in sample_rows(examples.labels, 18, 4)]
     assert steps == [(16, 18), (18, 18)]
@@ -152,14 +152,14 @@ def test_a_run_without_a_decoder_has_nothing_to_show(opened: OpenedRun) -> None:
     without = recipe.model_copy(update={"model": recipe.model.model_copy(update={"decoder": "none"})})
     assert not without.rebuilds_image
     with pytest.raises(RunError, match="without the auxiliary task"):
-        rebuild(dataclasses.replace(opened, recipe=without))
+        reconstruct(dataclasses.replace(opened, recipe=without))
 
 
-def example(psnr_value: float, level: int) -> Rebuilt:
+def example(psnr_value: float, level: int) -> ReconstructedImage:
     picture = np.full((16, 16, 3), level, np.uint8)
     large = np.full((32, 32, 3), level, np.uint8)
     measures = {"psnr": psnr_value, "ssim": psnr_value / 40, "psnr_flat": 12.0, "ssim_flat": 0.25}
-    return Rebuilt(f"ISIC_{level}", picture, large, large + 1, measures)
+    return ReconstructedImage(f"ISIC_{level}", picture, large, large + 1, measures)
 
 
 def test_the_picture_shows_input_target_and_reconstruction_row_by_row() -> None:

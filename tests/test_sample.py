@@ -21,7 +21,7 @@ from dualrefnet.data import pad_ufes_20
 from dualrefnet.data import synthetic as sample
 from dualrefnet.data.adapters import DATA_VARIABLE, Dataset, load_dataset
 from dualrefnet.data.protocols import split_dataset
-from dualrefnet.data.synthetic_lesions import MASK_SIDE, STYLES, draw_lesion, outline, photograph
+from dualrefnet.data.synthetic_lesions import MASK_SIDE, STYLES, draw_lesion, lesion_mask, render_lesion
 from dualrefnet.errors import DataError
 
 OFFICIAL_HEADER = (
@@ -321,7 +321,7 @@ def test_a_lesion_stands_out_in_the_middle_of_the_skin(label):
     contrasts = []
     for seed in range(8):
         lesion = draw_lesion(label, np.random.default_rng([seed, 1]))
-        picture = photograph(lesion, 2, 0.2, 0, np.random.default_rng([seed, 2]), 192).astype(float)
+        picture = render_lesion(lesion, 2, 0.2, 0, np.random.default_rng([seed, 2]), 192).astype(float)
         skin = (radius > 75) & (radius < 95)
         distance = np.abs(picture - np.median(picture[skin], axis=0)).sum(axis=2)
         contrasts.append(distance[radius < 25].mean() / distance[skin].mean())
@@ -331,10 +331,12 @@ def test_a_lesion_stands_out_in_the_middle_of_the_skin(label):
 
 def test_darker_skin_types_are_darker_and_the_light_has_a_colour():
     lesion = draw_lesion("NEV", np.random.default_rng(0))
-    pictures = [photograph(lesion, skin_type, 0.12, 0, np.random.default_rng(1), 96) for skin_type in range(1, 7)]
+    pictures = [render_lesion(lesion, skin_type, 0.12, 0, np.random.default_rng(1), 96) for skin_type in range(1, 7)]
     brightness = [picture.mean() for picture in pictures]
     assert brightness == sorted(brightness, reverse=True)
-    lights = [photograph(lesion, 2, 0.12, 0, np.random.default_rng(seed), 96).mean(axis=(0, 1)) for seed in range(20)]
+    lights = [
+        render_lesion(lesion, 2, 0.12, 0, np.random.default_rng(seed), 96).mean(axis=(0, 1)) for seed in range(20)
+    ]
     assert np.std([red / blue for red, _, blue in lights]) > 0.1
 
 
@@ -373,11 +375,11 @@ def test_a_mask_lies_where_the_photograph_changes(label, side):
     for seed in range(4):
         lesion = draw_lesion(label, np.random.default_rng([seed, 1]))
         with_lesion, without = (
-            photograph(what, 2, 0.2, 3, np.random.default_rng([seed, 2]), side).astype(float)
+            render_lesion(what, 2, 0.2, 3, np.random.default_rng([seed, 2]), side).astype(float)
             for what in (lesion, lesion._replace(pigments=lesion.pigments * 0, surface=lesion.surface * 0))
         )
         changed = np.abs(with_lesion - without).sum(axis=2)
-        mask = outline(lesion, 0.2, np.random.default_rng([seed, 2]), side)
+        mask = lesion_mask(lesion, 0.2, np.random.default_rng([seed, 2]), side)
         mask = cv2.resize(mask.astype(np.float32), (side, side), interpolation=cv2.INTER_AREA) > 0.5
         seen = cv2.blur(changed, (3, 3)) > 0.25 * np.median(changed[mask])
         assert (seen & mask).sum() / (seen | mask).sum() > 0.75, seed
@@ -396,7 +398,7 @@ def test_a_mask_follows_the_outline_to_half_a_pixel():
         rng.uniform(0, 2 * np.pi, 2)
         squeeze = rng.uniform(0.88, 1)
         centre = 0.5 + rng.normal(0, 0.05, 2).clip(-0.12, 0.12)
-        mask = outline(lesion, 0.2, np.random.default_rng(3), side)
+        mask = lesion_mask(lesion, 0.2, np.random.default_rng(3), side)
         # Radius in sides: half of the canvas's half, which spans 1.6 mean radii.
         assert mask.mean() == pytest.approx(np.pi * squeeze * (0.5 * 1.6 * zoom) ** 2, rel=0.02)
         # Of the picture's pixel n the middle lies at (n + .5) / side.

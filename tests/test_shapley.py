@@ -151,11 +151,11 @@ def test_table_ranking_and_top_players_say_the_same_numbers(by_field: MetadataSh
         assert line["importance"] == pytest.approx(means[line["player"], line["class"]], rel=1e-5)
     totals = ranking.groupby("player", sort=False)["importance"].sum()
     assert totals.is_monotonic_decreasing
-    top = by_field.top_players(4, "MEL", 22)
+    top = by_field.top_groups(4, "MEL", 22)
     own = cells.loc[by_field.image_ids[4], "MEL"]
     assert [name for name, _, _ in top] == own["value"].abs().sort_values(ascending=False, kind="stable").index.tolist()
     assert top[0] == (top[0][0], own.loc[top[0][0], "answer"], pytest.approx(own.loc[top[0][0], "value"]))
-    assert by_field.top_players(4, "MEL") == top[:3]
+    assert by_field.top_groups(4, "MEL") == top[:3]
 
 
 @pytest.mark.parametrize(

@@ -10,25 +10,25 @@ from hypothesis import strategies as st
 
 from dualrefnet.analysis.opened_run import OpenedRun, open_run
 from dualrefnet.analysis.perturbations import (
-    ask_with_forms,
-    ask_without_photograph,
     count_flags,
-    find_gaps,
+    find_missing,
     hide_flags,
-    replace_answers,
-    strangers,
-    without_answers,
+    permute_across_groups,
+    predict_with_metadata,
+    predict_without_image,
+    replace_values,
+    without_fields,
 )
 from dualrefnet.analysis.shortcuts import (
     Shortcuts,
+    fit_baseline,
     probe_shortcuts,
     shortcut_sentences,
     shortcut_table,
-    train_for,
-    with_gaps_told,
+    with_missing_indicators,
 )
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.bootstrap import paired_difference
+from dualrefnet.evaluation.comparison import paired_difference
 from dualrefnet.evaluation.metrics import compute_metrics
 from dualrefnet.run import Run
 from hand_made import FormOnly, PictureOnly, hand_made
@@ -65,15 +65,15 @@ def test_strangers_are_of_another_patient_each_and_all_are_given_once(groups: li
         return
     if 2 * largest > len(groups):
         with pytest.raises(DataError, match="more than half"):
-            strangers(groups, np.random.default_rng(seed))
+            permute_across_groups(groups, np.random.default_rng(seed))
         return
-    given_rows = strangers(groups, np.random.default_rng(seed))
+    given_rows = permute_across_groups(groups, np.random.default_rng(seed))
     assert sorted(given_rows.tolist()) == list(range(len(groups)))
     assert all(groups[row] != groups[other] for row, other in enumerate(given_rows))
 
 
 def test_strangers_come_from_everywhere() -> None:
-    drawn = np.stack([strangers([0, 0, 1, 2, 3], np.random.default_rng(seed)) for seed in range(300)])
+    drawn = np.stack([permute_across_groups([0, 0, 1, 2, 3], np.random.default_rng(seed)) for seed in range(300)])
     assert set(drawn[:, 0].tolist()) == {2, 3, 4}
     assert set(drawn[:, 3].tolist()) == {0, 1, 2, 4}
 
@@ -140,23 +140,21 @@ def test_pictures_and_forms_meet_only_as_they_were_or_across_patients(opened: Op
 
 def empty_age(run: OpenedRun) -> int:
     rows = run.rows("test")
-    values = run.metadata.encode(without_answers(rows, [field.name for field in run.metadata.fields])).values
+    values = run.metadata.encode(without_fields(rows, [field.name for field in run.metadata.fields])).values
     place = [field.name for field in run.metadata.fields].index("age")
-    return round(
-        float(values[0, run.metadata.names.index("age")] * run.metadata.spread[place] + run.metadata.centre[place])
-    )
+    return round(float(values[0, run.metadata.names.index("age")] * run.metadata.std[place] + run.metadata.mean[place]))
 
 
 def test_replaced_answers_are_those_of_others_and_gaps_stay(opened: OpenedRun) -> None:
     rows, metadata, groups = opened.rows("test"), opened.metadata, groups_of(opened)
     # Each row's age is its own, so that the donor is known.
     rows = rows.assign(age=np.arange(len(rows), dtype=float))
-    replaced = replace_answers(rows, metadata, groups, np.random.default_rng(0))
+    replaced = replace_values(rows, metadata, groups, np.random.default_rng(0))
     donors = replaced["age"].to_numpy().astype(int)
     assert (groups[donors] != groups).all()
-    for before, after in zip(find_gaps(rows, metadata), find_gaps(replaced, metadata), strict=True):
+    for before, after in zip(find_missing(rows, metadata), find_missing(replaced, metadata), strict=True):
         np.testing.assert_array_equal(before, after)
-    missing, not_known = find_gaps(rows, metadata)
+    missing, not_known = find_missing(rows, metadata)
     assert missing.any()
     assert not_known.any()
     for index, field in enumerate(metadata.fields):
@@ -170,7 +168,7 @@ def test_an_answer_that_only_one_patient_gave_is_taken_away(opened: OpenedRun) -
     rows = opened.rows("test").assign(smoke=np.nan)
     rows["smoke"] = rows["smoke"].astype(object)
     rows.loc[0, "smoke"] = "True"
-    replaced = replace_answers(rows, opened.metadata, groups_of(opened), np.random.default_rng(0))
+    replaced = replace_values(rows, opened.metadata, groups_of(opened), np.random.default_rng(0))
     assert replaced["smoke"].isna().all()
 
 
@@ -188,9 +186,9 @@ def test_the_whole_is_what_the_run_predicted_and_differences_are_paired(opened: 
     examples = opened.pictures("test")
     written = opened.run.predictions.query("split == 'test'")[[f"prob_{name}" for name in opened.classes]].to_numpy()
     empty = opened.metadata.encode(
-        without_answers(opened.rows("test"), [field.name for field in opened.metadata.fields])
+        without_fields(opened.rows("test"), [field.name for field in opened.metadata.fields])
     ).values
-    asked = ask_with_forms(opened, examples, [examples.metadata, empty])
+    asked = predict_with_metadata(opened, examples, [examples.metadata, empty])
     np.testing.assert_allclose(asked.answers[0], written, atol=1e-5)
     assert asked.vectors.shape == (len(examples), opened.model.encoder.features)
     values = real.table.set_index(["probe", "measure"])
@@ -208,8 +206,8 @@ def test_the_whole_is_what_the_run_predicted_and_differences_are_paired(opened: 
         samples=50,
     )
     row = values.loc[("no_form", "auc_macro_ovr")]
-    assert row["difference"] == pytest.approx(pair["difference"])
-    assert [row["difference_low"], row["difference_high"]] == pytest.approx(pair["ci95"])
+    assert row["difference"] == pytest.approx(pair.value)
+    assert [row["difference_low"], row["difference_high"]] == pytest.approx([pair.low, pair.high])
 
 
 def test_without_photograph_is_one_answer_for_equal_forms_in_batches_of_any_size(opened: OpenedRun) -> None:
@@ -220,9 +218,9 @@ def test_without_photograph_is_one_answer_for_equal_forms_in_batches_of_any_size
     )
     assert len(forms) % 7
     assert len(forms) < size
-    first, second = (ask_without_photograph(run, [forms])[0] for run in (opened, replace(opened, recipe=small)))
+    first, second = (predict_without_image(run, [forms])[0] for run in (opened, replace(opened, recipe=small)))
     np.testing.assert_allclose(first, second, atol=1e-6)
-    doubled = ask_without_photograph(opened, [np.repeat(forms[:1], 3, axis=0)])[0]
+    doubled = predict_without_image(opened, [np.repeat(forms[:1], 3, axis=0)])[0]
     np.testing.assert_allclose(doubled, np.repeat(first[:1], 3, axis=0), atol=1e-6)
 
 
@@ -278,11 +276,11 @@ def test_a_regression_learns_what_is_there_and_only_that() -> None:
     generator = np.random.default_rng(0)
     labels = np.repeat([0, 2], 40)
     train = np.stack([labels + generator.normal(0, 0.1, 80), np.ones(80)], axis=1).astype(np.float32)
-    found = train_for(train, labels, np.array([[0, 1], [2, 1]], np.float32), 3)
+    found = fit_baseline(train, labels, np.array([[0, 1], [2, 1]], np.float32), 3)
     assert found.argmax(axis=1).tolist() == [0, 2]
     assert (found[:, 1] == 0).all()
     np.testing.assert_allclose(found.sum(axis=1), 1)
-    noise = train_for(
+    noise = fit_baseline(
         generator.normal(size=(80, 2)).astype(np.float32), labels, generator.normal(size=(400, 2)).astype(np.float32), 3
     )
     assert noise.max() < 0.9
@@ -290,6 +288,6 @@ def test_a_regression_learns_what_is_there_and_only_that() -> None:
 
 def test_gaps_of_encoded_forms_become_columns() -> None:
     train, test = np.array([[1, np.nan], [2, 3]], np.float32), np.array([[np.nan, 5]], np.float32)
-    first, second = with_gaps_told(train, test)
+    first, second = with_missing_indicators(train, test)
     np.testing.assert_array_equal(first, [[1, 0, 0, 1], [2, 3, 0, 0]])
     np.testing.assert_array_equal(second, [[0, 5, 1, 0]])

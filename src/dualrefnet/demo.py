@@ -7,7 +7,7 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
-from dualrefnet.data.synthetic import draw_sample
+from dualrefnet.data.synthetic import make_synthetic
 from dualrefnet.errors import RunError
 from dualrefnet.progress import progress_bar, remark
 from dualrefnet.recipe import load_recipe
@@ -20,7 +20,7 @@ IMAGES = 420
 
 
 def run_demo(out: Path) -> tuple[Run, Path]:
-    """Draw the sample data set into `out/data`, train the recipe `sample` into `out/run`, and report on it.
+    """Make the synthetic sample in `out/data`, train the recipe `sample` into `out/run`, and report on it.
 
     An interrupted demonstration goes on where it stopped.
 
@@ -34,9 +34,9 @@ def run_demo(out: Path) -> tuple[Run, Path]:
     import_module("dualrefnet.report.explanations")
     if out.is_dir() and any(child.name not in ("data", "run", "cache") for child in out.iterdir()):
         raise RunError(f"{out} holds other things; name another folder with --out")
-    remark("drawing the sample data set: invented images, not clinical ones")
+    remark("making the synthetic sample: invented images, not clinical ones")
     with progress_bar("drawing") as show:
-        draw_sample(out / "data", images=IMAGES, progress=show)
+        make_synthetic(out / "data", images=IMAGES, progress=show)
     recipe = load_recipe("sample", {"data.root": str(out / "data")})
     run = train_recipe(recipe, out / "run", resume=True, cache=out / "cache")
     remark("writing the report")

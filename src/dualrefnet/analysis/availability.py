@@ -22,20 +22,20 @@ from dualrefnet.analysis.opened_run import OpenedRun
 from dualrefnet.analysis.perturbations import (
     Floats,
     Forms,
-    ask_with_forms,
-    ask_without_photograph,
-    keep_answers,
-    without_answers,
+    keep_fields,
+    predict_with_metadata,
+    predict_without_image,
+    without_fields,
 )
 from dualrefnet.data.loader import Examples
 from dualrefnet.data.metadata import EncodedMetadata
 from dualrefnet.data.schema import DatasetSchema
-from dualrefnet.display.figure import COLOURS, INK, MARKERS, Picture, new_figure, styled
+from dualrefnet.display.figure import COLOURS, INK, MARKERS, ReportFigure, new_figure, styled
+from dualrefnet.display.format import MEASURE_NAMES
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.bootstrap import beside, group_codes, measure_ratios, percentile_interval
+from dualrefnet.evaluation.bootstrap import Bootstrap, group_codes, percentile_interval
 from dualrefnet.evaluation.calibration import Calibration
 from dualrefnet.evaluation.comparison import PooledBootstrap, pooled_bootstrap
-from dualrefnet.evaluation.tables import MEASURE_NAMES
 from dualrefnet.progress import progress_bar
 from dualrefnet.runtime.availability import (
     ALWAYS_RECORDED,
@@ -52,7 +52,7 @@ from dualrefnet.runtime.calibration import malignancy
 LEAST = 0.01
 
 
-EVERYTHING, NOTHING, ALWAYS = "all answers that are there", "no form", "only what is always recorded, M1"
+ALL_FIELDS, NO_FIELDS, ALWAYS_FIELDS = "all answers that are there", "no form", "only what is always recorded, M1"
 
 
 # Fields that a name lists before it says "...".
@@ -93,7 +93,7 @@ def find_patterns(rows: pd.DataFrame, schema: DatasetSchema) -> list[Pattern]:
     """
     names = [field.name for field in schema.fields]
     gaps = rows[names].isna()
-    found: dict[tuple[str, ...], Pattern] = {(): Pattern(EVERYTHING, (), float((~gaps.any(axis=1)).mean()))}
+    found: dict[tuple[str, ...], Pattern] = {(): Pattern(ALL_FIELDS, (), float((~gaps.any(axis=1)).mean()))}
     shown, counts = np.unique(gaps.to_numpy(), axis=0, return_counts=True)
     for place in np.argsort(-counts, kind="stable"):
         removed = tuple(name for name, gap in zip(names, shown[place], strict=True) if gap)
@@ -101,13 +101,13 @@ def find_patterns(rows: pd.DataFrame, schema: DatasetSchema) -> list[Pattern]:
             found[removed] = Pattern(_missing(removed), removed, float(counts[place] / len(rows)))
     subgroups = [field.name for field in schema.fields if field.subgroup]
     wanted = [
-        (ALWAYS, [field.name for field in schema.fields if field.tier == "M1"]),
+        (ALWAYS_FIELDS, [field.name for field in schema.fields if field.tier == "M1"]),
         (f"only {', '.join(subgroups)}", subgroups),
-        (NOTHING, []),
+        (NO_FIELDS, []),
     ]
     for name, kept in wanted:
         removed = tuple(field for field in names if field not in kept)
-        if name != NOTHING and not kept:
+        if name != NO_FIELDS and not kept:
             continue
         if removed in found:
             known = found[removed]
@@ -136,7 +136,7 @@ LEVEL = 0.95
 
 
 @dataclass(frozen=True)
-class Answers:
+class InputPredictions:
     """What a run answers to one way of asking about the cases of a side.
 
     Attributes:
@@ -172,7 +172,7 @@ class _Input:
 
 
 @dataclass(frozen=True)
-class SideAnswers:
+class SplitPredictions:
     """All that a run answers about one side.
 
     Attributes:
@@ -188,15 +188,15 @@ class SideAnswers:
 
     recorded: Floats
     vectors: NDArray[np.float32] | None
-    groups: list[Answers]
-    named: dict[str, Answers]
+    groups: list[InputPredictions]
+    named: dict[str, InputPredictions]
     share: Floats
     field_effects: dict[str, float]
 
 
-def answer_side(
+def predict_split(
     opened: OpenedRun, side: str, examples: Examples, progress: Callable[[int, int], None] | None = None
-) -> SideAnswers:
+) -> SplitPredictions:
     """Ask a run about one side: as recorded, and with less. Every image is encoded once.
 
     Args:
@@ -216,10 +216,10 @@ def answer_side(
     pictured = [one for ways in inputs.values() for one in ways if one.image or not opened.model.reads_image]
     blank = [one for ways in inputs.values() for one in ways if opened.model.reads_image and not one.image]
     forms = [examples.metadata, *without.values(), *(one.metadata.values for one in pictured)]
-    asked = ask_with_forms(opened, examples, forms, progress)
+    asked = predict_with_metadata(opened, examples, forms, progress)
     answers = dict(zip(map(id, pictured), asked.answers[1 + len(without) :], strict=True))
     answers |= dict(
-        zip(map(id, blank), ask_without_photograph(opened, [one.metadata.values for one in blank]), strict=True)
+        zip(map(id, blank), predict_without_image(opened, [one.metadata.values for one in blank]), strict=True)
     )
     moved = [np.abs(answer - asked.answers[0]).sum(axis=1) / 2 for answer in asked.answers[1 : 1 + len(without)]]
     effects = {
@@ -227,7 +227,7 @@ def answer_side(
         for (name, change), known in zip(zip(without, moved, strict=True), ~recorded.missing.T, strict=False)
     }
     gathered = {
-        name: Answers(
+        name: InputPredictions(
             ways[0].group,
             ways[0].image,
             ways[0].places,
@@ -240,8 +240,8 @@ def answer_side(
     named = {name: one for name, one in gathered.items() if one.group is None}
     if not opened.reads_metadata:
         everything = availability_groups(reads_image=True, needs_image=True, reads_metadata=False)[0]
-        groups = [Answers(everything, True, np.arange(len(rows)), share[None], asked.answers[0][None])]
-    return SideAnswers(
+        groups = [InputPredictions(everything, True, np.arange(len(rows)), share[None], asked.answers[0][None])]
+    return SplitPredictions(
         asked.answers[0], asked.vectors if opened.model.reads_image else None, groups, named, share, effects
     )
 
@@ -266,7 +266,7 @@ def draw_present(
     """
     count, fields = recorded.shape
     amounts = np.arange(fields + 1)
-    legal = amounts[group.holds(np.full(fields + 1, group.image), amounts / max(fields, 1))]
+    legal = amounts[group.contains(np.full(fields + 1, group.image), amounts / max(fields, 1))]
     if not len(legal):
         # A form of two fields has no third of them.
         return np.zeros_like(recorded), np.zeros(count, dtype=bool)
@@ -287,7 +287,7 @@ def draw_present(
 
 def measure_availability(
     calibration: Calibration,
-    answered: SideAnswers,
+    answered: SplitPredictions,
     labels: NDArray[np.int64],
     groups: NDArray[Any],
     samples: int,
@@ -316,7 +316,9 @@ def measure_availability(
         all cases and `cancers_at_recorded_threshold`: what a missingness shortcut takes away.
     """
     everything = np.arange(len(labels))
-    as_recorded = Answers(None, answered.vectors is not None, everything, answered.share[None], answered.recorded[None])
+    as_recorded = InputPredictions(
+        None, answered.vectors is not None, everything, answered.share[None], answered.recorded[None]
+    )
     alone = next(
         (one for one in answered.groups if one.group is not None and one.group.image and one.group.to == 0), None
     )
@@ -339,48 +341,52 @@ def measure_availability(
         told = {
             "temperature": thresholds.temperature,
             "referral_threshold": thresholds.referral,
-            "remarks": list(thresholds.remarks),
+            "remarks": list(thresholds.notes),
         }
         by_group.append({"name": one.group.name, "group": one.group._asdict(), **told, **values})
     return {"inputs": dict(zip(named, measured, strict=False)), "groups": by_group}
 
 
 def _measure(
-    calibration: Calibration, one: Answers, labels: NDArray[np.int64], codes: NDArray[np.int64], samples: int, seed: int
+    calibration: Calibration,
+    one: InputPredictions,
+    labels: NDArray[np.int64],
+    codes: NDArray[np.int64],
+    samples: int,
+    seed: int,
 ) -> dict[str, Any]:
     truth, patients = one.flat(labels), one.flat(codes)
     scores = one.probabilities.reshape(-1, one.probabilities.shape[2])
     result: dict[str, Any] = {"images": len(one.places), "fields": float(one.share.mean()) if one.share.size else None}
     if len(np.unique(patients)) < 2:
         return result
-    # Patients who can't be asked so aren't resampled.
-    patients = group_codes(patients)
+    # Patients without such an input aren't resampled.
+    bootstrap = Bootstrap(patients, len(truth), samples, seed, LEVEL)
     decided = calibration.decide(scores, np.full(len(scores), one.image), one.share.ravel())
     drawn = pooled_bootstrap(
         truth[: len(one.places)],
         {"run": list(one.probabilities)},
         patients[: len(one.places)],
         calibration.classes,
-        max(samples, 1),
+        samples,
         seed,
         LEVEL,
         calibration.malignant,
     )
     for measure in ("balanced_accuracy", "auc_macro_ovr", *(["malignant.auc"] if calibration.malignant else [])):
-        value = drawn.value("run", measure)
-        result |= beside(measure.replace(".", "_"), value.value, (value.low, value.high) if samples else None, LEVEL)
+        result |= drawn.value("run", measure).to_json(measure.replace(".", "_"), LEVEL)
     everyone = np.ones(len(truth), dtype=bool)
     ill = calibration.cancer[truth]
     score = malignancy(calibration.probabilities(scores), calibration.cancer)
     at_recorded = np.zeros(len(truth), dtype=bool) if calibration.referral is None else score >= calibration.referral
     refer = decided.refer if decided.refer is not None else at_recorded
     amounts = np.stack([decided.sets[np.arange(len(truth)), truth], refer, refer, at_recorded], axis=1)
-    ratios = measure_ratios(amounts, np.stack([everyone, ill, ~ill, ill], axis=1), patients, samples, seed, LEVEL)
+    ratios = bootstrap.ratios(amounts, np.stack([everyone, ill, ~ill, ill], axis=1))
     names = ("coverage", "cancers_referred", "benign_referred", "cancers_at_recorded_threshold")
     for name, ratio in zip(names, ratios, strict=True):
         result |= ratio.to_json(name, LEVEL)
     amounts = np.stack([decided.sets.sum(axis=1), score], axis=1)
-    means = measure_ratios(amounts, np.ones(amounts.shape, dtype=bool), patients, samples, seed, LEVEL, shares=False)
+    means = bootstrap.ratios(amounts, np.ones(amounts.shape, dtype=bool), proportions=False)
     for name, mean in zip(("mean_size", "mean_malignancy"), means, strict=True):
         result |= mean.to_json(name, LEVEL)
     return result
@@ -402,12 +408,12 @@ def _inputs(opened: OpenedRun, rows: pd.DataFrame, recorded: EncodedMetadata) ->
             present, able = draw_present(known, patterns, group, generator)
             if able.any():
                 inputs.setdefault(group.name, []).append(
-                    _Input(group, group.image, encoder.encode(keep_answers(rows, names, present)), np.flatnonzero(able))
+                    _Input(group, group.image, encoder.encode(keep_fields(rows, names, present)), np.flatnonzero(able))
                 )
     always = np.array([field.tier == "M1" for field in encoder.fields])
     if always.any() and not always.all() and opened.model.reads_image:
         inputs[ALWAYS_RECORDED] = [
-            _Input(None, True, encoder.encode(keep_answers(rows, names, known & always)), everything)
+            _Input(None, True, encoder.encode(keep_fields(rows, names, known & always)), everything)
         ]
     if opened.model.reads_image and not needs_image:
         inputs[METADATA_ONLY] = [_Input(None, False, recorded, everything)]
@@ -419,7 +425,7 @@ def _without_each(opened: OpenedRun, rows: pd.DataFrame) -> dict[str, NDArray[np
     if not opened.reads_metadata:
         return {}
     return {
-        field.name: opened.metadata.encode(without_answers(rows, [field.name])).values
+        field.name: opened.metadata.encode(without_fields(rows, [field.name])).values
         for field in opened.metadata.fields
     }
 
@@ -430,11 +436,11 @@ SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 MEASURES = ("balanced_accuracy", "auc_macro_ovr")
 
 
-WITH, WITHOUT = "with photograph", "without photograph"
+WITH_IMAGE, WITHOUT_IMAGE = "with photograph", "without photograph"
 
 
 @dataclass(frozen=True)
-class Availability:
+class MissingMetadata:
     """How a run does with what is there.
 
     Attributes:
@@ -480,7 +486,7 @@ def measure_missing_metadata(
     samples: int = 1000,
     seed: int = 0,
     name: str | None = None,
-) -> Availability:
+) -> MissingMetadata:
     """Ask a trained run about its test side with fewer and fewer answers, with and without the photograph.
 
     Args:
@@ -523,7 +529,7 @@ def measure_missing_metadata(
         )
     kept = {key: float(np.mean([part.sum(axis=1).mean() for part in parts])) for key, parts in asked.items()}
     curve, named = [], []
-    for photograph in (WITH, WITHOUT):
+    for photograph in (WITH_IMAGE, WITHOUT_IMAGE):
         if _key(photograph, _share(1)) not in answers:
             continue
         for share in shares:
@@ -534,7 +540,7 @@ def measure_missing_metadata(
             start |= {"training_share": pattern.training_share, "answers_kept": kept[_without(pattern.fields)]}
             named += _measured(bootstrap, photograph, _without(pattern.fields), start)
     unit = schema.unit
-    return Availability(
+    return MissingMetadata(
         name or opened.model.title,
         pd.DataFrame(curve),
         pd.DataFrame(named),
@@ -550,7 +556,7 @@ def measure_missing_metadata(
     )
 
 
-def compare_availability(first: Availability, second: Availability) -> pd.DataFrame:
+def compare_missing_metadata(first: MissingMetadata, second: MissingMetadata) -> pd.DataFrame:
     """Compare two runs at every share and pattern, on the same images, with the same answers and the same resamples.
 
     A run that reads no photograph answers the same with one as without: that answer is set beside the other's with a
@@ -584,7 +590,7 @@ def compare_availability(first: Availability, second: Availability) -> pd.DataFr
         for removed, name in zip(named["removed"], named["pattern"], strict=True)
     ]
     rows = []
-    for photograph in (WITH, WITHOUT):
+    for photograph in (WITH_IMAGE, WITHOUT_IMAGE):
         for question, share, pattern, removed in questions:
             one, other = (_found(run.bootstrap, photograph, question) for run in (first, second))
             if one is None or other is None:
@@ -652,17 +658,17 @@ def _ask(
         with progress_bar("removing answers") as show:
             total = sum(map(len, asked.values()))
             for kept in (part for parts in asked.values() for part in parts):
-                forms.append(opened.metadata.encode(keep_answers(rows, names, kept)).values)
+                forms.append(opened.metadata.encode(keep_fields(rows, names, kept)).values)
                 show(len(forms), total)
     else:
         forms = [examples.metadata]
     found: dict[str, list[Floats]] = {}
     if opened.model.reads_image:
         with progress_bar("asking with fewer answers") as show:
-            found[WITH] = ask_with_forms(opened, examples, forms, show).answers
+            found[WITH_IMAGE] = predict_with_metadata(opened, examples, forms, show).answers
     if opened.reads_metadata:
         with progress_bar("asking without photograph") as show:
-            found[WITHOUT] = ask_without_photograph(opened, forms, show)
+            found[WITHOUT_IMAGE] = predict_without_image(opened, forms, show)
     answers = {}
     for photograph, given in found.items():
         remaining = iter(given)
@@ -684,7 +690,7 @@ def _measured(
                 **start,
                 **{"measure": measure, "value": value.value, "low": value.low, "high": value.high},
                 **{
-                    "difference": difference.difference,
+                    "difference": difference.value,
                     "difference_low": difference.low,
                     "difference_high": difference.high,
                 },
@@ -704,8 +710,8 @@ def _found(bootstrap: PooledBootstrap, photograph: str, question: str) -> str | 
     """Return the key of a question, for a run without photographs the same with and without; None if the run wasn't
     asked it.
     """
-    reads_image = any(key.startswith(f"{WITH}:") for key in bootstrap.points)
-    key = _key(photograph if reads_image else WITHOUT, question)
+    reads_image = any(key.startswith(f"{WITH_IMAGE}:") for key in bootstrap.points)
+    key = _key(photograph if reads_image else WITHOUT_IMAGE, question)
     return key if key in bootstrap.points else None
 
 
@@ -730,7 +736,7 @@ MOST = 4
 
 
 @styled
-def draw_availability(runs: Sequence[Availability], measure: str = "balanced_accuracy") -> Picture:
+def draw_missing_metadata(runs: Sequence[MissingMetadata], measure: str = "balanced_accuracy") -> ReportFigure:
     """Draw a measure against the share of the recorded answers that are kept, with 95% bands.
 
     One run is one panel with a line with and one without photograph; of several runs there is a panel for each of the
@@ -748,7 +754,7 @@ def draw_availability(runs: Sequence[Availability], measure: str = "balanced_acc
         [run.curve[run.curve["measure"] == measure].assign(run=run.name) for run in runs], ignore_index=True
     )
     chance = runs[0].chance if measure == "balanced_accuracy" else 0.5
-    panels = [WITH, WITHOUT] if len(runs) > 1 else [""]
+    panels = [WITH_IMAGE, WITHOUT_IMAGE] if len(runs) > 1 else [""]
     panels = [panel for panel in panels if not panel or (data["photograph"] == panel).any()]
     figure, axes = new_figure(1.9 * len(panels) + 0.75, len(panels), 1, sharex=True, sharey=True)
     for axis, panel in zip(axes, panels, strict=True):
@@ -756,7 +762,11 @@ def draw_availability(runs: Sequence[Availability], measure: str = "balanced_acc
         of_panel = data[data["photograph"] == panel] if panel else data
         for (run, photograph), line in of_panel.groupby(["run", "photograph"], sort=False):
             # Of one run a colour tells the photograph, of several the run.
-            place = [one.name for one in runs].index(str(run)) if panel else (WITH, WITHOUT).index(str(photograph))
+            place = (
+                [one.name for one in runs].index(str(run))
+                if panel
+                else (WITH_IMAGE, WITHOUT_IMAGE).index(str(photograph))
+            )
             axis.fill_between(line["share"], line["low"], line["high"], color=COLOURS[place], alpha=0.2, linewidth=0)
             axis.plot(
                 line["share"],
@@ -786,13 +796,13 @@ def draw_availability(runs: Sequence[Availability], measure: str = "balanced_acc
         words.append(f"{run} {photograph}: {points}")
     stem = "availability" if measure == "balanced_accuracy" else f"availability_{measure}"
     columns = ["run", "photograph", "share", "answers_kept", "draws", "measure", "value", "low", "high"]
-    return Picture(
+    return ReportFigure(
         stem, "With fewer answers", caption, f"{'; '.join(words)}. Guessing {chance:.2f}.", figure, data[columns]
     )
 
 
 @styled
-def draw_patterns(runs: Sequence[Availability], measure: str = "balanced_accuracy") -> Picture:
+def draw_missing_patterns(runs: Sequence[MissingMetadata], measure: str = "balanced_accuracy") -> ReportFigure:
     """Draw a measure for patterns of missing answers, with and without photograph, with 95% intervals.
 
     Args:
@@ -861,7 +871,7 @@ def draw_patterns(runs: Sequence[Availability], measure: str = "balanced_accurac
         "low",
         "high",
     ]
-    return Picture(stem, "With what is missing together", caption, "; ".join(words), figure, data[columns])
+    return ReportFigure(stem, "With what is missing together", caption, "; ".join(words), figure, data[columns])
 
 
 def _legend(axes: Sequence[Axes]) -> None:
@@ -872,6 +882,6 @@ def _legend(axes: Sequence[Axes]) -> None:
     figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=2)
 
 
-def _check(runs: Sequence[Availability]) -> None:
+def _check(runs: Sequence[MissingMetadata]) -> None:
     if not 1 <= len(runs) <= MOST:
         raise ValueError(f"one picture holds 1 to {MOST} runs, not {len(runs)}")

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dualrefnet.analysis.gradcam import gradcam, overlay
 from dualrefnet.analysis.opened_run import OpenedRun
-from dualrefnet.analysis.shap import MISSING
+from dualrefnet.analysis.shap import MISSING_FLAGS
 from dualrefnet.data.images import read_mask
 from dualrefnet.display.figure import (
     FAINT,
@@ -28,15 +28,15 @@ from dualrefnet.display.figure import (
     PRIMARY,
     SECONDARY,
     WIDTH,
-    Picture,
+    ReportFigure,
     file_stem,
     new_figure,
-    shortened,
     styled,
+    truncate,
 )
 from dualrefnet.errors import RunError
-from dualrefnet.evaluation.bootstrap import paired_difference
-from dualrefnet.evaluation.comparison import Difference
+from dualrefnet.evaluation.bootstrap import Difference
+from dualrefnet.evaluation.comparison import pooled_bootstrap
 from dualrefnet.models.inference import to_unit
 from dualrefnet.run import Run
 
@@ -104,18 +104,18 @@ class ShownCase:
 
     Attributes:
         chosen: which one, and what was said.
-        picture: (S, S, 3) uint8, as the model sees it.
-        heats: class -> (S, S) Grad-CAM.
+        image: (S, S, 3) uint8, as the model sees it.
+        saliency: class -> (S, S) Grad-CAM.
         mask: (S, S) True in the lesion, or None.
-        answers: (name, answer, value) of the answers of the form that moved the predicted class most; empty if none is
+        attributions: (name, answer, value) of the answers of the form that moved the predicted class most; empty if none is
             read.
     """
 
     chosen: ChosenCase
-    picture: NDArray[np.uint8]
-    heats: Mapping[str, NDArray[np.float32]]
+    image: NDArray[np.uint8]
+    saliency: Mapping[str, NDArray[np.float32]]
     mask: NDArray[np.bool_] | None
-    answers: list[tuple[str, str, float]]
+    attributions: list[tuple[str, str, float]]
 
 
 def show_cases(
@@ -239,15 +239,15 @@ def find_disagreement(a: Run, b: Run, cases: int = 6, samples: int = 1000, seed:
         }
     )
     patients = both["group"].to_numpy()
-    found = paired_difference(truth, scores[0], scores[1], patients, classes, samples=samples, seed=seed)
+    found = pooled_bootstrap(truth, {"a": [scores[0]], "b": [scores[1]]}, patients, classes, samples, seed)
     return Disagreement(
         table,
         _choose(table, patients, cases),
         {kind: int((table["kind"] == kind).sum()) for kind in KINDS.values()},
-        found["a"],
-        found["b"],
-        Difference(found["difference"], found["ci95"][0], found["ci95"][1], found["p"], found["samples"]),
-        found["groups"],
+        found.points["a"]["balanced_accuracy"],
+        found.points["b"]["balanced_accuracy"],
+        found.difference("a", "b", "balanced_accuracy"),
+        found.groups,
         len(tested[0]) - len(both),
         len(tested[1]) - len(both),
     )
@@ -322,7 +322,7 @@ NAME, HEAT_NAME, LETTER = 12, 9, 0.042
 
 
 @styled
-def draw_gallery(cases: Sequence[ShownCase], label: str, name: str) -> Picture:
+def draw_gallery(cases: Sequence[ShownCase], label: str, name: str) -> ReportFigure:
     """Draw the cases of one class, one a row: photograph, heat of the predicted class, and what was said.
 
     Args:
@@ -331,10 +331,10 @@ def draw_gallery(cases: Sequence[ShownCase], label: str, name: str) -> Picture:
         name: what it stands for, or nothing.
     """
     figure, axes = new_figure(ROW * len(cases), len(cases), 3, WIDTH, width_ratios=(1.0, 1.0, 1.75))
-    letters = max(len(shortened(name, NAME)) for case in cases for name, _ in _top(case))
+    letters = max(len(truncate(name, NAME)) for case in cases for name, _ in _top(case))
     for case, (*pictures, words) in zip(cases, zip(*[iter(axes)] * 3, strict=True), strict=True):
-        shown = (case.picture, overlay(case.picture, case.heats[case.chosen.predicted]))
-        titles = (case.chosen.kind, f"heat for {shortened(case.chosen.predicted, HEAT_NAME)}")
+        shown = (case.image, overlay(case.image, case.saliency[case.chosen.predicted]))
+        titles = (case.chosen.kind, f"heat for {truncate(case.chosen.predicted, HEAT_NAME)}")
         for axis, picture, title in zip(pictures, shown, titles, strict=True):
             axis.imshow(picture, interpolation="none")
             axis.set_title(title, fontsize=7, fontweight="normal")
@@ -347,7 +347,7 @@ def draw_gallery(cases: Sequence[ShownCase], label: str, name: str) -> Picture:
         "surest of and wrong, a patient once each."
     )
     alt = "; ".join(f"{case.chosen.kind}: called {case.chosen.predicted} with {_top(case)[0][1]:.0%}" for case in cases)
-    return Picture(f"gallery_{file_stem(label)}", title, caption, alt, figure, gallery_table(cases))
+    return ReportFigure(f"gallery_{file_stem(label)}", title, caption, alt, figure, gallery_table(cases))
 
 
 def gallery_table(cases: Sequence[ShownCase]) -> pd.DataFrame:
@@ -363,7 +363,8 @@ def gallery_table(cases: Sequence[ShownCase]) -> pd.DataFrame:
         }
         row |= {f"prob_{name}": value for name, value in chosen.probabilities.items()}
         rows.append(
-            row | {"answers": "; ".join(f"{name} = {answer}: {value:+.3f}" for name, answer, value in case.answers)}
+            row
+            | {"answers": "; ".join(f"{name} = {answer}: {value:+.3f}" for name, answer, value in case.attributions)}
         )
     return pd.DataFrame(rows)
 
@@ -381,7 +382,7 @@ def _say(axis: Axes, case: ShownCase, left: float) -> None:
         colour = (PRIMARY if right else SECONDARY) if predicted else FAINT
         axis.barh(place, longest * value, 0.11, left=left, color=colour)
         axis.text(
-            0.0, place, shortened(name, NAME), va="center", fontsize=7, fontweight="bold" if predicted else "normal"
+            0.0, place, truncate(name, NAME), va="center", fontsize=7, fontweight="bold" if predicted else "normal"
         )
         # The share stands behind its bar, and says which class is the true one.
         axis.text(
@@ -394,8 +395,8 @@ def _say(axis: Axes, case: ShownCase, left: float) -> None:
         )
         place += 0.15
     place += 0.02
-    for name, answer, value in case.answers:
-        said = f"fields missing: {answer}" if name == MISSING else f"{name} = {answer}"
+    for name, answer, value in case.attributions:
+        said = f"fields missing: {answer}" if name == MISSING_FLAGS else f"{name} = {answer}"
         sign = "−" if value < 0 else "+"
         lines = textwrap.wrap(f"{sign}{abs(100 * value):.0f}  {said}", LETTERS, subsequent_indent="     ")
         for line in lines:
@@ -422,7 +423,7 @@ LINE, DISAGREEMENT_NAME = 20, 13
 @styled
 def draw_disagreement(
     found: Disagreement, cases: Sequence[tuple[ShownCase, ShownCase | None]], names: tuple[str, str]
-) -> Picture:
+) -> ReportFigure:
     """Draw one case a row: the photograph, and what each of two runs said and where it looked.
 
     Args:
@@ -442,10 +443,10 @@ def draw_disagreement(
     figure, axes = new_figure(rows * (WIDTH / 3 + 0.12 + 0.12 * lines), rows, 3)
     for (first, second), (plain, left, right) in zip(cases, zip(*[iter(axes)] * 3, strict=True), strict=True):
         label, said_a, said_b, sure_a, sure_b = said_of[first.chosen.image_id]
-        _panel(plain, first.picture, f"true: {shortened(label, DISAGREEMENT_NAME)}")
+        _panel(plain, first.image, f"true: {truncate(label, DISAGREEMENT_NAME)}")
         sides = ((left, first, said_a, sure_a), (right, second, said_b, sure_b))
         for (axis, case, said, sure), name, title in zip(sides, names, titles[first.chosen.image_id], strict=True):
-            picture = first.picture if case is None else overlay(case.picture, case.heats[said])
+            picture = first.image if case is None else overlay(case.image, case.saliency[said])
             _panel(axis, picture, title)
             data.append((first.chosen.image_id, label, name, said, sure))
     counts = found.counts
@@ -459,7 +460,7 @@ def draw_disagreement(
         caption += f" {names[1]} reads no photograph, so it has no heat."
     alt = "; ".join(f"true {label}: {name} says {said}, {sure:.0%} for {label}" for _, label, name, said, sure in data)
     frame = pd.DataFrame(data, columns=["image_id", "label", "run", "predicted", "probability_of_true_class"])
-    return Picture("disagreement", f"Where {names[0]} and {names[1]} differ", caption, alt, figure, frame)
+    return ReportFigure("disagreement", f"Where {names[0]} and {names[1]} differ", caption, alt, figure, frame)
 
 
 def _panel(axis: Axes, picture: NDArray[np.uint8], title: str) -> None:
@@ -473,8 +474,8 @@ def _words(name: str, label: str, said: str, sure: float) -> str:
     its end.
     """
     parts = (
-        f"{shortened(said, DISAGREEMENT_NAME)}, {'right' if said == label else 'wrong'}",
-        f"{shortened(label, DISAGREEMENT_NAME)} {sure:.0%}",
+        f"{truncate(said, DISAGREEMENT_NAME)}, {'right' if said == label else 'wrong'}",
+        f"{truncate(label, DISAGREEMENT_NAME)} {sure:.0%}",
     )
     line = "; ".join(parts)
     return "\n".join([textwrap.fill(name, LINE), *([line] if len(line) <= LINE else parts)])

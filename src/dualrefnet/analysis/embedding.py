@@ -28,15 +28,15 @@ from dualrefnet.display.figure import (
     FAINT,
     PRIMARY,
     SECONDARY,
-    Picture,
+    ReportFigure,
     class_colours,
     class_markers,
     new_figure,
     styled,
 )
 from dualrefnet.errors import RunError
-from dualrefnet.evaluation.bootstrap import CHUNK, group_codes
-from dualrefnet.evaluation.comparison import Difference, PooledBootstrap, Value
+from dualrefnet.evaluation.bootstrap import CHUNK, Difference, Estimate, group_codes
+from dualrefnet.evaluation.comparison import PooledBootstrap
 from dualrefnet.models.inference import encoded
 
 NEIGHBOURS = 5
@@ -227,7 +227,7 @@ class Embedding:
     seed: int
     unit: str
 
-    def value(self, measure: str) -> Value:
+    def value(self, measure: str) -> Estimate:
         """Return one of `MEASURES` with its interval."""
         return self.separation.value(self.name, measure)
 
@@ -261,9 +261,7 @@ class EmbeddingComparison:
         """Say in numbers which run separates the classes better by one of `MEASURES`, or that it can't be told."""
         found, winner = self.difference(measure), self.better(measure)
         values = ", ".join(f"{run.name} {run.value(measure).value:.3f}" for run in (self.first, self.second))
-        numbers = f"{values}; difference {found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]".replace(
-            "-", "−"
-        )
+        numbers = f"{values}; difference {found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]".replace("-", "−")
         said = (
             f"{winner.name} separates the classes better"
             if winner
@@ -459,7 +457,7 @@ _KNN = "knn_balanced_accuracy"
 
 
 @styled
-def draw_embedding(a: Embedding, b: Embedding | None = None) -> Picture:
+def draw_embedding(a: Embedding, b: Embedding | None = None) -> ReportFigure:
     """Draw the map of a run's test images, or of two runs' one above the other.
 
     Args:
@@ -500,13 +498,13 @@ def draw_embedding(a: Embedding, b: Embedding | None = None) -> Picture:
     )
     alt = f"Map of {len(a.table)} test images of {len(shown)} classes. {said}."
     name = "embedding" if b is None else "embeddings"
-    return Picture(
+    return ReportFigure(
         name, "Fused features of the test images", caption, alt, figure, pd.concat([run.table for run in maps])
     )
 
 
 @styled
-def draw_separation(comparison: EmbeddingComparison) -> Picture:
+def draw_separation(comparison: EmbeddingComparison) -> ReportFigure:
     """Draw silhouettes and nearest neighbours of two runs on the same images, with intervals."""
     runs = (comparison.first, comparison.second)
     figure, axes = new_figure(3.1, len(MEASURES))
@@ -538,7 +536,7 @@ def draw_separation(comparison: EmbeddingComparison) -> Picture:
         f"neighbours, which are the nearest images of other {first.unit}. {comparison.conclusion()} {_intervals(first)}"
     )
     alt = " ".join(comparison.sentence(measure) for measure in MEASURES)
-    return Picture("separation", "How well the classes are apart", caption, alt, figure, pd.DataFrame(rows))
+    return ReportFigure("separation", "How well the classes are apart", caption, alt, figure, pd.DataFrame(rows))
 
 
 def _draw_map(axis: Axes, run: Embedding) -> None:

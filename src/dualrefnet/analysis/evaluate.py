@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from dualrefnet.analysis.availability import SideAnswers, answer_side, measure_availability
+from dualrefnet.analysis.availability import SplitPredictions, measure_availability, predict_split
 from dualrefnet.analysis.opened_run import open_run
 from dualrefnet.analysis.out_of_distribution import fit_run
-from dualrefnet.data.adapters import Dataset
 from dualrefnet.data.protocols import leakage
-from dualrefnet.evaluation.bootstrap import bootstrap_intervals, with_intervals
+from dualrefnet.data.schema import Dataset
 from dualrefnet.evaluation.calibration import Calibration, fit_calibration, fit_thresholds, measure_calibrated
+from dualrefnet.evaluation.comparison import bootstrap_intervals, with_intervals
 from dualrefnet.evaluation.metrics import compute_metrics
 from dualrefnet.files import write_csv, write_json
 from dualrefnet.progress import progress_bar
@@ -50,7 +50,7 @@ def evaluate_run(
     for side in SIDES:
         examples = opened.examples(side)
         with progress_bar(f"predicting {side}") as show:
-            answers[side] = answer_side(opened, side, examples, show)
+            answers[side] = predict_split(opened, side, examples, show)
         tables.append(
             prediction_table(examples.image_ids, side, examples.labels, answers[side].recorded, dataset.schema.classes)
         )
@@ -75,7 +75,8 @@ def evaluate_run(
         "split": "test",
         "protocol": recipe.data.protocol,
         "dataset": dataset.schema.title,
-        "drawn": dataset.schema.drawn,
+        "drawn": dataset.schema.synthetic,
+        "unit": dataset.schema.unit,
         "method": recipe.model.method,
         "leakage": leakage(dataset, opened.split),
         "validation": measures["val"],
@@ -89,7 +90,7 @@ def evaluate_run(
 
 
 def calibrate(
-    run: Run, predictions: pd.DataFrame, groups: pd.Series, dataset: Dataset, validation: SideAnswers
+    run: Run, predictions: pd.DataFrame, groups: pd.Series, dataset: Dataset, validation: SplitPredictions
 ) -> tuple[Calibration, dict[str, Any]]:
     """Calibrate on validation, write `calibration.json`, and return the calibration and what it is worth on the test
     side.

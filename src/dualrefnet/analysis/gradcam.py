@@ -50,7 +50,17 @@ from numpy.typing import NDArray
 from dualrefnet.analysis.opened_run import OpenedRun, sample_rows
 from dualrefnet.data.images import find_masks, read_mask
 from dualrefnet.data.loader import Examples
-from dualrefnet.display.figure import COLOURS, HEAT, MARKERS, PRIMARY, SECONDARY, WIDTH, Picture, new_figure, styled
+from dualrefnet.display.figure import (
+    COLOURS,
+    MARKERS,
+    PRIMARY,
+    SALIENCY_CMAP,
+    SECONDARY,
+    WIDTH,
+    ReportFigure,
+    new_figure,
+    styled,
+)
 from dualrefnet.errors import DataError, DependencyError
 from dualrefnet.evaluation.bootstrap import draw_counts, percentile_interval
 
@@ -66,7 +76,7 @@ except ImportError:
 
 
 @dataclass(frozen=True)
-class Heat:
+class SaliencyMaps:
     """Grad-CAM of a batch.
 
     Attributes:
@@ -87,7 +97,7 @@ class Heat:
         return self.heat.amax(dim=(1, 2)) == 0
 
 
-def gradcam(model: Method, images: Tensor, metadata: Tensor, targets: Tensor) -> Heat:
+def gradcam(model: Method, images: Tensor, metadata: Tensor, targets: Tensor) -> SaliencyMaps:
     """Return where images speak for a class.
 
     The model computes as in evaluation and is left as it was: modes, hooks, `requires_grad`, and no gradient on a
@@ -121,7 +131,7 @@ def gradcam(model: Method, images: Tensor, metadata: Tensor, targets: Tensor) ->
         if len(enlarged) == 1
         else torch.stack([_share_of_maximum(places) for places in enlarged]).mean(dim=0)
     )
-    return Heat(heat, tuple(maps))
+    return SaliencyMaps(heat, tuple(maps))
 
 
 @contextmanager
@@ -183,7 +193,7 @@ LEVEL = 0.95
 MEASURES = ("energy", "pointing")
 
 
-ALL = "all images"
+ALL_IMAGES = "all images"
 
 
 # Interpolation makes a plateau uneven by rounding: pixels so near to the maximum are maxima too.
@@ -337,8 +347,8 @@ def summarise(
     times = np.concatenate(list(draw_counts(len(names), samples, seed)))
     present = [name for name in classes if (table["label"] == name).any()]
     rows = []
-    for name in (ALL, *present):
-        of_class = np.ones(len(table), dtype=bool) if name == ALL else (table["label"] == name).to_numpy()
+    for name in (ALL_IMAGES, *present):
+        of_class = np.ones(len(table), dtype=bool) if name == ALL_IMAGES else (table["label"] == name).to_numpy()
         for measure in MEASURES:
             # A measure that is undefined leaves its image out of all means of the row, so that they stay comparable.
             used = of_class & table[measure].notna().to_numpy()
@@ -409,13 +419,13 @@ _LETTERS = 18
 
 
 @dataclass(frozen=True)
-class HeatCase:
+class GradCamCase:
     """One image with its heat, as it is drawn.
 
     Attributes:
         title: names the image.
-        picture: (S, S, 3) uint8, as the model sees it.
-        heats: class -> (S, S) Grad-CAM of that class, not negative; of `predicted` and of `other` at least.
+        image: (S, S, 3) uint8, as the model sees it.
+        saliency: class -> (S, S) Grad-CAM of that class, not negative; of `predicted` and of `other` at least.
         probabilities: class -> probability, of the same classes.
         label: the true class.
         predicted: the most probable class.
@@ -424,8 +434,8 @@ class HeatCase:
     """
 
     title: str
-    picture: NDArray[np.uint8]
-    heats: Mapping[str, NDArray[np.float32]]
+    image: NDArray[np.uint8]
+    saliency: Mapping[str, NDArray[np.float32]]
     probabilities: Mapping[str, float]
     label: str
     predicted: str
@@ -433,33 +443,33 @@ class HeatCase:
     mask: NDArray[np.bool_] | None = None
 
 
-def overlay(picture: NDArray[np.uint8], heat: NDArray[Any]) -> NDArray[np.uint8]:
-    """Lay heat over a picture, in shares of its maximum; where it is low the skin stays visible.
+def overlay(image: NDArray[np.uint8], saliency: NDArray[Any]) -> NDArray[np.uint8]:
+    """Lay saliency over a image, in shares of its maximum; where it is low the skin stays visible.
 
     Args:
-        picture: (S, S, 3).
-        heat: (S, S), not negative; without any heat the picture stays as it is.
+        image: (S, S, 3).
+        saliency: (S, S), not negative; without any saliency the image stays as it is.
 
     Returns:
         (S, S, 3).
 
     Raises:
-        ValueError: the shapes don't fit, or heat is negative or not finite.
+        ValueError: the shapes don't fit, or saliency is negative or not finite.
     """
-    if heat.shape != picture.shape[:2]:
-        raise ValueError(f"heat {heat.shape} doesn't fit a picture {picture.shape}")
-    if not np.isfinite(heat).all() or heat.min() < 0:
-        raise ValueError("heat must be finite and not negative")
-    largest = float(heat.max())
-    share = heat.astype(np.float64) / largest if largest > 0 else np.zeros(heat.shape)
-    colour = 255 * colormaps[HEAT](share)[..., :3]
+    if saliency.shape != image.shape[:2]:
+        raise ValueError(f"saliency {saliency.shape} doesn't fit a image {image.shape}")
+    if not np.isfinite(saliency).all() or saliency.min() < 0:
+        raise ValueError("saliency must be finite and not negative")
+    largest = float(saliency.max())
+    share = saliency.astype(np.float64) / largest if largest > 0 else np.zeros(saliency.shape)
+    colour = 255 * colormaps[SALIENCY_CMAP](share)[..., :3]
     cover = _COVER * np.minimum(share / _FULL_FROM, 1)[..., None]
-    return np.asarray(np.rint((1 - cover) * picture + cover * colour), dtype=np.uint8)
+    return np.asarray(np.rint((1 - cover) * image + cover * colour), dtype=np.uint8)
 
 
 @styled
-def draw_gradcam(cases: Sequence[HeatCase], choice: str, encoders: int = 1) -> Picture:
-    """Draw images beside the heat of the predicted and of another class.
+def draw_gradcam(cases: Sequence[GradCamCase], choice: str, encoders: int = 1) -> ReportFigure:
+    """Draw images beside the saliency of the predicted and of another class.
 
     Args:
         cases: one a row.
@@ -470,16 +480,16 @@ def draw_gradcam(cases: Sequence[HeatCase], choice: str, encoders: int = 1) -> P
     figure, axes = new_figure(rows * (WIDTH / 3 + 0.3) + 0.6, rows, 3)
     drawn: list[dict[str, Any]] = []
     for case, (plain, first, second) in zip(cases, zip(*[iter(axes)] * 3, strict=True), strict=True):
-        _panel(plain, case.picture, case.mask, f"{_short(case.title)}\ntrue: {_short(case.label, _LETTERS - 6)}")
+        _panel(plain, case.image, case.mask, f"{_short(case.title)}\ntrue: {_short(case.label, _LETTERS - 6)}")
         for axis, name, role in ((first, case.predicted, "predicted"), (second, case.other, "other")):
             said = "predicted" if name == case.predicted else "true" if name == case.label else "not predicted"
-            heat = case.heats[name]
+            heat = case.saliency[name]
             words = (
                 f"{case.probabilities[name]:.0%}, {said}"
                 if heat.max() > 0
                 else f"{case.probabilities[name]:.0%}, no evidence"
             )
-            _panel(axis, overlay(case.picture, heat), case.mask, f"{_short(name)}\n{words}")
+            _panel(axis, overlay(case.image, heat), case.mask, f"{_short(name)}\n{words}")
             drawn.append(
                 {
                     "image": case.title,
@@ -508,11 +518,13 @@ def draw_gradcam(cases: Sequence[HeatCase], choice: str, encoders: int = 1) -> P
     for row in drawn:
         inside = "" if np.isnan(row["in_mask"]) else f", {row['in_mask']:.0%} of the heat in the lesion"
         parts.append(f"{row['image']} (true {row['label']}): {row['class']} {row['probability']:.0%}{inside}")
-    return Picture("gradcam", "Where the model looks", " ".join([*sentences, choice]), "; ".join(parts), figure, data)
+    return ReportFigure(
+        "gradcam", "Where the model looks", " ".join([*sentences, choice]), "; ".join(parts), figure, data
+    )
 
 
 @styled
-def draw_localisation(result: Localisation) -> Picture:
+def draw_localisation(result: Localisation) -> ReportFigure:
     """Draw how much of the heat lies in lesions, of all images and of each class, beside a spot in the middle and even
     heat.
     """
@@ -542,7 +554,7 @@ def draw_localisation(result: Localisation) -> Picture:
     figure.legend(
         *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, columnspacing=1.0, handletextpad=0.2
     )
-    return Picture(
+    return ReportFigure(
         "localisation", "Does Grad-CAM look at the lesion?", _caption(result), _alt(result), figure, result.summary
     )
 

@@ -28,13 +28,13 @@ from dualrefnet.analysis.non_lesion_images import (
     medical_pictures,
 )
 from dualrefnet.analysis.opened_run import OpenedRun, sample_rows
-from dualrefnet.display.figure import INK, PRIMARY, SECONDARY, Picture, new_figure, styled, swarm
+from dualrefnet.display.figure import INK, PRIMARY, SECONDARY, ReportFigure, beeswarm_offsets, new_figure, styled
 from dualrefnet.errors import DataError, RunError
 from dualrefnet.evaluation.bootstrap import draw_counts, group_codes, percentile_interval, wilson_interval
 from dualrefnet.evaluation.metrics import Ranking
 from dualrefnet.files import write_tensors
 from dualrefnet.models.inference import joined_vectors, normalise, to_unit
-from dualrefnet.runtime.out_of_distribution import FORMAT, QUANTILES, Distance, OutOfScopeScore, root_shares
+from dualrefnet.runtime.out_of_distribution import FORMAT, QUANTILES, Distance, OutOfDistributionScore, root_shares
 from dualrefnet.runtime.preprocessing import preprocess
 
 Floats = NDArray[np.float64]
@@ -49,7 +49,7 @@ FALSE_ALARMS = 0.02
 
 
 @dataclass(frozen=True)
-class OutOfScope(OutOfScopeScore):
+class OutOfScope(OutOfDistributionScore):
     """A fitted score with its file; make one with `fit_out_of_scope` or `OutOfScope.load`."""
 
     def save(self, path: Path) -> None:
@@ -357,11 +357,11 @@ def _auroc(lesions: pd.DataFrame, others: pd.DataFrame, samples: int, seed: int)
     patients = int(codes[: len(lesions)].max()) + 1
     apart = int(codes.max()) + 1 - patients
     ranking = Ranking.of(both["score"].to_numpy(), np.arange(len(both)) >= len(lesions), codes)
-    value = float(ranking.auc(np.ones((patients + apart, 1)))[0])
+    value = float(ranking.auc(np.ones((1, patients + apart)))[0])
     if min(patients, apart or patients) < FEW_SOURCES:
         return value, np.nan, np.nan
     streams = [draw_counts(patients, samples, seed)] + ([draw_counts(apart, samples, seed + 1)] if apart else [])
-    drawn = np.concatenate([ranking.auc(np.hstack(times).T) for times in zip(*streams, strict=True)])
+    drawn = np.concatenate([ranking.auc(np.hstack(times)) for times in zip(*streams, strict=True)])
     low, high = percentile_interval(drawn, 0.95) or (np.nan, np.nan)
     return value, low, high
 
@@ -389,7 +389,7 @@ TICKS, COLUMN = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000), 0.012
 
 
 @styled
-def draw_out_of_scope(measured: OutOfScopeMeasured) -> Picture:
+def draw_out_of_scope(measured: OutOfScopeMeasured) -> ReportFigure:
     """Draw the scores, a strip a group.
 
     Args:
@@ -405,7 +405,7 @@ def draw_out_of_scope(measured: OutOfScopeMeasured) -> Picture:
         of_lesions = row["group"] in (LESIONS, CLOSE_LESION)
         axis.plot(
             values,
-            swarm(np.log10(values).astype(np.float32), width),
+            beeswarm_offsets(np.log10(values).astype(np.float32), width),
             "o" if of_lesions else "D",
             markersize=2.2 if of_lesions else 2,
             color=PRIMARY if of_lesions else SECONDARY,
@@ -434,7 +434,7 @@ def draw_out_of_scope(measured: OutOfScopeMeasured) -> Picture:
     words = [f"{row['group']}: {row['pictures']} pictures, {_numbers(row['auroc'], row['flagged'])}" for row in rows]
     # Sources are patients, too; and the order of the rows would tell which of them are of one.
     data = measured.scores.drop(columns="source").sort_values(["group", "score"], ignore_index=True)
-    return Picture("out_of_scope", "Which pictures it warns of", caption, "; ".join(words), figure, data)
+    return ReportFigure("out_of_scope", "Which pictures it warns of", caption, "; ".join(words), figure, data)
 
 
 def _numbers(auroc: float, flagged: float) -> str:

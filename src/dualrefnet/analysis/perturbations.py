@@ -45,7 +45,7 @@ ChangePictures = Callable[[NDArray[np.uint8], NDArray[np.int64]], Sequence[NDArr
 
 
 @dataclass(frozen=True)
-class Asked:
+class Predictions:
     """What a model answered.
 
     Attributes:
@@ -57,19 +57,19 @@ class Asked:
     vectors: NDArray[np.float32]
 
 
-def without_answers(rows: pd.DataFrame, fields: Collection[str]) -> pd.DataFrame:
+def without_fields(rows: pd.DataFrame, fields: Collection[str]) -> pd.DataFrame:
     """Return the rows of a lesion table with these fields missing in all of them."""
     return rows.assign(**dict.fromkeys(fields, np.nan))
 
 
-def keep_answers(rows: pd.DataFrame, names: Sequence[str], kept: NDArray[np.bool_]) -> pd.DataFrame:
+def keep_fields(rows: pd.DataFrame, names: Sequence[str], kept: NDArray[np.bool_]) -> pd.DataFrame:
     """Return the rows of a lesion table with what is kept, (N, F), of these F fields, and the rest of them missing."""
     return rows.assign(**{name: rows[name].where(kept[:, index]) for index, name in enumerate(names)})
 
 
-def ask_with_forms(
+def predict_with_metadata(
     opened: OpenedRun, examples: Examples, forms: Sequence[Forms], progress: Progress | None = None
-) -> Asked:
+) -> Predictions:
     """Ask about photographs, each with several forms.
 
     Args:
@@ -91,10 +91,10 @@ def ask_with_forms(
         done += len(batch.rows)
         if progress:
             progress(done, len(examples))
-    return Asked(answers, np.concatenate(vectors) if vectors else np.empty((len(examples), 0), np.float32))
+    return Predictions(answers, np.concatenate(vectors) if vectors else np.empty((len(examples), 0), np.float32))
 
 
-def ask_without_photograph(opened: OpenedRun, forms: Sequence[Forms], progress: Progress | None = None) -> list[Floats]:
+def predict_without_image(opened: OpenedRun, forms: Sequence[Forms], progress: Progress | None = None) -> list[Floats]:
     """Ask with forms alone: of a method that reads images, with what stands for "no photograph" in this run.
 
     Args:
@@ -124,7 +124,7 @@ def ask_without_photograph(opened: OpenedRun, forms: Sequence[Forms], progress: 
     return answers
 
 
-def ask_with_pictures(
+def predict_with_images(
     opened: OpenedRun,
     examples: Examples,
     places: NDArray[np.int64],
@@ -165,7 +165,7 @@ def ask_with_pictures(
     return [[np.concatenate(answers) for answers in zip(*batches, strict=True)] for batches in zip(*parts, strict=True)]
 
 
-def strangers(groups: ArrayLike, generator: np.random.Generator) -> NDArray[np.int64]:
+def permute_across_groups(groups: ArrayLike, generator: np.random.Generator) -> NDArray[np.int64]:
     """Permute rows so that each gets a row of another group (patient).
 
     Args:
@@ -201,7 +201,7 @@ def _answer(opened: OpenedRun, encoded: Encoded | None, forms: Forms) -> Floats:
     return probabilities
 
 
-def find_gaps(rows: pd.DataFrame, encoder: MetadataEncoder) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def find_missing(rows: pd.DataFrame, encoder: MetadataEncoder) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Return which answers are missing and which of the others say "not known" (a missing code that is an answer of its
     own).
 
@@ -219,7 +219,7 @@ def find_gaps(rows: pd.DataFrame, encoder: MetadataEncoder) -> tuple[NDArray[np.
     return missing, not_known
 
 
-def replace_answers(
+def replace_values(
     rows: pd.DataFrame, encoder: MetadataEncoder, groups: ArrayLike, generator: np.random.Generator
 ) -> pd.DataFrame:
     """Replace every answer by the one that another patient's row gives to the same question.
@@ -237,7 +237,7 @@ def replace_answers(
         ValueError: see `group_codes`.
     """
     codes = group_codes(groups)
-    missing, not_known = find_gaps(rows, encoder)
+    missing, not_known = find_missing(rows, encoder)
     result = rows.copy()
     for index, field in enumerate(encoder.fields):
         known = np.flatnonzero(~missing[:, index] & ~not_known[:, index])
@@ -335,7 +335,7 @@ def read_outlines(opened: OpenedRun, examples: Examples, masks: dict[str, Path])
     return Outlines(np.array(list(packed), dtype=np.int64), packed, side, len(having) - len(packed))
 
 
-def ask_about_changed(
+def predict_perturbed(
     opened: OpenedRun, examples: Examples, outlines: Outlines, forms: Sequence[Forms], progress: Progress | None = None
 ) -> dict[str, list[Floats]]:
     """Ask about every picture that has an outline: blurred in it, filled in it, and filled around it.
@@ -353,15 +353,15 @@ def ask_about_changed(
 
     def change(pictures: Picture, places: NDArray[np.int64]) -> list[Picture]:
         changed = [
-            change_picture(picture, outlines.mask(int(place))) for picture, place in zip(pictures, places, strict=True)
+            perturb_image(picture, outlines.mask(int(place))) for picture, place in zip(pictures, places, strict=True)
         ]
         return [np.stack(alike) for alike in zip(*changed, strict=True)]
 
-    answers = ask_with_pictures(opened, examples, outlines.places, change, forms, progress)
+    answers = predict_with_images(opened, examples, outlines.places, change, forms, progress)
     return dict(zip(CHANGES, answers, strict=True))
 
 
-def change_picture(picture: Picture, mask: Mask) -> tuple[Picture, Picture, Picture]:
+def perturb_image(picture: Picture, mask: Mask) -> tuple[Picture, Picture, Picture]:
     """Return a picture with its lesion blurred away, with the lesion filled, and with all but the lesion filled.
 
     What fills is the mean colour of the skin in a ring around the lesion.

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from dualrefnet.analysis.opened_run import OpenedRun, sample_rows
 from dualrefnet.data.loader import Examples
-from dualrefnet.display.figure import INK, PRIMARY, SECONDARY, WIDTH, Picture, new_figure, styled
+from dualrefnet.display.figure import INK, PRIMARY, SECONDARY, WIDTH, ReportFigure, new_figure, styled
 from dualrefnet.errors import RunError
 from dualrefnet.models.inference import normalise
 from dualrefnet.models.superresolution import fill_targets, input_and_target, psnr, ssim
@@ -26,7 +26,7 @@ BATCH = 16
 
 
 @dataclass(frozen=True)
-class Rebuilt:
+class ReconstructedImage:
     """One image of the auxiliary task; the pictures are uint8.
 
     Attributes:
@@ -58,12 +58,12 @@ class Reconstruction:
     """
 
     table: pd.DataFrame
-    shown: tuple[Rebuilt, ...]
+    shown: tuple[ReconstructedImage, ...]
     images: int
     kind: str
 
 
-def rebuild(
+def reconstruct(
     opened: OpenedRun,
     images: int = 200,
     show: int = 3,
@@ -104,7 +104,7 @@ def rebuild(
 
 
 @torch.inference_mode()
-def _rebuild(opened: OpenedRun, examples: Examples, rows: NDArray[np.int64]) -> list[Rebuilt]:
+def _rebuild(opened: OpenedRun, examples: Examples, rows: NDArray[np.int64]) -> list[ReconstructedImage]:
     batch = examples.batch(rows)
     assert batch.images is not None
     full = batch.images.to(opened.device).contiguous().float().div(255)
@@ -125,7 +125,7 @@ def _rebuild(opened: OpenedRun, examples: Examples, rows: NDArray[np.int64]) -> 
         (255 * part).round().byte().permute(0, 2, 3, 1).cpu().numpy() for part in (picture, target, rebuilt)
     )
     return [
-        Rebuilt(
+        ReconstructedImage(
             examples.image_ids[row],
             pictures[place],
             targets[place],
@@ -144,7 +144,7 @@ TARGETS = {
 
 
 @styled
-def draw_reconstruction(result: Reconstruction) -> Picture:
+def draw_reconstruction(result: Reconstruction) -> ReportFigure:
     """Draw input, target and reconstruction of some test images, from badly to well rebuilt ones."""
     rows = len(result.shown)
     figure, axes = new_figure(0.25 + rows * (WIDTH / 3 + 0.22), rows, 3)
@@ -172,11 +172,11 @@ def draw_reconstruction(result: Reconstruction) -> Picture:
         f"image {number}: PSNR {case.measures['psnr']:.1f} dB, SSIM {case.measures['ssim']:.2f}"
         for number, case in enumerate(result.shown, 1)
     )
-    return Picture("reconstruction", "What the auxiliary decoder rebuilds", caption, alt, figure, result.table)
+    return ReportFigure("reconstruction", "What the auxiliary decoder rebuilds", caption, alt, figure, result.table)
 
 
 @styled
-def draw_reconstruction_history(history: pd.DataFrame) -> Picture:
+def draw_reconstruction_history(history: pd.DataFrame) -> ReportFigure:
     """Draw PSNR and SSIM of the first validation images over the epochs.
 
     Args:
@@ -210,6 +210,6 @@ def draw_reconstruction_history(history: pd.DataFrame) -> Picture:
         "without augmentation. Higher is better."
     )
     data = history[["epoch", "val_psnr", "val_ssim"]]
-    return Picture(
+    return ReportFigure(
         "reconstruction_history", "The auxiliary task over the epochs", caption, ", ".join(words), figure, data
     )

@@ -56,13 +56,13 @@ from dualrefnet.display.figure import (
     PAPER,
     PRIMARY,
     SECONDARY,
-    Picture,
+    ReportFigure,
+    beeswarm_offsets,
     class_colours,
     file_stem,
     new_figure,
-    shade,
+    rank_colour_scale,
     styled,
-    swarm,
 )
 from dualrefnet.errors import RunError
 from dualrefnet.models.encoders import Encoded, EncoderOutput
@@ -71,7 +71,7 @@ from dualrefnet.models.inference import encoded as stored_features
 By = Literal["field", "column"]
 
 
-MISSING = "missing fields (flags)"
+MISSING_FLAGS = "missing fields (flags)"
 
 
 _PREFIX = "missing_"
@@ -81,7 +81,7 @@ _TRUTH = {"no": 0.0, "yes": 1.0}
 
 
 @dataclass(frozen=True)
-class Player:
+class FeatureGroup:
     """Columns that come and go together.
 
     Attributes:
@@ -98,7 +98,7 @@ class Player:
 
 
 @dataclass(frozen=True)
-class Answers:
+class FieldValues:
     """What N patients said, for each of P players.
 
     Attributes:
@@ -114,7 +114,7 @@ class Answers:
     answered: NDArray[np.bool_]
 
 
-def make_players(encoder: MetadataEncoder, by: By) -> tuple[Player, ...]:
+def make_feature_groups(encoder: MetadataEncoder, by: By) -> tuple[FeatureGroup, ...]:
     """Return the players of an encoder's M columns; each column belongs to one of them.
 
     Args:
@@ -127,24 +127,24 @@ def make_players(encoder: MetadataEncoder, by: By) -> tuple[Player, ...]:
     if by not in ("field", "column"):
         raise ValueError(f"players are made by field or by column, not by {by!r}")
     names, players, start = encoder.names, [], 0
-    for field, levels in zip(encoder.fields, encoder.levels, strict=True):
+    for field, levels in zip(encoder.fields, encoder.categories, strict=True):
         columns = tuple(range(start, start + (1 if field.kind == "numeric" else len(levels))))
         start += len(columns)
         if by == "column":
-            players += [Player(names[column], field.name, field.kind, (column,)) for column in columns]
+            players += [FeatureGroup(names[column], field.name, field.kind, (column,)) for column in columns]
         elif columns:  # A category of which the training rows had no value has no column, and no influence.
-            players.append(Player(field.name, field.name, field.kind, columns))
+            players.append(FeatureGroup(field.name, field.name, field.kind, columns))
     flags = tuple(range(start, len(names)))
     if by == "column":
         players += [
-            Player(names[column], names[column].removeprefix(_PREFIX), "missing", (column,)) for column in flags
+            FeatureGroup(names[column], names[column].removeprefix(_PREFIX), "missing", (column,)) for column in flags
         ]
     elif flags:
-        players.append(Player(MISSING, MISSING, "missing", flags))
+        players.append(FeatureGroup(MISSING_FLAGS, MISSING_FLAGS, "missing", flags))
     return tuple(players)
 
 
-def read_answers(players: tuple[Player, ...], encoder: MetadataEncoder, rows: pd.DataFrame) -> Answers:
+def read_field_values(players: tuple[FeatureGroup, ...], encoder: MetadataEncoder, rows: pd.DataFrame) -> FieldValues:
     """Say in words, and in numbers to colour by, what stands in the players' columns.
 
     Args:
@@ -153,9 +153,9 @@ def read_answers(players: tuple[Player, ...], encoder: MetadataEncoder, rows: pd
         rows: N of the lesion table.
     """
     encoded = encoder.encode(rows)
-    said, known = {}, {MISSING: np.ones(len(rows), dtype=bool)}
+    said, known = {}, {MISSING_FLAGS: np.ones(len(rows), dtype=bool)}
     for index, field in enumerate(encoder.fields):
-        said[field.name] = _field_words(encoder, field, encoded.missing[:, index], encoded.rejected[:, index], rows)
+        said[field.name] = _field_words(encoder, field, encoded.missing[:, index], encoded.invalid[:, index], rows)
         known[field.name] = ~encoded.missing[:, index]
     words, colours, answered = [], [], []
     for player in players:
@@ -163,10 +163,10 @@ def read_answers(players: tuple[Player, ...], encoder: MetadataEncoder, rows: pd
         is_known = known[player.field]
         if player.kind == "missing":
             # That an answer is missing is known of all.
-            is_known, amount = known[MISSING], values.sum(axis=1)
+            is_known, amount = known[MISSING_FLAGS], values.sum(axis=1)
             words.append(
                 [
-                    _yes_or_no(flags) if player.name != MISSING else f"{flags:g} of {len(player.columns)}"
+                    _yes_or_no(flags) if player.name != MISSING_FLAGS else f"{flags:g} of {len(player.columns)}"
                     for flags in amount
                 ]
             )
@@ -183,7 +183,7 @@ def read_answers(players: tuple[Player, ...], encoder: MetadataEncoder, rows: pd
             words.append(said[player.field])
         colours.append(np.where(is_known, amount, np.nan))
         answered.append(is_known)
-    return Answers(
+    return FieldValues(
         tuple(zip(*words, strict=True)), np.stack(colours, axis=1).astype(np.float32), np.stack(answered, axis=1)
     )
 
@@ -225,7 +225,7 @@ TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
-class Shares:
+class Attribution:
     """A prediction, shared out.
 
     Attributes:
@@ -241,14 +241,14 @@ class Shares:
     prediction: NDArray[np.float64]
 
 
-def share_out(
+def attribute_prediction(
     classify: Classifier,
     form: NDArray[np.float32],
     background: NDArray[np.float32],
-    players: tuple[Player, ...],
+    players: tuple[FeatureGroup, ...],
     permutations: int,
     seed: int,
-) -> Shares:
+) -> Attribution:
     """Share the prediction for one form out among the players.
 
     Args:
@@ -279,7 +279,9 @@ def share_out(
     prediction = classify(form[None])[0]
     values, spread = (np.reshape(part[0], (len(players), -1)) for part in (explanation.values, explanation.error_std))
     # As if forwards and backwards were two draws; they are better than that, and the error is rather smaller.
-    shares = Shares(values, spread / np.sqrt(2 * permutations), np.reshape(explanation.base_values[0], -1), prediction)
+    shares = Attribution(
+        values, spread / np.sqrt(2 * permutations), np.reshape(explanation.base_values[0], -1), prediction
+    )
     gap = float(np.abs(shares.base + shares.values.sum(axis=0) - prediction).max())
     # Written so that NaN is an error too.
     if not gap <= TOLERANCE:
@@ -300,7 +302,9 @@ class _Forms:
 
     immutable_outputs = True
 
-    def __init__(self, form: NDArray[np.float32], background: NDArray[np.float32], players: tuple[Player, ...]) -> None:
+    def __init__(
+        self, form: NDArray[np.float32], background: NDArray[np.float32], players: tuple[FeatureGroup, ...]
+    ) -> None:
         columns = [column for player in players for column in player.columns]
         if sorted(columns) != list(range(len(form))):
             raise ValueError(f"each of the {len(form)} columns must belong to one player, and to one only")
@@ -371,7 +375,7 @@ class MetadataShap:
     errors: NDArray[np.float32]
     base: NDArray[np.float32]
     prediction: NDArray[np.float32]
-    players: tuple[Player, ...]
+    players: tuple[FeatureGroup, ...]
     classes: tuple[str, ...]
     image_ids: tuple[str, ...]
     labels: NDArray[np.int64]
@@ -419,7 +423,7 @@ class MetadataShap:
             columns=["player", "field", "kind", "class", "importance"],
         )
 
-    def top_players(self, row: int, label: str, count: int = 3) -> list[tuple[str, str, float]]:
+    def top_groups(self, row: int, label: str, count: int = 3) -> list[tuple[str, str, float]]:
         """Return the players that moved one image's probability of one class most: (name, answer, value), the largest
         first.
 
@@ -471,7 +475,7 @@ def explain_metadata(
     if not opened.reads_metadata:
         raise RunError(f"{opened.run.path}: this model reads no metadata, so there is no influence of theirs to show")
     examples = opened.examples(side)
-    players = make_players(opened.metadata, by)
+    players = make_feature_groups(opened.metadata, by)
     if permutations is None:
         permutations = PERMUTATIONS[by]
     if image_ids is None:
@@ -493,11 +497,13 @@ def explain_metadata(
             # Of each image its own, so that its values are the same in any choice of images.
             own_seed = int(np.random.SeedSequence([seed, int(row)]).generate_state(1)[0])
             classify = _classifier(opened, seen, place)
-            shares.append(share_out(classify, examples.metadata[row], others, players, permutations, own_seed))
+            shares.append(
+                attribute_prediction(classify, examples.metadata[row], others, players, permutations, own_seed)
+            )
             if progress:
                 progress(len(shares), len(chosen))
     rows = opened.rows(side).iloc[chosen]
-    answers = read_answers(players, opened.metadata, rows)
+    answers = read_field_values(players, opened.metadata, rows)
     return MetadataShap(
         values=_stack([one.values for one in shares]),
         errors=_stack([one.errors for one in shares]),
@@ -578,7 +584,7 @@ _LABEL = 24
 
 
 @styled
-def draw_importance(result: MetadataShap, count: int = 15) -> Picture:
+def draw_importance(result: MetadataShap, count: int = 15) -> ReportFigure:
     """Draw how far each player moves the probability of each class, on average: the paper's Figure 6.
 
     Args:
@@ -645,11 +651,11 @@ def draw_importance(result: MetadataShap, count: int = 15) -> Picture:
     best = "; ".join(f"{name} {whole:.1f}" for name, whole in list(zip(shown, sums, strict=True))[:5])
     alt = f"Percentage points, classes added up, the weightiest first: {best}."
     title = f"Which {'answers count' if result.by == 'field' else 'columns of the form count'}, by class"
-    return Picture(f"shap_importance_{result.by}", title, caption, alt, figure, data.reset_index(drop=True))
+    return ReportFigure(f"shap_importance_{result.by}", title, caption, alt, figure, data.reset_index(drop=True))
 
 
 @styled
-def draw_beeswarm(result: MetadataShap, label: str, count: int = 10) -> Picture:
+def draw_beeswarm(result: MetadataShap, label: str, count: int = 10) -> ReportFigure:
     """Draw every image's value of the weightiest players for one class, coloured by what was answered.
 
     Args:
@@ -674,9 +680,9 @@ def draw_beeswarm(result: MetadataShap, label: str, count: int = 10) -> Picture:
                     "class": label,
                     "player": result.players[player].name,
                     "answer": [words[player] for words in result.words],
-                    "colour": shade(amount),
+                    "colour": rank_colour_scale(amount),
                     "points": points[:, player],
-                    "height": place + swarm(points[:, player], width),
+                    "height": place + beeswarm_offsets(points[:, player], width),
                     "marker": "D" if result.players[player].kind == "missing" else "o",
                     "filled": answered,
                 }
@@ -731,7 +737,7 @@ def draw_beeswarm(result: MetadataShap, label: str, count: int = 10) -> Picture:
     )
     alt = f"Values in percentage points, the weightiest first: {'; '.join(lead)}."
     data = data[["image_id", "class", "player", "answer", "colour", "points"]]
-    return Picture(
+    return ReportFigure(
         f"shap_beeswarm_{result.by}_{file_stem(label)}",
         f"What speaks for and against {label}",
         caption,
@@ -742,7 +748,7 @@ def draw_beeswarm(result: MetadataShap, label: str, count: int = 10) -> Picture:
 
 
 @styled
-def draw_waterfall(result: MetadataShap, image_id: str, label: str, count: int = 9) -> Picture:
+def draw_waterfall(result: MetadataShap, image_id: str, label: str, count: int = 9) -> ReportFigure:
     """Draw how one image's probability of one class comes about, from the mean over other patients' forms to its own.
 
     Args:
@@ -830,7 +836,7 @@ def draw_waterfall(result: MetadataShap, image_id: str, label: str, count: int =
     ]
     alt = f"From {base:.1f} % to {prediction:.1f} %: {'; '.join(said)}."
     name = f"shap_waterfall_{result.by}_{file_stem(image_id)}_{file_stem(label)}"
-    return Picture(name, f"Why {label} for {image_id}", caption, alt, figure, data)
+    return ReportFigure(name, f"Why {label} for {image_id}", caption, alt, figure, data)
 
 
 def _given(result: MetadataShap) -> str:

@@ -28,37 +28,38 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from dualrefnet.analysis.availability import EVERYTHING, NOTHING, WITH, WITHOUT, Availability
+from dualrefnet.analysis.availability import ALL_FIELDS, NO_FIELDS, WITH_IMAGE, WITHOUT_IMAGE, MissingMetadata
 from dualrefnet.analysis.opened_run import OpenedRun, sample_rows
 from dualrefnet.analysis.perturbations import (
-    Asked,
     Floats,
     Forms,
-    ask_about_changed,
-    ask_with_forms,
-    ask_without_photograph,
+    Predictions,
     count_flags,
-    find_gaps,
+    find_missing,
     hide_flags,
+    permute_across_groups,
+    predict_perturbed,
+    predict_with_metadata,
+    predict_without_image,
     read_outlines,
-    replace_answers,
-    strangers,
-    without_answers,
+    replace_values,
+    without_fields,
 )
 from dualrefnet.data.loader import Examples
-from dualrefnet.display.figure import FAINT, INK, PAPER, PRIMARY, SECONDARY, Picture, new_figure, styled
-from dualrefnet.display.format import Cell, PrintedTable
+from dualrefnet.display.figure import FAINT, INK, PAPER, PRIMARY, SECONDARY, ReportFigure, new_figure, styled
+from dualrefnet.display.format import MEASURE_NAMES, Cell, PrintedTable
 from dualrefnet.errors import DataError
 from dualrefnet.evaluation.bootstrap import percentile_interval
 from dualrefnet.evaluation.comparison import PooledBootstrap, pooled_bootstrap
-from dualrefnet.evaluation.tables import MEASURE_NAMES
 from dualrefnet.progress import progress_bar
 
 # More than enough for standardised columns; a fit that needs more has converged for all that counts here.
 ITERATIONS = 2000
 
 
-def train_for(train: NDArray[np.float32], labels: NDArray[np.int64], test: NDArray[np.float32], classes: int) -> Floats:
+def fit_baseline(
+    train: NDArray[np.float32], labels: NDArray[np.int64], test: NDArray[np.float32], classes: int
+) -> Floats:
     """Fit a logistic regression, classes balanced and columns standardised, and return its probabilities.
 
     Args:
@@ -78,7 +79,7 @@ def train_for(train: NDArray[np.float32], labels: NDArray[np.int64], test: NDArr
     return result
 
 
-def with_gaps_told(train: Forms, test: Forms) -> tuple[Forms, Forms]:
+def with_missing_indicators(train: Forms, test: Forms) -> tuple[Forms, Forms]:
     """Return encoded forms without NaN: 0 in its place, and a further column for each that has one, which tells where."""
     gappy = np.isnan(train).any(axis=0) | np.isnan(test).any(axis=0)
     filled = [
@@ -142,7 +143,7 @@ def measure_probes(
             rows.append(
                 {
                     **{"probe": name, "compared_with": whole, "measure": measure, "chance": chance},
-                    **{"value": value.value, "low": value.low, "high": value.high, "difference": difference.difference},
+                    **{"value": value.value, "low": value.low, "high": value.high, "difference": difference.value},
                     **{"difference_low": difference.low, "difference_high": difference.high},
                     **dict(zip(("lead", "lead_low", "lead_high"), lead, strict=True)),
                     **{"images": bootstrap.images, "patients": bootstrap.groups, "repeats": len(repeats)},
@@ -168,12 +169,12 @@ def _lead(
     return share, low, high
 
 
-WHOLE, WHOLE_OUTLINED = "whole", "whole_outlined"
+FULL, FULL_OUTLINED = "whole", "whole_outlined"
 
 
 # Probe -> what the model is given, and what was trained for that input. `{unit}` is a patient, or a lesion.
 PROBES = {
-    WHOLE: ("everything, as it is", ""),
+    FULL: ("everything, as it is", ""),
     "no_photograph": ("form, no photograph", "trained_form"),
     "other_photographs": ("form, photographs of other {unit}s", "trained_form"),
     "no_form": ("photograph, no answers", "trained_photograph"),
@@ -181,7 +182,7 @@ PROBES = {
     "gaps": ("only which answers are missing", "trained_gaps"),
     "photograph_and_gaps": ("photograph, and which answers are missing", ""),
     "flags_hidden": ("everything, flags say nothing is missing", ""),
-    WHOLE_OUTLINED: ("everything, photographs with an outline", ""),
+    FULL_OUTLINED: ("everything, photographs with an outline", ""),
     "lesion_blurred": ("everything, lesion blurred away", ""),
     "background_only": ("everything, lesion filled with skin colour", ""),
     "lesion_only": ("everything, all but the lesion filled", ""),
@@ -194,7 +195,7 @@ PROBES = {
 ALONE = {"background_only": "background_alone", "lesion_only": "lesion_alone"}
 
 
-TRAINED = {
+BASELINES = {
     "trained_form": "regression on the form",
     "trained_photograph": "regression on what the encoder sees",
     "trained_gaps": "regression on which answers are missing",
@@ -263,24 +264,26 @@ def probe_shortcuts(
     asked = probe.ask_forms()
     read = probe.train_references(asked, train_images)
     labels = probe.examples.labels
-    measured = [measure_probes(opened, labels, probe.groups, probe.answers, WHOLE, samples, seed)]
+    measured = [measure_probes(opened, labels, probe.groups, probe.answers, FULL, samples, seed)]
     if opened.model.reads_image:
         places, changed = probe.ask_outlined(masked)
         if changed:
             measured.append(
-                measure_probes(opened, labels[places], probe.groups[places], changed, WHOLE_OUTLINED, samples, seed)
+                measure_probes(opened, labels[places], probe.groups[places], changed, FULL_OUTLINED, samples, seed)
             )
     unit = opened.dataset.schema.unit
     table = pd.concat(measured, ignore_index=True)
     table.insert(
-        1, "input", [PROBES[name][0].format(unit=unit) if name in PROBES else TRAINED[name] for name in table["probe"]]
+        1,
+        "input",
+        [PROBES[name][0].format(unit=unit) if name in PROBES else BASELINES[name] for name in table["probe"]],
     )
-    table.insert(2, "trained", table["probe"].isin(list(TRAINED)))
+    table.insert(2, "trained", table["probe"].isin(list(BASELINES)))
     references = [PROBES[name][1] if name in PROBES else "" for name in table["probe"]]
     if not (opened.model.reads_image and opened.reads_metadata):
         # What the run reads alone is its whole input.
         own = "trained_photograph" if opened.model.reads_image else "trained_form"
-        references = [own if probe == WHOLE else name for probe, name in zip(table["probe"], references, strict=True)]
+        references = [own if probe == FULL else name for probe, name in zip(table["probe"], references, strict=True)]
     table.insert(3, "trained_probe", [name if name in probe.answers else "" for name in references])
     return Shortcuts(table, tuple(probe.remarks), opened.model.title, unit, permutations, read, samples, seed)
 
@@ -303,11 +306,11 @@ class _Probe:
         self.remarks: list[str] = []
         self.gappy = False
 
-    def ask_forms(self) -> Asked:
+    def ask_forms(self) -> Predictions:
         """Ask with the photographs as they are, and without: with forms that are whole, changed, exchanged or empty."""
         opened, own = self.opened, self.examples.metadata
         both = opened.model.reads_image and opened.reads_metadata
-        beside: dict[str, list[Forms]] = {WHOLE: [own]}
+        beside: dict[str, list[Forms]] = {FULL: [own]}
         alone: dict[str, list[Forms]] = {}
         given: list[NDArray[np.int64]] = []
         if both:
@@ -321,7 +324,9 @@ class _Probe:
         if opened.reads_metadata:
             self._add_gaps(beside, alone)
         with progress_bar("asking with changed forms") as show:
-            asked = ask_with_forms(opened, self.examples, [form for forms in beside.values() for form in forms], show)
+            asked = predict_with_metadata(
+                opened, self.examples, [form for forms in beside.values() for form in forms], show
+            )
         remaining = iter(asked.answers)
         found = {name: [next(remaining) for _ in forms] for name, forms in beside.items()}
         # The photograph of one beside the form of another is a question about either of the two.
@@ -329,7 +334,7 @@ class _Probe:
             _placed(answer, order) for answer, order in zip(found.get("other_forms", []), given, strict=True)
         ]
         for name, forms in alone.items():
-            found[name] = ask_without_photograph(opened, forms) if opened.model.reads_image else found[name]
+            found[name] = predict_without_image(opened, forms) if opened.model.reads_image else found[name]
         self.answers |= {name: found[name] for name in PROBES if found.get(name)}
         return asked
 
@@ -351,34 +356,34 @@ class _Probe:
         own = self.examples.metadata[places]
         others = self._exchanges(self.groups[places], 3) if self.opened.reads_metadata else []
         with progress_bar("pictures without the lesion") as show:
-            changed = ask_about_changed(
+            changed = predict_perturbed(
                 self.opened, self.examples, outlines, [own, *(own[order] for order in others)], show
             )
-        answers = {WHOLE_OUTLINED: [self.answers[WHOLE][0][places]]} | {
+        answers = {FULL_OUTLINED: [self.answers[FULL][0][places]]} | {
             name: found[:1] for name, found in changed.items()
         }
         if others:
             answers |= {ALONE[name]: found[1:] for name, found in changed.items() if name in ALONE}
         return places, answers
 
-    def train_references(self, asked: Asked, train_images: int) -> int:
+    def train_references(self, asked: Predictions, train_images: int) -> int:
         """Fit the regressions on the training side, and return how many photographs were read for that."""
         opened, train = self.opened, self.opened.pictures("train")
         classes, read = len(opened.classes), 0
         if opened.reads_metadata:
-            forms = with_gaps_told(train.metadata, self.examples.metadata)
-            self.answers["trained_form"] = [train_for(forms[0], train.labels, forms[1], classes)]
+            forms = with_missing_indicators(train.metadata, self.examples.metadata)
+            self.answers["trained_form"] = [fit_baseline(forms[0], train.labels, forms[1], classes)]
         if self.gappy:
             gaps = [
-                np.concatenate(find_gaps(opened.rows(side), opened.metadata), axis=1).astype(np.float32)
+                np.concatenate(find_missing(opened.rows(side), opened.metadata), axis=1).astype(np.float32)
                 for side in ("train", "test")
             ]
-            self.answers["trained_gaps"] = [train_for(gaps[0], train.labels, gaps[1], classes)]
+            self.answers["trained_gaps"] = [fit_baseline(gaps[0], train.labels, gaps[1], classes)]
         if opened.model.reads_image:
             places = sample_rows(train.labels, train_images, self.seed)
             with progress_bar("photographs of the training side") as show:
                 vectors = opened.vectors(train, places, show)
-            self.answers["trained_photograph"] = [train_for(vectors, train.labels[places], asked.vectors, classes)]
+            self.answers["trained_photograph"] = [fit_baseline(vectors, train.labels[places], asked.vectors, classes)]
             read = len(places)
             self.remarks.append(
                 f"what the encoder sees was learned on the same {read} training photographs that its regression was fitted on, "
@@ -389,7 +394,7 @@ class _Probe:
     def _add_gaps(self, beside: dict[str, list[Forms]], alone: dict[str, list[Forms]]) -> None:
         """Add the forms of which only the gaps are true, and those whose flags are hidden."""
         metadata = self.opened.metadata
-        missing, not_known = find_gaps(self.rows, metadata)
+        missing, not_known = find_missing(self.rows, metadata)
         self.gappy = bool(missing.any() or not_known.any())
         if not self.gappy:
             self.remarks.append("no answer of the test side is missing: probes of what is missing were left out")
@@ -398,7 +403,7 @@ class _Probe:
             self.remarks.append("an answer 'not known' counts as none: it stays where answers are replaced")
         generator = np.random.default_rng([self.seed, 2])
         replaced = [
-            metadata.encode(replace_answers(self.rows, metadata, self.groups, generator)).values
+            metadata.encode(replace_values(self.rows, metadata, self.groups, generator)).values
             for _ in range(self.permutations)
         ]
         if self.opened.model.reads_image:
@@ -420,7 +425,7 @@ class _Probe:
         """Draw exchanges between patients; none, with a remark, if there can't be any."""
         generator = np.random.default_rng([self.seed, stream])
         try:
-            return [strangers(groups, generator) for _ in range(self.permutations)]
+            return [permute_across_groups(groups, generator) for _ in range(self.permutations)]
         except DataError as error:
             self.remarks.append(str(error))
             return []
@@ -428,7 +433,7 @@ class _Probe:
     def _empty(self) -> Forms:
         """Return the encoded forms (N, M) of which every answer is missing."""
         fields = [field.name for field in self.opened.metadata.fields]
-        return self.opened.metadata.encode(without_answers(self.rows, fields)).values
+        return self.opened.metadata.encode(without_fields(self.rows, fields)).values
 
 
 def _placed(answer: Floats, order: NDArray[np.int64]) -> Floats:
@@ -455,7 +460,7 @@ def shortcut_table(shortcuts: Shortcuts) -> PrintedTable:
     """Return one row an input: what the model reaches with it, and what a model does that was trained for it."""
     values = {(row["probe"], row["measure"]): row for row in shortcuts.table.to_dict("records")}
     asked = shortcuts.table[~shortcuts.table["trained"]].drop_duplicates("probe")
-    cancer = (WHOLE, MEASURES[2]) in values
+    cancer = (FULL, MEASURES[2]) in values
     rows = []
     for probe, given, trained in zip(asked["probe"], asked["input"], asked["trained_probe"], strict=True):
         row = [
@@ -474,7 +479,7 @@ def shortcut_table(shortcuts: Shortcuts) -> PrintedTable:
         *(["malignant AUC"] if cancer else []),
         "trained for it",
     ]
-    whole = values[WHOLE, BALANCED]
+    whole = values[FULL, BALANCED]
     notes = [
         f"Guessing reaches a balanced accuracy of {whole['chance']:.3f} and AUCs of 0.5. Lead kept: of the balanced accuracy over chance "
         "that the whole input gives on the same photographs. The shares needn't add up to 100%: inputs that tell the same can each do "
@@ -491,7 +496,7 @@ def shortcut_table(shortcuts: Shortcuts) -> PrintedTable:
 def shortcut_sentences(shortcuts: Shortcuts) -> list[str]:
     """Say in plain words what is left of the lead over chance with parts of the input."""
     found = {row["probe"]: row for row in shortcuts.table[shortcuts.table["measure"] == BALANCED].to_dict("records")}
-    whole = found[WHOLE]
+    whole = found[FULL]
     start = f"Guessing reaches a balanced accuracy of {whole['chance']:.2f}, this model {whole['value']:.2f}"
     if pd.isna(whole["lead"]):
         return [f"{start}: a lead over chance can't be told from none, so it can't be shared out."]
@@ -506,10 +511,10 @@ def shortcut_sentences(shortcuts: Shortcuts) -> list[str]:
     return [" ".join(said)[:-1] + "."]
 
 
-def availability_table(availability: Availability) -> PrintedTable:
+def missing_metadata_table(availability: MissingMetadata) -> PrintedTable:
     """Return balanced accuracy by the share of the recorded answers that are kept."""
     curve = availability.curve[availability.curve["measure"] == BALANCED]
-    photographs = [name for name in (WITH, WITHOUT) if (curve["photograph"] == name).any()]
+    photographs = [name for name in (WITH_IMAGE, WITHOUT_IMAGE) if (curve["photograph"] == name).any()]
     values = {(row["photograph"], row["share"]): row for row in curve.to_dict("records")}
     rows = []
     for share, answers in curve.drop_duplicates("share")[["share", "answers_kept"]].itertuples(index=False):
@@ -524,10 +529,10 @@ def availability_table(availability: Availability) -> PrintedTable:
     )
 
 
-def pattern_table(availability: Availability) -> PrintedTable:
+def missing_pattern_table(availability: MissingMetadata) -> PrintedTable:
     """Return balanced accuracy by patterns of missing answers."""
     table = availability.patterns[availability.patterns["measure"] == BALANCED]
-    photographs = [name for name in (WITH, WITHOUT) if (table["photograph"] == name).any()]
+    photographs = [name for name in (WITH_IMAGE, WITHOUT_IMAGE) if (table["photograph"] == name).any()]
     values = {(row["photograph"], row["removed"]): row for row in table.to_dict("records")}
     rows = []
     for row in table.drop_duplicates("removed").to_dict("records"):
@@ -544,12 +549,12 @@ def pattern_table(availability: Availability) -> PrintedTable:
     )
 
 
-def difference_table(differences: pd.DataFrame, first: str, second: str) -> PrintedTable:
+def missing_difference_table(differences: pd.DataFrame, first: str, second: str) -> PrintedTable:
     """Return how far one run is above another, by what is there; see `compare_availability`."""
     rows = []
     table = differences[differences["measure"] == BALANCED]
     # The whole form and no form are shares too.
-    said = [name for name, share in ((NOTHING, 0), (EVERYTHING, 1)) if (table["share"] == share).any()]
+    said = [name for name, share in ((NO_FIELDS, 0), (ALL_FIELDS, 1)) if (table["share"] == share).any()]
     for row in table[~table["pattern"].isin(said)].to_dict("records"):
         there = row["pattern"] or f"{row['share']:.0%} of the answers"
         cell = Cell(_signed(row["difference"]), f"[{_signed(row['low'])}, {_signed(row['high'])}]")
@@ -564,14 +569,14 @@ def difference_table(differences: pd.DataFrame, first: str, second: str) -> Prin
 
 def _sizes(shortcuts: Shortcuts) -> str:
     sizes = {row["probe"]: row for row in shortcuts.table.to_dict("records")}
-    whole = sizes[WHOLE]
+    whole = sizes[FULL]
     text = f"{whole['images']:,} test photographs of {whole['patients']:,} {shortcuts.unit}s"
-    if WHOLE_OUTLINED in sizes:
-        text += f", {sizes[WHOLE_OUTLINED]['images']:,} of them with an outline of the lesion"
+    if FULL_OUTLINED in sizes:
+        text += f", {sizes[FULL_OUTLINED]['images']:,} of them with an outline of the lesion"
     return f"{text}."
 
 
-def _drawn(availability: Availability) -> str:
+def _drawn(availability: MissingMetadata) -> str:
     return (
         f"{len(availability.image_ids):,} test photographs, {availability.fields} questions; mean of {availability.draws} random choices "
         f"of answers (seed {availability.seed}). In brackets: 95% intervals from resampling {availability.unit}s. Guessing reaches "
@@ -586,7 +591,7 @@ def _cell(row: Mapping[Any, Any] | None) -> Cell:
 
 
 def _kept(row: Mapping[Any, Any]) -> Cell:
-    if pd.isna(row["lead"]) or row["probe"] in (WHOLE, WHOLE_OUTLINED):
+    if pd.isna(row["lead"]) or row["probe"] in (FULL, FULL_OUTLINED):
         return Cell("–")
     # Less than chance is nothing kept, as far as a reader is concerned; the exact share stands in the CSV.
     return Cell(*(f"{max(row['lead'], 0):.0%}", f"[{max(row['lead_low'], 0):.0%}, {max(row['lead_high'], 0):.0%}]"))
@@ -601,7 +606,7 @@ LINE, GAP, REST, LETTERS = 0.125, 0.09, 0.95, 27
 
 
 @styled
-def draw_shortcuts(shortcuts: Shortcuts, measure: str = "balanced_accuracy") -> Picture:
+def draw_shortcuts(shortcuts: Shortcuts, measure: str = "balanced_accuracy") -> ReportFigure:
     """Draw what the model reaches with each input, with 95% intervals, chance, and what was trained for the input.
 
     Args:
@@ -621,14 +626,14 @@ def draw_shortcuts(shortcuts: Shortcuts, measure: str = "balanced_accuracy") -> 
     places, below = [], 0.0
     for height, probe in zip(heights, drawn["probe"], strict=True):
         # The photographs with an outline begin a block of their own.
-        below += 2 * GAP if probe == WHOLE_OUTLINED else 0.0
+        below += 2 * GAP if probe == FULL_OUTLINED else 0.0
         places.append(below + height / 2)
         below += height
     figure, (axis,) = new_figure(below + REST)
     chance = float(drawn["chance"].iloc[0])
     axis.axvline(chance, color=INK, linestyle=":", linewidth=1)
     for place, row in zip(places, drawn.to_dict("records"), strict=True):
-        colour = SECONDARY if row["probe"] in (WHOLE, WHOLE_OUTLINED) else PRIMARY
+        colour = SECONDARY if row["probe"] in (FULL, FULL_OUTLINED) else PRIMARY
         axis.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=1.4)
         axis.plot(row["value"], place, "s" if colour == SECONDARY else "o", color=colour, markersize=4.5)
         if row["trained_probe"]:
@@ -640,9 +645,9 @@ def draw_shortcuts(shortcuts: Shortcuts, measure: str = "balanced_accuracy") -> 
                 markerfacecolor="none",
                 markersize=4.5,
             )
-        if row["probe"] == WHOLE_OUTLINED:
+        if row["probe"] == FULL_OUTLINED:
             axis.axhline(
-                place - heights[drawn["probe"].tolist().index(WHOLE_OUTLINED)] / 2 - GAP, color=FAINT, linewidth=0.8
+                place - heights[drawn["probe"].tolist().index(FULL_OUTLINED)] / 2 - GAP, color=FAINT, linewidth=0.8
             )
     axis.set_ylim(below, 0)
     axis.set_yticks(places, labels)
@@ -682,8 +687,8 @@ def draw_shortcuts(shortcuts: Shortcuts, measure: str = "balanced_accuracy") -> 
     )
     if len(references):
         caption += " Hollow diamonds: a logistic regression that was trained on that input alone."
-    if (drawn["probe"] == WHOLE_OUTLINED).any():
-        outlined = drawn[drawn["probe"] == WHOLE_OUTLINED].iloc[0]
+    if (drawn["probe"] == FULL_OUTLINED).any():
+        outlined = drawn[drawn["probe"] == FULL_OUTLINED].iloc[0]
         caption += f" Below the line: the {outlined['images']:,} photographs with an outline of the lesion."
     words = [_words(row, references) for row in drawn.to_dict("records")]
     alt = f"{name}; guessing {chance:.2f}. {'; '.join(words)}"
@@ -702,7 +707,7 @@ def draw_shortcuts(shortcuts: Shortcuts, measure: str = "balanced_accuracy") -> 
         "images",
     ]
     stem = "shortcuts" if measure == "balanced_accuracy" else f"shortcuts_{measure.replace('.', '_')}"
-    return Picture(stem, "What the score leans on", caption, alt, figure, table[columns].reset_index(drop=True))
+    return ReportFigure(stem, "What the score leans on", caption, alt, figure, table[columns].reset_index(drop=True))
 
 
 def _words(row: Mapping[Any, Any], references: pd.DataFrame) -> str:

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 import dualrefnet
-from dualrefnet.data.adapters import IMAGE_SUFFIXES
+from dualrefnet.data.csv_table import IMAGE_SUFFIXES
 from dualrefnet.deploy.predictor import Predictor
 from dualrefnet.errors import DataError, ImageError
 from dualrefnet.files import read_json, sha256_of_file, sha256_of_json, write_json
@@ -713,7 +713,7 @@ def _prepare_ahead(
         if case.error:
             return case.error
         try:
-            predictor.check_form(case.form)
+            predictor.check_metadata(case.form)
             return predictor.prepare(case.path) if predictor.reads_image else None
         except (DataError, ImageError) as error:
             return str(error)

@@ -58,7 +58,7 @@ PRIMARY, SECONDARY = COLOURS[0], COLOURS[4]
 
 
 # Light to dark for amounts, and the scale of heat maps: both keep their order in grey.
-AMOUNTS, HEAT = "Blues", "inferno"
+SEQUENTIAL_CMAP, SALIENCY_CMAP = "Blues", "inferno"
 
 
 # Settings of the user's own `matplotlibrc` have no say in how pictures look; those of windows, keys and dates are left
@@ -134,7 +134,7 @@ styled = matplotlib.rc_context(_STYLE)
 
 
 @dataclass(frozen=True)
-class Picture:
+class ReportFigure:
     """A drawn picture.
 
     Attributes:
@@ -186,12 +186,12 @@ def file_stem(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "_", text)
 
 
-def shortened(text: str, letters: int) -> str:
+def truncate(text: str, letters: int) -> str:
     """Return a text of at most so many letters, the last of which tells that some are missing."""
     return text if len(text) <= letters else text[: letters - 1] + "…"
 
 
-def save_picture(picture: Picture, folder: Path) -> list[Path]:
+def save_figure(picture: ReportFigure, folder: Path) -> list[Path]:
     """Write `<name>.png` (300 dpi), `<name>.svg` and `<name>.csv`, and return their paths."""
     paths = [folder / f"{picture.name}.{suffix}" for suffix in ("png", "svg", "csv")]
     with matplotlib.rc_context({**_STYLE, "svg.fonttype": "path", "svg.hashsalt": picture.name}):
@@ -204,7 +204,7 @@ def save_picture(picture: Picture, folder: Path) -> list[Path]:
     return paths
 
 
-def inline_svg(picture: Picture) -> str:
+def inline_svg(picture: ReportFigure) -> str:
     """Return the picture as an `<svg>` element for a page that defines the CSS variables `--ink`, `--faint` and
     `--paper`.
 
@@ -263,7 +263,7 @@ def _lighter(png: str) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def shade(amount: NDArray[np.float32]) -> NDArray[np.float64]:
+def rank_colour_scale(amount: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return 0..1 from the 5th to the 95th percentile of what is known, or over all of it where these are one."""
     known = amount[~np.isnan(amount)].astype(float)
     if not len(known):
@@ -274,7 +274,7 @@ def shade(amount: NDArray[np.float32]) -> NDArray[np.float64]:
     return np.clip((amount - low) / (high - low), 0, 1) if high > low else np.where(np.isnan(amount), np.nan, 0.5)
 
 
-def swarm(values: NDArray[np.float32], width: float) -> NDArray[np.float64]:
+def beeswarm_offsets(values: NDArray[np.float32], width: float) -> NDArray[np.float64]:
     """Return heights within -0.4..0.4 at which points of about the same value stand beside each other, from the middle
     outwards.
     """

@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from dualrefnet.display.figure import COLOURS, FAINT, INK, PAPER, Picture, new_figure, styled
+from dualrefnet.display.figure import COLOURS, FAINT, INK, PAPER, ReportFigure, new_figure, styled
+from dualrefnet.display.format import MEASURE_NAMES
 from dualrefnet.errors import RunError
-from dualrefnet.evaluation.tables import MEASURE_NAMES
 from dualrefnet.models.encoders import BACKBONES
 from dualrefnet.models.registry import METHODS
 from dualrefnet.suite.results import LABEL_LEAKING, Key, reads_image
@@ -216,7 +216,7 @@ _HATCHED: dict[str, Any] = {
 
 
 @styled
-def draw_systems(systems: pd.DataFrame, comparisons: pd.DataFrame, measure: str) -> Picture:
+def draw_systems(systems: pd.DataFrame, comparisons: pd.DataFrame, measure: str) -> ReportFigure:
     """Draw a measure of every system with its 95% interval, and the paper's number where there is one.
 
     Args:
@@ -271,13 +271,13 @@ def draw_systems(systems: pd.DataFrame, comparisons: pd.DataFrame, measure: str)
         for row in drawn.to_dict("records")
     )
     data = drawn[[*KEY, "measure", "pooled", "low", "high", "paper", "is_reference", "runs", "planned", "flags"]]
-    return Picture(
+    return ReportFigure(
         f"systems_{_slug(measure)}", f"All systems: {name}", caption, alt, figure, data.reset_index(drop=True)
     )
 
 
 @styled
-def draw_ablation(systems: pd.DataFrame, comparisons: pd.DataFrame, measure: str) -> Picture:
+def draw_ablation(systems: pd.DataFrame, comparisons: pd.DataFrame, measure: str) -> ReportFigure:
     """Draw how far every system is from the reference, with intervals and a line at zero.
 
     Args:
@@ -322,7 +322,7 @@ def draw_ablation(systems: pd.DataFrame, comparisons: pd.DataFrame, measure: str
         for row in drawn.to_dict("records")
     )
     data = drawn[[*KEY, "reference", "measure", "difference", "low", "high", "p_holm", "runs", "planned", "flags"]]
-    return Picture(
+    return ReportFigure(
         f"ablation_{_slug(measure)}",
         f"Distance from the reference: {name}",
         caption,

@@ -19,7 +19,7 @@ try:
 except ImportError:
     raise DependencyError("the web service needs FastAPI: pip install 'dualrefnet[deploy]'") from None
 
-from dualrefnet.deploy.gate import refuse_shortcut
+from dualrefnet.deploy.predictor import refuse_shortcut
 from dualrefnet.service.inference import Inference
 from dualrefnet.service.middleware import Guard
 from dualrefnet.service.observability import Metrics

@@ -158,7 +158,7 @@ class Inference:
             raise DataError("this model reads the metadata alone; send no image")
         if not images and self.predictor.needs_image:
             raise DataError("this model needs an image; send it as the part images")
-        self.predictor.check_form(metadata)
+        self.predictor.check_metadata(metadata)
 
     async def _within_timeout(self, work: Coroutine[Any, Any, Result]) -> Result:
         try:

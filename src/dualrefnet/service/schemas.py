@@ -175,8 +175,8 @@ def prediction_body(prediction: Prediction, model: str, images: int, request_id:
 def explanation_body(explanation: Explanation) -> dict[str, Any]:
     """Return the fields of an `ExplanationBody`; where occlusion raises the probability, the saliency is 0."""
     heat = None
-    if explanation.heat is not None:
-        falls = np.clip(np.nan_to_num(np.asarray(explanation.heat, dtype=np.float64)), 0, None)
+    if explanation.saliency is not None:
+        falls = np.clip(np.nan_to_num(np.asarray(explanation.saliency, dtype=np.float64)), 0, None)
         maximum = float(falls.max())
         stream = io.BytesIO()
         Image.fromarray(np.rint(falls * (255 / maximum if maximum > 0 else 0)).astype(np.uint8)).save(stream, "PNG")
@@ -190,7 +190,7 @@ def model_body(predictor: Predictor, settings: ServiceSettings) -> ModelBody:
     fields = [
         FieldBody(
             **{name: getattr(field, name) for name in ("name", "kind", "unit", "minimum", "maximum", "description")},
-            levels=list(predictor.levels(field.name)) if field.kind == "categorical" else [],
+            levels=list(predictor.categories(field.name)) if field.kind == "categorical" else [],
             effect=effects.get(field.name),
         )
         for field in predictor.fields

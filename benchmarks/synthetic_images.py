@@ -1,4 +1,4 @@
-"""Pictures to measure with: drawn ones enlarged to the size of a phone's, or a folder of real ones."""
+"""Images to measure with: drawn ones enlarged to the size of a phone's, or a folder of real ones."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import cv2
 import pandas as pd
 
 from dualrefnet.data.images import decode_image
-from dualrefnet.data.synthetic import MINIMUM_IMAGES, draw_sample
+from dualrefnet.data.synthetic import MINIMUM_IMAGES, make_synthetic
 from dualrefnet.deploy.batch import find_files
 
 DRAWN = 96
 
 
-def picture_table(folder: Path, images: Path | None, count: int, width: int = 1536, height: int = 1152) -> pd.DataFrame:
-    """Return a table with the columns `image_id, image_path` of `count` rows; pictures are used again if there are
+def image_table(folder: Path, images: Path | None, count: int, width: int = 1536, height: int = 1152) -> pd.DataFrame:
+    """Return a table with the columns `image_id, image_path` of `count` rows; images are used again if there are
     fewer.
 
     Args:
-        folder: an empty folder for drawn pictures.
-        images: a folder of real pictures; None: draw.
+        folder: an empty folder for synthetic images.
+        images: a folder of real images; None: draw.
         count: number of rows.
         width: of a drawn JPEG, pixels.
         height: of a drawn JPEG, pixels.
@@ -32,8 +32,10 @@ def picture_table(folder: Path, images: Path | None, count: int, width: int = 15
 
 
 def _draw(folder: Path, count: int, width: int, height: int) -> list[Path]:
-    """Draw `count` pictures of 192 px and enlarge them to JPEGs."""
-    drawn = sorted((draw_sample(folder / "drawn", images=max(count, MINIMUM_IMAGES)) / "images").glob("*.png"))[:count]
+    """Draw `count` images of 192 px and enlarge them to JPEGs."""
+    drawn = sorted((make_synthetic(folder / "drawn", images=max(count, MINIMUM_IMAGES)) / "images").glob("*.png"))[
+        :count
+    ]
     files = []
     for source in drawn:
         picture = cv2.resize(decode_image(source), (width, height), interpolation=cv2.INTER_CUBIC)
