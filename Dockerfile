@@ -15,7 +15,7 @@ FROM python:3.11-slim AS cpu
 COPY requirements.lock /
 RUN python -m venv /opt/dualrefnet \
     && /opt/dualrefnet/bin/pip install --no-cache-dir --constraint /requirements.lock \
-        numpy opencv-python-headless pillow pandas pydantic PyYAML typer rich psutil \
+        numpy opencv-python-headless pillow pandas pydantic PyYAML typer rich psutil huggingface-hub \
         onnxruntime fastapi uvicorn python-multipart prometheus-client
 COPY --from=wheel /wheels /wheels
 RUN /opt/dualrefnet/bin/pip install --no-cache-dir --no-deps /wheels/*.whl

@@ -380,7 +380,7 @@ def test_nothing_of_the_client_is_logged(log_lines: list[str]) -> None:
     assert set(asked[0]) == {"time", "level", "event", "id", "route", "status", "ms", "bytes_in", "bytes_out"}
     broken = next(event for event in events if event["event"] == "error")
     assert broken["error"] == "RuntimeError"
-    assert broken["where"][-1].endswith("check_form")
+    assert broken["where"][-1].endswith("check_metadata")
     assert broken["id"] == asked[2]["id"]
 
 

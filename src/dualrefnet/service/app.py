@@ -180,7 +180,7 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, Result]) 
                 await working
 
 
-def _add_information_routes(app: FastAPI, inference: Inference, metrics: Metrics) -> None:
+def _add_information_routes(app: FastAPI, inference: Inference, counted: Metrics) -> None:
     predictor, settings = inference.predictor, inference.settings
     responses = error_responses(ANY_ROUTE, bool(settings.api_keys))
     probe_responses = error_responses(ANY_ROUTE, False)
@@ -212,6 +212,6 @@ def _add_information_routes(app: FastAPI, inference: Inference, metrics: Metrics
     }
 
     @app.get("/metrics", response_class=Response, responses={**responses, 200: text})
-    async def prometheus() -> Response:
+    async def metrics() -> Response:
         """Metrics for Prometheus."""
-        return Response(metrics.render(), media_type=metrics.content_type)
+        return Response(counted.render(), media_type=counted.content_type)
