@@ -144,11 +144,12 @@ while waiting:
         if needed.marker is None or needed.marker.evaluate({"extra": ""}): waiting.append(name(needed.name))
 owners = metadata.packages_distributions()
 from importlib.machinery import PathFinder
-class Image:
-    def find_spec(self, module, path=None, target=None):
+class Image(PathFinder):
+    @classmethod
+    def find_spec(cls, module, path=None, target=None):
         owner = {name(one) for one in owners.get(module.split(".")[0], [])}
-        return None if owner and not owner & allowed else PathFinder.find_spec(module, path, target)
-sys.meta_path[sys.meta_path.index(PathFinder)] = Image()
+        return None if owner and not owner & allowed else super().find_spec(module, path, target)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Image
 import dualrefnet.cli.data, dualrefnet.cli.runs, dualrefnet.cli.reports
 import dualrefnet.deploy.batch, dualrefnet.deploy.predictor
 import dualrefnet.service.server, dualrefnet.service.app, dualrefnet.runtime.bundle
