@@ -1,4 +1,4 @@
-"""What a trained model must beat: logistic regression on frozen features and on metadata, patients apart, five folds.
+"""What a trained model must beat: logistic regression on frozen features and on metadata, patient-disjoint, five folds.
 
 Frozen features are the vectors of an ImageNet encoder that nobody fine-tunes. Every fold is the one of the protocol
 grouped-cv; validation rows aren't used, so that the numbers are those of the plainest possible model.
