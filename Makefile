@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 help:
 	@echo "make setup   install the locked versions into .venv"
-	@echo "make demo    draw the sample data, train DualRefNet on it, write a report (no network after setup)"
+	@echo "make demo    make synthetic data, train DualRefNet on them, write a report (no network after setup)"
 	@echo "make test    lint, types, and the tests but the slow ones"
 	@echo "make test-all  the slow tests too"
 
@@ -23,10 +23,10 @@ demo: setup
 	$(BIN)/dualrefnet demo --out runs/demo
 
 test: lint
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -n auto -m "not slow"
 
 test-all: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 lint: setup
 	$(BIN)/ruff check .

@@ -127,7 +127,7 @@ def an_answer_for_every_field(predictor: Predictor) -> dict[str, Any]:
     forms = {}
     for field in predictor.fields:
         low, high = field.minimum or 0, field.maximum if field.maximum is not None else 100
-        forms[field.name] = (low + high) / 2 if field.kind == "numeric" else predictor.levels(field.name)[0]
+        forms[field.name] = (low + high) / 2 if field.kind == "numeric" else predictor.categories(field.name)[0]
     return forms
 
 
@@ -171,7 +171,7 @@ def main(
             seconds[case] += whole.ask(min(BLOCK, rounds))
         whole.close()
     encoder.close()
-    seconds["ONNX: form alone"] = interleaved({"form": lambda: exported.form.encode_forms([form])}, rounds)["form"]
+    seconds["ONNX: form alone"] = interleaved({"form": lambda: exported.encoder.encode_records([form])}, rounds)["form"]
     # Slow and independent of the model: fewer rounds are enough.
     seconds |= interleaved(
         {

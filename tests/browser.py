@@ -47,7 +47,7 @@ class StandIn:
     def description(self) -> dict[str, Any]:
         return {"dataset": {"title": self.title, "drawn": self.drawn}}
 
-    def levels(self, name: str) -> tuple[str, ...]:
+    def categories(self, name: str) -> tuple[str, ...]:
         found = next(one for one in self.fields if one.name == name)
         return tuple(level for level in found.categories if level not in found.aliases) + found.missing_codes
 
@@ -82,7 +82,7 @@ class StandIn:
         y, x = np.mgrid[-1 : 1 : self.size * 1j, -1 : 1 : self.size * 1j]
         heat = None if image is None else (0.25 * np.exp(-8 * (x**2 + y**2))).astype(np.float32)
         changes = {name: (0.12 if index % 2 == 0 else -0.04) / (index + 1) for index, name in enumerate(form)}
-        return SimpleNamespace(label=label or "MEL", heat=heat, fields=changes)
+        return SimpleNamespace(label=label or "MEL", saliency=heat, fields=changes)
 
 
 def mounted(predictor: StandIn, **settings: Any) -> Any:

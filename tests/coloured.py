@@ -33,7 +33,7 @@ class Coloured:
         self.seconds = seconds
         self.batches: list[int] = []
 
-    def check_form(self, form: Mapping[str, str]) -> None:
+    def check_metadata(self, form: Mapping[str, str]) -> None:
         if not form.get("age", "0").isdigit():
             raise DataError("age must be\na number")
 

@@ -1,4 +1,4 @@
-"""What many tests share: a small drawn data set, and one tiny trained run."""
+"""What many tests share: a small synthetic data set, and one tiny trained run."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ from dualrefnet.data.synthetic import draw_sample
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import Run
 
-# The smallest honest training: a real encoder from scratch on 32 px pictures, seconds on two cores.
+# The smallest honest training: a real encoder from scratch on 32 px images, seconds on two cores.
 TINY = {
     "image.size": 32,
     "model.backbone": "mobilenet_v2",
@@ -36,13 +36,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+def _threads() -> None:
+    # pytest-xdist runs a worker a core.
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(scope="session")
 def sample_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A drawn data set of 120 pictures; don't change it."""
+    """A synthetic data set of 120 images; don't change it."""
     return draw_sample(tmp_path_factory.mktemp("sample") / "data", images=120, side=64)
 
 

@@ -56,7 +56,7 @@ class HandMade(Method):
         names, classes = self.opened.metadata.names, len(self.opened.classes)
         index = names.index("age")
         field = [one.name for one in self.opened.metadata.fields].index("age")
-        age = metadata[:, index] * self.opened.metadata.spread[field] + self.opened.metadata.centre[field]
+        age = metadata[:, index] * self.opened.metadata.std[field] + self.opened.metadata.mean[field]
         if images.outputs:
             rows = images.first.vector[:, 4].round() + 200 * images.first.vector[:, 5].round()
             self.pairs += list(zip(rows.int().tolist(), age.round().int().tolist(), strict=True))

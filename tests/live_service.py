@@ -17,7 +17,7 @@ from PIL import Image
 
 from dualrefnet.data.images import decode_image
 from dualrefnet.errors import DataError
-from dualrefnet.runtime.metadata import FormField
+from dualrefnet.runtime.metadata import FieldSpec
 from dualrefnet.runtime.prediction import Explanation, Prediction
 from dualrefnet.service.app import create_app
 from dualrefnet.service.server import Served, StoppableServer, bind, configure
@@ -35,9 +35,9 @@ class StandInPredictor:
     classes, malignant = ("BCC", "NEV"), ("BCC",)
     title, name, class_names = "stand-in data", "stand_in", {"BCC": "basal cell carcinoma", "NEV": "naevus"}
     fields = (
-        FormField("age", "numeric", "years", maximum=120),
-        FormField("region", "categorical"),
-        FormField("itch", "boolean"),
+        FieldSpec("age", "numeric", "years", maximum=120),
+        FieldSpec("region", "categorical"),
+        FieldSpec("itch", "boolean"),
     )
     size, description = SIZE, {"measured": None}
     decision, shortcut = None, None
@@ -47,7 +47,7 @@ class StandInPredictor:
         self.batches: list[int] = []
         self.threads: set[str] = set()
 
-    def levels(self, name: str) -> tuple[str, ...]:
+    def categories(self, name: str) -> tuple[str, ...]:
         return ("FACE", "ARM") if name == "region" else ()
 
     def decode(self, source: bytes, *, max_bytes: int, max_pixels: int) -> np.ndarray:
@@ -56,7 +56,7 @@ class StandInPredictor:
     def prepare(self, image: np.ndarray) -> np.ndarray:
         return np.full((SIZE, SIZE, 3), round(float(image.mean())), dtype=np.uint8)
 
-    def check_form(self, form: Mapping[str, Any]) -> None:
+    def check_metadata(self, form: Mapping[str, Any]) -> None:
         unknown = sorted(set(form) - {field.name for field in self.fields})
         if unknown:
             raise DataError(f"unknown metadata fields: {', '.join(unknown)}")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dualrefnet.analysis.availability import (
+from dualrefnet.analysis.missing_metadata import (
     ALL_FIELDS,
     MEASURES,
     NO_FIELDS,
@@ -21,13 +21,17 @@ from dualrefnet.analysis.availability import (
     draw_orders,
     find_patterns,
     keep_share,
+    missing_difference_table,
+    missing_metadata_table,
+    missing_pattern_table,
 )
-from dualrefnet.analysis.availability import measure_missing_metadata as measure_availability
+from dualrefnet.analysis.missing_metadata import (
+    measure_missing_metadata as measure_availability,
+)
 from dualrefnet.analysis.opened_run import OpenedRun, open_run
-from dualrefnet.analysis.shortcuts import missing_difference_table, missing_metadata_table, missing_pattern_table
 from dualrefnet.data.schema import DatasetSchema, MetadataField
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.bootstrap import paired_difference
+from dualrefnet.evaluation.comparison import paired_difference
 from dualrefnet.evaluation.metrics import compute_metrics
 from dualrefnet.run import Run
 from hand_made import FormOnly, PictureOnly, hand_made
@@ -112,7 +116,7 @@ def test_a_model_of_one_answer_is_right_where_it_was_kept(
             rows.assign(**{name: rows[name].where(kept[:, index]) for index, name in enumerate(names)})
         ).values
         place = [field.name for field in run.metadata.fields].index("age")
-        ages = forms[:, run.metadata.names.index("age")] * run.metadata.spread[place] + run.metadata.centre[place]
+        ages = forms[:, run.metadata.names.index("age")] * run.metadata.std[place] + run.metadata.mean[place]
         predicted = np.clip(np.round(ages // 10), 0, 5).astype(int)
         known = kept[:, names.index("age")]
         assert (predicted[known] == labels[known]).all()
@@ -187,7 +191,7 @@ def test_the_interval_of_a_difference_is_that_of_the_paired_bootstrap(
     row = compare_missing_metadata(made["form"], made["centre"]).query(
         "share == 1 and photograph == @WITHOUT and measure == 'balanced_accuracy'"
     )
-    assert [row["low"].iloc[0], row["high"].iloc[0]] == pytest.approx(pair["ci95"])
+    assert [row["low"].iloc[0], row["high"].iloc[0]] == pytest.approx([pair.low, pair.high])
 
 
 def test_runs_that_can_t_be_compared_are_refused(made: dict[str, MissingMetadata]) -> None:

@@ -8,10 +8,10 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.metrics import log_loss
 
+from dualrefnet.display.format import calibration_line
 from dualrefnet.errors import RunError
 from dualrefnet.evaluation.calibration import ERRORS, Calibration, compare_errors, fit_calibration, measure_calibrated
 from dualrefnet.evaluation.metrics import adaptive_calibration_error, brier_score, expected_calibration_error
-from dualrefnet.evaluation.tables import calibration_line
 from dualrefnet.files import read_json
 from dualrefnet.recipe import load_recipe
 from dualrefnet.run import Run
@@ -237,7 +237,7 @@ def test_the_line_of_the_terminal_says_what_was_measured() -> None:
     }
     line = calibration_line(measured)
     assert line == (
-        "temperature 1.25: calibration error 0.123 -> 0.057; sets of 1.8 classes hold the right one for 88% (90% promised); "
-        "referral of 52% finds 93% of the cancers (95% wanted)"
+        "temperature 1.25: expected calibration error 0.123 -> 0.057; conformal sets of 1.8 classes: coverage 88% "
+        "(target 90%); referral of 52%: sensitivity 93% (target 95%)"
     )
     assert calibration_line(measured | {"referral": None}) == line.rpartition("; ")[0]

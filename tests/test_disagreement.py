@@ -7,7 +7,7 @@ from sklearn.metrics import balanced_accuracy_score
 
 from dualrefnet.analysis.cases import Disagreement, find_disagreement, shared_images
 from dualrefnet.errors import RunError
-from dualrefnet.evaluation.bootstrap import paired_difference
+from dualrefnet.evaluation.comparison import paired_difference
 from dualrefnet.files import write_csv, write_yaml
 from dualrefnet.recipe import load_recipe
 from dualrefnet.run import Run
@@ -81,13 +81,13 @@ def test_the_difference_is_that_of_the_balanced_accuracies_over_patients(found: 
     a, b = (balanced_accuracy_score(labels, [row[place] for row in ROWS]) for place in (3, 5))
     assert (found.balanced_accuracy_a, found.balanced_accuracy_b) == pytest.approx((a, b))
     assert (a, b) == pytest.approx(((1 + 1 / 2 + 1 / 3) / 3, (1 / 5 + 1 / 2 + 2 / 3) / 3))
-    assert found.difference.difference == pytest.approx(a - b)
+    assert found.difference.value == pytest.approx(a - b)
     # The same bootstrap on answers given with certainty.
     truth = np.array([CLASSES.index(label) for label in labels])
     certain = [np.eye(3)[[CLASSES.index(row[place]) for row in ROWS]] for place in (3, 5)]
     expected = paired_difference(truth, *certain, [row[1] for row in ROWS], CLASSES, samples=200)
-    assert [found.difference.low, found.difference.high] == pytest.approx(expected["ci95"])
-    assert found.difference.p == pytest.approx(expected["p"])
+    assert [found.difference.low, found.difference.high] == pytest.approx([expected.low, expected.high])
+    assert found.difference.p == pytest.approx(expected.p)
 
 
 def test_shown_are_the_largest_differences_of_every_class_and_each_patient_once(found: Disagreement) -> None:
@@ -109,7 +109,7 @@ def test_a_patient_is_shown_once_even_if_each_run_is_right_about_one_image(tmp_p
 
 def test_exchanged_runs_give_the_exchanged_answer(found: Disagreement, tmp_path: Path) -> None:
     other = find_disagreement(run_of(tmp_path / "b2", ROWS, 5), run_of(tmp_path / "a2", ROWS, 3), cases=3, samples=200)
-    assert other.difference.difference == pytest.approx(-found.difference.difference)
+    assert other.difference.difference == pytest.approx(-found.difference.value)
     assert (other.difference.low, other.difference.high) == pytest.approx(
         (-found.difference.high, -found.difference.low)
     )

@@ -181,19 +181,6 @@ def test_the_example_of_own_data_loads_without_a_remark_and_divides(tmp_path):
     assert set(new.splitlines()[0].split(",")) <= {"image", *names}
 
 
-def test_every_message_of_the_list_is_one_of_the_software():
-    source = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "src").rglob("*.py")))
-    section = OWN_DATA.read_text(encoding="utf-8").split("## Messages")[1]
-    messages = [
-        code
-        for line in section.splitlines()
-        if line.startswith("| `")
-        for code in re.findall(r"`([^`]+)`", line.split(" | ")[0])
-    ]
-    assert len(messages) > 20
-    assert not [message for message in messages if message not in source]
-
-
 def test_the_leaks_in_protocols_are_those_that_are_measured(real_pad, real_isic):
     text = (ROOT / "docs" / "protocols.md").read_text(encoding="utf-8")
     for name, root, kinds in (("pad_ufes_20", real_pad, ("patient", "lesion")), ("isic_2019", real_isic, ("lesion",))):
@@ -211,7 +198,7 @@ def test_the_counts_in_limitations_are_those_of_the_data(real_pad):
     table = load_dataset("pad_ufes_20", real_pad).table
     assert f"**{table['fitspatrick'].isin(['5', '6']).sum()} rows**" in text
     assert f"none at all in {table['fitspatrick'].isna().sum()}" in text
-    assert f"{len(table):,} smartphone photographs, {table['patient_id'].nunique():,} patients" in text
+    assert f"{len(table):,} smartphone images, {table['patient_id'].nunique():,} patients" in text
     assert f"({(table['grew'] == 'UNK').sum()} and {(table['changed'] == 'UNK').sum()} rows)" in text
 
 
@@ -221,12 +208,6 @@ def test_citation_and_changelog_name_this_version():
     assert citation["version"] == dualrefnet.__version__
     assert citation["preferred-citation"]["type"] == "article"
     assert f"## [{dualrefnet.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-
-
-def test_hooks_download_nothing():
-    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
-    assert [repository["repo"] for repository in config["repos"]] == ["local"]
-    assert all(hook["language"] == "system" for repository in config["repos"] for hook in repository["hooks"])
 
 
 def test_every_benchmark_is_listed():

@@ -194,8 +194,8 @@ def test_the_better_run_is_named_and_a_tie_is_called_one() -> None:
     )
     comparison = EmbeddingComparison(worse, better)
     found = comparison.difference("silhouette")
-    assert found.difference == pytest.approx(worse.value("silhouette").value - better.value("silhouette").value)
-    assert found.low < found.difference < found.high < 0
+    assert found.value == pytest.approx(worse.value("silhouette").value - better.value("silhouette").value)
+    assert found.low < found.value < found.high < 0
     assert comparison.better("silhouette") is better
     assert "far separates the classes better (near" in comparison.sentence("silhouette")
     assert comparison.conclusion() == "far separates the classes better by all measures."
@@ -306,7 +306,7 @@ def test_two_runs_are_compared_on_the_images_that_both_tested(tiny_run: Run, tmp
     assert calls[-1] == (2 * len(expected), 2 * len(expected))
     for measure in MEASURES:
         difference = found.difference(measure)
-        assert (difference.difference, difference.low, difference.high) == pytest.approx((0, 0, 0), abs=1e-3)
+        assert (difference.value, difference.low, difference.high) == pytest.approx((0, 0, 0), abs=1e-3)
     named = compare_embeddings(opened, open_run(copy, device=device), samples=5, names=("this", "that"))
     assert named.second.value("silhouette").value == pytest.approx(found.second.value("silhouette").value)
     with pytest.raises(RunError, match="can't be compared with itself"):

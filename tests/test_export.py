@@ -23,8 +23,23 @@ from dualrefnet.deploy import export as export_module
 from dualrefnet.deploy import hub
 from dualrefnet.deploy.export import check_target, export_run, new_folder
 from dualrefnet.deploy.hub import FILES, check_bundle
-from dualrefnet.deploy.network import ExportedModel, ProgramNetwork, TorchNetwork, trace, write_onnx, write_program
-from dualrefnet.deploy.parity import Cases, agreement, ask, check_parity, drawn_cases, race, real_cases
+from dualrefnet.deploy.network import (
+    ExportedModel,
+    ProgramNetwork,
+    TorchNetwork,
+    trace,
+    write_onnx,
+    write_program,
+)
+from dualrefnet.deploy.parity import (
+    Cases,
+    check_parity,
+    compare,
+    predict_cases,
+    real_cases,
+    synthetic_cases,
+    time_networks,
+)
 from dualrefnet.errors import DataError, RunError
 from dualrefnet.files import sha256_of_file
 from dualrefnet.models.base import Architecture, Method
@@ -33,7 +48,7 @@ from dualrefnet.models.registry import METHODS, new_model
 from dualrefnet.recipe import ModelSection, Recipe, load_recipe
 from dualrefnet.run import Run
 from dualrefnet.runtime.bundle import OnnxNetwork
-from dualrefnet.runtime.classifier import Answered, Network
+from dualrefnet.runtime.classifier import Network, NetworkOutput
 
 SIDE, WIDTH, CLASSES, FEATURES = 32, 6, 3, 32
 NORMALISATION = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
@@ -133,9 +148,9 @@ def test_every_method_answers_as_in_torch_for_any_number_of_images(name: str, to
     )
     for count in (1, 3):
         cases = random_cases(count, tokens=tokens)
-        cases = cases if reads else Cases(None, cases.forms)
+        cases = cases if reads else Cases(None, cases.metadata)
         absent = np.arange(count) % 2 == 1 if reads and tokens else np.zeros(count, dtype=bool)
-        answers = [ask(network, cases, absent) for network in (trained, onnx, program)]
+        answers = [predict_cases(network, cases, absent) for network in (trained, onnx, program)]
         for answer in answers[1:]:
             np.testing.assert_allclose(answer.logits, answers[0].logits, atol=1e-4, rtol=1e-4)
             if reads:
@@ -170,7 +185,9 @@ def test_a_model_without_form_reads_the_image_alone(tmp_path: Path) -> None:
     assert model.inputs == ("image",)
     cases = random_cases(2, width=0)
     trained = TorchNetwork(method, SIDE, NORMALISATION, torch.device("cpu"))
-    np.testing.assert_allclose(ask(OnnxNetwork(onnx_file), cases).logits, ask(trained, cases).logits, atol=1e-4)
+    np.testing.assert_allclose(
+        predict_cases(OnnxNetwork(onnx_file), cases).logits, predict_cases(trained, cases).logits, atol=1e-4
+    )
 
 
 @pytest.mark.slow
@@ -183,30 +200,32 @@ def test_every_backbone_is_exported(backbone: str, tmp_path: Path) -> None:
     trained = TorchNetwork(method, 64, NORMALISATION, torch.device("cpu"))
     for count in (1, 3):
         cases = random_cases(count, side=64)
-        np.testing.assert_allclose(ask(OnnxNetwork(onnx_file), cases).logits, ask(trained, cases).logits, atol=1e-4)
+        np.testing.assert_allclose(
+            predict_cases(OnnxNetwork(onnx_file), cases).logits, predict_cases(trained, cases).logits, atol=1e-4
+        )
 
 
 def test_agreement_is_what_it_says() -> None:
     first = np.log(np.array([[0.7, 0.2, 0.1], [0.3, 0.3, 0.4]]))
     second = np.log(np.array([[0.6, 0.2, 0.2], [0.5, 0.3, 0.2]])) + 5
-    found = agreement(first, second)
-    assert (found.cases, found.same) == (2, 0.5)
-    assert found.largest == pytest.approx(0.2)
-    assert found.mean == pytest.approx((0.1 + 0.1 + 0.2 + 0.2) / 6)
-    assert agreement(first, np.full_like(first, np.nan)).largest == float("inf")
+    found = compare(first, second)
+    assert (found["cases"], found["same_label"]) == (2, 0.5)
+    assert found["max_probability_difference"] == pytest.approx(0.2)
+    assert found["mean_probability_difference"] == pytest.approx((0.1 + 0.1 + 0.2 + 0.2) / 6)
+    assert compare(first, np.full_like(first, np.nan))["max_probability_difference"] == float("inf")
     with pytest.raises(ValueError, match="shapes"):
-        agreement(first, second[:1])
+        compare(first, second[:1])
 
 
-def logits_of(rows: Answered | np.ndarray, calls: list[int] | None = None, seconds: float = 0.0) -> Network:
+def logits_of(rows: NetworkOutput | np.ndarray, calls: list[int] | None = None, seconds: float = 0.0) -> Network:
     """A network that answers with the mean of the picture, or as it is told."""
 
-    def network(images, absent, forms) -> Answered:
+    def network(images, absent, forms) -> NetworkOutput:
         time.sleep(seconds)
         if calls is not None:
             calls.append(len(forms))
         gone = np.zeros(len(forms)) if absent is None else absent.astype(float)
-        return Answered(np.stack([images.mean(axis=(1, 2, 3)) / 255, gone * rows], axis=1), None)
+        return NetworkOutput(np.stack([images.mean(axis=(1, 2, 3)) / 255, gone * rows], axis=1), None)
 
     return network
 
@@ -214,10 +233,10 @@ def logits_of(rows: Answered | np.ndarray, calls: list[int] | None = None, secon
 def test_parity_of_models_with_tokens_is_checked_where_photographs_are_missing() -> None:
     cases = random_cases(20)
     heeds, ignores = logits_of(1.0), logits_of(0.0)
-    assert check_parity(heeds, ignores, cases, learned_tokens=False).largest == 0
+    assert check_parity(heeds, ignores, cases, learned_tokens=False)["max_probability_difference"] == 0
     found = check_parity(heeds, ignores, cases, learned_tokens=True)
-    assert found.largest > 0.2
-    assert found.cases == 40
+    assert found["max_probability_difference"] > 0.2
+    assert found["cases"] == 40
     shown: list[tuple[int, int]] = []
     check_parity(heeds, ignores, cases, learned_tokens=True, progress=lambda done, total: shown.append((done, total)))
     assert shown == sorted(shown)
@@ -226,25 +245,25 @@ def test_parity_of_models_with_tokens_is_checked_where_photographs_are_missing()
 
 def test_a_race_times_both_in_turn() -> None:
     calls: list[int] = []
-    found = race(logits_of(0.0, calls, 0.02), logits_of(0.0, calls, 0.005), random_cases(9), batch=4, rounds=3)
+    found = time_networks(logits_of(0.0, calls, 0.02), logits_of(0.0, calls, 0.005), random_cases(4), rounds=3)
     assert calls == [4] * 10
-    assert found.batch == 4
-    assert found.first >= 20
-    assert 1 < found.times_as_fast < 5
+    assert found["batch"] == 4
+    assert found["float32_ms"] >= 20
+    assert 1 < found["times_as_fast"] < 5
 
 
-def test_drawn_cases_have_answers_gaps_and_pictures_that_differ(tiny_run: Run) -> None:
+def test_synthetic_cases_have_answers_gaps_and_pictures_that_differ(tiny_run: Run) -> None:
     encoder = MetadataEncoder.from_json(tiny_run.model["metadata"])
-    cases = drawn_cases(12, tiny_run.recipe.image, encoder)
+    cases = synthetic_cases(12, tiny_run.recipe.image, encoder)
     assert cases.images.shape == (12, 32, 32, 3)
     assert len({picture.tobytes() for picture in cases.images}) == 12
-    assert cases.forms.shape == (12, encoder.width)
+    assert cases.metadata.shape == (12, encoder.width)
     assert cases.labels is None
-    assert np.isfinite(cases.forms).all()
-    missing = cases.forms[:, [name.startswith("missing_") for name in encoder.names]]
+    assert np.isfinite(cases.metadata).all()
+    missing = cases.metadata[:, [name.startswith("missing_") for name in encoder.names]]
     assert 0.1 < missing.mean() < 0.5
-    np.testing.assert_array_equal(drawn_cases(12, tiny_run.recipe.image, encoder).images, cases.images)
-    assert drawn_cases(3, None, encoder).images is None
+    np.testing.assert_array_equal(synthetic_cases(12, tiny_run.recipe.image, encoder).images, cases.images)
+    assert synthetic_cases(3, None, encoder).images is None
 
 
 def test_pictures_kept_at_twice_the_size_are_halved() -> None:
@@ -344,7 +363,7 @@ def test_a_bundle_answers_without_dualrefnet(tiny_run: Run, bundle: Path, sample
     assert json.loads(done.stdout)["probabilities"] == pytest.approx(wanted.probabilities, abs=1e-4)
 
 
-def test_without_data_parity_is_checked_on_drawn_cases_and_a_bundle_is_replaced(
+def test_without_data_parity_is_checked_on_synthetic_cases_and_a_bundle_is_replaced(
     form_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "deep" / "form"

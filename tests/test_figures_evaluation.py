@@ -99,8 +99,8 @@ def test_the_confusion_matrices_hold_the_counts_and_shares_of_each_true_class() 
     # The first row, the truth MEL, is on top.
     assert counts.figure.axes[0].yaxis_inverted()
     assert "Malignant: MEL." in counts.caption
-    assert "No test image: DF; Never predicted: DF." in counts.caption
-    assert "MEL: 8 of 10 right, most often taken for NV (2)" in counts.alt
+    assert "No test image: DF. Never predicted: DF." in counts.caption
+    assert "MEL: 8 of 10 correct, most often taken for NV (2)" in counts.alt
 
 
 def test_numbers_in_the_matrix_contrast_with_their_cell_in_both_themes() -> None:
@@ -277,13 +277,13 @@ def test_the_history_draws_what_the_method_has() -> None:
     assert "L1" not in plain.caption
     heads = draw_history(history(train_classification_image=[2.0] * 4, train_classification_metadata=[3.0] * 4), 4)
     assert_readable(heads)
-    assert panels(heads) == ["classification loss", "balanced accuracy", "loss of further heads", "total loss"]
-    assert set(heads.data.loc[heads.data["panel"] == "loss of further heads", "series"]) == {"image", "metadata"}
+    assert panels(heads) == ["classification loss", "balanced accuracy", "loss of auxiliary heads", "total loss"]
+    assert set(heads.data.loc[heads.data["panel"] == "loss of auxiliary heads", "series"]) == {"image", "metadata"}
 
 
 def test_the_history_of_a_single_epoch_can_be_drawn_and_an_unknown_epoch_is_refused() -> None:
     picture = draw_history(history().head(1), 1)
     assert_readable(picture)
-    assert picture.caption.startswith("1 epoch of training")
+    assert picture.caption.startswith("1 epoch;")
     with pytest.raises(ValueError, match="no epoch 5"):
         draw_history(history(), 5)

@@ -10,7 +10,7 @@ from matplotlib.text import Text
 
 from dualrefnet.analysis.cases import Disagreement
 from dualrefnet.display.figure import FAINT, PRIMARY, SECONDARY, WIDTH, ReportFigure, inline_svg
-from dualrefnet.evaluation.comparison import Difference
+from dualrefnet.evaluation.bootstrap import Difference
 
 pytest.importorskip("captum")
 

@@ -10,20 +10,26 @@ pytest.importorskip("matplotlib")
 
 from typer.testing import CliRunner
 
-from dualrefnet.analysis.availability import (
+from dualrefnet.analysis.missing_metadata import (
     WITH_IMAGE,
     WITHOUT_IMAGE,
     MissingMetadata,
     draw_missing_metadata,
     draw_missing_patterns,
 )
-from dualrefnet.analysis.shortcuts import BASELINES, MEASURES, PROBES, Shortcuts, draw_shortcuts
+from dualrefnet.analysis.shortcuts import (
+    BASELINES,
+    MEASURES,
+    PROBES,
+    Shortcuts,
+    draw_shortcuts,
+)
 from dualrefnet.cli import app, runs  # noqa: F401 (the module registers the commands)
 from dualrefnet.display.figure import save_figure
 from dualrefnet.errors import RunError
 from dualrefnet.evaluation.comparison import PooledBootstrap
 from dualrefnet.report.run_report import write_probes
-from dualrefnet.report.trust import availability_section, shortcuts_section
+from dualrefnet.report.trust import missing_metadata_section, shortcuts_section
 from dualrefnet.run import Run
 from readable import assert_readable
 
@@ -158,16 +164,12 @@ def test_too_many_runs_are_refused() -> None:
 def test_sections_say_in_words_what_is_left() -> None:
     section = shortcuts_section(shortcuts())
     # Of "gaps", the sixth: 1 - 5 * 0.04.
-    assert "80% [10% to 90%] when it is given nothing but which answers are missing" in section.lead[1]
-    assert "patient's" in section.lead[1]
+    assert "80% [10% to 90%] when it is given nothing but which answers are missing" in section.intro[0]
     assert [picture.name for picture in section.pictures] == ["shortcuts"]
-    other = availability_section(availability("run"))
-    assert (
-        "with photograph 0.70 [0.40 to 0.60] with the whole form and 0.20 [0.40 to 0.60] with no answer"
-        in other.lead[0]
-    )
+    other = missing_metadata_section(availability("run"))
+    assert "0.70 [0.40, 0.60] with all metadata, 0.20 [0.40, 0.60] with no metadata" in other.intro[0]
     assert [picture.name for picture in other.pictures] == ["availability", "patterns"]
-    assert "without" not in availability_section(availability("run", (WITH_IMAGE,))).lead[0]
+    assert "without" not in missing_metadata_section(availability("run", (WITH_IMAGE,))).intro[0]
 
 
 def test_the_command_leaves_tables_and_pictures(tiny_run: Run, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from dualrefnet.display.format import PrintedTable
 from dualrefnet.errors import DataError
 from dualrefnet.evaluation.referral import draw_referral, draw_selective, measure_selective, referral_curve
 from dualrefnet.report.performance import read_measured
-from dualrefnet.report.trust import calibrated_section, subgroups_section
+from dualrefnet.report.trust import calibration_section, conformal_section, subgroups_section
 from dualrefnet.run import Run
 from readable import assert_readable
 
@@ -99,20 +99,15 @@ def test_a_measure_without_any_value_is_not_drawn() -> None:
         draw_subgroups(nobody, "accuracy")
     section = subgroups_section(nobody)
     assert section.pictures == []
-    assert "0 gaps were looked at" in " ".join(section.lead)
+    assert "Of 0 gaps" in section.intro[1]
 
 
 def test_the_section_on_subgroups_says_how_many_gaps_stand_out_and_what_chance_would_give() -> None:
     found = subgroups_of(3, levels=("FEMALE", "MALE", None))  # type: ignore[arg-type]
     section = subgroups_section(found)
-    words = " ".join(section.lead)
-    assert f"{found.looked_at} gaps were looked at" in words
-    assert f"about {found.by_chance:.0f} of them" in words
-    assert f"95% interval of {found.flagged}" in words
-    assert "palms/soles (6)" in words
-    assert ('"Not recorded" stands out' in words) == bool(
-        (found.table["flagged"] & (found.table["level"] == "not recorded")).any()
-    )
+    words = " ".join(section.intro)
+    assert f"Of {found.looked_at} gaps, {found.flagged} have" in words
+    assert f"about {found.by_chance:.0f} expected by chance" in words
     tables = [item for item in section.items if isinstance(item, PrintedTable)]
     assert len(tables[0].rows) == len(found.levels)
     assert len(tables[1].rows) == found.flagged
@@ -161,19 +156,20 @@ def test_the_picture_of_referral_shows_the_threshold_in_use(interval: tuple[floa
     assert f"{curve.sensitivity:.2f} of the cancers" in picture.alt
 
 
-def test_the_section_on_calibration_says_what_the_run_measured(tiny_run: Run) -> None:
+def test_the_sections_on_calibration_show_what_the_run_measured(tiny_run: Run) -> None:
     measured = read_measured(tiny_run)
-    section = calibrated_section(measured, samples=20)
-    values, words = measured.metrics["calibrated"], " ".join(section.lead)
-    assert f"temperature of {values['temperature']:.2f}" in words
+    values = measured.metrics["calibrated"]
+    calibration, conformal = calibration_section(measured, 20, 0), conformal_section(measured, 20, 0)
+    words = " ".join([*calibration.intro, *conformal.intro])
+    assert f"validation split is {values['temperature']:.2f}" in words
     assert f"{values['conformal']['marginal']['coverage']:.0%} [" in words
-    assert "The promise is approximate" in words
-    assert f"misses {values['referral']['missed']}" in words
-    assert ("isn't reached" in words) == (not values["referral"]["reached"])
-    assert [picture.name for picture in section.pictures] == ["reliability_calibrated", "selective", "referral"]
-    for picture in section.pictures:
+    assert f"{values['referral']['missed']} of" in words
+    assert ("not reached" in words) == (not values["referral"]["reached"])
+    pictures = [*calibration.pictures, *conformal.pictures]
+    assert [one.name for one in pictures] == ["reliability", "reliability_calibrated", "selective", "referral"]
+    for picture in pictures:
         assert_readable(picture)
-    tables = [item for item in section.items if isinstance(item, PrintedTable)]
+    tables = [item for item in (*calibration.items, *conformal.items) if isinstance(item, PrintedTable)]
     assert tables[0].rows[2][1].text == f"{values['before']['brier']:.3f}"
     assert tables[1].rows[0][1].text == f"{values['conformal']['marginal']['coverage']:.3f}"
     assert [row[0].text for row in tables[2].rows] == ["100%", "90%", "80%", "70%", "50%"]
@@ -191,9 +187,9 @@ def test_the_section_on_calibration_can_do_without_intervals_and_without_cancers
     for kind in ("marginal", "by_class"):
         values["conformal"][kind]["promise"] = None
     measured.metrics["calibrated"] = {**values, "referral": None}
-    words = " ".join(calibrated_section(measured, samples=20).lead)
-    assert "There is no threshold of referral" in words
-    assert "chance" not in words
+    words = " ".join([*calibration_section(measured, 20, 0).intro, *conformal_section(measured, 20, 0).intro])
+    assert "There is no referral threshold" in words
+    assert "perfectly calibrated" not in words
 
 
 def test_a_run_on_drawn_data_can_be_divided_into_subgroups(tiny_run: Run) -> None:

@@ -1,4 +1,3 @@
-import io
 import json
 import warnings
 
@@ -7,12 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from rich.console import Console
 from sklearn import metrics as sk
 
+from dualrefnet.display.format import MEASURE_NAMES, metrics_tables
 from dualrefnet.evaluation.bootstrap import bootstrap_intervals, with_intervals
 from dualrefnet.evaluation.metrics import CLASS_MEASURES, HEADLINE_MEASURES, compute_metrics, metrics_from_confusion
-from dualrefnet.evaluation.tables import MEASURE_NAMES, metrics_frame, metrics_markdown, metrics_table
 
 
 def random_predictions(
@@ -188,40 +186,25 @@ def test_an_unknown_malignant_class_and_a_wrong_matrix_are_refused() -> None:
             metrics_from_confusion(matrix, ["A", "B"])
 
 
-def test_table_markdown_and_frame_show_the_same_numbers_and_escape_class_names() -> None:
+def test_tables_show_the_measures_with_their_intervals() -> None:
     classes = ["[bold]A", "B|b", "malignant"]
     labels, scores = random_predictions(1, 60, 3)
     plain = compute_metrics(labels, scores, classes, malignant=["malignant"])
-    full = with_intervals(
-        plain,
-        bootstrap_intervals(labels, scores, np.arange(60), classes, samples=50, malignant=["malignant"], level=0.9),
-    )
-    frame = metrics_frame(full)
-    assert list(frame.columns) == ["measure", "class", "value", "low", "high"]
-    assert not frame.duplicated(["measure", "class"]).any()
-    row = frame[(frame["measure"] == "accuracy") & (frame["class"] == "")].iloc[0]
-    assert [row["value"], row["low"], row["high"]] == [full["accuracy"], *full["accuracy_ci90"]]
-    assert metrics_frame(plain)[["low", "high"]].isna().all(axis=None)
-
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(metrics_table(full, title="Run 1"))
-    terminal, markdown = console.export_text(), metrics_markdown(full, title="Run 1")
+    drawn = bootstrap_intervals(labels, scores, np.arange(60), classes, 50, malignant=["malignant"], level=0.9)
+    full = with_intervals(plain, drawn)
     low, high = full["accuracy_ci90"]
-    for text in (terminal, markdown):
-        assert f"{full['accuracy']:.3f}" in text
-        assert f"[{low:.3f}, {high:.3f}]" in text
-        assert "90% interval" in text
-        assert "[bold]A" in text
-    assert "B\\|b" in markdown
-    assert "interval]" not in metrics_markdown(plain)
+    headline, by_class = metrics_tables(full, "Run 1")
+    assert headline.columns == ("measure", "value", "90% interval")
+    row = next(row for row in headline.rows if row[0].text == "accuracy")
+    assert [cell.text for cell in row[1:]] == [f"{full['accuracy']:.3f}", f"[{low:.3f}, {high:.3f}]"]
+    assert r"| B\|b |" in by_class.markdown()
+    assert not any(row[2].text for row in metrics_tables(plain)[0].rows)
 
-
-def test_tables_take_metrics_without_probabilities_and_show_undefined_values_as_a_dash() -> None:
-    measured = metrics_from_confusion([[3, 0], [2, 0]], ["A", "B"])
-    markdown = metrics_markdown(measured)
-    assert "| B | 0.000 | 1.000 | – |" in markdown
-    assert "Note: B never predicted" in markdown
-    assert "log loss" not in markdown
+    undefined = metrics_from_confusion([[3, 0], [2, 0]], ["A", "B"])
+    headline, by_class = metrics_tables(undefined)
+    assert "| B | 0.000 | 1.000 | – |" in by_class.markdown()
+    assert any("B never predicted" in note for note in by_class.notes)
+    assert "log loss" not in headline.markdown()
 
 
 def test_every_headline_measure_has_a_name_for_people() -> None:

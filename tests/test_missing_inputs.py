@@ -18,8 +18,7 @@ from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.metadata import MetadataEncoder, missingness_shown
 from dualrefnet.data.synthetic import draw_sample
 from dualrefnet.deploy.export import export_run
-from dualrefnet.deploy.gate import refuse_shortcut, shortcut_of
-from dualrefnet.deploy.predictor import Predictor
+from dualrefnet.deploy.predictor import Predictor, refuse_shortcut, shortcut_of
 from dualrefnet.errors import RunError
 from dualrefnet.evaluation.calibration import Calibration, fit_calibration, fit_thresholds
 from dualrefnet.files import read_json, write_json
@@ -37,7 +36,7 @@ ALONE = Availability(True, 0, 0)
 @given(st.booleans(), st.integers(0, 24), st.integers(1, 24))
 def test_every_input_is_in_one_group(image: bool, known: int, fields: int) -> None:
     groups = availability_groups(reads_image=True, needs_image=False, reads_metadata=True)
-    held = [bool(group.holds([image], [min(known, fields) / fields])[0]) for group in groups]
+    held = [bool(group.contains([image], [min(known, fields) / fields])[0]) for group in groups]
     assert sum(held) == (1 if image or known else 0)
     assert len({group.name for group in groups}) == len(groups)
 
@@ -48,7 +47,7 @@ def test_a_model_has_the_groups_that_it_can_answer() -> None:
         group.image for group in availability_groups(reads_image=False, needs_image=False, reads_metadata=True)
     )
     [alone] = availability_groups(reads_image=True, needs_image=True, reads_metadata=False)
-    assert alone.holds([True, False], [1, 1]).tolist() == [True, False]
+    assert alone.contains([True, False], [1, 1]).tolist() == [True, False]
 
 
 @settings(deadline=None)
@@ -62,13 +61,13 @@ def test_what_is_left_was_recorded_and_belongs_to_the_group(
     patterns = [generator.random(fields) < 0.5 for _ in range(3)]
     amounts = np.arange(fields + 1)
     present, able = draw_present(recorded, patterns, group, generator)
-    if not group.holds(np.ones(fields + 1), amounts / fields).any():
+    if not group.contains(np.ones(fields + 1), amounts / fields).any():
         assert not able.any()
         return
     assert not (present & ~recorded).any()
-    assert group.holds(np.ones(40), present.mean(axis=1))[able].all()
+    assert group.contains(np.ones(40), present.mean(axis=1))[able].all()
     assert not present[~able].any()
-    least = amounts[group.holds(np.ones(fields + 1), amounts / fields)].min()
+    least = amounts[group.contains(np.ones(fields + 1), amounts / fields)].min()
     assert (able == (recorded.sum(axis=1) >= least)).all()
 
 

@@ -14,7 +14,7 @@ from dualrefnet.data.isic_2019 import SCHEMA as ISIC
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.pad_ufes_20 import SCHEMA as PAD
 from dualrefnet.deploy.card import data_licence, model_card
-from dualrefnet.deploy.export import form_schema
+from dualrefnet.deploy.export import metadata_schema
 from dualrefnet.run import Run
 
 FILES = ("bundle.json", "model.onnx", "runtime/")
@@ -186,7 +186,7 @@ def test_a_licence_that_nobody_stated_is_not_made_up() -> None:
 
 @pytest.fixture(scope="module")
 def schema(tiny_run: Run) -> dict[str, Any]:
-    made = form_schema(MetadataEncoder.from_json(tiny_run.model["metadata"]), "sample")
+    made = metadata_schema(MetadataEncoder.from_json(tiny_run.model["metadata"]), "sample")
     jsonschema.Draft202012Validator.check_schema(made)
     return json.loads(json.dumps(made, allow_nan=False))
 

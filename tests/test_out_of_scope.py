@@ -344,7 +344,7 @@ def test_without_masks_there_is_no_skin(opened: OpenedRun, tmp_path: Path) -> No
 def test_section_and_picture_say_the_measured_numbers(measured: OutOfScopeMeasured) -> None:
     pytest.importorskip("matplotlib")
     from dualrefnet.analysis.out_of_distribution import draw_out_of_scope
-    from dualrefnet.report.trust import out_of_scope_section
+    from dualrefnet.report.trust import out_of_distribution_section
 
     picture = draw_out_of_scope(measured)
     assert list(picture.data.columns) == ["group", "score"]
@@ -353,9 +353,9 @@ def test_section_and_picture_say_the_measured_numbers(measured: OutOfScopeMeasur
         len(line.get_xdata()) for axis in picture.figure.axes for line in axis.lines if line.get_marker() != "None"
     )
     assert drawn == len(measured.scores)
-    section = out_of_scope_section(measured)
+    section = out_of_distribution_section(measured)
     rows = {row["group"]: row for row in measured.table.to_dict("records")}
-    assert f"{rows[LESIONS]['flagged']:.1%}" in section.lead[1]
-    assert f"{rows[EVERYDAY]['auroc']:.1%}" in section.lead[1]
-    assert f"AUROC {measured.skin_auroc[0]:.2f}" in section.lead[2]  # type: ignore[index]
+    assert f"{rows[LESIONS]['flagged']:.1%}" in section.intro[0]
+    assert f"{rows[EVERYDAY]['auroc']:.3f}" in section.intro[0]
+    assert f"AUROC {measured.skin_auroc[0]:.2f}" in section.intro[1]  # type: ignore[index]
     assert len(section.items[0].rows) == len(measured.table)  # type: ignore[union-attr]

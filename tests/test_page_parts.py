@@ -133,7 +133,7 @@ def test_what_changes_the_answer_most_is_asked_first() -> None:
 
 
 def test_blank_metadata_are_never_said_not_to_matter(predictor: StandIn) -> None:
-    nothing = SimpleNamespace(label="MEL", heat=None, fields={})
+    nothing = SimpleNamespace(label="MEL", saliency=None, fields={})
     html = explanation_html(nothing, None, {}, predictor, make_questions(predictor), 1)  # type: ignore[arg-type]
     assert "no answer mattered" not in html
     assert "answers may change them" in html
@@ -282,7 +282,7 @@ def test_nothing_from_outside_becomes_markup() -> None:
     pieces = [
         answer_html(prediction(warnings=[evil, f"missing and {evil}: age"]), predictor, questions, 1),  # type: ignore[arg-type]
         explanation_html(
-            SimpleNamespace(label="MEL", heat=np.ones((8, 8), np.float32), fields={"age": 0.2, "b": -0.1}),  # type: ignore[arg-type]
+            SimpleNamespace(label="MEL", saliency=np.ones((8, 8), np.float32), fields={"age": 0.2, "b": -0.1}),  # type: ignore[arg-type]
             np.zeros((8, 8, 3), np.uint8),
             {"age": 3.0, "b": evil},
             predictor,
@@ -301,7 +301,7 @@ def test_an_explanation_names_what_mattered_most_with_its_sign(predictor: StandI
     questions = make_questions(predictor)  # type: ignore[arg-type]
     heat = np.zeros((8, 8), np.float32)
     heat[2, 2] = 0.231
-    told = SimpleNamespace(label="MEL", heat=heat, fields={"itch": -0.05, "age": 0.123, "grew": 0.0001})
+    told = SimpleNamespace(label="MEL", saliency=heat, fields={"itch": -0.05, "age": 0.123, "grew": 0.0001})
     seen = np.zeros((8, 8, 3), np.uint8)
     html = explanation_html(told, seen, {"itch": True, "age": 61.0, "grew": False}, predictor, questions, 1)  # type: ignore[arg-type]
     text = re.sub(r"<[^>]*>", "|", html)
@@ -310,9 +310,9 @@ def test_an_explanation_names_what_mattered_most_with_its_sign(predictor: StandI
     assert re.findall(r"[+−]?\d+\.\d(?=\|\|)", text[text.index("Change in") :]) == ["+12.3", "−5.0", "0.0"]
     assert html.count("data:image/jpeg;base64,") == 2
     assert "http" not in html
-    nothing = SimpleNamespace(label="MEL", heat=None, fields={})
+    nothing = SimpleNamespace(label="MEL", saliency=None, fields={})
     assert "No question was answered" in explanation_html(nothing, None, {}, predictor, questions, 0)  # type: ignore[arg-type]
-    cold = SimpleNamespace(label="MEL", heat=np.full((8, 8), -0.1, np.float32), fields={"itch": 0.0})
+    cold = SimpleNamespace(label="MEL", saliency=np.full((8, 8), -0.1, np.float32), fields={"itch": 0.0})
     html = explanation_html(cold, seen, {"itch": True}, predictor, questions, 3)  # type: ignore[arg-type]
     assert "no single place" in html
     assert "No single answer changed" in html

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from dualrefnet.evaluation.bootstrap import bootstrap_intervals
+from dualrefnet.evaluation.comparison import bootstrap_intervals
 from dualrefnet.evaluation.metrics import compute_metrics, metrics_from_confusion
 
 CLASSES = ["ACK", "BCC", "MEL", "NEV", "SCC", "SEK"]

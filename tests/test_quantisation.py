@@ -7,10 +7,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from dualrefnet.deploy.parity import Cases, agreement, ask, encoder_nodes, measure_int8, quantise
+from dualrefnet.deploy.parity import Cases, compare, encoder_nodes, measure_int8, predict_cases, quantise
 from dualrefnet.errors import RunError
 from dualrefnet.runtime.bundle import OnnxNetwork
-from dualrefnet.runtime.classifier import Answered
+from dualrefnet.runtime.classifier import NetworkOutput
 from test_export import CLASSES, random_cases, tiny_method, written
 
 
@@ -49,8 +49,8 @@ def test_the_encoder_is_in_whole_numbers_and_the_rest_in_float(int8_file: Path) 
 
 def test_answers_stay_near_and_gaps_stay_gaps(float_file: Path, int8_file: Path) -> None:
     cases, absent = random_cases(30, tokens=True), np.arange(30) % 3 == 0
-    first, second = (ask(OnnxNetwork(file), cases, absent) for file in (float_file, int8_file))
-    assert 0 < agreement(first.logits, second.logits).largest < 0.05
+    first, second = (predict_cases(OnnxNetwork(file), cases, absent) for file in (float_file, int8_file))
+    assert 0 < compare(first.logits, second.logits)["max_probability_difference"] < 0.05
     assert np.isnan(second.vectors).all(axis=1).tolist() == absent.tolist()
     # Without a photograph nothing is left that was rounded.
     np.testing.assert_allclose(second.logits[absent], first.logits[absent], atol=1e-5)
@@ -110,11 +110,11 @@ class Answers:
         self.right, self.seconds, self.alarm = right, seconds, alarm
         self.place = 0
 
-    def __call__(self, images, absent, forms) -> Answered:
+    def __call__(self, images, absent, forms) -> NetworkOutput:
         time.sleep(self.seconds)
         numbers = images[:, 0, 0, 0].astype(int)
         labels = np.where(numbers < self.right, numbers % CLASSES, (numbers + 1) % CLASSES)
-        return Answered(10 * np.eye(CLASSES)[labels], np.full((len(forms), 1), 2.0 if self.alarm else 0.0))
+        return NetworkOutput(10 * np.eye(CLASSES)[labels], np.full((len(forms), 1), 2.0 if self.alarm else 0.0))
 
 
 class Check:

@@ -17,9 +17,8 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score
 import dualrefnet
 from conftest import TINY
 from dualrefnet.analysis.opened_run import open_run
-from dualrefnet.display.format import PrintedTable
+from dualrefnet.display.format import MEASURE_NAMES, PrintedTable
 from dualrefnet.errors import DataError, RunError
-from dualrefnet.evaluation.tables import MEASURE_NAMES
 from dualrefnet.files import read_json, write_json, write_yaml
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import Run

@@ -45,7 +45,7 @@ def words(page: Path) -> str:
 
 
 def sentences(found: Aggregate, folder: Path) -> str:
-    return " ".join(glance_section(found, folder).lead)
+    return " ".join(glance_section(found, folder).intro)
 
 
 @pytest.fixture(scope="module")

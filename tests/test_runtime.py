@@ -23,10 +23,10 @@ from dualrefnet.data.schema import DatasetSchema, MetadataField, normalise
 from dualrefnet.errors import DataError
 from dualrefnet.recipe import ImageSection, MetadataSection
 from dualrefnet.run import Run
-from dualrefnet.runtime.classifier import Answered, Classifier
-from dualrefnet.runtime.metadata import FormEncoder, FormError
+from dualrefnet.runtime.classifier import Classifier, NetworkOutput
+from dualrefnet.runtime.metadata import MetadataError, MetadataTransform
 from dualrefnet.runtime.out_of_distribution import read_tensors
-from dualrefnet.runtime.prediction import STEPS, covered, spread_out
+from dualrefnet.runtime.prediction import STEPS, occlude, saliency_map
 
 PACKAGE = Path(dualrefnet.__file__).parent / "runtime"
 SIDE = 32
@@ -60,8 +60,8 @@ def encoder(**section: Any) -> MetadataEncoder:
     return MetadataEncoder.fit(rows, SCHEMA, MetadataSection(**{"tier": "M3", "imputation": "zero", **section}))
 
 
-def shipped(original: MetadataEncoder) -> FormEncoder:
-    return FormEncoder.from_json(json.loads(json.dumps(original.to_json(), allow_nan=False)))
+def shipped(original: MetadataEncoder) -> MetadataTransform:
+    return MetadataTransform.from_json(json.loads(json.dumps(original.to_json(), allow_nan=False)))
 
 
 def classifier(network: Any, **parts: Any) -> Classifier:
@@ -70,7 +70,7 @@ def classifier(network: Any, **parts: Any) -> Classifier:
         **{
             "classes": SCHEMA.classes,
             "malignant": ("C",),
-            "form": shipped(encoder()),
+            "encoder": shipped(encoder()),
             "image": ImageSection(size=SIDE),
             "reads_image": True,
             "reads_metadata": True,
@@ -131,10 +131,10 @@ def test_a_form_is_read_as_a_row_of_the_table_and_as_the_shipped_encoder_reads_i
     assert not (row.rejected & ~row.missing).any()
     if row.rejected.any():
         # A table counts and names them; a single case is refused rather than answered as if the value were missing.
-        with pytest.raises(FormError, match=r"is not one of its categories|must be a number"):
-            shipped(fitted).encode_forms(forms)
+        with pytest.raises(MetadataError, match=r"is not one of its categories|must be a number"):
+            shipped(fitted).encode_records(forms)
         return
-    form = shipped(fitted).encode_forms(forms)
+    form = shipped(fitted).encode_records(forms)
     np.testing.assert_array_equal(row.values, form.values)
     np.testing.assert_array_equal(row.missing, form.missing)
     # A table that was normalised first, as training's is, says the same.
@@ -152,7 +152,7 @@ def test_true_one_and_the_word_are_three_answers() -> None:
 def test_a_category_is_known_whatever_its_case_and_spaces(spelling: str) -> None:
     form = shipped(encoder())
     np.testing.assert_array_equal(
-        form.encode_forms([{"site": spelling}]).values, form.encode_forms([{"site": "LEG"}]).values
+        form.encode_records([{"site": spelling}]).values, form.encode_records([{"site": "LEG"}]).values
     )
 
 
@@ -162,11 +162,11 @@ def test_categories_that_differ_in_case_alone_stay_apart() -> None:
     )
     rows = pd.DataFrame({"gene": ["a", "A", "b"]})
     form = shipped(MetadataEncoder.fit(rows, schema, MetadataSection(tier="M2", imputation="zero")))
-    one, other, third = form.encode_forms([{"gene": "a"}, {"gene": "A"}, {"gene": "B"}]).values
+    one, other, third = form.encode_records([{"gene": "a"}, {"gene": "A"}, {"gene": "B"}]).values
     assert (one != other).any()
     assert third.sum() == 1
-    with pytest.raises(FormError, match="gene"):
-        form.encode_forms([{"gene": " a.. "}])
+    with pytest.raises(MetadataError, match="gene"):
+        form.encode_records([{"gene": " a.. "}])
 
 
 @pytest.mark.parametrize(
@@ -179,15 +179,15 @@ def test_categories_that_differ_in_case_alone_stay_apart() -> None:
     ],
 )
 def test_what_can_not_be_read_is_refused_without_repeating_it(form: dict[str, Any], said: str) -> None:
-    with pytest.raises(FormError, match=said) as raised:
-        shipped(encoder()).encode_forms([form])
+    with pytest.raises(MetadataError, match=said) as raised:
+        shipped(encoder()).encode_records([form])
     assert not any(str(value) in str(raised.value) for value in form.values())
 
 
 @pytest.mark.parametrize("age", ["patient 7", True, "1_000", [61], {"years": 61}])
 def test_what_is_no_number_is_refused_without_repeating_it(age: Any) -> None:
-    with pytest.raises(FormError, match=r"^age must be a number$"):
-        shipped(encoder()).encode_forms([{"age": age}])
+    with pytest.raises(MetadataError, match=r"^age must be a number$"):
+        shipped(encoder()).encode_records([{"age": age}])
 
 
 def test_tensors_are_those_that_were_written(tmp_path: Path) -> None:
@@ -219,9 +219,11 @@ def test_a_damaged_file_of_tensors_is_refused_or_read_and_nothing_else(place: in
 
 
 def test_several_photographs_of_a_lesion_are_averaged_and_lesions_stay_apart() -> None:
-    def brightness(images: Any, absent: Any, forms: Any) -> Answered:
+    def brightness(images: Any, absent: Any, forms: Any) -> NetworkOutput:
         level = images.mean(axis=(1, 2, 3)) / 255
-        return Answered(np.stack([np.log(level + 0.1), np.log(1.1 - level), np.full(len(level), -9.0)], axis=1), None)
+        return NetworkOutput(
+            np.stack([np.log(level + 0.1), np.log(1.1 - level), np.full(len(level), -9.0)], axis=1), None
+        )
 
     model = classifier(brightness)
     dark, bright = (np.full((SIDE, SIDE, 3), value, dtype=np.uint8) for value in (10, 240))
@@ -239,13 +241,13 @@ def test_several_photographs_of_a_lesion_are_averaged_and_lesions_stay_apart() -
 
 
 def test_an_explanation_finds_the_place_and_the_answer_that_the_model_looks_at() -> None:
-    def corner_and_itch(images: Any, absent: Any, forms: Any) -> Answered:
+    def corner_and_itch(images: Any, absent: Any, forms: Any) -> NetworkOutput:
         red = images[:, : SIDE // 4, : SIDE // 4, 0].mean(axis=(1, 2)) / 255
         score = 2 * red + forms[:, names.index("itch_True")] - 1
-        return Answered(np.stack([score, -score, np.full(len(score), -9.0)], axis=1), None)
+        return NetworkOutput(np.stack([score, -score, np.full(len(score), -9.0)], axis=1), None)
 
     model = classifier(corner_and_itch)
-    names = model.form.names
+    names = model.encoder.names
     picture = np.zeros((SIDE, SIDE, 3), dtype=np.uint8)
     picture[: SIDE // 4, : SIDE // 4, 0] = 255
     found = model.explain_prepared(picture, {"itch": "yes", "age": 50, "site": None})
@@ -253,10 +255,10 @@ def test_an_explanation_finds_the_place_and_the_answer_that_the_model_looks_at()
     assert found.fields["itch"] > 0.1
     assert found.fields["age"] == pytest.approx(0, abs=1e-12)
     assert set(found.fields) == {"itch", "age"}, "what isn't answered can't be left out"
-    assert found.heat is not None
-    assert found.heat.shape == (SIDE, SIDE)
-    assert np.unravel_index(found.heat.argmax(), found.heat.shape) < (SIDE // 4, SIDE // 4)
-    assert np.abs(found.heat[SIDE // 2 :, SIDE // 2 :]).max() < 0.01 < found.heat.max()
+    assert found.saliency is not None
+    assert found.saliency.shape == (SIDE, SIDE)
+    assert np.unravel_index(found.saliency.argmax(), found.saliency.shape) < (SIDE // 4, SIDE // 4)
+    assert np.abs(found.saliency[SIDE // 2 :, SIDE // 2 :]).max() < 0.01 < found.saliency.max()
     other = model.explain_prepared(picture, {"itch": "yes"}, "B")
     assert other.probability < 0.5
     assert other.fields["itch"] < 0
@@ -267,11 +269,11 @@ def test_an_explanation_finds_the_place_and_the_answer_that_the_model_looks_at()
 @pytest.mark.parametrize("side", [32, 45, 192, 224])
 def test_patches_cover_the_whole_picture(side: int) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    copies = covered(picture)
+    copies = occlude(picture)
     assert len(copies) == (STEPS - 1) ** 2
     changed = np.stack([(copy != picture).any(axis=2) for copy in copies])
     assert changed.any(axis=0).mean() > 0.99
-    np.testing.assert_allclose(spread_out(np.full(len(copies), 0.25), side), 0.25, rtol=1e-6)
+    np.testing.assert_allclose(saliency_map(np.full(len(copies), 0.25), side), 0.25, rtol=1e-6)
 
 
 def test_the_predictor_says_what_it_is(tiny_run: Run, sample_root: Path) -> None:
@@ -280,8 +282,8 @@ def test_the_predictor_says_what_it_is(tiny_run: Run, sample_root: Path) -> None
     assert predictor.name == tiny_run.recipe.name
     assert predictor.coverage == tiny_run.recipe.evaluation.coverage
     assert predictor.needs_image
-    assert predictor.levels("itch")[:2] == ("False", "True")
-    assert predictor.levels("age") == ()
+    assert predictor.categories("itch")[:2] == ("False", "True")
+    assert predictor.categories("age") == ()
     assert set(predictor.class_names) == set(predictor.classes)
     assert isinstance(json.dumps(predictor.description, allow_nan=False), str)
     again = predictor.predict_lesion([path, path], {"age": 61})
@@ -292,6 +294,6 @@ def test_the_predictor_says_what_it_is(tiny_run: Run, sample_root: Path) -> None
     assert explained.fields["age"] == pytest.approx(explained.probability - without[explained.label], abs=1e-5)
     for wrong in ({"shoe": 1}, {"age": "old"}):
         with pytest.raises(DataError):
-            predictor.check_form(wrong)
+            predictor.check_metadata(wrong)
     with pytest.raises(DataError, match="no class"):
         predictor.explain(path, {}, "PSORIASIS")

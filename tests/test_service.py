@@ -386,10 +386,10 @@ def test_nothing_of_the_client_is_logged(log_lines: list[str]) -> None:
     secret = "SECRETSECRET"
 
     class Broken(StandInPredictor):
-        def check_form(self, form: Any) -> None:
+        def check_metadata(self, form: Any) -> None:
             if "itch" in form:
                 raise RuntimeError(f"can't read {form}") from KeyError(form["itch"])
-            super().check_form(form)
+            super().check_metadata(form)
 
     with live(Broken()) as client:
         photograph = ("images", (f"{secret}.png", picture(), f"image/{secret}"))

@@ -28,7 +28,7 @@ from dualrefnet.analysis.shortcuts import (
     with_missing_indicators,
 )
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.bootstrap import paired_difference
+from dualrefnet.evaluation.comparison import paired_difference
 from dualrefnet.evaluation.metrics import compute_metrics
 from dualrefnet.run import Run
 from hand_made import FormOnly, PictureOnly, hand_made
@@ -142,9 +142,7 @@ def empty_age(run: OpenedRun) -> int:
     rows = run.rows("test")
     values = run.metadata.encode(without_fields(rows, [field.name for field in run.metadata.fields])).values
     place = [field.name for field in run.metadata.fields].index("age")
-    return round(
-        float(values[0, run.metadata.names.index("age")] * run.metadata.spread[place] + run.metadata.centre[place])
-    )
+    return round(float(values[0, run.metadata.names.index("age")] * run.metadata.std[place] + run.metadata.mean[place]))
 
 
 def test_replaced_answers_are_those_of_others_and_gaps_stay(opened: OpenedRun) -> None:
@@ -208,8 +206,8 @@ def test_the_whole_is_what_the_run_predicted_and_differences_are_paired(opened: 
         samples=50,
     )
     row = values.loc[("no_form", "auc_macro_ovr")]
-    assert row["difference"] == pytest.approx(pair["difference"])
-    assert [row["difference_low"], row["difference_high"]] == pytest.approx(pair["ci95"])
+    assert row["difference"] == pytest.approx(pair.value)
+    assert [row["difference_low"], row["difference_high"]] == pytest.approx([pair.low, pair.high])
 
 
 def test_without_photograph_is_one_answer_for_equal_forms_in_batches_of_any_size(opened: OpenedRun) -> None:

@@ -11,7 +11,7 @@ from dualrefnet.data.isic_2019 import SCHEMA as ISIC
 from dualrefnet.data.pad_ufes_20 import SCHEMA as PAD
 from dualrefnet.data.schema import DatasetSchema, MetadataField
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.metrics import Resampler
+from dualrefnet.evaluation.metrics import WeightedMetrics
 
 CLASSES = ("A", "B", "MEL")
 SEX = MetadataField(name="sex", kind="categorical", categories=("f", "m", "x"), subgroup=True)
@@ -239,9 +239,9 @@ def test_the_shipped_data_sets_name_their_subgroups() -> None:
 
 
 def test_a_part_without_images_in_a_resample_is_undefined_there() -> None:
-    part = Resampler([0, 1], [[0.9, 0.1], [0.8, 0.2]], np.array([0, 0]), ["A", "B"], [], group_count=3)
-    values = part.measure(np.array([[1.0, 0.0], [0.0, 2.0], [2.0, 1.0]]))
-    assert part.group_count == 3
+    part = WeightedMetrics([0, 1], [[0.9, 0.1], [0.8, 0.2]], np.array([0, 0]), ["A", "B"], [], size=3)
+    values = part.measure(np.array([[1.0, 0.0, 2.0], [0.0, 2.0, 1.0]]))
+    assert part.size == 3
     for measure in ("accuracy", "balanced_accuracy", "ece", "kappa"):
         assert np.isnan(values[measure]).tolist() == [False, True], measure
     assert values["accuracy"][0] == 0.5

@@ -55,13 +55,13 @@ def fit(
     resume: bool = False,
     **overrides: Any,
 ) -> Run:
-    """Train DualRefNet on a table of one's own, with sensible choices that are said aloud.
+    """Train DualRefNet on a table of one's own, with sensible defaults, which are printed.
 
     Args:
         dataframe: one row an image.
         image: column with the image's path.
         label: column with the class.
-        group: column that names the patient; images of one patient stay on one side of the split.
+        group: column that names the patient; a patient's images stay in one split.
         metadata: columns that describe the patient or the lesion; their kinds are guessed from the values.
         malignant: the classes that are cancer, for sensitivity and specificity of "malignant".
         out: the run folder; the table is kept beside it in `<out>-data/`, so that the run can be repeated.
@@ -76,12 +76,12 @@ def fit(
         DualRefNetError: see the subclasses.
     """
     out = Path(out)
-    absent = [
+    missing = [
         column for column in (image, label, group, *metadata) if column is not None and column not in dataframe.columns
     ]
-    if absent:
+    if missing:
         raise DataError(
-            f"the table has no column {', '.join(absent)}; it has: {', '.join(map(str, dataframe.columns))}"
+            f"the table has no column {', '.join(missing)}; it has: {', '.join(map(str, dataframe.columns))}"
         )
     fields = describe(dataframe, list(metadata))
     for field in fields:
@@ -116,7 +116,7 @@ def fit(
         "training": {"epochs": epochs, "selection": "last"},
     }
     chosen = load_recipe(recipe, {key.replace("__", "."): value for key, value in overrides.items()})
-    apart = f"no {group} on two sides" if group else "images divided one by one, since no group was given"
+    apart = f"no {group} in two splits" if group else "images divided one by one, since no group was given"
     remark(
         f"{len(description.classes)} classes; {apart}; {chosen.model.backbone} at {chosen.image.size} px, {chosen.training.epochs} epochs"
     )

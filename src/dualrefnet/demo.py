@@ -20,7 +20,7 @@ IMAGES = 420
 
 
 def run_demo(out: Path) -> tuple[Run, Path]:
-    """Draw the sample data set into `out/data`, train the recipe `sample` into `out/run`, and report on it.
+    """Make the synthetic sample in `out/data`, train the recipe `sample` into `out/run`, and report on it.
 
     An interrupted demonstration goes on where it stopped.
 
@@ -34,7 +34,7 @@ def run_demo(out: Path) -> tuple[Run, Path]:
     import_module("dualrefnet.report.explanations")
     if out.is_dir() and any(child.name not in ("data", "run", "cache") for child in out.iterdir()):
         raise RunError(f"{out} holds other things; name another folder with --out")
-    remark("drawing the sample data set: invented images, not clinical ones")
+    remark("making the synthetic sample: invented images, not clinical ones")
     with progress_bar("drawing") as show:
         draw_sample(out / "data", images=IMAGES, progress=show)
     recipe = load_recipe("sample", {"data.root": str(out / "data")})

@@ -6,12 +6,12 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
 from dualrefnet.data.adapters import DATA_VARIABLE, load_dataset
+from dualrefnet.data.check import Finding
 from dualrefnet.data.store import default_cache
 from dualrefnet.errors import DataError, WeightsError
 
@@ -25,21 +25,6 @@ EXTRAS = (
     ("scale", "ray"),
     ("track", "tensorboard"),
 )
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the examination.
-
-    Attributes:
-        level: PASS, WARN or FAIL.
-        subject: what was examined.
-        message: what was found, and the fix if it isn't right.
-    """
-
-    level: Literal["PASS", "WARN", "FAIL"]
-    subject: str
-    message: str
 
 
 def examine() -> list[Finding]:

@@ -17,11 +17,11 @@ class RecipeError(DualRefNetError):
 
 
 class SplitError(DualRefNetError):
-    """Rows cannot be divided as the protocol asks, or a group crosses the split."""
+    """Rows cannot be divided as the protocol demands, or a group crosses the split."""
 
 
 class WeightsError(DualRefNetError):
-    """Weights were asked for and are not available; nothing is ever silently random instead."""
+    """Requested weights are not available; nothing is ever silently random instead."""
 
 
 class ImageError(DualRefNetError):

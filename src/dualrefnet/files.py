@@ -1,4 +1,4 @@
-"""Atomic writing of the four formats in which state lies on disk: JSON, CSV, YAML and safetensors.
+"""Atomic writing of the four formats of state on disk: JSON, CSV, YAML and safetensors.
 
 A reader sees the old file or the new one, never half of one: every write goes to a neighbour and is then renamed.
 """

@@ -72,7 +72,7 @@ class MetadataSection(Section):
 
 
 class ImageSection(Section):
-    """How an image becomes the square that lies in the image store."""
+    """How an image becomes the square in the image store."""
 
     size: int = Field(224, ge=32, le=1024, multiple_of=32, description="side of the model's input, pixels")
     colour_constancy: Literal["shades_of_gray", "none"] = Field(

@@ -51,17 +51,17 @@ class Run:
 
     @property
     def metrics_file(self) -> Path:
-        """The measures; written last, so its presence says that the run is finished."""
+        """The metrics; written last, so a run that has them is finished."""
         return self.path / "metrics.json"
 
     @property
     def calibration_file(self) -> Path:
-        """What the validation split taught about the probabilities."""
+        """Calibration fitted on the validation split."""
         return self.path / "calibration.json"
 
     @property
     def out_of_scope_file(self) -> Path:
-        """The score that tells what isn't like the training images; not of a method that reads no image."""
+        """The out-of-distribution score; not of a method that reads no image."""
         return self.path / "out_of_scope.safetensors"
 
     @property
@@ -91,8 +91,17 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The measures on the test split."""
+        """The metrics on the test split."""
         return read_json(self._existing("metrics.json"))  # type: ignore[no-any-return]
+
+    @property
+    def unit(self) -> str:
+        """`patient` or `lesion`: what must not cross the split, and is resampled."""
+        from dualrefnet.data import isic_2019, pad_ufes_20
+
+        # Runs of earlier versions don't record it.
+        known = isic_2019.SCHEMA if self.recipe.data.dataset == isic_2019.SCHEMA.name else pad_ufes_20.SCHEMA
+        return str(self.metrics.get("unit", known.unit))
 
     @property
     def predictions(self) -> pd.DataFrame:
@@ -119,7 +128,7 @@ class Run:
 
     @property
     def out_of_scope(self) -> OutOfScope:
-        """How unlike the training images an image is, with its limit."""
+        """The out-of-distribution score of an image, with its limit."""
         if self.finished and not self.out_of_scope_file.is_file():
             raise RunError(f"{self.path} has no out-of-distribution check: run `dualrefnet evaluate {self.path}`")
         from dualrefnet.analysis.out_of_distribution import OutOfScope

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -34,8 +34,8 @@ from dualrefnet.display.figure import (
     truncate,
 )
 from dualrefnet.errors import RunError
-from dualrefnet.evaluation.bootstrap import paired_difference
-from dualrefnet.evaluation.comparison import Difference
+from dualrefnet.evaluation.bootstrap import Difference
+from dualrefnet.evaluation.comparison import pooled_bootstrap
 from dualrefnet.models.inference import to_unit
 from dualrefnet.run import Run
 
@@ -301,15 +301,15 @@ def find_disagreement(a: Run, b: Run, cases: int = 6, samples: int = 1000, seed:
             "kind": [KINDS[pair] for pair in zip(predicted[0] == labels, predicted[1] == labels, strict=True)],
         }
     )
-    found = paired_difference(truth, scores[0], scores[1], patients, classes, samples=samples, seed=seed)
+    found = pooled_bootstrap(truth, {"a": [scores[0]], "b": [scores[1]]}, patients, classes, samples, seed)
     return Disagreement(
         table,
         _choose_disagreements(table, patients, cases),
         {kind: int((table["kind"] == kind).sum()) for kind in KINDS.values()},
-        found["a"],
-        found["b"],
-        Difference(found["difference"], found["ci95"][0], found["ci95"][1], found["p"], found["samples"]),
-        found["groups"],
+        found.points["a"]["balanced_accuracy"],
+        found.points["b"]["balanced_accuracy"],
+        found.difference("a", "b", "balanced_accuracy"),
+        found.groups,
         only_a=len(tested[0]) - len(both),
         only_b=len(tested[1]) - len(both),
     )
@@ -378,10 +378,10 @@ def draw_disagreement(
         cases: what each run makes of the same image; None for the second if it reads no image.
         names: of the two runs.
     """
-    chosen = found.chosen.set_index("image_id")
+    chosen: dict[str, dict[str, Any]] = {row["image_id"]: row for row in found.chosen.to_dict("records")}  # type: ignore[misc]
     rows: list[tuple[str, str, str, str, float]] = []
     for first, _ in cases:
-        row = chosen.loc[first.chosen.image_id]
+        row = chosen[first.chosen.image_id]
         for name, run in zip(names, ("a", "b"), strict=True):
             rows.append((first.chosen.image_id, row["label"], name, row[f"predicted_{run}"], row[f"p_true_{run}"]))
     titles = [_title(name, label, predicted, probability) for _, label, name, predicted, probability in rows]
@@ -391,8 +391,8 @@ def draw_disagreement(
         plain, *panels = axes[3 * number : 3 * number + 3]
         own = slice(2 * number, 2 * number + 2)
         show_image(plain, first.image, f"true: {truncate(rows[2 * number][1], CLASS_NAME)}")
-        for axis, case, row, title in zip(panels, (first, second), rows[own], titles[own], strict=True):
-            show_image(axis, first.image if case is None else overlay(case.image, case.saliency[row[3]]), title)
+        for axis, case, (*_, predicted, _), title in zip(panels, (first, second), rows[own], titles[own], strict=True):
+            show_image(axis, first.image if case is None else overlay(case.image, case.saliency[predicted]), title)
     counts = found.counts
     caption = (
         f"Of {len(found.table)} shared test images, both runs are right on {counts['both_right']}, only {names[0]} on "

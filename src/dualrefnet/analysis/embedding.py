@@ -33,8 +33,8 @@ from dualrefnet.display.figure import (
     styled,
 )
 from dualrefnet.errors import RunError
-from dualrefnet.evaluation.bootstrap import CHUNK, group_codes
-from dualrefnet.evaluation.comparison import Difference, PooledBootstrap, Value
+from dualrefnet.evaluation.bootstrap import CHUNK, Difference, Estimate, group_codes
+from dualrefnet.evaluation.comparison import PooledBootstrap
 from dualrefnet.models.inference import encoded
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Embedding:
     seed: int
     unit: str
 
-    def value(self, measure: str) -> Value:
+    def value(self, measure: str) -> Estimate:
         """Return one of `MEASURES` with its interval."""
         return self.separation.value(self.name, measure)
 
@@ -133,7 +133,7 @@ class EmbeddingComparison:
         """Say in numbers which run separates the classes better, or that there is no clear difference."""
         found, winner = self.difference(measure), self.better(measure)
         values = ", ".join(f"{run.name} {run.value(measure).value:.3f}" for run in (self.first, self.second))
-        difference = f"{found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]".replace("-", "−")
+        difference = f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]".replace("-", "−")
         result = f"{winner.name} separates the classes better" if winner else "there is no clear difference"
         return f"By the {MEASURES[measure]}, {result} ({values}; difference {difference})."
 
@@ -448,7 +448,7 @@ def _draw_map(axis: Axes, run: Embedding) -> None:
 @styled
 def draw_separation(comparison: EmbeddingComparison) -> ReportFigure:
     """Draw silhouettes and nearest neighbours of two runs on the same images, with intervals."""
-    first, second = runs = (comparison.first, comparison.second)
+    runs = (first := comparison.first, comparison.second)
     figure, axes = new_figure(3.1, len(MEASURES))
     chance = 1 / first.table["class"].nunique()
     rows = []

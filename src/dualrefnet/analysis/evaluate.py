@@ -14,8 +14,8 @@ from dualrefnet.analysis.opened_run import open_run
 from dualrefnet.analysis.out_of_distribution import fit_run
 from dualrefnet.data.adapters import Dataset
 from dualrefnet.data.protocols import leakage
-from dualrefnet.evaluation.bootstrap import bootstrap_intervals, with_intervals
 from dualrefnet.evaluation.calibration import Calibration, fit_calibration, fit_thresholds, measure_calibrated
+from dualrefnet.evaluation.comparison import bootstrap_intervals, with_intervals
 from dualrefnet.evaluation.metrics import compute_metrics
 from dualrefnet.files import write_csv, write_json
 from dualrefnet.progress import progress_bar
@@ -76,6 +76,7 @@ def evaluate_run(
         "protocol": recipe.data.protocol,
         "dataset": dataset.schema.title,
         "drawn": dataset.schema.drawn,
+        "unit": dataset.schema.unit,
         "method": recipe.model.method,
         "leakage": leakage(dataset, opened.split),
         "validation": measures["val"],

@@ -30,8 +30,8 @@ from dualrefnet.data.adapters import Dataset
 from dualrefnet.data.check import Finding, Level
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.schema import DatasetSchema, groups
-from dualrefnet.evaluation.bootstrap import draw, draw_counts, group_codes, percentile_interval
-from dualrefnet.evaluation.metrics import Resampler
+from dualrefnet.evaluation.bootstrap import Bootstrap, draw_counts, group_codes, percentile_interval
+from dualrefnet.evaluation.metrics import WeightedMetrics
 from dualrefnet.recipe import MetadataSection
 
 
@@ -178,9 +178,9 @@ def measure(
         samples: bootstrap samples.
         seed: of the draw.
     """
-    resampler = Resampler(labels, probabilities, group_codes(groups), list(classes), list(malignant))
-    point = resampler.measure(np.ones((resampler.group_count, 1)))
-    drawn = draw([resampler], samples, seed)[0]
+    bootstrap = Bootstrap(groups, len(labels), samples, seed, LEVEL)
+    model = WeightedMetrics(labels, probabilities, bootstrap.codes, classes, malignant)
+    point, drawn = model.measure(bootstrap.unit_weights), bootstrap.resample_each({"": model.measure})[""]
     result = {}
     for name, key in MEASURES.items():
         interval = percentile_interval(drawn[key], LEVEL) if key in drawn else None

@@ -25,11 +25,10 @@ from dualrefnet.analysis.perturbations import (
 )
 from dualrefnet.data.schema import DatasetSchema
 from dualrefnet.display.figure import COLOURS, INK, MARKERS, ReportFigure, new_figure, styled
-from dualrefnet.display.format import Cell, PrintedTable, number, pair, signed
+from dualrefnet.display.format import MEASURE_NAMES, Cell, PrintedTable, interval, number
 from dualrefnet.errors import DataError
 from dualrefnet.evaluation.bootstrap import percentile_interval
 from dualrefnet.evaluation.comparison import PooledBootstrap, pooled_bootstrap
-from dualrefnet.evaluation.tables import MEASURE_NAMES
 from dualrefnet.progress import progress_bar
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -282,7 +281,7 @@ def _measured(bootstrap: PooledBootstrap, image: str, key: str, start: dict[str,
     for measure in MEASURES:
         value, difference = bootstrap.value(own, measure), bootstrap.difference(own, full, measure)
         row = start | {"measure": measure, "value": value.value, "low": value.low, "high": value.high}
-        row |= {"difference": difference.difference}
+        row |= {"difference": difference.value}
         rows.append(row | {"difference_low": difference.low, "difference_high": difference.high})
     return rows
 
@@ -385,7 +384,7 @@ def _table(
     rows = []
     for row in table.drop_duplicates(key).to_dict("records"):
         measures = [values[name, row[key]] for name in inputs]
-        cells = [Cell(number(one["value"]), pair(one["low"], one["high"], ".2f")) for one in measures]
+        cells = [Cell(number(one["value"]), interval(one["low"], one["high"])) for one in measures]
         rows.append([*start({str(name): value for name, value in row.items()}), *cells])
     note = (
         f"{len(measured.image_ids):,} test images, {measured.fields} fields; mean of {measured.draws} random choices "
@@ -403,7 +402,7 @@ def missing_difference_table(differences: pd.DataFrame, first: str, second: str)
     twice = [name for name, share in ((NO_FIELDS, 0), (ALL_FIELDS, 1)) if (table["share"] == share).any()]
     for row in table[~table["pattern"].isin(twice)].to_dict("records"):
         given = row["pattern"] or f"{row['share']:.0%} of the values"
-        difference = Cell(signed(row["difference"]), f"[{signed(row['low'])}, {signed(row['high'])}]")
+        difference = Cell(number(row["difference"], "+.3f"), interval(row["low"], row["high"], "+.3f"))
         values = [Cell(number(row[name])) for name in ("first", "second")]
         rows.append([Cell(f"{row['photograph']}, {given}"), *values, difference])
     note = "An interval without 0 tells the two apart; one in twenty does so by chance."

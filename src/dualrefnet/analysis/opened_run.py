@@ -148,7 +148,7 @@ class OpenedRun:
         side, pixel = self.recipe.image.size, torch.nan if self.model.missing is not None else 0.0
         read = self.model.encode(torch.full((1, 3, side, side), pixel, device=self.device))
         if self.model.missing is not None:
-            read = self.model.missing.photograph(read)
+            read = self.model.missing.fill_images(read)
         return read.rows(torch.zeros(count, dtype=torch.int64, device=self.device))
 
 

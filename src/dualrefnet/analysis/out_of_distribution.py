@@ -34,7 +34,7 @@ from dualrefnet.evaluation.bootstrap import draw_counts, group_codes, percentile
 from dualrefnet.evaluation.metrics import Ranking
 from dualrefnet.files import write_tensors
 from dualrefnet.models.inference import joined_vectors, normalise, to_unit
-from dualrefnet.runtime.out_of_distribution import FORMAT, QUANTILES, Distance, OutOfScopeScore, root_shares
+from dualrefnet.runtime.out_of_distribution import FORMAT, QUANTILES, Distance, OutOfDistributionScore, root_shares
 from dualrefnet.runtime.preprocessing import preprocess
 
 Floats = NDArray[np.float64]
@@ -49,7 +49,7 @@ FALSE_ALARMS = 0.02
 
 
 @dataclass(frozen=True)
-class OutOfScope(OutOfScopeScore):
+class OutOfScope(OutOfDistributionScore):
     """A fitted score with its file; make one with `fit_out_of_scope` or `OutOfScope.load`."""
 
     def save(self, path: Path) -> None:
@@ -357,11 +357,11 @@ def _auroc(lesions: pd.DataFrame, others: pd.DataFrame, samples: int, seed: int)
     patients = int(codes[: len(lesions)].max()) + 1
     apart = int(codes.max()) + 1 - patients
     ranking = Ranking.of(both["score"].to_numpy(), np.arange(len(both)) >= len(lesions), codes)
-    value = float(ranking.auc(np.ones((patients + apart, 1)))[0])
+    value = float(ranking.auc(np.ones((1, patients + apart)))[0])
     if min(patients, apart or patients) < FEW_SOURCES:
         return value, np.nan, np.nan
     streams = [draw_counts(patients, samples, seed)] + ([draw_counts(apart, samples, seed + 1)] if apart else [])
-    drawn = np.concatenate([ranking.auc(np.hstack(times).T) for times in zip(*streams, strict=True)])
+    drawn = np.concatenate([ranking.auc(np.hstack(times)) for times in zip(*streams, strict=True)])
     low, high = percentile_interval(drawn, 0.95) or (np.nan, np.nan)
     return value, low, high
 

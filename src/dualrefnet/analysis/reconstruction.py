@@ -1,9 +1,10 @@
-"""Super-resolution, the auxiliary task: input, target and reconstruction of test images, and how near the latter are."""
+"""Super-resolution, the auxiliary task: input, target and reconstruction of test images, and PSNR and SSIM."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -119,12 +120,16 @@ def _reconstruct(opened: OpenedRun, examples: Examples, rows: NDArray[np.int64])
         "psnr_flat": psnr(flat, target),
         "ssim_flat": ssim(flat, target),
     }
-    arrays = [(255 * part).round().byte().permute(0, 2, 3, 1).cpu().numpy() for part in (image, target, output)]
+    images, targets, outputs = (
+        (255 * part).round().byte().permute(0, 2, 3, 1).cpu().numpy() for part in (image, target, output)
+    )
     return [
         ReconstructedImage(
             examples.image_ids[row],
-            *(array[place] for array in arrays),
-            measures={name: float(values[place]) for name, values in measures.items()},
+            images[place],
+            targets[place],
+            outputs[place],
+            {name: float(values[place]) for name, values in measures.items()},
         )
         for place, row in enumerate(rows)
     ]
@@ -169,7 +174,7 @@ def draw_reconstruction_history(history: pd.DataFrame) -> ReportFigure:
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         end = (last["epoch"], last[column])
-        style = {"textcoords": "offset points", "ha": "right", "color": INK, "fontsize": 7.5}
+        style: Any = {"textcoords": "offset points", "ha": "right", "color": INK, "fontsize": 7.5}
         axis.annotate(f"{last[column]:.3g}", end, xytext=(0, 5), **style)
         alt.append(f"{label.split(',')[0]} from {first[column]:.3g} to {last[column]:.3g}")
     caption = (

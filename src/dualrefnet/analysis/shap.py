@@ -17,7 +17,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -483,7 +483,7 @@ def draw_importance(result: MetadataShap, count: int = 15) -> ReportFigure:
     across = min(len(classes), max(1, 64 // (5 + max(map(len, classes)))), 4)
     figure, (axis,) = new_figure(0.85 + 0.2 * len(names) + 0.16 * -(-len(classes) // across))
     left = np.zeros(drawn)
-    look = {"edgecolor": PAPER, "linewidth": 0.3, "height": 0.75}
+    look: Any = {"edgecolor": PAPER, "linewidth": 0.3, "height": 0.75}
     for number, colour in enumerate(class_colours(classes).values()):
         bars = axis.barh(np.arange(drawn), points[:drawn, number], left=left, color=colour, **look)
         for bar, kind in zip(bars, kinds, strict=False):
@@ -543,7 +543,11 @@ def draw_beeswarm(result: MetadataShap, label: str, count: int = 10) -> ReportFi
     # A few steps of colour: points of one look are drawn together, and the file is half as large.
     paints = [OTHER if np.isnan(one) else to_hex(low_to_high(round(one * STEPS) / STEPS)) for one in data["colour"]]
     for (marker, filled, paint), each in data.assign(paint=paints).groupby(["marker", "filled", "paint"]):
-        look = {"color": paint, "markerfacecolor": paint if filled else "none", "markeredgewidth": 0 if filled else 0.6}
+        look: Any = {
+            "color": paint,
+            "markerfacecolor": paint if filled else "none",
+            "markeredgewidth": 0 if filled else 0.6,
+        }
         axis.plot(each["points"], each["height"], linestyle="", marker=str(marker), markersize=2.7, zorder=3, **look)
     axis.set_yticks(np.arange(len(order)), [result.groups[group].name for group in order])
     axis.set_ylim(len(order) - 0.45, -0.55)

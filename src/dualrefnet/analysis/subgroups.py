@@ -25,8 +25,8 @@ from dualrefnet.analysis.opened_run import OpenedRun
 from dualrefnet.data.schema import DatasetSchema, MetadataField
 from dualrefnet.display.figure import FAINT, INK, PAPER, PRIMARY, SECONDARY, ReportFigure, new_figure, styled, truncate
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.bootstrap import draw, group_codes, percentile_interval, wilson_interval
-from dualrefnet.evaluation.metrics import Resampler, check_predictions
+from dualrefnet.evaluation.bootstrap import Bootstrap, group_codes, percentile_interval, wilson_interval
+from dualrefnet.evaluation.metrics import WeightedMetrics, check_predictions
 from dualrefnet.progress import progress_bar
 
 NOT_RECORDED = "not recorded"
@@ -122,14 +122,14 @@ _SHARES = ("accuracy", "malignant.sensitivity", "malignant.specificity")
 MINIMUM_IMAGES, MINIMUM_PATIENTS, MINIMUM_OF_CLASS = 20, 10, 5
 
 
-class Part(Resampler):
+class Part(WeightedMetrics):
     """Images whose overconfidence is measured, too."""
 
-    def measure(self, times: Floats) -> dict[str, Floats]:
-        """Return the measures of `Resampler`, and `overconfidence`: mean confidence less accuracy."""
-        values = super().measure(times)
-        total = times.T @ self.cells.sum(axis=1)
-        surplus = times.T @ self.gaps.sum(axis=1)
+    def measure(self, weights: Floats) -> dict[str, Floats]:
+        """Return the measures of `WeightedMetrics`, and `overconfidence`: mean confidence less accuracy."""
+        values = super().measure(weights)
+        total = weights @ self.confusion.sum(axis=1)
+        surplus = weights @ self.errors.gaps.sum(axis=1)
         values["overconfidence"] = np.divide(-surplus, total, out=np.full(len(total), np.nan), where=total > 0)
         return values
 
@@ -207,7 +207,7 @@ class Side:
 
     def __init__(self, test: Whole, mask: NDArray[np.bool_], drawn: dict[str, Floats], level: float) -> None:
         self.drawn, self.level, self.test = drawn, level, test
-        self.point = test.part(mask).measure(np.ones((test.size, 1)))
+        self.point = test.part(mask).measure(np.ones((1, test.size)))
         self.patients = test.patients(mask)
         self.enough = int(mask.sum()) >= MINIMUM_IMAGES and self.patients >= MINIMUM_PATIENTS
         self.of_class = [test.patients(mask & (test.labels == index)) for index in range(len(test.classes))]
@@ -412,7 +412,8 @@ def measure_subgroups(
     levels = pd.DataFrame(level_rows)
     chosen = np.flatnonzero(levels["measured"])
     parts = [test.part(mask) for index in chosen for mask in sides[index] if mask.any()]
-    drawn = iter(draw(parts, samples, seed, progress)) if parts else iter(())
+    bootstrap = Bootstrap(test.codes, len(test.codes), samples, seed, level, progress)
+    drawn = iter(bootstrap.resample_each({number: part.measure for number, part in enumerate(parts)}).values())
 
     records = []
     for index in chosen:
@@ -439,7 +440,7 @@ def measure_subgroups(
         "classes",
     ]
     table = pd.DataFrame(records, columns=columns).astype({"flagged": bool, "counted": bool})
-    whole = test.part(np.ones(len(test.labels), dtype=bool)).measure(np.ones((test.size, 1)))
+    whole = test.part(np.ones(len(test.labels), dtype=bool)).measure(np.ones((1, test.size)))
     overall = {measure: float(whole[measure][0]) for measure in test.measures}
     descriptions = {field.name: field.description or field.name for field in fields}
     return Subgroups(levels, table, overall, descriptions, len(ids), test.size, samples, seed, level)

@@ -17,25 +17,13 @@ Against = Annotated[
     Path | None,
     typer.Option("--against", metavar="RUN2", help="Compare a second run, on the test images of both."),
 ]
-
-
 Label = Annotated[
     str | None, typer.Option("--class", metavar="CLASS", help="Also show where images speak for this class.")
 ]
-
-
 Images = Annotated[int, typer.Option(min=20, help="Test images at most, stratified by class.")]
-
-
 ShapImages = Annotated[int, typer.Option(min=20, help="Of these at most so many for SHAP, about 0.2 s each.")]
-
-
 Each = Annotated[int, typer.Option(min=1, help="Correct and wrong predictions of each class in the gallery.")]
-
-
 Seed = Annotated[int, typer.Option(help="Of the sampling of images and of all resamples.")]
-
-
 NoPhotographs = Annotated[
     bool,
     typer.Option(

@@ -37,15 +37,11 @@ Out = Annotated[
 @app.command()
 def doctor() -> None:
     """Check the environment, the weights and the data: PASS, WARN or FAIL, each with the fix. Exit status 1 on FAIL."""
-    from dualrefnet.cli.show import COLOURS, output
+    from dualrefnet.cli.show import print_findings
     from dualrefnet.doctor import examine
 
     findings = examine()
-    console = output()
-    for finding in findings:
-        console.print(
-            f"[{COLOURS[finding.level]}]{finding.level}[/]  {finding.subject}: {finding.message}", soft_wrap=True
-        )
+    print_findings(findings)
     raise typer.Exit(1 if any(finding.level == "FAIL" for finding in findings) else 0)
 
 
@@ -288,13 +284,15 @@ def predict(
 def _print_metrics(metrics: dict[str, Any]) -> None:
     from rich.console import Console
 
-    from dualrefnet.evaluation.tables import availability_line, calibration_line, metrics_table
+    from dualrefnet.cli.show import print_table
+    from dualrefnet.display.format import availability_line, calibration_line, metrics_tables
     from dualrefnet.runtime.availability import missingness_shortcut
 
     title = f"{metrics['dataset']}, test set, protocol {metrics['protocol']}" + (
         " - SYNTHETIC IMAGES, NOT CLINICAL" if metrics["drawn"] else ""
     )
-    Console().print(metrics_table(metrics, title=title))
+    for table in metrics_tables(metrics, title):
+        print_table(table)
     # A run that was finished by an earlier version has none.
     if "calibrated" in metrics:
         typer.echo(calibration_line(metrics["calibrated"]))

@@ -21,7 +21,15 @@ from numpy.typing import NDArray
 from dualrefnet.data.schema import BOOLEAN_VALUES, DatasetSchema, MetadataField, odd_remark
 from dualrefnet.errors import DataError
 from dualrefnet.recipe import MetadataSection
-from dualrefnet.runtime.metadata import FormEncoder, FormError, NeuralImputer, Observed, Span, fitted_state, network
+from dualrefnet.runtime.metadata import (
+    MetadataError,
+    MetadataTransform,
+    NeuralImputer,
+    Observed,
+    Span,
+    fitted_state,
+    network,
+)
 
 Array = NDArray[np.float32]
 
@@ -138,7 +146,7 @@ class EncodedMetadata:
 
 
 @dataclass(frozen=True)
-class MetadataEncoder(FormEncoder):
+class MetadataEncoder(MetadataTransform):
     """A form encoder that is fitted to tables and reads tables; make one with `fit` or `from_json`.
 
     Attributes:
@@ -214,16 +222,16 @@ class MetadataEncoder(FormEncoder):
             columns = self.imputer.fill(*_with_diagnosis(columns, missing, rows, self.leaked_classes))[:, :width]
         elif self.imputer is not None:
             columns = self.imputer.fill(columns, missing)
-        return EncodedMetadata(self.finish(columns, missing), missing, observed.rejected, remarks)
+        return EncodedMetadata(self.finalise(columns, missing), missing, observed.rejected, remarks)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fitted state as plain JSON values."""
         return {
             "section": self.section.model_dump(mode="json"),
             "fields": [field.model_dump(mode="json", exclude_defaults=True) for field in self.fields],
-            "levels": [list(levels) for levels in self.levels],
-            "centre": list(self.centre),
-            "spread": list(self.spread),
+            "levels": [list(levels) for levels in self.categories],
+            "centre": list(self.mean),
+            "spread": list(self.std),
             "names": self.names,
             "imputer": self.imputer.to_json() if self.imputer else None,
             "leaked_classes": list(self.leaked_classes),
@@ -247,11 +255,11 @@ class MetadataEncoder(FormEncoder):
         ]
         try:
             observed = self.observe(cells, len(rows))
-        except FormError as error:
+        except MetadataError as error:
             raise DataError(f"{error}, and {error.rows} rows hold text; is it the right column?") from None
         remarks += [
             odd_remark(self.fields[index], odd, int(which.sum()))
-            for (index, odd), which in sorted(observed.odd.items())
+            for (index, odd), which in sorted(observed.invalid.items())
         ]
         return observed, remarks
 

@@ -11,7 +11,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dualrefnet.errors import DataError
-from dualrefnet.runtime.metadata import FormError, by_fold, fold, read_number, spell
+from dualrefnet.runtime.metadata import MetadataError, by_fold, fold, normalise_value, parse_number
 
 Kind = Literal["numeric", "boolean", "categorical"]
 FieldTier = Literal["M1", "M2"]
@@ -220,7 +220,7 @@ def normalise_field(values: pd.Series, field: MetadataField) -> tuple[pd.Series,
     spellings = by_fold({word: word for word in known})
 
     def category(value: object) -> str | None:
-        word = spell(value, field)
+        word = normalise_value(value, field)
         return (word if word in known else spellings.get(fold(word), word)) or None
 
     text = cells.map(lambda value: None if value is None else category(value))
@@ -231,15 +231,15 @@ def _numbers(cells: pd.Series, field: MetadataField) -> tuple[pd.Series, list[st
     answers, not_numbers = [], 0
     for cell in cells:
         try:
-            answers.append(read_number(cell, field))
-        except FormError:
+            answers.append(parse_number(cell, field))
+        except MetadataError:
             not_numbers += 1
     if not_numbers:
         raise DataError(f"{field.name} must be a number, and {not_numbers} rows hold text; is it the right column?")
     numbers = pd.Series(
         [np.nan if answer.value is None else float(answer.value) for answer in answers], index=cells.index, dtype=float
     )
-    odd = [answer.odd for answer in answers if answer.odd]
+    odd = [answer.invalid for answer in answers if answer.invalid]
     return numbers, [odd_remark(field, reason, count) for reason, count in sorted(Counter(odd).items())]
 
 

@@ -713,7 +713,7 @@ def _prepare_ahead(
         if case.error:
             return case.error
         try:
-            predictor.check_form(case.form)
+            predictor.check_metadata(case.form)
             return predictor.prepare(case.path) if predictor.reads_image else None
         except (DataError, ImageError) as error:
             return str(error)

@@ -12,8 +12,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from dualrefnet.display.format import bounds_of, number, pair, percent
-from dualrefnet.evaluation.tables import AVAILABILITY_COLUMNS, MEASURE_NAMES, availability_notes, availability_rows
+from dualrefnet.display.format import MEASURE_NAMES, availability_table, interval, interval_of, number, percent
 from dualrefnet.models.registry import METHODS
 from dualrefnet.report.provenance import run_notes, run_title
 from dualrefnet.run import Run
@@ -208,16 +207,7 @@ def _availability(metrics: Mapping[str, Any]) -> str:
     measured = metrics.get("availability")
     if measured is None:
         return ""
-    rows = []
-    for name, cells in availability_rows(measured):
-        rows.append(f"| {name} | {' | '.join(f'{value} {interval}'.strip() for value, interval in cells)} |")
-    return (
-        "## With less than was recorded\n\nThe same test images, asked with less. Sets and referral use thresholds that were fitted for "
-        "such inputs on the validation side; in the lines by share of fields, those that are left were drawn without regard to the class."
-        f"\n\n| {' | '.join(AVAILABILITY_COLUMNS)} |\n|:--|{'--:|' * (len(AVAILABILITY_COLUMNS) - 1)}\n"
-        + "\n".join(rows)
-        + "".join(f"\n\n{note}" for note in availability_notes(measured))
-    )
+    return f"## Missing inputs\n\n{availability_table(measured).markdown(heading=False)}".strip()
 
 
 def _purpose(bundle: Mapping[str, Any]) -> str:
@@ -310,18 +300,18 @@ def _data(bundle: Mapping[str, Any], run: Run) -> str:
 def _measured(bundle: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     drawn = " **Drawn pictures, not clinical: they say that the software works.**" if metrics["drawn"] else ""
     lines = [
-        f"| {MEASURE_NAMES[key]} | {number(metrics[key])} | {bounds_of(metrics, key, '.3f')} |" for key in HEADLINES
+        f"| {MEASURE_NAMES[key]} | {number(metrics[key])} | {interval_of(metrics, key, '.3f')} |" for key in HEADLINES
     ]
     malignant = metrics.get("malignant") or {}
     lines += [
-        f"| {MEASURE_NAMES['malignant_' + key]} | {number(malignant[key])} | {bounds_of(malignant, key, '.3f')} |"
+        f"| {MEASURE_NAMES['malignant_' + key]} | {number(malignant[key])} | {interval_of(malignant, key, '.3f')} |"
         for key in CANCER
         if key in malignant
     ]
     classes = []
     for label, found in metrics["per_class"].items():
         cells = (
-            f"{number(found[key])} {bounds_of(found, key, '.2f')}" for key in ("sensitivity", "specificity", "auc")
+            f"{number(found[key])} {interval_of(found, key, '.2f')}" for key in ("sensitivity", "specificity", "auc")
         )
         classes.append(f"| {_cell(label)} | {found['support']} | {' | '.join(cells)} |")
     return (
@@ -369,9 +359,9 @@ def _subgroups(run: Run) -> str:
     found = table[(table["measure"] == "accuracy") & table["value"].notna()]
     rows = []
     for row in found.to_dict("records"):
-        interval = pair(row["low"], row["high"], ".2f")
+        bounds = interval(row["low"], row["high"], ".2f")
         rows.append(
-            f"| {_cell(row['field'])} | {_cell(row['level'])} | {row['images']} | {number(row['value'])} {interval} |"
+            f"| {_cell(row['field'])} | {_cell(row['level'])} | {row['images']} | {number(row['value'])} {bounds} |"
         )
     few = table[~table["measured"].astype(bool)].drop_duplicates(["field", "level"])
     unknown = "; ".join(f"{row.field} {row.level} ({row.images})" for row in few.itertuples(index=False))

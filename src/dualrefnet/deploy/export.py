@@ -1,6 +1,4 @@
-"""What a form may hold, as JSON Schema, for programs that send one."""
-
-# also: From a trained run to a bundle: one folder that answers without torch, and says what it is.
+"""From a trained run to a bundle: a folder that predicts without torch, and documents itself."""
 
 from __future__ import annotations
 
@@ -8,7 +6,6 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
@@ -20,22 +17,30 @@ from dualrefnet.analysis.opened_run import open_run
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.deploy import hub
 from dualrefnet.deploy.card import data_licence, model_card
-from dualrefnet.deploy.gate import refuse_shortcut
-from dualrefnet.deploy.network import ExportedModel, ProgramNetwork, TorchNetwork, trace, write_onnx, write_program
+from dualrefnet.deploy.network import (
+    ExportedModel,
+    ProgramNetwork,
+    TorchNetwork,
+    describe_dataset,
+    normalisation_of,
+    trace,
+    write_onnx,
+    write_program,
+)
 from dualrefnet.deploy.parity import (
     BATCH,
     SETTING,
     Cases,
     check_parity,
-    drawn_cases,
     measure_int8,
     quantise,
     real_cases,
+    synthetic_cases,
 )
-from dualrefnet.deploy.predictor import described_dataset
+from dualrefnet.deploy.predictor import refuse_shortcut
 from dualrefnet.errors import DataError, RunError
 from dualrefnet.files import sha256_of_file, write_json, write_text
-from dualrefnet.models.base import Architecture, Method
+from dualrefnet.models.base import Architecture
 from dualrefnet.models.registry import load_model
 from dualrefnet.progress import progress_bar, remark, warn
 from dualrefnet.recipe import ImageSection
@@ -44,70 +49,10 @@ from dualrefnet.runtime.availability import missingness_shortcut
 from dualrefnet.runtime.bundle import FORMAT, OnnxNetwork
 from dualrefnet.runtime.classifier import Network
 
-
-def form_schema(metadata: MetadataEncoder, name: str, reads_metadata: bool = True) -> dict[str, Any]:
-    """Return the JSON Schema (2020-12) of a form.
-
-    Args:
-        metadata: the fitted encoder.
-        name: of the model.
-        reads_metadata: False: the model asks nothing, whatever the encoder knows.
-    """
-    questions = {}
-    asked = zip(metadata.fields, metadata.levels, strict=True) if reads_metadata else ()
-    for one, levels in asked:
-        said = one.description or one.name.replace("_", " ")
-        question: dict[str, Any] = {"description": f"{said}, in {one.unit}" if one.unit else said}
-        if one.unit:
-            question["unit"] = one.unit
-        if one.kind == "numeric":
-            limits = {"minimum": one.minimum, "maximum": one.maximum}
-            number = {"type": "number", **{key: value for key, value in limits.items() if value is not None}}
-            question["anyOf"] = [number, {"enum": [*one.missing_codes, None]}]
-        else:
-            words: list[str | bool] = list(dict.fromkeys([*levels, *one.aliases, *one.missing_codes]))
-            if one.kind == "boolean":
-                words = [True, False, *(word for word in words if word not in ("True", "False"))]
-            # Categories that are whole numbers, such as skin types, may be sent as such.
-            question["enum"] = [
-                *words,
-                *(int(word) for word in words if isinstance(word, str) and word.isdecimal()),
-                None,
-            ]
-        questions[one.name] = question
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": f"Form of {name}",
-        "description": "A patient's answers. None is compulsory; null means the same as leaving the question out.",
-        "type": "object",
-        "properties": questions,
-        "additionalProperties": False,
-    }
-
-
 # The largest difference between a probability of torch and one of onnxruntime that is taken for rounding.
 LIMIT = 1e-3
-
-
-VALIDATION, TRAINING, DRAWN = 300, 256, 64
-
-
+VALIDATION, TRAINING, SYNTHETIC = 300, 256, 64
 NOTICE = "Not a medical device. For research and teaching."
-
-
-@dataclass(frozen=True)
-class _Material:
-    """What networks are compared on.
-
-    Attributes:
-        cases: of the validation side, or drawn.
-        training: of the training side, for int8; None without the run's photographs.
-        checked_on: what `cases` are, in words.
-    """
-
-    cases: Cases
-    training: Cases | None
-    checked_on: str
 
 
 def export_run(
@@ -123,54 +68,129 @@ def export_run(
     Args:
         run: the run; its best epoch is exported.
         out: the bundle's folder; replaced if it is a bundle already.
-        int8: write the 8-bit network too; None: if the run's photographs are at hand.
+        int8: write the int8 network too; None: if the run's images are available.
         root: where the data lie now, if not where the recipe says.
         cache: where image stores lie.
-        accept_missingness_shortcut: export it though blank metadata keep it from referring cancers; the bundle then
+        accept_missingness_shortcut: export it though missing metadata keep it from referring cancers; the bundle then
             warns of it.
 
     Returns:
         The content of `bundle.json`.
 
     Raises:
-        RunError: the run isn't finished, mustn't be used by anybody (see `refuse_shortcut`), `out` holds something
-            else, or the exported
-            network doesn't answer as the trained one does.
-        DataError: `root` doesn't hold the run's data, or int8 was asked for and they aren't at hand.
+        RunError: the run isn't finished or must not be used (see `refuse_shortcut`), `out` holds something else, or the
+            exported network doesn't predict as the trained one does.
+        DataError: `root` doesn't hold the run's data, or int8 was asked for and they aren't available.
         DependencyError: an optional library is missing.
     """
     check_target(out)
     if not run.finished:
         raise RunError(
-            f"{run.path} isn't finished: `dualrefnet train ... --resume` goes on, `dualrefnet evaluate {run.path}` measures it"
+            f"{run.path} isn't finished: `dualrefnet train ... --resume` goes on, `dualrefnet evaluate {run.path}` "
+            "measures it"
         )
-    refuse_shortcut(missingness_shortcut(run.metrics), run.path, accept_missingness_shortcut)
-    description = run.model
-    metadata = MetadataEncoder.from_json(description["metadata"])
+    shortcut = missingness_shortcut(run.metrics)
+    refuse_shortcut(shortcut, run.path, accept_missingness_shortcut)
+    about = run.model
+    metadata = MetadataEncoder.from_json(about["metadata"])
     if metadata.leaked_classes:
         raise RunError(
-            f"{run.path} fills gaps of the form from the diagnosis, a demonstration of that leak: nobody could use its bundle"
+            f"{run.path} imputes metadata from the diagnosis, a demonstration of that leak: nobody can use it"
         )
-    method = load_model(description, run.weights_file).eval()
+    method = load_model(about, run.weights_file).eval()
     if int8 and not method.reads_image:
         raise RunError("int8 is for image encoders, and this model reads no image; export it with --no-int8")
-    image = ImageSection.model_validate(description["preprocessing"]["image"])
-    material = _material(
-        run, root, cache, image if method.reads_image else None, metadata, int8 is not False and method.reads_image
+    image = ImageSection.model_validate(about["preprocessing"]["image"])
+    validation, training, checked_on = _cases(
+        run, root, cache, image if method.reads_image else None, metadata, int8 is not False
     )
-    if int8 and material.training is None:
-        raise DataError(
-            "int8 learns its ranges from training photographs and is measured on validation photographs, and the run's data aren't at "
-            "hand: say where they are with --root DIR, or export with --no-int8"
-        )
+    no_int8 = None
+    if not method.reads_image:
+        no_int8 = "this model reads no image"
+    elif int8 is False:
+        no_int8 = "it wasn't asked for"
+    elif training is None:
+        no_int8 = "the run's images weren't available"
+        if int8:
+            raise DataError(
+                "int8 is calibrated on training images and measured on validation images, and the run's data aren't "
+                "available: name their folder with --root DIR, or export with --no-int8"
+            )
+    dataset, class_names = describe_dataset(about["dataset"])
+    versions = {name: packages.version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")}
     with new_folder(out) as folder:
-        bundle = _fill(folder, run, method, image, metadata, material, int8)
+        normalisation = normalisation_of(about)
+        trained = TorchNetwork(method, image.size, normalisation, torch.device("cpu"))
+        model = ExportedModel(method, Architecture.model_validate(about["architecture"]), normalisation)
+        networks = {"float32": _write_float32(folder, model, trained, validation, checked_on)}
+        if no_int8 is None and training is not None:
+            networks["int8"] = _write_int8(folder, run, validation, training)
+        if method.reads_image and run.out_of_scope_file.is_file():
+            shutil.copyfile(run.out_of_scope_file, folder / run.out_of_scope_file.name)
+        bundle = {
+            "format": FORMAT,
+            "dualrefnet": dualrefnet.__version__,
+            "name": run.recipe.name,
+            "method": run.recipe.model.method,
+            "dataset": dataset,
+            "classes": about["classes"],
+            "class_names": class_names,
+            "malignant": about["malignant"],
+            "image": about["preprocessing"]["image"],
+            "metadata": about["metadata"],
+            "calibration": run.calibration.to_json() if run.calibration_file.is_file() else None,
+            "learned_tokens": not method.needs_image,
+            "reads_image": bool(method.reads_image),
+            "reads_metadata": bool(method.reads_metadata),
+            "networks": networks,
+            "no_int8": no_int8,
+            "missingness_shortcut": shortcut,
+            "measured": run.metrics,
+            "exported_with": {"dualrefnet": dualrefnet.__version__, **versions},
+        }
+        write_json(folder / "form.schema.json", metadata_schema(metadata, run.recipe.name, method.reads_metadata))
+        hub.copy_runtime(folder)
+        write_text(folder / "DATA_LICENCE.md", data_licence(dataset))
+        names = [name for name in hub.FILES if (folder / name).is_file()]
+        write_text(folder / "README.md", model_card(bundle, run, [*names, hub.DESCRIPTION, f"{hub.RUNTIME}/"]))
+        # Written last: a folder is a bundle if it has one.
+        write_json(folder / hub.DESCRIPTION, bundle)
     remark(f"the bundle is in {out}")
     return bundle
 
 
+def metadata_schema(metadata: MetadataEncoder, name: str, reads_metadata: bool = True) -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of the metadata that a model takes; `name` is the model's."""
+    properties = {}
+    for field, categories in zip(metadata.fields, metadata.categories, strict=True) if reads_metadata else ():
+        text = field.description or field.name.replace("_", " ")
+        about: dict[str, Any] = {"description": f"{text}, in {field.unit}" if field.unit else text}
+        if field.unit:
+            about["unit"] = field.unit
+        if field.kind == "numeric":
+            limits = {"minimum": field.minimum, "maximum": field.maximum}
+            number = {"type": "number", **{key: value for key, value in limits.items() if value is not None}}
+            about["anyOf"] = [number, {"enum": [*field.missing_codes, None]}]
+        else:
+            words: list[str | bool] = list(dict.fromkeys([*categories, *field.aliases, *field.missing_codes]))
+            if field.kind == "boolean":
+                words = [True, False, *(word for word in words if word not in ("True", "False"))]
+            # Categories that are whole numbers, such as skin types, may be sent as such.
+            integers = [int(word) for word in words if isinstance(word, str) and word.isdecimal()]
+            about["enum"] = [*words, *integers, None]
+        properties[field.name] = about
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": f"Metadata of {name}",
+        "description": "Metadata of a patient. No field is required; null means the same as leaving the field out.",
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+    }
+
+
 def check_target(out: Path) -> None:
-    """Refuse a place where something lies that isn't a bundle.
+    """Refuse to replace anything but a bundle.
 
     Raises:
         RunError: it is a file, or a folder that holds something else.
@@ -185,8 +205,8 @@ def check_target(out: Path) -> None:
 def new_folder(out: Path) -> Iterator[Path]:
     """Give an empty neighbour of a folder, and put it in the folder's place if the block ends without an error."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    word = secrets.token_hex(4)
-    made, old = (out.with_name(f".{out.name}.{word}.{what}") for what in ("partial", "old"))
+    token = secrets.token_hex(4)
+    made, old = (out.with_name(f".{out.name}.{token}.{suffix}") for suffix in ("partial", "old"))
     made.mkdir()
     try:
         yield made
@@ -203,96 +223,37 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _material(
-    run: Run,
-    root: Path | None,
-    cache: Path | None,
-    image: ImageSection | None,
-    metadata: MetadataEncoder,
-    training: bool,
-) -> _Material:
-    """Read photographs and forms of the run's data; draw some, and say so, if they aren't at hand."""
+def _cases(
+    run: Run, root: Path | None, cache: Path | None, image: ImageSection | None, metadata: MetadataEncoder, int8: bool
+) -> tuple[Cases, Cases | None, str]:
+    """Return validation cases, training cases for int8, and what the former are.
+
+    If the run's data aren't available, the former are synthetic, with a warning, and the latter None.
+    """
     try:
         opened = open_run(run, root, cache=cache, device=torch.device("cpu"))
     except (DataError, RunError) as error:
-        # A folder that was named and is wrong is a mistake, not a lack.
+        # A wrong folder that was named explicitly is a mistake.
         if root is not None:
             raise
         warn(
-            f"the run's data aren't at hand ({error}). Parity is checked on drawn pictures instead, and int8 could neither learn its "
-            "ranges from real photographs nor be measured"
+            f"the run's data aren't available ({error}). Parity is checked on synthetic images instead, and int8 can be "
+            "neither calibrated nor measured"
         )
-        return _Material(
-            drawn_cases(DRAWN, image, metadata), None, "on drawn pictures, since the run's photographs weren't at hand"
-        )
+        return synthetic_cases(SYNTHETIC, image, metadata), None, "on synthetic cases, without the run's images"
     size = opened.recipe.image.size
-    cases = real_cases(opened.pictures("val"), size, VALIDATION)
-    learn = real_cases(opened.pictures("train"), size, TRAINING) if training else None
-    return _Material(cases, learn, "on validation cases of the run")
+    validation = real_cases(opened.pictures("val"), size, VALIDATION)
+    training = None if image is None or not int8 else real_cases(opened.pictures("train"), size, TRAINING)
+    return validation, training, "on validation cases of the run"
 
 
-def _fill(
-    folder: Path,
-    run: Run,
-    method: Method,
-    image: ImageSection,
-    metadata: MetadataEncoder,
-    material: _Material,
-    int8: bool | None,
+def _write_float32(
+    folder: Path, model: ExportedModel, trained: Network, cases: Cases, checked_on: str
 ) -> dict[str, Any]:
-    """Write all files of the bundle, and return the content of `bundle.json`."""
-    description = run.model
-    normalisation = (tuple(description["preprocessing"]["mean"]), tuple(description["preprocessing"]["std"]))
-    trained = TorchNetwork(method, image.size, normalisation, torch.device("cpu"))
-    model = ExportedModel(method, Architecture.model_validate(description["architecture"]), normalisation)
-    float32 = _write_networks(folder, model, trained, material)
-    networks = {"float32": float32}
-    reason = None if method.reads_image else "this model reads no photograph"
-    reason = reason or ("it wasn't asked for" if int8 is False else None)
-    reason = reason or ("the run's photographs weren't at hand" if material.training is None else None)
-    if reason is None:
-        assert material.training is not None
-        networks["int8"] = _write_int8(folder, run, material.cases, material.training, tuple(description["classes"]))
-    if method.reads_image and run.out_of_scope_file.is_file():
-        shutil.copyfile(run.out_of_scope_file, folder / run.out_of_scope_file.name)
-    dataset, class_names = described_dataset(description["dataset"])
-    versions = {name: packages.version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")}
-    bundle = {
-        "format": FORMAT,
-        "dualrefnet": dualrefnet.__version__,
-        "name": run.recipe.name,
-        "method": run.recipe.model.method,
-        "dataset": dataset,
-        "classes": description["classes"],
-        "class_names": class_names,
-        "malignant": description["malignant"],
-        "image": description["preprocessing"]["image"],
-        "metadata": description["metadata"],
-        "calibration": run.calibration.to_json() if run.calibration_file.is_file() else None,
-        "learned_tokens": not method.needs_image,
-        "reads_image": bool(method.reads_image),
-        "reads_metadata": bool(method.reads_metadata),
-        "networks": networks,
-        "no_int8": reason,
-        "missingness_shortcut": missingness_shortcut(run.metrics),
-        "measured": run.metrics,
-        "exported_with": {"dualrefnet": dualrefnet.__version__, **versions},
-    }
-    write_json(folder / "form.schema.json", form_schema(metadata, bundle["name"], method.reads_metadata))
-    hub.copy_runtime(folder)
-    write_text(folder / "DATA_LICENCE.md", data_licence(dataset))
-    names = [name for name in hub.FILES if (folder / name).is_file()]
-    write_text(folder / "README.md", model_card(bundle, run, [*names, hub.DESCRIPTION, f"{hub.RUNTIME}/"]))
-    # Written last: a folder is a bundle if this is there.
-    write_json(folder / hub.DESCRIPTION, bundle)
-    return bundle
-
-
-def _write_networks(folder: Path, model: ExportedModel, trained: Network, material: _Material) -> dict[str, Any]:
-    """Write the ONNX file and the program of torch, compare both with the trained network, and describe the former.
+    """Write the ONNX file and torch's program, compare both with the trained network, and describe the former.
 
     Raises:
-        RunError: one of them answers otherwise.
+        RunError: one of them predicts otherwise.
     """
     onnx_file, program_file = folder / "model.onnx", folder / "model.pt2"
     remark("tracing the network and writing it as ONNX; half a minute, of large encoders some minutes")
@@ -301,47 +262,46 @@ def _write_networks(folder: Path, model: ExportedModel, trained: Network, materi
     write_program(program, program_file)
     tokens = not model.method.needs_image
     with progress_bar("comparing with torch") as show:
-        parity = check_parity(trained, OnnxNetwork(onnx_file), material.cases, tokens, show)
-    few = material.cases.part(0, BATCH)
-    for name, found in (
-        ("ONNX", parity),
-        ("torch.export", check_parity(trained, ProgramNetwork(program_file, model.inputs), few, tokens)),
-    ):
-        if not found.largest <= LIMIT:
+        parity = check_parity(trained, OnnxNetwork(onnx_file), cases, tokens, show)
+    of_program = check_parity(trained, ProgramNetwork(program_file, model.inputs), cases.part(0, BATCH), tokens)
+    for name, found in (("ONNX", parity), ("torch.export", of_program)):
+        if not found["max_probability_difference"] <= LIMIT:
             raise RunError(
-                f"the {name} file doesn't answer as the trained model does: a probability differs by {found.largest:.2g}, and "
-                f"{LIMIT:g} is the limit. Nothing was written. Please report this, with the recipe and the versions of `dualrefnet doctor`"
+                f"the {name} file doesn't predict as the trained model does: a probability differs by "
+                f"{found['max_probability_difference']:.2g}, and {LIMIT:g} is the limit. Nothing was written. Please "
+                "report this, with the recipe and the versions of `dualrefnet doctor`"
             )
     remark(
-        f"parity: the probabilities of model.onnx differ from torch's by {parity.largest:.1e} at most, {material.checked_on}"
+        f"parity with torch: probabilities differ by {parity['max_probability_difference']:.1e} at most, {checked_on}"
     )
     return {
-        "file": onnx_file.name,
-        "sha256": sha256_of_file(onnx_file),
-        "bytes": onnx_file.stat().st_size,
-        "parity": {**parity.to_json(), "limit": LIMIT, "checked_on": material.checked_on},
+        **_file(onnx_file),
+        "parity": {**parity, "limit": LIMIT, "checked_on": checked_on},
         "inputs": [model.describe(name) for name in model.inputs],
         "outputs": [model.describe(name) for name in model.outputs],
     }
 
 
-def _write_int8(folder: Path, run: Run, cases: Cases, training: Cases, classes: tuple[str, ...]) -> dict[str, Any]:
-    """Write the 8-bit network, measure it on validation cases, say what it is worth, and describe it."""
-    file = folder / "model.int8.onnx"
-    with progress_bar("int8: learning ranges") as show:
-        quantise(folder / "model.onnx", file, training, show)
-    check = run.out_of_scope if run.out_of_scope_file.is_file() else None
+def _write_int8(folder: Path, run: Run, validation: Cases, training: Cases) -> dict[str, Any]:
+    """Write the int8 network, measure it on validation cases, and describe it."""
+    float32, file = folder / "model.onnx", folder / "model.int8.onnx"
+    with progress_bar("int8: calibrating ranges") as show:
+        quantise(float32, file, training, show)
+    score = run.out_of_scope if run.out_of_scope_file.is_file() else None
+    classes = tuple(run.model["classes"])
     with progress_bar("int8: measuring") as show:
-        measured, verdict, worth_it = measure_int8(
-            OnnxNetwork(folder / "model.onnx"), OnnxNetwork(file), cases, classes, check, show
+        measured, verdict, recommended = measure_int8(
+            OnnxNetwork(float32), OnnxNetwork(file), validation, classes, score, show
         )
-    (remark if worth_it else warn)(f"int8: {verdict}")
+    (remark if recommended else warn)(f"int8: {verdict}")
     return {
-        "file": file.name,
-        "sha256": sha256_of_file(file),
-        "bytes": file.stat().st_size,
+        **_file(file),
         "setting": SETTING,
         "calibrated_on": len(training),
         "measured": measured,
         "verdict": verdict,
     }
+
+
+def _file(file: Path) -> dict[str, Any]:
+    return {"file": file.name, "sha256": sha256_of_file(file), "bytes": file.stat().st_size}

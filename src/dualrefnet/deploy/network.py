@@ -1,11 +1,10 @@
-"""The network as it is exported: bytes in, logits out, and what only training needs left behind."""
-
-# also: A model as torch trained it, computed by torch: the network of a run folder.
+"""Networks on torch: that of a run folder, and the one that is exported, with bytes in and logits out."""
 
 from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +16,120 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
 import dualrefnet
-from dualrefnet.errors import DependencyError
+from dualrefnet.analysis.out_of_distribution import OutOfScope
+from dualrefnet.data import isic_2019, pad_ufes_20, synthetic
+from dualrefnet.data.loader import Batch
+from dualrefnet.data.metadata import MetadataEncoder
+from dualrefnet.errors import RunError
 from dualrefnet.models.base import Architecture, Method, mark_missing
 from dualrefnet.models.encoders import Encoded, Encoder
-from dualrefnet.models.inference import Normalisation
-from dualrefnet.runtime.classifier import Answered
-
-try:
-    import onnx
-    import onnxscript  # noqa: F401 (torch.onnx imports it where it is too late to say so)
-except ImportError:
-    raise DependencyError("exporting needs onnx and onnxscript: pip install 'dualrefnet[export]'") from None
-from dualrefnet.data.loader import Batch
-from dualrefnet.models.inference import VectorKeeper, predict_logits
+from dualrefnet.models.inference import Normalisation, VectorKeeper, predict_logits
+from dualrefnet.models.registry import load_model
+from dualrefnet.progress import warn
+from dualrefnet.recipe import ImageSection
+from dualrefnet.run import Run
+from dualrefnet.runtime.classifier import NetworkOutput
+from dualrefnet.runtime.preprocessing import Image
 
 BATCH_AXIS = "N"
+
+
+class TorchNetwork:
+    """Computes a trained model; see `dualrefnet.runtime.classifier.Network`."""
+
+    def __init__(self, model: Method, size: int, normalisation: Normalisation, device: torch.device) -> None:
+        self.model = model.to(device).eval()
+        self._keeper = VectorKeeper(self.model)
+        self._size, self._normalisation, self._device = size, normalisation, device
+
+    def __call__(
+        self, images: Image | None, missing: NDArray[np.bool_] | None, metadata: NDArray[np.float32]
+    ) -> NetworkOutput:
+        pixels = None if images is None else torch.from_numpy(images).permute(0, 3, 1, 2)
+        absent = torch.from_numpy(missing) if missing is not None and missing.any() else None
+        unknown = torch.zeros(len(metadata), dtype=torch.int64)
+        batch = Batch(np.arange(len(metadata)), pixels, torch.from_numpy(metadata), unknown, absent=absent)
+        logits = predict_logits(self._keeper, [batch], self._size, self._normalisation, self._device).logits
+        return NetworkOutput(logits.numpy(), self._keeper.take())
+
+
+def run_parts(run: Path | str | Run, device: str) -> dict[str, Any]:
+    """Return the arguments of `dualrefnet.deploy.predictor.Predictor` for a run.
+
+    Raises:
+        RunError: the folder holds no trained model, or its out-of-distribution score is damaged or of another model.
+    """
+    run = run if isinstance(run, Run) else Run(Path(run))
+    about = run.model
+    model = load_model(about, run.weights_file)
+    image = ImageSection.model_validate(about["preprocessing"]["image"])
+    dataset, class_names = describe_dataset(about["dataset"])
+    description = {name: about[name] for name in ("dualrefnet", "classes", "malignant")}
+    description |= {"dataset": dataset, "name": run.recipe.name, "class_names": class_names, "variant": "float32"}
+    description["measured"] = run.metrics if run.finished else None
+    if not run.calibration_file.is_file():
+        warn(
+            f"{run.path} has no calibration: probabilities are uncalibrated, without sets and referral; "
+            f"`dualrefnet evaluate {run.path}` fits it"
+        )
+    return {
+        "description": description,
+        "network": TorchNetwork(model, image.size, normalisation_of(about), torch.device(device)),
+        "classes": about["classes"],
+        "malignant": about["malignant"],
+        "encoder": MetadataEncoder.from_json(about["metadata"]),
+        "image": image,
+        "reads_image": model.reads_image,
+        "reads_metadata": model.reads_metadata,
+        "learned_tokens": not model.needs_image,
+        "out_of_scope": _find_score(run, model) if model.reads_image else None,
+        "decision": run.calibration if run.calibration_file.is_file() else None,
+    }
+
+
+def normalisation_of(about: Mapping[str, Any]) -> Normalisation:
+    """Return mean and std of the encoder's weights from a run's `model.json`."""
+    mean, std = (tuple(about["preprocessing"][name]) for name in ("mean", "std"))
+    return mean, std
+
+
+def describe_dataset(about: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the data set of a run's `model.json`, and the names of its classes.
+
+    Runs of the first versions have no citation and no names; the schemas complete them.
+    """
+    schemas = {schema.name: schema for schema in (pad_ufes_20.SCHEMA, isic_2019.SCHEMA, synthetic.SCHEMA)}
+    schema = schemas.get(about["name"])
+    citation, names = (schema.citation, dict(schema.class_names)) if schema is not None else ("", {})
+    dataset = {name: about[name] for name in ("name", "title", "licence", "drawn", "protocol")}
+    return dataset | {"citation": about.get("citation", citation)}, about.get("class_names", names)
+
+
+def vector_length(model: Method) -> int:
+    """D, the length of the encoders' vectors, concatenated."""
+    return sum(encoder.features for encoder in model.encoders if isinstance(encoder, Encoder))
+
+
+def _find_score(run: Run, model: Method) -> OutOfScope | None:
+    """Return a run's out-of-distribution score; None, with a warning, if an older run has none."""
+    again = f"`dualrefnet evaluate {run.path}` fits it"
+    if not run.out_of_scope_file.is_file():
+        warn(f"{run.path} has no out-of-distribution score, so images without a lesion get no warning; {again}")
+        return None
+    score = run.out_of_scope
+    if score.length != vector_length(model):
+        numbers = f"{score.length} numbers, not {vector_length(model)}"
+        raise RunError(f"{run.out_of_scope_file} is of another model ({numbers}); {again}")
+    return score
 
 
 class ExportedModel(nn.Module):
     """A method with its normalisation inside and without its decoder, in evaluation mode.
 
     Attributes:
-        inputs: names of what it reads, in the order of `forward`: `image` if the method reads images, `absent` if it
-            reads them and has
-            learned tokens, `metadata` if M > 0.
-        outputs: names of what it gives: `logits`, and `vector` if it reads images.
+        inputs: names of the arguments of `forward` that it reads: `image` if the method reads images, `absent` if it
+            has learned tokens too, `metadata` if M > 0.
+        outputs: `logits`, and `vector` if it reads images.
     """
 
     def __init__(self, method: Method, architecture: Architecture, normalisation: Normalisation) -> None:
@@ -52,16 +140,15 @@ class ExportedModel(nn.Module):
             self.method.decoder = None  # type: ignore[assignment]
         for part in self.method.modules():
             if hasattr(part, "fused_attn"):
-                # Torch's fused attention leaves its result in another order in memory than what the exporter puts in
-                # its place.
+                # Fused attention leaves its result in another order in memory than the exporter's replacement.
                 part.fused_attn = False  # type: ignore[assignment]
         self.size, self.width, self.classes = architecture.image_size, architecture.metadata_width, architecture.classes
-        there = {
+        read = {
             "image": method.reads_image,
             "absent": method.reads_image and not method.needs_image,
             "metadata": self.width > 0,
         }
-        self.inputs = tuple(name for name, needed in there.items() if needed)
+        self.inputs = tuple(name for name, needed in read.items() if needed)
         self.outputs = ("logits", "vector") if method.reads_image else ("logits",)
         self.mean: Tensor
         self.std: Tensor
@@ -75,15 +162,13 @@ class ExportedModel(nn.Module):
 
         Args:
             image: (N, S, S, 3) uint8 RGB, preprocessed.
-            absent: (N,) bool, which photographs aren't there, whatever `image` holds.
-            metadata: (N, M) float32, encoded forms; NaN is a gap, for models with learned tokens.
+            absent: (N,) bool, which images are missing, whatever `image` holds.
+            metadata: (N, M) float32, encoded; NaN is missing, for models with learned tokens.
 
         Returns:
-            Logits (N, C), and the encoders' vectors side by side (N, D), NaN where the photograph isn't there; the
-            logits alone if no
-            image is read.
+            Logits (N, C), and the encoders' vectors side by side (N, D), NaN where the image is missing; the logits
+            alone if no image is read.
         """
-        missing = self.method.missing
         if metadata is None:
             assert image is not None
             metadata = self.mean.new_zeros((image.shape[0], 0))
@@ -95,12 +180,12 @@ class ExportedModel(nn.Module):
             if absent is not None:
                 read = mark_missing(read, absent)
             vectors = (torch.cat([output.vector for output in read.outputs], dim=1),)
-        if missing is not None:
-            read, metadata = missing.photograph(read), missing.form(metadata)
+        if self.method.missing is not None:
+            read, metadata = self.method.missing.fill_images(read), self.method.missing.fill_metadata(metadata)
         return self.method.classify(read, metadata).logits, *vectors
 
     def example(self, count: int = 2) -> dict[str, Tensor]:
-        """Return inputs of the right shapes and types: what a program is traced with."""
+        """Return inputs of the right shapes and types, to trace a program with."""
         made = {
             "image": torch.zeros(count, self.size, self.size, 3, dtype=torch.uint8),
             "absent": torch.zeros(count, dtype=torch.bool),
@@ -109,21 +194,16 @@ class ExportedModel(nn.Module):
         return {name: made[name] for name in self.inputs}
 
     def describe(self, name: str) -> dict[str, str]:
-        """Return name, type, shape and meaning of an input or output, for people."""
-        side, classes = f"(N, {self.size}, {self.size}, 3)", self.classes
-        length = sum(encoder.features for encoder in self.method.encoders if isinstance(encoder, Encoder))
-        told = {
-            "image": ("uint8", side, "the photograph, preprocessed, RGB; normalisation is inside"),
-            "absent": ("bool", "(N,)", "true: this photograph isn't there, whatever `image` holds"),
-            "metadata": ("float32", f"(N, {self.width})", "the encoded form"),
-            "logits": ("float32", f"(N, {classes})", "in the order of `classes`"),
-            "vector": (
-                "float32",
-                f"(N, {length})",
-                "what the image encoders make of the picture; NaN where it isn't there",
-            ),
+        """Return name, type, shape and meaning of an input or output."""
+        size = f"(N, {self.size}, {self.size}, 3)"
+        tensors = {
+            "image": ("uint8", size, "preprocessed RGB; normalisation is inside"),
+            "absent": ("bool", "(N,)", "true: this image is missing, whatever `image` holds"),
+            "metadata": ("float32", f"(N, {self.width})", "encoded metadata"),
+            "logits": ("float32", f"(N, {self.classes})", "in the order of `classes`"),
+            "vector": ("float32", f"(N, {vector_length(self.method)})", "of the image encoders; NaN without image"),
         }
-        return dict(zip(("name", "type", "shape", "meaning"), (name, *told[name]), strict=True))
+        return dict(zip(("name", "type", "shape", "meaning"), (name, *tensors[name]), strict=True))
 
 
 class ProgramNetwork:
@@ -134,23 +214,19 @@ class ProgramNetwork:
 
     @torch.inference_mode()
     def __call__(
-        self, images: NDArray[np.uint8] | None, absent: NDArray[np.bool_] | None, forms: NDArray[np.float32]
-    ) -> Answered:
-        """Answer; see `Network`."""
-        given = {"image": images, "absent": absent, "metadata": forms}
+        self, images: Image | None, missing: NDArray[np.bool_] | None, metadata: NDArray[np.float32]
+    ) -> NetworkOutput:
+        given = {"image": images, "absent": missing, "metadata": metadata}
         logits, *vectors = self._module(**{name: torch.from_numpy(given[name]) for name in self._inputs})
-        return Answered(logits.numpy(), vectors[0].numpy() if vectors else None)
+        return NetworkOutput(logits.numpy(), vectors[0].numpy() if vectors else None)
 
 
 @torch.no_grad()
 def trace(model: ExportedModel) -> ExportedProgram:
-    """Return the program of a model, for any number of images, without traces of the machine that it was made on."""
-    count = Dim(BATCH_AXIS, min=1)
-    # Strict: it reads the code, where the other way runs it, and the length of a batch that the code asks for would be
-    # the example's.
-    program = torch.export.export(
-        model.eval(), (), model.example(), dynamic_shapes={name: {0: count} for name in model.inputs}, strict=True
-    )
+    """Return the program of a model, for any number of images, without traces of this machine."""
+    shapes = {name: {0: Dim(BATCH_AXIS, min=1)} for name in model.inputs}
+    # Strict mode reads the code; the other runs it, and would fix the batch size that the code asks for.
+    program = torch.export.export(model.eval(), (), model.example(), dynamic_shapes=shapes, strict=True)
     for part in program.graph_module.modules():
         for node in part.graph.nodes if isinstance(part, GraphModule) else ():
             # Folders of this machine, and lines of the source.
@@ -159,9 +235,9 @@ def trace(model: ExportedModel) -> ExportedProgram:
 
 
 def write_program(program: ExportedProgram, file: Path) -> None:
-    """Write a program for `torch.export.load`.
+    """Write a program for `torch.export.load`, without a pickle in the archive.
 
-    Torch would add the inputs that it was traced with, as a pickle: the one in the archive. Without them there is none.
+    Torch would add the inputs that it was traced with as one.
     """
     given = program.example_inputs
     # The setter wants inputs; what is written in place of none is an empty file.
@@ -173,14 +249,10 @@ def write_program(program: ExportedProgram, file: Path) -> None:
 
 
 def write_onnx(program: ExportedProgram, model: ExportedModel, file: Path, about: dict[str, str]) -> None:
-    """Write a program as one ONNX file.
+    """Write a program of `trace` as one ONNX file, weights included; `about` is its metadata."""
+    # Loading a run must not need it.
+    import onnx
 
-    Args:
-        program: from `trace`.
-        model: that was traced.
-        file: to write; it holds the weights too.
-        about: what the file says of itself.
-    """
     made = torch.onnx.export(
         program,
         input_names=list(model.inputs),
@@ -191,60 +263,16 @@ def write_onnx(program: ExportedProgram, model: ExportedModel, file: Path, about
     )
     assert made is not None
     proto = made.model_proto
-    _name_batch_axis(proto)
-    for part in (
-        *proto.graph.node,
-        *proto.graph.value_info,
-        *proto.graph.input,
-        *proto.graph.output,
-        *proto.graph.initializer,
-    ):
+    graph = proto.graph
+    values = (*graph.input, *graph.output, *graph.value_info)
+    # Torch numbers its symbols.
+    [symbol] = {one.type.tensor_type.shape.dim[0].dim_param for one in graph.input}
+    for axis in (axis for value in values for axis in value.type.tensor_type.shape.dim if axis.dim_param):
+        axis.dim_param = re.sub(rf"\b{re.escape(symbol)}\b", BATCH_AXIS, axis.dim_param)
+    for part in (proto, graph, *proto.functions, *graph.node, *values, *graph.initializer):
         # Torch's own names of things, and with them folders of this machine.
-        del part.metadata_props[:]
-    for part in (proto, proto.graph, *proto.functions):
         del part.metadata_props[:]
     proto.producer_name, proto.producer_version = "dualrefnet", dualrefnet.__version__
     onnx.helper.set_model_props(proto, about)
     onnx.checker.check_model(proto)
     onnx.save(proto, file)
-
-
-def _name_batch_axis(proto: Any) -> None:
-    """Call the number of images N; torch numbers its symbols."""
-    [symbol] = {one.type.tensor_type.shape.dim[0].dim_param for one in proto.graph.input}
-    for one in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
-        for axis in one.type.tensor_type.shape.dim:
-            if axis.dim_param:
-                axis.dim_param = re.sub(rf"\b{re.escape(symbol)}\b", BATCH_AXIS, axis.dim_param)
-
-
-class TorchNetwork:
-    """Computes a trained model; see `dualrefnet.runtime.classifier.Network`.
-
-    Attributes:
-        model: the network, in evaluation mode.
-    """
-
-    def __init__(self, model: Method, size: int, normalisation: Normalisation, device: torch.device) -> None:
-        """Put a model to work.
-
-        Args:
-            model: as it was trained.
-            size: side of its input, pixels.
-            normalisation: mean and sd of the encoder's weights.
-            device: where it shall compute.
-        """
-        self.model = model.to(device).eval()
-        self._keeper = VectorKeeper(self.model)
-        self._size, self._normalisation, self._device = size, normalisation, device
-
-    def __call__(
-        self, images: NDArray[np.uint8] | None, absent: NDArray[np.bool_] | None, forms: NDArray[np.float32]
-    ) -> Answered:
-        """Answer; see `Network`."""
-        pictures = None if images is None else torch.from_numpy(images).permute(0, 3, 1, 2)
-        gone = torch.from_numpy(absent) if absent is not None and absent.any() else None
-        unknown = torch.zeros(len(forms), dtype=torch.int64)
-        batch = Batch(np.arange(len(forms)), pictures, torch.from_numpy(forms), unknown, absent=gone)
-        logits = predict_logits(self._keeper, [batch], self._size, self._normalisation, self._device).logits
-        return Answered(logits.numpy(), self._keeper.take())

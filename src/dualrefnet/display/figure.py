@@ -1,7 +1,7 @@
 """Figures of reports: one style, and the same drawing as PNG, SVG, CSV and inline SVG.
 
 Figures are as wide as a journal column, so that they can be read on a phone as in print. In a page their ink is
-replaced by the page's own colours, so that one drawing serves light and dark. matplotlib is imported while drawing only.
+replaced by the page's own colours, so that one drawing serves light and dark. matplotlib is only imported to draw.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Params, Result = ParamSpec("Params"), TypeVar("Result")
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
 
 # Inches: one column of a two-column page, and the width that a phone shows without shrinking the letters much.
 WIDTH = 4.0
@@ -82,7 +83,6 @@ _STYLE: dict[str, Any] = {
 # All other settings are matplotlib's defaults whatever the user's `matplotlibrc` says, but for those of windows, keys
 # and dates.
 _KEPT = ("animation.", "backend", "date.", "docstring", "interactive", "_internal", "keymap.", "macosx.", "timezone")
-_KEPT += ("tk.", "toolbar", "webagg.")
 PNG_DPI = 300
 # A layout is settled when nothing moves by more than this share of the figure, or after so many attempts.
 STILL, ATTEMPTS = 0.001, 8
@@ -116,7 +116,11 @@ def _style(**settings: str) -> AbstractContextManager[None]:
         import matplotlib
     except ImportError:
         raise DependencyError("figures need matplotlib: pip install 'dualrefnet[report]'") from None
-    default = {name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith(_KEPT)}
+    default = {
+        name: value
+        for name, value in matplotlib.rcParamsDefault.items()
+        if not name.startswith((*_KEPT, "tk.", "toolbar", "webagg."))
+    }
     style: Any = {**default, **_STYLE, **settings}
     return matplotlib.rc_context(style)
 

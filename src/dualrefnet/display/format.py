@@ -1,87 +1,133 @@
-"""How numbers of a page are written: three decimals, a real minus sign, intervals in brackets."""
+"""How results are written: numbers, intervals, tables (Markdown, LaTeX; HTML by the page) and one-line summaries.
 
-# also: One printed table, written as Markdown, as LaTeX and in the page from the same cells.
+Numbers have three decimals and a real minus sign, intervals two and brackets; what is undefined is a dash. Values come
+as metrics.json holds them, the 95% interval of `auc` as `auc_ci95`.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from dualrefnet.evaluation.bootstrap import interval_suffix
+from dualrefnet.runtime.availability import ALWAYS_RECORDED, AS_RECORDED, IMAGE_ONLY, METADATA_ONLY
 
-CI = interval_suffix(0.95)
+Values = Mapping[str, Any]
 
-
-def percent(values: Mapping[str, Any], key: str) -> str:
-    """Return a share of metrics.json in percent with its interval."""
-    if values[key] is None:
-        return "an unknown share"
-    bounds = values.get(key + CI)
-    return f"{values[key]:.0%}" + (f" [{bounds[0]:.0%} to {bounds[1]:.0%}]" if bounds else "")
-
-
-def bounds_of(values: Mapping[str, Any], key: str, form: str) -> str:
-    """Return the interval of a value of metrics.json; empty if it has none."""
-    bounds = values.get(key + CI)
-    return pair(bounds[0], bounds[1], form) if bounds else ""
-
-
-def pair(low: float, high: float, form: str) -> str:
-    """Return an interval in brackets; empty if there is none."""
-    return "" if pd.isna(low) else f"[{low:{form}}, {high:{form}}]".replace("-", "−")
-
-
-def number(value: float | None) -> str:
-    """Return a value with three decimals; a dash if it is undefined."""
-    return "–" if value is None or pd.isna(value) else f"{value:.3f}".replace("-", "−")
-
-
-def signed(value: float) -> str:
-    """Return a difference with its sign."""
-    return f"{value:+.3f}".replace("-", "−")
-
-
-# What LaTeX reads as a command, and signs that its standard fonts have only in formulas.
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"$<$",
-    ">": r"$>$",
-    "|": r"$|$",
-    "±": r"$\pm$",
-    "−": r"$-$",
-    "×": r"$\times$",
-    "≠": r"$\neq$",
-    "†": r"$\dagger$",
-    "–": "--",
+MEASURE_NAMES = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "auc_macro_ovr": "AUC, macro, one versus rest",
+    "auc_weighted_ovr": "AUC, weighted, one versus rest",
+    "f1_macro": "F1, macro",
+    "f1_weighted": "F1, weighted",
+    "precision_macro": "precision, macro",
+    "precision_weighted": "precision, weighted",
+    "recall_macro": "recall, macro",
+    "recall_weighted": "recall, weighted",
+    "specificity_macro": "specificity, macro",
+    "npv_macro": "NPV, macro",
+    "kappa": "Cohen's kappa",
+    "mcc": "Matthews correlation",
+    "ece": "expected calibration error",
+    "brier": "Brier score, multi-class",
+    "log_loss": "log loss",
+    "support": "images",
+    "malignant_sensitivity": "malignant: sensitivity",
+    "malignant_specificity": "malignant: specificity",
+    "malignant_ppv": "malignant: PPV",
+    "malignant_npv": "malignant: NPV",
+    "malignant_auc": "malignant: AUC",
+    "malignant_support": "malignant: images",
+}
+CLASS_COLUMNS = {
+    "sensitivity": "sensitivity",
+    "specificity": "specificity",
+    "ppv": "PPV",
+    "npv": "NPV",
+    "f1": "F1",
+    "auc": "AUC",
+    "support": "images",
+}
+AVAILABILITY_COLUMNS = {
+    "balanced_accuracy": "balanced accuracy",
+    "malignant_auc": "malignant AUC",
+    "cancers_referred": "cancers referred",
+    "benign_referred": "benign referred",
+    "coverage": "coverage of the sets",
+    "mean_size": "classes in a set",
+}
+AVAILABILITY_NAMES = {
+    AS_RECORDED: "all that was recorded",
+    ALWAYS_RECORDED: "image, only what is always recorded",
+    IMAGE_ONLY: "image, metadata blank",
+    METADATA_ONLY: "metadata, no image",
 }
 
 
+def number(value: float | None, form: str = ".3f") -> str:
+    """Return a value; a dash if it is undefined."""
+    return "–" if value is None or pd.isna(value) else format(value, form).replace("-", "−")
+
+
+def interval(low: float | None, high: float | None, form: str = ".2f") -> str:
+    """Return an interval in brackets; empty if there is none."""
+    return "" if low is None or pd.isna(low) else f"[{low:{form}}, {high:{form}}]".replace("-", "−")
+
+
+def interval_of(values: Values, key: str, form: str = ".2f", level: float = 0.95) -> str:
+    """Return the interval of a value of metrics.json; empty if it has none."""
+    low, high = values.get(f"{key}_ci{100 * level:g}") or (None, None)
+    return interval(low, high, form)
+
+
+def percent(values: Values, key: str) -> str:
+    """Return a fraction of metrics.json in percent with its interval."""
+    return f"{number(values[key], '.0%')} {interval_of(values, key, '.0%')}".strip()
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names within a sentence: `a, b and c`."""
+    return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
+
+
+def sentence(text: str) -> str:
+    """Return a note of metrics.json, which has neither capital nor full stop, as a sentence."""
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+# What LaTeX reads as a command, and signs that its standard fonts have only in formulas.
+_LATEX = str.maketrans(
+    {sign: f"\\{sign}" for sign in "&%$#_{}"}
+    | {sign: f"${sign}$" for sign in "<>|"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--"}
+    | {"±": r"$\pm$", "−": "$-$", "×": r"$\times$", "≠": r"$\neq$", "†": r"$\dagger$"}
+)
 # What Markdown reads as emphasis, code, a link, HTML or the end of a cell. Left alone is what it reads as text, so that
-# the
-# file itself can be read: the underscore of vit_b_16, the brackets of an interval.
+# the file itself can be read: the underscore of vit_b_16, the brackets of an interval.
 _MARKDOWN = re.compile(r"([\\`*<|~]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:]))")
+
+
+def escape_latex(text: str) -> str:
+    """Return text that LaTeX prints as it is."""
+    return text.translate(_LATEX)
+
+
+def escape_markdown(text: str) -> str:
+    """Return text that Markdown shows as it is."""
+    return _MARKDOWN.sub(r"\\\1", text)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a printed table.
+    """One cell of a table.
 
     Attributes:
-        text: what it says.
-        small: said in smaller type behind it, such as an interval.
+        text: its content.
+        small: in smaller type behind it, such as an interval.
         bold: set `text` in bold type.
         mark: of a footnote, behind `text`.
     """
@@ -90,6 +136,23 @@ class Cell:
     small: str = ""
     bold: bool = False
     mark: str = ""
+
+    @classmethod
+    def estimate(
+        cls,
+        value: float | None,
+        low: float | None = None,
+        high: float | None = None,
+        form: str = ".3f",
+        bounds: str = ".2f",
+    ) -> Cell:
+        """Return a value with its interval, in the formats `form` and `bounds`."""
+        return cls(number(value, form), interval(low, high, bounds))
+
+    @classmethod
+    def of(cls, values: Values, key: str, form: str = ".3f", bounds: str = ".2f") -> Cell:
+        """Return a value of metrics.json with its interval."""
+        return cls(number(values.get(key), form), interval_of(values, key, bounds))
 
     def markdown(self) -> str:
         """Return the cell as Markdown."""
@@ -115,7 +178,7 @@ class PrintedTable:
         columns: head.
         rows: cells, one a column.
         notes: sentences below the table.
-        left: number of columns, from the first, that are text and stand at the left.
+        left: number of columns, from the first, that are text and left-aligned.
     """
 
     title: str
@@ -124,22 +187,18 @@ class PrintedTable:
     notes: tuple[str, ...] = ()
     left: int = 1
 
-    def markdown(self) -> str:
+    def markdown(self, heading: bool = True) -> str:
         """Return heading, table and notes as Markdown."""
-        lines = [f"### {escape_markdown(self.title)}", ""]
-        lines += [_line([escape_markdown(name) for name in self.columns])]
+        lines = [f"### {escape_markdown(self.title)}", ""] if heading else []
+        lines += [_row([escape_markdown(name) for name in self.columns])]
         lines += ["|" + ":--|" * self.left + "--:|" * (len(self.columns) - self.left)]
-        lines += [_line([cell.markdown() for cell in row]) for row in self.rows]
+        lines += [_row([cell.markdown() for cell in row]) for row in self.rows]
         if self.notes:
             lines += ["", *(f"- {escape_markdown(note)}" for note in self.notes)]
         return "\n".join(lines) + "\n"
 
     def latex(self, label: str) -> str:
-        """Return a `table` environment; it needs the package booktabs.
-
-        Args:
-            label: of the table, for `\\ref`.
-        """
+        """Return a `table` environment with that label for `\\ref`; it needs the package booktabs."""
         lines = [r"\begin{table}", r"\centering\footnotesize\setlength{\tabcolsep}{3pt}"]
         lines += [rf"\caption{{{escape_latex(self.title)}}}", rf"\label{{tab:{label}}}"]
         lines += [rf"\begin{{tabular}}{{{'l' * self.left}{'r' * (len(self.columns) - self.left)}}}", r"\toprule"]
@@ -153,15 +212,96 @@ class PrintedTable:
         return "\n".join([*lines, r"\end{table}"]) + "\n"
 
 
-def escape_latex(text: str) -> str:
-    """Return text that LaTeX prints as it is."""
-    return "".join(_LATEX.get(character, character) for character in text)
-
-
-def escape_markdown(text: str) -> str:
-    """Return text that Markdown shows as it is."""
-    return _MARKDOWN.sub(r"\\\1", text)
-
-
-def _line(cells: list[str]) -> str:
+def _row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
+
+
+def metrics_tables(metrics: Values, title: str = "Test set") -> list[PrintedTable]:
+    """Return the headline measures and those of each class.
+
+    Args:
+        metrics: content of metrics.json, or of `compute_metrics` or `metrics_from_confusion`.
+        title: of the first table.
+    """
+    level = metrics.get("bootstrap", {}).get("level", 0.95)
+
+    def cell(values: Values, key: str) -> Cell:
+        form = ".0f" if key == "support" else ".3f"
+        return Cell(number(values.get(key), form), interval_of(values, key, ".3f", level))
+
+    malignant = {f"malignant_{key}": key for key in metrics.get("malignant", {})}
+    rows = []
+    for key, name in MEASURE_NAMES.items():
+        if key in metrics or key in malignant:
+            found = cell(metrics, key) if key in metrics else cell(metrics["malignant"], malignant[key])
+            rows.append([Cell(name), Cell(found.text), Cell(found.small)])
+    by_class = [
+        [Cell(name), *(cell(values, key) for key in CLASS_COLUMNS)] for name, values in metrics["per_class"].items()
+    ]
+    name = f"{100 * level:g}% interval"
+    below = f", with the {name}" if "bootstrap" in metrics else ""
+    notes = tuple(f"Note: {note}." for note in metrics["remarks"])
+    return [
+        PrintedTable(title, ("measure", "value", name), rows),
+        PrintedTable(f"Each class versus the rest{below}", ("class", *CLASS_COLUMNS.values()), by_class, notes),
+    ]
+
+
+def availability_table(measured: Values) -> PrintedTable:
+    """Return what the measures are when less is given.
+
+    Args:
+        measured: `availability` of metrics.json.
+    """
+    given = {AVAILABILITY_NAMES[name]: values for name, values in measured["inputs"].items()}
+    if len(measured["groups"]) > 1:
+        given |= {group["name"]: group for group in measured["groups"] if group["group"]["to"] > 0}
+    rows = []
+    for name, values in given.items():
+        cells = [Cell.of(values, key, ".1f" if key == "mean_size" else ".3f") for key in AVAILABILITY_COLUMNS]
+        rows.append([Cell(name), *cells])
+    notes = [
+        "The same test images. Sets and referral use the thresholds fitted on the validation split for these inputs.",
+        "Rows by share of fields: the remaining fields were drawn independently of the class; cases with too few "
+        "recorded fields are left out.",
+    ]
+    for group in measured["groups"]:
+        notes += [f"{group['name']}: {note}." for note in group["remarks"]]
+        if group["referral_threshold"] == 0:
+            notes.append(f"{group['name']}: too few validation cancers for a referral threshold: all are referred.")
+    return PrintedTable("Missing inputs", ("given", *AVAILABILITY_COLUMNS.values()), rows, tuple(notes))
+
+
+def availability_line(measured: Values) -> str:
+    """Return which cancers are referred when metadata or the image are missing; empty if that was not measured.
+
+    Args:
+        measured: `availability` of metrics.json.
+    """
+    parts = [
+        f"{AVAILABILITY_NAMES[name]} {values['cancers_referred']:.0%} (benign {values['benign_referred']:.0%})"
+        for name, values in measured["inputs"].items()
+        if values.get("cancers_referred") is not None and values.get("benign_referred") is not None
+    ]
+    return f"cancers referred: {'; '.join(parts)}" if parts else ""
+
+
+def calibration_line(calibrated: Values) -> str:
+    """Return what temperature, conformal sets and referral achieve on the test split.
+
+    Args:
+        calibrated: `calibrated` of metrics.json.
+    """
+    sets, referral = calibrated["conformal"]["marginal"], calibrated["referral"]
+    before, after = calibrated["before"]["ece"], calibrated["after"]["ece"]
+    parts = [
+        f"temperature {calibrated['temperature']:.2f}: expected calibration error {before:.3f} -> {after:.3f}",
+        f"conformal sets of {sets['mean_size']:.1f} classes: coverage {sets['coverage']:.0%} "
+        f"(target {calibrated['conformal']['promised']:.0%})",
+    ]
+    if referral is not None and referral["sensitivity"] is not None:
+        parts.append(
+            f"referral of {referral['referred']:.0%}: sensitivity {referral['sensitivity']:.0%} "
+            f"(target {referral['wanted']:.0%})"
+        )
+    return "; ".join(parts)

@@ -1,25 +1,20 @@
-"""What a page is made of: sections of words, tables and pictures."""
-
-# also: The page: one HTML file with everything in it, no script, nothing fetched from elsewhere.
+"""The HTML page of a report: one file without scripts; nothing is fetched from elsewhere."""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 
 import pandas as pd
-from markupsafe import Markup
 
 from dualrefnet.display.figure import ReportFigure, inline_svg
 from dualrefnet.display.format import PrintedTable
 from dualrefnet.errors import DependencyError
 
-try:
-    import jinja2
-except ImportError:
-    raise DependencyError("the report needs Jinja2: pip install 'dualrefnet[report]'") from None
+# The data of a larger table are not embedded; they lie beside the page as a file.
+EMBEDDED_BYTES = 100_000
 
 
 @dataclass(frozen=True)
@@ -28,28 +23,24 @@ class Section:
 
     Attributes:
         key: its anchor.
-        title: its heading, in plain words.
-        lead: what it says, in sentences, before any picture.
-        items: tables and pictures.
-        text: set as it is, in letters of one width, below the items.
-        folded: shown only when it is opened: for what few readers look up.
+        title: its heading.
+        intro: sentences before the items.
+        items: tables and figures.
+        preformatted: text in a monospaced font below the items.
+        folded: collapsed until it is opened.
     """
 
     key: str
     title: str
-    lead: list[str]
-    items: list[PrintedTable | ReportFigure] = field(default_factory=list)
-    text: str = ""
+    intro: list[str]
+    items: Sequence[PrintedTable | ReportFigure] = ()
+    preformatted: str = ""
     folded: bool = False
 
     @property
     def pictures(self) -> list[ReportFigure]:
-        """The pictures among the items."""
+        """The figures among the items."""
         return [item for item in self.items if isinstance(item, ReportFigure)]
-
-
-# A table that is larger isn't put into the page; it lies beside it as a file.
-EMBEDDED_BYTES = 100_000
 
 
 def render_page(title: str, subtitle: str, notes: Sequence[str], sections: Sequence[Section], photographs: bool) -> str:
@@ -58,10 +49,16 @@ def render_page(title: str, subtitle: str, notes: Sequence[str], sections: Seque
     Args:
         title: of the page.
         subtitle: one line below it.
-        notes: what a reader must know before believing a number; in a box at the top.
+        notes: what limits the results; in a box at the top.
         sections: in order.
-        photographs: the page shows photographs of patients, and says so.
+        photographs: the page shows images of patients, and says so.
     """
+    try:
+        import jinja2
+    except ImportError:
+        raise DependencyError("the report needs Jinja2: pip install 'dualrefnet[report]'") from None
+    from markupsafe import Markup
+
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dualrefnet.display", ""),
         autoescape=True,
@@ -69,17 +66,17 @@ def render_page(title: str, subtitle: str, notes: Sequence[str], sections: Seque
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["svg"] = lambda picture: Markup(inline_svg(picture))
-    environment.filters["csv_link"] = _csv_link
-    environment.tests["picture"] = lambda item: isinstance(item, ReportFigure)
+    environment.filters["svg"] = lambda figure: Markup(inline_svg(figure))
+    environment.filters["csv_link"] = lambda data, name: Markup(_csv_link(data, name))
+    environment.tests["figure"] = lambda item: isinstance(item, ReportFigure)
     template = environment.get_template("page.html.jinja")
     return template.render(title=title, subtitle=subtitle, notes=notes, sections=sections, photographs=photographs)
 
 
-def _csv_link(data: pd.DataFrame, name: str) -> Markup:
-    """Return a link that saves the numbers of a picture, or the name of the file beside the page that holds them."""
+def _csv_link(data: pd.DataFrame, name: str) -> str:
+    """Return a link that saves the numbers of a figure, or the name of the file beside the page that holds them."""
     text = data.to_csv(index=False).encode()
     if len(text) > EMBEDDED_BYTES:
-        return Markup(f"Numbers: <code>pictures/{escape(name)}.csv</code>")
+        return f"Data: <code>pictures/{escape(name)}.csv</code>"
     content = base64.b64encode(text).decode()
-    return Markup(f'<a download="{escape(name)}.csv" href="data:text/csv;base64,{content}">Numbers (CSV)</a>')
+    return f'<a download="{escape(name)}.csv" href="data:text/csv;base64,{content}">Data (CSV)</a>'

@@ -1,263 +1,184 @@
-"""Intervals: how far could a value lie from the truth, given that few patients were seen?
+"""Bootstrap over patients: resample weights, percentile intervals, paired differences, and ratios with intervals.
 
-Images of one patient resemble each other, so the bootstrap draws patients, not images (cluster bootstrap, percentile
-interval; Efron and Tibshirani 1993, Field and Welsh 2007). All sums are weighted by how often a patient was drawn, so
-no sample is ever laid out: 1,000 samples of 5,000 images take a second or two.
-
-A class of which no image was drawn is left out *of that sample*: its own values are skipped and the macro averages run
-over the classes left, exactly as `metrics` treats a class absent from the test set. `Intervals.samples_without` counts
-such samples; where they are many, the interval of that class is too narrow to be believed.
+Images of one patient resemble each other, so patients are resampled, not images (cluster bootstrap with percentile
+intervals; Efron and Tibshirani 1993, Field and Welsh 2007). No resample is ever laid out: it is a row of weights, how
+often each patient was drawn, and a statistic is a function of such rows, (S, G). The value on the test set itself is
+that of unit weights. "Patient" stands for the unit of grouping of a data set, which may be a lesion.
 """
-
-# also: Shares and means of test images, with intervals over patients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from dualrefnet.evaluation.metrics import Resampler, check_classes
+Floats = NDArray[np.float64]
+Name = TypeVar("Name", bound=Hashable)
+NAN = float("nan")
 
-# Samples measured at once: enough to fill the vector units, few enough to stay in the cache.
+# Resamples measured at once: enough to fill the vector units, few enough to stay in the cache.
 CHUNK = 64
 
 
-class Intervals(dict[str, tuple[float, float]]):
-    """Measure -> (low, high), and how they were drawn.
-
-    Keys are `accuracy`, `per_class.MEL.sensitivity`, `malignant.auc` and the like.
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its interval.
 
     Attributes:
-        samples: number of bootstrap samples.
-        level: coverage, such as 0.95.
-        groups: number of patients.
-        samples_without: class -> number of samples in which it had no image; only classes of the test set.
+        value: on the test set; NaN where undefined.
+        low: lower end of the interval; NaN where there is none.
+        high: upper end.
+    """
+
+    value: float
+    low: float = NAN
+    high: float = NAN
+
+    def to_json(self, name: str, level: float) -> dict[str, Any]:
+        """Return `name` and, if there is an interval, `name`_ci95; None for an undefined value."""
+        if np.isnan(self.value):
+            return {name: None}
+        interval = {} if np.isnan(self.low) else {name + interval_suffix(level): [float(self.low), float(self.high)]}
+        return {name: float(self.value), **interval}
+
+
+@dataclass(frozen=True)
+class Difference(Estimate):
+    """A difference of two models on the same resamples.
+
+    Attributes:
+        p: two-sided, see `two_sided_p`; NaN where there is no interval.
+        samples: number of resamples in which both were defined.
+    """
+
+    p: float = NAN
+    samples: int = 0
+
+    @classmethod
+    def of(cls, value: float, resampled: Floats, level: float) -> Difference:
+        """Return a difference from its value in every resample, (S,)."""
+        interval = percentile_interval(resampled, level)
+        if interval is None or np.isnan(value):
+            return cls(value)
+        return cls(value, *interval, two_sided_p(resampled), int((~np.isnan(resampled)).sum()))
+
+
+class Bootstrap:
+    """Resamples of the patients of a test set; equal arguments draw the same patients for every statistic.
+
+    Args:
+        groups: (N,), the patient of every image; each image of an unknown patient needs a name of its own.
+        images: N.
+        samples: number of resamples; 0: no intervals.
+        seed: of the draw.
+        level: coverage of the intervals.
+        progress: called with (samples done, samples in all).
+
+    Attributes:
+        codes: (N,), the groups as numbers 0..G-1.
+        groups: G.
+
+    Raises:
+        ValueError: see `group_codes`; `groups` isn't (N,), `samples` is negative, or `level` lies outside 0..1.
     """
 
     def __init__(
         self,
-        values: Mapping[str, tuple[float, float]],
-        *,
+        groups: ArrayLike,
+        images: int,
         samples: int,
-        level: float,
-        groups: int,
-        samples_without: Mapping[str, int],
+        seed: int = 0,
+        level: float = 0.95,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        super().__init__(values)
-        self.samples = samples
-        self.level = level
-        self.groups = groups
-        self.samples_without = dict(samples_without)
+        _check_level(level)
+        if samples < 0:
+            raise ValueError(f"samples must be at least 0, not {samples}")
+        self.codes = group_codes(groups)
+        if self.codes.shape != (images,):
+            raise ValueError(f"groups must have the shape {(images,)}, one for each image, not {self.codes.shape}")
+        self.groups = int(self.codes.max()) + 1
+        self.images, self.samples, self.seed, self.level, self.progress = images, samples, seed, level, progress
 
+    @property
+    def unit_weights(self) -> Floats:
+        """Weights of the test set itself, (1, G)."""
+        return np.ones((1, self.groups))
 
-def bootstrap_intervals(
-    labels: ArrayLike,
-    probabilities: ArrayLike,
-    groups: ArrayLike,
-    classes: Sequence[str],
-    samples: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-    progress: Callable[[int, int], None] | None = None,
-    malignant: Sequence[str] = (),
-) -> Intervals:
-    """Return percentile intervals of the headline and per-class values from a patient-level bootstrap.
+    def resample(self, statistic: Callable[[Floats], Floats]) -> Floats:
+        """Return a statistic of every resample, (samples, ...); it maps weights (S, G) to (S, ...)."""
+        return self.resample_each({0: lambda weights: {"": statistic(weights)}})[0][""]
 
-    Args:
-        labels: (N,), indices into `classes`.
-        probabilities: (N, C), rows sum to 1.
-        groups: (N,), the patient of every image; each image of an unknown patient needs a name of its own.
-        classes: names in the order of the columns.
-        samples: bootstrap samples.
-        seed: of the draw.
-        level: coverage.
-        progress: called with (samples done, samples in all).
-        malignant: the classes that are cancer; empty: no `malignant` intervals.
+    def resample_each(
+        self, models: Mapping[Name, Callable[[Floats], dict[str, Floats]]]
+    ) -> dict[Name, dict[str, Floats]]:
+        """Return the statistics of several models on the same resamples, each (samples, ...)."""
+        draws = draw_counts(self.groups, self.samples, self.seed, self.progress)
+        chunks = [{name: measure(weights) for name, measure in models.items()} for weights in draws]
+        if not chunks:
+            unit = {name: measure(self.unit_weights) for name, measure in models.items()}
+            return {name: {key: values[:0] for key, values in columns.items()} for name, columns in unit.items()}
+        return {
+            name: {key: np.concatenate([chunk[name][key] for chunk in chunks]) for key in chunks[0][name]}
+            for name in models
+        }
 
-    Returns:
-        The intervals; a value that is undefined in every sample has none.
+    def sums(self, values: ArrayLike) -> Floats:
+        """Return (G, K): the sum of each patient's rows of (N, K)."""
+        return group_sums(values, self.codes, self.groups)
 
-    Raises:
-        ValueError: see `check_predictions`; fewer than 2 groups, a missing group, `samples` below 1 or `level` outside
-            0..1.
-    """
-    classes, malignant = list(classes), list(malignant)
-    check_classes(classes, malignant)
-    _check_level(level)
-    codes = group_codes(groups)
-    resampler = Resampler(labels, probabilities, codes, classes, malignant)
-    drawn = draw([resampler], samples, seed, progress)[0]
+    def estimate(self, value: float, resampled: Floats) -> Estimate:
+        """Return a value with the percentile interval of its resamples, (S,); none for an undefined value."""
+        interval = None if np.isnan(value) else percentile_interval(resampled, self.level)
+        return Estimate(value, *(interval or (NAN, NAN)))
 
-    values: dict[str, tuple[float, float]] = {}
-    for measure, column in drawn.items():
-        interval = percentile_interval(column, level)
-        if interval is not None:
-            values[measure] = interval
-    present = [classes[index] for index in np.unique(np.asarray(labels))]
-    without = {name: int(np.isnan(drawn[f"per_class.{name}.sensitivity"]).sum()) for name in present}
-    return Intervals(values, samples=samples, level=level, groups=resampler.group_count, samples_without=without)
+    def proportion(self, value: float, resampled: Floats, patients: int) -> Estimate:
+        """Return a proportion with its interval.
 
+        At 0 and 1 all resamples agree, which would feign certainty: there the interval is Wilson's, each patient
+        counting as one case.
+        """
+        if self.samples and value in (0, 1):
+            return Estimate(value, *wilson_interval(int(value) * patients, patients, self.level))
+        return self.estimate(value, resampled)
 
-def paired_difference(
-    labels: ArrayLike,
-    probabilities_a: ArrayLike,
-    probabilities_b: ArrayLike,
-    groups: ArrayLike,
-    classes: Sequence[str],
-    measure: str = "balanced_accuracy",
-    samples: int = 1000,
-    seed: int = 0,
-    malignant: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Compare two models on the same images: is A's value of `measure` above B's?
+    def ratios(self, amounts: ArrayLike, included: ArrayLike, proportions: bool = True) -> list[Estimate]:
+        """Divide sums by counts of images.
 
-    Both are measured on the same resamples of patients, so what makes a sample easy or hard for both cancels out.
+        Args:
+            amounts: (N, K), what is summed; truth values for proportions.
+            included: (N, K), whether the image counts.
+            proportions: take `proportion`'s interval.
 
-    Args:
-        labels: (N,).
-        probabilities_a: (N, C), model A.
-        probabilities_b: (N, C), model B, on the same images in the same order.
-        groups: (N,), the patient of every image.
-        classes: names in the order of the columns.
-        measure: a key of `bootstrap_intervals`, such as `auc_macro_ovr` or `per_class.MEL.sensitivity`.
-        samples: bootstrap samples.
-        seed: of the draw.
-        malignant: the classes that are cancer, for the measures `malignant.*`.
+        Returns:
+            One value a column; NaN where no image counts. Resamples without such an image are skipped.
+        """
+        counted = np.asarray(included, dtype=bool)
+        numerator = self.sums(np.where(counted, np.asarray(amounts, dtype=np.float64), 0.0))
+        denominator = self.sums(counted)
+        values = divide(numerator.sum(axis=0), denominator.sum(axis=0)).tolist()
+        resampled = self.resample(lambda weights: divide(weights @ numerator, weights @ denominator))
+        patients = (denominator > 0).sum(axis=0).tolist()
+        columns = zip(values, resampled.T, patients, strict=True)
+        return [self.proportion(*column) if proportions else self.estimate(*column[:2]) for column in columns]
 
-    Returns:
-        `measure`, `a`, `b`, `difference` (a - b), `ci95` ([low, high] of the difference), `p` (two-sided: twice the
-        smaller tail of the bootstrap differences beyond 0, each tail with one sample added so that p is never 0),
-        `samples` (those in which the measure was defined) and `groups`.
-
-    Raises:
-        ValueError: see `bootstrap_intervals`; the measure is unknown, or undefined on these images.
-    """
-    classes, malignant = list(classes), list(malignant)
-    check_classes(classes, malignant)
-    codes = group_codes(groups)
-    resamplers = [
-        Resampler(labels, probabilities, codes, classes, malignant)
-        for probabilities in (probabilities_a, probabilities_b)
-    ]
-    whole = np.ones((resamplers[0].group_count, 1))
-    points = [resampler.measure(whole) for resampler in resamplers]
-    if measure not in points[0]:
-        raise ValueError(f"unknown measure {measure!r}; known: {', '.join(points[0])}")
-    a, b = (float(point[measure][0]) for point in points)
-    if np.isnan(a) or np.isnan(b):
-        raise ValueError(f"{measure} is undefined on these images")
-    drawn = draw(resamplers, samples, seed, None)
-    differences = drawn[0][measure] - drawn[1][measure]
-    interval = percentile_interval(differences, 0.95)
-    if interval is None:
-        raise ValueError(f"{measure} is undefined in every bootstrap sample; there are too few images")
-    return {
-        "measure": measure,
-        "a": a,
-        "b": b,
-        "difference": a - b,
-        "ci95": list(interval),
-        "p": two_sided_p(differences),
-        "samples": int((~np.isnan(differences)).sum()),
-        "groups": resamplers[0].group_count,
-    }
-
-
-def wilson_interval(successes: int, total: int, level: float = 0.95) -> tuple[float, float]:
-    """Return the score interval of a proportion (Wilson 1927), for counts of independent cases.
-
-    Raises:
-        ValueError: not 0 <= successes <= total with total > 0, or `level` is outside 0..1.
-
-    >>> [round(value, 4) for value in wilson_interval(8, 10)]
-    [0.4902, 0.9433]
-    """
-    _check_level(level)
-    if total < 1 or not 0 <= successes <= total:
-        raise ValueError(f"{successes} of {total} is no proportion")
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    share = successes / total
-    centre = share + z**2 / (2 * total)
-    half = z * np.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
-    scale = 1 + z**2 / total
-    # At none and all the bounds are exactly 0 and 1, which rounding would miss by 1e-16.
-    low = 0.0 if successes == 0 else float((centre - half) / scale)
-    high = 1.0 if successes == total else float((centre + half) / scale)
-    return low, high
-
-
-def with_intervals(metrics: Mapping[str, Any], intervals: Intervals) -> dict[str, Any]:
-    """Return the content of metrics.json: every value that has an interval gets it as its neighbour.
-
-    `accuracy` is followed by `accuracy_ci95` ([low, high]; `_ci90` at level 0.9), also inside `per_class` and
-    `malignant`. `bootstrap` tells how the intervals were drawn, and a remark names the classes that vanished from
-    samples.
-
-    Args:
-        metrics: as `compute_metrics` returns them; not changed.
-        intervals: as `bootstrap_intervals` returns them.
-    """
-    result = _beside(metrics, intervals, "")
-    result["per_class"] = {
-        name: _beside(values, intervals, f"per_class.{name}.") for name, values in metrics["per_class"].items()
-    }
-    if "malignant" in metrics:
-        result["malignant"] = _beside(metrics["malignant"], intervals, "malignant.")
-    result["bootstrap"] = {
-        "samples": intervals.samples,
-        "level": intervals.level,
-        "groups": intervals.groups,
-        "samples_without": intervals.samples_without,
-    }
-    vanished = [f"{name} ({count})" for name, count in intervals.samples_without.items() if count]
-    remarks = list(metrics["remarks"])
-    if vanished:
-        remarks.append(
-            f"classes missing from some of the {intervals.samples} bootstrap samples, and skipped in those: {', '.join(vanished)}; "
-            "their intervals are too narrow"
-        )
-    result["remarks"] = remarks
-    return result
-
-
-def draw(
-    resamplers: Sequence[Resampler], samples: int, seed: int, progress: Callable[[int, int], None] | None = None
-) -> list[dict[str, NDArray[np.float64]]]:
-    """Measure every model on the same draws of groups.
-
-    Args:
-        resamplers: one a model, all of the same groups.
-        samples: number of draws.
-        seed: of the draws.
-        progress: called with (samples done, samples in all).
-
-    Returns:
-        For each model, measure -> (samples,), NaN where undefined.
-
-    Raises:
-        ValueError: `samples` is below 1.
-    """
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, not {samples}")
-    groups = resamplers[0].group_count
-    parts: list[list[dict[str, NDArray[np.float64]]]] = [[] for _ in resamplers]
-    for times in draw_counts(groups, samples, seed, progress):
-        for part, resampler in zip(parts, resamplers, strict=True):
-            part.append(resampler.measure(np.ascontiguousarray(times.T)))
-    return [{measure: np.concatenate([chunk[measure] for chunk in part]) for measure in part[0]} for part in parts]
+    def describe(self, unit: str) -> str:
+        """Return how a figure's bands were made, for its caption; `unit` is what was resampled, in the plural."""
+        text = f"{self.images} test images of {self.groups} {unit}"
+        if self.samples:
+            text += f"; {100 * self.level:g}% intervals from {self.samples} resamples of the {unit} (seed {self.seed})"
+        return text
 
 
 def draw_counts(
     groups: int, samples: int, seed: int, progress: Callable[[int, int], None] | None = None
-) -> Iterator[NDArray[np.float64]]:
-    """Draw groups with replacement, and give how often each was drawn, (samples, groups), at most `CHUNK` samples at a
-    time.
+) -> Iterator[Floats]:
+    """Draw groups with replacement: yield how often each was drawn, (at most `CHUNK` samples, groups) at a time.
 
     Args:
         groups: how many there are, and how many are drawn.
@@ -283,132 +204,11 @@ def group_codes(groups: ArrayLike) -> NDArray[np.int64]:
     """
     codes, names = pd.factorize(np.asarray(groups))
     if (codes < 0).any():
-        raise ValueError(
-            f"{int((codes < 0).sum())} images have no group; give each image of an unknown patient a name of its own"
-        )
+        missing = int((codes < 0).sum())
+        raise ValueError(f"{missing} images have no group; give each image of an unknown patient a name of its own")
     if len(names) < 2:
         raise ValueError("a bootstrap over patients needs at least 2 patients")
     return codes.astype(np.int64)
-
-
-def percentile_interval(drawn: NDArray[np.float64], level: float) -> tuple[float, float] | None:
-    """Return the interval that holds the share `level` of the defined (not NaN) values; None if there are none."""
-    defined = drawn[~np.isnan(drawn)]
-    if not len(defined):
-        return None
-    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def two_sided_p(differences: NDArray[np.float64]) -> float:
-    """Return twice the smaller tail of bootstrap differences beyond 0, NaN left out.
-
-    Each tail has one sample added, so that p is never 0.
-    """
-    defined = differences[~np.isnan(differences)]
-    tail = min(int((defined <= 0).sum()), int((defined >= 0).sum()))
-    return min(1.0, 2 * (tail + 1) / (len(defined) + 1))
-
-
-def interval_suffix(level: float) -> str:
-    """Return what is added to a measure's name for its interval: `_ci95` for 0.95."""
-    return f"_ci{100 * level:g}"
-
-
-def _beside(values: Mapping[str, Any], intervals: Intervals, prefix: str) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        result[key] = value
-        if prefix + key in intervals:
-            result[key + interval_suffix(intervals.level)] = list(intervals[prefix + key])
-    return result
-
-
-def _check_level(level: float) -> None:
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, not {level}")
-
-
-Floats = NDArray[np.float64]
-
-
-NAN = float("nan")
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A value and its interval; NaN: undefined, or there is no interval.
-
-    Attributes:
-        value: on all images.
-        low: lower end of the interval.
-        high: upper end.
-        count: number of images that it is about.
-    """
-
-    value: float
-    low: float
-    high: float
-    count: int
-
-    def to_json(self, name: str, level: float) -> dict[str, Any]:
-        """Return `name` and, if there is an interval, `name`_ci95; None for an undefined value."""
-        return beside(name, self.value, (self.low, self.high), level)
-
-
-def beside(name: str, value: float, bounds: tuple[float, float] | None, level: float) -> dict[str, Any]:
-    """Return a value for strict JSON with its interval, if there is one, as its neighbour."""
-    result: dict[str, Any] = {name: None if np.isnan(value) else float(value)}
-    if bounds is not None and not np.isnan(bounds[0]) and not np.isnan(value):
-        result[name + interval_suffix(level)] = [float(bounds[0]), float(bounds[1])]
-    return result
-
-
-def measure_ratios(
-    amounts: ArrayLike,
-    about: ArrayLike,
-    groups: NDArray[np.int64],
-    samples: int,
-    seed: int,
-    level: float,
-    shares: bool = True,
-) -> list[Ratio]:
-    """Divide sums by counts, with percentile intervals of a bootstrap over patients.
-
-    Args:
-        amounts: (N, K), what is summed; truth values for shares.
-        about: (N, K), whether the image belongs to the question.
-        groups: (N,), patient of every image, 0..G-1.
-        samples: bootstrap samples; 0: no intervals.
-        seed: of the draw.
-        level: coverage of the intervals.
-        shares: the values are shares: where none or all images count, all resamples agree, which would feign certainty,
-            and the
-            interval is Wilson's, each patient counting as one case.
-
-    Returns:
-        One value a column; NaN where no image belongs to the question. Resamples without such an image are skipped.
-    """
-    wanted = np.asarray(about, dtype=bool)
-    summed = np.where(wanted, np.asarray(amounts, dtype=np.float64), 0.0)
-    size = int(groups.max()) + 1
-    numerator, denominator = group_sums(summed, groups, size), group_sums(wanted, groups, size)
-    values = divide(numerator.sum(axis=0), denominator.sum(axis=0))
-    patients, counts = (denominator > 0).sum(axis=0), wanted.sum(axis=0)
-    drawn = np.empty((0, wanted.shape[1]))
-    if samples:
-        drawn = np.concatenate(
-            [divide(times @ numerator, times @ denominator) for times in draw_counts(size, samples, seed)]
-        )
-    result = []
-    for column, value in enumerate(values.tolist()):
-        bounds = None
-        if samples and shares and value in (0, 1):
-            bounds = wilson_interval(int(value) * int(patients[column]), int(patients[column]), level)
-        elif samples and not np.isnan(value):
-            bounds = percentile_interval(drawn[:, column], level)
-        result.append(Ratio(value, *(bounds or (NAN, NAN)), int(counts[column])))
-    return result
 
 
 def group_sums(values: ArrayLike, groups: NDArray[np.int64], size: int) -> Floats:
@@ -421,5 +221,79 @@ def group_sums(values: ArrayLike, groups: NDArray[np.int64], size: int) -> Float
 
 def divide(numerator: Floats, denominator: Floats) -> Floats:
     """Divide, NaN where the denominator is 0."""
-    result: Floats = np.divide(numerator, denominator, out=np.full(np.shape(numerator), np.nan), where=denominator > 0)
+    result: Floats = np.divide(numerator, denominator, out=np.full(np.shape(numerator), NAN), where=denominator > 0)
     return result
+
+
+def percentile_interval(resampled: Floats, level: float) -> tuple[float, float] | None:
+    """Return the central interval that holds the share `level` of the values; NaN is left out, None if all are."""
+    defined = resampled[~np.isnan(resampled)]
+    if not len(defined):
+        return None
+    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def interval_suffix(level: float) -> str:
+    """Return what a value's key is followed by for its interval: `_ci95` for 0.95."""
+    return f"_ci{100 * level:g}"
+
+
+def wilson_interval(successes: int, total: int, level: float = 0.95) -> tuple[float, float]:
+    """Return the score interval of a proportion (Wilson 1927), for counts of independent cases.
+
+    Raises:
+        ValueError: not 0 <= successes <= total with total > 0, or `level` is outside 0..1.
+
+    >>> [round(value, 4) for value in wilson_interval(8, 10)]
+    [0.4902, 0.9433]
+    """
+    _check_level(level)
+    if total < 1 or not 0 <= successes <= total:
+        raise ValueError(f"{successes} of {total} is no proportion")
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    proportion = successes / total
+    middle = proportion + z**2 / (2 * total)
+    half = z * np.sqrt(proportion * (1 - proportion) / total + z**2 / (4 * total**2))
+    scale = 1 + z**2 / total
+    # At none and all the bounds are exactly 0 and 1, which rounding would miss by 1e-16.
+    low = 0.0 if successes == 0 else float((middle - half) / scale)
+    high = 1.0 if successes == total else float((middle + half) / scale)
+    return low, high
+
+
+def two_sided_p(differences: Floats) -> float:
+    """Return twice the smaller tail of bootstrap differences beyond 0, NaN left out.
+
+    Each tail has one sample added, so that p is never 0.
+    """
+    defined = differences[~np.isnan(differences)]
+    tail = min(int((defined <= 0).sum()), int((defined >= 0).sum()))
+    return min(1.0, 2 * (tail + 1) / (len(defined) + 1))
+
+
+def holm(p_values: Sequence[float | None]) -> list[float]:
+    """Correct p-values for multiple comparisons by stepping down (Holm 1979): holds whatever their dependence.
+
+    Args:
+        p_values: one a comparison; None or NaN where there was none: not counted, and NaN in the result.
+
+    Raises:
+        ValueError: a p-value lies outside 0..1.
+
+    >>> holm([0.01, 0.04, None, 0.03])
+    [0.03, 0.06, nan, 0.06]
+    """
+    values = np.array([NAN if value is None else value for value in p_values], dtype=float)
+    known = np.flatnonzero(~np.isnan(values))
+    if ((values[known] < 0) | (values[known] > 1)).any():
+        raise ValueError("p-values must lie in 0..1")
+    order = known[np.argsort(values[known], kind="stable")]
+    steps = values[order] * np.arange(len(order), 0, -1)
+    values[order] = np.minimum(np.maximum.accumulate(steps), 1)
+    return [float(value) for value in values]
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, not {level}")

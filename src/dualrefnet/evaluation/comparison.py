@@ -1,9 +1,9 @@
-"""Many systems on the same test images: values with intervals, differences with p, corrected for their number.
+"""Several models on the same test images: values with intervals, and paired differences.
 
-A system is what one or more seeds of one training answered. Its value is the mean over seeds of the measure; an
-interval comes from resampling patients, the same resamples for every seed and every system, so that what makes a
-sample easy or hard cancels out of a difference. The interval thus says how far the value depends on who was in the
-test set, given the trained models; how far it depends on the training, the spread over seeds says.
+A system is the predictions of one or more seeds of one training. Its value is the mean of the metric over seeds. Its
+interval resamples patients, the same ones for every seed and every system, so that what makes a resample easy or hard
+cancels out of a difference. The interval says how far the value depends on the patients of the test set, given the
+trained models; how far it depends on the training, the standard deviation over seeds says.
 """
 
 from __future__ import annotations
@@ -13,47 +13,115 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from dualrefnet.evaluation.bootstrap import draw, group_codes, percentile_interval, two_sided_p
-from dualrefnet.evaluation.metrics import Resampler, check_classes, compute_metrics
-
-Floats = NDArray[np.float64]
-NAN = float("nan")
-
-
-@dataclass(frozen=True)
-class Value:
-    """A value and its interval; NaN: undefined, or the measure has no interval.
-
-    Attributes:
-        value: mean over seeds.
-        low: lower end of the interval.
-        high: upper end.
-    """
-
-    value: float
-    low: float
-    high: float
+from dualrefnet.evaluation.bootstrap import (
+    NAN,
+    Bootstrap,
+    Difference,
+    Estimate,
+    Floats,
+    interval_suffix,
+    percentile_interval,
+)
+from dualrefnet.evaluation.metrics import WeightedMetrics, compute_metrics
 
 
-@dataclass(frozen=True)
-class Difference:
-    """How far a system is above a reference; NaN as in `Value`.
+class Intervals(dict[str, tuple[float, float]]):
+    """Metric -> (low, high), and how they were drawn.
+
+    Keys are `accuracy`, `per_class.MEL.sensitivity`, `malignant.auc` and the like.
 
     Attributes:
-        difference: system - reference.
-        low: lower end of the interval.
-        high: upper end.
-        p: two-sided, see `two_sided_p`.
-        samples: bootstrap samples in which both were defined.
+        samples: number of bootstrap resamples.
+        level: coverage, such as 0.95.
+        groups: number of patients.
+        samples_without: class -> number of resamples in which it had no image; only classes of the test set. Where they
+            are many, the intervals of that class are too narrow.
     """
 
-    difference: float
-    low: float
-    high: float
-    p: float
     samples: int
+    level: float
+    groups: int
+    samples_without: dict[str, int]
+
+
+def bootstrap_intervals(
+    labels: ArrayLike,
+    probabilities: ArrayLike,
+    groups: ArrayLike,
+    classes: Sequence[str],
+    samples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+    progress: Callable[[int, int], None] | None = None,
+    malignant: Sequence[str] = (),
+) -> Intervals:
+    """Return percentile intervals of the headline and per-class metrics from a bootstrap over patients.
+
+    Args:
+        labels: (N,), indices into `classes`.
+        probabilities: (N, C), rows sum to 1.
+        groups: (N,), the patient of every image; each image of an unknown patient needs a name of its own.
+        classes: names in the order of the columns.
+        samples: bootstrap resamples.
+        seed: of the draw.
+        level: coverage.
+        progress: called with (samples done, samples in all).
+        malignant: the classes that are cancer; empty: no `malignant` intervals.
+
+    Returns:
+        The intervals; a metric that is undefined in every resample has none.
+
+    Raises:
+        ValueError: see `check_predictions`, `check_classes` and `Bootstrap`.
+    """
+    bootstrap = Bootstrap(groups, len(np.asarray(labels)), samples, seed, level, progress)
+    model = WeightedMetrics(labels, probabilities, bootstrap.codes, classes, malignant)
+    resampled = bootstrap.resample_each({"": model.measure})[""]
+    intervals = {measure: percentile_interval(column, level) for measure, column in resampled.items()}
+    result = Intervals({measure: interval for measure, interval in intervals.items() if interval is not None})
+    present = [classes[index] for index in np.unique(np.asarray(labels))]
+    result.samples, result.level, result.groups = samples, level, bootstrap.groups
+    result.samples_without = {name: int(np.isnan(resampled[f"per_class.{name}.sensitivity"]).sum()) for name in present}
+    return result
+
+
+def with_intervals(metrics: Mapping[str, Any], intervals: Intervals) -> dict[str, Any]:
+    """Return the content of metrics.json: every value that has an interval is followed by it.
+
+    `accuracy` is followed by `accuracy_ci95` ([low, high]; `_ci90` at level 0.9), also inside `per_class` and
+    `malignant`. `bootstrap` tells how the intervals were drawn.
+
+    Args:
+        metrics: as `compute_metrics` returns them; not changed.
+        intervals: as `bootstrap_intervals` returns them.
+    """
+    suffix = interval_suffix(intervals.level)
+
+    def beside(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in values.items():
+            result[key] = value
+            if prefix + key in intervals:
+                result[key + suffix] = list(intervals[prefix + key])
+        return result
+
+    result = beside(metrics, "")
+    result["per_class"] = {name: beside(values, f"per_class.{name}.") for name, values in metrics["per_class"].items()}
+    if "malignant" in metrics:
+        result["malignant"] = beside(metrics["malignant"], "malignant.")
+    result["bootstrap"] = {
+        "samples": intervals.samples,
+        "level": intervals.level,
+        "groups": intervals.groups,
+        "samples_without": intervals.samples_without,
+    }
+    without = [f"{name} ({count})" for name, count in intervals.samples_without.items() if count]
+    if without:
+        note = f"missing from some of the {intervals.samples} bootstrap resamples, and left out there: "
+        result["remarks"] = [*metrics["remarks"], f"{note}{', '.join(without)}; their intervals are too narrow"]
+    return result
 
 
 @dataclass(frozen=True)
@@ -61,8 +129,8 @@ class PooledBootstrap:
     """Systems measured on the same resamples of patients.
 
     Attributes:
-        points: system -> measure -> value on the whole test set, mean over seeds; NaN where it is undefined for a seed.
-        drawn: system -> measure -> (samples,), the value in every resample. Measures without it have no interval.
+        points: system -> metric -> value on the test set, mean over seeds; NaN where it is undefined for a seed.
+        drawn: system -> metric -> (samples,), the value in every resample. Metrics without it have no interval.
         groups: number of patients.
         images: number of test images.
         samples: number of resamples.
@@ -76,36 +144,32 @@ class PooledBootstrap:
     samples: int
     level: float
 
-    def value(self, system: str, measure: str) -> Value:
+    def value(self, system: str, measure: str) -> Estimate:
         """Return a system's value and interval.
 
         Raises:
-            ValueError: the measure is unknown.
+            ValueError: the metric is unknown.
         """
-        drawn = self.drawn[system].get(measure)
-        interval = None if drawn is None else percentile_interval(drawn, self.level)
-        return Value(self._point(system, measure), *(interval or (NAN, NAN)))
+        interval = percentile_interval(self._resampled(system, measure), self.level)
+        return Estimate(self._point(system, measure), *(interval or (NAN, NAN)))
 
     def difference(self, system: str, reference: str, measure: str) -> Difference:
         """Return how far `system` is above `reference`.
 
         Raises:
-            ValueError: the measure is unknown.
+            ValueError: the metric is unknown.
         """
-        difference = self._point(system, measure) - self._point(reference, measure)
-        if measure not in self.drawn[system]:
-            return Difference(difference, NAN, NAN, NAN, 0)
-        drawn = self.drawn[system][measure] - self.drawn[reference][measure]
-        interval = percentile_interval(drawn, self.level)
-        if interval is None or np.isnan(difference):
-            return Difference(difference, NAN, NAN, NAN, 0)
-        return Difference(difference, *interval, two_sided_p(drawn), int((~np.isnan(drawn)).sum()))
+        value = self._point(system, measure) - self._point(reference, measure)
+        return Difference.of(value, self._resampled(system, measure) - self._resampled(reference, measure), self.level)
 
     def _point(self, system: str, measure: str) -> float:
         points = self.points[system]
         if measure not in points:
             raise ValueError(f"unknown measure {measure!r}; known: {', '.join(points)}")
         return points[measure]
+
+    def _resampled(self, system: str, measure: str) -> Floats:
+        return self.drawn[system].get(measure, np.empty(0))
 
 
 def pooled_bootstrap(
@@ -126,32 +190,57 @@ def pooled_bootstrap(
         systems: name -> one (N, C) array of probabilities a seed; rows in the order of `labels`.
         groups: (N,), the patient of every image; each image of an unknown patient needs a name of its own.
         classes: names in the order of the columns.
-        samples: bootstrap samples.
+        samples: bootstrap resamples; 0: no intervals.
         seed: of the draw.
         level: coverage of the intervals.
-        malignant: the classes that are cancer, for the measures `malignant.*`.
+        malignant: the classes that are cancer, for the metrics `malignant.*`.
         progress: called with (samples done, samples in all).
 
     Raises:
         ValueError: there is no system, or one without a seed; see also `bootstrap_intervals`.
     """
-    classes, malignant = list(classes), list(malignant)
-    check_classes(classes, malignant)
     empty = [name for name, seeds in systems.items() if not seeds]
     if empty or not systems:
         raise ValueError(f"no predictions of {', '.join(empty) or 'any system'}")
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, not {level}")
-    codes = group_codes(groups)
-    resamplers = [
-        Resampler(labels, seed_scores, codes, classes, malignant) for seeds in systems.values() for seed_scores in seeds
-    ]
-    drawn = iter(draw(resamplers, samples, seed, progress))
-    points, resampled = {}, {}
-    for name, seeds in systems.items():
-        points[name] = _mean([flat_measures(compute_metrics(labels, scores, classes, malignant)) for scores in seeds])
-        resampled[name] = _mean([next(drawn) for _ in seeds])
-    return PooledBootstrap(points, resampled, resamplers[0].group_count, len(codes), samples, level)
+    bootstrap = Bootstrap(groups, len(np.asarray(labels)), samples, seed, level, progress)
+    points = {
+        name: _mean([flat_measures(compute_metrics(labels, scores, classes, malignant)) for scores in seeds])
+        for name, seeds in systems.items()
+    }
+    models = {
+        name: [WeightedMetrics(labels, scores, bootstrap.codes, classes, malignant) for scores in seeds]
+        for name, seeds in systems.items()
+    }
+    drawn = bootstrap.resample_each(
+        {
+            name: lambda weights, seeds=seeds: _mean([model.measure(weights) for model in seeds])  # type: ignore[misc]
+            for name, seeds in models.items()
+        }
+    )
+    return PooledBootstrap(points, drawn, bootstrap.groups, bootstrap.images, samples, level)
+
+
+def paired_difference(
+    labels: ArrayLike,
+    probabilities_a: ArrayLike,
+    probabilities_b: ArrayLike,
+    groups: ArrayLike,
+    classes: Sequence[str],
+    measure: str = "balanced_accuracy",
+    samples: int = 1000,
+    seed: int = 0,
+    malignant: Sequence[str] = (),
+) -> Difference:
+    """Compare two models on the same images: how far is model A's value of `measure` above B's?
+
+    Both (N, C) arrays of probabilities are measured on the same resamples; `pooled_bootstrap` explains the rest.
+
+    Raises:
+        ValueError: the metric is unknown; see also `bootstrap_intervals`.
+    """
+    systems = {"a": [probabilities_a], "b": [probabilities_b]}
+    bootstrap = pooled_bootstrap(labels, systems, groups, classes, samples, seed, malignant=malignant)
+    return bootstrap.difference("a", "b", measure)
 
 
 def flat_measures(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -169,28 +258,6 @@ def flat_measures(metrics: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def holm(p_values: Sequence[float | None]) -> list[float]:
-    """Correct p-values for their number by stepping down (Holm 1979): holds whatever their dependence.
-
-    Args:
-        p_values: one a comparison; None or NaN where there was none: not counted, and NaN in the result.
-
-    Raises:
-        ValueError: a p-value lies outside 0..1.
-
-    >>> holm([0.01, 0.04, None, 0.03])
-    [0.03, 0.06, nan, 0.06]
-    """
-    values = np.array([NAN if value is None else value for value in p_values], dtype=float)
-    known = np.flatnonzero(~np.isnan(values))
-    if ((values[known] < 0) | (values[known] > 1)).any():
-        raise ValueError("p-values must lie in 0..1")
-    order = known[np.argsort(values[known], kind="stable")]
-    steps = values[order] * np.arange(len(order), 0, -1)
-    values[order] = np.minimum(np.maximum.accumulate(steps), 1)
-    return [float(value) for value in values]
-
-
 def _mean(seeds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Average each measure over seeds; NaN where a seed has none."""
+    """Average each metric over seeds; NaN where a seed has none."""
     return {measure: sum(values[measure] for values in seeds) / len(seeds) for measure in seeds[0]}

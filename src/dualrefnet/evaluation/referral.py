@@ -1,47 +1,36 @@
-"""Referral: who should be seen by a dermatologist, given that hardly any cancer may be missed?
+"""Referral and selective prediction over their thresholds, computed and drawn.
 
-The malignancy score of an image is the sum of the probabilities of the malignant classes. An image is referred if its
-score
-reaches a threshold: the largest one with which the wanted share of the validation side's cancers is referred. On other
-patients the share comes out above or below what was wanted, about as often the one as the other.
+Referral: an image whose malignancy score reaches the threshold should be seen by a dermatologist. Selective prediction:
+the images of which the model is least confident get no prediction; the area under the risk-coverage curve (AURC;
+Geifman et al. 2019) is the mean share of wrong predictions over all coverages.
 """
-
-# also: Selective prediction: how right is a model that may keep silent about the images of which it is least sure?
-# also: Picture of referral: what a lower or a higher threshold on the malignancy score would find and spare.
-# also: Picture of a model that may keep silent: how right the answers are, the fewer it gives.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from numpy.typing import ArrayLike, NDArray
 
 from dualrefnet.display.figure import COLOURS, FAINT, INK, PRIMARY, ReportFigure, new_figure, styled
-from dualrefnet.evaluation.bootstrap import (
-    NAN,
-    beside,
-    divide,
-    draw_counts,
-    group_codes,
-    measure_ratios,
-    percentile_interval,
-)
-from dualrefnet.evaluation.curves import check_draw
+from dualrefnet.evaluation.bootstrap import NAN, Bootstrap, Estimate, Floats, divide
 from dualrefnet.evaluation.metrics import check_predictions
 
-Floats = NDArray[np.float64]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-
-# Thresholds of the picture: 0, 0.01, ..., 1.
+# Thresholds of the referral curve: 0, 0.01, ..., 1.
 STEPS = 100
+
+# Coverages of selective prediction, in percent: of the table in metrics.json, and of the curve.
+TABLE = (100, 90, 80, 70, 50)
+CURVE = tuple(range(1, 101))
+
+# Selective predictions of fewer images aren't drawn: they say little, and their band would fill the figure.
+FEW = 20
 
 
 @dataclass(frozen=True)
@@ -56,12 +45,7 @@ class ReferralCurve:
         sensitivity: at the threshold in use.
         specificity: there.
         target: the sensitivity for which it was chosen.
-        images: number in the test set.
-        malignant: number of them that are cancers.
-        groups: number of patients.
-        samples: bootstrap samples.
-        seed: of the draw.
-        level: coverage of the bands.
+        bootstrap: how the bands were made.
     """
 
     table: pd.DataFrame
@@ -70,109 +54,7 @@ class ReferralCurve:
     sensitivity: float
     specificity: float
     target: float
-    images: int
-    malignant: int
-    groups: int
-    samples: int
-    seed: int
-    level: float
-
-
-def referral_threshold(malignant: NDArray[np.bool_], score: Floats, sensitivity: float) -> float | None:
-    """Return the largest threshold with which at least the wanted share of the malignant images is referred.
-
-    Args:
-        malignant: (N,), whether each image shows a cancer.
-        score: (N,), malignancy.
-        sensitivity: the wanted share, above 0 and up to 1.
-
-    Returns:
-        A threshold; None if no image is malignant.
-
-    Raises:
-        ValueError: `sensitivity` isn't in (0, 1].
-
-    >>> referral_threshold(np.array([True, True, True, True, False]), np.array([0.9, 0.2, 0.7, 0.4, 0.8]), 0.75)  # 3 of 4
-    0.4
-    """
-    if not 0 < sensitivity <= 1:
-        raise ValueError(f"the wanted sensitivity must be above 0 and at most 1, not {sensitivity}")
-    ill = np.sort(score[malignant])[::-1]
-    if not len(ill):
-        return None
-    return float(ill[math.ceil(len(ill) * sensitivity - 1e-9) - 1])
-
-
-def threshold_interval(
-    malignant: NDArray[np.bool_],
-    score: Floats,
-    sensitivity: float,
-    groups: NDArray[np.int64],
-    samples: int,
-    seed: int,
-    level: float,
-) -> tuple[float, float] | None:
-    """Return the percentile interval of `referral_threshold` over resampled patients; None if no image is malignant.
-
-    Args:
-        malignant: (N,), whether each image shows a cancer.
-        score: (N,), malignancy.
-        sensitivity: the wanted share.
-        groups: (N,), patient of every image, 0..G-1.
-        samples: bootstrap samples; resamples without a malignant image are skipped.
-        seed: of the draw.
-        level: coverage.
-    """
-    places = np.flatnonzero(malignant)
-    places = places[np.argsort(-score[places], kind="stable")]
-    if not len(places):
-        return None
-    descending, drawn = score[places], []
-    for times in draw_counts(int(groups.max()) + 1, samples, seed):
-        passed = times[:, groups[places]].cumsum(axis=1)
-        reached = passed >= passed[:, -1:] * sensitivity - 1e-9
-        drawn.append(np.where(passed[:, -1] > 0, descending[reached.argmax(axis=1)], np.nan))
-    return percentile_interval(np.concatenate(drawn), level)
-
-
-def measure_referral(
-    malignant: NDArray[np.bool_],
-    referred: NDArray[np.bool_],
-    groups: NDArray[np.int64],
-    target: float,
-    samples: int,
-    seed: int,
-    level: float,
-) -> dict[str, Any]:
-    """Measure referral on images that had no part in the choice of the threshold.
-
-    Args:
-        malignant: (N,), whether each image shows a cancer.
-        referred: (N,).
-        groups: (N,), patient of every image, 0..G-1.
-        target: the wanted sensitivity.
-        samples: bootstrap samples; 0: no intervals.
-        seed: of the draw.
-        level: coverage of the intervals.
-
-    Returns:
-        `sensitivity`, `specificity`, `referred` (share of all images), each with its interval, None where undefined;
-        `malignant`, `benign`, `missed` (cancers that aren't referred), `spared` (benign ones that aren't) as numbers of
-        images;
-        `reached` (whether the sensitivity is at least the target; None without a cancer).
-    """
-    amounts = np.stack([referred, ~referred, referred], axis=1)
-    about = np.stack([malignant, ~malignant, np.ones(len(malignant), dtype=bool)], axis=1)
-    sensitivity, specificity, share = measure_ratios(amounts, about, groups, samples, seed, level)
-    result = (
-        sensitivity.to_json("sensitivity", level)
-        | specificity.to_json("specificity", level)
-        | share.to_json("referred", level)
-    )
-    result |= {"malignant": int(malignant.sum()), "benign": int((~malignant).sum())}
-    result |= {"missed": int((malignant & ~referred).sum()), "spared": int((~malignant & ~referred).sum())}
-    result["reached"] = None if not malignant.any() else bool(sensitivity.value >= target - 1e-9)
-    return result
+    bootstrap: Bootstrap
 
 
 def referral_curve(
@@ -195,146 +77,60 @@ def referral_curve(
         chosen: the threshold in use.
         target: the sensitivity for which it was chosen.
         chosen_interval: of that threshold.
-        samples: bootstrap samples.
+        samples: bootstrap resamples.
         seed: of the draw.
         level: coverage.
 
     Raises:
-        ValueError: no image is malignant, or all are; see also `check_draw`.
+        ValueError: no image is malignant, or all are; see also `Bootstrap`.
     """
-    codes = check_draw(groups, len(score), samples, level)
+    bootstrap = Bootstrap(groups, len(score), samples, seed, level)
     if malignant.all() or not malignant.any():
         raise ValueError("there is nothing to draw: all images are malignant, or none is")
     thresholds = np.append(np.arange(STEPS + 1) / STEPS, chosen)
     referred = score[:, None] >= thresholds
-    table, columns = pd.DataFrame({"threshold": thresholds}), {"sensitivity": malignant, "specificity": ~malignant}
-    for name, mine in {**columns, "referred": np.ones(len(score), dtype=bool)}.items():
-        counted = ~referred if name == "specificity" else referred
-        ratios = measure_ratios(counted, np.tile(mine[:, None], len(thresholds)), codes, samples, seed, level)
-        table[name] = [ratio.value for ratio in ratios]
-        table[f"{name}_low"] = [ratio.low for ratio in ratios]
-        table[f"{name}_high"] = [ratio.high for ratio in ratios]
-    at_chosen = table.iloc[-1]
-    return ReferralCurve(
-        table.iloc[:-1].copy(),
-        chosen,
-        chosen_interval,
-        float(at_chosen["sensitivity"]),
-        float(at_chosen["specificity"]),
-        target,
-        len(score),
-        int(malignant.sum()),
-        int(codes.max()) + 1,
-        samples,
-        seed,
-        level,
-    )
-
-
-# Shares of a table, in percent.
-TABLE = (100, 90, 80, 70, 50)
-
-
-# Shares of a curve, in percent.
-CURVE = tuple(range(1, 101))
+    everything = np.ones(len(score), dtype=bool)
+    curves = {
+        "sensitivity": (referred, malignant),
+        "specificity": (~referred, ~malignant),
+        "referred": (referred, everything),
+    }
+    table = pd.DataFrame({"threshold": thresholds})
+    for name, (counted, included) in curves.items():
+        estimates = bootstrap.ratios(counted, np.broadcast_to(included[:, None], counted.shape))
+        table[[name, f"{name}_low", f"{name}_high"]] = [[one.value, one.low, one.high] for one in estimates]
+    sensitivity, specificity = (float(table[name].iloc[-1]) for name in ("sensitivity", "specificity"))
+    return ReferralCurve(table.iloc[:-1].copy(), chosen, chosen_interval, sensitivity, specificity, target, bootstrap)
 
 
 @dataclass(frozen=True)
 class Selective:
-    """What selective prediction gives on a test set.
+    """Selective prediction on a test set.
 
     Attributes:
-        table: one row a share: `percent` (asked for), `images` (answered), `share` (of all images), `threshold` (lowest
-            confidence
-            answered), `accuracy` and `balanced_accuracy` among the answered, each with `_low` and `_high` (NaN: none),
-            and
-            `answered:<CLASS>`, the number of images of each class that are answered. Balanced accuracy is NaN where no
-            image of a
-            class of the test set is answered: silence about a class must not raise it.
+        table: one row a coverage: `percent` (wanted), `images` (predicted), `share` (of all images), `threshold` (lowest
+            confidence predicted), `accuracy` and `balanced_accuracy` among the predicted, each with `_low` and `_high`
+            (NaN: none), and `answered:<CLASS>`, the number of images of each class that get a prediction. Balanced
+            accuracy is NaN where a class of the test set gets none: leaving out a class must not raise it.
         aurc: area under the risk-coverage curve.
-        aurc_interval: None without resamples.
         classes: names.
-        images: number in the test set.
-        groups: number of patients.
-        samples: bootstrap samples; 0: none.
-        seed: of the draw.
-        level: coverage of the bands.
+        bootstrap: how the bands were made.
     """
 
     table: pd.DataFrame
-    aurc: float
-    aurc_interval: tuple[float, float] | None
+    aurc: Estimate
     classes: tuple[str, ...]
-    images: int
-    groups: int
-    samples: int
-    seed: int
-    level: float
+    bootstrap: Bootstrap
 
     def to_json(self) -> dict[str, Any]:
         """Return AURC and table as values that strict JSON knows."""
-        rows = []
+        level, rows = self.bootstrap.level, []
         for row in self.table.to_dict("records"):
             one = {key: row[key] for key in ("percent", "images", "share", "threshold")}
             for measure in ("accuracy", "balanced_accuracy"):
-                one |= beside(measure, row[measure], (row[f"{measure}_low"], row[f"{measure}_high"]), self.level)
+                one |= Estimate(*(row[measure + end] for end in ("", "_low", "_high"))).to_json(measure, level)
             rows.append(one | {"answered": {name: row[f"answered:{name}"] for name in self.classes}})
-        return {**beside("aurc", self.aurc, self.aurc_interval, self.level), "table": rows}
-
-
-@dataclass(frozen=True)
-class _Ranked:
-    """Images from the highest confidence down.
-
-    Attributes:
-        groups: (N,).
-        right: (N,), whether the likeliest class is the true one.
-        truth: (N,).
-        confidence: (N,).
-        ends: (T,), place of the last image at or above each threshold.
-        count: number of classes.
-    """
-
-    groups: NDArray[np.int64]
-    right: NDArray[np.bool_]
-    truth: NDArray[np.int64]
-    confidence: Floats
-    ends: NDArray[np.int64]
-    count: int
-
-    def measure(self, times: Floats, percents: NDArray[np.int64]) -> dict[str, Floats]:
-        """Return what resamples give; `times`: (S, G), how often each group was drawn.
-
-        Returns:
-            `end` (S, P), the number of the threshold; `accuracy`, `balanced_accuracy` (S, P), the latter over the
-            classes among
-            the answered; `answered` (S, P, C); `aurc` (S,).
-        """
-        weights = times[:, self.groups]
-        # Whole numbers, so that no comparison can miss by a rounding error.
-        passed = weights.cumsum(axis=1)[:, self.ends]
-        correct = (weights * self.right).cumsum(axis=1)[:, self.ends]
-        total = passed[:, -1]
-        end = np.stack([np.searchsorted(row * 100, percents * row[-1]) for row in passed])
-        rows = np.arange(len(times))[:, None]
-        answered, hits = np.empty((*end.shape, self.count)), np.empty((*end.shape, self.count))
-        for index in range(self.count):
-            mine = weights * (self.truth == index)
-            answered[:, :, index] = mine.cumsum(axis=1)[:, self.ends][rows, end]
-            hits[:, :, index] = (mine * self.right).cumsum(axis=1)[:, self.ends][rows, end]
-        sensitivity = divide(hits, answered)
-        risk = 1 - divide(correct, passed)
-        steps = np.diff(passed, axis=1, prepend=0)
-        # Before the first image that was drawn there is no risk, and no step either.
-        aurc = (steps * np.nan_to_num(risk)).sum(axis=1) / total
-        present = (answered > 0).sum(axis=2).astype(np.float64)
-        return {
-            "end": end,
-            "accuracy": divide(correct, passed)[rows, end],
-            "balanced_accuracy": divide(np.nan_to_num(sensitivity).sum(axis=2), present),
-            "answered": answered,
-            "aurc": aurc,
-        }
+        return {**self.aurc.to_json("aurc", level), "table": rows}
 
 
 def measure_selective(
@@ -354,63 +150,60 @@ def measure_selective(
         probabilities: (N, C), rows sum to 1.
         groups: (N,), the patient of every image; each image of an unknown patient needs a name of its own.
         classes: names in the order of the columns.
-        percents: shares of the images to be answered, whole numbers 1..100.
-        samples: bootstrap samples; 0: no bands.
+        percents: coverages, whole numbers 1..100.
+        samples: bootstrap resamples; 0: no bands.
         seed: of the draw.
         level: coverage of the bands.
 
     Raises:
-        ValueError: see `check_predictions` and `group_codes`; or a share isn't in 1..100.
+        ValueError: see `check_predictions` and `Bootstrap`; or a coverage isn't in 1..100.
     """
-    truth, scores = check_predictions(labels, probabilities, len(classes))
-    codes, wanted = group_codes(groups), np.asarray(percents, dtype=np.int64)
+    target, scores = check_predictions(labels, probabilities, len(classes))
+    bootstrap, wanted = Bootstrap(groups, len(target), samples, seed, level), np.asarray(percents, dtype=np.int64)
     if not len(wanted) or wanted.min() < 1 or wanted.max() > 100:
-        raise ValueError("shares must be whole numbers from 1 to 100 percent")
+        raise ValueError("coverages must be whole numbers from 1 to 100 percent")
     confidence = scores.max(axis=1)
     order = np.argsort(-confidence, kind="stable")
-    ends = np.append(np.flatnonzero(np.diff(confidence[order])), len(truth) - 1)
-    right = scores.argmax(axis=1) == truth
-    ranked = _Ranked(codes[order], right[order], truth[order], confidence[order], ends, len(classes))
-    patients = int(codes.max()) + 1
-    point = ranked.measure(np.ones((1, patients)), wanted)
-    chunks = [ranked.measure(times, wanted) for times in draw_counts(patients, samples, seed)]
-    drawn = {
-        key: np.concatenate([chunk[key] for chunk in chunks])
-        for key in ("accuracy", "balanced_accuracy", "aurc")
-        if chunks
-    }
+    right, confidence = (scores.argmax(axis=1) == target)[order], confidence[order]
+    by_class = target[order] == np.arange(len(classes))[:, None]
+    ends = np.append(np.flatnonzero(np.diff(confidence)), len(target) - 1)
 
-    last = ends[point["end"][0].astype(np.int64)]
-    answered = point["answered"][0]
+    def measure(weights: Floats) -> dict[str, Floats]:
+        drawn = weights[:, bootstrap.codes[order]]
+        # Whole numbers, so that no comparison can miss by a rounding error.
+        passed = drawn.cumsum(axis=1)[:, ends]
+        correct = (drawn * right).cumsum(axis=1)[:, ends]
+        end = np.stack([np.searchsorted(row * 100, wanted * row[-1]) for row in passed])
+        rows = np.arange(len(weights))[:, None]
+        answered, hits = (
+            np.stack([(drawn * chosen).cumsum(axis=1)[:, ends][rows, end] for chosen in columns], axis=2)
+            for columns in (by_class, by_class & right)
+        )
+        recall = np.nan_to_num(divide(hits, answered)).sum(axis=2)
+        # Before the first image that was drawn there is no risk, and no step either.
+        risk = np.nan_to_num(1 - divide(correct, passed))
+        return {
+            "end": end,
+            "accuracy": divide(correct, passed)[rows, end],
+            "balanced_accuracy": divide(recall, (answered > 0).sum(axis=2)),
+            "answered": answered,
+            "aurc": (np.diff(passed, axis=1, prepend=0) * risk).sum(axis=1) / passed[:, -1],
+        }
+
+    point, resampled = measure(bootstrap.unit_weights), bootstrap.resample_each({"": measure})[""]
+    last, answered = ends[point["end"][0].astype(np.int64)], point["answered"][0].astype(np.int64)
     table = pd.DataFrame(
-        {"percent": wanted, "images": last + 1, "share": (last + 1) / len(truth), "threshold": ranked.confidence[last]}
+        {"percent": wanted, "images": last + 1, "share": (last + 1) / len(target), "threshold": confidence[last]}
     )
-    silent = ((answered == 0) & (np.bincount(truth, minlength=len(classes)) > 0)).any(axis=1)
-    for measure in ("accuracy", "balanced_accuracy"):
-        values = point[measure][0]
-        table[measure] = np.where(silent, np.nan, values) if measure == "balanced_accuracy" else values
-        bounds = [
-            percentile_interval(drawn[measure][:, place], level) if drawn else None for place in range(len(wanted))
-        ]
-        missing = table[measure].isna()
-        table[f"{measure}_low"] = [
-            NAN if pair is None or gone else pair[0] for pair, gone in zip(bounds, missing, strict=True)
-        ]
-        table[f"{measure}_high"] = [
-            NAN if pair is None or gone else pair[1] for pair, gone in zip(bounds, missing, strict=True)
-        ]
+    unanswered = ((answered == 0) & by_class.any(axis=1)).any(axis=1)
+    for name in ("accuracy", "balanced_accuracy"):
+        values = np.where(unanswered & (name == "balanced_accuracy"), NAN, point[name][0])
+        estimates = [bootstrap.estimate(*column) for column in zip(values, resampled[name].T, strict=True)]
+        table[[name, f"{name}_low", f"{name}_high"]] = [[one.value, one.low, one.high] for one in estimates]
     for index, name in enumerate(classes):
-        table[f"answered:{name}"] = answered[:, index].astype(np.int64)
-    interval = percentile_interval(drawn["aurc"], level) if drawn else None
-    return Selective(
-        table, float(point["aurc"][0]), interval, tuple(classes), len(truth), patients, samples, seed, level
-    )
-
-
-_LINES: tuple[tuple[str, str, str, Literal["-", "--"]], ...] = (
-    ("sensitivity", "cancers referred", PRIMARY, "-"),
-    ("specificity", "benign lesions spared", COLOURS[4], "--"),
-)
+        table[f"answered:{name}"] = answered[:, index]
+    aurc = bootstrap.estimate(float(point["aurc"][0]), resampled["aurc"])
+    return Selective(table, aurc, tuple(classes), bootstrap)
 
 
 @styled
@@ -419,108 +212,67 @@ def draw_referral(curve: ReferralCurve, unit: str = "patients") -> ReportFigure:
 
     Args:
         curve: from `referral_curve`.
-        unit: what was resampled, in words, for the caption.
+        unit: what was resampled, in the plural, for the caption.
     """
-    table = curve.table
     figure, (axis,) = new_figure(3.2)
+    curves = (("sensitivity", PRIMARY, "-", curve.sensitivity), ("specificity", COLOURS[4], "--", curve.specificity))
+    for measure, colour, line, value in curves:
+        _draw_banded(axis, curve.table["threshold"], curve.table, measure, colour, line)
+        axis.plot(curve.chosen, value, "o", color=colour, markeredgecolor=INK, markersize=5, zorder=3)
+    axis.axhline(curve.target, color=INK, linestyle=":", linewidth=1, label=f"target {curve.target:.0%}")
+    axis.axvline(curve.chosen, color=INK, linewidth=1, label=f"in use: {curve.chosen:.2f}")
     if curve.chosen_interval is not None:
-        axis.axvspan(*curve.chosen_interval, color=FAINT, alpha=0.35, linewidth=0)
-    for name, _, colour, line in _LINES:
-        axis.fill_between(
-            table["threshold"], table[f"{name}_low"], table[f"{name}_high"], color=colour, alpha=0.25, linewidth=0
-        )
-        axis.plot(table["threshold"], table[name], line, color=colour)
-    axis.axhline(curve.target, color=INK, linestyle=":", linewidth=1)
-    axis.axvline(curve.chosen, color=INK, linewidth=1)
-    for value, colour in ((curve.sensitivity, PRIMARY), (curve.specificity, COLOURS[4])):
-        axis.plot(curve.chosen, value, "o", color=colour, markeredgecolor=INK, markersize=5)
-    axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="threshold: refer if the malignancy score is at least", ylabel="share")
-    handles = [Line2D([], [], color=colour, linestyle=line, label=label) for _, label, colour, line in _LINES]
-    handles += [
-        Line2D([], [], color=INK, linestyle=":", linewidth=1, label=f"wanted: {curve.target:.0%} of cancers"),
-        Line2D([], [], color=INK, linewidth=1, label=f"in use: {curve.chosen:.2f}"),
-    ]
-    shown: list[Line2D | Patch] = [*handles]
-    grey = ""
-    if curve.chosen_interval is not None:
-        shown.append(Patch(facecolor=FAINT, alpha=0.35, label="its 95% interval"))
-        grey = f" Grey: where it could have come to lie with other validation {unit}."
-    figure.legend(handles=shown, loc="outside upper center", ncols=2)
+        axis.axvspan(*curve.chosen_interval, color=FAINT, alpha=0.35, linewidth=0, zorder=0, label="its 95% interval")
+    axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="threshold on the malignancy score", ylabel="proportion")
+    figure.legend(loc="outside upper center", ncols=2)
     caption = (
-        f"The lower the threshold, the more cancers are referred and the fewer benign lesions are spared. {curve.images} test images of "
-        f"{curve.groups} {unit}, {curve.malignant} of them cancers; bands hold {100 * curve.level:g}% of {curve.samples} resamples of the "
-        f"{unit} (seed {curve.seed}). The upright line is the threshold in use, chosen on the validation side.{grey}"
+        "A lower threshold refers more of the malignant lesions (sensitivity) and fewer benign lesions are spared "
+        f"(specificity). The threshold in use was chosen on validation {unit}. {curve.bootstrap.describe(unit)}."
     )
     alt = (
-        f"At the threshold in use, {curve.chosen:.2f}, {curve.sensitivity:.2f} of the cancers are referred (wanted {curve.target:.2f}) and "
-        f"{curve.specificity:.2f} of the benign lesions are spared"
+        f"At the threshold in use, {curve.chosen:.2f}, the sensitivity is {curve.sensitivity:.2f} (target "
+        f"{curve.target:.2f}) and the specificity {curve.specificity:.2f}"
     )
-    return ReportFigure("referral", "Referral: cancers found and benign lesions spared", caption, alt, figure, table)
-
-
-# Fewer answers than this say little, and the band would fill the picture.
-FEW = 20
-
-
-# Measure, name, colour and line.
-_selective_LINES = (
-    ("accuracy", "accuracy", PRIMARY, "-"),
-    ("balanced_accuracy", "balanced accuracy", COLOURS[4], "--"),
-)
-
-
-# Shares that the words name, in percent.
-_NAMED = (100, 80, 50)
+    return ReportFigure("referral", "Referral: sensitivity and specificity", caption, alt, figure, curve.table)
 
 
 @styled
 def draw_selective(selective: Selective, unit: str = "patients") -> ReportFigure:
-    """Draw accuracy and balanced accuracy over the share of images that is answered.
+    """Draw accuracy and balanced accuracy over coverage.
 
     Args:
-        selective: from `measure_selective`, over a curve of shares.
-        unit: what was resampled, in words, for the caption.
+        selective: from `measure_selective`, over a curve of coverages.
+        unit: what was resampled, in the plural, for the caption.
     """
-    table = selective.table[selective.table["images"] >= min(FEW, selective.images)]
+    table = selective.table[selective.table["images"] >= min(FEW, selective.bootstrap.images)].reset_index(drop=True)
     figure, axes = new_figure(3.9, 2, 1, sharex=True)
-    for axis, (measure, name, colour, line) in zip(axes, _selective_LINES, strict=True):
-        _draw(axis, selective, measure, colour, line)
-        axis.set_title(name)
-    axes[-1].set_xlabel("images answered, %  (the surest first)")
-    banded = bool(table["accuracy_low"].notna().any())
-    band = f" Bands hold {100 * selective.level:g}% of {selective.samples} resamples of the {unit} (seed {selective.seed})."
-    silent = table["balanced_accuracy"].isna().any()
-    caption = (
-        f"If only the images are answered of which the model is surest, how many of the answers are right? At the right end all "
-        f"{selective.images} test images of {selective.groups} {unit} are answered; shares of fewer than {FEW} images aren't drawn."
-        + (band if banded else "")
-        + (" Balanced accuracy ends where no image of some class is answered any more." if silent else "")
-        + f" Mean share of wrong answers over the whole curve (AURC): {_aurc(selective)}; 0 is perfect."
-    )
-    at = selective.table.set_index("percent")
-    words = [
-        f"{percent}% answered: accuracy {at['accuracy'][percent]:.2f}, balanced accuracy "
-        + ("undefined" if at["balanced_accuracy"].isna()[percent] else f"{at['balanced_accuracy'][percent]:.2f}")
-        for percent in _NAMED
-        if percent in at.index
-    ]
-    alt = "; ".join([*words, f"AURC {_aurc(selective)}"])
-    return ReportFigure(
-        "selective", "Right answers when the model may keep silent", caption, alt, figure, table.reset_index(drop=True)
-    )
-
-
-def _draw(axis: Axes, selective: Selective, measure: str, colour: str, line: str) -> None:
-    table = selective.table[selective.table["images"] >= min(FEW, selective.images)]
     percent = 100 * table["share"]
-    axis.fill_between(percent, table[f"{measure}_low"], table[f"{measure}_high"], color=colour, alpha=0.25, linewidth=0)
-    axis.plot(percent, table[measure], line, color=colour)
-    lowest = table[[measure, f"{measure}_low"]].min().min()
-    floor = 0.0 if lowest != lowest else max(0.0, lowest - 0.05)
-    axis.set(xlim=(percent.min() if percent.min() < 100 else 0, 100), ylim=(floor, 1.02))
-    axis.margins(x=0)
+    curves = (("accuracy", PRIMARY, "-"), ("balanced_accuracy", COLOURS[4], "--"))
+    for axis, (measure, colour, line) in zip(axes, curves, strict=True):
+        _draw_banded(axis, percent, table, measure, colour, line)
+        lowest = table[[measure, f"{measure}_low"]].min().min()
+        floor = 0.0 if np.isnan(lowest) else max(0.0, lowest - 0.05)
+        axis.set(xlim=(percent.min() if percent.min() < 100 else 0, 100), ylim=(floor, 1.02))
+        axis.margins(x=0)
+        axis.set_title(measure.replace("_", " "))
+    axes[-1].set_xlabel("coverage, % of the images (the most confident first)")
+    aurc = f"{selective.aurc.value:.3f}"
+    aurc += "" if np.isnan(selective.aurc.low) else f" [{selective.aurc.low:.3f}, {selective.aurc.high:.3f}]"
+    caption = (
+        "Accuracy if only the images are predicted of which the model is most confident; coverages of fewer than "
+        f"{FEW} images aren't drawn. AURC, the mean share of wrong predictions over all coverages: {aurc}; 0 is perfect. "
+        f"{selective.bootstrap.describe(unit)}."
+    )
+    if table["balanced_accuracy"].isna().any():
+        caption += " Balanced accuracy ends where no image of some class is predicted."
+    points = [
+        f"coverage {row.percent}%: accuracy {row.accuracy:.2f}, balanced accuracy {row.balanced_accuracy:.2f}"
+        for row in selective.table[selective.table["percent"].isin(TABLE)].itertuples()
+    ]
+    alt = "; ".join([*points, f"AURC {aurc}"])
+    return ReportFigure("selective", "Selective prediction", caption, alt, figure, table)
 
 
-def _aurc(selective: Selective) -> str:
-    interval = selective.aurc_interval
-    return f"{selective.aurc:.3f}" + ("" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]")
+def _draw_banded(axis: Axes, x: pd.Series, table: pd.DataFrame, measure: str, colour: str, line: str) -> None:
+    axis.fill_between(x, table[f"{measure}_low"], table[f"{measure}_high"], color=colour, alpha=0.25, linewidth=0)
+    axis.plot(x, table[measure], line, color=colour, label=measure)

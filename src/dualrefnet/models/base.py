@@ -1,8 +1,4 @@
-"""What every model returns."""
-
-# also: The last two layers, on which the second stage of the refinement acts.
-# also: Learned tokens for what is missing: a field of the metadata, the whole form, or the image.
-# also: What every method is: a network that reads an image, metadata or both, and says so.
+"""What every method is: a network that reads an image, metadata or both, copes with missing ones, and classifies."""
 
 from __future__ import annotations
 
@@ -62,7 +58,7 @@ class MissingInputs(nn.Module):
     All tokens start at zero: for a standardised number its mean, for categories none.
 
     Attributes:
-        columns: (M,) one number for each column of the encoded form; none if the method reads no form.
+        columns: (M,) one number for each column of the encoded metadata; none if the method reads none.
         places: for each encoder (D,), in place of its vector and of every place of its map; none if an image is never
             missing.
         taps: for each tap of each encoder (C_k,), in place of every place of that map.
@@ -76,45 +72,45 @@ class MissingInputs(nn.Module):
             nn.Parameter(torch.zeros(channels)) for encoder in encoders for channels in encoder.tap_features
         )
 
-    def form(self, metadata: Tensor) -> Tensor:
-        """Put the tokens into the gaps of (B, M) encoded metadata."""
+    def fill_metadata(self, metadata: Tensor) -> Tensor:
+        """Put the tokens where (B, M) encoded metadata are missing (NaN)."""
         if not len(self.columns):
             return metadata
         return torch.where(metadata.isnan(), self.columns.to(metadata.dtype), metadata)
 
-    def photograph(self, encoded: Encoded) -> Encoded:
-        """Put the tokens in place of images that aren't there: those whose vectors are NaN."""
+    def fill_images(self, encoded: Encoded) -> Encoded:
+        """Put the tokens in place of missing images: those whose vectors are NaN."""
         if not len(self.places):
             return encoded
         outputs, taps = [], iter(self.taps)
         for output, place in zip(encoded.outputs, self.places, strict=True):
-            absent = output.vector[:, 0].isnan()
+            missing = output.vector[:, 0].isnan()
             outputs.append(
                 EncoderOutput(
-                    None if output.map is None else _fill(output.map, place, absent),
-                    _fill(output.vector, place, absent),
-                    tuple(_fill(tap, next(taps), absent) for tap in output.taps),
+                    None if output.map is None else _fill(output.map, place, missing),
+                    _fill(output.vector, place, missing),
+                    tuple(_fill(tap, next(taps), missing) for tap in output.taps),
                 )
             )
         return Encoded(tuple(outputs))
 
 
-def mark_missing(encoded: Encoded, absent: Tensor) -> Encoded:
-    """Make NaN of what was read of images that aren't there.
+def mark_missing(encoded: Encoded, missing: Tensor) -> Encoded:
+    """Set what was encoded of missing images to NaN.
 
     Args:
         encoded: of B images.
-        absent: (B,) which of them aren't there.
+        missing: (B,) which of them are missing.
     """
-    gap = torch.tensor(float("nan"))
-    return encoded.each(lambda values: _fill(values, gap, absent))
+    nan = torch.tensor(float("nan"))
+    return encoded.each(lambda values: _fill(values, nan, missing))
 
 
-def _fill(values: Tensor, token: Tensor, absent: Tensor) -> Tensor:
-    """Replace (B, C, ...) `values` by (C,) or a single number `token` where (B,) `absent`."""
+def _fill(values: Tensor, token: Tensor, missing: Tensor) -> Tensor:
+    """Replace (B, C, ...) `values` by (C,) or a single number `token` where (B,) `missing`."""
     rest = (1,) * (values.dim() - 2)
     token = token.to(values).reshape(1, -1, *rest)
-    return torch.where(absent.reshape(-1, 1, *rest), token, values)
+    return torch.where(missing.reshape(-1, 1, *rest), token, values)
 
 
 class Architecture(BaseModel):
@@ -122,7 +118,7 @@ class Architecture(BaseModel):
 
     Attributes:
         image_size: side of the input, pixels.
-        metadata_width: M, length of an encoded form.
+        metadata_width: M, length of encoded metadata.
         classes: C.
         section: method, backbone and their settings.
         missing_tokens: learned tokens stand for what is missing.
@@ -149,8 +145,8 @@ class Architecture(BaseModel):
 class Method(nn.Module, ABC):
     """Base of all methods.
 
-    A method is built from its `Architecture` and its encoders, and says in `classify` what it does with an image and a
-    form.
+    A method is built from its `Architecture` and its encoders, and says in `classify` what it does with image and
+    metadata.
 
     Attributes:
         title: name in tables; like the next two, of `METHODS`.
@@ -202,8 +198,8 @@ class Method(nn.Module, ABC):
 
         Args:
             image: (B, 3, H, W), normalised for the first encoder, or what the encoders have made of them; None for a
-                method that reads no image. With `missing`, an image of NaN isn't there.
-            metadata: (B, M) encoded metadata; with `missing`, NaN is a gap.
+                method that reads no image. With `missing`, an image of NaN is missing.
+            metadata: (B, M) encoded metadata; with `missing`, NaN is a missing value.
         """
         images = Encoded(()) if image is None else self.encode(image)
         output = self.answer(images, metadata)
@@ -213,7 +209,7 @@ class Method(nn.Module, ABC):
     def answer(self, images: Encoded, metadata: Tensor) -> Output:
         """Classify what was encoded, with the learned tokens in place of what is missing; see `forward`."""
         if self.missing is not None:
-            images, metadata = self.missing.photograph(images), self.missing.form(metadata)
+            images, metadata = self.missing.fill_images(images), self.missing.fill_metadata(metadata)
         return self.classify(images, metadata)
 
     @abstractmethod
@@ -229,8 +225,8 @@ class Method(nn.Module, ABC):
         """Read (B, 3, H, W) images, normalised for the first encoder, with all encoders; `forward` takes the result in
         their place.
 
-        What depends on the metadata alone can then be asked many times of one reading. What was encoded before passes
-        through.
+        What depends on the metadata alone can then be computed many times for one encoding. What was encoded before
+        passes through.
         """
         if isinstance(image, Encoded):
             return image

@@ -1,8 +1,8 @@
-"""The metadata network: encoded form -> vector. The paper's four layers, and the two others of its ablations."""
+"""The parts that methods are made of: metadata networks, fusions, decision fusion, and the decoders of the auxiliary
+task.
 
-# also: How DualRefNet and AuxNet put the image vector and the metadata vector together.
-# also: Decision fusion: several heads of one model answer, and the final probabilities are their weighted mean.
-# also: The decoders of the auxiliary branch: from the encoder's map to an image of twice the input's side.
+The paper's own choice stands first in each group, its ablations and other readings after it.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class ColumnAttention(nn.Module):
         )
 
     def forward(self, metadata: Tensor) -> Tensor:
-        """Weight each column by what the whole form says."""
+        """Weight each column by all columns."""
         return metadata * self.weights(metadata)  # type: ignore[no-any-return]
 
 
@@ -152,9 +152,9 @@ class Hadamard(nn.Module):
 class CrossAttention(nn.Module):
     """The ablation's cross-attention, four heads of 512 together.
 
-    The paper gives no more than that. Our reading: the metadata vector asks, the places of the last map and the image
-    vector answer, and what they say stands beside the metadata vector: [MHA(W_q m, W_p [v || places]) || W_q m]. (With
-    the image vector alone attention would have no choice; without it the last normalisation of BEiT would have no
+    The paper gives no more than that. Our reading: the metadata vector is the query, the places of the last map and the
+    image vector answer, and what they say stands beside the metadata vector: [MHA(W_q m, W_p [v || places]) || W_q m].
+    (With the image vector alone attention would have no choice; without it the last normalisation of BEiT would have no
     part.)
 
     Attributes:
@@ -178,11 +178,7 @@ class CrossAttention(nn.Module):
 
 
 Fusion = Concatenation | Hadamard | CrossAttention
-
-
 FUSIONS: dict[str, type[Fusion]] = {"concat": Concatenation, "hadamard": Hadamard, "cross_attention": CrossAttention}
-
-
 # The simplex is searched in steps of a twelfth, so that equal weights of two, three or four heads are among the
 # candidates (91 for three heads).
 STEPS = 12

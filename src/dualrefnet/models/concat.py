@@ -1,4 +1,4 @@
-"""Concat (Pacheco and Krohling 2020): the reduced image vector beside the raw form."""
+"""Concat (Pacheco and Krohling 2020): the reduced image vector beside the raw metadata."""
 
 from __future__ import annotations
 

@@ -31,9 +31,9 @@ class DeepMetadataFusion(nn.Module):
 
 
 class MetadataConvolution(nn.Module):
-    """Encoded form (B, M) as a signal of M steps -> convolutions of width 3 to 32 and 64 channels, ReLU -> Linear ->
-    (B,
-    E).
+    """Encoded metadata (B, M) as a signal of M steps -> convolutions of width 3 to 32 and 64 channels, ReLU -> Linear
+    ->
+    (B, E).
     """
 
     def __init__(self, metadata_width: int, features: int) -> None:
@@ -49,7 +49,7 @@ class MetadataConvolution(nn.Module):
 
 
 class DeepMetaForge(Method, name="deepmetaforge"):
-    """Image vector (D) and a convolved form of the same length -> fusion module (2 D) -> 512, GELU, dropout .2 -> C.
+    """Image vector (D) and convolved metadata of the same length -> fusion module (2 D) -> 512, GELU, dropout .2 -> C.
 
     A reconstruction: published, where we could read, are BEiT as encoder, a CNN of the metadata, and the idea of a
     module that compresses and decompresses both together. Every width, gate and normalisation here is our reading.

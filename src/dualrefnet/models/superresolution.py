@@ -5,8 +5,6 @@ an auto-encoder. `native` keeps the real image at twice the size and shrinks it 
 super-resolution proper.
 """
 
-# also: Targets of the auxiliary task that a super-resolution network makes: computed once from the stored images.
-
 from __future__ import annotations
 
 from typing import Any

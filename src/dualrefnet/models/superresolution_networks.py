@@ -1,9 +1,8 @@
-"""What the networks of super-resolution share."""
+"""Published networks of x2 super-resolution, whose output can be the target of the auxiliary task: EDSR, CARN-M,
+NinaSR.
 
-# also: EDSR: super-resolution by residual blocks without normalisation, the baseline as published by torchSR.
-# also: CARN-M: super-resolution by cascading blocks of grouped convolutions, as published by its authors.
-# also: NinaSR: super-resolution by residual blocks with local attention, as published by torchSR.
-# also: The published networks of super-resolution by two, whose output can be the target of the auxiliary task.
+Layers and their names are those of the published state dicts (torchSR; the authors of CARN).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import requests
@@ -29,6 +27,7 @@ from dualrefnet.models.encoders import (
     SUFFIXES,
     WEIGHTS_VARIABLE,
     WeightsSource,
+    fill_network,
     read_tensors,
     weights_folder,
 )
@@ -256,8 +255,6 @@ class _LocalAttention(Body):
 
 
 _TORCHSR = "https://github.com/Coloquinte/torchSR"
-
-
 _CARN = "https://github.com/nmhkahn/CARN-pytorch"
 
 
@@ -374,7 +371,7 @@ def load_network(name: str, weights: str = "auto") -> tuple[nn.Module, WeightsSo
         path = Path(weights).expanduser()
         if not path.is_file():
             raise WeightsError(f"there is no weights file {path}; give a file, or auto or none (random)")
-    _fill(network, name, path)
+    fill_network(network, read_tensors(path), f"{path} doesn't hold weights of {name} by two")
     published = path == _cached(spec)
     if published:
         _check_published(path, spec)
@@ -424,26 +421,12 @@ def enlarge(network: nn.Module, images: NDArray[np.uint8], batch_size: int | Non
     enlarged = np.empty((count, 2 * height, 2 * width, 3), np.uint8)
     step = batch_size or (1 if device.type == "cpu" else 16)
     for start in range(0, count, step):
-        # A copy, since a store is read-only and torch wants memory that may be written. Left channels_last, as it lies:
+        # A copy, since a store is read-only and torch wants memory that may be written. It stays channels_last:
         # the convolutions are faster so.
         batch = torch.tensor(images[start : start + step]).to(device).permute(0, 3, 1, 2)
         output = network(batch.float().div(255)).clamp(0.0, 1.0).mul(255).round().to(torch.uint8)
         enlarged[start : start + step] = output.permute(0, 2, 3, 1).cpu().numpy()
     return enlarged
-
-
-def _fill(network: nn.Module, name: str, path: Path) -> None:
-    tensors = read_tensors(path)
-    wanted = network.state_dict()
-    differences: dict[str, Any] = {
-        "missing": wanted.keys() - tensors.keys(),
-        "unexpected": tensors.keys() - wanted.keys(),
-        "other shape": {key for key in wanted.keys() & tensors.keys() if wanted[key].shape != tensors[key].shape},
-    }
-    faults = [f"{len(keys)} {what}, such as {min(keys)}" for what, keys in differences.items() if keys]
-    if faults:
-        raise WeightsError(f"{path} doesn't hold weights of {name} by two: {'; '.join(faults)}")
-    network.load_state_dict(tensors)
 
 
 def _cached(spec: NetworkSpec) -> Path:
@@ -472,7 +455,7 @@ def _download(name: str, network: nn.Module) -> Path:
         with atomic_path(path) as temporary:
             temporary.write_bytes(answer.content)
         try:
-            _fill(network, name, path)
+            fill_network(network, read_tensors(path), f"{path} doesn't hold weights of {name} by two")
             _check_published(path, spec)
         except WeightsError as error:
             path.unlink()

@@ -1,4 +1,4 @@
-"""Visual: the image vector asks maps inside the encoder where to look, and the metadata weights the image vector."""
+"""Visual: the image vector attends to maps inside the encoder, and the metadata weights the image vector."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class PlaceAttention(nn.Module):
 
 
 class Visual(Method, name="visual"):
-    """[g_1 || g_2 || g_3 || g * phi(form)] (4 D) -> layers -> C: attention at three maps, and the image vector g,
+    """[g_1 || g_2 || g_3 || g * phi(metadata)] (4 D) -> layers -> C: attention at three maps, and the image vector g,
     weighted.
 
     Every encoder fits, since the taps of transformers too are maps: their tokens, laid out on the grid.
@@ -55,7 +55,7 @@ class Visual(Method, name="visual"):
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
         super().__init__(architecture, encoders)
         features, taps = encoders[0].features, encoders[0].tap_features
-        # The released widths between form and D, and, backwards, between D and C; for other D the nearest of them.
+        # The released widths between metadata and D, and, backwards, between D and C; for other D the nearest of them.
         between = [512] if features > 1024 else [width for width in (256, 512) if width < features]
         self.attentions = nn.ModuleList(PlaceAttention(channels, features) for channels in taps)
         # Its last dropout would hide parts of the image vector itself; the released code has none there.

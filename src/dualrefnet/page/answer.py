@@ -74,8 +74,8 @@ def explanation_html(
     """
     name = _name(predictor, explanation.label)
     parts = ["<h2>What mattered</h2>"]
-    if explanation.heat is not None and photograph is not None:
-        parts.append(_heat(explanation.heat, photograph, name, photographs))
+    if explanation.saliency is not None and photograph is not None:
+        parts.append(_heat(explanation.saliency, photograph, name, photographs))
     if questions:
         parts.append(_fields(explanation.fields, form, name, questions))
     parts.append(

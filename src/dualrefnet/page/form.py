@@ -92,7 +92,7 @@ def make_questions(predictor: Predictor) -> tuple[Question, ...]:
             choices = ((UNKNOWN, ""), ("yes", "yes"), ("no", "no"))
         elif field.kind == "categorical":
             # "Asked, and not known" is what leaving it at unknown says.
-            levels = [level for level in predictor.levels(field.name) if level not in field.missing_codes]
+            levels = [level for level in predictor.categories(field.name) if level not in field.missing_codes]
             choices = ((UNKNOWN, ""), *((_in_words(level), level) for level in levels))
         text = field.description or _in_words(field.name)
         first = field.name in deciding if deciding else field.tier == "M1"

@@ -1,4 +1,4 @@
-"""Pages: of a run, and of a suite."""
+"""Reports of a run and of a suite: one HTML page each, with its figures and their numbers as files."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Choices for the explanations.
+    """Options of explanations and reports.
 
     Attributes:
-        images: test images at most that are looked at, each class in proportion; of SHAP as `shap_images`.
-        shap_images: those whose answers are weighed.
-        each: right ones and wrong ones a class in the gallery.
-        label: also show where photographs speak for this class.
+        images: test images at most, a stratified sample.
+        shap_images: the same for SHAP.
+        each: correct and incorrect predictions a class in the gallery.
+        label: also show the Grad-CAM of this class, and only its SHAP values.
         masks: folder of lesion masks; None: `masks` in the data set's folder, if there is one.
-        photographs: show photographs of patients and single patients' answers.
-        seed: of all choices.
+        photographs: show images of patients and values of single patients.
+        seed: of all sampling.
     """
 
     images: int = 500

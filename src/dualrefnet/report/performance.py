@@ -1,20 +1,14 @@
-"""The sections of a run's page that its predictions and its history fill: no model and no photograph is needed."""
-
-# also: Pictures of the confusion matrix: how many images, and which share of each true class.
-# also: The picture of a training: its losses, its validation and the size of its last layers, epoch by epoch.
+"""Sections on a run's performance: metrics, confusion matrix, curves, training history; no data and no model needed."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from dualrefnet.analysis.reconstruction import draw_reconstruction_history
@@ -29,28 +23,23 @@ from dualrefnet.display.figure import (
     new_figure,
     styled,
 )
-from dualrefnet.display.format import Cell, PrintedTable
-from dualrefnet.display.page import Section
-from dualrefnet.evaluation.bootstrap import interval_suffix
-from dualrefnet.evaluation.curves import (
-    class_curves,
-    compute_reliability,
-    draw_precision_recall,
-    draw_reliability,
-    draw_roc,
-)
-from dualrefnet.evaluation.tables import (
-    AVAILABILITY_COLUMNS,
+from dualrefnet.display.format import (
     CLASS_COLUMNS,
     MEASURE_NAMES,
-    availability_line,
-    availability_notes,
-    availability_rows,
+    Cell,
+    PrintedTable,
+    availability_table,
+    number,
+    percent,
 )
+from dualrefnet.display.page import Section
+from dualrefnet.evaluation.curves import class_curves, draw_curves
 from dualrefnet.progress import progress_bar
 from dualrefnet.run import Run
-from dualrefnet.runtime.availability import missingness_shortcut
 from dualrefnet.suite.paper import caveats, reported, reported_class
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 HEADLINE = (
     "balanced_accuracy",
@@ -64,44 +53,40 @@ HEADLINE = (
     "ece",
     "brier",
 )
-
-
 CLASS_MEASURES = ("sensitivity", "specificity", "ppv", "npv")
-
-
-# Table 2 and Table 3 of the paper.
+CLASS_HEAD = ("class", *(CLASS_COLUMNS[measure] for measure in CLASS_MEASURES))
+# Table 3 and Table 2 of the paper.
 PAPER_TABLES = {"pad_ufes_20": ("3a", "2a"), "isic_2019": ("3b", "2b")}
-
-
 # A class with fewer test images is pointed out.
 FEW_IMAGES = 20
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A run's test side, read from its folder.
+    """The test split of a run, read from its folder.
 
     Attributes:
         run: the folder.
         metrics: content of metrics.json.
         classes: labels in the order of the outputs.
-        malignant: those that are cancer.
-        names: label -> what it stands for; empty if the data set doesn't say.
+        malignant: the malignant ones.
         labels: (N,) of the test images.
         probabilities: (N, C).
-        groups: (N,) patients (lesions of ISIC-2019).
-        group: what a group is called.
+        groups: (N,) the patient or lesion of each.
     """
 
     run: Run
     metrics: dict[str, Any]
     classes: tuple[str, ...]
     malignant: tuple[str, ...]
-    names: dict[str, str]
     labels: NDArray[np.int64]
     probabilities: NDArray[np.float64]
     groups: NDArray[np.object_]
-    group: str
+
+    @property
+    def unit(self) -> str:
+        """`patients` or `lesions`."""
+        return f"{self.run.unit}s"
 
 
 def read_measured(run: Run) -> Measured:
@@ -113,56 +98,97 @@ def read_measured(run: Run) -> Measured:
     metrics, description, predictions = run.metrics, run.model, run.predictions
     classes = tuple(description["classes"])
     test = predictions[predictions["split"] == "test"].reset_index(drop=True)
-    position = {name: index for index, name in enumerate(classes)}
-    groups = run.split.set_index("image_id")["patient_id"].loc[test["image_id"]].to_numpy(dtype=object)
     return Measured(
         run,
         metrics,
         classes,
         tuple(description["malignant"]),
-        description["dataset"].get("class_names", {}),
-        test["label"].map(position).to_numpy(dtype=np.int64),
+        pd.Index(classes).get_indexer(test["label"]).astype(np.int64),
         test[[f"prob_{name}" for name in classes]].to_numpy(dtype=float),
-        groups,
-        "lesion" if run.recipe.data.dataset == "isic_2019" else "patient",
+        run.split.set_index("image_id")["patient_id"].loc[test["image_id"]].to_numpy(dtype=object),
     )
 
 
-def glance_section(measured: Measured) -> Section:
-    """Return what a reader with one minute must know."""
+def summary_section(measured: Measured) -> Section:
+    """Return the headline measures, beside the paper's where the protocol is the paper's."""
     metrics, matrix = measured.metrics, np.array(measured.metrics["confusion_matrix"])
-    total, right = int(matrix.sum()), int(np.trace(matrix))
-    lead = [
-        f"On {total:,} test photographs of {len(set(measured.groups)):,} {measured.group}s the likeliest class was the right one "
-        f"{right:,} times: {_percent(metrics, 'accuracy')}. Counting every class alike, however rare, it is "
-        f"{_percent(metrics, 'balanced_accuracy')} (balanced accuracy; guessing gives {1 / len(measured.classes):.0%})."
+    intro = [
+        f"On {matrix.sum():,} test images of {len(set(measured.groups)):,} {measured.unit}, the accuracy is "
+        f"{percent(metrics, 'accuracy')} and the balanced accuracy {percent(metrics, 'balanced_accuracy')} "
+        f"(chance: {1 / len(measured.classes):.0%})."
     ]
     cancer = np.isin(measured.classes, measured.malignant)
     if "malignant" in metrics and 0 < cancer.sum() < len(cancer):
-        found, ill = int(matrix[cancer][:, cancer].sum()), int(matrix[cancer].sum())
-        cleared, well = int(matrix[~cancer][:, ~cancer].sum()), int(matrix[~cancer].sum())
-        lead.append(
-            f"Of {ill:,} photographs of cancers ({', '.join(measured.malignant)}) {found:,} were given a class that is a cancer, if not "
-            f"always the right one: {_percent(metrics['malignant'], 'sensitivity')}. Of {well:,} of benign lesions {cleared:,} were given "
-            f"a benign class: {_percent(metrics['malignant'], 'specificity')}."
+        intro.append(
+            f"Of {matrix[cancer].sum():,} malignant images ({', '.join(measured.malignant)}), "
+            f"{matrix[cancer][:, cancer].sum():,} were predicted to be one of the malignant classes (sensitivity "
+            f"{percent(metrics['malignant'], 'sensitivity')}); of {matrix[~cancer].sum():,} benign images, "
+            f"{matrix[~cancer][:, ~cancer].sum():,} were predicted to be benign (specificity "
+            f"{percent(metrics['malignant'], 'specificity')})."
         )
-    tables: list[PrintedTable | ReportFigure] = [_headline_table(measured)]
-    if "availability" in metrics:
-        lead.append(availability_line(metrics["availability"]).capitalize() + ".")
-        reason = missingness_shortcut(metrics)
-        if reason is not None:
-            lead.append(f"NOT TO BE USED WHERE METADATA MAY BE MISSING: {reason}.")
-        if len(metrics["availability"]["inputs"]) > 1:
-            tables.append(_availability_table(metrics["availability"]))
-    lead.append(
-        f"In brackets stands the 95% interval: had other {measured.group}s come, the number would likely lie in it."
-    )
-    return Section("glance", "At a glance", lead, tables)
+    tables = [_headline_table(measured)]
+    if len(metrics.get("availability", {}).get("inputs", ())) > 1:
+        tables.append(availability_table(metrics["availability"]))
+    return Section("summary", "Summary", intro, tables)
 
 
-def class_section(measured: Measured, samples: int, seed: int) -> Section:
-    """Return the class-wise table, the confusion matrices and the curves."""
-    metrics, unit = measured.metrics, f"{measured.group}s"
+def _headline_table(measured: Measured) -> PrintedTable:
+    metrics, recipe = measured.metrics, measured.run.recipe
+    values = metrics | {f"malignant_{key}": value for key, value in metrics.get("malignant", {}).items()}
+    measures = [measure for measure in HEADLINE if measure in values]
+    table = PAPER_TABLES.get(recipe.data.dataset, ("", ""))[0] if recipe.data.protocol == "paper" else ""
+    printed = {
+        measure: reported(recipe.data.dataset, table, recipe.model.method, recipe.model.backbone, measure)
+        for measure in measures
+        if table
+    }
+    paper = {measure: found.value for measure, found in printed.items() if found and found.comparable(measure)}
+    rows = [[Cell(MEASURE_NAMES[measure]), Cell.of(values, measure)] for measure in measures]
+    notes = [
+        f"In brackets: 95% interval from a bootstrap over {measured.unit}.",
+        "Expected calibration error and Brier score: lower is better.",
+    ]
+    if not paper:
+        return PrintedTable("Test set", ("measure", "this run"), rows, tuple(notes))
+    rows = [[*row, Cell(number(paper.get(measure)))] for row, measure in zip(rows, measures, strict=True)]
+    notes += caveats(recipe.data.dataset, table, {recipe.model.method})
+    return PrintedTable("Test set", ("measure", "this run", "the paper"), rows, tuple(notes))
+
+
+def class_section(measured: Measured) -> Section:
+    """Return the table of the classes."""
+    recipe, per_class = measured.run.recipe, measured.metrics["per_class"]
+    names = measured.run.model["dataset"].get("class_names", {})
+    rows, paper_rows = [], []
+    for label, values in per_class.items():
+        images = f"{values['support']:,} image{'s' if values['support'] != 1 else ''}"
+        title = Cell(label, ", ".join(part for part in (names.get(label), images) if part))
+        rows.append([title, *(Cell.of(values, measure) for measure in CLASS_MEASURES)])
+        paper = [
+            reported_class(recipe.data.dataset, recipe.model.method, recipe.model.backbone, label, measure)
+            for measure in CLASS_MEASURES
+        ]
+        if recipe.data.protocol == "paper" and any(value is not None for value in paper):
+            pairs = zip(CLASS_MEASURES, paper, strict=True)
+            cells = (Cell(number(values[measure]), f"paper {number(value)}") for measure, value in pairs)
+            paper_rows.append([Cell(label), *cells])
+    few = [label for label, values in per_class.items() if values["support"] < FEW_IMAGES]
+    notes = (f"Fewer than {FEW_IMAGES} test images, so imprecise: {', '.join(few)}.",) if few else ()
+    tables = [PrintedTable("Each class versus the rest, with 95% intervals", CLASS_HEAD, rows, notes)]
+    if paper_rows:
+        known = caveats(recipe.data.dataset, PAPER_TABLES[recipe.data.dataset][1], {recipe.model.method})
+        tables.append(PrintedTable("Comparison with the paper's Table 2", CLASS_HEAD, paper_rows, tuple(known)))
+    intro = [
+        "Sensitivity and specificity are the fractions of a class's images, and of all other images, that are "
+        "classified correctly. PPV and NPV depend on how frequent each class is in this test set."
+    ]
+    return Section("classes", "Per-class metrics", intro, tables)
+
+
+def curve_sections(measured: Measured, samples: int, seed: int) -> Iterator[Section]:
+    """Return the confusion matrix and the ROC and precision-recall curves."""
+    matrices = [draw_confusion(measured.metrics, shares, measured.malignant, measured.unit) for shares in (False, True)]
+    yield Section("confusion", "Confusion matrix", [], matrices)
     with progress_bar("curves") as show:
         curves = class_curves(
             measured.labels,
@@ -174,152 +200,27 @@ def class_section(measured: Measured, samples: int, seed: int) -> Section:
             progress=show,
             malignant=measured.malignant,
         )
-    lead = [
-        "Sensitivity: of the photographs of a class, the share that is given it. Specificity: of all others, the share that isn't. PPV: "
-        "of the photographs that are given the class, the share that has it. NPV: of those that aren't, the share that hasn't. PPV and "
-        "NPV hold for test sets with as many cases of each class as this one."
-    ]
-    tables = [_class_table(measured), *_paper_class_table(measured)]
-    pictures = [draw_confusion(metrics, shares, measured.malignant, unit) for shares in (False, True)]
-    return Section(
-        "classes",
-        "Class by class",
-        lead,
-        [*tables, *pictures, draw_roc(curves, unit), draw_precision_recall(curves, unit)],
-    )
+    yield Section("roc", "ROC", [], [draw_curves(curves, "roc", measured.unit)])
+    yield Section("precision-recall", "Precision-recall", [], [draw_curves(curves, "precision_recall", measured.unit)])
 
 
-def probability_section(measured: Measured, samples: int, seed: int) -> Section:
-    """Return the reliability diagram."""
-    lead = [
-        "A probability of 80% should come true in 80 of 100 cases. The diagram compares the probability of the likeliest class with how "
-        f"often it was right; the expected calibration error, the mean distance between the two, is {measured.metrics['ece']:.2f}."
-    ]
-    reliability = compute_reliability(
-        measured.labels, measured.probabilities, measured.groups, samples=samples, seed=seed
-    )
-    picture = draw_reliability(reliability, f"{measured.group}s")
-    return Section("probabilities", "Can the probabilities be believed?", lead, [picture])
-
-
-def training_section(measured: Measured) -> Section:
-    """Return the history of the training."""
-    history, recipe = measured.run.history, measured.run.recipe
-    epoch = selected_epoch(history, recipe.training.selection)
-    criterion = {"loss": "lowest loss"}.get(
-        recipe.training.selection, f"highest {recipe.training.selection.replace('_', ' ')}"
-    )
-    kept = f"epoch {epoch}, the one with the {criterion} on the validation images"
-    if recipe.training.selection == "last":
-        kept = "the last one, so that the validation images served calibration alone"
-    lead = [f"{len(history)} epochs; kept is {kept}. The test images had no part in any choice."]
-    pictures = [draw_history(history, epoch)]
+def history_section(measured: Measured) -> Section:
+    """Return the training history."""
+    history, selection = measured.run.history, measured.run.recipe.training.selection
+    epoch = selected_epoch(history, selection)
+    criterion = "lowest loss" if selection == "loss" else f"highest {selection.replace('_', ' ')}"
+    kept = f"epoch {epoch}, which has the {criterion} on the validation split, was kept"
+    if selection == "last":
+        kept = "the last one was kept, so the validation split served calibration only"
+    intro = [f"Of {len(history)} epochs, {kept}. The test split was not used for any choice."]
+    figures = [draw_history(history, epoch)]
     if "val_psnr" in history.columns:
-        pictures.append(draw_reconstruction_history(history))
-    return Section("training", "How it was trained", lead, list(pictures))
-
-
-def _headline_table(measured: Measured) -> PrintedTable:
-    metrics, recipe = measured.metrics, measured.run.recipe
-    ours, ours_paper = _flat(metrics), {}
-    table = PAPER_TABLES.get(recipe.data.dataset, ("", ""))[0] if recipe.data.protocol == "paper" else ""
-    for measure in HEADLINE:
-        found = (
-            reported(recipe.data.dataset, table, recipe.model.method, recipe.model.backbone, measure) if table else None
-        )
-        if found is not None and found.comparable(measure):
-            ours_paper[measure] = found.value
-    rows = []
-    for measure in HEADLINE:
-        if measure in ours:
-            value, bounds = ours[measure]
-            row = [Cell(MEASURE_NAMES[measure]), Cell(_number(value), _interval(bounds))]
-            rows.append([*row, Cell(_number(ours_paper.get(measure)))] if ours_paper else row)
-    columns = ("measure", "this run", "the paper") if ours_paper else ("measure", "this run")
-    notes = ["Of the last two, calibration error and Brier score, less is better."]
-    notes += caveats(recipe.data.dataset, table, {recipe.model.method}) if ours_paper else []
-    return PrintedTable("Measures on the test set", columns, rows, tuple(notes))
-
-
-def _availability_table(measured: Mapping[str, Any]) -> PrintedTable:
-    rows = [[Cell(name), *(Cell(*cell) for cell in cells)] for name, cells in availability_rows(measured)]
-    notes = (
-        "The same test images. Sets and referral use the thresholds that were fitted on validation for what is given.",
-        "In the lines by share of fields, the fields that are left were drawn without regard to the class; a case with too few recorded "
-        "fields isn't among them.",
-        *availability_notes(measured),
-    )
-    return PrintedTable("With less than was recorded", AVAILABILITY_COLUMNS, rows, notes)
-
-
-def _class_table(measured: Measured) -> PrintedTable:
-    rows = []
-    suffix = interval_suffix(0.95)
-    for name, values in measured.metrics["per_class"].items():
-        cells = [Cell(_number(values[measure]), _interval(values.get(measure + suffix))) for measure in CLASS_MEASURES]
-        images = f"{values['support']:,} image{'s' if values['support'] != 1 else ''}"
-        rows.append([Cell(name, ", ".join(part for part in (measured.names.get(name), images) if part)), *cells])
-    columns = ("class", *(CLASS_COLUMNS[measure] for measure in CLASS_MEASURES))
-    few = [name for name, values in measured.metrics["per_class"].items() if values["support"] < FEW_IMAGES]
-    notes = (
-        (f"Fewer than {FEW_IMAGES} images: {', '.join(few)}. One image more or less changes their numbers much.",)
-        if few
-        else ()
-    )
-    return PrintedTable("Each class versus the rest, with 95% intervals", columns, rows, notes)
-
-
-def _paper_class_table(measured: Measured) -> list[PrintedTable]:
-    """Return Table 2 beside this run's values, if the run follows the paper's protocol and the paper has it."""
-    recipe = measured.run.recipe
-    if recipe.data.protocol != "paper":
-        return []
-    rows, found = [], False
-    for name, values in measured.metrics["per_class"].items():
-        row = [Cell(name)]
-        for measure in CLASS_MEASURES:
-            paper = reported_class(recipe.data.dataset, recipe.model.method, recipe.model.backbone, name, measure)
-            found = found or paper is not None
-            row.append(Cell(_number(values[measure]), f"paper {_number(paper)}"))
-        rows.append(row)
-    if not found:
-        return []
-    notes = caveats(recipe.data.dataset, PAPER_TABLES[recipe.data.dataset][1], {recipe.model.method})
-    columns = ("class", *(CLASS_COLUMNS[measure] for measure in CLASS_MEASURES))
-    return [PrintedTable("Beside the paper's Table 2", columns, rows, tuple(notes))]
-
-
-def _flat(metrics: Mapping[str, Any]) -> dict[str, tuple[float | None, list[float] | None]]:
-    """Return every headline measure with its interval; malignant versus benign as `malignant_auc` and so on."""
-    suffix = interval_suffix(0.95)
-    parts = [("", metrics), ("malignant_", metrics.get("malignant", {}))]
-    return {
-        prefix + key: (value, values.get(key + suffix))
-        for prefix, values in parts
-        for key, value in values.items()
-        if prefix + key in HEADLINE
-    }
-
-
-def _percent(values: Mapping[str, Any], measure: str) -> str:
-    value, bounds = values[measure], values.get(measure + interval_suffix(0.95))
-    if value is None:
-        return "undefined"
-    return f"{value:.0%}" + (f" [{bounds[0]:.0%} to {bounds[1]:.0%}]" if bounds else "")
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None or pd.isna(value) else f"{value:.3f}"
-
-
-def _interval(bounds: list[float] | None) -> str:
-    return "" if bounds is None else f"[{bounds[0]:.2f}, {bounds[1]:.2f}]"
+        figures.append(draw_reconstruction_history(history))
+    return Section("training", "Training history", intro, figures)
 
 
 # Characters in a line of a class's name.
 LINE = 15
-
-
 # Characters that fit side by side below all columns; beyond them, names stand upright.
 LEVEL = 40
 
@@ -328,48 +229,45 @@ LEVEL = 40
 def draw_confusion(
     metrics: Mapping[str, Any], shares: bool = False, malignant: Sequence[str] = (), unit: str = "patients"
 ) -> ReportFigure:
-    """Draw the confusion matrix: rows the truth, columns the prediction.
+    """Draw the confusion matrix: rows are true classes, columns predicted ones.
 
     Args:
         metrics: from `compute_metrics`, with or without intervals; the content of metrics.json.
         shares: of the true class (each row sums to 1) instead of numbers of images.
-        malignant: the classes that are cancer, for the caption.
-        unit: what images of one group share, in words, for the caption.
+        malignant: the malignant classes, for the caption.
+        unit: `patients` or `lesions`, for the caption.
 
     Returns:
         `confusion_counts` or `confusion_shares`; `data` has one row a cell: `true`, `predicted`, `images`, `share` (NaN
-        for a
-        class without images).
+        for a class without images).
     """
+    import matplotlib
+
     classes = list(metrics["per_class"])
     counts = np.array(metrics["confusion_matrix"])
-    support, given = counts.sum(axis=1), counts.sum(axis=0)
+    support = counts.sum(axis=1)
     portion = np.divide(counts, support[:, None], out=np.full(counts.shape, np.nan), where=support[:, None] > 0)
     cells = portion if shares else counts.astype(float)
     top = 1 if shares else max(1, int(counts.max()))
     below = [textwrap.fill(name, LINE) for name in classes]
-    beside = [textwrap.fill(f"{name} ({number})", LINE) for name, number in zip(classes, support, strict=True)]
+    beside = [textwrap.fill(f"{name} ({images})", LINE) for name, images in zip(classes, support, strict=True)]
     upright = len(classes) * max(len(line) for name in below for line in name.splitlines()) > LEVEL
     figure, (axis,) = new_figure(WIDTH * min(0.35 + 0.12 * len(classes), 0.92) + (0.7 if upright else 0))
     axis.pcolormesh(np.ma.masked_invalid(cells), cmap=SEQUENTIAL_CMAP, vmin=0, vmax=top, edgecolor=PAPER, linewidth=1)
     scale = matplotlib.colormaps[SEQUENTIAL_CMAP]
+    # Five digits must fit a cell of an eighth of the width.
+    size = 7 if len(classes) > 6 else 8
     for (row, column), value in np.ndenumerate(cells):
-        text = "–" if np.isnan(value) else f"{value:.2f}" if shares else f"{value:.0f}"
-        colour = INK if np.isnan(value) else _on(np.asarray(scale(value / top)))
-        # Five digits must fit a cell of an eighth of the width.
-        axis.text(
-            column + 0.5, row + 0.5, text, ha="center", va="center", color=colour, fontsize=7 if len(classes) > 6 else 8
-        )
-    places = np.arange(len(classes)) + 0.5
-    axis.set_xticks(places, below, rotation=90 if upright else 0)
-    axis.set_yticks(places, beside)
-    axis.set_xlabel("predicted class")
-    axis.set_ylabel("true class (images)")
+        colour = INK if np.isnan(value) else _text_colour(scale(value / top))
+        text = number(value, ".2f" if shares else ".0f")
+        axis.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=colour, fontsize=size)
+    axis.set_xticks(np.arange(len(classes)) + 0.5, below, rotation=90 if upright else 0)
+    axis.set_yticks(np.arange(len(classes)) + 0.5, beside)
+    axis.set(xlabel="predicted class", ylabel="true class (images)")
     axis.invert_yaxis()
     axis.grid(False)
     axis.tick_params(length=0)
-    for side in axis.spines.values():
-        side.set_visible(False)
+    axis.spines[:].set_visible(False)
 
     data = pd.DataFrame(
         {
@@ -379,69 +277,34 @@ def draw_confusion(
             "share": portion.ravel(),
         }
     )
-    name, title = (
-        ("confusion_shares", "Shares of each true class") if shares else ("confusion_counts", "Confusion matrix")
-    )
-    present = support > 0
-    words = [
-        f"{classes[index]}: {counts[index, index]} of {support[index]} right{_mistake(classes, counts[index], int(index))}"
-        for index in np.flatnonzero(present)
-    ]
-    caption = _caption(
-        metrics, classes, malignant, shares, unit, [np.array(classes)[~present], np.array(classes)[given == 0]]
-    )
-    return ReportFigure(name, title, caption, "; ".join(words), figure, data)
-
-
-def _caption(
-    metrics: Mapping[str, Any],
-    classes: list[str],
-    malignant: Sequence[str],
-    shares: bool,
-    unit: str,
-    missing: list[np.ndarray],
-) -> str:
-    whose = f" of {metrics['bootstrap']['groups']} {unit}" if "bootstrap" in metrics else ""
-    cell = (
-        "each cell is the share of the true class that got this answer, so every row sums to 1"
-        if shares
-        else "each cell is a number of images"
-    )
-    sentences = [
-        f"{metrics['support']} test images{whose}. Rows are the true class with its number of images, columns the predicted one; {cell}, "
-        "and what is right lies on the diagonal."
-    ]
+    caption = f"{metrics['support']} test images"
+    caption += f" of {metrics['bootstrap']['groups']} {unit}" if "bootstrap" in metrics else ""
+    caption += ". Rows: true class, with its number of images; columns: predicted class. Each cell is "
+    caption += "the fraction of the true class, so rows sum to 1." if shares else "a number of images."
     if malignant:
-        sentences.append(f"Malignant: {', '.join(name for name in classes if name in malignant)}.")
-    notes = [
-        f"{what}: {', '.join(names)}"
-        for what, names in zip(("No test image", "Never predicted"), missing, strict=True)
-        if len(names)
-    ]
-    if notes:
-        sentences.append("; ".join(notes) + ".")
-    return " ".join(sentences)
+        caption += f" Malignant: {', '.join(name for name in classes if name in malignant)}."
+    for what, present in (("No test image", support), ("Never predicted", counts.sum(axis=0))):
+        if not present.all():
+            caption += f" {what}: {', '.join(np.array(classes)[present == 0])}."
+    alt = []
+    for index in np.flatnonzero(support):
+        wrong = counts[index] * (np.arange(len(classes)) != index)
+        text = f"{classes[index]}: {counts[index, index]} of {support[index]} correct"
+        alt.append(text + f", most often taken for {classes[wrong.argmax()]} ({wrong.max()})" * bool(wrong.any()))
+    name, title = (
+        ("confusion_shares", "Normalised by true class") if shares else ("confusion_counts", "Number of images")
+    )
+    return ReportFigure(name, title, caption, "; ".join(alt), figure, data)
 
 
-def _mistake(classes: list[str], row: np.ndarray, right: int) -> str:
-    """Name the most frequent wrong answer."""
-    wrong = np.where(np.arange(len(row)) == right, 0, row)
-    return f", most often taken for {classes[wrong.argmax()]} ({wrong.max()})" if wrong.any() else ""
-
-
-def _on(colour: NDArray[np.float64]) -> str:
-    """Return black or white, whichever is read better on a colour, in both themes of the page."""
-    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour[:3])
-    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
-    return "#000000" if luminance > 0.179 else "#ffffff"
+def _text_colour(colour: Sequence[float]) -> str:
+    """Return black or white, whichever contrasts more with a colour (relative luminance, WCAG 2)."""
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour[:3]]
+    return "#000000" if np.dot([0.2126, 0.7152, 0.0722], linear) > 0.179 else "#ffffff"
 
 
 CLASSIFICATION, BALANCED_ACCURACY, NORMS = "classification loss", "balanced accuracy", "relative L1 norm"
-
-
-HEADS = "loss of further heads"
-
-
+HEADS = "loss of auxiliary heads"
 # Further terms of the loss, each on a scale of its own.
 TERMS = {"train_total": "total loss", "train_reconstruction": "reconstruction loss", "train_penalty": "weight penalty"}
 
@@ -452,8 +315,7 @@ def selected_epoch(history: pd.DataFrame, selection: str) -> int:
     Args:
         history: of the run, one row an epoch.
         selection: `balanced_accuracy`, `accuracy` (the highest on validation; a tie goes to the lower loss) or `loss`
-            (the
-            lowest); the earliest of equal epochs. `last`: the last one.
+            (the lowest); the earliest of equal epochs. `last`: the last one.
 
     Raises:
         ValueError: the history has no such value.
@@ -474,102 +336,77 @@ def selected_epoch(history: pd.DataFrame, selection: str) -> int:
 
 @styled
 def draw_history(history: pd.DataFrame, selected: int) -> ReportFigure:
-    """Draw the losses, the balanced accuracy on validation and, where there are any, the norms of the penalised layers.
+    """Draw the losses, the balanced accuracy on validation and, if recorded, the norms of the penalised layers.
 
     Args:
         history: of the run, one row an epoch.
         selected: the epoch whose parameters were kept; see `selected_epoch`.
 
     Returns:
-        The picture; `data` has one row a point: `panel`, `series`, `epoch`, `value`, `kept` (the epoch is `selected`).
+        The figure; `data` has one row a point: `panel`, `series`, `epoch`, `value`, `kept` (the epoch is `selected`).
 
     Raises:
         ValueError: `selected` isn't in the history.
     """
     if selected not in set(history["epoch"]):
         raise ValueError(f"the history has no epoch {selected}")
-    panels = _series(history)
+    panels = _panels(history)
     kept = float(history.loc[history["epoch"] == selected, "val_balanced_accuracy"].iloc[0])
     rows = -(-len(panels) // 2)
     figure, axes = new_figure(1.7 * rows, rows, 2)
     for axis in axes[len(panels) :]:
         axis.remove()
+    tables, alt = [], []
     for axis, (title, series) in zip(axes, panels.items(), strict=False):
         for index, (name, values) in enumerate(series.items()):
             place = index if title in (HEADS, NORMS) else ("training", "validation").index(name)
             axis.plot(history["epoch"], values, color=COLOURS[place], marker=MARKERS[place], markersize=2.5, label=name)
+            tables.append(pd.DataFrame({"panel": title, "series": name, "epoch": history["epoch"], "value": values}))
+            alt.append(f"{title}, {name}: from {values.iloc[0]:.3g} to {values.iloc[-1]:.3g}")
         if title == BALANCED_ACCURACY:
             axis.plot(selected, kept, "o", color=INK, markersize=5, label=f"{kept:.3f}")
-        _finish(axis, title, history["epoch"], selected)
-    data = pd.concat(
-        [
-            pd.DataFrame({"panel": title, "series": name, "epoch": history["epoch"], "value": values})
-            for title, series in panels.items()
-            for name, values in series.items()
-        ],
-        ignore_index=True,
-    )
-    data["kept"] = data["epoch"] == selected
+        _label_panel(axis, title, history["epoch"], selected)
+    data = pd.concat(tables, ignore_index=True).assign(kept=lambda table: table["epoch"] == selected)
+    epochs = f"{len(history)} epoch{'s' if len(history) != 1 else ''}"
     caption = (
-        f"{_epochs(history)} of training; the dotted line is epoch {selected}, whose parameters were kept, and the dot its balanced "
-        "accuracy (mean share found of each class) on the validation images. Losses should fall; training losses are means over an epoch, "
-        "with dropout and augmentation, validation losses are without. A validation loss that rises while that of training falls says "
-        "that the training images are learned by heart."
+        f"{epochs}; dotted line: epoch {selected}, whose parameters were kept, and its balanced accuracy on the "
+        "validation split (dot). Training losses are epoch means with dropout and augmentation, validation losses are "
+        "without; a validation loss that rises while the training loss falls indicates overfitting."
     )
     if NORMS in panels:
-        caption += " The L1 norms of the last two layers (sums of absolute weights) are relative to the first epoch; near 0 is a collapse."
-    words = [
-        f"{title}, {name}: from {values.iloc[0]:.3g} to {values.iloc[-1]:.3g}"
-        for title, series in panels.items()
-        for name, values in series.items()
-    ]
-    alt = f"{_epochs(history)}; kept is epoch {selected} with a balanced accuracy of {kept:.3f} on validation. {'; '.join(words)}"
-    return ReportFigure("history", "Training, epoch by epoch", caption, alt, figure, data)
+        caption += " L1 norms of the last two layers, relative to the first epoch; near 0 indicates a collapse."
+    alt = [f"{epochs}; kept is epoch {selected} with a balanced accuracy of {kept:.3f} on validation", *alt]
+    return ReportFigure("history", "Training history", caption, "; ".join(alt), figure, data)
 
 
-def _series(history: pd.DataFrame) -> dict[str, dict[str, pd.Series]]:
+def _panels(history: pd.DataFrame) -> dict[str, dict[str, pd.Series]]:
     """Return panel -> line -> values, of what this run's history holds."""
-    panels = {CLASSIFICATION: {"training": history["train_classification"], "validation": history["val_loss"]}}
-    panels[BALANCED_ACCURACY] = {"validation": history["val_balanced_accuracy"]}
-    columns = [str(name) for name in history.columns]
-    heads = {
-        name.removeprefix("train_classification_"): history[name]
-        for name in columns
-        if name.startswith("train_classification_")
+    panels = {
+        CLASSIFICATION: {"training": history["train_classification"], "validation": history["val_loss"]},
+        BALANCED_ACCURACY: {"validation": history["val_balanced_accuracy"]},
     }
-    if heads:
-        panels[HEADS] = heads
+    heads = history.filter(regex="^train_classification_")
+    if len(heads.columns):
+        panels[HEADS] = {name.removeprefix("train_classification_"): heads[name] for name in map(str, heads)}
     terms = {title: {"training": history[name]} for name, title in TERMS.items() if name in history}
     # A total of one term would say the same twice.
-    if heads or len(terms) > 1:
+    if HEADS in panels or len(terms) > 1:
         panels |= terms
-    norms = {
-        name.removeprefix("l1_"): history[name] / history[name].iloc[0] for name in columns if name.startswith("l1_")
-    }
-    if norms:
-        panels[NORMS] = norms
+    norms = history.filter(regex="^l1_")
+    if len(norms.columns):
+        panels[NORMS] = {name.removeprefix("l1_"): norms[name] / norms[name].iloc[0] for name in map(str, norms)}
     return panels
 
 
-def _finish(axis: Axes, title: str, epochs: pd.Series, selected: int) -> None:
+def _label_panel(axis: Axes, title: str, epochs: pd.Series, selected: int) -> None:
     """Mark the kept epoch, and write title and legend above the panel, where they can hide no line."""
+    from matplotlib.ticker import MaxNLocator
+
     axis.axvline(selected, color=INK, linestyle=":", linewidth=1)
     legend_rows = -(-len(axis.get_legend_handles_labels()[1]) // 2)
-    axis.legend(
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=2,
-        borderaxespad=0.1,
-        handlelength=1.2,
-        handletextpad=0.5,
-        columnspacing=1,
-        borderpad=0,
-    )
+    spacing = {"borderaxespad": 0.1, "handlelength": 1.2, "handletextpad": 0.5, "columnspacing": 1, "borderpad": 0}
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, **spacing)
     axis.set_title(title, pad=3 + 12 * legend_rows)
     axis.set_xlabel("epoch")
     axis.set_xlim(epochs.min() - 0.5, epochs.max() + 0.5)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
-
-
-def _epochs(history: pd.DataFrame) -> str:
-    return f"{len(history)} epoch{'s' if len(history) != 1 else ''}"

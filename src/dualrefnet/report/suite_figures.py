@@ -19,8 +19,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from dualrefnet.display.figure import COLOURS, FAINT, INK, PAPER, ReportFigure, new_figure, styled
+from dualrefnet.display.format import MEASURE_NAMES
 from dualrefnet.errors import RunError
-from dualrefnet.evaluation.tables import MEASURE_NAMES
 from dualrefnet.models.encoders import BACKBONES
 from dualrefnet.models.registry import METHODS
 from dualrefnet.suite.results import LABEL_LEAKING, Key, reads_image

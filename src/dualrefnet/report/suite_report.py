@@ -24,15 +24,24 @@ from dualrefnet.analysis.cases import KINDS, Disagreement, find_disagreement
 from dualrefnet.data.loader import read_dataset
 from dualrefnet.data.store import fill_store
 from dualrefnet.display.figure import WIDTH, ReportFigure, new_figure, save_figure, styled
-from dualrefnet.display.format import Cell, PrintedTable
+from dualrefnet.display.format import MEASURE_NAMES, Cell, PrintedTable
 from dualrefnet.display.page import Section, render_page
 from dualrefnet.errors import DataError, RecipeError, RunError
-from dualrefnet.evaluation.tables import MEASURE_NAMES
 from dualrefnet.files import write_text
 from dualrefnet.models.registry import METHODS
 from dualrefnet.progress import progress_bar, remark, warn
 from dualrefnet.recipe import load_recipe
-from dualrefnet.report.provenance import GAPS_TELL_THE_CLASS, WORDS
+from dualrefnet.report import provenance
+from dualrefnet.report.provenance import (
+    FROZEN_ENCODER,
+    MISSINGNESS,
+    MISSINGNESS_REVEALS_CLASS,
+    RANDOM_ENCODER,
+    SYNTHETIC,
+    TERMS,
+    protocol_name,
+    terms_table,
+)
 from dualrefnet.report.suite_figures import KEY, described, draw_ablation, draw_systems, names, sizes, units
 from dualrefnet.run import Run
 from dualrefnet.suite.grid import expand
@@ -190,12 +199,16 @@ def _table_sections(found: Aggregate) -> Iterator[Section]:
         yield Section(
             "classes", "Class by class", [f"{len(by_class)} tables, of every system."], list(by_class), folded=True
         )
-    words = PrintedTable(
-        "Words", ("word", "meaning"), [[Cell(word), Cell(meaning)] for word, meaning in (*SUITE_WORDS, *WORDS)], left=2
-    )
     text = yaml.safe_dump(found.collection.suite.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     lead = ["Save the suite below as a file and give it to `dualrefnet suite` to repeat it."]
-    yield Section("made", "How this was made, and what the words mean", lead, [*how, words], text, folded=True)
+    yield Section(
+        "made",
+        "How this was made, and what the words mean",
+        lead,
+        [*how, terms_table((*SUITE_WORDS, *TERMS))],
+        text,
+        folded=True,
+    )
 
 
 def _name(measure: str) -> str:
@@ -206,30 +219,19 @@ def _name(measure: str) -> str:
 LISTED = 16
 
 
-PROTOCOLS = {"paper": "the paper's split", "grouped": "patients apart", "grouped-cv": "patients apart, in folds"}
-
-
 LEAKING_SPLIT = "leaking split: the same patients or lesions in training and test"
 
 
 # Flag of a system -> what it means, for a reader who doesn't know the word.
 MEANINGS = {
-    LABEL_LEAKING: "The gaps of the metadata were filled with the help of the diagnosis: a demonstration of that leak, no result",
+    LABEL_LEAKING: provenance.LABEL_LEAKING,
     LEAKING_SPLIT: (
         "The split leaks: test photographs show patients or lesions that training has seen, so the numbers are too good for new patients"
     ),
-    "drawn data, not clinical": (
-        "Drawn pictures of invented lesions, made by a program: the numbers say that the software works, and nothing about medicine"
-    ),
-    "frozen encoder": "The image encoder was frozen and has learned nothing about skin: ways of fusion are compared, not whole systems",
-    "encoder from random weights": "The image encoder started from random numbers, not from ImageNet",
+    "drawn data, not clinical": SYNTHETIC,
+    "frozen encoder": f"{FROZEN_ENCODER}: ways of fusion are compared, not whole systems",
+    "encoder from random weights": RANDOM_ENCODER,
 }
-
-
-GAPS = (
-    "In this data set forms have gaps where a lesion was not biopsied, and those lesions are benign: a part of the score can come from the "
-    "gaps alone. A new patient's gaps mean something else"
-)
 
 
 def glance_section(found: Aggregate, folder: Path) -> Section:
@@ -249,9 +251,8 @@ def glance_section(found: Aggregate, folder: Path) -> Section:
         )
         several = rows[["dataset", "protocol"]].drop_duplicates().shape[0] > 1
         for (dataset, protocol), members in rows.groupby(["dataset", "protocol"], sort=False):
-            title, kind = _title(found, folder, str(dataset)), PROTOCOLS.get(str(protocol), str(protocol))
-            # ISIC-2019 names its lesions, not its patients.
-            kind = kind.replace("patients", units(members))
+            title = _title(found, folder, str(dataset))
+            kind = protocol_name(str(protocol), units(members).removesuffix("s"))
             tested = (
                 f"tested on {sizes(members[members['images'] > 0])}"
                 if (members["images"] > 0).any()
@@ -272,7 +273,7 @@ def glance_section(found: Aggregate, folder: Path) -> Section:
     ):
         known, equal = int((rows["equal"] != "").sum()), int((rows["equal"] == "yes").sum())
         beside = f" {equal} of {known} counts are those of the paper's Table 1." if known else ""
-        kind = PROTOCOLS.get(str(protocol), str(protocol))
+        kind = protocol_name(str(protocol))
         sides = ", ".join(f"{int(side['images'].sum()):,} {name}" for name, side in rows.groupby("split", sort=False))
         lead.append(f"Photographs of {dataset}, {kind}: {sides}.{beside}")
     return Section("glance", "At a glance", lead)
@@ -289,7 +290,7 @@ def suite_notes(found: Aggregate) -> list[str]:
             if flag != f"{len(system.runs)} of {system.planned} runs":
                 notes.setdefault(MEANINGS.get(flag, f"{flag[0].upper()}{flag[1:]}"), []).append(system.key)
         if _reads_gaps(system):
-            notes.setdefault(GAPS, []).append(system.key)
+            notes.setdefault(MISSINGNESS, []).append(system.key)
     rows = (
         described(found.systems, found.comparisons, found.collection.suite.measures[0]) if systems else pd.DataFrame()
     )
@@ -407,7 +408,7 @@ def _who(keys: Sequence[Key], rows: pd.DataFrame) -> str:
 
 def _reads_gaps(system: System) -> bool:
     method = METHODS.get(system.key.method)
-    reads = method is not None and method.reads_metadata and system.key.dataset in GAPS_TELL_THE_CLASS
+    reads = method is not None and method.reads_metadata and system.key.dataset in MISSINGNESS_REVEALS_CLASS
     return reads and any(run.recipe.metadata.tier in ("M2", "M3") for run in system.runs)
 
 
@@ -630,7 +631,7 @@ def _sentences(pair: Pair, found: Disagreement) -> Iterator[str]:
         f"Of the {len(found.table):,} test photographs both are right on {counts['both_right']:,}, {a} alone on "
         f"{counts['only_a_right']:,}, {b} alone on {counts['only_b_right']:,}, and none on {counts['both_wrong']:,}."
     )
-    interval = f"difference {gap.difference:+.3f} [{gap.low:+.3f} to {gap.high:+.3f}]".replace("-", "−")
+    interval = f"difference {gap.value:+.3f} [{gap.low:+.3f} to {gap.high:+.3f}]".replace("-", "−")
     yield (
         f"Balanced accuracy on them: {found.balanced_accuracy_a:.3f} of {a}, {found.balanced_accuracy_b:.3f} of {b}, {interval}. "
         "It is the result of these two trainings only; the tables have that of all."

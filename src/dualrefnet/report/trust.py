@@ -1,26 +1,22 @@
-"""The section on trust: what the probabilities are worth once they are calibrated."""
-
-# also: The section on subgroups: do results hold for everyone?
-# also: The section on pictures that aren't like those of the training.
-# also: The sections of a run's page that say what its score leans on, and what is left of it when inputs are missing.
-# also: The section of a page that says whether the data and their split can be trusted.
+"""Sections on how far a run can be trusted: calibration, subgroups, shortcuts, missing metadata, data audit."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from dualrefnet.analysis.audit import Audit, printed_tables
-from dualrefnet.analysis.availability import (
+from dualrefnet.analysis.missing_metadata import (
     WITH_IMAGE,
     WITHOUT_IMAGE,
     MissingMetadata,
     draw_missing_metadata,
     draw_missing_patterns,
+    missing_metadata_table,
+    missing_pattern_table,
 )
 from dualrefnet.analysis.out_of_distribution import (
     CLOSE_LESION,
@@ -36,8 +32,6 @@ from dualrefnet.analysis.shortcuts import (
     BALANCED,
     Shortcuts,
     draw_shortcuts,
-    missing_metadata_table,
-    missing_pattern_table,
     shortcut_sentences,
     shortcut_table,
 )
@@ -45,13 +39,12 @@ from dualrefnet.analysis.subgroups import (
     MINIMUM_IMAGES,
     MINIMUM_PATIENTS,
     NAMES,
-    NOT_RECORDED,
     Subgroups,
     draw_subgroup_gaps,
     draw_subgroups,
 )
 from dualrefnet.display.figure import ReportFigure
-from dualrefnet.display.format import CI, Cell, PrintedTable, bounds_of, number, pair, percent, signed
+from dualrefnet.display.format import Cell, PrintedTable, interval, interval_of, listed, number, percent, sentence
 from dualrefnet.display.page import Section
 from dualrefnet.evaluation.calibration import Calibration
 from dualrefnet.evaluation.curves import compute_reliability, draw_reliability
@@ -59,47 +52,91 @@ from dualrefnet.evaluation.referral import draw_referral, draw_selective, measur
 from dualrefnet.report.performance import Measured
 from dualrefnet.runtime.calibration import malignancy
 
-_ERRORS = {
+Row = Mapping[Any, Any]
+
+ERRORS = {
     "ece": "expected calibration error",
-    "adaptive_ece": "the same, bins of equal size",
+    "adaptive_ece": "adaptive calibration error (bins of equal size)",
     "brier": "Brier score, multi-class",
     "log_loss": "log loss",
 }
 
 
-def calibrated_section(measured: Measured, samples: int = 500, seed: int = 0) -> Section:
-    """Return what temperature, sets of classes, referral and silence are worth on the test side; no data set is needed.
+def calibration_section(measured: Measured, samples: int, seed: int) -> Section:
+    """Return reliability diagram and calibration errors, without and with the temperature if the run has one.
 
     Args:
-        measured: a run, evaluated since calibration was measured.
-        samples: bootstrap samples of the bands in the pictures.
+        measured: a run.
+        samples: bootstrap samples of the bands in the figures.
         seed: of their draw.
-
-    Raises:
-        RunError: the run is older than `calibration.json`.
     """
-    calibration, unit = measured.run.calibration, f"{measured.group}s"
-    values = measured.metrics["calibrated"]
-    lead = [
-        _temperature(calibration, values),
-        *_sets(calibration, values["conformal"], unit, measured.run.recipe.training.selection),
-    ]
-    lead += [_referral(calibration, values["referral"], unit), _silence(values["selective"])]
-    lead += [f"{remark[0].upper()}{remark[1:]}." for remark in calibration.remarks if "in every set" not in remark]
-    warmed = calibration.probabilities(measured.probabilities)
-    reliability = compute_reliability(measured.labels, warmed, measured.groups, samples=samples, seed=seed)
-    after = replace(
-        draw_reliability(reliability, unit), name="reliability_calibrated", title="Reliability at the temperature"
+    items: list[PrintedTable | ReportFigure] = [_reliability(measured, measured.probabilities, samples, seed)]
+    intro = [f"The expected calibration error on the test split is {number(measured.metrics['ece'])}."]
+    if measured.run.calibration_file.is_file():
+        calibration, values = measured.run.calibration, measured.metrics["calibrated"]
+        intro = [_temperature(calibration), _calibration_errors(values)]
+        after = _reliability(measured, calibration.probabilities(measured.probabilities), samples, seed)
+        items.append(replace(after, name="reliability_calibrated", title="Reliability after temperature scaling"))
+        items.append(_error_table(values))
+    return Section("calibration", "Calibration", intro, items)
+
+
+def _reliability(measured: Measured, probabilities: Any, samples: int, seed: int) -> ReportFigure:
+    found = compute_reliability(measured.labels, probabilities, measured.groups, samples=samples, seed=seed)
+    return draw_reliability(found, measured.unit)
+
+
+def _temperature(calibration: Calibration) -> str:
+    bounds = calibration.temperature_interval
+    effect = "lowers" if calibration.temperature > 1 else "raises"
+    text = f"The temperature fitted on the validation split is {calibration.temperature:.2f}"
+    text += f" {interval(*bounds)}" if bounds else ""
+    if bounds and bounds[0] <= 1 <= bounds[1]:
+        return f"{text}; as the interval includes 1, no change of confidence is clearly needed."
+    return f"{text}; it {effect} the confidence of the model."
+
+
+def _calibration_errors(values: Row) -> str:
+    after, by_chance = values["after"]["ece"], values["after"].get("ece_by_chance")
+    text = f"The expected calibration error on the test split is {number(values['before']['ece'])} before and "
+    text += f"{number(after)} after temperature scaling"
+    if by_chance:
+        compared = "not above" if after <= by_chance[1] else "above"
+        text += f", {compared} what a perfectly calibrated model would stay below in 95% of test sets of this size "
+        text += f"({number(by_chance[1])})"
+    return f"{text}."
+
+
+def _error_table(values: Row) -> PrintedTable:
+    rows = []
+    for key, name in ERRORS.items():
+        row = [Cell(name)]
+        for when in ("before", "after"):
+            chance = values[when].get(f"{key}_by_chance")
+            small = f"chance: to {chance[1]:.3f}" if chance else interval_of(values[when], key, ".3f")
+            # Bootstrap samples bias binned errors upwards, so their interval would mislead.
+            row.append(Cell(number(values[when][key]), "" if key.endswith("ece") and not chance else small))
+        rows.append([*row, Cell.of(values["difference"], key, "+.3f", "+.3f")])
+    notes = (
+        "Lower is better. In brackets: 95% intervals, given the temperature.",
+        "chance: 95th percentile of the binned error of a perfectly calibrated model on as many images.",
     )
+    return PrintedTable("Calibration errors", ("measure", "before", "after", "change"), rows, notes)
+
+
+def conformal_section(measured: Measured, samples: int, seed: int) -> Section:
+    """Return what conformal sets, referral and selective prediction achieve on the test split."""
+    calibration, values = measured.run.calibration, measured.metrics["calibrated"]
+    calibrated = calibration.probabilities(measured.probabilities)
     selective = measure_selective(
-        measured.labels, warmed, measured.groups, measured.classes, samples=samples, seed=seed
+        measured.labels, calibrated, measured.groups, measured.classes, samples=samples, seed=seed
     )
-    pictures: list[PrintedTable | ReportFigure] = [after, draw_selective(selective, unit)]
-    ill = calibration.cancer[measured.labels]
-    if calibration.referral is not None and 0 < ill.sum() < len(ill):
+    figures = [draw_selective(selective, measured.unit)]
+    malignant = calibration.cancer[measured.labels]
+    if calibration.referral is not None and 0 < malignant.sum() < len(malignant):
         curve = referral_curve(
-            ill,
-            malignancy(warmed, calibration.cancer),
+            malignant,
+            malignancy(calibrated, calibration.cancer),
             measured.groups,
             calibration.referral,
             calibration.sensitivity,
@@ -107,162 +144,79 @@ def calibrated_section(measured: Measured, samples: int = 500, seed: int = 0) ->
             samples,
             seed,
         )
-        pictures.append(draw_referral(curve, unit))
-    tables = [_error_table(values), _set_table(calibration, values["conformal"]), _silence_table(values["selective"])]
-    availability = measured.metrics.get("availability")
-    if availability is not None:
-        lead.append(
-            "All this is of inputs as they were recorded. An answer uses the temperature, the set and the referral threshold that were "
-            "fitted for what is given; the summary says what each is worth."
-        )
-    return Section("calibrated", "Probabilities that mean something", lead, [*tables, *pictures])
+        figures.append(draw_referral(curve, measured.unit))
+    tables = [_set_table(measured, calibration, values["conformal"]), _selective_table(values["selective"])]
+    intro = [_sets(values["conformal"]), _referral(calibration, values["referral"])]
+    return Section("conformal", "Conformal sets and referral", intro, [*tables, *figures])
 
 
-def _temperature(calibration: Calibration, values: Mapping[str, Any]) -> str:
-    bounds = calibration.temperature_interval
-    text = f"The validation images ask for a temperature of {calibration.temperature:.2f}"
-    text += f" [{bounds[0]:.2f} to {bounds[1]:.2f}]" if bounds else ""
-    if bounds and bounds[0] <= 1 <= bounds[1]:
-        text += "; above 1 it lowers the model's confidence, and as 1 lies in the interval, it isn't clear that any change is needed"
-    elif calibration.temperature > 1:
-        text += ": the model was too sure of itself, and its confidence is lowered"
-    else:
-        text += ": the model was less sure than it could be, and its confidence is raised"
-    before, after = values["before"]["ece"], values["after"]["ece"]
-    text += f". On the test images the expected calibration error is {before:.3f} without and {after:.3f} with it"
-    chance = values["after"].get("ece_by_chance")
-    if chance:
-        text += f"; by chance alone it would be {chance[0]:.3f} on average and below {chance[1]:.3f} in 95 of 100 cases if every "
-        text += "probability were true, so that " + (
-            "no miscalibration shows" if after <= chance[1] else "they aren't all true"
-        )
-    return f"{text}."
-
-
-def _sets(calibration: Calibration, values: Mapping[str, Any], unit: str, selection: str) -> list[str]:
-    one, each, promised = values["marginal"], values["by_class"], calibration.coverage
-    text = (
-        f"Instead of one class the model can name a set that shall hold the right one for {promised:.0%} of the images. On the test "
-        f"images it does for {percent(one, 'coverage')}{_kept(one['promise'], promised)}. A set has {one['mean_size']:.1f} classes on "
-        f"average, and {percent(one, 'singletons')} of the sets name a single one."
-    )
-    text += f" {one['filled']} sets would have been empty and hold the likeliest class." if one["filled"] else ""
-    known = {name: share for name, share in one["per_class"].items() if share["coverage"] is not None}
-    worst = min(known, key=lambda name: float(known[name]["coverage"]))
-    text += f" The promise is for all classes together, not for each: least often it holds {worst}, {percent(known[worst], 'coverage')}."
-    second = (
-        f"With a threshold for each class the sets hold the right class for {percent(each, 'coverage')}{_kept(each['promise'], promised)} "
-        f"and have {each['mean_size']:.1f} classes on average."
-    )
-    always = [name for name, threshold in calibration.class_thresholds.items() if threshold == 0]
-    if always:
-        images = ", ".join(f"{name} ({calibration.per_class[name]})" for name in always)
-        second += f" In all of them is {images}: so few validation images (in brackets) can't promise {promised:.0%} within the class."
-    chose = "the" if selection == "last" else "the epoch and the"
-    third = (
-        f"The promise is approximate: the {calibration.images:,} validation images from which it comes also chose {chose} "
-        f"temperature, and it takes images for independent, which several photographs of one {unit.removesuffix('s')} aren't. It holds "
-        f"for {unit} like these only."
-    )
-    return [text, second, third]
-
-
-def _kept(promise: str | None, promised: float) -> str:
-    where = {
-        "within": "lies in the interval",
-        "missed": "lies above the interval: the promise isn't kept",
-        "exceeded": "lies below it",
-    }
-    return "" if promise is None else f" ({promised:.0%} {where[promise]})"
-
-
-def _referral(calibration: Calibration, values: Mapping[str, Any] | None, unit: str) -> str:
-    if values is None:
-        return "There is no threshold of referral: the data set names no malignant class, or no validation image shows one."
-    bounds = calibration.referral_interval
-    where = f" [{bounds[0]:.2f} to {bounds[1]:.2f}, had other validation {unit} come]" if bounds else ""
-    text = (
-        f"Referral: an image is referred to a dermatologist if its malignancy score is at least {calibration.referral:.2f}{where}, the "
-        f"largest threshold that finds {values['wanted']:.0%} of the validation side's cancers."
-    )
-    if values["malignant"] == 0:
-        return f"{text} No test image shows a cancer, so it can't be said what it finds; {percent(values, 'referred')} are referred."
-    text += (
-        f" Of {values['malignant']:,} test images of cancers it refers {percent(values, 'sensitivity')} and misses {values['missed']:,}; "
-        f"of {values['benign']:,} benign ones it spares {percent(values, 'specificity')}. In all, {percent(values, 'referred')} are "
-        "referred."
-    )
-    if values["reached"]:
-        return f"{text} The {values['wanted']:.0%} is reached on the test images."
-    inside = values.get(f"sensitivity{CI}", [1, 0])
-    chance = ", though it lies in the interval" if inside[0] <= values["wanted"] <= inside[1] else ""
+def _sets(values: Row) -> str:
+    one = values["marginal"]
+    verdicts = {"missed": ", missed: the interval lies below it", "exceeded": ", exceeded"}
     return (
-        f"{text} The {values['wanted']:.0%} isn't reached on the test images{chance}: a threshold chosen so falls short on other {unit} "
-        "about as often as not."
+        f"Conformal sets contain the true class of {percent(one, 'coverage')} of the test images (target "
+        f"{values['promised']:.0%}{verdicts.get(one['promise'], '')}); they have {one['mean_size']:.1f} classes on "
+        f"average, and {percent(one, 'singletons')} of them have one."
     )
 
 
-def _silence(values: Mapping[str, Any]) -> str:
-    rows = {row["percent"]: row for row in values["table"]}
-    words = [
-        f"{percent(rows[share], 'accuracy')} of the answers are right at {share}% answered" for share in (100, 80, 50)
-    ]
-    return f"If the model may keep silent where it is least sure: {'; '.join(words)}. Which share it would answer elsewhere isn't known."
+def _referral(calibration: Calibration, values: Row | None) -> str:
+    if values is None:
+        return "There is no referral threshold: no class, or no validation image, is malignant."
+    text = (
+        f"Images with a malignancy score of at least {number(calibration.referral, '.2f')} "
+        f"{interval(*calibration.referral_interval or (None, None))} are referred: {percent(values, 'referred')}"
+    ).replace("  ", " ")
+    if values["malignant"] == 0:
+        return f"{text}; as no test image is malignant, the sensitivity is unknown."
+    low, high = values.get("sensitivity_ci95") or (1, 0)
+    target = "reached"
+    if not values["reached"]:
+        target = "not reached, but inside the interval" if low <= values["wanted"] <= high else "not reached"
+    return (
+        f"{text}, with a sensitivity of {percent(values, 'sensitivity')} for malignant images (target "
+        f"{values['wanted']:.0%}, {target}; {values['missed']:,} of {values['malignant']:,} missed) and a specificity "
+        f"of {percent(values, 'specificity')}."
+    )
 
 
-def _error_table(values: Mapping[str, Any]) -> PrintedTable:
+def _set_table(measured: Measured, calibration: Calibration, values: Row) -> PrintedTable:
+    marginal, by_class = values["marginal"], values["by_class"]
+    images = {name: part["images"] for name, part in marginal["per_class"].items()}
+    parts = [("all", sum(images.values()), marginal, by_class)]
+    parts += [(name, count, marginal["per_class"][name], by_class["per_class"][name]) for name, count in images.items()]
     rows = []
-    for key, name in _ERRORS.items():
-        row = [Cell(name)]
-        for side in ("before", "after"):
-            chance = values[side].get(f"{key}_by_chance")
-            small = f"chance: to {chance[1]:.3f}" if chance else bounds_of(values[side], key, ".3f")
-            # The resampled errors over bins lie too high for an interval that a reader could use.
-            row.append(Cell(f"{values[side][key]:.3f}", "" if key.endswith("ece") and not chance else small))
-        row.append(Cell(signed(values["difference"][key]), bounds_of(values["difference"], key, "+.3f")))
-        rows.append(row)
-    notes = (
-        "Of all four, less is better. In brackets: 95% intervals, given the temperature.",
-        "chance: how high the error over bins may be (95 of 100 cases) on so many images although every probability is true.",
-    )
-    return PrintedTable(
-        "Probabilities without and with the temperature", ("measure", "without", "with", "change"), rows, notes
-    )
+    for name, count, *both in parts:
+        cells = [cell for part in both for cell in (Cell.of(part, "coverage"), Cell(number(part["mean_size"], ".1f")))]
+        rows.append([Cell(name, f"{count:,} images"), *cells])
+    columns = ("true class", "coverage", "size", "coverage, class-conditional", "size, class-conditional")
+    chosen = "temperature" if measured.run.recipe.training.selection == "last" else "epoch and the temperature"
+    notes = [
+        "Coverage is marginal: it holds over all classes together; the class-conditional sets use a threshold a class.",
+        f"It is approximate: the {calibration.images:,} validation images also served to choose the {chosen}, and "
+        f"images of one {measured.run.unit} are not independent.",
+        *map(sentence, calibration.remarks),
+    ]
+    if marginal["filled"]:
+        notes.append(f"{marginal['filled']} empty sets were replaced by the likeliest class.")
+    if "availability" in measured.metrics:
+        notes.append("Inputs as recorded; predictions with missing inputs use thresholds of their own (see Summary).")
+    return PrintedTable(f"Conformal sets, target coverage {calibration.coverage:.0%}", columns, rows, tuple(notes))
 
 
-def _set_table(calibration: Calibration, values: Mapping[str, Any]) -> PrintedTable:
-    def cells(name: str, images: int, parts: list[Mapping[str, Any]]) -> list[Cell]:
-        row = [Cell(name, f"{images:,} images")]
-        for part in parts:
-            row.append(Cell(number(part["coverage"]), bounds_of(part, "coverage", ".2f")))
-            row.append(Cell("–" if part["mean_size"] is None else f"{part['mean_size']:.1f}"))
-        return row
-
-    kinds = [values["marginal"], values["by_class"]]
-    images = {name: part["images"] for name, part in kinds[0]["per_class"].items()}
-    rows = [cells("all", sum(images.values()), kinds)]
-    rows += [cells(name, images[name], [kind["per_class"][name] for kind in kinds]) for name in calibration.classes]
-    columns = ("true class", "one threshold: holds it", "classes", "by class: holds it", "classes")
-    return PrintedTable(f"Sets that shall hold the right class for {calibration.coverage:.0%}", columns, rows)
-
-
-def _silence_table(values: Mapping[str, Any]) -> PrintedTable:
+def _selective_table(values: Row) -> PrintedTable:
     rows = []
     for row in values["table"]:
-        answered = ", ".join(f"{name} {count:,}" for name, count in row["answered"].items())
-        accuracies = [Cell(number(row[key]), bounds_of(row, key, ".2f")) for key in ("accuracy", "balanced_accuracy")]
-        rows.append([Cell(f"{row['percent']}%", answered), Cell(f"{row['threshold']:.2f}"), *accuracies])
-    columns = ("answered (images by class)", "least confidence", "accuracy", "balanced accuracy")
-    return PrintedTable("Answering the surest images only", columns, rows)
+        kept = ", ".join(f"{name} {count:,}" for name, count in row["answered"].items())
+        measures = [Cell.of(row, "accuracy"), Cell.of(row, "balanced_accuracy")]
+        rows.append([Cell(f"{row['percent']}%", kept), Cell(number(row["threshold"], ".2f")), *measures])
+    columns = ("most confident images", "least confidence", "accuracy", "balanced accuracy")
+    return PrintedTable("Selective prediction", columns, rows)
 
 
-_OVERCONFIDENCE = (
-    "Overconfidence: mean confidence less the share that is right; below 0 the model is less sure than it could be."
-)
-
-
-# Measures of the table of levels, and those of which gaps are drawn, the first that have any.
-_LEVEL_MEASURES = (
+OVERCONFIDENCE = "Overconfidence: mean confidence minus accuracy."
+# Measures of the table of categories, and those of which gaps are drawn.
+CATEGORY_MEASURES = (
     "balanced_accuracy",
     "accuracy",
     "malignant.sensitivity",
@@ -270,297 +224,185 @@ _LEVEL_MEASURES = (
     "malignant.auc",
     "overconfidence",
 )
-
-
-_GAPS = ("balanced_accuracy", "malignant.sensitivity", "overconfidence")
+GAP_MEASURES = ("balanced_accuracy", "malignant.sensitivity", "overconfidence")
 
 
 def subgroups_section(subgroups: Subgroups, unit: str = "patients") -> Section:
-    """Return whether results hold for everyone.
+    """Return the results by category of each subgroup field.
 
     Args:
         subgroups: from `measure_subgroups`.
-        unit: what was resampled, in words.
+        unit: what was resampled, `patients` or `lesions`.
     """
-    levels, table = subgroups.levels, subgroups.table
-    few = levels[~levels["measured"]]
-    lead = [
-        f"The {subgroups.images:,} test images are divided by {_listed(list(subgroups.descriptions))}. Every level is compared with all "
-        "others for which the question is answered; images without an answer are a level of their own. Measures of classes are compared "
-        "over the classes that both sides have from enough patients.",
-        f"{len(few)} of {len(levels)} levels have fewer than {MINIMUM_IMAGES} images or {MINIMUM_PATIENTS} {unit} and therefore no "
-        f"numbers; whether results hold for them this test set can't tell (in brackets: images): {_by_field(few)}."
-        if len(few)
-        else "Every level has enough images for numbers.",
-        _flagged(subgroups),
-        "A gap says that results differ, not why: cases may be harder or photographs worse, or the training images fewer.",
-    ]
-    items: list[PrintedTable | ReportFigure] = [_level_table(subgroups, unit)]
+    table = subgroups.table
     flagged = table[table["flagged"] & table["counted"]]
+    where = [
+        f"{field} = {level} ({len(part)})" for (field, level), part in flagged.groupby(["field", "level"], sort=False)
+    ]
+    intro = [
+        f"The {subgroups.images:,} test images by {listed(list(subgroups.descriptions))}; each category is compared "
+        "with all others. A gap shows that results differ, not why.",
+        f"Of {subgroups.looked_at:,} gaps, {subgroups.flagged:,} have a 95% interval without 0 (about "
+        f"{subgroups.by_chance:.0f} expected by chance){': ' if where else ''}{listed(where)}.",
+    ]
+    items: list[PrintedTable | ReportFigure] = [_category_table(subgroups, unit)]
     if len(flagged):
         items.append(_gap_table(flagged))
     known = {measure: table[table["measure"] == measure] for measure in subgroups.overall}
     if known["balanced_accuracy"]["value"].notna().any():
         items.append(draw_subgroups(subgroups, "balanced_accuracy", unit))
-    items += [
-        draw_subgroup_gaps(subgroups, name, unit)
-        for name in _GAPS
-        if name in known and known[name]["gap"].notna().any()
-    ]
-    return Section("subgroups", "Does it hold for everyone?", lead, items)
+    drawn = [name for name in GAP_MEASURES if name in known and known[name]["gap"].notna().any()]
+    items += [draw_subgroup_gaps(subgroups, name, unit) for name in drawn]
+    return Section("subgroups", "Subgroups", intro, items)
 
 
-def _flagged(subgroups: Subgroups) -> str:
-    count = subgroups.flagged
-    text = (
-        f"{subgroups.looked_at:,} gaps were looked at; if there were none at all, about {subgroups.by_chance:.0f} of them would stand out "
-        f"by chance alone. 0 lies outside the 95% interval of {count:,}"
-    )
-    found = subgroups.table[subgroups.table["flagged"] & subgroups.table["counted"]]
-    where = [
-        f"{field} = {level} ({len(part)})" for (field, level), part in found.groupby(["field", "level"], sort=False)
-    ]
-    if not count:
-        return f"{text}."
-    silent = (
-        ""
-        if not (found["level"] == NOT_RECORDED).any()
-        else (
-            f' "{NOT_RECORDED[0].upper()}{NOT_RECORDED[1:]}" stands out: whether a question was asked goes along with the case, and a model '
-            "may lean on that."
-        )
-    )
-    return f"{text}: {_listed(where)}.{silent}"
-
-
-def _by_field(levels: pd.DataFrame) -> str:
-    names: dict[str, list[str]] = {}
-    for row in levels.to_dict("records"):
-        names.setdefault(row["field"], []).append(f"{row['level']} ({row['images']})")
-    return "; ".join(f"{field} {', '.join(found)}" for field, found in names.items())
-
-
-def _level_table(subgroups: Subgroups, unit: str) -> PrintedTable:
-    measures = [name for name in _LEVEL_MEASURES if name in subgroups.overall]
-    at = {(row["field"], row["level"], row["measure"]): row for row in subgroups.table.to_dict("records")}
+def _category_table(subgroups: Subgroups, unit: str) -> PrintedTable:
+    measures = [name for name in CATEGORY_MEASURES if name in subgroups.overall]
+    found = {(row["field"], row["level"], row["measure"]): row for row in subgroups.table.to_dict("records")}
     rows = []
     for level in subgroups.levels.to_dict("records"):
-        # Of a few patients it would tell what they have.
-        lacks = f", no {level['missing']}" if level["missing"] and level["measured"] else ""
-        row = [
-            Cell(
-                f"{level['field']} = {level['level']}",
-                f"{level['images']:,} images, {level['patients']:,} {unit}{lacks}",
-            )
-        ]
+        # Classes missing among a few patients would reveal what those have.
+        missing = f", no {level['missing']}" if level["missing"] and level["measured"] else ""
+        size = f"{level['images']:,} images, {level['patients']:,} {unit}{missing}"
+        row = [Cell(f"{level['field']} = {level['level']}", size)]
         for measure in measures:
-            found = at.get((level["field"], level["level"], measure))
-            row.append(
-                Cell("–") if found is None else Cell(number(found["value"]), pair(found["low"], found["high"], ".2f"))
-            )
+            one = found.get((level["field"], level["level"], measure), {})
+            row.append(Cell.estimate(one.get("value"), one.get("low"), one.get("high")))
         rows.append(row)
-    notes = [
-        "–: too few images or patients.",
-        "Balanced accuracy runs over the classes that the level and the others have from enough patients.",
-        _OVERCONFIDENCE,
-    ]
-    return PrintedTable(
-        "Results by level, with 95% intervals", ("level", *(NAMES[name] for name in measures)), rows, tuple(notes)
+    notes = (
+        f"–: fewer than {MINIMUM_IMAGES} images or {MINIMUM_PATIENTS} {unit}.",
+        f"Balanced accuracy is over the classes for which the category and the others have enough {unit}.",
+        OVERCONFIDENCE,
     )
+    columns = ("category", *(NAMES[name] for name in measures))
+    return PrintedTable("Results by category, with 95% intervals", columns, rows, notes)
 
 
 def _gap_table(flagged: pd.DataFrame) -> PrintedTable:
     rows = []
     for row in flagged.to_dict("records"):
-        name = NAMES[row["measure"]]
-        cells = [Cell(f"{row['field']} = {row['level']}"), Cell(name, f"of {row['classes']}" if row["classes"] else "")]
-        cells += [Cell(number(row["value"])), Cell(number(row["others"]))]
-        rows.append([*cells, Cell(signed(row["gap"]), pair(row["gap_low"], row["gap_high"], "+.2f"))])
-    columns = ("level", "measure", "level's", "the others'", "gap")
-    return PrintedTable("Gaps that stand out", columns, rows, (_OVERCONFIDENCE,), left=2)
+        measure = Cell(NAMES[row["measure"]], f"of {row['classes']}" if row["classes"] else "")
+        values = [Cell(number(row["value"])), Cell(number(row["others"]))]
+        gap = Cell.estimate(row["gap"], row["gap_low"], row["gap_high"], "+.3f", "+.2f")
+        rows.append([Cell(f"{row['field']} = {row['level']}"), measure, *values, gap])
+    columns = ("category", "measure", "category", "others", "gap")
+    return PrintedTable("Gaps whose interval excludes 0", columns, rows, (OVERCONFIDENCE,), left=2)
 
 
-def _listed(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-Row = Mapping[Hashable, Any]
-
-
-def out_of_scope_section(measured: OutOfScopeMeasured, group: str = "patient") -> Section:
-    """Return the section.
+def out_of_distribution_section(measured: OutOfScopeMeasured, unit: str = "patient") -> Section:
+    """Return how well images without a lesion are detected.
 
     Args:
         measured: from `measure_out_of_scope`.
-        group: what a group of test photographs is called, `patient` or `lesion`.
+        unit: `patient` or `lesion`.
     """
     rows: dict[str, Row] = {row["group"]: row for row in measured.table.to_dict("records")}
     lesions, everyday = rows[LESIONS], rows[EVERYDAY]
-    lead = [
-        "A classifier answers whatever picture it is given, a cup of coffee as well. So each picture is compared with the photographs that "
-        "the model was trained on, by what its image encoder makes of it, and the predictor warns of what is unlike them.",
-        f"Of {lesions['pictures']:,} test photographs of lesions {_share(lesions)} were warned of without need ({FALSE_ALARMS:.0%} were "
-        f"meant to be). Of {everyday['pictures']:,} pictures without a lesion, from {everyday['sources']} files and drawing programs, "
-        f"{_share(everyday)} were warned of. Of all pairs of such a picture and a lesion, {everyday['auroc']:.1%}"
-        f"{_interval(everyday, 'auroc', '.1%')} were put in the right order (AUROC; 50% is chance).",
+    intro = [
+        f"The out-of-distribution score flags {_estimate(lesions, 'flagged')} of {lesions['pictures']:,} test images "
+        f"(target {FALSE_ALARMS:.0%}) and {_estimate(everyday, 'flagged')} of {everyday['pictures']:,} images without "
+        f"a lesion (AUROC {_estimate(everyday, 'auroc', '.3f')})."
     ]
     if measured.skin_auroc is not None:
         value, low, high = measured.skin_auroc
-        skin, close = rows[SKIN], rows[CLOSE_LESION]
-        between = "" if np.isnan(low) else f" [{low:.2f} to {high:.2f}]"
-        told = "tells" if low > 0.5 else "doesn't reliably tell"
-        lead.append(
-            f"The hardest case is skin without a lesion. Of squares of skin cut out beside the lesion, {_share(skin)} were warned of, of "
-            f"squares of the same size around the lesion {_share(close)}: part of that is enlargement. The score {told} the two apart "
-            f"(AUROC {value:.2f}{between}). A photograph of healthy skin will often pass without a warning."
+        verdict = "separates the two" if low > 0.5 else "does not reliably separate the two"
+        intro.append(
+            f"Of crops of healthy skin {_estimate(rows[SKIN], 'flagged')} are flagged, of equally large crops of "
+            f"lesions {_estimate(rows[CLOSE_LESION], 'flagged')}: the score {verdict} (AUROC {number(value, '.2f')} "
+            f"{interval(low, high)}), so images of healthy skin often pass without a warning."
         )
-    lead.append(
-        "No warning doesn't mean that the picture shows a lesion, and least of all that the answer is right: a lesion of a kind that the "
-        "model never saw may look familiar to it."
-    )
-    return Section(
-        "out_of_scope", "Pictures that show no lesion", lead, [_table(measured, group), draw_out_of_scope(measured)]
-    )
-
-
-def _table(measured: OutOfScopeMeasured, group: str) -> PrintedTable:
-    rows = [
+    table = [
         [
             Cell(row["group"]),
             Cell(f"{row['pictures']:,}", f"of {row['sources']}"),
-            Cell("") if np.isnan(row["auroc"]) else Cell(f"{row['auroc']:.3f}", _interval(row, "auroc", ".3f").strip()),
-            Cell(f"{row['flagged']:.1%}", _interval(row, "flagged", ".1%").strip()),
+            Cell.estimate(row["auroc"], row["auroc_low"], row["auroc_high"], ".3f", ".3f"),
+            Cell.estimate(row["flagged"], row["flagged_low"], row["flagged_high"], ".1%", ".1%"),
         ]
         for row in measured.table.to_dict("records")
     ]
     notes = (
-        f"Small in the second column: how many {group}s, files or drawing programs the pictures are of. In brackets: 95% of "
-        f"{measured.samples:,} resamples of {group}s and sources; none for fewer than {FEW_SOURCES} sources. Where all or none were warned "
-        "of, Wilson's interval.",
-        "The first three groups after the lesions are photographs, documents and areas that nobody would take for skin; the score was "
-        "chosen with others of their kind.",
-        f"Fitted on {measured.training:,} training photographs, limit from {measured.validation:,} validation photographs, seed "
-        f"{measured.seed}.",
+        f"Second line of the images: their {unit}s, files or drawing programs. In brackets: 95% intervals from "
+        f"{measured.samples:,} resamples of these; none for fewer than {FEW_SOURCES}. Wilson's where all or none are "
+        "flagged.",
+        f"Fitted on {measured.training:,} training images, limit from {measured.validation:,} validation images, seed "
+        f"{measured.seed}. The score was chosen with other images without a lesion.",
+        "An image without a warning need not show a lesion, and lesions of unknown classes may not be flagged.",
     )
-    return PrintedTable("Pictures and warnings", ("group", "pictures", "AUROC", "warned of"), rows, notes)
+    columns = ("group", "images", "AUROC", "flagged")
+    found = PrintedTable("Flagged images", columns, table, notes)
+    return Section("out-of-distribution", "Out-of-distribution", intro, [found, draw_out_of_scope(measured)])
 
 
-def _share(row: Row) -> str:
-    return f"{row['flagged']:.1%}{_interval(row, 'flagged', '.1%')}"
-
-
-def _interval(row: Row, name: str, how: str) -> str:
-    low, high = row[f"{name}_low"], row[f"{name}_high"]
-    return "" if np.isnan(low) else f" [{low:{how}}, {high:{how}}]"
+def _estimate(row: Row, name: str = "value", form: str = ".1%") -> str:
+    low, high = (row[end if name == "value" else f"{name}_{end}"] for end in ("low", "high"))
+    return f"{number(row[name], form)} {interval(low, high, form)}".strip()
 
 
 def shortcuts_section(shortcuts: Shortcuts) -> Section:
-    """Return what the score leans on: the probes as sentences, table and picture."""
-    lead = [
-        "A model can reach its score without looking at the lesion: by what surrounds it, by the form, or by which answers were not "
-        "recorded. Here the trained model is asked again about the same photographs with parts taken away or exchanged between "
-        f"{shortcuts.unit}s.",
-        *shortcut_sentences(shortcuts),
-    ]
-    return Section("shortcuts", "What the score leans on", lead, [shortcut_table(shortcuts), draw_shortcuts(shortcuts)])
+    """Return what the score depends on, by probes with parts of the input removed or permuted across patients."""
+    table, figure = shortcut_table(shortcuts), draw_shortcuts(shortcuts)
+    return Section("shortcuts", "Shortcut probes", shortcut_sentences(shortcuts), [table, figure])
 
 
-def availability_section(availability: MissingMetadata) -> Section:
-    """Return what the model reaches with fewer answers and without the photograph."""
+def missing_metadata_section(availability: MissingMetadata) -> Section:
+    """Return the performance with fewer metadata and without the image."""
     table = availability.curve[availability.curve["measure"] == BALANCED]
-    values = {(row["photograph"], row["share"]): row for row in table.to_dict("records")}
-    ends = [(name, (table["photograph"] == name).any()) for name in (WITH_IMAGE, WITHOUT_IMAGE)]
     least = table["share"].min()
-    said = [
-        f"{name} {_value(values[name, 1.0])} with the whole form and {_value(values[name, least])} with {_probed_kept(least)}"
-        for name, there in ends
-        if there
+    kept = "no metadata" if least == 0 else f"{least:.0%} of the fields"
+    parts = []
+    for name in (WITH_IMAGE, WITHOUT_IMAGE):
+        rows = {row["share"]: row for row in table[table["photograph"] == name].to_dict("records")}
+        if rows:
+            full, fewest = _estimate(rows[1.0], form=".2f"), _estimate(rows[least], form=".2f")
+            parts.append(f"{name} {full} with all metadata, {fewest} with {kept}")
+    intro = [
+        f"Balanced accuracy {'; '.join(parts)} (chance: {availability.chance:.2f}).",
+        "The curve removes single fields at random; the patterns remove fields that are missing together in training, "
+        "where missingness itself may reveal the class.",
     ]
-    lead = [
-        f"Balanced accuracy {'; '.join(said)}; guessing reaches {availability.chance:.2f}.",
-        "In the curve single answers are removed at random. In the patterns they are missing together, as they are in training: there a "
-        "gap can itself have told the class, and then it misleads where answers are missing for another reason.",
-    ]
-    pictures = [draw_missing_metadata([availability]), draw_missing_patterns([availability])]
-    return Section(
-        "availability",
-        "With fewer answers",
-        lead,
-        [missing_pattern_table(availability), *pictures, missing_metadata_table(availability)],
-    )
+    figures = [draw_missing_metadata([availability]), draw_missing_patterns([availability])]
+    tables = [missing_pattern_table(availability), missing_metadata_table(availability)]
+    return Section("missing-metadata", "Missing metadata", intro, [*tables, *figures])
 
 
-def _value(row: Mapping[Any, Any]) -> str:
-    return f"{row['value']:.2f} [{row['low']:.2f} to {row['high']:.2f}]"
-
-
-def _probed_kept(share: float) -> str:
-    return "no answer" if share == 0 else f"{share:.0%} of the answers"
-
-
-# What is examined -> the finding ids that answer it, in plain words and in the order of the table.
-QUESTIONS = (
-    ("Are patients on one side only?", ("patients_on_two_sides",)),
-    ("Are lesions on one side only?", ("lesions_on_two_sides",)),
-    ("Are copies of a photograph on one side only?", ("near_duplicates",)),
+# What is checked -> the ids of its findings, in the order of the table.
+CHECKS = (
+    ("No patient crosses the split", ("patients_on_two_sides",)),
+    ("No lesion crosses the split", ("lesions_on_two_sides",)),
+    ("No near-duplicate crosses the split", ("near_duplicates",)),
     (
-        "Is every photograph there under one id and one label?",
+        "Every image has one id and one label",
         ("near_duplicates_other", "identical_other_label", "identical_same_label"),
     ),
-    ("Is what is missing silent about the class?", ("missing_block", "missing_mask")),
-    ("Does no single column give the class away?", ("proxy",)),
-    ("Are forms silent about who the patient is?", ("nearest_form", "reidentification", "form_alone")),
+    ("Missingness does not reveal the class", ("missing_block", "missing_mask")),
+    ("No single column reveals the class", ("proxy",)),
+    ("Metadata do not identify the patient", ("nearest_form", "reidentification", "form_alone")),
 )
+VERDICTS = {"FAIL": "failed", "WARN": "warning", "PASS": "passed"}
+# The findings say what the other tables of an audit hold.
+AUDIT_TABLES = ("missing_models", "proxies", "form_alone")
 
 
-WORDS = {"PASS": "yes", "WARN": "not quite", "FAIL": "no"}
-
-
-ORDER = ("FAIL", "WARN", "PASS")
-
-
-# Of the tables these are for a page; the sentences of the verdicts say what the others hold.
-TABLES = ("missing_models", "proxies", "form_alone")
-
-
-def audited_section(audit: Audit) -> Section:
-    """Return the verdicts, and the tables of what is missing, of single columns and of the form alone."""
-    total = sum(audit.images.values())
-    verdicts = {level: sum(finding.level == level for finding in audit.findings) for level in ORDER}
-    lead = [
-        f"{total:,} images of {audit.dataset} and their division into training ({audit.images['train']:,}), validation "
-        f"({audit.images['val']:,}) and test ({audit.images['test']:,}) were examined for what makes numbers look better than they are: "
-        f"the same {audit.group} or picture on two sides, and metadata that give the answer away. Of {len(audit.findings)} findings "
-        f"{verdicts['FAIL']} forbid believing the numbers, and {verdicts['WARN']} are worth knowing."
+def audit_section(audit: Audit) -> Section:
+    """Return the verdicts of a data audit, and the tables of missingness, label-leaking columns and metadata alone."""
+    counts = {level: sum(finding.level == level for finding in audit.findings) for level in VERDICTS}
+    failed = [finding.message for finding in audit.findings if finding.level == "FAIL"]
+    intro = [
+        f"The {sum(audit.images.values()):,} images of {audit.dataset} (train {audit.images['train']:,}, validation "
+        f"{audit.images['val']:,}, test {audit.images['test']:,}) were checked for data leakage: of "
+        f"{len(audit.findings)} findings, {counts['FAIL']} invalidate the results and {counts['WARN']} are warnings."
     ]
-    lead += [
-        f"{finding.message[0].upper()}{finding.message[1:]}." for finding in audit.findings if finding.level == "FAIL"
-    ]
-    blocks = audit.tables.get("missing_blocks")
-    if blocks is not None and np.isfinite(blocks["malignant_missing"].iloc[0]):
-        first = blocks.iloc[0]
-        lead.append(
-            f"Most often missing is the block “{first['block']}”: in {first['rows']:,} rows ({first['share']:.0%}), of which "
-            f"{first['malignant_missing']:.0%} are cancers; of the other rows {first['malignant_present']:.0%} are."
-        )
-    printed = printed_tables(audit)
-    chosen = [printed[name] for name in TABLES if name in printed]
-    return Section("audit", "Can the data be trusted?", lead, [_verdicts(audit), *chosen])
-
-
-def _verdicts(audit: Audit) -> PrintedTable:
+    intro += [" ".join(map(sentence, failed))] if failed else []
     rows = []
-    for question, checks in QUESTIONS:
-        answers = sorted(
-            (finding for finding in audit.findings if finding.check in checks),
-            key=lambda finding: ORDER.index(finding.level),
-        )
-        if answers:
-            worst = answers[0].level
-            said = "; ".join(dict.fromkeys(finding.message for finding in answers if finding.level == worst))
-            rows.append([Cell(question), Cell(WORDS[worst], bold=worst != "PASS"), Cell(said)])
-    compared = [finding.message for finding in audit.findings if finding.check == "images_compared"]
-    notes = [f"{message[0].upper()}{message[1:]}." for message in compared] or [
-        "Photographs were not compared with each other."
-    ]
-    return PrintedTable("What was asked of the data", ("Question", "Answer", "Why"), rows, tuple(notes), left=3)
+    for check, ids in CHECKS:
+        findings = [finding for finding in audit.findings if finding.check in ids]
+        worst = next((level for level in VERDICTS if any(finding.level == level for finding in findings)), None)
+        if worst is not None:
+            messages = dict.fromkeys(finding.message for finding in findings if finding.level == worst)
+            rows.append([Cell(check), Cell(VERDICTS[worst], bold=worst != "PASS"), Cell("; ".join(messages))])
+    compared = [sentence(finding.message) for finding in audit.findings if finding.check == "images_compared"]
+    notes = tuple(compared or ["Images were not compared with each other."])
+    verdicts = PrintedTable("Checks", ("check", "verdict", "finding"), rows, notes, left=3)
+    printed = printed_tables(audit)
+    tables = [printed[name] for name in AUDIT_TABLES if name in printed]
+    return Section("audit", "Data audit", intro, [verdicts, *tables])

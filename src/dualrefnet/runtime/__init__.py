@@ -1,6 +1,6 @@
-"""From a decoded photograph and a form to an answer, with NumPy, OpenCV and onnxruntime alone.
+"""From a decoded image and metadata to a prediction, with NumPy, OpenCV and onnxruntime alone.
 
-Training reads pictures and forms with this very code. Every exported bundle carries a copy of the package, so that a model can be used
-where dualrefnet isn't installed: `python -m runtime photograph.jpg --form '{"age": 61}'`. So modules here import each other relatively,
-and nothing else of dualrefnet.
+Training preprocesses and encodes with this very code. Every exported bundle carries a copy of the package, so that a
+model runs where dualrefnet isn't installed: `python -m runtime image.jpg --metadata '{"age": 61}'`. Modules here
+therefore import each other relatively, and nothing else of dualrefnet.
 """

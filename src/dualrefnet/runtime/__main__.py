@@ -1,4 +1,4 @@
-"""`python -m runtime photograph.jpg --form '{"age": 61}'` in a bundle's folder. Not a medical device."""
+"""Classify the images of one lesion with the bundle in whose folder this runs. Not a medical device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-# More than any phone takes; OpenCV, which reads this once, decodes a thousand million otherwise.
+# OpenCV reads this once, at import; its default limit of 2^30 pixels would fill the memory.
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "100000000")
 
 import cv2
@@ -20,20 +20,20 @@ from .bundle import load_bundle
 
 
 def main() -> int:
-    """Classify the photographs of one lesion; print the answer as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("photographs", nargs="*", type=Path, help="of one lesion; none for a model that does without")
-    parser.add_argument("--form", default="{}", help="the patient's answers as a JSON object, or a file that holds it")
-    parser.add_argument("--bundle", type=Path, default=Path(__file__).parent.parent, help="the bundle's folder")
+    parser.add_argument("images", nargs="*", type=Path, help="of one lesion; none for a model of metadata alone")
+    metadata_help = "metadata of the patient, a JSON object or a file that holds one"
+    parser.add_argument("--metadata", "--form", default="{}", metavar="JSON", help=metadata_help)
+    parser.add_argument("--bundle", type=Path, default=Path(__file__).parent.parent, help="folder of the bundle")
     parser.add_argument("--variant", default="float32", help="float32 or int8")
     arguments = parser.parse_args()
     try:
-        text = Path(arguments.form).read_text(encoding="utf-8") if arguments.form.endswith(".json") else arguments.form
+        text: str = arguments.metadata
+        metadata = json.loads(Path(text).read_text(encoding="utf-8") if text.endswith(".json") else text)
         classifier = load_bundle(arguments.bundle, arguments.variant)
-        pictures = (
-            [classifier.prepare_array(decode(path)) for path in arguments.photographs] if classifier.reads_image else []
-        )
-        [prediction] = classifier.classify([pictures], [json.loads(text)])
+        paths = arguments.images if classifier.reads_image else []
+        images = [classifier.prepare_array(decode(path)) for path in paths]
+        [prediction] = classifier.classify([images], [metadata])
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -42,12 +42,7 @@ def main() -> int:
 
 
 def decode(path: Path) -> NDArray[np.uint8]:
-    """Read a photograph as (H, W, 3) RGB, upright.
-
-    Raises:
-        ValueError: OpenCV can't read it, or it is too large.
-        OSError: there is no such file.
-    """
+    """Read an image as (H, W, 3) RGB, upright."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path.name}")
     try:
@@ -55,7 +50,7 @@ def decode(path: Path) -> NDArray[np.uint8]:
     except cv2.error:  # Beyond the limit.
         image = None
     if image is None:
-        raise ValueError(f"{path.name} isn't a photograph that OpenCV can read, or has too many pixels")
+        raise ValueError(f"{path.name} isn't an image that OpenCV can read, or has too many pixels")
     return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), dtype=np.uint8)
 
 

@@ -1,6 +1,4 @@
-"""A model in an ONNX file, computed by onnxruntime."""
-
-# also: An exported model on disk: `bundle.json`, the ONNX file, and the check of pictures.
+"""An exported model on disk: `bundle.json`, the ONNX file that onnxruntime computes, and the out-of-distribution score."""
 
 from __future__ import annotations
 
@@ -14,20 +12,18 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from .calibration import Decision
-from .classifier import Answered, Classifier
-from .metadata import FormEncoder
-from .out_of_distribution import OutOfScopeScore
-from .preprocessing import ImageSettings
+from .classifier import Classifier, NetworkOutput
+from .metadata import MetadataTransform
+from .out_of_distribution import OutOfDistributionScore
+from .preprocessing import Image, ImageSettings
 
+DESCRIPTION = "bundle.json"
+FORMAT = 1
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class OnnxNetwork:
-    """Computes a model that was exported; see `Network`.
-
-    Attributes:
-        session: of onnxruntime.
-    """
+    """Computes an exported model; see `Network`."""
 
     def __init__(self, file: Path, device: str = "cpu", threads: int | None = None) -> None:
         """Load the model.
@@ -35,49 +31,40 @@ class OnnxNetwork:
         Args:
             file: the ONNX file.
             device: cpu or cuda.
-            threads: that compute one answer; None: one a core.
+            threads: of one prediction; None: one a core.
 
         Raises:
             ValueError: the device isn't one of these, or this onnxruntime can't use it.
             OSError: there is no such file, or it isn't an ONNX model.
         """
-        provider = PROVIDERS.get(device.split(":")[0])
-        if provider is None or provider not in onnxruntime.get_available_providers():
+        provider, available = PROVIDERS.get(device.split(":")[0]), onnxruntime.get_available_providers()
+        if provider not in available:
             raise ValueError(
-                f"this onnxruntime can't compute on {device!r}; it has: {', '.join(onnxruntime.get_available_providers())} "
+                f"this onnxruntime can't compute on {device!r}; it has: {', '.join(available)} "
                 "(for a GPU: pip install onnxruntime-gpu)"
             )
         if not file.is_file():
             raise FileNotFoundError(f"there is no {file}")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
-        # Threads that wait for each other inside an answer spin, which is faster than sleeping. After it they would go
-        # on spinning, and
-        # burn the cores on which the next photographs are being decoded.
+        # Threads that wait for each other inside a prediction spin, which is faster than sleeping. After it they would
+        # go on spinning, and burn the cores on which the next images are being decoded.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3
         try:
             self.session = onnxruntime.InferenceSession(str(file), options, providers=[provider])
         except Exception as error:  # onnxruntime's own errors have no common base.
             raise OSError(f"{file} can't be loaded: {str(error).splitlines()[0][:200]}") from None
-        self._inputs = {one.name for one in self.session.get_inputs()}
+        self._inputs = [one.name for one in self.session.get_inputs()]
         self._outputs = [one.name for one in self.session.get_outputs()]
 
     def __call__(
-        self, images: NDArray[np.uint8] | None, absent: NDArray[np.bool_] | None, forms: NDArray[np.float32]
-    ) -> Answered:
-        """Answer; see `Network`."""
-        given: dict[str, Any] = {"image": images, "absent": absent, "metadata": forms}
-        found = dict(
-            zip(self._outputs, self.session.run(None, {name: given[name] for name in self._inputs}), strict=True)
-        )
-        return Answered(found["logits"], found.get("vector"))
-
-
-DESCRIPTION = "bundle.json"
-
-
-FORMAT = 1
+        self, images: Image | None, missing: NDArray[np.bool_] | None, metadata: NDArray[np.float32]
+    ) -> NetworkOutput:
+        given: dict[str, Any] = {"image": images, "absent": missing, "metadata": metadata}
+        computed = self.session.run(None, {name: given[name] for name in self._inputs})
+        outputs = dict(zip(self._outputs, computed, strict=True))
+        return NetworkOutput(outputs["logits"], outputs.get("vector"))
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -93,10 +80,8 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def bundle_parts(
-    folder: Path, description: dict[str, Any], variant: str = "float32", device: str = "cpu"
-) -> dict[str, Any]:
-    """Return the arguments of `Classifier` that a bundle stands for.
+def bundle_parts(folder: Path, description: dict[str, Any], variant: str, device: str) -> dict[str, Any]:
+    """Return the arguments of `Classifier` for a bundle.
 
     Args:
         folder: of the bundle.
@@ -105,24 +90,24 @@ def bundle_parts(
         device: cpu or cuda.
 
     Raises:
-        ValueError: the variant isn't in the bundle, the device can't be used, or the description is damaged.
+        ValueError, KeyError, TypeError: the variant isn't in the bundle, the device can't be used, or the description
+            is damaged.
         OSError: a file is missing or damaged.
     """
     networks = description["networks"]
     if variant not in networks:
         raise ValueError(f"the bundle has no variant {variant!r}; it has: {', '.join(networks)}")
-    calibration, check = description["calibration"], folder / "out_of_scope.safetensors"
+    calibration, score = description["calibration"], folder / "out_of_scope.safetensors"
     return {
+        # The name alone: a description can't reach out of its folder.
         "network": OnnxNetwork(folder / Path(networks[variant]["file"]).name, device),
         "classes": description["classes"],
         "malignant": description["malignant"],
-        "form": FormEncoder.from_json(description["metadata"]),
+        "encoder": MetadataTransform.from_json(description["metadata"]),
         "image": cast(ImageSettings, SimpleNamespace(**description["image"])),
-        "reads_image": description["reads_image"],
-        "reads_metadata": description["reads_metadata"],
-        "learned_tokens": description["learned_tokens"],
-        "out_of_scope": OutOfScopeScore.load(check) if check.is_file() else None,
-        "decision": Decision(**Decision.read(calibration)) if calibration else None,
+        **{name: description[name] for name in ("reads_image", "reads_metadata", "learned_tokens")},
+        "out_of_scope": OutOfDistributionScore.load(score) if score.is_file() else None,
+        "decision": Decision(**Decision.parse(calibration)) if calibration else None,
     }
 
 

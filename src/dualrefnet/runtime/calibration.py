@@ -1,7 +1,7 @@
-"""What is made of a model's probabilities: calibrated ones, a set of classes, and whether to refer.
+"""What is made of a model's probabilities: calibrated ones, conformal sets and referral.
 
-All of it was fitted on the validation side, in `dualrefnet.evaluation.calibration`, for each group of inputs by what is
-given.
+Everything was fitted on the validation split, in `dualrefnet.evaluation.calibration`, for each group of inputs by what
+is given (`dualrefnet.runtime.availability`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Floats = NDArray[np.float64]
 FLOOR = float(np.finfo(np.float32).smallest_subnormal)
 
 
-class Decided(NamedTuple):
-    """What is said of N inputs.
+class Decisions(NamedTuple):
+    """Decisions about N inputs.
 
     Attributes:
         probabilities: (N, C), at the temperature of each input's group.
-        sets: (N, C), which classes are in the set; never none.
-        refer: (N,), whether a dermatologist should see the lesion; None where no class is malignant.
+        sets: (N, C), which classes are in the conformal set; never none.
+        refer: (N,), whether to refer to a dermatologist; None where no class is malignant.
         thresholds: of each input's group.
     """
 
@@ -40,25 +40,23 @@ class Decided(NamedTuple):
 
 @dataclass(frozen=True)
 class Decision:
-    """What a run's validation side says about its probabilities.
+    """Temperature and thresholds of a run.
 
-    `temperature`, `threshold`, `class_thresholds` and `referral` are of the validation side as it was recorded: they
-    describe the model.
-    An answer is decided by the thresholds of its group of availability (`decide`).
+    `temperature`, `threshold`, `class_thresholds` and `referral` are of the validation split as it was recorded: they
+    describe the model. A prediction uses the thresholds of its group of availability (`decide`).
 
     Attributes:
         classes: names in the order of the columns.
         malignant: the classes that are cancer.
         temperature: see `apply_temperature`.
-        coverage: how often a set shall hold the right class.
+        coverage: how often a set is to hold the right class.
         threshold: a class with at least this probability is in the set; 0: all classes are.
-        class_thresholds: class -> the same for sets that keep the promise within every class.
+        class_thresholds: class -> the same for sets with that coverage within every class.
         referral: an image with at least this malignancy is referred; None: there is no malignant class, or no
             validation image of one.
         availability: thresholds of each group of inputs.
-        field_effects: field -> how much of the probability moves, on average over validation, when the field is left
-            out; empty if that
-            wasn't measured.
+        field_effects: field -> mean change of the probability over validation when the field is left out; empty if
+            that wasn't measured.
     """
 
     classes: tuple[str, ...]
@@ -73,7 +71,7 @@ class Decision:
 
     @cached_property
     def cancer(self) -> NDArray[np.bool_]:
-        """Return which columns are malignant, (C,)."""
+        """Which columns are malignant, (C,)."""
         return np.isin(self.classes, self.malignant)
 
     def probabilities(self, probabilities: ArrayLike) -> Floats:
@@ -81,64 +79,51 @@ class Decision:
         return apply_temperature(probabilities, self.temperature)
 
     def prediction_sets(self, probabilities: ArrayLike, by_class: bool = False) -> NDArray[np.bool_]:
-        """Return which classes are in the set of each image, (N, C); never none.
-
-        Args:
-            probabilities: (N, C), as the model gave them.
-            by_class: with the thresholds that keep the promise within every class.
-        """
+        """Return the conformal sets of the model's probabilities (N, C); see `prediction_sets`."""
         return prediction_sets(self.probabilities(probabilities), self.thresholds(by_class))
 
-    def decide(self, probabilities: ArrayLike, image: ArrayLike, share: ArrayLike) -> Decided:
+    def decide(self, probabilities: ArrayLike, image: ArrayLike, share: ArrayLike) -> Decisions:
         """Decide about N inputs, each by the thresholds of its group.
 
         An input of a group for which nothing was fitted has all classes in its set and is referred.
 
         Args:
-            probabilities: (N, C), as the model gave them.
+            probabilities: (N, C), of the model.
             image: (N,), whether there is an image.
             share: (N,), of the fields with a value; 1 for a model that reads none.
         """
         scores = np.asarray(probabilities, dtype=np.float64)
         fitted = [*self.availability, self._unfitted]
-        place = np.full(len(scores), len(self.availability))
+        group = np.full(len(scores), len(self.availability))
         for number, thresholds in enumerate(self.availability):
-            place[thresholds.group.holds(image, share)] = number
+            group[thresholds.group.contains(image, share)] = number
         calibrated, sets = np.empty_like(scores), np.empty(scores.shape, dtype=bool)
         refer = np.ones(len(scores), dtype=bool)
-        for number in np.unique(place):
-            rows, thresholds = place == number, fitted[number]
+        for number in np.unique(group):
+            rows, thresholds = group == number, fitted[number]
             calibrated[rows] = apply_temperature(scores[rows], thresholds.temperature)
             sets[rows] = prediction_sets(calibrated[rows], thresholds.threshold)
             refer[rows] = malignancy(calibrated[rows], self.cancer) >= (thresholds.referral or 0)
-        return Decided(calibrated, sets, refer if self.cancer.any() else None, [fitted[number] for number in place])
+        return Decisions(calibrated, sets, refer if self.cancer.any() else None, [fitted[number] for number in group])
 
     @cached_property
     def _unfitted(self) -> Thresholds:
-        everything = dict.fromkeys(self.classes, 0.0)
-        return Thresholds(
-            Availability(False, 0, 0), self.temperature, 0.0, everything, 0.0 if self.cancer.any() else None
-        )
+        nothing, referral = Availability(False, 0, 0), 0.0 if self.cancer.any() else None
+        return Thresholds(nothing, self.temperature, 0.0, dict.fromkeys(self.classes, 0.0), referral)
 
     def thresholds(self, by_class: bool) -> float | list[float]:
         """Return the one threshold, or those of the classes in their order."""
         return [self.class_thresholds[name] for name in self.classes] if by_class else self.threshold
 
     def refer(self, probabilities: ArrayLike) -> NDArray[np.bool_] | None:
-        """Return which images should be seen by a dermatologist, (N,); None where there is no threshold.
-
-        Args:
-            probabilities: (N, C), as the model gave them.
-        """
-        return (
-            None
-            if self.referral is None
-            else np.asarray(malignancy(self.probabilities(probabilities), self.cancer) >= self.referral)
-        )
+        """Return which images are referred, (N,), of the model's probabilities (N, C); None without a threshold."""
+        if self.referral is None:
+            return None
+        return np.asarray(malignancy(self.probabilities(probabilities), self.cancer) >= self.referral)
 
     @classmethod
-    def read(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the attributes of a decision that stand in a `calibration.json`.
+    def parse(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the attributes of a decision in a `calibration.json`.
 
         Raises:
             ValueError: a key is missing, or a value has the wrong type.
@@ -153,8 +138,8 @@ class Decision:
                 "threshold": float(conformal["threshold"]),
                 "class_thresholds": {name: float(conformal["class_thresholds"][name]) for name in values["classes"]},
                 "referral": float(referral["threshold"]) if referral else None,
-                # A calibration of an earlier version has none, so every answer is the careful one.
-                "availability": tuple(Thresholds.read(one) for one in values.get("availability", ())),
+                # A calibration of an earlier version has none, so every input counts as one without a fitted group.
+                "availability": tuple(Thresholds.from_json(one) for one in values.get("availability", ())),
                 "field_effects": {str(name): float(effect) for name, effect in values.get("field_effects", {}).items()},
             }
         except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -175,7 +160,7 @@ def to_logits(probabilities: ArrayLike) -> Floats:
 
 
 def apply_temperature(probabilities: ArrayLike, temperature: float) -> Floats:
-    """Return probabilities at a temperature, (N, C); each row sums to 1.
+    """Return probabilities at a temperature, (N, C); each row sums to 1 (Guo et al. 2017).
 
     Args:
         probabilities: (N, C), rows sum to 1; 0 counts as the smallest number of single precision.

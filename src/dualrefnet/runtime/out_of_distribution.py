@@ -1,13 +1,13 @@
-"""Read a safetensors file with NumPy alone: a length, a JSON header, and the numbers."""
+"""Out-of-distribution score of an image: how far the encoders' vector lies from those of the training images.
 
-# also: How unlike the photographs that a model was trained on a picture is, judged by what the image encoders make of
-# it.
+It is fitted in `dualrefnet.analysis.out_of_distribution`, and read from a safetensors file with NumPy alone.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,43 +16,13 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-# Little-endian, as the format says.
-TYPES = {"F64": "<f8", "F32": "<f4", "I64": "<i8", "I32": "<i4", "U8": "u1"}
-
-
-def read_tensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """Return the tensors of a file by name, and the strings of its header.
-
-    Raises:
-        ValueError: it isn't a safetensors file, is cut short, or holds a type of number that isn't among `TYPES`.
-        OSError: it can't be read.
-    """
-    data = path.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > len(data) - 8:
-        raise ValueError("it isn't a safetensors file, or is cut short")
-    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
-    strings = header.pop("__metadata__", {})
-    tensors = {}
-    for name, about in header.items():
-        first, last = about["data_offsets"]
-        if about["dtype"] not in TYPES:
-            raise ValueError(f"{name} has numbers of type {about['dtype']}")
-        kind = np.dtype(TYPES[about["dtype"]])
-        if not 0 <= first <= last <= len(body) or last - first != math.prod(about["shape"]) * kind.itemsize:
-            raise ValueError(f"{name} lies outside the file, or isn't as long as its shape says")
-        tensors[name] = np.frombuffer(body[first:last], dtype=kind).reshape(about["shape"])
-    return tensors, strings
-
-
 Floats = NDArray[np.float64]
 
-
-# Of the validation photographs' scores, so that a score can be told in words.
-QUANTILES = 101
-
-
 FORMAT = "1"
+# Of the validation images' scores, so that a score can be compared with them.
+QUANTILES = 101
+# Little-endian, as safetensors prescribes.
+TYPES = {"F64": "<f8", "F32": "<f4", "I64": "<i8", "I32": "<i4", "U8": "u1"}
 
 
 @dataclass(frozen=True)
@@ -60,11 +30,11 @@ class Distance:
     """A squared Mahalanobis distance.
 
     Attributes:
-        mean: (D,) of the training photographs.
+        mean: (D,) of the training images.
         directions: (K, D) orthonormal, along which they vary most.
         variances: (K,) along these.
         rest: variance along every other direction.
-        scale: standard deviation of the distance over validation photographs.
+        scale: standard deviation of the distance over validation images.
     """
 
     mean: NDArray[np.float32]
@@ -81,25 +51,32 @@ class Distance:
     def measure(self, rows: Floats) -> Floats:
         """Return the distance of each of (N, D), in units of `scale`."""
         centred = rows - self.mean
-        along = centred @ self._columns
-        squared = np.square(along)
+        squared = np.square(centred @ self._columns)
         # Rounding may leave less than nothing of a row that lies in the directions.
         beside = np.maximum(np.square(centred).sum(axis=1) - squared.sum(axis=1), 0)
         measured: Floats = ((squared / self.variances).sum(axis=1) + beside / self.rest) / self.scale
         return measured
 
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, NDArray[Any]], header: Mapping[str, str], name: str) -> Distance:
+        mean, directions, variances = (tensors[f"{name}.{part}"] for part in ("mean", "directions", "variances"))
+        if directions.shape != (len(variances), len(mean)):
+            shapes = f"{len(variances)} variances of {directions.shape} directions of {len(mean)} numbers"
+            raise ValueError(f"{name} has {shapes}")
+        return cls(mean, directions, variances, float(header[f"{name}.rest"]), float(header[f"{name}.scale"]))
+
 
 @dataclass(frozen=True)
-class OutOfScopeScore:
-    """A fitted score; it is fitted in `dualrefnet.analysis.out_of_distribution`.
+class OutOfDistributionScore:
+    """A fitted score.
 
     Attributes:
         vector: distance of the encoders' vector.
-        shares: distance of the roots of the shares.
-        limit: score beyond which a picture is called unlike the training photographs.
-        quantiles: (101,) of the validation photographs' scores, from the least to the largest.
-        training: photographs that it was fitted on.
-        validation: photographs that limit and scales were set with.
+        shares: distance of its `root_shares`.
+        limit: sum of the two beyond which an image counts as out-of-distribution.
+        quantiles: (101,) of the validation images' scores, ascending.
+        training: number of images that it was fitted on.
+        validation: number of images that limit and scales were set with.
     """
 
     vector: Distance
@@ -115,74 +92,72 @@ class OutOfScopeScore:
         return len(self.vector.mean)
 
     def score(self, vectors: NDArray[np.floating]) -> Floats:
-        """Return how unlike the training photographs pictures are: the two distances over the limit, so more than 1 is
-        unlike.
+        """Return the sum of the two distances over the limit, (N,): more than 1 is out-of-distribution.
 
         Args:
-            vectors: (N, D), the encoders' vectors, concatenated.
-
-        Returns:
-            (N,), NaN for a vector that isn't finite (a photograph that isn't there).
+            vectors: (N, D), the encoders' vectors, concatenated; one that isn't finite (a missing image) scores NaN.
 
         Raises:
             ValueError: another D.
         """
         if vectors.ndim != 2 or vectors.shape[1] != self.length:
             raise ValueError(f"vectors must have the shape (N, {self.length}), not {vectors.shape}")
-        return _guarded(
-            vectors, lambda rows: (self.vector.measure(rows) + self.shares.measure(root_shares(rows))) / self.limit
-        )
+        finite = np.isfinite(vectors).all(axis=1)
+        rows = np.asarray(vectors[finite], dtype=np.float64)
+        scores = np.full(len(vectors), np.nan)
+        scores[finite] = (self.vector.measure(rows) + self.shares.measure(root_shares(rows))) / self.limit
+        return scores
 
     def share_nearer(self, score: float) -> float:
-        """Return the share of the validation photographs, 0..1, that have a lower score than this one."""
+        """Return the share of the validation images, 0..1, that have a lower score than this one."""
         return float(np.interp(score, self.quantiles, np.linspace(0, 1, QUANTILES)))
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a file with the numbers.
+        """Read a fitted score.
 
         Raises:
-            ValueError: it is damaged or of another version.
+            ValueError: the file is damaged or of another version.
             OSError: it can't be read.
         """
         tensors, header = read_tensors(path)
         if header.get("format") != FORMAT:
             raise ValueError(f"format {header.get('format')}")
         try:
-            vector, shares = (_distance(tensors, header, name) for name in ("vector", "shares"))
-            return cls(
-                vector,
-                shares,
-                float(header["limit"]),
-                tensors["quantiles"],
-                int(header["training"]),
-                int(header["validation"]),
-            )
+            vector, shares = (Distance.from_tensors(tensors, header, name) for name in ("vector", "shares"))
+            training, validation = int(header["training"]), int(header["validation"])
+            return cls(vector, shares, float(header["limit"]), tensors["quantiles"], training, validation)
         except KeyError as error:
             raise ValueError(f"it has no {error}") from None
 
 
 def root_shares(rows: Floats) -> Floats:
-    """Return the roots of the shares that the entries have in the sum of their sizes, each with its sign; of nothing,
-    nothing.
-    """
+    """Return the roots of the shares of the entries in the row's sum of sizes, each with its sign; zeros stay zeros."""
     total = np.abs(rows).sum(axis=1, keepdims=True)
     shares: Floats = np.sign(rows) * np.sqrt(np.abs(rows) / np.where(total > 0, total, 1))
     return shares
 
 
-def _guarded(vectors: NDArray[np.floating], measure: Callable[[Floats], Floats]) -> Floats:
-    """Measure the finite rows; the others get NaN."""
-    finite = np.isfinite(vectors).all(axis=1)
-    result = np.full(len(vectors), np.nan)
-    result[finite] = measure(np.asarray(vectors[finite], dtype=np.float64))
-    return result
+def read_tensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """Return the tensors of a safetensors file by name, and the strings of its header.
 
-
-def _distance(tensors: Mapping[str, NDArray[np.float32]], header: Mapping[str, str], name: str) -> Distance:
-    mean, directions, variances = (tensors[f"{name}.{part}"] for part in ("mean", "directions", "variances"))
-    if directions.shape != (len(variances), len(mean)):
-        raise ValueError(
-            f"{name} has {len(variances)} variances of {directions.shape} directions of {len(mean)} numbers"
-        )
-    return Distance(mean, directions, variances, float(header[f"{name}.rest"]), float(header[f"{name}.scale"]))
+    Raises:
+        ValueError: it isn't a safetensors file, is truncated, or has a type that isn't among `TYPES`.
+        OSError: it can't be read.
+    """
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > len(data) - 8:
+        raise ValueError("it isn't a safetensors file, or is truncated")
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    strings = header.pop("__metadata__", {})
+    tensors = {}
+    for name, about in header.items():
+        first, last = about["data_offsets"]
+        if about["dtype"] not in TYPES:
+            raise ValueError(f"{name} has the type {about['dtype']}")
+        kind = np.dtype(TYPES[about["dtype"]])
+        if not 0 <= first <= last <= len(body) or last - first != math.prod(about["shape"]) * kind.itemsize:
+            raise ValueError(f"{name} lies outside the file, or isn't as long as its shape says")
+        tensors[name] = np.frombuffer(body[first:last], dtype=kind).reshape(about["shape"])
+    return tensors, strings

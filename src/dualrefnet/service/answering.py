@@ -217,7 +217,7 @@ class Answering:
             raise DataError("this model reads the metadata alone; send no photograph")
         if not images and self.predictor.needs_image:
             raise DataError("this model needs a photograph; send it as the part images")
-        self.predictor.check_form(form)
+        self.predictor.check_metadata(form)
 
     async def _in_time(self, work: Coroutine[Any, Any, Result]) -> Result:
         try:

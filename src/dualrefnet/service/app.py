@@ -19,7 +19,7 @@ try:
 except ImportError:
     raise DependencyError("the web service needs FastAPI: pip install 'dualrefnet[deploy]'") from None
 
-from dualrefnet.deploy.gate import refuse_shortcut
+from dualrefnet.deploy.predictor import refuse_shortcut
 from dualrefnet.service.answering import Answering, unless_gone
 from dualrefnet.service.middleware import Guard
 from dualrefnet.service.observability import Observed
@@ -192,7 +192,7 @@ def _add_facts(app: FastAPI, service: Answering, observed: Observed) -> None:
                 minimum=field.minimum,
                 maximum=field.maximum,
                 description=field.description,
-                levels=list(predictor.levels(field.name)) if field.kind == "categorical" else [],
+                levels=list(predictor.categories(field.name)) if field.kind == "categorical" else [],
                 effect=effects.get(field.name),
             )
             for field in predictor.fields

@@ -180,8 +180,8 @@ def prediction_body(prediction: Prediction, model: str, images: int, request_id:
 def explanation_body(explanation: Explanation) -> dict[str, Any]:
     """Return the fields of an `ExplanationBody`; where covering raises the probability, the heat is 0."""
     heat = None
-    if explanation.heat is not None:
-        falls = np.clip(np.nan_to_num(np.asarray(explanation.heat, dtype=np.float64)), 0, None)
+    if explanation.saliency is not None:
+        falls = np.clip(np.nan_to_num(np.asarray(explanation.saliency, dtype=np.float64)), 0, None)
         maximum = float(falls.max())
         stream = io.BytesIO()
         Image.fromarray(np.rint(falls * (255 / maximum if maximum > 0 else 0)).astype(np.uint8)).save(stream, "PNG")

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.datastructures import MutableHeaders
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from dualrefnet.deploy.gate import refuse_shortcut, shortcut_of
+from dualrefnet.deploy.predictor import refuse_shortcut, shortcut_of
 from dualrefnet.errors import DataError, DependencyError, DualRefNetError
 from dualrefnet.progress import console, remark, warn
 from dualrefnet.service.middleware import safe_headers

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from dualrefnet.data.protocols import split_counts
 from dualrefnet.errors import DualRefNetError, RunError
-from dualrefnet.evaluation.comparison import NAN, PooledBootstrap, flat_measures, holm, pooled_bootstrap
+from dualrefnet.evaluation.bootstrap import NAN, holm
+from dualrefnet.evaluation.comparison import PooledBootstrap, flat_measures, pooled_bootstrap
 from dualrefnet.files import read_json, sha256_of_json
 from dualrefnet.models.registry import METHODS
 from dualrefnet.recipe import Recipe
@@ -465,7 +466,7 @@ def _comparisons(
             else:
                 found = bootstrap.difference(system.key.name, reference.key.name, measure)
                 row |= {
-                    "difference": found.difference,
+                    "difference": found.value,
                     "low": found.low,
                     "high": found.high,
                     "p": found.p,

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dualrefnet.display.format import Cell, PrintedTable, escape_markdown
-from dualrefnet.evaluation.tables import CLASS_COLUMNS, MEASURE_NAMES
+from dualrefnet.display.format import CLASS_COLUMNS, MEASURE_NAMES, Cell, PrintedTable, escape_markdown
 from dualrefnet.files import write_csv, write_text
 from dualrefnet.models.registry import METHODS
 from dualrefnet.progress import progress_bar

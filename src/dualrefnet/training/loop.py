@@ -1,9 +1,7 @@
-"""Optimizer and learning-rate schedule of a recipe."""
+"""The training loop: one readable pass over epochs and batches, on any device and any number of processes.
 
-# also: The state of a training between two epochs, in one safetensors file: tensors, and everything else as JSON in its
-# header.
-# also: Make the C library keep freed memory, for training on a CPU.
-# also: The training loop: one readable pass over epochs and batches, on any device and any number of processes.
+With what it needs: optimizer and schedule of a recipe, and checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -144,7 +142,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to serve large blocks from its heap and not to shrink it; return whether it was told (Linux, glibc).
+    """Tell glibc to serve large blocks from its heap and not to shrink it; return whether it obeys (Linux, glibc).
 
     The process keeps its peak memory until it ends.
     """
@@ -163,11 +161,7 @@ def keep_freed_memory() -> bool:
 # The last layers have collapsed if the penalty R has left less than this share of their first L1 norm, or if the
 # probabilities hardly differ between images (mean over classes of their sd over the validation images).
 COLLAPSED_NORM = 0.1
-
-
 COLLAPSED_SPREAD = 0.005
-
-
 # Validation images, the first ones, on which the auxiliary task is measured after each epoch.
 REBUILT_IMAGES = 32
 
@@ -250,7 +244,7 @@ class Trainer:
                 schedule.load_state_dict(progress["schedule"])
             if accelerator.is_main_process:
                 remark(f"resumed after epoch {progress['epoch']}")
-        # The targets of the few images that are rebuilt, not those of the whole side.
+        # The targets of the few images that are rebuilt, not those of the whole split.
         first = np.arange(min(REBUILT_IMAGES, len(val)))
         rebuilt = replace(val, targets=train.targets).batch(first) if self.recipe.rebuilds_image else None
         wrapped, self.optimizer = accelerator.prepare(self.views, self.optimizer)
@@ -443,15 +437,15 @@ def collapse(row: dict[str, float], first: dict[str, float]) -> list[str]:
         row: an epoch of the history.
         first: `head_norms` before training.
     """
-    said = [
+    messages = [
         f"the {name} layer has collapsed to {row[f'l1_{name}'] / norm:.1%} of its first L1 norm"
         for name, norm in first.items()
         if row[f"l1_{name}"] < COLLAPSED_NORM * norm
     ]
-    # An untrained model gives every image the same answer too; a collapsed one has also lost weight.
+    # An untrained model gives every image the same prediction too; a collapsed one has also lost weight.
     if row["val_spread"] < COLLAPSED_SPREAD and any(row[f"l1_{name}"] < 0.5 * norm for name, norm in first.items()):
-        said.append("the last layers have collapsed: every image gets nearly the same answer")
-    return said
+        messages.append("the last layers have collapsed: every image gets nearly the same prediction")
+    return messages
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:

@@ -80,6 +80,6 @@ class ModalityViews(nn.Module):
         if IMAGE_ONLY in self.modalities:
             single[IMAGE_ONLY] = self.method.answer(images, torch.full_like(metadata, torch.nan))
         if METADATA_ONLY in self.modalities:
-            gone = torch.ones(len(metadata), dtype=torch.bool, device=metadata.device)
-            single[METADATA_ONLY] = self.method.answer(mark_missing(images, gone), metadata)
+            missing = torch.ones(len(metadata), dtype=torch.bool, device=metadata.device)
+            single[METADATA_ONLY] = self.method.answer(mark_missing(images, missing), metadata)
         return self.method(images, metadata), single

@@ -35,7 +35,7 @@ def train_recipe(
         recipe: a checked recipe.
         out: the run folder.
         resume: go on with an unfinished run in `out`; a finished one is returned as it is.
-        cache: where image stores lie; None: the user's cache folder.
+        cache: folder of the image stores; None: the user's cache folder.
         workers: threads that prepare images; None: one a core.
 
     Returns:

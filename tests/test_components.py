@@ -1,0 +1,249 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from dualrefnet.models.components import (
+    ATTENTION_WIDTH,
+    ColumnAttention,
+    DecisionFusion,
+    MetadataTransformer,
+    create_decoder,
+    create_fusion,
+    metadata_mlp,
+)
+from dualrefnet.models.encoders import EncoderOutput
+from stand_in import set_linear
+
+
+def test_the_metadata_network_has_four_layers_and_no_last_relu():
+    network = metadata_mlp(73, (64, 128, 256, 512))
+    assert [layer.out_features for layer in network if isinstance(layer, nn.Linear)] == [64, 128, 256, 512]
+    assert [type(layer) for layer in network] == [nn.Linear, nn.ReLU] * 3 + [nn.Linear]
+    assert (network(torch.randn(64, 73)) < 0).any()
+
+
+def test_column_attention_gives_the_numbers_of_the_formula():
+    attention = ColumnAttention(2)
+    set_linear(attention.weights[0], [[1, 0], [0, 1]])
+    set_linear(attention.weights[2], [[1, 0], [1, 3]], [0, 1])
+    # relu(2, -1) = (2, 0); sigmoid(2) = .880797 and sigmoid(2 + 1) = .952574, so the second column's weight is the
+    # first's doing.
+    torch.testing.assert_close(attention(torch.tensor([[2.0, -1.0]])), torch.tensor([[1.761594, -0.952574]]))
+
+
+def test_a_token_is_its_columns_value_in_its_direction_at_its_place():
+    network = MetadataTransformer(2, 3).eval()
+    with torch.no_grad():
+        network.directions.copy_(torch.stack([torch.full((64,), 1.0), torch.full((64,), 10.0)]))
+        network.places.copy_(torch.stack([torch.full((64,), 0.25), torch.full((64,), 0.5)]))
+        network.gatherer.fill_(7.0)
+    seen = []
+    network.layers.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    network(torch.tensor([[2.0, -1.0]]))
+    assert seen[0].shape == (1, 3, 64)
+    torch.testing.assert_close(seen[0][0, :, 5], torch.tensor([7.0, 2.25, -9.5]))
+
+
+def test_the_transformer_tells_columns_and_values_apart_and_rows_dont_mix():
+    torch.manual_seed(0)
+    network = MetadataTransformer(4, 6).eval()
+    form = torch.tensor([[1.0, 0.0, -1.0, 2.0]])
+    with torch.no_grad():
+        answer = network(form)
+        for other in (form[:, [1, 0, 2, 3]], torch.tensor([[1.0, 0.0, -1.0, 1.0]]), torch.zeros(1, 4)):
+            assert not torch.allclose(network(other), answer, atol=1e-3)
+        torch.testing.assert_close(network(torch.cat([form, 9 * form]))[:1], answer)
+
+
+def test_concatenation_puts_the_form_after_the_image():
+    fusion = create_fusion("concat", 2, 1)
+    assert fusion.features == 3
+    fused = fusion(EncoderOutput(None, torch.tensor([[1.0, 2.0]])), torch.tensor([[3.0]]))
+    torch.testing.assert_close(fused, torch.tensor([[1.0, 2.0, 3.0]]))
+
+
+def test_hadamard_multiplies_the_projected_image():
+    fusion = create_fusion("hadamard", 3, 2)
+    assert fusion.features == 2
+    set_linear(fusion.projection, [[1, 0, 1], [0, 2, 0]], [0, 1])
+    # (1 + 3, 2 * 2 + 1) times (10, -1).
+    fused = fusion(EncoderOutput(None, torch.tensor([[1.0, 2.0, 3.0]])), torch.tensor([[10.0, -1.0]]))
+    torch.testing.assert_close(fused, torch.tensor([[40.0, -5.0]]))
+
+
+def test_cross_attention_without_preference_is_the_mean_of_vector_and_places():
+    fusion = create_fusion("cross_attention", 1, 1)
+    assert fusion.features == 1024
+    set_linear(fusion.places, [[1.0]] * ATTENTION_WIDTH)
+    set_linear(fusion.question, [[2.0]] * ATTENTION_WIDTH)
+    identity = torch.eye(ATTENTION_WIDTH)
+    with torch.no_grad():
+        # No question: all scores are zero. Values and answer pass as they are.
+        fusion.attention.in_proj_weight.copy_(torch.cat([0 * identity, identity, identity]))
+        fusion.attention.in_proj_bias.zero_()
+        fusion.attention.out_proj.weight.copy_(identity)
+        fusion.attention.out_proj.bias.zero_()
+    encoded = EncoderOutput(torch.tensor([[[[0.0, 1.0], [2.0, 3.0]]]]), torch.tensor([[4.0]]))
+    fused = fusion(encoded, torch.tensor([[5.0]]))
+    torch.testing.assert_close(fused, torch.tensor([[2.0] * ATTENTION_WIDTH + [10.0] * ATTENTION_WIDTH]))
+
+
+def test_cross_attention_has_no_order_of_places_but_an_eye_for_them():
+    torch.manual_seed(0)
+    fusion = create_fusion("cross_attention", 6, 3).eval()
+    places, vector, form = torch.randn(2, 6, 4), torch.randn(2, 6), torch.randn(2, 3)
+
+    def fuse(places, form):
+        return fusion(EncoderOutput(places.unflatten(2, (2, 2)), vector), form)
+
+    with torch.no_grad():
+        before = fuse(places, form)
+        torch.testing.assert_close(fuse(places[:, :, [2, 0, 3, 1]], form), before)
+        changed = places.clone()
+        changed[:, :, 1] += 1
+        assert not torch.allclose(fuse(changed, form)[:, :ATTENTION_WIDTH], before[:, :ATTENTION_WIDTH])
+        # Another question gets another answer.
+        assert not torch.allclose(fuse(places, -form)[:, :ATTENTION_WIDTH], before[:, :ATTENTION_WIDTH])
+    assert fusion.attention.num_heads == 4
+
+
+def logits_of(probabilities: list[list[list[float]]]) -> torch.Tensor:
+    return torch.tensor(probabilities).log()
+
+
+def test_the_answer_is_the_weighted_mean_of_the_probabilities():
+    fusion = DecisionFusion(("a", "b"))
+    fusion.weights.copy_(torch.tensor([0.75, 0.25]))
+    # Logits are known up to a constant: softmax(ln p + 3) = p.
+    logits = logits_of([[[0.2, 0.8]], [[0.6, 0.4]]]) + torch.tensor([3.0, -5.0])[:, None, None]
+    torch.testing.assert_close(fusion(logits), torch.tensor([[math.log(0.3), math.log(0.7)]]))
+
+
+def test_a_head_without_weight_says_nothing_and_breaks_nothing():
+    fusion = DecisionFusion(("a", "b", "c"))
+    fusion.weights.copy_(torch.tensor([0.0, 1.0, 0.0]))
+    logits = torch.tensor([[[1e4, -1e4]], [[0.0, math.log(3)]], [[-1e4, 1e4]]])
+    torch.testing.assert_close(fusion(logits), torch.tensor([[math.log(0.25), math.log(0.75)]]))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 4])
+def test_of_equals_the_even_mean_is_chosen(heads):
+    fusion = DecisionFusion(tuple("abcd"[:heads]))
+    fusion.weights.zero_()
+    fusion.choose(logits_of([[[0.9, 0.1], [0.6, 0.4]]] * heads), torch.tensor([0, 1]))
+    torch.testing.assert_close(fusion.weights, torch.full((heads,), 1 / heads))
+
+
+def test_the_choice_is_by_balanced_accuracy_and_absent_classes_dont_count():
+    labels = torch.tensor([0] * 8 + [1] * 2)
+    # The first head takes two of the eight for class 2, of which there is none: recalls 6/8 and 1, balanced 7/8, 8 of
+    # 10 right.
+    # The second misses one of the two: recalls 1 and 1/2, balanced 3/4, but 9 of 10 right.
+    balanced = [2, 2, 0, 0, 0, 0, 0, 0, 1, 1]
+    accurate = [0, 0, 0, 0, 0, 0, 0, 0, 1, 0]
+    # Where they differ, the mean follows the heavier one, and of equals the first, which is a little surer.
+    logits = torch.stack([certainty * torch.eye(3)[heads] for heads, certainty in ((balanced, 4.0), (accurate, 3.9))])
+    fusion = DecisionFusion(("balanced", "accurate"))
+    fusion.choose(logits, labels)
+    assert fusion(logits).argmax(dim=1).tolist() == balanced
+    torch.testing.assert_close(fusion.weights, torch.tensor([0.5, 0.5]))
+
+
+def test_weights_travel_with_the_parameters():
+    fusion, other = DecisionFusion(("a", "b")), DecisionFusion(("a", "b"))
+    fusion.weights.copy_(torch.tensor([0.25, 0.75]))
+    other.load_state_dict(fusion.state_dict())
+    assert torch.equal(other.weights, torch.tensor([0.25, 0.75]))
+
+
+@settings(max_examples=25, deadline=None)
+@given(heads=st.integers(1, 3), images=st.integers(1, 12), classes=st.integers(2, 4), seed=st.integers(0, 2**31 - 1))
+def test_chosen_weights_are_a_mean_and_no_worse_than_the_best_head(heads, images, classes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(heads, images, classes, generator=generator)
+    labels = torch.randint(classes, (images,), generator=generator)
+    fusion = DecisionFusion(tuple("abcd"[:heads]))
+    fusion.choose(logits, labels)
+    assert float(fusion.weights.sum()) == pytest.approx(1, abs=1e-6)
+    assert (fusion.weights >= 0).all()
+
+    def balanced(predicted):
+        return torch.stack([(predicted[labels == label] == label).double().mean() for label in labels.unique()]).mean()
+
+    best = max(float(balanced(head.argmax(dim=1))) for head in logits)
+    assert float(balanced(fusion(logits).argmax(dim=1))) >= best - 1e-9
+    torch.testing.assert_close(fusion(logits).exp().sum(dim=1), torch.ones(images))
+
+
+KINDS = ("plain", "bottleneck")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("stride", "side"), [(32, 7), (16, 14)])
+def test_a_map_of_a_224_pixel_image_becomes_an_image_of_448(kind, stride, side):
+    decoder = create_decoder(kind, 40, stride)
+    assert decoder(torch.randn(2, 40, side, side)).shape == (2, 3, 448, 448)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stride", [16, 32])
+def test_a_decoder_has_six_convolutions_each_with_a_gradient(kind, stride):
+    decoder = create_decoder(kind, 24, stride)
+    convolutions = [
+        layer for layer in decoder.modules() if isinstance(layer, torch.nn.Conv2d | torch.nn.ConvTranspose2d)
+    ]
+    assert len(convolutions) == 6
+    decoder(torch.randn(2, 24, 2, 2)).square().mean().backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in decoder.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_untrained_decoder_draws_an_almost_even_grey_image(kind):
+    torch.manual_seed(0)
+    image = create_decoder(kind, 64, 32)(torch.randn(4, 64, 3, 3))
+    assert image.mean().item() == pytest.approx(0.5, abs=0.1)
+    assert image.std().item() < 0.2
+
+
+def test_an_untrained_bottleneck_draws_no_checkerboard():
+    torch.manual_seed(0)
+    image = create_decoder("bottleneck", 64, 32)(torch.randn(2, 64, 2, 2))
+    tiles = image.reshape(2, 3, 16, 8, 16, 8)
+    torch.testing.assert_close(tiles, tiles[:, :, :, :1, :, :1].expand_as(tiles))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_decoder_learns_to_draw_what_the_map_says(kind):
+    torch.manual_seed(0)
+    maps = torch.randn(4, 32, 2, 2)
+    target = F.interpolate(torch.rand(4, 3, 4, 4), size=(128, 128), mode="bicubic").clamp(0, 1)
+    decoder = create_decoder(kind, 32, 32)
+    optimizer = torch.optim.Adam(decoder.parameters(), lr=3e-3)
+    errors = []
+    for _ in range(45):
+        optimizer.zero_grad()
+        error = F.mse_loss(decoder(maps), target)
+        error.backward()
+        optimizer.step()
+        errors.append(error.item())
+    assert errors[-1] < errors[0] / 4
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_last_shuffle_is_a_pixel_shuffle_into_planes(layout):
+    features = torch.randn(2, 192, 3, 5).to(memory_format=layout)
+    image = create_decoder("bottleneck", 8, 32)[-1](features)
+    torch.testing.assert_close(image, F.pixel_shuffle(features, 8))
+    assert image.is_contiguous()
+
+
+def test_other_kinds_and_strides_are_refused():
+    with pytest.raises(ValueError, match="plain, bottleneck"):
+        create_decoder("deep", 8, 32)
+    with pytest.raises(ValueError, match="stride 16 or 32, not 8"):
+        create_decoder("plain", 8, 8)

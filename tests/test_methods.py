@@ -1,0 +1,383 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given as drawn
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+from dualrefnet.errors import RecipeError
+from dualrefnet.models import metablock
+from dualrefnet.models.base import Architecture
+from dualrefnet.models.concat import reduced_features
+from dualrefnet.models.deepmetaforge import DeepMetadataFusion, MetadataConvolution
+from dualrefnet.models.encoders import (
+    BACKBONES,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Encoded,
+    Encoder,
+    EncoderOutput,
+    WeightsSource,
+)
+from dualrefnet.models.ensemble import EfficientChannelAttention, Ensemble, Member
+from dualrefnet.models.hmfb import HyperparametricBlock
+from dualrefnet.models.jif_mmfa import MutualAttention
+from dualrefnet.models.metablock import MetaBlock
+from dualrefnet.models.visual import PlaceAttention
+from dualrefnet.recipe import ModelSection
+from stand_in import build, given, set_linear, set_norm
+
+
+@drawn(width=st.integers(1, 200), factor=st.floats(0.05, 0.95))
+def test_the_share_is_right_to_half_a_feature(width, factor):
+    reduced = reduced_features(width, factor)
+    assert reduced >= 1
+    # A fused vector of n + d has (n + d) c_f image features.
+    assert abs(reduced - factor * (reduced + width)) <= 0.5 * (1 - factor) + 1e-9 or reduced == 1
+
+
+def test_the_factor_of_the_recipe_sets_the_widths():
+    model = build("concat", features=4, metadata_width=81)
+    assert (model.reducer[0].out_features, model.classifier.in_features) == (324, 405)
+    model = build("concat", features=4, metadata_width=6, combination_factor=0.25)
+    assert (model.reducer[0].out_features, model.classifier.in_features) == (2, 8)
+
+
+def test_the_reduced_vector_stands_beside_the_form_as_it_is():
+    model = build("concat", features=2, metadata_width=1, combination_factor=0.5)
+    set_linear(model.reducer[0], [[1, 2]])
+    set_norm(model.reducer[1], [1], sd=2)
+    set_linear(model.classifier, [[1, 1], [2, 0]], [0, 1])
+    # (3 + 2 - 1) / 2 = 2; the form keeps its sign.
+    output = model(given([3.0, 1.0]), torch.tensor([[-7.0]]))
+    torch.testing.assert_close(output.features, torch.tensor([[2.0, -7.0]]))
+    torch.testing.assert_close(output.logits, torch.tensor([[-5.0, 5.0]]))
+    # (-3 + 0 - 1) / 2 = -2 doesn't pass the ReLU.
+    torch.testing.assert_close(model(given([-3.0, 0.0]), torch.tensor([[-7.0]])).features, torch.tensor([[0.0, -7.0]]))
+
+
+def test_the_form_gates_every_channel():
+    model = build("metanet", features=2, metadata_width=2)
+    set_linear(model.gate[0], [[1, 0], [0, 1]], [0, 1])
+    set_linear(model.classifier, [[1, 1], [1, 0]], [0, 0.5])
+    output = model(given([3.0, -4.0]), torch.tensor([[0.0, 1.0]]))
+    # sigmoid(0) = .5 and sigmoid(2) = .880797.
+    torch.testing.assert_close(output.features, torch.tensor([[1.5, -3.523188]]))
+    torch.testing.assert_close(output.logits, torch.tensor([[-2.023188, 2.0]]))
+
+
+def test_gating_the_map_before_the_mean_gives_the_same():
+    model = build("metanet", features=3, metadata_width=4)
+    last_map, form = torch.randn(1, 3, 2, 2), torch.randn(1, 4)
+    gated = (last_map * model.gate(form)[:, :, None, None]).mean(dim=(2, 3))
+    torch.testing.assert_close(model(given(last_map.mean(dim=(2, 3))[0].tolist()), form).features, gated)
+
+
+def test_in_the_reimplementation_one_gate_of_two_layers_belongs_to_64_channels():
+    model = build("metanet", features=128, metadata_width=1, metanet_variant="mb_compat")
+    set_linear(model.gate[0], [[1.0]] + [[0.0]] * 63)
+    set_linear(model.gate[2], [[1.0] + [0.0] * 63, [-1.0] + [0.0] * 63])
+    features = model(given([1.0] * 128), torch.tensor([[2.0]])).features
+    torch.testing.assert_close(features, torch.tensor([[0.880797] * 64 + [0.119203] * 64]), atol=1e-6, rtol=0)
+    # Below zero the ReLU between the layers holds both gates at sigmoid(0).
+    torch.testing.assert_close(model(given([1.0] * 128), torch.tensor([[-2.0]])).features, torch.full((1, 128), 0.5))
+
+
+def test_the_block_gives_the_numbers_of_the_formula():
+    block = MetaBlock(2, 2).eval()
+    set_linear(block.scale[0], [[1, 0], [0, 2]], [0, 1])
+    set_norm(block.scale[1], [1, 1], sd=2)
+    set_linear(block.shift[0], [[0, 0], [0, 0]], [0.5, -0.5])
+    set_norm(block.shift[1], [0, 0])
+    # u = (3, -1): A u + b = (3, -1), and normalised t1 = (1, -1); t2 = (.5, -.5).
+    out = block(torch.tensor([[[0.0, 1.0], [2.0, -0.5]]]), torch.tensor([[3.0, -1.0]]))
+    # sigmoid(tanh(0) + .5), sigmoid(tanh(1) + .5); sigmoid(tanh(-2) - .5), sigmoid(tanh(.5) - .5)
+    torch.testing.assert_close(out, torch.tensor([[[0.622459, 0.779299], [0.187852, 0.490530]]]), atol=2e-6, rtol=0)
+
+
+def test_one_pair_of_numbers_belongs_to_32_neighbours_of_the_vector():
+    model = build("metablock", features=64, metadata_width=1)
+    set_linear(model.block.scale[0], [[0.0], [0.0]])
+    set_norm(model.block.scale[1], [0, 0])
+    set_linear(model.block.shift[0], [[0.0], [1.0]])
+    set_norm(model.block.shift[1], [0, 0])
+    features = model(given([1.0] * 64), torch.tensor([[2.0]])).features
+    # tanh(0) + (0, 2) through the sigmoid: .5 for the first 32, .880797 for the others.
+    torch.testing.assert_close(features, torch.tensor([[0.5] * 32 + [0.880797] * 32]), atol=1e-6, rtol=0)
+
+
+def test_every_encoder_fits_and_another_is_refused():
+    assert all(spec.features % metablock.GROUP == 0 for spec in BACKBONES.values())
+    with pytest.raises(RecipeError, match="groups of 32; mobilenet_v2 has 48"):
+        build("metablock", features=48, metadata_width=1)
+
+
+# The released code's, of the encoders that it has.
+RELEASED = {
+    "vgg13": [256, 128, 64],
+    "resnet50": [1024, 512, 256],
+    "densenet121": [512, 256, 128],
+    "mobilenet_v2": [512, 256, 64],
+    "efficientnet_b4": [1024, 512, 256],
+}
+
+
+def test_the_block_gives_the_numbers_of_the_formula_hmfb():
+    block = HyperparametricBlock(2, 1).eval()
+    set_linear(block.scale[0], [[3], [3]], [0, 0])
+    set_norm(block.scale[1], [1, 1], sd=2)
+    set_linear(block.shift[0], [[1], [-1]])
+    set_norm(block.shift[1], [0, 0])
+    # u = 1: t1 = (1, 1), t2 = (1, -1). SiLU(.7 * 2 + .3) = SiLU(1.7), SiLU(.7 * -.01 - .3) = SiLU(-.307).
+    out = block(torch.tensor([[2.0, -1.0]]), torch.tensor([[1.0]]))
+    torch.testing.assert_close(out, torch.tensor([[1.437410, -0.130121]]), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("backbone", "widths"), RELEASED.items())
+def test_the_funnels_are_those_of_the_released_code(backbone, widths):
+    model = build("hmfb", BACKBONES[backbone].features, metadata_width=73)
+    assert [layer.out_features for layer in model.funnel if isinstance(layer, nn.Linear)] == widths
+    assert [layer.p for layer in model.funnel if isinstance(layer, nn.Dropout)] == [0.4, 0.4, 0.3]
+    assert model.classifier.in_features == widths[-1]
+
+
+def test_mutual_attention_gives_the_numbers_of_the_formula():
+    attention = MutualAttention(1)
+    gates = (attention.self_image, attention.self_metadata, attention.image_by_metadata, attention.metadata_by_image)
+    for gate, weight in zip(gates, (1.0, 2.0, 3.0, -0.5), strict=True):
+        set_linear(gate[0], [[weight]])
+    # a = 2, b = -1: s_a = sigmoid(2), m_a = sigmoid(-3), s_b = sigmoid(-2), m_b = sigmoid(-1).
+    # a' = 2 + 2 * .880797 * .047426, b' = -1 - .119203 * .268941.
+    out = attention(torch.tensor([[2.0]]), torch.tensor([[-1.0]]))
+    torch.testing.assert_close(out, torch.tensor([[2.083545, -1.032059]]), atol=1e-6, rtol=0)
+
+
+def test_branches_are_those_of_the_earlier_code():
+    model = build("jif_mmfa", features=2048, metadata_width=9)
+    for branch, before in ((model.image_branch, 2048), (model.metadata_branch, 9)):
+        linear = [layer for layer in branch if isinstance(layer, nn.Linear)]
+        assert [(layer.in_features, layer.out_features) for layer in linear] == [(before, 512), (512, 128)]
+        assert [type(layer) for layer in branch[:4]] == [nn.Linear, nn.BatchNorm1d, nn.SiLU, nn.Dropout]
+        assert branch[3].p == 0.3
+
+
+def test_individual_heads_see_one_side_and_the_joint_head_both():
+    torch.manual_seed(0)
+    model = build("jif_mmfa", features=4, metadata_width=3)
+    vector, form = [1.0, -1.0, 2.0, 0.5], torch.tensor([[1.0, 0.0, -1.0]])
+    heads = model(given(vector), form).heads
+    other_form = model(given(vector), -form).heads
+    other_image = model(given([-value for value in vector]), form).heads
+    assert {name for name in heads if torch.equal(heads[name], other_form[name])} == {"image"}
+    assert {name for name in heads if torch.equal(heads[name], other_image[name])} == {"metadata"}
+
+
+def test_in_training_the_joint_head_is_the_answer_and_each_head_has_a_loss():
+    torch.manual_seed(0)
+    model = build("jif_mmfa", features=4, metadata_width=3)
+    arguments = given([1.0, -1.0, 2.0, 0.5]), torch.tensor([[1.0, 0.0, -1.0]])
+    asked = model(*arguments)
+    # Only the flag: normalisation and dropout stay as they were.
+    model.training = True
+    trained = model(*arguments)
+    assert torch.equal(trained.logits, asked.heads["joint"])
+    assert set(trained.heads) == {"image", "metadata"}
+
+
+def fusion_by_hand() -> DeepMetadataFusion:
+    fusion = DeepMetadataFusion(4).eval()
+    # Only the first of the 256 numbers carries anything: v1 + m1.
+    set_linear(fusion.compress[0], [[1.0, 0.0, 1.0, 0.0]] + [[0.0] * 4] * 255)
+    set_norm(fusion.compress[1], [0.0] * 256)
+    set_linear(fusion.decompress[0], [[scale] + [0.0] * 255 for scale in (1.0, 0.0, -1.0, 2.0)])
+    return fusion
+
+
+def test_the_module_gives_the_numbers_of_the_formula():
+    # v = (3, 1), m = (-1, 2): c = GELU(2) = 1.954500; gates sigmoid(c (1, 0, -1, 2)) = .875936, .5, .124064, .980334;
+    # [v * a_v + v || m * a_m + m] = 5.627809, 1.5, -1.124064, 3.960668: mean 2.491103, sd 2.551975.
+    out = fusion_by_hand()(torch.tensor([[3.0, 1.0]]), torch.tensor([[-1.0, 2.0]]))
+    torch.testing.assert_close(out, torch.tensor([[1.229129, -0.388367, -1.416615, 0.575854]]), atol=1e-5, rtol=0)
+
+
+def test_the_form_opens_the_gates_of_the_image():
+    fusion = fusion_by_hand()
+    seen = []
+    fusion.norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    for first in (-1.0, 1.0):
+        fusion(torch.tensor([[3.0, 1.0]]), torch.tensor([[first, 2.0]]))
+    # sigmoid(GELU(2)) and sigmoid(GELU(4)) of 3, and 3 itself.
+    torch.testing.assert_close(
+        torch.stack([values[0, 0] for values in seen]), torch.tensor([5.627809, 5.946035]), atol=1e-5, rtol=0
+    )
+
+
+def test_the_form_is_convolved_with_zeros_at_its_ends():
+    network = MetadataConvolution(metadata_width=3, features=3)
+    with torch.no_grad():
+        for layer in (network.convolutions[0], network.convolutions[2], network.last):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        network.convolutions[0].weight[0, 0] = torch.tensor([1.0, 2.0, 3.0])
+        network.convolutions[2].weight[0, 0, 1] = 1.0
+        network.last.weight[:, :3] = torch.eye(3)
+    # (2 + 6, 1 + 4 + 9, 2 + 6); below zero nothing passes.
+    torch.testing.assert_close(network(torch.tensor([[1.0, 2.0, 3.0]])), torch.tensor([[8.0, 14.0, 8.0]]))
+    torch.testing.assert_close(network(torch.tensor([[-1.0, -2.0, -3.0]])), torch.zeros(1, 3))
+
+
+def test_image_and_form_are_equally_long_and_go_through_512_to_the_classes():
+    model = build("deepmetaforge", features=6, metadata_width=5)
+    assert model(given([1.0] * 6), torch.zeros(1, 5)).features.shape == (1, 12)
+    set_linear(model.hidden, [[0.0] * 12] * 512, [2.0] + [0.0] * 511)
+    set_linear(model.classifier, [[1.0] + [0.0] * 511, [0.0] * 512])
+    # GELU(2) and nothing else.
+    torch.testing.assert_close(model(given([1.0] * 6), torch.zeros(1, 5)).logits, torch.tensor([[1.954500, 0.0]]))
+    assert [layer.p for layer in model.modules() if isinstance(layer, nn.Dropout)] == [0.2]
+
+
+# Widths of the released code: of the form's network, and from the concatenation to the classifier.
+VISUAL_RELEASED = {
+    "vgg13": ([256, 512], [512, 256]),
+    "densenet121": ([256, 512, 1024], [1024, 512, 256]),
+    "resnet50": ([512, 2048], [2048, 512]),
+    "mobilenet_v2": ([512, 1280], [1280, 512]),
+    "efficientnet_b4": ([512, 1792], [1792, 512]),
+}
+
+
+def test_attention_on_two_by_two_places_by_hand():
+    # <L(x), g> is the first channel: ln 1, ln 2, ln 3, ln 4, so the softmax is 1/10, 2/10, 3/10, 4/10.
+    first = [[0.0, math.log(2)], [math.log(3), math.log(4)]]
+    tap = torch.tensor([[first, [[1.0, 2.0], [3.0, 4.0]]]])
+    looked, attention = PlaceAttention(2, 2)(tap, torch.tensor([[1.0, 0.0]]))
+    torch.testing.assert_close(attention, torch.tensor([[[0.1, 0.2], [0.3, 0.4]]]))
+    # .2 ln 2 + .3 ln 3 + .4 ln 4, and .1 + .4 + .9 + 1.6.
+    torch.testing.assert_close(looked, torch.tensor([[1.022731, 3.0]]))
+
+
+def test_a_tap_of_other_channels_is_projected_first():
+    block = PlaceAttention(1, 2)
+    set_linear(block.projector, [[1], [2]])
+    # L = (T, 2 T) and g = (1, 1): the score is 3 T.
+    tap = torch.tensor([[[[0.0, math.log(2) / 3], [math.log(3) / 3, math.log(4) / 3]]]])
+    looked, attention = block(tap, torch.tensor([[1.0, 1.0]]))
+    torch.testing.assert_close(attention, torch.tensor([[[0.1, 0.2], [0.3, 0.4]]]))
+    torch.testing.assert_close(looked, torch.tensor([[0.340910, 0.681821]]))
+
+
+def test_projecting_the_question_is_projecting_the_map():
+    block, tap, vector = PlaceAttention(3, 5), torch.randn(2, 3, 4, 6), torch.randn(2, 5)
+    places = functional.conv2d(tap, block.projector.weight[:, :, None, None]).flatten(2)
+    attention = (places * vector.unsqueeze(2)).sum(dim=1).softmax(dim=1)
+    looked, own = block(tap, vector)
+    torch.testing.assert_close(own.flatten(1), attention)
+    torch.testing.assert_close(looked, (places * attention.unsqueeze(1)).sum(dim=2))
+
+
+@pytest.mark.parametrize("channels", [3, 8])
+def test_half_precision_doesnt_reach_the_softmax(channels):
+    torch.manual_seed(0)
+    block, tap, vector = PlaceAttention(channels, 8), 9 * torch.randn(2, channels, 4, 4), 9 * torch.randn(2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        looked, attention = block(tap, vector)
+    torch.testing.assert_close((looked, attention), block(tap, vector), rtol=0, atol=0)
+
+
+def test_the_form_weights_the_image_vector_and_stands_last():
+    model = build("visual", features=2, metadata_width=1, taps=(2, 2, 2))
+    set_linear(model.metadata_network[0], [[1], [-1]])
+    set_norm(model.metadata_network[1], [0, 0], sd=2)
+    fused = []
+    model.reducer.register_forward_pre_hook(lambda module, inputs: fused.append(inputs[0]))
+    # Maps without structure: attention is even, and gives their mean.
+    taps = [torch.tensor([[[[number]], [[-number]]]]).expand(1, 2, 3, 3) for number in (1.0, 2.0, 3.0)]
+    model(given([5.0, 7.0], taps), torch.tensor([[4.0]]))
+    # phi = relu(4 / 2), relu(-4 / 2).
+    torch.testing.assert_close(fused[0], torch.tensor([[1.0, -1.0, 2.0, -2.0, 3.0, -3.0, 10.0, 0.0]]))
+
+
+@pytest.mark.parametrize("backbone", VISUAL_RELEASED)
+def test_the_widths_are_those_of_the_released_code(backbone):
+    features, (form, answer) = BACKBONES[backbone].features, VISUAL_RELEASED[backbone]
+    model = build("visual", features, metadata_width=81, taps=(8, 16, features))
+    assert [layer.out_features for layer in model.metadata_network if isinstance(layer, nn.Linear)] == form
+    assert [layer.out_features for layer in model.reducer if isinstance(layer, nn.Linear)] == answer
+    assert model.reducer[0].in_features == 4 * features
+    assert model.classifier.in_features == answer[-1]
+    assert [attention.projector is None for attention in model.attentions] == [False, False, True]
+    assert isinstance(model.metadata_network[-1], nn.ReLU), "no dropout on the weights of the image vector"
+
+
+# What three sets of weights may expect of an image: mean, deviation.
+EXPECTED = [((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)), (IMAGENET_MEAN, IMAGENET_STD), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))]
+
+
+class Pixels(nn.Module):
+    def forward_features(self, image):
+        return image
+
+
+def ensemble() -> Ensemble:
+    encoders = []
+    for position, (mean, std) in enumerate(EXPECTED):
+        encoder = Encoder("mobilenet_v2", Pixels(), WeightsSource("none", "", None, mean, std), position=position)
+        encoder.features = 3
+        encoders.append(encoder)
+    section = ModelSection(method="ensemble", members=("mobilenet_v2",) * 3)
+    return Ensemble(Architecture(image_size=32, metadata_width=5, classes=2, section=section), encoders).eval()
+
+
+def test_every_encoder_gets_images_normalised_as_its_weights_expect():
+    model, image = ensemble(), torch.rand(2, 3, 4, 4)
+    read = []
+    for encoder in model.encoders:
+        encoder.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    (mean, std), *_ = [[torch.tensor(values).view(3, 1, 1) for values in expected] for expected in EXPECTED]
+    model((image - mean) / std, torch.zeros(2, 5))
+    for seen, (mean, std) in zip(read, EXPECTED, strict=True):
+        for channel in range(3):
+            torch.testing.assert_close(
+                seen[:, channel], (image[:, channel] - mean[channel]) / std[channel], rtol=1e-4, atol=1e-5
+            )
+
+
+def test_the_answer_is_the_weighted_mean_of_the_members():
+    model = ensemble()
+    model.decision.weights.copy_(torch.tensor([0.5, 0.5, 0.0]))
+    for member, logit in zip(model.members, (0.0, 2.0, 9.0), strict=True):
+        set_linear(member.classifier, [[0.0] * 256] * 2, [0.0, logit])
+    output = model(Encoded(tuple(EncoderOutput(None, torch.zeros(1, 3)) for _ in range(3))), torch.zeros(1, 5))
+    assert tuple(output.heads) == ("member_1", "member_2", "member_3")
+    # (.5 + .880797) / 2.
+    torch.testing.assert_close(output.logits.exp(), torch.tensor([[0.309602, 0.690398]]), atol=1e-6, rtol=0)
+    assert output.features.shape == (1, 3 * 256)
+
+
+def test_members_read_their_own_encoder():
+    torch.manual_seed(0)
+    model, vectors = ensemble(), [torch.randn(1, 3) for _ in range(3)]
+    form = torch.ones(1, 5)
+    heads = model(Encoded(tuple(EncoderOutput(None, vector) for vector in vectors)), form).heads
+    vectors[1] = -vectors[1]
+    others = model(Encoded(tuple(EncoderOutput(None, vector) for vector in vectors)), form).heads
+    assert [name for name in heads if not torch.equal(heads[name], others[name])] == ["member_2"]
+
+
+def test_a_channel_is_gated_by_its_neighbours():
+    attention = EfficientChannelAttention()
+    with torch.no_grad():
+        attention.convolution.weight.copy_(torch.tensor([[[0.0, 0.0, 1.0, 1.0, 0.0]]]))
+    # Gates: sigmoid(1 + 2), sigmoid(2 - 2), sigmoid(-2 + 0).
+    torch.testing.assert_close(attention(torch.tensor([[1.0, 2.0, -2.0]])), torch.tensor([[0.952574, 1.0, -0.238406]]))
+
+
+def test_a_member_has_128_numbers_of_a_form_however_short():
+    for width in (1, 2, 81):
+        member = Member(3, 2, 0.0).eval()
+        assert member.metadata_network(torch.randn(4, 1, width)).shape == (4, 128)
+        logits, hidden = member(torch.randn(4, 3), torch.randn(4, width))
+        assert (logits.shape, hidden.shape) == ((4, 2), (4, 256))
+        assert (hidden >= 0).all()
