@@ -30,10 +30,10 @@ from dualrefnet.analysis.shap import (
     explain_metadata,
     make_feature_groups,
     read_field_values,
+    scale_colours,
 )
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.schema import DatasetSchema, MetadataField
-from dualrefnet.display.figure import scale_colours
 from dualrefnet.errors import DependencyError, RunError
 from dualrefnet.models.base import Method
 from dualrefnet.models.registry import new_model

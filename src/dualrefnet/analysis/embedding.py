@@ -5,7 +5,7 @@ with intervals over patients.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ from dualrefnet.display.figure import (
     styled,
 )
 from dualrefnet.errors import RunError
-from dualrefnet.evaluation.bootstrap import CHUNK, Difference, Estimate, group_codes
+from dualrefnet.evaluation.bootstrap import Difference, Estimate, group_codes
 from dualrefnet.evaluation.comparison import PooledBootstrap
 from dualrefnet.models.inference import encoded
 
@@ -292,11 +292,8 @@ def measure_separation(
     """Measure how well the classes are apart in one or more spaces, each with the same resamples of patients.
 
     The silhouette (Rousseeuw 1987) of an image says whether it is nearer to its own class than to the nearest other
-    one, from
-    -1 to 1, by the mean Euclidean distance; that of a class's only image is 0. Neighbours are those of
-    `neighbours_right`.
-    Both are computed once for every image, and the intervals resample these numbers by patient: no neighbour is sought
-    anew.
+    one, from -1 to 1, by the mean Euclidean distance; that of a class's only image is 0. It and `neighbours_right` are
+    computed once for every image, and the intervals resample these numbers by patient: an image keeps its neighbours.
 
     Args:
         spaces: name -> (N, D), one point an image, the same images in the same order in all.
@@ -309,28 +306,45 @@ def measure_separation(
         `MEASURES` of every space. A class of which no image was drawn is left out of that sample.
     """
     codes = group_codes(groups)
-    patients = int(codes.max()) + 1
+    patients, classes = int(codes.max()) + 1, int(labels.max()) + 1
+    # How often each patient was drawn, (samples, G).
+    weights = np.random.default_rng(seed).multinomial(patients, np.full(patients, 1 / patients), size=samples)
+
+    def by_patient(values: NDArray[Any]) -> Floats:
+        """Sum (N,) over each patient's images of each class, (G, C)."""
+        sums = np.bincount(codes * classes + labels, values, patients * classes).reshape(patients, classes)
+        return np.asarray(sums, dtype=np.float64)
+
     points: dict[str, dict[str, float]] = {}
     drawn: dict[str, dict[str, Floats]] = {}
     for name, space in spaces.items():
         with config_context(working_memory=MEMORY):
-            sums = _class_sums(labels, codes, silhouette_samples(space, labels), neighbours_right(space, labels, codes))
+            values = (np.ones(len(labels)), silhouette_samples(space, labels), neighbours_right(space, labels, codes))
+        sums = [by_patient(one) for one in values]
         points[name] = {measure: float(value[0]) for measure, value in _measure(sums, np.ones((1, patients))).items()}
-        parts = [_measure(sums, times) for times in _resamples(patients, samples, seed)]
-        drawn[name] = {measure: np.concatenate([part[measure] for part in parts]) for measure in MEASURES}
+        drawn[name] = _measure(sums, weights.astype(np.float64))
     return PooledBootstrap(points, drawn, patients, len(labels), samples, LEVEL)
 
 
+def _measure(sums: list[Floats], weights: Floats) -> dict[str, Floats]:
+    """Return every measure of resamples (S, G), (S,) each, from counts, silhouettes and right neighbours, (G, C)."""
+    counts, silhouettes, right = (weights @ part for part in sums)
+
+    def over_classes(totals: Floats) -> Floats:
+        # A class that wasn't drawn is left out of that sample.
+        shares = np.divide(totals, counts, out=np.full(counts.shape, np.nan), where=counts > 0)
+        return np.asarray(np.nanmean(shares, axis=1), dtype=np.float64)
+
+    return {
+        "silhouette": silhouettes.sum(axis=1) / counts.sum(axis=1),
+        "silhouette_balanced": over_classes(silhouettes),
+        "knn_balanced_accuracy": over_classes(right),
+    }
+
+
 def neighbours_right(points: Floats, labels: NDArray[np.int64], groups: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Say of each image whether most of its nearest images from other patients have its class.
-
-    Args:
-        points: (N, D).
-        labels: (N,), class indices.
-        groups: (N,), number of the patient; there are at least two.
-
-    Returns:
-        (N,). Of classes with the same number of neighbours, that of the nearest one counts.
+    """Return (N,) whether most of an image's nearest images from other patients have its class; of classes with the
+    same number of neighbours, that of the nearest one counts.
     """
     count = min(NEIGHBOURS, len(points) - 1)
 
@@ -351,46 +365,6 @@ def neighbours_right(points: Floats, labels: NDArray[np.int64], groups: NDArray[
         return right
 
     return np.concatenate(list(pairwise_distances_chunked(points, reduce_func=vote)))
-
-
-def _class_sums(labels: NDArray[np.int64], codes: NDArray[np.int64], *values: NDArray[Any]) -> list[Floats]:
-    """Return (G, C) numbers of each patient's images of each class, and the same sums of each of the values."""
-    groups, classes = int(codes.max()) + 1, int(labels.max()) + 1
-    flat = codes * classes + labels
-    return [
-        np.bincount(flat, weights, groups * classes).reshape(groups, classes).astype(np.float64)
-        for weights in (np.ones(len(labels)), *values)
-    ]
-
-
-def _measure(sums: list[Floats], times: Floats) -> dict[str, Floats]:
-    """Return every measure of resamples, (S,) each.
-
-    Args:
-        sums: counts, silhouettes and right neighbours, (G, C) each.
-        times: (S, G), how often each patient was drawn.
-    """
-    counts, silhouettes, right = (times @ part for part in sums)
-
-    def over_classes(totals: Floats) -> Floats:
-        # A class that wasn't drawn is left out of that sample.
-        shares = np.divide(totals, counts, out=np.full(counts.shape, np.nan), where=counts > 0)
-        return np.asarray(np.nanmean(shares, axis=1), dtype=np.float64)
-
-    return {
-        "silhouette": silhouettes.sum(axis=1) / counts.sum(axis=1),
-        "silhouette_balanced": over_classes(silhouettes),
-        "knn_balanced_accuracy": over_classes(right),
-    }
-
-
-def _resamples(groups: int, samples: int, seed: int) -> Iterator[Floats]:
-    """Draw patients with replacement: how often each was drawn, (at most `CHUNK`, G) at a time."""
-    generator = np.random.default_rng(seed)
-    for done in range(0, samples, CHUNK):
-        yield generator.multinomial(groups, np.full(groups, 1 / groups), size=min(CHUNK, samples - done)).astype(
-            np.float64
-        )
 
 
 # Letters that fit into a line: of a panel's title, of the legend.

@@ -323,19 +323,8 @@ def measure_probes(
     samples: int,
     seed: int,
 ) -> pd.DataFrame:
-    """Measure every probe, and compare it with the full model; all from the same resamples of patients.
-
-    Args:
-        opened: the run.
-        labels: (N,) class indices.
-        groups: (N,) patients.
-        predictions: probe -> one (N, C) array of probabilities a repeat; the value is the mean over repeats.
-        full: the probe that others are compared with.
-        samples: of the bootstrap.
-        seed: of the bootstrap.
-
-    Returns:
-        One row a probe and measure; see `Shortcuts.table`.
+    """Measure probes (name -> one (N, C) array of probabilities a repeat, of which the mean is taken) and compare them
+    with the probe `full`, all on the same resamples of patients; see `Shortcuts.table`.
     """
     malignant = opened.dataset.schema.malignant
     with progress_bar("intervals") as show:
