@@ -1,4 +1,4 @@
-"""What a trained model must beat: logistic regression on frozen features and on metadata, patients apart, five folds.
+"""What a trained model must beat: logistic regression on frozen features and on metadata, patient-disjoint, five folds.
 
 Frozen features are the vectors of an ImageNet encoder that nobody fine-tunes. Every fold is the one of the protocol
 grouped-cv; validation rows aren't used, so that the numbers are those of the plainest possible model.
@@ -17,7 +17,7 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from dualrefnet.data.loader import Examples, fill_recipe_store, make_examples, read_dataset, side_rows, split_rows
+from dualrefnet.data.loader import Examples, fill_recipe_store, make_examples, read_dataset, recipe_split, split_rows
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.models.encoders import create_encoder
 from dualrefnet.models.inference import normalise, to_unit
@@ -48,8 +48,8 @@ def main(
     for fold in range(folds):
         for tier in ("M1", "M3"):
             chosen = load_recipe(base, {"data.fold": fold, "metadata.tier": tier})
-            split = split_rows(chosen, dataset, store)
-            encoder = MetadataEncoder.fit(side_rows(dataset, split, "train"), dataset.schema, chosen.metadata)
+            split = recipe_split(chosen, dataset, store)
+            encoder = MetadataEncoder.fit(split_rows(dataset, split, "train"), dataset.schema, chosen.metadata)
             sides = {side: make_examples(dataset, split, side, encoder, store) for side in ("train", "val", "test")}
             for examples in sides.values():
                 if not set(examples.image_ids) <= vectors.keys():

@@ -20,18 +20,16 @@ from dualrefnet.data.loader import Examples
 from dualrefnet.data.store import fill_store
 from dualrefnet.recipe import ImageSection
 from dualrefnet.runtime.preprocessing import preprocess
-from pictures import picture_table
 from record import RESULTS, compare, how, interleaved, record
+from synthetic_images import image_table
 
 SECTION = ImageSection()
 METADATA = 81
 
 
 def main(
-    images: Annotated[
-        Path | None, typer.Option(help="Folder of photographs; default: drawn ones of 1536 x 1152.")
-    ] = None,
-    count: Annotated[int, typer.Option(help="Rows of an epoch; photographs are used again if there are fewer.")] = 480,
+    images: Annotated[Path | None, typer.Option(help="Folder of images; default: drawn ones of 1536 x 1152.")] = None,
+    count: Annotated[int, typer.Option(help="Rows of an epoch; images are used again if there are fewer.")] = 480,
     batch_size: int = 32,
     rounds: int = 3,
     out: Path = RESULTS,
@@ -39,7 +37,7 @@ def main(
     """Measure; about a minute on two cores."""
     cores = os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as folder:
-        table = picture_table(Path(folder), images, count)
+        table = image_table(Path(folder), images, count)
         store = fill_store(table, SECTION, cache=Path(folder) / "cache")
         rows = np.arange(count)
         examples = Examples(

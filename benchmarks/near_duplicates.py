@@ -1,9 +1,9 @@
-"""How long does it take to compare every picture of a data set with every other? `near_pairs` against a plain loop over
-the pictures.
+"""How long does it take to compare every image of a data set with every other? `near_pairs` against a plain loop over
+the images.
 
 The fingerprints are random, with copies planted among them that differ in a few bits: both must find exactly these. The
 plain loop is
-what one writes down first: for each picture, one row of NumPy's bit counts against all others in all eight
+what one writes down first: for each image, one row of NumPy's bit counts against all others in all eight
 orientations.
 """
 
@@ -24,7 +24,7 @@ BASE = "plain loop"
 
 
 def random_fingerprints(count: int, seed: int = 0) -> Fingerprints:
-    """Return fingerprints of pictures that don't resemble each other, but for the last `COPIES`, which copy the first
+    """Return fingerprints of images that don't resemble each other, but for the last `COPIES`, which copy the first
     ones.
     """
     generator = np.random.default_rng(seed)
@@ -49,7 +49,7 @@ def plain_loop(fingerprints: Fingerprints) -> int:
 
 def main(
     count: Annotated[
-        int, typer.Option(min=2 * COPIES, help="Number of pictures; 25,331 are those of ISIC-2019.")
+        int, typer.Option(min=2 * COPIES, help="Number of images; 25,331 are those of ISIC-2019.")
     ] = 25_331,
     rounds: int = 2,
     out: Path = RESULTS,

@@ -36,11 +36,11 @@ def work(part: str, folder: Path, count: int, side: int, batch_size: int, steps:
     from dualrefnet.data.loader import Examples
     from dualrefnet.data.store import fill_store
     from dualrefnet.recipe import ImageSection, load_recipe
-    from pictures import picture_table
+    from synthetic_images import image_table
     from training_step import METADATA, random_batch, step
 
     if part == "draw":
-        picture_table(folder, None, count, side, side).to_csv(folder / "table.csv", index=False)
+        image_table(folder, None, count, side, side).to_csv(folder / "table.csv", index=False)
     elif part in ("fill", "read"):
         # Filling a store that is there only opens it.
         store = fill_store(pd.read_csv(folder / "table.csv"), ImageSection(), cache=folder / "cache")

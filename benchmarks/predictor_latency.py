@@ -1,9 +1,9 @@
-"""How long does one photograph with its form take? The whole predictor against bare onnxruntime inference of its image
+"""How long does one image with its form take? The whole predictor against bare onnxruntime inference of its image
 encoder.
 
-The photograph is as large as a phone's. Decoding, colour steps and resizing depend on its size and not on the model, so
+The image is as large as a phone's. Decoding, colour steps and resizing depend on its size and not on the model, so
 they are stated
-apart; the ratio is that of everything else the predictor does (form, network, calibration, sets, check of the picture,
+apart; the ratio is that of everything else the predictor does (form, network, calibration, sets, check of the image,
 warnings) to the
 encoder alone, in onnxruntime with its own defaults. The variants are torch as trained (eager), the exported ONNX file,
 and its int8 variant
@@ -32,8 +32,8 @@ from dualrefnet import Predictor
 from dualrefnet.data.images import decode_image
 from dualrefnet.deploy.network import TorchNetwork
 from dualrefnet.runtime.preprocessing import clahe_lightness, shades_of_gray, to_square
-from pictures import picture_table
 from record import RESULTS, interleaved, record
+from synthetic_images import image_table
 
 # Seconds before each timing, as between requests of one client.
 PAUSE = 0.005
@@ -88,13 +88,13 @@ def _serve(there: Connection, make: Callable[..., Callable[[], object]], given: 
 def whole_predictor(
     source: Path, variant: str, prepared: NDArray[np.uint8], form: dict[str, Any]
 ) -> Callable[[], object]:
-    """Return the prediction of one picture that is prepared, with its form."""
+    """Return the prediction of one image that is prepared, with its form."""
     predictor = Predictor.load(source, variant=variant)
     return lambda: predictor.predict_arrays([prepared], [form])
 
 
 def bare_encoder(file: Path, size: int) -> Callable[[], object]:
-    """Return the inference of one picture by an encoder's ONNX file, with onnxruntime's own defaults."""
+    """Return the inference of one image by an encoder's ONNX file, with onnxruntime's own defaults."""
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     given = {session.get_inputs()[0].name: np.random.default_rng(0).normal(size=(1, 3, size, size)).astype(np.float32)}
     return lambda: session.run(None, given)
@@ -137,9 +137,9 @@ def _percentile(times: list[float], number: int) -> float:
 
 
 def main(
-    run: Annotated[Path, typer.Argument(help="A finished run's folder, of a model that reads photographs.")],
+    run: Annotated[Path, typer.Argument(help="A finished run's folder, of a model that reads images.")],
     bundle: Annotated[Path, typer.Argument(help="The bundle that `dualrefnet export` made of it.")],
-    images: Annotated[Path | None, typer.Option(help="Folder of photographs; default: drawn ones.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of images; default: drawn ones.")] = None,
     width: int = 4032,
     height: int = 3024,
     rounds: int = 200,
@@ -151,14 +151,14 @@ def main(
     if "int8" in json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))["networks"]:
         variants["int8"] = (bundle, "int8")
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(picture_table(Path(folder), images, 1, width, height)["image_path"].iloc[0])
+        path = Path(image_table(Path(folder), images, 1, width, height)["image_path"].iloc[0])
         data = path.read_bytes()
         file = Path(folder) / "encoder.onnx"
         export_encoder(eager, file)
         encoder = Timed(bare_encoder, file, eager.size)
-    photograph, form, settings = decode_image(data), an_answer_for_every_field(exported), exported.image
-    prepared = exported.prepare(photograph)
-    coloured = shades_of_gray(photograph, settings.minkowski_p, settings.gamma)
+    image, form, settings = decode_image(data), an_answer_for_every_field(exported), exported.image
+    prepared = exported.prepare(image)
+    coloured = shades_of_gray(image, settings.minkowski_p, settings.gamma)
     flat = clahe_lightness(coloured, settings.clahe_clip, settings.clahe_grid, settings.clahe_channel_order)
     assert prepared is not None
     seconds: dict[str, list[float]] = {}
@@ -176,7 +176,7 @@ def main(
     seconds |= interleaved(
         {
             "step: decode the JPEG": lambda: decode_image(data),
-            "step: colour constancy": lambda: shades_of_gray(photograph, settings.minkowski_p, settings.gamma),
+            "step: colour constancy": lambda: shades_of_gray(image, settings.minkowski_p, settings.gamma),
             "step: CLAHE": lambda: clahe_lightness(
                 coloured, settings.clahe_clip, settings.clahe_grid, settings.clahe_channel_order
             ),
@@ -194,7 +194,7 @@ def main(
             row |= {f"ratio_p{number}": row[f"p{number}_ms"] / row[f"encoder_p{number}_ms"] for number in (50, 95)}
         rows.append(row | {"rounds": len(times)})
     note = (
-        f"{exported.name}, {exported.size} px, {len(form)} answers; {photograph.shape[1]} x {photograph.shape[0]} JPEG of {len(data):,} "
+        f"{exported.name}, {exported.size} px, {len(form)} answers; {image.shape[1]} x {image.shape[0]} JPEG of {len(data):,} "
         f"bytes; onnxruntime {onnxruntime.__version__}; encoder: {BASE}; each in a process of its "
         f"own, {BLOCK} calls of the one, then of the other, {1000 * PAUSE:g} ms apart; ratios of percentiles"
     )

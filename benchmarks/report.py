@@ -27,14 +27,14 @@ DRAWN = 420
 
 
 def prepare(folder: Path, count: int) -> None:
-    """Draw pictures, repeat them as other patients', and train on them."""
+    """Draw images, repeat them as other patients', and train on them."""
     import pandas as pd
 
-    from dualrefnet.data.synthetic import draw_sample
+    from dualrefnet.data.synthetic import make_synthetic
     from dualrefnet.recipe import load_recipe
     from dualrefnet.training.train import train_recipe
 
-    drawn, root = draw_sample(folder / "drawn", images=min(DRAWN, count), side=64), folder / "data"
+    drawn, root = make_synthetic(folder / "drawn", images=min(DRAWN, count), side=64), folder / "data"
     for name in ("images", "masks"):
         (root / name).mkdir(parents=True)
     table, parts = pd.read_csv(drawn / "metadata.csv", dtype=str), []
@@ -114,7 +114,7 @@ def main(
     from record import RESULTS, record
 
     note = (
-        f"{count:,} drawn images, a fifth of them test images; recipe sample with mobilenet_v2 at 64 px, one epoch; at most 500 images "
+        f"{count:,} synthetic images, a fifth of them test images; recipe sample with mobilenet_v2 at 64 px, one epoch; at most 500 images "
         "looked at, 200 for SHAP"
     )
     record("report", pd.DataFrame(rows), note, out or RESULTS)

@@ -30,8 +30,8 @@ import pandas as pd
 import psutil
 import typer
 
-from pictures import picture_table
 from record import RESULTS, record
+from synthetic_images import image_table
 
 PICTURES = 16
 
@@ -129,7 +129,7 @@ def start_server(model: Path, workers: int, variant: str) -> tuple[subprocess.Po
 
 def main(
     model: Annotated[Path, typer.Argument(help="A run folder or an exported bundle.")],
-    images: Annotated[Path | None, typer.Option(help="Folder of photographs; default: drawn ones.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of images; default: drawn ones.")] = None,
     width: int = 1536,
     height: int = 1152,
     clients: Annotated[str, typer.Option(help="How many at once, one measurement each.")] = "1,8,64",
@@ -141,7 +141,7 @@ def main(
 ) -> None:
     """Measure; two minutes, and as long as the soak takes."""
     with tempfile.TemporaryDirectory() as folder:
-        paths = picture_table(Path(folder), images, PICTURES, width, height)["image_path"]
+        paths = image_table(Path(folder), images, PICTURES, width, height)["image_path"]
         files = [Path(path).read_bytes() for path in paths]
     form = json.dumps({})
     server, url = start_server(model, workers, variant)
@@ -173,7 +173,7 @@ def main(
         if server.poll() is None:
             server.kill()
     note = (
-        f"dualrefnet serve, {workers} worker(s), {variant}, {len(files)} photographs "
+        f"dualrefnet serve, {workers} worker(s), {variant}, {len(files)} images "
         + (
             f"from a folder, {np.mean([len(file) for file in files]) / 2**10:.0f} KiB each"
             if images

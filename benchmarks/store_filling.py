@@ -1,4 +1,4 @@
-"""How fast are photographs prepared? `fill_store` against a plain loop of the same steps in OpenCV and NumPy.
+"""How fast are images prepared? `fill_store` against a plain loop of the same steps in OpenCV and NumPy.
 
 The plain loop is what one writes down from the papers: `cv2.imread`, Shades of Gray with `np.power` on the whole image,
 CLAHE on L, resize. In float64 it must give the same pixels up to two levels (decoders may differ); in float32 it is
@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from dualrefnet.data.store import ImageStore, fill_store
 from dualrefnet.recipe import ImageSection
-from pictures import picture_table
 from record import RESULTS, compare, how, interleaved, record
+from synthetic_images import image_table
 
 MOST_LEVELS = 2
 SECTION = ImageSection()
@@ -30,7 +30,7 @@ BASE = "plain loop, float32"
 
 
 def prepare_plainly(path: str, kind: type[np.floating[Any]]) -> NDArray[np.uint8]:
-    """Prepare one photograph step by step, computing in float32 or float64; returns (224, 224, 3) RGB."""
+    """Prepare one image step by step, computing in float32 or float64; returns (224, 224, 3) RGB."""
     image = cv2.imread(path, cv2.IMREAD_COLOR)
     assert image is not None
     numbers = cv2.cvtColor(image, cv2.COLOR_BGR2RGB).astype(kind)
@@ -44,7 +44,7 @@ def prepare_plainly(path: str, kind: type[np.floating[Any]]) -> NDArray[np.uint8
 
 
 def plain_loop(table: pd.DataFrame, kind: type[np.floating[Any]]) -> NDArray[np.uint8]:
-    """Prepare all photographs one after the other; OpenCV itself may use all cores, as it does unless told otherwise."""
+    """Prepare all images one after the other; OpenCV itself may use all cores, as it does unless told otherwise."""
     cv2.setNumThreads(os.cpu_count() or 1)
     try:
         return np.stack([prepare_plainly(path, kind) for path in table["image_path"]])
@@ -53,17 +53,15 @@ def plain_loop(table: pd.DataFrame, kind: type[np.floating[Any]]) -> NDArray[np.
 
 
 def main(
-    images: Annotated[
-        Path | None, typer.Option(help="Folder of photographs; default: drawn ones of 1536 x 1152.")
-    ] = None,
-    count: Annotated[int, typer.Option(help="Number of photographs.")] = 32,
+    images: Annotated[Path | None, typer.Option(help="Folder of images; default: drawn ones of 1536 x 1152.")] = None,
+    count: Annotated[int, typer.Option(help="Number of images.")] = 32,
     rounds: int = 3,
     out: Path = RESULTS,
 ) -> None:
     """Measure and check; about a minute and a half on two cores."""
     cores = os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as folder:
-        table = picture_table(Path(folder), images, count)
+        table = image_table(Path(folder), images, count)
         fillings = counter()
 
         def fill(workers: int) -> ImageStore:
@@ -90,7 +88,7 @@ def main(
     record(
         "store_filling",
         compare(seconds, "images/s", BASE, count),
-        f"{count} photographs; {said}; {how(rounds, BASE)}",
+        f"{count} images; {said}; {how(rounds, BASE)}",
         out,
     )
 

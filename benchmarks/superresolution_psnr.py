@@ -1,4 +1,4 @@
-"""What does a super-resolution network restore of a photograph? Halve real ones, enlarge them again, and compare."""
+"""What does a super-resolution network restore of an image? Halve real ones, enlarge them again, and compare."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from dualrefnet.data.images import decode_image
 from dualrefnet.models.superresolution import make_target, psnr, split_native
 from dualrefnet.models.superresolution_networks import NETWORKS, enlarge, find_network_file, load_network
-from pictures import picture_table
 from record import RESULTS, record
+from synthetic_images import image_table
 
 
 class Interpolation(nn.Module):
@@ -35,7 +35,7 @@ class Interpolation(nn.Module):
 
 
 def central_square(picture: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """Return the middle of a picture, a square of an even side, at most `side`."""
+    """Return the middle of an image, a square of an even side, at most `side`."""
     side = min(side, *picture.shape[:2]) // 2 * 2
     top, left = ((length - side) // 2 for length in picture.shape[:2])
     return picture[top : top + side, left : left + side]
@@ -47,7 +47,7 @@ def unit(pictures: NDArray[np.uint8]) -> Tensor:
 
 
 def default_images() -> Path | None:
-    """Return the folder of original photographs of PAD-UFES-20 in $DUALREFNET_DATA, if it is there."""
+    """Return the folder of original images of PAD-UFES-20 in $DUALREFNET_DATA, if it is there."""
     folder = Path(os.environ.get("DUALREFNET_DATA", "")) / "pad_ufes_20" / "originals"
     return folder if folder.is_dir() else None
 
@@ -56,12 +56,12 @@ def main(
     images: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of photographs; default: originals of PAD-UFES-20 in $DUALREFNET_DATA, else drawn pictures."
+            help="Folder of images; default: originals of PAD-UFES-20 in $DUALREFNET_DATA, else synthetic images."
         ),
     ] = None,
-    count: Annotated[int, typer.Option(help="Photographs, at most.")] = 24,
+    count: Annotated[int, typer.Option(help="Images, at most.")] = 24,
     crop: Annotated[
-        int, typer.Option(help="Side of the central square that is restored, pixels; smaller pictures are taken whole.")
+        int, typer.Option(help="Side of the central square that is restored, pixels; smaller images are taken whole.")
     ] = 448,
     out: Path = RESULTS,
 ) -> None:
@@ -77,12 +77,12 @@ def main(
             cases[name], source = load_network(name, str(path))
             loaded.append(f"{source.description} (SHA-256 {str(source.sha256)[:12]})")
     with tempfile.TemporaryDirectory() as folder:
-        files = picture_table(Path(folder), images, count)["image_path"].unique()
+        files = image_table(Path(folder), images, count)["image_path"].unique()
         originals = [central_square(decode_image(file), crop)[None] for file in files]
     levels: dict[str, list[float]] = {case: [] for case in cases}
     seconds: dict[str, list[float]] = {case: [] for case in cases}
     for original in originals:
-        # A photograph of half the size has bytes too.
+        # An image of half the size has bytes too.
         halved = (split_native(unit(original))[0] * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
         for case, network in cases.items():
             started = time.perf_counter()
@@ -105,7 +105,7 @@ def main(
             for case in cases
         ]
     )
-    what = "drawn pictures" if images is None else f"photographs of {images.resolve().parent.name}/{images.name}"
+    what = "synthetic images" if images is None else f"images of {images.resolve().parent.name}/{images.name}"
     note = (
         f"{len(files)} {what}, central squares of at most {crop} px, halved by the mean of 2 x 2 pixels, enlarged one at a time; "
         "value: mean PSNR of RGB bytes; gain: mean difference from bicubic; better: share of images with a gain; "

@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
-from dualrefnet.data.synthetic import draw_sample
+from dualrefnet.data.synthetic import make_synthetic
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import Run
 
@@ -44,7 +44,7 @@ def _threads() -> None:
 @pytest.fixture(scope="session")
 def sample_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A synthetic data set of 120 images; don't change it."""
-    return draw_sample(tmp_path_factory.mktemp("sample") / "data", images=120, side=64)
+    return make_synthetic(tmp_path_factory.mktemp("sample") / "data", images=120, side=64)
 
 
 @pytest.fixture(scope="session")

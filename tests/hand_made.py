@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dualrefnet.analysis.opened_run import OpenedRun
-from dualrefnet.data.adapters import Dataset
+from dualrefnet.data.schema import Dataset
 from dualrefnet.data.store import ImageStore
 from dualrefnet.models.base import Architecture, Method, Output
 from dualrefnet.models.encoders import Encoded, EncoderOutput

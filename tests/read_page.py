@@ -1,4 +1,4 @@
-"""Reads a written page, its pictures and the numbers in it, and doesn't forgive what a browser would."""
+"""Read a written page, its figures and their numbers, more strictly than a browser does."""
 
 import base64
 import re
@@ -13,31 +13,27 @@ VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "met
 
 @dataclass(eq=False)
 class Element:
-    """One element of a page, with what it holds."""
-
     tag: str
     attributes: dict[str, str]
     parent: "Element | None"
     parts: list["Element | str"] = field(default_factory=list)
 
     def all(self, tag: str | None = None) -> Iterator["Element"]:
-        for part in self.parts:
-            if isinstance(part, Element):
-                if tag in (None, part.tag):
-                    yield part
-                yield from part.all(tag)
+        for part in self.own():
+            if tag in (None, part.tag):
+                yield part
+            yield from part.all(tag)
 
-    def words(self) -> str:
-        return re.sub(
-            r"\s+", " ", "".join(part if isinstance(part, str) else part.words() for part in self.parts)
-        ).strip()
+    def own(self, tag: str | None = None) -> list["Element"]:
+        return [part for part in self.parts if isinstance(part, Element) and tag in (None, part.tag)]
 
-    def own(self, tag: str) -> list["Element"]:
-        return [part for part in self.parts if isinstance(part, Element) and part.tag == tag]
+    def words(self, between: str = "") -> str:
+        text = between.join(part if isinstance(part, str) else part.words() for part in self.parts)
+        return re.sub(r"\s+", " ", text).strip()
 
 
 class Reader(HTMLParser):
-    """Reads a page and doesn't forgive: every tag that is opened must be closed, in order."""
+    """Every tag that is opened must be closed, in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -53,11 +49,6 @@ class Reader(HTMLParser):
         if tag not in VOID:
             self.at = element
 
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.handle_endtag(tag)
-
     def handle_endtag(self, tag: str) -> None:
         assert tag == self.at.tag, f"</{tag}> closes <{self.at.tag}>"
         assert self.at.parent is not None
@@ -67,57 +58,27 @@ class Reader(HTMLParser):
         self.at.parts.append(data)
 
 
-@dataclass
 class Page:
-    """A page that was written, and the folder of its pictures."""
+    """A page that was written, and the folder of its figures."""
 
-    file: Path
-    text: str
-    root: Element
+    def __init__(self, file: Path) -> None:
+        self.file, self.text, self.pictures = file, file.read_text(encoding="utf-8"), file.parent / "pictures"
+        self.root = Reader(self.text).root
+        self.stems = sorted({path.stem for path in self.pictures.iterdir()})
+        self.sections = {one.attributes["id"]: one for one in self.root.all() if one.tag in ("section", "details")}
+        self.svgs = {one.attributes["aria-label"].split(". ")[0]: one for one in self.root.all("svg")}
 
-    @property
-    def pictures(self) -> Path:
-        return self.file.parent / "pictures"
-
-    @property
-    def stems(self) -> list[str]:
-        return sorted({path.stem for path in self.pictures.iterdir()})
-
-    @property
-    def sections(self) -> dict[str, Element]:
-        return {
-            element.attributes["id"]: element for element in self.root.all() if element.tag in ("section", "details")
-        }
-
-    def lead(self, key: str) -> list[str]:
+    def intro(self, key: str) -> list[str]:
         return [paragraph.words() for paragraph in self.sections[key].own("p")]
-
-    def svgs(self) -> dict[str, Element]:
-        return {element.attributes["aria-label"].split(". ")[0]: element for element in self.root.all("svg")}
 
     def table(self, title: str) -> dict[str, list[str]]:
         """Return the cells of the table of that title: first cell -> the others; the head as `head`."""
-        (item,) = [item for item in self.root.all("div") if [heading.words() for heading in item.own("h3")] == [title]]
-        rows = [[" ".join(_cell(cell)) for cell in row.parts if isinstance(cell, Element)] for row in item.all("tr")]
+        (item,) = [one for one in self.root.all("div") if [heading.words() for heading in one.own("h3")] == [title]]
+        rows = [[cell.words(" ") for cell in row.own()] for row in item.all("tr")]
         return {"head": rows[0], **{row[0]: row[1:] for row in rows[1:]}}
 
     def numbers(self) -> dict[str, bytes]:
-        """Return name of the file -> the CSV that lies in the page."""
-        links = [element.attributes for element in self.root.all("a") if "download" in element.attributes]
-        return {
-            link["download"]: base64.b64decode(link["href"].removeprefix("data:text/csv;base64,"), validate=True)
-            for link in links
-        }
-
-
-def _cell(cell: Element) -> list[str]:
-    return [
-        part.strip() if isinstance(part, str) else part.words()
-        for part in cell.parts
-        if part and not str(part).isspace()
-    ]
-
-
-def read(file: Path) -> Page:
-    text = file.read_text(encoding="utf-8")
-    return Page(file, text, Reader(text).root)
+        """Return name of the file -> the CSV embedded in the page."""
+        links = [one.attributes for one in self.root.all("a") if "download" in one.attributes]
+        prefix = "data:text/csv;base64,"
+        return {one["download"]: base64.b64decode(one["href"].removeprefix(prefix), validate=True) for one in links}

@@ -14,10 +14,11 @@ from dualrefnet.analysis.audit import Audit, audit_dataset, audit_split
 from dualrefnet.analysis.duplicates import fingerprint_files
 from dualrefnet.analysis.label_leakage import IMAGES, AuditedRows, form_alone, missingness, proxies, reidentification
 from dualrefnet.cli import app, data  # noqa: F401 (the module registers the commands)
-from dualrefnet.data.adapters import Dataset, load_dataset
+from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.check import Finding
 from dualrefnet.data.protocols import split_dataset
-from dualrefnet.data.synthetic import draw_sample
+from dualrefnet.data.schema import Dataset
+from dualrefnet.data.synthetic import make_synthetic
 
 
 def only(findings: list[Finding], check: str) -> Finding:
@@ -28,7 +29,7 @@ def only(findings: list[Finding], check: str) -> Finding:
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """A drawn data set large enough for statements about its form; its pictures aren't looked at."""
-    return load_dataset("sample", draw_sample(tmp_path_factory.mktemp("audited") / "data", images=420, side=64))
+    return load_dataset("sample", make_synthetic(tmp_path_factory.mktemp("audited") / "data", images=420, side=64))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from dualrefnet.analysis.duplicates import (
 )
 from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.images import decode_image
-from dualrefnet.data.synthetic import draw_sample
+from dualrefnet.data.synthetic import make_synthetic
 
 
 def taken(pictures: list[np.ndarray]) -> Fingerprints:
@@ -38,7 +38,7 @@ def copied(picture: np.ndarray, quality: int | None, scale: float) -> np.ndarray
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     """Of 60 drawn pictures of 192 px: the smallest that survive what is done to copies."""
-    return load_dataset("sample", draw_sample(tmp_path_factory.mktemp("copies") / "data", images=60)).with_image
+    return load_dataset("sample", make_synthetic(tmp_path_factory.mktemp("copies") / "data", images=60)).with_image
 
 
 @pytest.fixture(scope="module")

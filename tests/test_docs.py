@@ -173,7 +173,7 @@ def test_the_example_of_own_data_loads_without_a_remark_and_divides(tmp_path):
     for line in table.splitlines()[1:]:
         cv2.imwrite(str(tmp_path / "photos" / line.split(",")[0]), np.full((8, 8, 3), 128, np.uint8))
     dataset = load_dataset("csv_table", tmp_path)
-    assert not dataset.remarks
+    assert not dataset.warnings
     assert len(dataset.with_image) == 13
     split = split_dataset(dataset)
     assert set(split["split"]) == {"train", "val", "test"}

@@ -33,8 +33,8 @@ def test_the_contracted_keys_are_there_with_intervals(tiny_run: Run) -> None:
 
 
 def test_data_that_have_gone_are_named(tiny_run: Run, tmp_path: Path) -> None:
-    from dualrefnet.data.synthetic import draw_sample
+    from dualrefnet.data.synthetic import make_synthetic
 
-    other = draw_sample(tmp_path / "other", images=60, seed=9, side=64)
+    other = make_synthetic(tmp_path / "other", images=60, seed=9, side=64)
     with pytest.raises(RunError, match="--root"):
         evaluate_run(tiny_run, root=other)

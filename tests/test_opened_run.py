@@ -10,8 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dualrefnet.analysis.opened_run import OpenedRun, open_run, sample_rows
-from dualrefnet.data.adapters import Dataset
-from dualrefnet.data.synthetic import draw_sample
+from dualrefnet.data.schema import Dataset
+from dualrefnet.data.synthetic import make_synthetic
 from dualrefnet.errors import DataError, RunError
 from dualrefnet.files import read_json, write_json
 from dualrefnet.models.inference import predict_logits
@@ -131,7 +131,7 @@ def copied(tiny_run: Run, tmp_path: Path) -> Callable[[], Run]:
 
 
 def test_data_without_the_runs_images_are_refused(tiny_run: Run, tmp_path: Path) -> None:
-    other = draw_sample(tmp_path / "other", images=60, seed=9, side=64)
+    other = make_synthetic(tmp_path / "other", images=60, seed=9, side=64)
     with pytest.raises(
         RunError, match=r"\d+ images of .*split\.csv are not in .*other; give the right folder with --root"
     ):

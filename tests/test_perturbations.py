@@ -26,7 +26,7 @@ from dualrefnet.analysis.perturbations import (
     read_outlines,
     replace_values,
 )
-from dualrefnet.data.adapters import Dataset
+from dualrefnet.data.schema import Dataset
 from dualrefnet.errors import DataError
 from dualrefnet.run import Run
 from hand_made import CENTRE, RADIUS, SIDE, SKIN, hand_made

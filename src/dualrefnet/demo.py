@@ -7,7 +7,7 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
-from dualrefnet.data.synthetic import draw_sample
+from dualrefnet.data.synthetic import make_synthetic
 from dualrefnet.errors import RunError
 from dualrefnet.progress import progress_bar, remark
 from dualrefnet.recipe import load_recipe
@@ -36,7 +36,7 @@ def run_demo(out: Path) -> tuple[Run, Path]:
         raise RunError(f"{out} holds other things; name another folder with --out")
     remark("making the synthetic sample: invented images, not clinical ones")
     with progress_bar("drawing") as show:
-        draw_sample(out / "data", images=IMAGES, progress=show)
+        make_synthetic(out / "data", images=IMAGES, progress=show)
     recipe = load_recipe("sample", {"data.root": str(out / "data")})
     run = train_recipe(recipe, out / "run", resume=True, cache=out / "cache")
     remark("writing the report")

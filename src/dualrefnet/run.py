@@ -18,8 +18,8 @@ import psutil
 import yaml
 
 import dualrefnet
-from dualrefnet.data.adapters import Dataset
 from dualrefnet.data.protocols import SPLIT_COLUMNS, refuse_crossing
+from dualrefnet.data.schema import Dataset
 from dualrefnet.errors import RunError
 from dualrefnet.files import read_json, remove_partial, sha256_of_json, write_csv, write_json, write_yaml
 from dualrefnet.recipe import Recipe, load_recipe

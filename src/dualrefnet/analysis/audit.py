@@ -23,9 +23,10 @@ from dualrefnet.analysis.label_leakage import (
     proxies,
     reidentification,
 )
-from dualrefnet.data.adapters import Dataset, load_dataset
+from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.check import MAX_EXAMPLES, Finding, Level, identical_images
 from dualrefnet.data.protocols import leakage, split_dataset
+from dualrefnet.data.schema import Dataset
 from dualrefnet.display.format import Cell, PrintedTable
 
 

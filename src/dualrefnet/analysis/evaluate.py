@@ -12,8 +12,8 @@ import torch
 from dualrefnet.analysis.availability import SplitPredictions, measure_availability, predict_split
 from dualrefnet.analysis.opened_run import open_run
 from dualrefnet.analysis.out_of_distribution import fit_run
-from dualrefnet.data.adapters import Dataset
 from dualrefnet.data.protocols import leakage
+from dualrefnet.data.schema import Dataset
 from dualrefnet.evaluation.calibration import Calibration, fit_calibration, fit_thresholds, measure_calibrated
 from dualrefnet.evaluation.comparison import bootstrap_intervals, with_intervals
 from dualrefnet.evaluation.metrics import compute_metrics
@@ -75,7 +75,7 @@ def evaluate_run(
         "split": "test",
         "protocol": recipe.data.protocol,
         "dataset": dataset.schema.title,
-        "drawn": dataset.schema.drawn,
+        "drawn": dataset.schema.synthetic,
         "unit": dataset.schema.unit,
         "method": recipe.model.method,
         "leakage": leakage(dataset, opened.split),

@@ -26,10 +26,9 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.tree import DecisionTreeClassifier
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # comes with scikit-learn
 
-from dualrefnet.data.adapters import Dataset
 from dualrefnet.data.check import Finding, Level
 from dualrefnet.data.metadata import MetadataEncoder
-from dualrefnet.data.schema import DatasetSchema, groups
+from dualrefnet.data.schema import Dataset, DatasetSchema, groups
 from dualrefnet.evaluation.bootstrap import Bootstrap, draw_counts, group_codes, percentile_interval
 from dualrefnet.evaluation.metrics import WeightedMetrics
 from dualrefnet.recipe import MetadataSection

@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dualrefnet.data.adapters import Dataset
-from dualrefnet.data.images import FOLDER, find_masks
-from dualrefnet.data.loader import Batch, Examples, fill_recipe_store, make_examples, read_dataset, side_rows
+from dualrefnet.data.images import MASK_FOLDER, find_masks
+from dualrefnet.data.loader import Batch, Examples, fill_recipe_store, make_examples, read_dataset, split_rows
 from dualrefnet.data.metadata import MetadataEncoder
+from dualrefnet.data.schema import Dataset
 from dualrefnet.data.store import DerivedStore, ImageStore
 from dualrefnet.errors import DataError, RunError
 from dualrefnet.models.base import Method
@@ -82,7 +82,7 @@ class OpenedRun:
 
     def rows(self, side: str) -> pd.DataFrame:
         """Return the lesion table's rows of one side, in the order of its examples."""
-        return side_rows(self.dataset, self.split, side)
+        return split_rows(self.dataset, self.split, side)
 
     @cached_property
     def _features(self) -> tuple[DerivedStore, ...]:
@@ -131,7 +131,7 @@ class OpenedRun:
         Raises:
             DataError: `folder` isn't there, or holds no mask of a test image.
         """
-        if folder is None and not (self.dataset.root / FOLDER).is_dir():
+        if folder is None and not (self.dataset.root / MASK_FOLDER).is_dir():
             return {}
         found = find_masks(self.dataset.root, folder)
         masks = {image_id: found[image_id] for image_id in self.rows("test")["image_id"] if image_id in found}

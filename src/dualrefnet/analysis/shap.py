@@ -124,7 +124,7 @@ def read_field_values(groups: tuple[FeatureGroup, ...], encoder: MetadataEncoder
     for index, field in enumerate(encoder.fields):
         known_of[field.name] = ~encoded.missing[:, index]
         texts_of[field.name] = _field_texts(
-            encoder, field, rows[field.name], encoded.missing[:, index], encoded.rejected[:, index]
+            encoder, field, rows[field.name], encoded.missing[:, index], encoded.invalid[:, index]
         )
     texts, colours, known = [], [], []
     for group in groups:

@@ -41,11 +41,11 @@ def sample(
 
     Not clinical: for trying the software without any download.
     """
-    from dualrefnet.data.synthetic import draw_sample
+    from dualrefnet.data.synthetic import make_synthetic
     from dualrefnet.progress import progress_bar
 
     with progress_bar("drawing") as show:
-        draw_sample(folder, images=images, seed=seed, progress=show)
+        make_synthetic(folder, images=images, seed=seed, progress=show)
     typer.echo(f"{images} synthetic images with metadata are in {folder}")
 
 
@@ -110,19 +110,19 @@ def split(
     from rich.table import Table
 
     from dualrefnet.data.adapters import load_dataset
-    from dualrefnet.data.protocols import leakage, missing_sides, split_counts, split_dataset
+    from dualrefnet.data.protocols import leakage, missing_classes, split_counts, split_dataset
     from dualrefnet.files import write_csv
     from dualrefnet.progress import remark, warn
 
     loaded = load_dataset(dataset, root, description)
-    for message in loaded.remarks:
+    for message in loaded.warnings:
         warn(message)
     rows = split_dataset(loaded, protocol, fold, folds, seed)
     table = Table("class", "train", "val", "test", title=f"{loaded.schema.title}, protocol {protocol}")
     for name, counts in split_counts(rows, loaded.schema.classes).iterrows():
         table.add_row(str(name), *(f"{count}" for count in counts), end_section=bool(name == loaded.schema.classes[-1]))
     Console().print(table)
-    for message in missing_sides(rows, loaded.schema.classes):
+    for message in missing_classes(rows, loaded.schema.classes):
         warn(message)
     for name, shares in leakage(loaded, rows).items():
         if shares is None:

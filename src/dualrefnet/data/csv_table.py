@@ -1,8 +1,13 @@
-"""Anybody's data set: one CSV, a folder of images, and a small YAML file that says what the columns mean."""
+"""Any data set of your own: one CSV, a folder of images, and a small YAML file that says what the columns mean.
+
+The other adapters read their CSV and list their images with the functions of this module.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,55 +15,46 @@ import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dualrefnet.data.adapters import Dataset, other_columns, read_csv
-from dualrefnet.data.schema import DatasetSchema, Kind, MetadataField, normalise, refuse_forbidden_features
+from dualrefnet.data.schema import (
+    Dataset,
+    DatasetSchema,
+    Kind,
+    MetadataField,
+    normalise,
+    refuse_forbidden_features,
+    require_columns,
+)
 from dualrefnet.errors import DataError
 
 DEFAULT_DESCRIPTION = "dataset.yaml"
-# Names of columns between whose values anybody would compare results.
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+# Columns between whose values results are compared.
 _SUBGROUPS = re.compile(r"age|sex|gender|race|ethnicity|skin_?(type|tone)|fit[zs]patrick|site|region", re.IGNORECASE)
+_BOOLEANS = {"true", "false", "yes", "no", "y", "n", "0", "1", "0.0", "1.0"}
 
 
 class TableDescription(BaseModel):
-    """The YAML file of a `csv_table` data set.
-
-    Attributes:
-        title: name for people.
-        table: the CSV, relative to the data set's folder.
-        images: the folder to which the paths in the `image` column are relative.
-        image: column with the image's file name or path.
-        label: column with the class.
-        patient: column that names the patient (strongly advised: without it a patient may be on both sides).
-        lesion: column that names the lesion.
-        classes: the labels in the order of the model's outputs; empty: those in the table, sorted.
-        malignant: the classes that are cancer.
-        class_names: label -> what it stands for, for people.
-        metadata: the metadata fields.
-        licence: of the data.
-    """
+    """The YAML file of a `csv_table` data set."""
 
     model_config = ConfigDict(extra="forbid")
 
-    title: str = "own data"
-    table: str = "table.csv"
-    images: str = "."
-    image: str = "image"
-    label: str = "label"
+    title: str = "own data"  # name for people
+    table: str = "table.csv"  # the CSV, relative to the data set's folder
+    images: str = "."  # the folder to which the paths in the `image` column are relative
+    image: str = "image"  # column with the image's file name or path
+    label: str = "label"  # column with the class
+    # column with the patient's id (strongly advised: without it one patient may be in several splits)
     patient: str | None = None
-    lesion: str | None = None
-    classes: tuple[str, ...] = ()
-    malignant: tuple[str, ...] = ()
-    class_names: dict[str, str] = Field(default_factory=dict)
-    metadata: tuple[MetadataField, ...] = Field(default_factory=tuple)
-    licence: str = ""
+    lesion: str | None = None  # column with the lesion's id
+    classes: tuple[str, ...] = ()  # the labels in the order of the model's outputs; empty: those in the table, sorted
+    malignant: tuple[str, ...] = ()  # the classes that are cancer
+    class_names: dict[str, str] = Field(default_factory=dict)  # label -> what it stands for
+    metadata: tuple[MetadataField, ...] = Field(default_factory=tuple)  # the metadata fields
+    licence: str = ""  # of the data
 
 
 def read_description(path: Path) -> TableDescription:
-    """Read the YAML file.
-
-    Raises:
-        DataError: it is missing, unreadable, isn't YAML, or has unknown keys or wrong values.
-    """
+    """Read the YAML file; raise a DataError if it is missing, isn't YAML, or has unknown keys or wrong values."""
     try:
         values: Any = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
@@ -70,46 +66,38 @@ def read_description(path: Path) -> TableDescription:
     try:
         return TableDescription.model_validate(values)
     except ValidationError as error:
-        # A misspelt key is also a missing one: say the first.
+        # A misspelt key is also a missing one: report the misspelling.
         first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
         where = ".".join(map(str, first["loc"])) or "the file"
-        legal = TableDescription.model_fields if len(first["loc"]) == 1 else MetadataField.model_fields
-        said = (
-            f"unknown key; the keys there are {', '.join(legal)}"
-            if first["type"] == "extra_forbidden"
-            else first["msg"]
-        )
-        raise DataError(f"{path}: {where}: {said}") from None
+        reason = first["msg"]
+        if first["type"] == "extra_forbidden":
+            legal = TableDescription.model_fields if len(first["loc"]) == 1 else MetadataField.model_fields
+            reason = f"unknown key; the keys there are {', '.join(legal)}"
+        raise DataError(f"{path}: {where}: {reason}") from None
 
 
 def load(root: Path, description_file: Path | None = None) -> Dataset:
-    """Read a described table.
-
-    Args:
-        root: the data set's folder.
-        description_file: the YAML file; None: `dataset.yaml` in `root`.
+    """Read the table in `root` that the YAML file (default: `dataset.yaml` in `root`) describes.
 
     Raises:
         DataError: the description or the table is not what it must be.
     """
     description = read_description(description_file or root / DEFAULT_DESCRIPTION)
-    raw = read_csv(root / description.table, dtype=str, keep_default_na=False, na_values=[""])
-    named = [description.image, description.label, description.patient, description.lesion]
-    used = [field.name for field in description.metadata if field.name in named]
+    file, folder = root / description.table, (root / description.images).resolve()
+    raw = read_text_csv(file)
+    optional = [column for column in (description.patient, description.lesion) if column]
+    ids, fields = [description.image, description.label, *optional], [field.name for field in description.metadata]
+    used = [name for name in fields if name in ids]
     if used:
         raise DataError(
-            f"{', '.join(used)} can't be a metadata field: the column is the image, the label, the patient or the lesion"
+            f"{', '.join(used)} can't be a metadata field: it is the image, label, patient or lesion column"
         )
-    named += [field.name for field in description.metadata]
-    absent = [column for column in named if column and column not in raw.columns]
-    if absent:
-        raise DataError(
-            f"{root / description.table} has no column {', '.join(absent)}; it has: {', '.join(raw.columns)}"
-        )
+    require_columns(raw, ids + fields, str(file))
     if len(raw) == 0:
-        raise DataError(f"{root / description.table} has no rows")
-    if raw[description.image].isna().any():
-        raise DataError(f"{int(raw[description.image].isna().sum())} rows of {root / description.table} name no image")
+        raise DataError(f"{file} has no rows")
+    images = raw[description.image]
+    if images.isna().any():
+        raise DataError(f"{int(images.isna().sum())} rows of {file} name no image")
     schema = DatasetSchema(
         name="csv_table",
         title=description.title,
@@ -120,54 +108,89 @@ def load(root: Path, description_file: Path | None = None) -> Dataset:
         group_by="lesion_id" if description.lesion and not description.patient else "patient_id",
         licence=description.licence,
     )
-    others = other_columns(raw, [name for name in named if name])
-    folder = (root / description.images).resolve()
-    files = [folder / name for name in raw[description.image]]
-    raw["image_path"] = [str(file) if file.is_file() else None for file in files]
-    table, remarks = normalise(
+    table, value_warnings = normalise(
         raw.assign(
-            image_id=raw[description.image].str.replace(r"\.\w+$", "", regex=True),
+            image_id=images.str.replace(r"\.\w+$", "", regex=True),
+            image_path=images.map(lambda name: str(folder / name) if (folder / name).is_file() else None),
             label=raw[description.label],
             patient_id=raw[description.patient] if description.patient else None,
             lesion_id=raw[description.lesion] if description.lesion else None,
         ),
         schema,
     )
+    notes = []
     if not description.patient:
-        remarks.append("no column names the patient: photographs of one person may stand on both sides of a split")
-    return Dataset(table, schema, root, remarks, others)
+        notes.append("no column names the patient: images of one person may be in several splits")
+    others = other_columns(raw, ids + fields)
+    return Dataset(table, schema, root, value_warnings, notes, others, (folder,), shared_lesions(table))
 
 
 def describe(table: pd.DataFrame, columns: list[str]) -> tuple[MetadataField, ...]:
-    """Guess the metadata fields of a table: what a person would say who looked at the columns.
+    """Guess the metadata fields of a table.
 
-    A column of numbers with more than ten values is numeric; one with only yes/no values is boolean; others are
+    A column with only yes/no values is boolean; one of numbers with more than ten values is numeric; others are
     categorical, their values learned from the training rows. Results are compared between the values of age, sex, skin
-    type,
-    ethnicity and body site, if a column is called so.
+    type, ethnicity and body site, if a column is called so.
 
     Raises:
-        DataError: a column is missing, holds the answer or names the patient, or is free text (more than 50 values).
+        DataError: a column is missing, holds the label, identifies the patient, or is free text (over 50 values).
     """
-    fields = []
-    kind: Kind
     refuse_forbidden_features(columns)
+    require_columns(table, columns, "the table")
+    fields = []
     for name in columns:
-        if name not in table.columns:
-            raise DataError(f"the table has no column {name!r}; it has: {', '.join(map(str, table.columns))}")
         values = table[name].dropna()
         words = {str(value).strip().lower() for value in values}
-        numbers = pd.to_numeric(values, errors="coerce")
-        numeric = len(values) > 0 and bool(numbers.notna().all())
-        if words and words <= {"true", "false", "yes", "no", "y", "n", "0", "1", "0.0", "1.0"}:
+        numeric = len(values) > 0 and bool(pd.to_numeric(values, errors="coerce").notna().all())
+        kind: Kind = "categorical"
+        if words and words <= _BOOLEANS:
             kind = "boolean"
         elif numeric and values.nunique() > 10:
             kind = "numeric"
         elif values.nunique() > 50:
-            raise DataError(
-                f"{name!r} has {values.nunique()} different values: free text or an id, not a metadata field"
-            )
-        else:
-            kind = "categorical"
+            raise DataError(f"{name!r} has {values.nunique()} different values: free text or an id, no metadata field")
         fields.append(MetadataField(name=name, kind=kind, subgroup=_SUBGROUPS.fullmatch(name) is not None))
     return tuple(fields)
+
+
+def read_csv(path: Path, **options: object) -> pd.DataFrame:
+    """Read a user's CSV; a DataError says what is wrong with it."""
+    try:
+        return pd.read_csv(path, **options)  # type: ignore[call-overload, no-any-return]
+    except FileNotFoundError:
+        raise DataError(f"there is no file {path}") from None
+    except pd.errors.EmptyDataError:
+        raise DataError(f"{path} is empty") from None
+    except (pd.errors.ParserError, UnicodeDecodeError, OSError) as error:
+        raise DataError(f"{path} can't be read as CSV: {str(error).strip().splitlines()[-1]}") from None
+
+
+def read_text_csv(path: Path) -> pd.DataFrame:
+    """Read a CSV whose cells are all text, or missing where they are empty: `NA` may be a category."""
+    return read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
+
+
+def other_columns(published: pd.DataFrame, known: Iterable[str]) -> pd.DataFrame:
+    """Return the columns of a published table that aren't among the `known` ones; index 0..n-1."""
+    return published.drop(columns=list(known), errors="ignore").reset_index(drop=True)
+
+
+def index_images(folders: Iterable[Path]) -> dict[str, str]:
+    """Map the stem of every image file in `folders` (not below them) to its path; refuse two files of one stem."""
+    paths: dict[str, str] = {}
+    for folder in folders:
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            stem, suffix = os.path.splitext(entry.name)
+            # A folder, or a link that leads nowhere, is no image.
+            if suffix.lower() not in IMAGE_SUFFIXES or entry.name.startswith(".") or not entry.is_file():
+                continue
+            if stem in paths:
+                raise DataError(f"two images are called {stem}: {paths[stem]} and {entry.path}; keep one of them")
+            paths[stem] = entry.path
+    return paths
+
+
+def shared_lesions(table: pd.DataFrame) -> tuple[str, ...]:
+    """Return the lesion ids that several patients use."""
+    owners = table.groupby("lesion_id")["patient_id"].nunique()
+    return tuple(map(str, owners.index[owners > 1]))

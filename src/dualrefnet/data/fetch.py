@@ -1,50 +1,215 @@
-"""Unpack a zip of unknown origin safely."""
-
-# also: Download the official release of a data set: resume what was interrupted, verify it, and unpack it safely.
+"""Download the official release of a data set: resume what was interrupted, verify it, and unpack it safely."""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
 import stat
 import tempfile
+import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import requests
 from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from dualrefnet.data import isic_2019, pad_ufes_20
-from dualrefnet.data.download import Source, download, forget, partial_path
 from dualrefnet.data.schema import DatasetSchema
 from dualrefnet.errors import DataError
 from dualrefnet.files import read_json, sha256_of_file, write_json
-from dualrefnet.progress import remark
+from dualrefnet.progress import console, remark, warn
 
-CHUNK = 2**20
-
-
-# Photographs hardly shrink in an archive: one that promises ten times its size is not what was published.
+ATTEMPTS = 6
+BACKOFF_SECONDS = 2.0
+TIMEOUT_SECONDS = (15.0, 60.0)  # to connect; between two packets
+CHUNK = 64 * 1024
+# Images hardly shrink in an archive: one that unpacks to ten times its size is not what was published.
 MAX_EXPANSION = 10
-
-
 MAX_MEMBERS = 200_000
+RECORD = "fetched.json"
 
 
-def require_space(needed: int, folder: Path) -> None:
-    """Refuse to begin what can't end.
+@dataclass(frozen=True)
+class Source:
+    """One file of a release."""
 
-    Args:
-        needed: bytes.
-        folder: an existing folder on the disk in question.
+    url: str
+    filename: str  # in the data set's folder
+    sha256: str | None  # None: no checksum is published
+    size: int  # bytes; 0: not known
+    folder: str | None = None  # where to unpack this zip, relative to the data set's folder; None: it is no archive
+
+
+@dataclass(frozen=True)
+class Release:
+    """An official release."""
+
+    schema: DatasetSchema  # it holds licence and citation
+    page: str  # for a browser
+    by_hand: str  # what to click there, and under which names to save; `{root}` stands for the data set's folder
+    archive: str  # the one archive that a browser gets instead of the single files; empty: there is none
+    sources: tuple[Source, ...]
+
+
+_MENDELEY = "https://data.mendeley.com/public-files/datasets/zr7vgbcyr2/files/{}/file_downloaded"
+_ISIC = "https://isic-challenge-data.s3.amazonaws.com/2019/"
+# fmt: off
+RELEASES = {
+    # The checksums are those that Mendeley Data shows beside each file of version 1.
+    "pad_ufes_20": Release(
+        pad_ufes_20.SCHEMA,
+        "https://data.mendeley.com/datasets/zr7vgbcyr2/1",
+        "click `Download All` and save the archive as {root}/zr7vgbcyr2-1.zip",
+        "zr7vgbcyr2-1.zip",
+        (
+            Source(_MENDELEY.format("fa850265-57da-48f0-ba3e-998b3e44b1f6"), "metadata.csv",
+                   "14d145235cedb022548257acb0d84dcd949e2c916f65d2baa7c38ed5339e9527", 316_209),
+            Source(_MENDELEY.format("1cc2f71f-20a2-412d-b746-a9b9bc20c966"), "imgs_part_1.zip",
+                   "0ab44f60938bf57445e12f518a8878954cc734e6b0aec6d01194e2d26b4b2dca", 1_245_184_680, "images"),
+            Source(_MENDELEY.format("559a60ed-5504-475d-996c-6a8bc253b5e7"), "imgs_part_2.zip",
+                   "e2d9a3cbd58e823f5ae33163c48643e7d1b54ae3f9e145f01f8e9f16a363a60b", 1_126_646_990, "images"),
+            Source(_MENDELEY.format("34dcdf8e-e5f1-4b35-aa0b-5135051ff852"), "imgs_part_3.zip",
+                   "ecc4ef10143a43e1d01cb736773148607a78b530417eb76f2c38ad24bf5d0d2c", 1_220_565_093, "images"),
+        ),
+    ),
+    # The challenge publishes no checksums: those of the tables are of files fetched once, and of the images only the
+    # size is known.
+    "isic_2019": Release(
+        isic_2019.SCHEMA,
+        "https://challenge.isic-archive.com/data/#2019",
+        "download the training data, metadata and ground truth, and save them under their own names in {root}",
+        "",
+        (
+            Source(_ISIC + isic_2019.GROUND_TRUTH, isic_2019.GROUND_TRUTH,
+                   "aa88e9638fe4df9ef330dc4ba22fa4bd475c44af692fffb870c73091ab25cdcd", 1_291_479),
+            Source(_ISIC + isic_2019.METADATA, isic_2019.METADATA,
+                   "d93994a8ed201d474de9a7af7e17ec30929cbc4a5220659ecbde17cbe83e9316", 1_214_351),
+            Source(_ISIC + "ISIC_2019_Training_Input.zip", "ISIC_2019_Training_Input.zip", None, 9_771_618_190, "."),
+        ),
+    ),
+}
+# fmt: on
+
+
+def fetch_dataset(
+    name: str, root: Path, *, accept_licence: bool, sources: Sequence[Source] | None = None, progress: bool = True
+) -> list[Path]:
+    """Download and unpack a data set; running it again resumes, and repeats only what isn't done.
+
+    A file that already lies in `root` under its own name is verified and used. Archives stay after unpacking. What was
+    fetched is recorded in `fetched.json`. `sources` are other locations of the files than the official ones.
+
+    Returns:
+        The files and folders that make up the data set.
 
     Raises:
-        DataError: fewer bytes are free; the message says how many are missing.
+        DataError: the licence isn't accepted; there is no release of that name; the disk is too small; a server doesn't
+            answer, or answers with something else (the message says what to do in a browser); a file isn't the
+            published one; an archive is damaged or isn't safe to unpack.
     """
+    if name not in RELEASES:
+        hint = "; `dualrefnet sample DIR` makes it" if name == "sample" else ""
+        raise DataError(f"{name} has no release to download{hint}; there are: {', '.join(RELEASES)}")
+    release = RELEASES[name]
+    schema = release.schema
+    terms = f"{schema.title} is published under {schema.licence} ({release.page}); cite: {schema.citation}"
+    if not accept_licence:
+        raise DataError(f"{terms}. If you accept this licence, run it again with --accept-licence")
+    remark(escape(terms))
+    root = Path(root)
+    root.mkdir(parents=True, exist_ok=True)
+    files = _read_record(root)
+    if sources is None:
+        sources = release.sources
+        if release.archive and (release.archive in files or (root / release.archive).is_file()):
+            sources = (Source(release.page, release.archive, None, 0, "."),)
+    todo = []
+    for source in sources:
+        entry = files.get(source.filename, {"url": None, "made": []})
+        if entry["url"] != source.url or not all((root / made).exists() for made in entry["made"]):
+            todo.append(source)
+    needed = 0
+    for source in todo:
+        have = _size(root / source.filename) + _size(root / f"{source.filename}.partial")
+        needed += max(0, source.size - have) + (source.size if source.folder else 0)
+    _require_space(needed, root)
+    for source in todo:
+        files[source.filename] = _fetch(source, root, release, progress)
+        head = {"dataset": name, "licence": schema.licence, "citation": schema.citation}
+        write_json(root / RECORD, {**head, "files": list(files.values())})
+    return sorted({root / made for source in sources for made in files[source.filename]["made"]})
+
+
+def _read_record(root: Path) -> dict[str, dict[str, Any]]:
+    if not (root / RECORD).exists():
+        return {}
+    try:
+        entries = read_json(root / RECORD)["files"]
+        return {one["filename"]: one for one in entries if one["url"] and isinstance(one["made"], list)}
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{root / RECORD} can't be read; delete it and run again") from None
+
+
+def _fetch(source: Source, root: Path, release: Release, progress: bool) -> dict[str, Any]:
+    """Get one file, verify it and unpack it; return its entry in the record."""
+    path, partial = root / source.filename, root / f"{source.filename}.partial"
+    if path.exists():
+        remark(escape(f"{path} is already there and is verified"))
+        sha256 = _verify(path, source, f"{path} isn't the published file; move it away and run again")
+    else:
+
+        def refused(reason: str) -> DataError:
+            command = f"dualrefnet fetch {release.schema.name} --root {root} --accept-licence"
+            return DataError(
+                f"{source.filename} can't be downloaded by a program ({reason}, {source.url}). Open {release.page} in "
+                f"a browser, {release.by_hand.format(root=root)}; then run `{command}` again"
+            )
+
+        download(source, partial, refused, progress)
+        wrong = f"what {source.url} sent isn't the published file; it was deleted: run again"
+        try:
+            sha256 = _verify(partial, source, wrong)
+        except DataError:
+            _forget(partial)
+            raise
+        os.replace(partial, path)
+        _forget(partial)
+    if source.sha256 is None:
+        done = "only its size was compared" if source.size else "it is taken as it is"
+        remark(escape(f"no checksum of {source.filename} is published: {done}"))
+    made = [path]
+    if source.folder:
+        remark(escape(f"unpacking {path}"))
+        made = unpack(path, root / source.folder)
+    return {
+        "filename": source.filename,
+        "url": source.url,
+        "bytes": path.stat().st_size,
+        "sha256": sha256,
+        "verified": "sha256" if source.sha256 else "size" if source.size else "no",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "made": [item.relative_to(root).as_posix() for item in made],
+    }
+
+
+def _verify(path: Path, source: Source, wrong: str) -> str:
+    if source.size and _size(path) != source.size:
+        raise DataError(f"{wrong} ({_size(path):,} bytes, published: {source.size:,})")
+    sha256 = sha256_of_file(path)
+    if source.sha256 and sha256 != source.sha256:
+        raise DataError(f"{wrong} (SHA-256 {sha256}, published: {source.sha256})")
+    return sha256
+
+
+def _require_space(needed: int, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DataError(
@@ -53,19 +218,131 @@ def require_space(needed: int, folder: Path) -> None:
         )
 
 
+# Download: every byte that has arrived is kept in FILE.partial and never requested again; FILE.partial.json says of
+# which version of which file it is a part.
+
+
+class _RetryError(Exception):
+    """The server may answer better in a while."""
+
+
+def download(source: Source, partial: Path, refused: Callable[[str], DataError], progress: bool = True) -> None:
+    """Complete `partial`; a broken connection is resumed where it broke off. Nothing is verified but the size.
+
+    `refused` makes the error for an answer that isn't the file (a web page, 403), given what was answered instead. A
+    DataError, too, if the server can't be reached or the disk is full. What has arrived is kept.
+    """
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    hidden = not progress or not console.is_terminal
+    bar = Progress(TextColumn("{task.description}"), *columns, console=console, transient=True, disable=hidden)
+    task = bar.add_task(escape(source.filename), total=source.size or None)
+    failures = 0
+    try:
+        with bar:
+            while True:
+                before = _size(partial)
+                try:
+                    return _request(source, partial, refused, lambda done: bar.update(task, completed=done))
+                except (_RetryError, requests.RequestException) as error:
+                    # As long as every connection brings something, it is worth going on.
+                    failures = 1 if _size(partial) > before else failures + 1
+                    reason, kept = " ".join(str(error).split())[:200], f"{_size(partial):,} bytes are kept"
+                if failures >= ATTEMPTS:
+                    raise DataError(f"{source.url} failed {failures} times ({reason}); {kept}: run it again to resume")
+                pause = min(60.0, BACKOFF_SECONDS * 2 ** (failures - 1))
+                warn(escape(f"{source.filename}: {reason}; trying again in {pause:.0f} s, {kept}"))
+                time.sleep(pause)
+    except KeyboardInterrupt:
+        warn(escape(f"interrupted: {_size(partial):,} bytes of {source.filename} are kept; run it again to resume"))
+        raise
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise DataError(f"the disk is full; {partial} is kept: free some space and run it again to resume") from None
+
+
+def _request(source: Source, partial: Path, refused: Callable[[str], DataError], show: Callable[[int], None]) -> None:
+    """Request once what is missing of `partial`, and append it."""
+    known = _known_version(source, partial)
+    have = _size(partial)
+    if have and have == source.size:
+        return
+    # Without `identity` a server may compress, and offsets would count other bytes.
+    headers = {"Accept-Encoding": "identity", "User-Agent": "dualrefnet"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+        if known["validator"]:
+            headers["If-Range"] = known["validator"]
+    with requests.get(source.url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
+        status = response.status_code
+        if status in (408, 425, 429) or status >= 500:
+            raise _RetryError(f"the server answered {status}")
+        span = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", response.headers.get("Content-Range", ""))
+        offered = int(span[2]) if span is not None else None
+        if status == 416 and offered == have:
+            return
+        resumes = span is not None and span[1] == str(have) and known["total"] in (None, offered)
+        if status == 416 or (status == 206 and not resumes):
+            _forget(partial)
+            raise _RetryError("the server's file isn't the one that was begun, so it starts from zero")
+        if status not in (200, 206):
+            raise refused(f"the server answered {status}")
+        if "html" in response.headers.get("Content-Type", ""):
+            raise refused("the server sent a web page")
+        if have and status == 200:
+            warn(escape(f"{source.filename}: the server can't resume or its file has changed, so it starts from zero"))
+            have = 0
+        length = response.headers.get("Content-Length")
+        total = offered if status == 206 else int(length) if length and length.isdigit() else None
+        if source.size and total not in (None, source.size):
+            raise refused(f"the server offers {total:,} bytes instead of {source.size:,}")
+        etag = response.headers.get("ETag", "")
+        # If-Range takes no weak ETag (RFC 9110, 13.1.5).
+        validator = etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified")
+        chunks = response.iter_content(CHUNK)
+        first = next(chunks, b"")
+        if source.folder and have == 0 and not first.startswith(b"PK"):
+            raise refused("the server sent something that isn't a zip")
+        write_json(f"{partial}.json", {"url": source.url, "validator": validator, "total": total})
+        with partial.open("ab" if have else "wb") as file:
+            for chunk in chain([first], chunks):
+                file.write(chunk)
+                have += len(chunk)
+                show(have)
+    if total is not None and have != total:
+        raise _RetryError(f"the connection ended after {have:,} of {total:,} bytes")
+
+
+def _known_version(source: Source, partial: Path) -> dict[str, Any]:
+    """Return what is known of the version that was begun; a part of something unknown is deleted."""
+    try:
+        known = read_json(f"{partial}.json")
+        if known["url"] == source.url and _size(partial) <= (source.size or _size(partial)):
+            return {"validator": known["validator"], "total": known["total"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    _forget(partial)
+    return {"validator": None, "total": None}
+
+
+def _forget(partial: Path) -> None:
+    partial.unlink(missing_ok=True)
+    Path(f"{partial}.json").unlink(missing_ok=True)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
 def unpack(archive: Path, folder: Path) -> list[Path]:
-    """Unpack a zip into a folder, and the zips in it one level deep; either all of it appears there, or an error is
-    raised.
+    """Unpack a zip of unknown origin, and the zips in it one level deep: all of it, or an error is raised.
 
-    One folder that wraps a whole release (it holds `metadata.csv`) is taken off. What macOS adds is left out.
-
-    Returns:
-        The top-level files and folders that were written.
+    One folder that wraps a whole release (it holds `metadata.csv`) is taken off. What macOS adds is left out. Returns
+    the top-level files and folders that were written.
 
     Raises:
         DataError: the archive is damaged, encrypted, holds links or paths that lead out of the folder, or unpacks to
-            far
-            more than photographs can; or the disk is too small.
+            far more than images can; or the disk is too small.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # On the same disk, so that moving is renaming.
@@ -91,20 +368,15 @@ def unpack(archive: Path, folder: Path) -> list[Path]:
 
 def _extract(archive: Path, folder: Path, limit: int) -> int:
     """Write the members of one zip below `folder`; return the number of bytes written."""
-    written = 0
+    written, from_macos = 0, re.compile(r"(^|/)(__MACOSX/|\.DS_Store$)")
     try:
         with zipfile.ZipFile(archive) as opened:
-            members = [
-                member
-                for member in opened.infolist()
-                if not re.search(r"(^|/)(__MACOSX/|\.DS_Store$)", member.filename)
-            ]
+            members = [member for member in opened.infolist() if not from_macos.search(member.filename)]
             promised = sum(member.file_size for member in members)
             if len(members) > MAX_MEMBERS or promised > limit:
-                raise DataError(
-                    f"{archive.name} promises {len(members):,} files and {promised:,} bytes, too much for its size; it wasn't unpacked"
-                )
-            require_space(promised, folder)
+                much = f"{len(members):,} files and {promised:,} bytes, too much for its size"
+                raise DataError(f"{archive.name} promises {much}; it wasn't unpacked")
+            _require_space(promised, folder)
             for member in members:
                 _refuse_unsafe(member, archive)
                 target = folder / member.filename
@@ -113,7 +385,7 @@ def _extract(archive: Path, folder: Path, limit: int) -> int:
                     continue
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with opened.open(member) as source, target.open("xb") as file:
-                    while chunk := source.read(CHUNK):
+                    while chunk := source.read(2**20):
                         written += len(chunk)
                         # The sizes that an archive promises need not be true.
                         if written > limit:
@@ -127,243 +399,16 @@ def _extract(archive: Path, folder: Path, limit: int) -> int:
     except Exception as error:
         # zipfile given hostile bytes raises nearly anything: BadZipFile, struct.error, zlib.error, RuntimeError,
         # IndexError.
-        raise DataError(
-            f"{archive.name} is damaged ({' '.join(str(error).split())}); delete it and run again"
-        ) from None
+        reason = " ".join(str(error).split())
+        raise DataError(f"{archive.name} is damaged ({reason}); delete it and run again") from None
     return written
 
 
 def _refuse_unsafe(member: zipfile.ZipInfo, archive: Path) -> None:
-    path = PurePosixPath(member.filename)
-    leads_out = (
-        path.is_absolute() or ".." in path.parts or "\\" in member.filename or re.match("[A-Za-z]:", member.filename)
-    )
+    name, path = member.filename, PurePosixPath(member.filename)
+    leads_out = path.is_absolute() or ".." in path.parts or "\\" in name or re.match("[A-Za-z]:", name)
     # The upper half holds the Unix file type; archives from Windows have 0 there.
     kind = stat.S_IFMT(member.external_attr >> 16)
     if leads_out or kind not in (0, stat.S_IFREG, stat.S_IFDIR) or member.flag_bits & 1:
-        raise DataError(
-            f"{archive.name} holds {member.filename!r}: a path that leads out, a link or an encrypted file; it wasn't unpacked"
-        )
-
-
-RECORD = "fetched.json"
-
-
-@dataclass(frozen=True)
-class Release:
-    """What is known of an official release.
-
-    Attributes:
-        schema: of the data set; it holds licence and citation.
-        page: for a browser.
-        by_hand: what to click on that page, and under which names to save; `{root}` stands for the data set's folder.
-        whole: name of one archive of everything, which a browser gets instead of the single files; empty: there is
-            none.
-        sources: the files.
-    """
-
-    schema: DatasetSchema
-    page: str
-    by_hand: str
-    whole: str
-    sources: tuple[Source, ...]
-
-
-def _mendeley(file_id: str, filename: str, sha256: str, size: int) -> Source:
-    url = f"https://data.mendeley.com/public-files/datasets/zr7vgbcyr2/files/{file_id}/file_downloaded"
-    return Source(
-        url, filename, sha256, size, filename.endswith(".zip"), "images" if filename.endswith(".zip") else "."
-    )
-
-
-_ISIC = "https://isic-challenge-data.s3.amazonaws.com/2019/"
-
-
-RELEASES = {
-    # The checksums are those that Mendeley Data shows beside each file of version 1.
-    "pad_ufes_20": Release(
-        pad_ufes_20.SCHEMA,
-        "https://data.mendeley.com/datasets/zr7vgbcyr2/1",
-        "click `Download All` and save the archive as {root}/zr7vgbcyr2-1.zip",
-        "zr7vgbcyr2-1.zip",
-        (
-            _mendeley(
-                "fa850265-57da-48f0-ba3e-998b3e44b1f6",
-                "metadata.csv",
-                "14d145235cedb022548257acb0d84dcd949e2c916f65d2baa7c38ed5339e9527",
-                316_209,
-            ),
-            _mendeley(
-                "1cc2f71f-20a2-412d-b746-a9b9bc20c966",
-                "imgs_part_1.zip",
-                "0ab44f60938bf57445e12f518a8878954cc734e6b0aec6d01194e2d26b4b2dca",
-                1_245_184_680,
-            ),
-            _mendeley(
-                "559a60ed-5504-475d-996c-6a8bc253b5e7",
-                "imgs_part_2.zip",
-                "e2d9a3cbd58e823f5ae33163c48643e7d1b54ae3f9e145f01f8e9f16a363a60b",
-                1_126_646_990,
-            ),
-            _mendeley(
-                "34dcdf8e-e5f1-4b35-aa0b-5135051ff852",
-                "imgs_part_3.zip",
-                "ecc4ef10143a43e1d01cb736773148607a78b530417eb76f2c38ad24bf5d0d2c",
-                1_220_565_093,
-            ),
-        ),
-    ),
-    # The challenge publishes no checksums: those of the tables are of files fetched once, and of the images only the
-    # size is known.
-    "isic_2019": Release(
-        isic_2019.SCHEMA,
-        "https://challenge.isic-archive.com/data/#2019",
-        "download the training data, metadata and ground truth, and save the three files under their own names in {root}",
-        "",
-        (
-            Source(
-                _ISIC + isic_2019.GROUND_TRUTH,
-                isic_2019.GROUND_TRUTH,
-                "aa88e9638fe4df9ef330dc4ba22fa4bd475c44af692fffb870c73091ab25cdcd",
-                1_291_479,
-                False,
-            ),
-            Source(
-                _ISIC + isic_2019.METADATA,
-                isic_2019.METADATA,
-                "d93994a8ed201d474de9a7af7e17ec30929cbc4a5220659ecbde17cbe83e9316",
-                1_214_351,
-                False,
-            ),
-            Source(_ISIC + "ISIC_2019_Training_Input.zip", "ISIC_2019_Training_Input.zip", None, 9_771_618_190, True),
-        ),
-    ),
-}
-
-
-def fetch_dataset(
-    name: str, root: Path, *, accept_licence: bool, sources: Sequence[Source] | None = None, progress: bool = True
-) -> list[Path]:
-    """Download and unpack a data set; running it again resumes, and does again only what isn't done.
-
-    A file that already lies in `root` under its own name is verified and used. Archives stay after unpacking. What was
-    fetched is recorded in `fetched.json`.
-
-    Args:
-        name: pad_ufes_20 or isic_2019.
-        root: folder to fill.
-        accept_licence: that the user accepts the licence of the data.
-        sources: other places of the files; None: the official ones.
-        progress: show a bar.
-
-    Returns:
-        The files and folders that make up the data set.
-
-    Raises:
-        DataError: the licence isn't accepted; there is no release of that name; the disk is too small; a server doesn't
-            answer, or answers with something else (the message says what to do in a browser); a file isn't the
-            published one; an archive is damaged or isn't safe to unpack.
-    """
-    if name not in RELEASES:
-        hint = "; `dualrefnet sample DIR` draws it" if name == "sample" else ""
-        raise DataError(f"{name} has no release to download{hint}; there are: {', '.join(RELEASES)}")
-    release = RELEASES[name]
-    terms = f"{release.schema.title} is published under {release.schema.licence} ({release.page}); cite: {release.schema.citation}"
-    if not accept_licence:
-        raise DataError(f"{terms}. If you accept this licence, run it again with --accept-licence")
-    remark(escape(terms))
-    root = Path(root)
-    root.mkdir(parents=True, exist_ok=True)
-    files = _read_record(root)
-    if sources is None:
-        sources = release.sources
-        if release.whole and (release.whole in files or (root / release.whole).is_file()):
-            sources = (Source(release.page, release.whole, None, 0, True),)
-    todo = [source for source in sources if not _is_done(source, root, files)]
-    _check_space(todo, root)
-    for source in todo:
-        files[source.filename] = _fetch(source, root, release, progress)
-        head = {"dataset": name, "licence": release.schema.licence, "citation": release.schema.citation}
-        write_json(root / RECORD, {**head, "files": list(files.values())})
-    return sorted({root / made for source in sources for made in files[source.filename]["made"]})
-
-
-def _read_record(root: Path) -> dict[str, dict[str, Any]]:
-    if not (root / RECORD).exists():
-        return {}
-    try:
-        return {
-            entry["filename"]: entry
-            for entry in read_json(root / RECORD)["files"]
-            if entry["url"] and isinstance(entry["made"], list)
-        }
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{root / RECORD} can't be read; delete it and run again") from None
-
-
-def _is_done(source: Source, root: Path, files: dict[str, dict[str, Any]]) -> bool:
-    entry = files.get(source.filename)
-    return entry is not None and entry["url"] == source.url and all((root / made).exists() for made in entry["made"])
-
-
-def _check_space(todo: Sequence[Source], root: Path) -> None:
-    needed = 0
-    for source in todo:
-        there = sum(
-            path.stat().st_size for path in (root / source.filename, partial_path(source, root)) if path.exists()
-        )
-        needed += max(0, source.size - there) + (source.size if source.unpack else 0)
-    require_space(needed, root)
-
-
-def _fetch(source: Source, root: Path, release: Release, progress: bool) -> dict[str, Any]:
-    """Get one file, verify it and unpack it; return its entry in the record."""
-    path, partial = root / source.filename, partial_path(source, root)
-    if path.exists():
-        remark(escape(f"{path} is already there and is verified"))
-        sha256 = _verify(path, source, f"{path} isn't the published file; move it away and run again")
-    else:
-        download(source, partial, lambda why: _by_hand(why, source, root, release), progress)
-        try:
-            sha256 = _verify(
-                partial, source, f"what {source.url} sent isn't the published file; it was deleted: run again"
-            )
-        except DataError:
-            forget(partial)
-            raise
-        os.replace(partial, path)
-        forget(partial)
-    if source.sha256 is None:
-        done = "only its size was compared" if source.size else "it is taken as it is"
-        remark(escape(f"no checksum of {source.filename} is published: {done}"))
-    made = [path]
-    if source.unpack:
-        remark(escape(f"unpacking {path}"))
-        made = unpack(path, root / source.folder)
-    return {
-        "filename": source.filename,
-        "url": source.url,
-        "bytes": path.stat().st_size,
-        "sha256": sha256,
-        "verified": "sha256" if source.sha256 else "size" if source.size else "no",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "made": [item.relative_to(root).as_posix() for item in made],
-    }
-
-
-def _verify(path: Path, source: Source, wrong: str) -> str:
-    size = path.stat().st_size
-    if source.size and size != source.size:
-        raise DataError(f"{wrong} ({size:,} bytes, published: {source.size:,})")
-    sha256 = sha256_of_file(path)
-    if source.sha256 and sha256 != source.sha256:
-        raise DataError(f"{wrong} (SHA-256 {sha256}, published: {source.sha256})")
-    return sha256
-
-
-def _by_hand(why: str, source: Source, root: Path, release: Release) -> DataError:
-    return DataError(
-        f"{source.filename} can't be downloaded by a program ({why}, {source.url}). Open {release.page} in a browser, "
-        f"{release.by_hand.format(root=root)}; then run `dualrefnet fetch {release.schema.name} --root {root} --accept-licence` "
-        "again: it verifies and unpacks what lies there"
-    )
+        what = f"{name!r}: a path that leads out, a link or an encrypted file"
+        raise DataError(f"{archive.name} holds {what}; it wasn't unpacked")

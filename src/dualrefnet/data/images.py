@@ -1,6 +1,4 @@
-"""Decode one image file of unknown origin into an 8-bit RGB array, or say in one line why not."""
-
-# also: Masks of lesions: where in a photograph the lesion is, as somebody or some program outlined it.
+"""Decode image files of unknown origin into 8-bit RGB arrays, or say in one line why not; and read lesion masks."""
 
 from __future__ import annotations
 
@@ -24,15 +22,11 @@ from dualrefnet.errors import DataError, ImageError
 from dualrefnet.runtime.preprocessing import to_square
 
 MAX_BYTES = 100 * 2**20
-
-
 MAX_PIXELS = 100_000_000
-
-
 MIN_SIDE = 16
+MASK_FOLDER = "masks"
 
-
-# EXIF orientation -> what brings the picture upright (EXIF 2.32, tag 0x0112; 1 is upright).
+# EXIF orientation -> what brings the image upright (EXIF 2.32, tag 0x0112; 1 is upright).
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -42,6 +36,13 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_OPENERS = {
+    b"\xff\xd8\xff": JpegImageFile,
+    b"\x89PNG\r\n\x1a\n": PngImageFile,
+    b"BM": BmpImageFile,
+    **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), TiffImageFile),
+}
+_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK")
 
 
 def decode_image(
@@ -49,10 +50,9 @@ def decode_image(
 ) -> NDArray[np.uint8]:
     """Decode a JPEG, PNG, BMP, TIFF or WebP image; safe for untrusted input and for several threads.
 
-    The type is told by the content, not by the name. The EXIF orientation is applied (EXIF that can't be read counts as
-    none), transparent pixels lie on white, grey and palette images become RGB, 16-bit samples are scaled to 8 bits, and
-    of an animation or a multi-page file the first picture is taken. Embedded colour profiles are ignored: the numbers
-    in
+    The content decides the type, not the name. The EXIF orientation is applied (damaged EXIF counts as none),
+    transparent pixels are put on white, grey and palette images become RGB, 16-bit samples are scaled to 8 bits, and
+    of an animation or a multi-page file the first image is taken. Embedded colour profiles are ignored: the numbers in
     the file are taken as sRGB.
 
     Args:
@@ -67,17 +67,17 @@ def decode_image(
 
     Raises:
         ImageError: the file is missing, too large, of another type, truncated, damaged, too small, or its pixels are
-            floats or of a colour space that has no one reading as RGB.
+            floats or of a colour space without one reading as RGB.
     """
     name, data = _read(source, max_bytes)
     opener = _opener(data)
     if opener is None:
         raise ImageError(f"{name} isn't a JPEG, PNG, BMP, TIFF or WebP image, whatever its name says")
     if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise ImageError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: half pictures would pass unseen; set it to False")
+        raise ImageError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: truncated images would pass; set it to False")
     _silence_pillow()
     try:
-        # Not Image.open: it tries other formats too, and complains of size before our own limit is asked.
+        # Not Image.open: it tries other formats too, and complains of size before our own limit is checked.
         with opener(io.BytesIO(data)) as image:
             _check_size(name, image, max_pixels, min_side)
             image.load()
@@ -87,51 +87,41 @@ def decode_image(
     except Exception as error:
         # A decoder given hostile bytes raises nearly anything: OSError, SyntaxError, struct.error, KeyError,
         # MemoryError.
-        raise ImageError(
-            f"{name} is damaged or truncated ({_one_line(error)}); get the file again or remove it"
-        ) from None
+        reason = _one_line(error)
+        raise ImageError(f"{name} is damaged or truncated ({reason}); get the file again or remove it") from None
 
 
 def _read(source: Path | str | bytes, max_bytes: int) -> tuple[str, bytes]:
     """Return a printable name without its folders, and the file's bytes."""
     if isinstance(source, bytes):
-        if len(source) > max_bytes:
-            raise ImageError(f"the image is larger than {max_bytes:,} bytes")
-        return "the image", source
-    path = Path(source)
-    name = path.name if path.name.isprintable() else ascii(path.name)
-    try:
-        if not path.is_file():
-            raise ImageError(f"there is no file {name}")
-        with path.open("rb") as file:
-            # Python takes all the memory that is asked for before it reads: ask for no more than there is.
-            data = file.read(min(os.fstat(file.fileno()).st_size, max_bytes) + 1)
-    except (OSError, ValueError) as error:
-        raise ImageError(f"{name} can't be read: {_one_line(error)}") from None
+        name, data = "the image", source
+    else:
+        path = Path(source)
+        name = path.name if path.name.isprintable() else ascii(path.name)
+        try:
+            if not path.is_file():
+                raise ImageError(f"there is no file {name}")
+            with path.open("rb") as file:
+                # Python allocates all the memory that it is asked to read: ask for no more than there is.
+                data = file.read(min(os.fstat(file.fileno()).st_size, max_bytes) + 1)
+        except (OSError, ValueError) as error:
+            raise ImageError(f"{name} can't be read: {_one_line(error)}") from None
     if len(data) > max_bytes:
         raise ImageError(f"{name} is larger than {max_bytes:,} bytes")
     return name, data
 
 
 def _opener(data: bytes) -> type[ImageFile.ImageFile] | None:
-    if data.startswith(b"\xff\xd8\xff"):
-        return JpegImageFile
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return PngImageFile
-    if data.startswith(b"BM"):
-        return BmpImageFile
-    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        return TiffImageFile
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return WebPImageFile
-    return None
+    return next((opener for magic, opener in _OPENERS.items() if data.startswith(magic)), None)
 
 
 def _silence_pillow() -> None:
-    """Keep Pillow's remarks on damaged EXIF tags from the user; its warnings of size are another category and stay.
+    """Ignore Pillow's warnings about damaged EXIF tags; its warnings about size are another category and stay.
 
     `warnings.catch_warnings` isn't safe with threads, so the filter stays; the check keeps it from being set again and
-    again, which would make Python forget what it has warned of once.
+    again, which would make Python forget which warnings it has shown once.
     """
     first = warnings.filters[0] if warnings.filters else None
     if first is None or first[0] != "ignore" or getattr(first[3], "pattern", None) != r"PIL\.":
@@ -147,53 +137,51 @@ def _check_size(name: str, image: ImageFile.ImageFile, max_pixels: int, min_side
     if min(width, height) < min_side:
         raise ImageError(f"{name} has {width} x {height} pixels; no side may be shorter than {min_side}")
     if isinstance(image, TiffImageFile):
-        # A tile is decoded whole, even where it reaches far beyond the picture.
+        # All of a tile is decoded, even where it reaches far beyond the image.
         tile = int(image.tag_v2.get(TILEWIDTH, 1)) * int(image.tag_v2.get(TILELENGTH, 1))
         if tile > max_pixels:
             raise ImageError(f"{name} is cut into tiles of {tile:,} pixels; the limit is {max_pixels:,}")
 
 
-def _to_rgb(name: str, image: ImageFile.ImageFile) -> NDArray[np.uint8]:
-    picture: Image.Image = image
-    if picture.mode.startswith("I;16"):
-        picture = _eight_bits(image)
-    elif picture.mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK"):
-        kind = {"F": "floating-point", "I": "32-bit or signed integer"}.get(picture.mode, picture.mode)
+def _to_rgb(name: str, file: ImageFile.ImageFile) -> NDArray[np.uint8]:
+    image: Image.Image = file
+    if image.mode.startswith("I;16"):
+        image = _eight_bits(file)
+    elif image.mode not in _MODES:
+        kind = {"F": "floating-point", "I": "32-bit or signed integer"}.get(image.mode, image.mode)
         raise ImageError(f"{name} has {kind} pixels, whose range isn't known; convert it to 8-bit RGB (PNG or JPEG)")
-    if picture.has_transparency_data:
+    if image.has_transparency_data:
         # Premultiplied modes must be divided before they are pasted.
-        picture = picture.convert("LA") if picture.mode == "La" else picture
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    picture = picture.convert("RGB")
-    turn = _UPRIGHT.get(_orientation(image))
-    if turn is not None:
-        picture = picture.transpose(turn)
-    return np.array(picture, dtype=np.uint8, order="C")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    orientation = _orientation(file)
+    if orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
+    return np.array(image, dtype=np.uint8, order="C")
 
 
-def _eight_bits(image: ImageFile.ImageFile) -> Image.Image:
+def _eight_bits(file: ImageFile.ImageFile) -> Image.Image:
     """Scale 16-bit grey (of which a TIFF may use 12) to 8 bits; Pillow's own conversion clips at 255."""
-    values = np.asarray(image).astype(np.uint32)
+    values = np.asarray(file).astype(np.uint32)
     bits, white_is_zero = 16, False
-    if isinstance(image, TiffImageFile):
-        bits = int(image.tag_v2.get(BITSPERSAMPLE, (16,))[0])
-        white_is_zero = image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0
+    if isinstance(file, TiffImageFile):
+        bits = int(file.tag_v2.get(BITSPERSAMPLE, (16,))[0])
+        white_is_zero = file.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0
     largest = 2**bits - 1
     grey = ((values * 255 + largest // 2) // largest).astype(np.uint8)
-    picture = Image.fromarray(255 - grey if white_is_zero else grey)
-    if "transparency" not in image.info:
-        return picture
-    picture.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
-    return picture
+    image = Image.fromarray(255 - grey if white_is_zero else grey)
+    if "transparency" in file.info:
+        image.putalpha(Image.fromarray(np.where(values == file.info["transparency"], 0, 255).astype(np.uint8)))
+    return image
 
 
-def _orientation(image: ImageFile.ImageFile) -> int:
+def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 if there is none; Pillow has applied and removed that of a TIFF on loading."""
     try:
         value = image.getexif().get(ExifTag.Orientation, 1)
     except Exception:
-        # Damaged EXIF is common and says nothing of the pixels; viewers show such pictures as they lie.
+        # Damaged EXIF is common and says nothing about the pixels; viewers show such images as they are.
         return 1
     return value if isinstance(value, int) else 1
 
@@ -203,88 +191,49 @@ def _one_line(error: Exception) -> str:
     return " ".join(text.split())[:120]
 
 
-FOLDER = "masks"
-
-
 def find_masks(root: Path, folder: Path | None = None) -> dict[str, Path]:
-    """Return image id -> mask file.
-
-    Args:
-        root: the data set's folder.
-        folder: of the masks; None: `masks` in `root`.
-
-    Raises:
-        DataError: there is no such folder, or no PNG in it.
-    """
-    where = root / FOLDER if folder is None else folder
+    """Return image id -> mask file of `folder` (None: `masks` in the data set's folder `root`)."""
+    where = root / MASK_FOLDER if folder is None else folder
     if not where.is_dir():
-        raise DataError(
-            f"there is no folder of masks {where}; it must hold <image id>.png for some images, white where the lesion is"
-        )
-    found = {
-        path.stem: path for path in sorted(where.glob("*.png")) if path.is_file() and not path.name.startswith(".")
-    }
-    if not found:
+        needed = "it must hold <image id>.png for some images, white in the lesion"
+        raise DataError(f"there is no folder of masks {where}; {needed}")
+    masks = {path.stem: path for path in sorted(where.glob("[!.]*.png")) if path.is_file()}
+    if not masks:
         raise DataError(f"{where} holds no mask; name them <image id>.png")
-    return found
+    return masks
 
 
-def read_mask(path: Path, photograph: Path, side: int, fit: str) -> NDArray[np.bool_] | None:
-    """Read a mask and bring it to the square that the model sees.
+def read_mask(path: Path, image: Path, side: int, fit: str) -> NDArray[np.bool_] | None:
+    """Read a mask (a pixel over 127 is lesion) and bring it to the S x S square that the model sees.
 
-    Args:
-        path: of the mask; a pixel over 127 is lesion.
-        photograph: that it belongs to; only its size is looked at, and only to crop.
-        side: S, of the square.
-        fit: how the photograph became that square (`image.fit`): `squash` or `crop`.
-
-    Returns:
-        (S, S), True in the lesion; None if no lesion is marked in that square.
-
-    Raises:
-        ImageError: a file can't be read.
-        DataError: the mask isn't black and white: the whole of it is dark, but not black.
+    `fit` (`squash` or `crop`) is how the image became that square; only its size is read, and only to crop. Returns
+    (S, S), True in the lesion, or None if no lesion is marked there. An ImageError if a file can't be read, a DataError
+    if the mask isn't black and white: all of it is dark, but not black.
     """
     values = decode_image(path, min_side=1).max(axis=2)
     if 0 < values.max() <= 127:
-        raise DataError(
-            f"the brightest pixel of the mask {path.name} is {values.max()}, and lesion is over 127; write 0 and 255"
-        )
+        brightest = f"the brightest pixel of the mask {path.name} is {values.max()}"
+        raise DataError(f"{brightest}, and lesion is over 127; write 0 and 255")
     marked = np.where(values > 127, np.uint8(255), np.uint8(0))
     if fit == "crop":
-        # The middle is cut out of the photograph, so the mask must have its shape first.
-        height, width = photograph_size(photograph)
+        # The middle is cut out of the image, so the mask must have its shape first.
+        height, width = image_size(image)
         marked = np.asarray(cv2.resize(marked, (width, height), interpolation=cv2.INTER_NEAREST), dtype=np.uint8)
     mask = to_square(marked, side, fit) > 127
     return mask if mask.any() else None
 
 
-def photograph_size(path: Path) -> tuple[int, int]:
-    """Return height and width of an upright photograph, from its file's header alone (of a TIFF: from its pixels).
-
-    Raises:
-        ImageError: the file isn't an image that `decode_image` reads, or its header is damaged.
-    """
+def image_size(path: Path) -> tuple[int, int]:
+    """Return height and width of an upright image, from its file's header alone (of a TIFF: from its pixels)."""
     try:
         with Image.open(path, formats=("JPEG", "PNG", "BMP", "TIFF", "WEBP")) as image:
             if not isinstance(image, TiffImageFile):
                 width, height = image.size
-                return (width, height) if _turned(image) else (height, width)
+                return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
     except Exception as error:
-        # A header given by a stranger makes Pillow raise nearly anything.
-        raise ImageError(
-            f"{path.name} can't be measured ({type(error).__name__}); get the file again or remove it"
-        ) from None
+        # A hostile header makes Pillow raise nearly anything.
+        kind = type(error).__name__
+        raise ImageError(f"{path.name} can't be measured ({kind}); get the file again or remove it") from None
     # Whether Pillow swaps a TIFF's sides before its pixels are read depends on the version.
     height, width = decode_image(path).shape[:2]
     return height, width
-
-
-def _turned(image: Image.Image) -> bool:
-    """True if a picture must be turned by a quarter to be upright (EXIF 2.32, tag 0x0112); EXIF that can't be read
-    counts as none.
-    """
-    try:
-        return image.getexif().get(ExifTag.Orientation, 1) in (5, 6, 7, 8)
-    except Exception:
-        return False

@@ -1,4 +1,4 @@
-"""PAD-UFES-20: smartphone photographs of six kinds of lesion with 21 metadata fields (Pacheco et al. 2020).
+"""PAD-UFES-20: smartphone images of six kinds of lesion with 21 metadata fields (Pacheco et al. 2020).
 
 Official layout: `metadata.csv` and `images/imgs_part_{1,2,3}/*.png`. Also read: the parts beside `metadata.csv`, or
 one folder `images/`; `.png` or `.jpg`.
@@ -7,14 +7,20 @@ one folder `images/`; `.png` or `.jpg`.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import pandas as pd
+from dualrefnet.data.csv_table import index_images, other_columns, read_text_csv, shared_lesions
+from dualrefnet.data.schema import (
+    ID_COLUMNS,
+    Dataset,
+    DatasetSchema,
+    MetadataField,
+    categorical_field,
+    normalise,
+    numeric_field,
+    require_columns,
+)
 
-from dualrefnet.data.adapters import Dataset, index_images, other_columns, read_csv
-from dualrefnet.data.schema import ID_COLUMNS, DatasetSchema, MetadataField, normalise
-from dualrefnet.errors import DataError
-
-CLASSES = ("ACK", "BCC", "MEL", "NEV", "SCC", "SEK")
 MALIGNANT = ("BCC", "MEL", "SCC")
 CLASS_NAMES = {
     "ACK": "actinic keratosis",
@@ -24,130 +30,53 @@ CLASS_NAMES = {
     "SCC": "squamous cell carcinoma",
     "SEK": "seborrheic keratosis",
 }
+CLASSES = tuple(CLASS_NAMES)
 
 # In the order of first appearance in the published CSV, so that the columns are those of the literature.
-_COUNTRIES_FATHER = [
-    "POMERANIA",
-    "GERMANY",
-    "BRAZIL",
-    "NETHERLANDS",
-    "ITALY",
-    "POLAND",
-    "PORTUGAL",
-    "BRASIL",
-    "CZECH",
-    "AUSTRIA",
-    "SPAIN",
-    "ISRAEL",
-]
-_COUNTRIES_MOTHER = [
-    "POMERANIA",
-    "ITALY",
-    "GERMANY",
-    "BRAZIL",
-    "POLAND",
-    "NORWAY",
-    "PORTUGAL",
-    "NETHERLANDS",
-    "FRANCE",
-    "SPAIN",
-]
-_REGIONS = [
-    "ARM",
-    "NECK",
-    "FACE",
-    "HAND",
-    "FOREARM",
-    "CHEST",
-    "NOSE",
-    "THIGH",
-    "SCALP",
-    "EAR",
-    "BACK",
-    "FOOT",
-    "ABDOMEN",
+# fmt: off
+_COUNTRIES_FATHER = (
+    "POMERANIA", "GERMANY", "BRAZIL", "NETHERLANDS", "ITALY", "POLAND", "PORTUGAL", "BRASIL", "CZECH", "AUSTRIA",
+    "SPAIN", "ISRAEL",
+)
+_COUNTRIES_MOTHER = (
+    "POMERANIA", "ITALY", "GERMANY", "BRAZIL", "POLAND", "NORWAY", "PORTUGAL", "NETHERLANDS", "FRANCE", "SPAIN",
+)
+_REGIONS = (
+    "ARM", "NECK", "FACE", "HAND", "FOREARM", "CHEST", "NOSE", "THIGH", "SCALP", "EAR", "BACK", "FOOT", "ABDOMEN",
     "LIP",
-]
+)
+# fmt: on
+_ORIGIN = {"missing_codes": ("UNK",), "aliases": {"BRASIL": "BRAZIL"}}
+_SYMPTOM = {"tier": "M1", "missing_codes": ("UNK",)}
+_MILLIMETRES = {"unit": "mm", "minimum": 0, "maximum": 500}
 
 
-def _boolean(name: str, description: str) -> MetadataField:
-    return MetadataField(name=name, kind="boolean", description=description)
-
-
-def _symptom(name: str, description: str) -> MetadataField:
-    return MetadataField(name=name, kind="boolean", tier="M1", missing_codes=("UNK",), description=description)
-
-
-def _origin(name: str, countries: list[str], whose: str) -> MetadataField:
-    return MetadataField(
-        name=name,
-        kind="categorical",
-        categories=tuple(countries),
-        missing_codes=("UNK",),
-        aliases={"BRASIL": "BRAZIL"},
-        description=f"Where {whose}'s family came from",
-    )
+def _boolean(name: str, description: str, **options: Any) -> MetadataField:
+    return MetadataField(name=name, kind="boolean", description=description, **options)
 
 
 FIELDS = (
     _boolean("smoke", "Does the patient smoke?"),
     _boolean("drink", "Does the patient drink alcohol?"),
-    _origin("background_father", _COUNTRIES_FATHER, "the father"),
-    _origin("background_mother", _COUNTRIES_MOTHER, "the mother"),
-    MetadataField(
-        name="age",
-        kind="numeric",
-        unit="years",
-        tier="M1",
-        minimum=0,
-        maximum=120,
-        description="Age of the patient",
-        subgroup=True,
-    ),
+    categorical_field("background_father", _COUNTRIES_FATHER, "Where the father's family came from", **_ORIGIN),
+    categorical_field("background_mother", _COUNTRIES_MOTHER, "Where the mother's family came from", **_ORIGIN),
+    numeric_field("age", "Age of the patient", unit="years", tier="M1", minimum=0, maximum=120, subgroup=True),
     _boolean("pesticide", "Does the patient work with pesticides?"),
-    MetadataField(
-        name="gender",
-        kind="categorical",
-        categories=("FEMALE", "MALE"),
-        description="Sex of the patient",
-        subgroup=True,
-    ),
+    categorical_field("gender", ("FEMALE", "MALE"), "Sex of the patient", subgroup=True),
     _boolean("skin_cancer_history", "Has the patient or family had skin cancer?"),
     _boolean("cancer_history", "Has the patient or family had any cancer?"),
     _boolean("has_piped_water", "Is there piped water at home?"),
     _boolean("has_sewage_system", "Is there a sewage system at home?"),
-    MetadataField(
-        name="fitspatrick",
-        kind="categorical",
-        categories=("1", "2", "3", "4", "5", "6"),
-        description="Fitzpatrick skin type",
-        subgroup=True,
-    ),
-    MetadataField(
-        name="region",
-        kind="categorical",
-        tier="M1",
-        categories=tuple(_REGIONS),
-        description="Where on the body the lesion is",
-        subgroup=True,
-    ),
-    MetadataField(
-        name="diameter_1",
-        kind="numeric",
-        unit="mm",
-        minimum=0,
-        maximum=500,
-        description="Longest diameter of the lesion",
-    ),
-    MetadataField(
-        name="diameter_2", kind="numeric", unit="mm", minimum=0, maximum=500, description="Diameter across the longest"
-    ),
-    _symptom("itch", "Does it itch?"),
-    _symptom("grew", "Has it grown?"),
-    _symptom("hurt", "Does it hurt?"),
-    _symptom("changed", "Has it changed?"),
-    _symptom("bleed", "Has it bled?"),
-    _symptom("elevation", "Is it raised?"),
+    categorical_field("fitspatrick", ("1", "2", "3", "4", "5", "6"), "Fitzpatrick skin type", subgroup=True),
+    categorical_field("region", _REGIONS, "Where on the body the lesion is", tier="M1", subgroup=True),
+    numeric_field("diameter_1", "Longest diameter of the lesion", **_MILLIMETRES),
+    numeric_field("diameter_2", "Diameter across the longest", **_MILLIMETRES),
+    _boolean("itch", "Does it itch?", **_SYMPTOM),
+    _boolean("grew", "Has it grown?", **_SYMPTOM),
+    _boolean("hurt", "Does it hurt?", **_SYMPTOM),
+    _boolean("changed", "Has it changed?", **_SYMPTOM),
+    _boolean("bleed", "Has it bled?", **_SYMPTOM),
+    _boolean("elevation", "Is it raised?", **_SYMPTOM),
 )
 
 SCHEMA = DatasetSchema(
@@ -163,42 +92,34 @@ SCHEMA = DatasetSchema(
 )
 
 
-def image_folders(root: Path) -> list[Path]:
+def image_folders(root: Path) -> tuple[Path, ...]:
     """Return the folders below `root` that may hold images: the official parts and `images/`."""
     parents = [root, root / "images"]
     folders = [parent / f"imgs_part_{part}" for parent in parents for part in (1, 2, 3)] + [root / "images"]
     # The official archive nests a part's files once more on some systems: imgs_part_1/imgs_part_1/*.png.
     folders += [folder / folder.name for folder in folders]
-    return [folder for folder in folders if folder.is_dir()]
-
-
-def read_raw(root: Path) -> pd.DataFrame:
-    """Read `metadata.csv` as text, with the id columns of a lesion table added.
-
-    Raises:
-        DataError: the file is missing, empty or has other columns.
-    """
-    raw = read_csv(root / "metadata.csv", dtype=str, keep_default_na=False, na_values=[""])
-    absent = [column for column in ("img_id", "patient_id", "lesion_id", "diagnostic") if column not in raw.columns]
-    if absent:
-        raise DataError(
-            f"{root / 'metadata.csv'} has no column {', '.join(absent)}: it isn't the metadata of PAD-UFES-20"
-        )
-    # The suffix is not part of the id: the same image is .png in the release and .jpg in a re-encoded copy.
-    return raw.assign(image_id=raw["img_id"].str.replace(r"\.\w+$", "", regex=True), label=raw["diagnostic"])
+    return tuple(folder for folder in folders if folder.is_dir())
 
 
 def load(root: Path, schema: DatasetSchema = SCHEMA) -> Dataset:
     """Read PAD-UFES-20, or a data set in its layout (`schema`).
 
     Raises:
-        DataError: see `read_raw` and `dualrefnet.data.schema.normalise`.
+        DataError: the table is missing, or isn't what it must be (see `dualrefnet.data.schema.normalise`); or two
+            images have one name.
     """
-    raw = read_raw(root)
-    paths = index_images(image_folders(root))
-    raw["image_path"] = [str(paths[stem]) if stem in paths else None for stem in raw["image_id"].fillna("")]
+    raw = read_text_csv(root / "metadata.csv")
+    require_columns(raw, ["img_id", "patient_id", "lesion_id", "diagnostic"], str(root / "metadata.csv"))
+    shared = shared_lesions(raw)
+    folders = image_folders(root)
+    paths = index_images(folders)
+    # The suffix is not part of the id: the same image is .png in the release and .jpg in a re-encoded copy.
+    raw = raw.assign(image_id=raw["img_id"].str.replace(r"\.\w+$", "", regex=True), label=raw["diagnostic"])
+    raw["image_path"] = [paths.get(image_id) for image_id in raw["image_id"].fillna("")]
     # A lesion id alone is not a key: 250 of them are used by two patients.
     raw["lesion_id"] = raw["patient_id"] + "/" + raw["lesion_id"]
-    table, remarks = normalise(raw, schema)
-    known = ("img_id", "diagnostic", *ID_COLUMNS, *(field.name for field in schema.fields))
-    return Dataset(table, schema, root, remarks, other_columns(raw, known))
+    table, value_warnings = normalise(raw, schema)
+    others = other_columns(raw, ("img_id", "diagnostic", *ID_COLUMNS, *(field.name for field in schema.fields)))
+    return Dataset(
+        table, schema, root, value_warnings, other_columns=others, image_folders=folders, shared_lesions=shared
+    )

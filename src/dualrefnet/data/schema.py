@@ -1,10 +1,12 @@
-"""The lesion table and its schema: what every data set looks like once its adapter has read it."""
+"""The lesion table, one row an image, and its schema: what every data set looks like once its adapter has read it."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -19,8 +21,8 @@ FieldTier = Literal["M1", "M2"]
 ID_COLUMNS = ("image_id", "image_path", "label", "patient_id", "lesion_id")
 BOOLEAN_VALUES = ("False", "True")
 
-# Names under which the answer, or what a physician did because of the answer, is found in published tables.
-# A feature with such a name is refused: `biopsed` alone says "cancer" for 1,089 of 1,089 cancers of PAD-UFES-20.
+# Columns of published tables that hold the label, or what a physician did because of it. A feature with such a name
+# is refused: `biopsed` alone says "cancer" for 1,089 of 1,089 cancers of PAD-UFES-20.
 LABEL_DERIVED_NAMES = frozenset(
     """biopsed biopsied biopsy diagnostic diagnosis dx dx_type label target class malignant benign_malignant
     diagnosis_confirm_type histopathology pathology melanocytic outcome""".split()  # noqa: SIM905
@@ -29,35 +31,22 @@ IDENTIFIER_NAMES = frozenset(["patient_id", "lesion_id", "image_id", "img_id", "
 
 
 class MetadataField(BaseModel):
-    """One question of the patient's form.
-
-    Attributes:
-        name: column of the lesion table.
-        kind: numeric, boolean (`True` / `False`) or categorical.
-        unit: unit of a numeric field, such as `years` or `mm`.
-        tier: M1 if it is recorded for every patient, M2 if it may be missing.
-        categories: legal values of a categorical field, in column order; empty: learned from the training rows.
-        missing_codes: strings that stand for "asked, not known", such as `UNK`.
-        aliases: spellings of one value, such as BRASIL -> BRAZIL.
-        minimum: smallest believable number.
-        maximum: largest believable number.
-        description: the question in plain words, for forms and documents.
-        subgroup: compare results between its values: do they hold for everyone?
-    """
+    """One metadata field."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
-    kind: Kind
-    unit: str | None = None
-    tier: FieldTier = "M2"
+    name: str  # column of the lesion table
+    kind: Kind  # numeric, boolean (`True` / `False`) or categorical
+    unit: str | None = None  # unit of a numeric field, such as `years` or `mm`
+    tier: FieldTier = "M2"  # M1 if it is recorded for every patient, M2 if it may be missing
+    # legal values of a categorical field, in column order; empty: learned from the training rows
     categories: tuple[str, ...] = ()
-    missing_codes: tuple[str, ...] = ()
-    aliases: dict[str, str] = Field(default_factory=dict)
-    minimum: float | None = None
-    maximum: float | None = None
-    description: str = ""
-    subgroup: bool = False
+    missing_codes: tuple[str, ...] = ()  # strings that stand for "not known", such as `UNK`
+    aliases: dict[str, str] = Field(default_factory=dict)  # spellings of one value, such as BRASIL -> BRAZIL
+    minimum: float | None = None  # smallest plausible number
+    maximum: float | None = None  # largest plausible number
+    description: str = ""  # the field in plain words, as a question or a noun
+    subgroup: bool = False  # compare results between its values
 
     @model_validator(mode="after")
     def _may_be_a_feature(self) -> MetadataField:
@@ -65,75 +54,84 @@ class MetadataField(BaseModel):
         return self
 
 
-class DatasetSchema(BaseModel):
-    """What the columns of a lesion table mean.
+def numeric_field(name: str, description: str, **options: Any) -> MetadataField:
+    return MetadataField(name=name, kind="numeric", description=description, **options)
 
-    Attributes:
-        name: the adapter's name.
-        title: name for people.
-        classes: labels in the order of the model's outputs.
-        malignant: the classes among them that are cancer.
-        class_names: label -> what it stands for, for people.
-        fields: the metadata fields.
-        group_by: the column that must not cross a split.
-        licence: under which the data may be used.
-        citation: what to cite.
-        official_rows: number of rows of the official release; None if there is none.
-        drawn: True if a program drew the images; every table and page says so.
-    """
+
+def categorical_field(name: str, categories: tuple[str, ...], description: str, **options: Any) -> MetadataField:
+    return MetadataField(name=name, kind="categorical", categories=categories, description=description, **options)
+
+
+class DatasetSchema(BaseModel):
+    """What the columns of a lesion table mean."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
-    title: str
-    classes: tuple[str, ...]
-    malignant: tuple[str, ...] = ()
-    class_names: dict[str, str] = Field(default_factory=dict)
-    fields: tuple[MetadataField, ...] = ()
-    group_by: Literal["patient_id", "lesion_id"] = "patient_id"
-    licence: str = ""
-    citation: str = ""
-    official_rows: int | None = None
-    drawn: bool = False
+    name: str  # the adapter's name
+    title: str  # name for people
+    classes: tuple[str, ...]  # labels in the order of the model's outputs
+    malignant: tuple[str, ...] = ()  # the classes that are cancer
+    class_names: dict[str, str] = Field(default_factory=dict)  # label -> what it stands for
+    fields: tuple[MetadataField, ...] = ()  # the metadata fields
+    group_by: Literal["patient_id", "lesion_id"] = "patient_id"  # the column whose groups stay within one split
+    licence: str = ""  # under which the data may be used
+    citation: str = ""  # what to cite
+    official_rows: int | None = None  # number of rows of the official release; None if there is none
+    synthetic: bool = False  # True if the images are made by a program; every table and page says so
 
     @model_validator(mode="after")
     def _consistent(self) -> DatasetSchema:
-        names = [field.name for field in self.fields]
-        for what, values in (("class", list(self.classes)), ("metadata field", names)):
-            doubles = {value for value in values if values.count(value) > 1}
-            if doubles:
-                raise DataError(f"{what} named twice: {', '.join(sorted(doubles))}")
-        for key, labels in (("malignant", set(self.malignant)), ("class_names", set(self.class_names))):
-            unknown = labels - set(self.classes)
+        for what, values in (("class", self.classes), ("metadata field", [field.name for field in self.fields])):
+            repeated = sorted(value for value, count in Counter(values).items() if count > 1)
+            if repeated:
+                raise DataError(f"{what} named twice: {', '.join(repeated)}")
+        for key, labels in (("malignant", self.malignant), ("class_names", self.class_names)):
+            unknown = sorted(set(labels) - set(self.classes))
             if unknown:
-                raise DataError(
-                    f"{key} names no class: {', '.join(sorted(unknown))}; classes: {', '.join(self.classes)}"
-                )
+                raise DataError(f"{key} names no class: {', '.join(unknown)}; classes: {', '.join(self.classes)}")
         return self
 
     @property
     def unit(self) -> Literal["patient", "lesion"]:
-        """What must not cross a split and is resampled, in a word."""
+        """The independent unit: it stays within one split, and the bootstrap resamples it."""
         return "lesion" if self.group_by == "lesion_id" else "patient"
 
     def field(self, name: str) -> MetadataField:
-        """Return the field of that name.
+        """Return the field of that name; KeyError if there is none."""
+        return {field.name: field for field in self.fields}[name]
 
-        Raises:
-            KeyError: there is none.
-        """
-        for field in self.fields:
-            if field.name == name:
-                return field
-        raise KeyError(name)
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A data set as its adapter read it."""
+
+    # the lesion table, one row an image, in the order of the published file; `image_path` is None for a row whose image
+    # isn't on this disk
+    table: pd.DataFrame
+    schema: DatasetSchema  # what the columns mean
+    root: Path  # the folder that was read
+    # metadata values that were made missing, one sentence a field and reason
+    value_warnings: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)  # what else the user should know, one sentence each
+    # the published columns that are neither ids nor label nor metadata field, as text, with the index of `table`: never
+    # features, but an audit looks at them
+    other_columns: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
+    image_folders: tuple[Path, ...] = ()  # where its images lie
+    shared_lesions: tuple[str, ...] = ()  # published lesion ids that several patients use
+
+    @property
+    def warnings(self) -> list[str]:
+        """All that the user should know."""
+        return self.value_warnings + self.notes
+
+    @property
+    def with_image(self) -> pd.DataFrame:
+        """The rows whose image is on this disk."""
+        return self.table[self.table["image_path"].notna()]
 
 
 def refuse_forbidden_features(names: list[str]) -> None:
-    """Refuse columns that hold the answer or name the patient.
-
-    Raises:
-        DataError: one of `names` is derived from the label, decided after the diagnosis, or an identifier.
-    """
+    """Raise a DataError if one of `names` is derived from the label, decided after the diagnosis, or an identifier."""
     for name in names:
         word = re.sub(r"\W+", "_", name.strip().lower())
         if word in LABEL_DERIVED_NAMES:
@@ -145,8 +143,15 @@ def refuse_forbidden_features(names: list[str]) -> None:
             raise DataError(f"{name!r} can't be a metadata field: it identifies a person or a file; remove it")
 
 
+def require_columns(table: pd.DataFrame, columns: list[str], what: str) -> None:
+    """Raise a DataError that names the `columns` that `what`, a table, lacks."""
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        raise DataError(f"{what} has no column {', '.join(missing)}; it has: {', '.join(map(str, table.columns))}")
+
+
 def groups(table: pd.DataFrame, schema: DatasetSchema) -> pd.Series:
-    """Return the group of every row that must stay on one side of a split.
+    """Return the group of every row that must stay within one split.
 
     Rows without an id in `schema.group_by` are groups of their own (`image:<image_id>`).
     """
@@ -157,27 +162,19 @@ def groups(table: pd.DataFrame, schema: DatasetSchema) -> pd.Series:
 def normalise(table: pd.DataFrame, schema: DatasetSchema) -> tuple[pd.DataFrame, list[str]]:
     """Bring a raw table to the lesion table's types, and check it.
 
-    Numbers become float64 with NaN for missing; booleans and categories become strings with NaN for missing, missing
-    codes (`UNK`) kept as they are, since the metadata encoder decides what they mean.
-
-    Args:
-        table: raw rows; the id columns must be there.
-        schema: what the columns mean.
+    Numbers become float64 with NaN for missing; booleans and categories become strings with NaN for missing. Missing
+    codes (`UNK`) are kept, since the metadata encoder decides what they mean.
 
     Returns:
-        The lesion table (columns in the schema's order, index 0..n-1) and a list of remarks for the user: values that
-        can't be believed (infinite, outside the range) were made missing.
+        The lesion table (columns in the schema's order, index 0..n-1), and warnings about values that were made
+        missing (infinite, outside the range).
 
     Raises:
-        DataError: a column is missing, the table is empty, an image_id or label is missing, doubled or unknown, or a
+        DataError: a column is missing, the table is empty, an image_id or label is missing, repeated or unknown, or a
             numeric column holds text.
     """
     wanted = [*ID_COLUMNS, *(field.name for field in schema.fields)]
-    absent = [column for column in wanted if column not in table.columns]
-    if absent:
-        raise DataError(
-            f"columns missing from the table of {schema.title}: {', '.join(absent)}; it has: {', '.join(map(str, table.columns))}"
-        )
+    require_columns(table, wanted, f"the table of {schema.title}")
     if len(table) == 0:
         raise DataError(f"the table of {schema.title} has no rows")
     result = table[wanted].reset_index(drop=True).copy()
@@ -186,37 +183,32 @@ def normalise(table: pd.DataFrame, schema: DatasetSchema) -> tuple[pd.DataFrame,
             raise DataError(f"{int(result[column].isna().sum())} rows of {schema.title} have no {column}")
         result[column] = result[column].astype(str)
     for column in ("patient_id", "lesion_id"):
-        # `P1` and `P1 ` are one person: read as two, they would stand on both sides of a split.
+        # `P1` and `P1 ` are one person: read as two, they could be in two splits.
         ids = result[column].map(lambda value: str(value).strip(), na_action="ignore")
         result[column] = ids.where(ids != "", other=np.nan)
-    doubled = result.loc[result["image_id"].duplicated(), "image_id"]
-    if len(doubled):
+    repeated = result.loc[result["image_id"].duplicated(), "image_id"]
+    if len(repeated):
         raise DataError(
-            f"{len(doubled)} image ids stand in more than one row, the first: {doubled.iloc[0]}; remove the duplicates"
+            f"{len(repeated)} image ids are in more than one row, the first: {repeated.iloc[0]}; remove the duplicates"
         )
     unknown = sorted(set(result["label"]) - set(schema.classes))
     if unknown:
-        raise DataError(
-            f"unknown labels: {', '.join(unknown[:8])}; the classes of {schema.title} are {', '.join(schema.classes)}"
-        )
-    remarks: list[str] = []
+        classes = ", ".join(schema.classes)
+        raise DataError(f"unknown labels: {', '.join(unknown[:8])}; the classes of {schema.title} are {classes}")
+    warnings: list[str] = []
     for field in schema.fields:
-        result[field.name], said = normalise_field(result[field.name], field)
-        remarks.extend(said)
-    return result, remarks
+        result[field.name], about_field = normalise_field(result[field.name], field)
+        warnings.extend(about_field)
+    return result, warnings
 
 
 def normalise_field(values: pd.Series, field: MetadataField) -> tuple[pd.Series, list[str]]:
-    """Bring one metadata column to its type; see `normalise`.
-
-    Raises:
-        DataError: a numeric column holds text that is no number and no missing code.
-    """
+    """Bring one metadata column to its type; see `normalise`."""
     cells = values.astype(object).where(values.notna(), None)
     if field.kind == "numeric":
-        return _numbers(cells, field)
+        return _normalise_numbers(cells, field)
     known = [*field.categories, *field.aliases, *field.missing_codes]
-    # Other spellings of a category; two that differ in case alone stay apart.
+    # Other spellings of a category; two categories that differ in case alone stay apart.
     spellings = by_fold({word: word for word in known})
 
     def category(value: object) -> str | None:
@@ -227,27 +219,22 @@ def normalise_field(values: pd.Series, field: MetadataField) -> tuple[pd.Series,
     return text.astype(object).where(text.notna(), np.nan), []
 
 
-def _numbers(cells: pd.Series, field: MetadataField) -> tuple[pd.Series, list[str]]:
-    answers, not_numbers = [], 0
+def _normalise_numbers(cells: pd.Series, field: MetadataField) -> tuple[pd.Series, list[str]]:
+    parsed, text = [], 0
     for cell in cells:
         try:
-            answers.append(parse_number(cell, field))
+            parsed.append(parse_number(cell, field))
         except MetadataError:
-            not_numbers += 1
-    if not_numbers:
-        raise DataError(f"{field.name} must be a number, and {not_numbers} rows hold text; is it the right column?")
-    numbers = pd.Series(
-        [np.nan if answer.value is None else float(answer.value) for answer in answers], index=cells.index, dtype=float
-    )
-    odd = [answer.invalid for answer in answers if answer.invalid]
-    return numbers, [odd_remark(field, reason, count) for reason, count in sorted(Counter(odd).items())]
+            text += 1
+    if text:
+        raise DataError(f"{field.name} must be a number, and {text} rows hold text; is it the right column?")
+    numbers = pd.Series([np.nan if one.value is None else one.value for one in parsed], index=cells.index, dtype=float)
+    invalid = Counter(one.invalid for one in parsed if one.invalid)
+    return numbers, [invalid_warning(field, reason, count) for reason, count in sorted(invalid.items())]
 
 
-def odd_remark(field: MetadataField, odd: str, count: int) -> str:
-    """Say how many answers to a field don't count, and why; see `dualrefnet.runtime.metadata.Answer`."""
-    if odd == "infinite":
-        return f"{field.name}: {count} infinite values are treated as missing"
-    if odd == "outside":
-        limits = f"{'' if field.minimum is None else f'{field.minimum:g}'}..{'' if field.maximum is None else f'{field.maximum:g}'}"
-        return f"{field.name}: {count} values outside {limits} are treated as missing"
-    return f"{field.name}: {count} values are none of the known categories, treated as missing"
+def invalid_warning(field: MetadataField, reason: str, count: int) -> str:
+    """Say how many values of a field are treated as missing, and why: `infinite`, `outside` or `unknown`."""
+    low, high = ("" if bound is None else f"{bound:g}" for bound in (field.minimum, field.maximum))
+    what = {"infinite": "infinite values", "outside": f"values outside {low}..{high}"}
+    return f"{field.name}: {count} {what.get(reason, 'values of no known category')} are treated as missing"

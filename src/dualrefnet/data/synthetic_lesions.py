@@ -1,7 +1,7 @@
-"""Pictures of the drawn sample: skin with a lesion, painted by a program. Nothing here is clinical.
+"""Images of the synthetic sample: skin with a lesion, rendered by a program. Nothing here is clinical.
 
-A lesion is a stack of maps on its own canvas (pigment, blood, scale, crust, relief); a photograph puts that canvas onto
-skin with its own framing, light, focus and noise. Two photographs of one lesion therefore show the same lesion.
+A lesion is a stack of maps on its own canvas (pigment, blood, scale, crust, relief); an image puts that canvas onto
+skin with its own framing, light, focus and noise. Two images of one lesion therefore show the same lesion.
 """
 
 from __future__ import annotations
@@ -18,21 +18,17 @@ Random = np.random.Generator
 _CANVAS = 128  # pixels along a side of a lesion's canvas
 _REACH = 1.6  # the canvas spans -1.6..1.6 mean radii of the lesion
 _ANGLES = 360
-MASK_SIDE = 300  # pixels along a side of a mask, whatever the picture's side
+MASK_SIDE = 300  # pixels along a side of a mask, whatever the image's side
 
 # Colours are RGB, 0..1. Pigments absorb: a channel is multiplied by exp(-density * absorption).
-_SKIN = (
-    np.array(
-        [[244, 212, 194], [235, 194, 168], [221, 174, 142], [188, 137, 102], [139, 94, 67], [94, 63, 49]], np.float32
-    )
-    / 255
-)
-_ABSORPTION = np.array(
-    [[0.85, 1.45, 1.95], [0.09, 0.78, 0.68], [1.60, 1.15, 0.75]], np.float32
-)  # melanin, blood, blue-grey
+_SKIN_TONES = [[244, 212, 194], [235, 194, 168], [221, 174, 142], [188, 137, 102], [139, 94, 67], [94, 63, 49]]
+_SKIN = np.array(_SKIN_TONES, np.float32) / 255
+# Of melanin, blood, and blue-grey pigment.
+_ABSORPTION = np.array([[0.85, 1.45, 1.95], [0.09, 0.78, 0.68], [1.60, 1.15, 0.75]], np.float32)
 _SCALE = np.array([0.93, 0.88, 0.80], np.float32)
 _KERATIN = np.array([0.86, 0.71, 0.46], np.float32)
 _CLOT = np.array([0.33, 0.10, 0.08], np.float32)
+_HAIR = np.array([0.16, 0.11, 0.08], np.float32)
 
 _axis = np.linspace(-_REACH, _REACH, _CANVAS, dtype=np.float32)
 _X, _Y = np.meshgrid(_axis, _axis)
@@ -41,43 +37,24 @@ _ANGLE_INDEX = ((np.arctan2(_Y, _X) / (2 * np.pi)) * _ANGLES).astype(int) % _ANG
 
 
 class Style(NamedTuple):
-    """How a lesion looks; every value lies in 0..1.
+    """How a lesion looks; every value lies in 0..1."""
 
-    Attributes:
-        melanin: amount of brown pigment.
-        variegation: how many tones the pigment has, and how much of it is blue-grey.
-        redness: amount of blood.
-        pearl: pale, translucent, with a rolled border.
-        irregularity: of the outline.
-        softness: width of the border.
-        patchiness: share of the lesion that is missing.
-        scale: pale flakes.
-        crust: keratin and clots in the middle.
-        vessels: number of small vessels.
-        dome: height above the skin.
-        bumps: unevenness of that height.
-        gloss: strength of the reflections.
-        pits: number of dark plugs.
-    """
-
-    melanin: float
-    variegation: float
-    redness: float
-    pearl: float
-    irregularity: float
-    softness: float
-    patchiness: float
-    scale: float
-    crust: float
-    vessels: float
-    dome: float
-    bumps: float
-    gloss: float
-    pits: float
+    melanin: float  # amount of brown pigment
+    variegation: float  # how many tones the pigment has, and how much of it is blue-grey
+    redness: float  # amount of blood
+    pearl: float  # pale, translucent, with a rolled border
+    irregularity: float  # of the outline
+    softness: float  # width of the border
+    patchiness: float  # share of the lesion that is missing
+    scale: float  # pale flakes
+    crust: float  # keratin and clots in the middle
+    vessels: float  # number of small vessels
+    dome: float  # height above the skin
+    bumps: float  # unevenness of that height
+    gloss: float  # strength of the reflections
+    pits: float  # number of dark plugs
 
 
-#                     melanin      redness      irregular.   patchiness   crust        dome         gloss
-#                           variegation  pearl        softness     scale        vessels      bumps        pits
 STYLES = {
     "ACK": Style(0.05, 0.10, 0.45, 0.00, 0.60, 0.90, 0.55, 0.60, 0.05, 0.10, 0.10, 0.35, 0.05, 0.00),
     "BCC": Style(0.08, 0.30, 0.42, 0.75, 0.25, 0.30, 0.00, 0.05, 0.22, 0.80, 0.65, 0.15, 0.80, 0.00),
@@ -86,28 +63,18 @@ STYLES = {
     "SCC": Style(0.10, 0.20, 0.80, 0.10, 0.50, 0.45, 0.10, 0.50, 0.55, 0.20, 0.65, 0.55, 0.20, 0.00),
     "SEK": Style(0.58, 0.35, 0.10, 0.00, 0.30, 0.08, 0.00, 0.15, 0.05, 0.00, 0.50, 0.75, 0.45, 0.75),
 }
-
-# The class that a lesion may take after: these pairs are told apart by the patient's answers rather than by the
-# picture.
+# The class that a lesion may take after: these pairs are told apart by the metadata rather than by the image.
 LOOKALIKES = {"ACK": "SCC", "SCC": "ACK", "NEV": "SEK", "SEK": "NEV", "MEL": "SEK", "BCC": "NEV"}
 
 
 class Lesion(NamedTuple):
-    """A lesion on its own canvas.
+    """A lesion on its own canvas."""
 
-    Attributes:
-        pigments: (128, 128, 3) densities of melanin, blood and blue-grey pigment.
-        surface: (128, 128, 3) cover by scale, cover by crust, and height.
-        crust_colour: RGB in 0..1.
-        gloss: strength of the reflections.
-        depth: (128, 128), 1 in the middle, 0 on the outline, negative outside.
-    """
-
-    pigments: Map
-    surface: Map
-    crust_colour: Map
-    gloss: float
-    depth: Map
+    pigments: Map  # (128, 128, 3) densities of melanin, blood and blue-grey pigment
+    surface: Map  # (128, 128, 3) cover by scale, cover by crust, and height
+    crust_colour: Map  # RGB in 0..1
+    gloss: float  # strength of the reflections
+    depth: Map  # (128, 128), 1 in the middle, 0 on the outline, negative outside
 
 
 def draw_lesion(label: str, rng: Random) -> Lesion:
@@ -121,50 +88,36 @@ def draw_lesion(label: str, rng: Random) -> Lesion:
 
     tone = _noise(rng, 5)
     # Pigment never runs out wholly; a pearly lesion is paler than the skin around it.
-    melanin = (
-        style.melanin * np.maximum(1.05 + 0.55 * style.variegation * tone + 0.10 * _noise(rng, 30), 0.25)
-        - 0.22 * style.pearl
-    )
+    tones = np.maximum(1.05 + 0.55 * style.variegation * tone + 0.10 * _noise(rng, 30), 0.25)
+    melanin = style.melanin * tones - 0.22 * style.pearl
     blue = 0.8 * style.variegation * style.melanin * np.clip(_noise(rng, 4) - 0.4, 0, 1)
-    blood = style.redness * (0.75 + 0.25 * _noise(rng, 8)) + 0.30 * style.variegation * style.melanin * np.clip(
-        -tone - 0.4, 0, 1
-    )
+    dark_red = 0.30 * style.variegation * style.melanin * np.clip(-tone - 0.4, 0, 1)
+    blood = style.redness * (0.75 + 0.25 * _noise(rng, 8)) + dark_red
     blood = blood + 0.9 * _vessels(style, rng)
     plugs, pearls = _dots(rng, int(26 * style.pits)), _dots(rng, int(8 * style.pits))
     melanin = melanin + 0.9 * plugs - 0.4 * pearls
 
-    flakes = np.clip(1.6 * (_noise(rng, 26) + 0.6 * _noise(rng, 10) - 1.5 + 1.7 * style.scale), 0, 1) * min(
-        1.0, 2 * style.scale
-    )
+    flakes = np.clip(1.6 * (_noise(rng, 26) + 0.6 * _noise(rng, 10) - 1.5 + 1.7 * style.scale), 0, 1)
+    flakes = flakes * min(1.0, 2 * style.scale)
     middle = np.clip(4 * (depth - 1.2 + 1.25 * style.crust + 0.18 * _noise(rng, 12)), 0, 1)
     crust_colour = _KERATIN + (_CLOT - _KERATIN) * np.float32(rng.beta(0.7, 0.9))
 
-    dome = style.dome * np.sqrt(np.clip(1.6 * depth, 0, 1)) + 0.35 * style.pearl * np.exp(
-        -(((depth - 0.2) / 0.12) ** 2)
-    )
+    rolled_border = 0.35 * style.pearl * np.exp(-(((depth - 0.2) / 0.12) ** 2))
+    dome = style.dome * np.sqrt(np.clip(1.6 * depth, 0, 1)) + rolled_border
     rough = 0.10 * style.bumps * _noise(rng, 16) + 0.05 * (style.crust * middle + flakes) * _noise(rng, 40)
     pigments = np.dstack([melanin, blood, blue]) * mask[..., None]
     surface = np.dstack([flakes * mask, middle * mask, (dome + rough - 0.12 * plugs) * mask])
-    return Lesion(
-        pigments.astype(np.float32), surface.astype(np.float32), crust_colour, style.gloss, depth.astype(np.float32)
-    )
+    maps = [values.astype(np.float32) for values in (pigments, surface, depth)]
+    return Lesion(maps[0], maps[1], crust_colour, style.gloss, maps[2])
 
 
-def photograph(
+def render_lesion(
     lesion: Lesion, skin_type: int, radius: float, hairs: float, rng: Random, side: int
 ) -> NDArray[np.uint8]:
-    """Photograph a lesion on skin.
+    """Render a lesion on skin of a Fitzpatrick type, 1..6; return (side, side, 3) RGB.
 
-    Args:
-        lesion: what `draw_lesion` gave.
-        skin_type: Fitzpatrick type, 1..6.
-        radius: mean radius of the lesion as a share of the side, before framing.
-        hairs: expected number of hairs.
-        rng: makes framing, skin, light, focus and noise.
-        side: side of the picture in pixels.
-
-    Returns:
-        (side, side, 3) RGB.
+    `radius` is the lesion's mean radius as a share of the side, before framing; `hairs` the expected number of hairs;
+    `rng` draws framing, skin, light, focus and noise.
     """
     frame = _framing(radius, rng, side)
     melanin, blood, blue = cv2.split(cv2.warpAffine(lesion.pigments, frame, (side, side), flags=cv2.INTER_LINEAR))
@@ -174,31 +127,30 @@ def photograph(
     # Planes of one colour, (3, side, side): NumPy multiplies them by a map several times faster than (side, side, 3).
     # The skin's own colour carries through pigment, as in life: the same mole is darker on darker skin.
     density = zip(_ABSORPTION, (melanin + skin_melanin, blood + skin_blood, blue), strict=True)
-    picture = cv2.exp(-sum(absorption[:, None, None] * amount for absorption, amount in density))
-    picture *= tone[:, None, None] * relief
+    image = cv2.exp(-sum(absorption[:, None, None] * amount for absorption, amount in density))
+    image *= tone[:, None, None] * relief
     grain = 1 + 0.10 * _noise(rng, side // 3, side)
-    picture += (0.62 * scale) * (_SCALE[:, None, None] * grain - picture)
-    picture += (0.80 * crust) * (lesion.crust_colour[:, None, None] * grain - picture)
+    image += (0.62 * scale) * (_SCALE[:, None, None] * grain - image)
+    image += (0.80 * crust) * (lesion.crust_colour[:, None, None] * grain - image)
 
     slope_x, slope_y = (cv2.Sobel(height, cv2.CV_32F, *order, ksize=3, scale=side / 192) for order in ((1, 0), (0, 1)))
     direction = rng.uniform(0, 2 * np.pi)
     facing = np.float32(np.cos(direction)) * slope_x + np.float32(np.sin(direction)) * slope_y
     across = np.float32(np.sin(direction)) * slope_x - np.float32(np.cos(direction)) * slope_y
-    picture *= np.clip(1 + 0.55 * facing, 0.45, 1.5)
+    image *= np.clip(1 + 0.55 * facing, 0.45, 1.5)
     shine = cv2.exp(-(((facing - 0.28) / 0.12) ** 2) - (across / 0.16) ** 2) * (0.45 * lesion.gloss)
-    picture += shine * (1 - picture)
+    image += shine * (1 - image)
 
-    _add_hairs(picture, int(rng.poisson(hairs)), rng)
-    return _expose(picture, direction, rng)
+    _add_hairs(image, int(rng.poisson(hairs)), rng)
+    return _expose(image, direction, rng)
 
 
-def outline(lesion: Lesion, radius: float, rng: Random, side: int) -> NDArray[np.bool_]:
-    """Return the true mask of a lesion in the picture that `photograph` makes of it with a random stream of the same
-    seed.
+def lesion_mask(lesion: Lesion, radius: float, rng: Random, side: int) -> NDArray[np.bool_]:
+    """Return the true mask of a lesion in the image that `render_lesion` makes with a random stream of the same seed.
 
-    (300, 300), the whole picture brought to that size; True within the middle of the lesion's border, patches and all.
+    (300, 300), the image resized to that; True within the middle of the lesion's border, missing patches included.
     """
-    # The framing is the first thing that a photograph draws. Pixels are counted from the middle of the first one.
+    # The framing is the first thing that `render_lesion` draws. Pixels are counted from the middle of the first one.
     frame = _framing(radius, rng, side) * (MASK_SIDE / side)
     frame[:, 2] += (MASK_SIDE / side - 1) / 2
     depth = cv2.warpAffine(lesion.depth, frame, (MASK_SIDE, MASK_SIDE), flags=cv2.INTER_LINEAR, borderValue=-1)
@@ -232,7 +184,7 @@ def _noise(rng: Random, cells: int, side: int = _CANVAS) -> Map:
     coarse = rng.standard_normal((cells, cells), dtype=np.float32)
     # Straight lines between grains can't be seen where grains are small, and cost a third.
     shape = cv2.INTER_CUBIC if 6 * cells < side else cv2.INTER_LINEAR
-    # Interpolation averages neighbours; 1.4 brings the spread back.
+    # Interpolation averages neighbours; 1.4 restores the standard deviation.
     return np.asarray(np.float32(1.4) * cv2.resize(coarse, (side, side), interpolation=shape))
 
 
@@ -251,16 +203,15 @@ def _vessels(style: Style, rng: Random) -> Map:
 def _dots(rng: Random, count: int) -> Map:
     """Draw round dots inside the lesion."""
     layer = np.zeros((_CANVAS, _CANVAS), np.uint8)
-    for x, y, size in zip(
-        rng.normal(0, 0.42, count), rng.normal(0, 0.42, count), rng.uniform(0.9, 2.2, count), strict=True
-    ):
-        centre = (round((x + _REACH) * 8 * _CANVAS / _REACH), round((y + _REACH) * 8 * _CANVAS / _REACH))
-        cv2.circle(layer, centre, round(16 * size), 255, -1, cv2.LINE_AA, shift=4)
+    places, sizes = rng.normal(0, 0.42, (2, count)), rng.uniform(0.9, 2.2, count)
+    for (x, y), size in zip(places.T, sizes, strict=True):
+        middle = (round((x + _REACH) * 8 * _CANVAS / _REACH), round((y + _REACH) * 8 * _CANVAS / _REACH))
+        cv2.circle(layer, middle, round(16 * size), 255, -1, cv2.LINE_AA, shift=4)
     return np.asarray(cv2.GaussianBlur(layer, (0, 0), 0.8) / np.float32(255))
 
 
 def _framing(radius: float, rng: Random, side: int) -> NDArray[np.float64]:
-    """Return the 2x3 matrix from canvas pixels to picture pixels: any turn, some zoom, slant and shift."""
+    """Return the 2x3 matrix from canvas pixels to image pixels: any turn, some zoom, slant and shift."""
     pixels = np.clip(radius * rng.lognormal(0, 0.18), 0.10, 0.33) * side
     turn, slant = rng.uniform(0, 2 * np.pi), rng.uniform(0, 2 * np.pi)
     squeeze = np.diag([1.0, rng.uniform(0.88, 1)])
@@ -271,55 +222,37 @@ def _framing(radius: float, rng: Random, side: int) -> NDArray[np.float64]:
 
 
 def _skin(skin_type: int, rng: Random, side: int) -> tuple[Map, Map, Map, Map]:
-    """Draw bare skin: its RGB tone (3,), melanin and blood beyond that tone, the brightness of its furrows; maps are
-    (side, side).
-    """
+    """Draw bare skin: RGB tone (3,), and maps of melanin and blood beyond that tone, and of the furrows' brightness."""
     tone = _SKIN[skin_type - 1] * (1 + 0.03 * rng.standard_normal(3, dtype=np.float32))
     blood = np.float32(0.10 * rng.random()) + 0.035 * _noise(rng, 5, side) + 0.02 * _noise(rng, 14, side)
     melanin = 0.012 * _noise(rng, 6, side) + 0.012 * _noise(rng, 30, side)
     freckles = np.zeros((side, side), np.uint8)
     for _ in range(int(rng.poisson(1.5))):
         x, y = rng.uniform(0, side, 2)
-        cv2.circle(
-            freckles,
-            (int(16 * x), int(16 * y)),
-            int(16 * side * rng.uniform(0.004, 0.012)),
-            255,
-            -1,
-            cv2.LINE_AA,
-            shift=4,
-        )
+        radius = int(16 * side * rng.uniform(0.004, 0.012))
+        cv2.circle(freckles, (int(16 * x), int(16 * y)), radius, 255, -1, cv2.LINE_AA, shift=4)
     melanin += cv2.GaussianBlur(freckles, (0, 0), max(0.8, side / 160)) * np.float32(rng.uniform(0.1, 0.35) / 255)
     # Furrows are the zero lines of a noise: thin, branching, about as far apart as its grains.
     furrow = cv2.exp(-((_noise(rng, max(8, side // 7), side) / np.float32(0.35)) ** 2))
-    relief = (
-        1
-        - np.float32(rng.uniform(0.02, 0.07)) * furrow
-        + np.float32(rng.uniform(0.008, 0.02)) * _noise(rng, side // 2, side)
-    )
+    relief = 1 - np.float32(rng.uniform(0.02, 0.07)) * furrow
+    relief = relief + np.float32(rng.uniform(0.008, 0.02)) * _noise(rng, side // 2, side)
     return tone, melanin, blood, relief
 
 
-def _add_hairs(picture: Map, count: int, rng: Random) -> None:
+def _add_hairs(image: Map, count: int, rng: Random) -> None:
     """Draw curved dark hairs that lie roughly one way, in place."""
     if count == 0:
         return
-    side = picture.shape[-1]
+    side = image.shape[-1]
     layer = np.zeros((side, side), np.uint8)
     lie = rng.uniform(0, 2 * np.pi)
     for _ in range(count):
         turns = lie + rng.normal(0, 0.45) + np.cumsum(rng.normal(0, 0.10, 12))
         steps = np.stack([np.cos(turns), np.sin(turns)], axis=1) * side * rng.uniform(0.02, 0.055)
-        _polyline(
-            layer,
-            rng.uniform(-0.1, 1.1, 2) * side + np.cumsum(steps, axis=0),
-            int(rng.integers(130, 240)),
-            1 if side < 300 else 2,
-        )
+        path = rng.uniform(-0.1, 1.1, 2) * side + np.cumsum(steps, axis=0)
+        _polyline(layer, path, int(rng.integers(130, 240)), 1 if side < 300 else 2)
     cover = layer * np.float32(0.85 / 255)
-    picture += cover * (
-        np.array([0.16, 0.11, 0.08], np.float32)[:, None, None] * np.float32(rng.uniform(0.6, 2.2)) - picture
-    )
+    image += cover * (_HAIR[:, None, None] * np.float32(rng.uniform(0.6, 2.2)) - image)
 
 
 def _polyline(layer: NDArray[np.uint8], points: NDArray[np.float64], value: int, thickness: int = 1) -> None:
@@ -327,16 +260,16 @@ def _polyline(layer: NDArray[np.uint8], points: NDArray[np.float64], value: int,
     cv2.polylines(layer, [np.rint(points * 16).astype(np.int32)], False, value, thickness, cv2.LINE_AA, shift=4)
 
 
-def _expose(picture: Map, direction: float, rng: Random) -> NDArray[np.uint8]:
+def _expose(image: Map, direction: float, rng: Random) -> NDArray[np.uint8]:
     """Add the light's fall-off and colour, the lens's blur and the sensor's noise."""
-    side = picture.shape[-1]
+    side = image.shape[-1]
     axis = np.linspace(-1, 1, side, dtype=np.float32)
     slope = np.float32(rng.uniform(0.02, 0.16))
     light = 1 - slope * (np.float32(np.cos(direction)) * axis[None, :] + np.float32(np.sin(direction)) * axis[:, None])
     light -= np.float32(rng.uniform(0, 0.14)) * (axis[None, :] ** 2 + axis[:, None] ** 2)
     warmth, tint = rng.normal(0, 0.075), rng.normal(0, 0.03)
     cast = np.exp(np.array([warmth, tint, -warmth], np.float32)) * np.float32(rng.uniform(0.88, 1.10))
-    lit = cv2.merge(list(picture * (cast[:, None, None] * light)))
+    lit = cv2.merge(list(image * (cast[:, None, None] * light)))
     seen = cv2.GaussianBlur(lit, (0, 0), side / 192 * rng.uniform(0.3, 1.1))
     # Even noise is drawn six times faster than Gaussian noise, and the blur over nine pixels makes it look the same.
     noise = cv2.GaussianBlur(rng.random((side, side, 3), dtype=np.float32) - np.float32(0.5), (3, 3), 0.6)

@@ -21,7 +21,7 @@ from dualrefnet.analysis.opened_run import sample_rows
 from dualrefnet.data.loader import Examples
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.schema import BOOLEAN_VALUES
-from dualrefnet.data.synthetic_lesions import STYLES, draw_lesion, photograph
+from dualrefnet.data.synthetic_lesions import STYLES, draw_lesion, render_lesion
 from dualrefnet.errors import DependencyError, RunError
 from dualrefnet.evaluation.metrics import compute_metrics
 from dualrefnet.runtime.calibration import softmax
@@ -112,7 +112,7 @@ def synthetic_cases(count: int, image: ImageSettings | None, metadata: MetadataE
         for number in range(count):
             lesion = draw_lesion(list(STYLES)[number % len(STYLES)], random)
             tone, size = int(random.integers(1, 7)), float(random.uniform(0.15, 0.35))
-            drawn.append(preprocess(photograph(lesion, tone, size, 3.0, random, max(64, image.size)), image))
+            drawn.append(preprocess(render_lesion(lesion, tone, size, 3.0, random, max(64, image.size)), image))
         images = np.stack(drawn)
     columns = {}
     fitted = zip(metadata.fields, metadata.categories, metadata.mean, metadata.std, strict=True)

@@ -265,10 +265,12 @@ def availability_table(measured: Values) -> PrintedTable:
         "Rows by share of fields: the remaining fields were drawn independently of the class; cases with too few "
         "recorded fields are left out.",
     ]
+    weak: dict[str, list[str]] = {}
     for group in measured["groups"]:
-        notes += [f"{group['name']}: {note}." for note in group["remarks"]]
-        if group["referral_threshold"] == 0:
-            notes.append(f"{group['name']}: too few validation cancers for a referral threshold: all are referred.")
+        few = ["too few validation cancers for a referral threshold, so all are referred"]
+        for note in (*group["remarks"], *few * (group["referral_threshold"] == 0)):
+            weak.setdefault(note, []).append(group["name"])
+    notes += [f"{sentence(note)[:-1]}: {'; '.join(names)}." for note, names in weak.items()]
     return PrintedTable("Missing inputs", ("given", *AVAILABILITY_COLUMNS.values()), rows, tuple(notes))
 
 

@@ -145,20 +145,12 @@ class PooledBootstrap:
     level: float
 
     def value(self, system: str, measure: str) -> Estimate:
-        """Return a system's value and interval.
-
-        Raises:
-            ValueError: the metric is unknown.
-        """
+        """Return a system's value and interval; ValueError: the metric is unknown."""
         interval = percentile_interval(self._resampled(system, measure), self.level)
         return Estimate(self._point(system, measure), *(interval or (NAN, NAN)))
 
     def difference(self, system: str, reference: str, measure: str) -> Difference:
-        """Return how far `system` is above `reference`.
-
-        Raises:
-            ValueError: the metric is unknown.
-        """
+        """Return how far `system` is above `reference`; ValueError: the metric is unknown."""
         value = self._point(system, measure) - self._point(reference, measure)
         return Difference.of(value, self._resampled(system, measure) - self._resampled(reference, measure), self.level)
 
@@ -185,16 +177,8 @@ def pooled_bootstrap(
 ) -> PooledBootstrap:
     """Measure several systems on the same images and on the same resamples of patients.
 
-    Args:
-        labels: (N,), indices into `classes`.
-        systems: name -> one (N, C) array of probabilities a seed; rows in the order of `labels`.
-        groups: (N,), the patient of every image; each image of an unknown patient needs a name of its own.
-        classes: names in the order of the columns.
-        samples: bootstrap resamples; 0: no intervals.
-        seed: of the draw.
-        level: coverage of the intervals.
-        malignant: the classes that are cancer, for the metrics `malignant.*`.
-        progress: called with (samples done, samples in all).
+    Args as `bootstrap_intervals`, but for `systems`: name -> one (N, C) array of probabilities a seed, rows in the order of
+    `labels`.
 
     Raises:
         ValueError: there is no system, or one without a seed; see also `bootstrap_intervals`.

@@ -33,7 +33,7 @@ from dualrefnet.display.format import (
     percent,
 )
 from dualrefnet.display.page import Section
-from dualrefnet.evaluation.curves import class_curves, draw_curves
+from dualrefnet.evaluation.curves import KINDS, class_curves, draw_curves
 from dualrefnet.progress import progress_bar
 from dualrefnet.run import Run
 from dualrefnet.suite.paper import caveats, reported, reported_class
@@ -200,8 +200,9 @@ def curve_sections(measured: Measured, samples: int, seed: int) -> Iterator[Sect
             progress=show,
             malignant=measured.malignant,
         )
-    yield Section("roc", "ROC", [], [draw_curves(curves, "roc", measured.unit)])
-    yield Section("precision-recall", "Precision-recall", [], [draw_curves(curves, "precision_recall", measured.unit)])
+    yield Section(
+        "curves", "ROC and precision-recall", [], [draw_curves(curves, kind, measured.unit) for kind in KINDS]
+    )
 
 
 def history_section(measured: Measured) -> Section:

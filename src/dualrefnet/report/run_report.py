@@ -222,7 +222,7 @@ def _model_sections(
     opened = _open(run, root, cache, device)
     second = _open(against, root, cache, device) if against is not None else None
     explanations = explanation_sections(opened, options)
-    if not opened.dataset.schema.drawn and options.photographs:
+    if not opened.dataset.schema.synthetic and options.photographs:
         remark("the result shows images of patients: treat it as patient data, or use --no-photographs")
 
     def sections() -> Iterator[Section]:

@@ -260,17 +260,21 @@ def _category_table(subgroups: Subgroups, unit: str) -> PrintedTable:
     measures = [name for name in CATEGORY_MEASURES if name in subgroups.overall]
     found = {(row["field"], row["level"], row["measure"]): row for row in subgroups.table.to_dict("records")}
     rows = []
-    for level in subgroups.levels.to_dict("records"):
-        # Classes missing among a few patients would reveal what those have.
-        missing = f", no {level['missing']}" if level["missing"] and level["measured"] else ""
+    measured = subgroups.levels["measured"].astype(bool)
+    for level in subgroups.levels[measured].to_dict("records"):
+        missing = f", no {level['missing']}" if level["missing"] else ""
         size = f"{level['images']:,} images, {level['patients']:,} {unit}{missing}"
         row = [Cell(f"{level['field']} = {level['level']}", size)]
         for measure in measures:
             one = found.get((level["field"], level["level"], measure), {})
             row.append(Cell.estimate(one.get("value"), one.get("low"), one.get("high")))
         rows.append(row)
+    few: dict[str, list[str]] = {}
+    for level in subgroups.levels[~measured].to_dict("records"):
+        few.setdefault(level["field"], []).append(f"{level['level']} ({level['images']})")
+    small = "; ".join(f"{field} {', '.join(names)}" for field, names in few.items())
     notes = (
-        f"–: fewer than {MINIMUM_IMAGES} images or {MINIMUM_PATIENTS} {unit}.",
+        f"Not measured, fewer than {MINIMUM_IMAGES} images or {MINIMUM_PATIENTS} {unit} (images): {small or 'none'}.",
         f"Balanced accuracy is over the classes for which the category and the others have enough {unit}.",
         OVERCONFIDENCE,
     )
@@ -399,7 +403,9 @@ def audit_section(audit: Audit) -> Section:
         worst = next((level for level in VERDICTS if any(finding.level == level for finding in findings)), None)
         if worst is not None:
             messages = dict.fromkeys(finding.message for finding in findings if finding.level == worst)
-            rows.append([Cell(check), Cell(VERDICTS[worst], bold=worst != "PASS"), Cell("; ".join(messages))])
+            rows.append(
+                [Cell(check), Cell(VERDICTS[worst], bold=worst != "PASS"), Cell(" ".join(map(sentence, messages)))]
+            )
     compared = [sentence(finding.message) for finding in audit.findings if finding.check == "images_compared"]
     notes = tuple(compared or ["Images were not compared with each other."])
     verdicts = PrintedTable("Checks", ("check", "verdict", "finding"), rows, notes, left=3)

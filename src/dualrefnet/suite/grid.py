@@ -273,15 +273,15 @@ def check_names(cells: list[Cell]) -> None:
     Raises:
         RecipeError: naming the cell, and those that there are.
     """
-    from dualrefnet.data.adapters import adapters
+    from dualrefnet.data.adapters import ADAPTERS
     from dualrefnet.models.encoders import backbone_spec
     from dualrefnet.models.registry import check_method
 
     for cell in cells:
         model = cell.recipe.model
         try:
-            if cell.dataset not in adapters():
-                raise RecipeError(f"no data set adapter is called {cell.dataset!r}; there are: {', '.join(adapters())}")
+            if cell.dataset not in ADAPTERS:
+                raise RecipeError(f"no data set adapter is called {cell.dataset!r}; there are: {', '.join(ADAPTERS)}")
             if check_method(cell.recipe).reads_image:
                 for backbone in (model.backbone, *model.members):
                     backbone_spec(backbone)

@@ -548,14 +548,14 @@ def run_suite(
 
 
 def _draw(root: Path) -> None:
-    from dualrefnet.data.synthetic import draw_sample
+    from dualrefnet.data.synthetic import make_synthetic
 
     if (root / "metadata.csv").is_file():
         return
     remove_partial(root)
     remark("drawing the sample data set: invented pictures, not clinical ones")
     with progress_bar("drawing") as show:
-        draw_sample(root, images=SMOKE_IMAGES, side=SMOKE_SIDE, progress=show)
+        make_synthetic(root, images=SMOKE_IMAGES, side=SMOKE_SIDE, progress=show)
 
 
 def _count_splits(out: Path, suite: Suite) -> None:
@@ -571,8 +571,8 @@ def _count_splits(out: Path, suite: Suite) -> None:
 
 def _fill_stores(recipes: dict[str, Recipe], cache: Path | None) -> dict[str, Failure]:
     """Prepare the images of all runs, once for those that share them; return the runs that can't have them, and why."""
-    from dualrefnet.data.adapters import Dataset
-    from dualrefnet.data.loader import fill_recipe_store, read_dataset, store_side
+    from dualrefnet.data.loader import fill_recipe_store, read_dataset, stored_size
+    from dualrefnet.data.schema import Dataset
 
     datasets: dict[str, Dataset] = {}
     stores: dict[str, DualRefNetError | None] = {}
@@ -581,7 +581,7 @@ def _fill_stores(recipes: dict[str, Recipe], cache: Path | None) -> dict[str, Fa
         if recipe.data.rows == "all":
             continue
         source = recipe.data.model_dump_json(include={"dataset", "root", "description"})
-        key = f"{source} {recipe.image.model_dump_json()} {store_side(recipe)}"
+        key = f"{source} {recipe.image.model_dump_json()} {stored_size(recipe)}"
         if key not in stores:
             try:
                 if source not in datasets:

@@ -10,8 +10,8 @@ from accelerate import PartialState
 
 import dualrefnet
 from dualrefnet.analysis.evaluate import evaluate_run
-from dualrefnet.data.loader import fill_recipe_store, make_examples, read_dataset, side_rows, split_rows
-from dualrefnet.data.metadata import MetadataEncoder, missingness_shown
+from dualrefnet.data.loader import fill_recipe_store, make_examples, read_dataset, recipe_split, split_rows
+from dualrefnet.data.metadata import MetadataEncoder, missingness_warning
 from dualrefnet.data.schema import DatasetSchema
 from dualrefnet.files import remove_partial, write_json
 from dualrefnet.models.base import Architecture
@@ -57,14 +57,14 @@ def train_recipe(
         store = None
         if method.reads_image or recipe.data.rows == "with_image":
             store = fill_recipe_store(recipe, dataset, cache, workers)
-        split = split_rows(recipe, dataset, store)
+        split = recipe_split(recipe, dataset, store)
         write_split(run, split)
     if not method.reads_image:
         # The rows are those of the image methods, so that the numbers can be compared; the pixels aren't read.
         store = None
-    encoder = MetadataEncoder.fit(side_rows(dataset, split, "train"), dataset.schema, recipe.metadata, recipe.seed)
+    encoder = MetadataEncoder.fit(split_rows(dataset, split, "train"), dataset.schema, recipe.metadata, recipe.seed)
     if state.is_main_process and method.reads_metadata:
-        shown = missingness_shown(encoder, side_rows(dataset, split, "train"), dataset.schema)
+        shown = missingness_warning(encoder, split_rows(dataset, split, "train"), dataset.schema)
         if shown is not None:
             warn(shown)
     if (
@@ -131,7 +131,7 @@ def model_description(
             "title": schema.title,
             "licence": schema.licence,
             "citation": schema.citation,
-            "drawn": schema.drawn,
+            "drawn": schema.synthetic,
             "class_names": schema.class_names,
             "protocol": recipe.data.protocol,
         },
