@@ -203,12 +203,8 @@ class CalibrationErrors:
 class WeightedMetrics:
     """The metrics of one model's predictions, as functions of weights.
 
-    Args:
-        labels: (N,).
-        probabilities: (N, C).
+    Args as `compute_metrics`, and:
         groups: (N,), group of every image, 0..G-1; None: all images are one group.
-        classes: C names.
-        malignant: the classes that are cancer; empty: no `malignant` metrics.
         size: G, of which these images may hold a part; None: the largest number in `groups` + 1.
     """
 
