@@ -11,13 +11,6 @@ import pandas as pd
 import torch
 
 from dualrefnet.analysis.audit import audit_split
-from dualrefnet.analysis.availability import (
-    MissingMetadata,
-    compare_missing_metadata,
-    draw_missing_metadata,
-    draw_missing_patterns,
-    measure_missing_metadata,
-)
 from dualrefnet.analysis.cases import (
     ChosenCase,
     Disagreement,
@@ -28,14 +21,21 @@ from dualrefnet.analysis.cases import (
 )
 from dualrefnet.analysis.duplicates import fingerprint_files
 from dualrefnet.analysis.embedding import MEASURES, compare_embeddings, draw_embedding, draw_separation
+from dualrefnet.analysis.missing_metadata import (
+    MissingMetadata,
+    compare_missing_metadata,
+    draw_missing_metadata,
+    draw_missing_patterns,
+    measure_missing_metadata,
+    missing_difference_table,
+    missing_metadata_table,
+    missing_pattern_table,
+)
 from dualrefnet.analysis.opened_run import OpenedRun, open_run
 from dualrefnet.analysis.out_of_distribution import OutOfDistributionMeasured, measure_out_of_distribution
 from dualrefnet.analysis.shortcuts import (
     Shortcuts,
     draw_shortcuts,
-    missing_difference_table,
-    missing_metadata_table,
-    missing_pattern_table,
     probe_shortcuts,
     shortcut_sentences,
     shortcut_table,

@@ -9,12 +9,14 @@ from typing import Any
 import pandas as pd
 
 from dualrefnet.analysis.audit import Audit, printed_tables
-from dualrefnet.analysis.availability import (
+from dualrefnet.analysis.missing_metadata import (
     WITH_IMAGE,
     WITHOUT_IMAGE,
     MissingMetadata,
     draw_missing_metadata,
     draw_missing_patterns,
+    missing_metadata_table,
+    missing_pattern_table,
 )
 from dualrefnet.analysis.out_of_distribution import (
     CLOSE_LESION,
@@ -30,8 +32,6 @@ from dualrefnet.analysis.shortcuts import (
     BALANCED,
     Shortcuts,
     draw_shortcuts,
-    missing_metadata_table,
-    missing_pattern_table,
     shortcut_sentences,
     shortcut_table,
 )
