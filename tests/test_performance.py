@@ -42,12 +42,6 @@ def test_the_confusion_matrices_hold_the_counts_and_shares_of_each_true_class() 
     assert [text.get_text() for text in counts.figure.axes[0].texts] == list("820130000")
 
 
-def test_numbers_in_the_matrix_contrast_with_their_cell_in_both_themes() -> None:
-    metrics = metrics_from_confusion([[100, 0], [50, 50]], ["A", "B"])
-    texts = draw_confusion(metrics).figure.axes[0].texts
-    assert [text.get_color() for text in texts] == ["#ffffff", "#000000", "#000000", "#000000"]
-
-
 def history(**more: list[float]) -> pd.DataFrame:
     columns = {
         "epoch": [1, 2, 3, 4],

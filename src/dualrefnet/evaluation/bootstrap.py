@@ -182,7 +182,7 @@ def draw_counts(
 
 
 def group_codes(groups: ArrayLike) -> NDArray[np.int64]:
-    """Number the groups 0..G-1 in the order of their first image; ValueError: one is missing, or there are fewer than 2."""
+    """Number the groups, at least 2 and none missing (else ValueError), 0..G-1 in the order of their first image."""
     codes, names = pd.factorize(np.asarray(groups))
     if (codes < 0).any():
         missing = int((codes < 0).sum())

@@ -48,9 +48,9 @@ ALMOST_ALL = 1 - 1e-6
 def fit_temperature(labels: ArrayLike, probabilities: ArrayLike) -> float:
     """Return the temperature, in `LOWEST`..`HIGHEST`, at which the log loss is smallest.
 
-    The log loss is convex in 1/T, so its slope changes sign once, which bisection finds. If every image is right, the log
-    loss falls for ever as T falls to 0; that says that there are too few images, not that the model may be certain of
-    everything, so T is 1.
+    The log loss is convex in 1/T, so its slope changes sign once, which bisection finds. If every image is right, the
+    log loss falls for ever as T falls to 0; that says that there are too few images, not that the model may be certain
+    of everything, so T is 1.
 
     Args:
         labels: (N,), class indices.
@@ -217,7 +217,7 @@ class Calibration(Decision):
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Calibration:
-        """Return the calibration that `to_json` described; ValueError: a key is missing, or a value has the wrong type."""
+        """Return the calibration that `to_json` described; ValueError if it is none."""
         decision = cls.parse(values)
         try:
             fitted, referral = values["fitted_on"], values["referral"] or {}
@@ -251,16 +251,9 @@ def fit_calibration(
 ) -> Calibration:
     """Fit temperature, conformal thresholds and the referral threshold on validation images.
 
-    Args:
-        labels: (N,), indices into `classes`.
-        probabilities: (N, C), rows sum to 1.
-        groups: (N,), the patient of every image.
-        classes: names in the order of the columns.
-        malignant: the classes that are cancer; empty: no referral.
+    Args as `bootstrap_intervals`, and:
         coverage: how often a set shall hold the right class.
         sensitivity: share of cancers that shall be referred.
-        samples: bootstrap resamples for the two intervals; 0: none.
-        seed: of the draw.
         availability: from `fit_thresholds`, for each group of inputs.
         field_effects: see `Decision`.
 
@@ -320,9 +313,9 @@ def fit_thresholds(
 ) -> Thresholds:
     """Fit the thresholds of one availability group on such inputs of validation images; args as `fit_calibration`.
 
-    Each image has `draws` inputs, one after the other block by block: labels are (N * draws,). The referral threshold is
-    conformal too: the largest one that refers a new cancer with the wanted probability, if it is exchangeable with those of
-    validation; 0 (refer everybody) if these are too few for that.
+    Each image has `draws` inputs, so that labels are (N * draws,). The referral threshold is conformal too: the largest
+    one that refers a new cancer with the wanted probability, if it is exchangeable with those of validation; 0 (refer
+    everybody) if these are too few for that.
     """
     check_classes(classes, malignant)
     target, scores = check_predictions(labels, probabilities, len(classes))
@@ -357,9 +350,9 @@ def measure_calibrated(
     `probabilities`, (N, C), are uncalibrated.
 
     Returns:
-        `temperature`; `before`, `after` and `difference` (after - before) with the keys `ERRORS`; `conformal` (`promised`,
-        and `marginal` and `by_class` as `measure_sets` returns them); `referral` (`wanted`, `threshold`, and the keys of
-        `measure_referral`) or None; `selective` (see `Selective.to_json`); `remarks`. Ready for strict JSON.
+        `temperature`; `before`, `after` and `difference` (after - before) with the keys `ERRORS`; `conformal`
+        (`promised`, and `marginal` and `by_class` as `measure_sets` returns them); `referral` (`wanted`, `threshold`,
+        and the keys of `measure_referral`) or None; `selective` (see `Selective.to_json`); `remarks`.
     """
     classes = calibration.classes
     target, scores = check_predictions(labels, probabilities, len(classes))
@@ -490,7 +483,7 @@ def _wrong(target: NDArray[np.int64], scores: Floats) -> NDArray[np.bool_]:
 
 
 def _slopes(target: NDArray[np.int64], logits: Floats, temperature: float) -> Floats:
-    """Return each image's slope of the log loss over 1/T: the mean logit, weighted by probability, less the target's."""
+    """Return each image's slope of the log loss over 1/T: the expected logit less the target's."""
     return np.asarray((softmax(logits / temperature) * logits).sum(axis=1) - logits[np.arange(len(target)), target])
 
 

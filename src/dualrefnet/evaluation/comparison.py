@@ -36,8 +36,8 @@ class Intervals(dict[str, tuple[float, float]]):
         samples: number of bootstrap resamples.
         level: coverage, such as 0.95.
         groups: number of patients.
-        samples_without: class -> number of resamples in which it had no image; only classes of the test set. Where they
-            are many, the intervals of that class are too narrow.
+        samples_without: class of the test set -> number of resamples without an image of it. Where they are many, the
+            intervals of that class are too narrow.
     """
 
     samples: int
@@ -93,9 +93,7 @@ def with_intervals(metrics: Mapping[str, Any], intervals: Intervals) -> dict[str
     `accuracy` is followed by `accuracy_ci95` ([low, high]; `_ci90` at level 0.9), also inside `per_class` and
     `malignant`. `bootstrap` tells how the intervals were drawn.
 
-    Args:
-        metrics: as `compute_metrics` returns them; not changed.
-        intervals: as `bootstrap_intervals` returns them.
+    `metrics`, from `compute_metrics`, aren't changed; `intervals` are from `bootstrap_intervals`.
     """
     suffix = interval_suffix(intervals.level)
 
@@ -177,8 +175,7 @@ def pooled_bootstrap(
 ) -> PooledBootstrap:
     """Measure several systems on the same images and on the same resamples of patients.
 
-    Args as `bootstrap_intervals`, but for `systems`: name -> one (N, C) array of probabilities a seed, rows in the order of
-    `labels`.
+    Args as `bootstrap_intervals`, but for `systems`: name -> one (N, C) array of probabilities a seed.
 
     Raises:
         ValueError: there is no system, or one without a seed; see also `bootstrap_intervals`.
@@ -228,10 +225,7 @@ def paired_difference(
 
 
 def flat_measures(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return every value of `compute_metrics` under the keys of `Intervals`, None as NaN.
-
-    Keys are `accuracy`, `per_class.MEL.sensitivity`, `malignant.auc` and the like.
-    """
+    """Return every value of `compute_metrics` under the keys of `Intervals`, None as NaN."""
     parts = {"": metrics, "malignant.": metrics.get("malignant", {})}
     parts |= {f"per_class.{name}.": values for name, values in metrics["per_class"].items()}
     return {

@@ -57,8 +57,8 @@ FEW = 10
 class Curve:
     """One curve over `GRID`: sensitivity or precision (101,), with its band.
 
-    `area` is AUC or average precision. `decision` is (x, y) of the decision for the most probable class, which needn't lie
-    on the curve; y is NaN for the precision of a class that was never predicted.
+    `area` is AUC or average precision. `decision` is (x, y) of the decision for the most probable class, which needn't
+    lie on the curve; y is NaN for the precision of a class that was never predicted.
     """
 
     y: Floats
@@ -105,9 +105,9 @@ class Curves:
     def frame(self, kind: Kind) -> pd.DataFrame:
         """Return the curves of one kind as a tidy table.
 
-        Columns are `class`, `curve` (the kind), `part`, `x`, `y`, `low`, `high`. `part` is `curve` (101 rows), `area` (y: AUC
-        or average precision), `decision` (for the most probable class) or, for precision-recall, `chance` (y: the precision of
-        guessing).
+        Columns are `class`, `curve` (the kind), `part`, `x`, `y`, `low`, `high`. `part` is `curve` (101 rows), `area`
+        (y: AUC or average precision), `decision` (for the most probable class) or, for precision-recall, `chance` (y:
+        the precision of guessing).
         """
         rows: list[tuple[object, ...]] = []
         for one in self.of:
@@ -126,9 +126,9 @@ class Curves:
 class Reliability:
     """A reliability diagram's numbers, and the expected calibration error over the same bins.
 
-    `table` has one row a bin of equal width: `low`, `high` (edges; low is outside the bin, high inside), `confidence` and
-    `accuracy` (means in the bin; NaN where it is empty), `count`, `patients`, `accuracy_low` and `accuracy_high` (NaN where
-    there is no interval).
+    `table` has one row a bin of equal width: `low`, `high` (edges; low is outside the bin, high inside), `confidence`
+    and `accuracy` (means in the bin; NaN where it is empty), `count`, `patients`, `accuracy_low` and `accuracy_high`
+    (NaN where there is no interval).
     """
 
     table: pd.DataFrame
@@ -318,8 +318,8 @@ def draw_reliability(reliability: Reliability, unit: str = "patients") -> Report
     lower.bar(table["low"], table["count"], width=width, align="edge", color=PRIMARY, edgecolor=PAPER)
     lower.set(xlabel="confidence (probability of the predicted class)", ylabel="images")
     caption = (
-        f"Accuracy over confidence in {len(table)} bins; below the dashed line the model is overconfident. The expected "
-        f"calibration error is the mean distance from the line, weighted by images. "
+        f"Accuracy over confidence in {len(table)} bins; below the dashed line the model is overconfident. The "
+        "expected calibration error is the mean distance from the line, weighted by images. "
         f"{reliability.bootstrap.describe(unit)}."
     )
     bins = [

@@ -69,7 +69,7 @@ def referral_curve(
 ) -> ReferralCurve:
     """Compute sensitivity, specificity and the share referred over the threshold, with pointwise bands over patients.
 
-    `malignant` says of each image whether it shows a cancer, `score` is its malignancy, `groups` its patient, each (N,).
+    `malignant` says of each image whether it shows a cancer, `score` is its malignancy, `groups` its patient, (N,).
     `chosen` is the threshold in use, for which `target` was the wanted sensitivity.
 
     Raises:
@@ -99,10 +99,10 @@ class Selective:
     """Selective prediction on a test set.
 
     Attributes:
-        table: one row a coverage: `percent` (wanted), `images` (predicted), `share` (of all images), `threshold` (lowest
-            confidence predicted), `accuracy` and `balanced_accuracy` among the predicted, each with `_low` and `_high`
-            (NaN: none), and `answered:<CLASS>`, the number of images of each class that get a prediction. Balanced
-            accuracy is NaN where a class of the test set gets none: leaving out a class must not raise it.
+        table: one row a coverage: `percent` (wanted), `images` (predicted), `share` (of all images), `threshold`
+            (lowest confidence predicted), `accuracy` and `balanced_accuracy` among the predicted, each with `_low` and
+            `_high` (NaN: none), and `answered:<CLASS>`, the number of images of each class that get a prediction.
+            Balanced accuracy is NaN where a class of the test set gets none: leaving out a class must not raise it.
         aurc: area under the risk-coverage curve.
         classes: names.
         bootstrap: how the bands were made.
@@ -191,7 +191,7 @@ def measure_selective(
 
 @styled
 def draw_referral(curve: ReferralCurve, unit: str = "patients") -> ReportFigure:
-    """Draw sensitivity and specificity over the threshold, and the threshold in use; `unit`: what was resampled, plural."""
+    """Draw sensitivity and specificity over the threshold; `unit`: what was resampled, in the plural."""
     figure, (axis,) = new_figure(3.2)
     curves = (("sensitivity", PRIMARY, "-", curve.sensitivity), ("specificity", COLOURS[4], "--", curve.specificity))
     for measure, colour, line, value in curves:
@@ -204,8 +204,8 @@ def draw_referral(curve: ReferralCurve, unit: str = "patients") -> ReportFigure:
     axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="threshold on the malignancy score", ylabel="proportion")
     figure.legend(loc="outside upper center", ncols=2)
     caption = (
-        "A lower threshold refers more of the malignant lesions (sensitivity) and fewer benign lesions are spared "
-        f"(specificity). The threshold in use was chosen on validation {unit}. {curve.bootstrap.describe(unit)}."
+        "A lower threshold refers more malignant lesions (sensitivity) and spares fewer benign ones (specificity). "
+        f"The threshold in use was chosen on validation {unit}. {curve.bootstrap.describe(unit)}."
     )
     alt = (
         f"At the threshold in use, {curve.chosen:.2f}, the sensitivity is {curve.sensitivity:.2f} (target "
@@ -233,7 +233,7 @@ def draw_selective(selective: Selective, unit: str = "patients") -> ReportFigure
     aurc += "" if np.isnan(selective.aurc.low) else f" [{selective.aurc.low:.3f}, {selective.aurc.high:.3f}]"
     caption = (
         "Accuracy if only the images are predicted of which the model is most confident; coverages of fewer than "
-        f"{FEW} images aren't drawn. AURC, the mean share of wrong predictions over all coverages: {aurc}; 0 is perfect. "
+        f"{FEW} images aren't drawn. AURC, the mean share of wrong predictions over all coverages: {aurc}. "
         f"{selective.bootstrap.describe(unit)}."
     )
     if table["balanced_accuracy"].isna().any():

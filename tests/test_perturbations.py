@@ -1,0 +1,210 @@
+"""Changed inputs: images without the lesion, permuted and replaced metadata, hidden flags."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dualrefnet.analysis.opened_run import OpenedRun, open_run
+from dualrefnet.analysis.perturbations import (
+    BORDER,
+    CHANGES,
+    GROWN,
+    count_flags,
+    find_missing,
+    grow,
+    hide_flags,
+    permute_across_groups,
+    perturb_image,
+    predict_perturbed,
+    predict_without_image,
+    read_outlines,
+    replace_values,
+)
+from dualrefnet.data.schema import Dataset
+from dualrefnet.errors import DataError
+from dualrefnet.run import Run
+from hand_made import CENTRE, RADIUS, SIDE, SKIN, hand_made
+
+
+@pytest.fixture(scope="module")
+def opened(tiny_run: Run) -> OpenedRun:
+    return open_run(tiny_run, device=torch.device("cpu"))
+
+
+def disc(side: int, radius: int, centre: tuple[int, int] | None = None) -> np.ndarray:
+    return cv2.circle(np.zeros((side, side), np.uint8), centre or (side // 2, side // 2), radius, 255, -1) > 0
+
+
+def test_nothing_of_the_lesion_is_left_where_it_is_filled_and_all_of_it_where_the_rest_is() -> None:
+    mask = disc(96, 20)
+    picture = np.where(mask[:, :, None], np.array([90, 20, 10], np.uint8), np.array([200, 160, 140], np.uint8))
+    before = picture.copy()
+    blurred, background, lesion = perturb_image(picture, mask)
+    np.testing.assert_array_equal(picture, before)
+    # Skin of one colour: the filled lesion can't be told from it.
+    assert (background == [200, 160, 140]).all()
+    np.testing.assert_array_equal(lesion[mask], picture[mask])
+    assert (lesion[~mask] == [200, 160, 140]).all()
+    # Blurred: all is a mixture of the two colours, in the middle still nearer to the lesion's than outside.
+    assert blurred[48, 48, 0] < blurred[48, 66, 0] < 200
+    assert blurred[48, 48, 0] > 90
+
+
+def test_outside_of_the_border_a_picture_stays_as_it_was() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    mask = disc(96, 15)
+    away = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, 5) > (GROWN + 5 * BORDER) * 96
+    blurred, background, lesion = perturb_image(picture, mask)
+    assert away.any()
+    np.testing.assert_array_equal(blurred[away], picture[away])
+    np.testing.assert_array_equal(background[away], picture[away])
+    assert len(np.unique(lesion[away].reshape(-1, 3), axis=0)) == 1
+    # Nothing of the noise inside the outline survives where it is filled; its contrast is gone where it is blurred.
+    assert len(np.unique(background[mask].reshape(-1, 3), axis=0)) == 1
+    assert blurred[mask].std(axis=0).max() < 0.2 * picture[mask].std(axis=0).min()
+
+
+def test_what_fills_is_the_mean_of_the_ring_of_skin_and_not_of_the_picture() -> None:
+    mask = disc(100, 10)
+    away = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, 5)
+    picture = np.zeros((100, 100, 3), np.uint8)
+    picture[away <= 30] = [180, 120, 100]
+    picture[mask] = [10, 10, 10]
+    _, background, lesion = perturb_image(picture, mask)
+    assert background[50, 50].tolist() == [180, 120, 100]
+    assert lesion[2, 2].tolist() == [180, 120, 100]
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 12))
+def test_an_outline_grows_on_all_sides_and_holds_itself(x: int, y: int, radius: int) -> None:
+    mask = disc(50, radius, (x, y))
+    grown = grow(mask)
+    assert grown[mask].all()
+    rows, columns = np.nonzero(mask)
+    for row, column in ((rows.min() - 2, columns[rows.argmin()]), (rows[columns.argmax()], columns.max() + 2)):
+        if 0 <= row < 50 and 0 <= column < 50:
+            assert grown[row, column]
+    assert grown.sum() < (np.sqrt(mask.sum()) + 2 * 4) ** 2
+
+
+def test_outlines_are_read_as_the_model_sees_the_pictures_and_useless_ones_are_counted(
+    opened: OpenedRun, tmp_path: Path
+) -> None:
+    run = hand_made(opened, tmp_path / "run", "centre")
+    ids = run.rows("test")["image_id"].tolist()
+    folder = tmp_path / "run" / "masks"
+    cv2.imwrite(str(folder / f"{ids[1]}.png"), np.zeros((20, 20), np.uint8))
+    cv2.imwrite(str(folder / f"{ids[2]}.png"), np.full((20, 20), 255, np.uint8))
+    (folder / f"{ids[3]}.png").unlink()
+    examples, masks = run.pictures("test"), run.masks()
+    assert set(masks) == set(ids) - {ids[3]}
+    outlines = read_outlines(run, examples, masks)
+    assert outlines.places.tolist() == [place for place in range(len(ids)) if place not in (1, 2, 3)]
+    assert outlines.left_out == 2
+    np.testing.assert_array_equal(outlines.mask(0), disc(SIDE, RADIUS, CENTRE))
+    own = examples.metadata[outlines.places]
+    answers = predict_perturbed(run, examples, outlines, [own, own])
+    assert list(answers) == list(CHANGES)
+    for found in answers.values():
+        assert [one.shape for one in found] == [(len(outlines.places), len(run.classes))] * 2
+        np.testing.assert_array_equal(found[0], found[1])
+    truth = examples.labels[outlines.places]
+    assert (answers["lesion_only"][0].argmax(axis=1) == truth).all()
+    # The skin's colour is nearest to the colour of the last class.
+    assert SKIN > 180
+    assert (answers["background_only"][0].argmax(axis=1) == len(run.classes) - 1).all()
+
+
+def test_masks_are_looked_for_where_they_are_and_a_wrong_folder_is_refused(opened: OpenedRun, tmp_path: Path) -> None:
+    wanted = set(opened.rows("test")["image_id"])
+    assert set(opened.masks()) == wanted
+    (tmp_path / "root").mkdir()
+    bare = replace(opened, dataset=Dataset(opened.dataset.table, opened.dataset.schema, tmp_path / "root"))
+    assert bare.masks() == {}
+    with pytest.raises(DataError, match="there is no folder of masks"):
+        opened.masks(tmp_path / "nowhere")
+    (tmp_path / "other").mkdir()
+    cv2.imwrite(str(tmp_path / "other" / "stranger.png"), np.zeros((4, 4), np.uint8))
+    with pytest.raises(DataError, match="no mask of a test image"):
+        opened.masks(tmp_path / "other")
+
+
+def groups_of(opened: OpenedRun) -> np.ndarray:
+    return opened.groups.loc[list(opened.rows("test")["image_id"])].to_numpy()
+
+
+@given(st.lists(st.integers(0, 5), min_size=2, max_size=40), st.integers(0, 100))
+def test_strangers_are_of_another_patient_each_and_all_are_given_once(groups: list[int], seed: int) -> None:
+    largest = max(groups.count(group) for group in groups)
+    if len(set(groups)) < 2:
+        return
+    if 2 * largest > len(groups):
+        with pytest.raises(DataError, match="more than half"):
+            permute_across_groups(groups, np.random.default_rng(seed))
+        return
+    given_rows = permute_across_groups(groups, np.random.default_rng(seed))
+    assert sorted(given_rows.tolist()) == list(range(len(groups)))
+    assert all(groups[row] != groups[other] for row, other in enumerate(given_rows))
+
+
+def test_strangers_come_from_everywhere() -> None:
+    drawn = np.stack([permute_across_groups([0, 0, 1, 2, 3], np.random.default_rng(seed)) for seed in range(300)])
+    assert set(drawn[:, 0].tolist()) == {2, 3, 4}
+    assert set(drawn[:, 3].tolist()) == {0, 1, 2, 4}
+
+
+def test_replaced_answers_are_those_of_others_and_gaps_stay(opened: OpenedRun) -> None:
+    rows, metadata, groups = opened.rows("test"), opened.metadata, groups_of(opened)
+    # Each row's age is its own, so that the donor is known.
+    rows = rows.assign(age=np.arange(len(rows), dtype=float))
+    replaced = replace_values(rows, metadata, groups, np.random.default_rng(0))
+    donors = replaced["age"].to_numpy().astype(int)
+    assert (groups[donors] != groups).all()
+    for before, after in zip(find_missing(rows, metadata), find_missing(replaced, metadata), strict=True):
+        np.testing.assert_array_equal(before, after)
+    missing, not_known = find_missing(rows, metadata)
+    assert missing.any()
+    assert not_known.any()
+    for index, field in enumerate(metadata.fields):
+        answers = rows[field.name][~missing[:, index] & ~not_known[:, index]]
+        given_answers = replaced[field.name][~missing[:, index] & ~not_known[:, index]]
+        assert set(given_answers) <= set(answers)
+    assert replaced["label"].equals(rows["label"])
+
+
+def test_an_answer_that_only_one_patient_gave_is_taken_away(opened: OpenedRun) -> None:
+    rows = opened.rows("test").assign(smoke=np.nan)
+    rows["smoke"] = rows["smoke"].astype(object)
+    rows.loc[0, "smoke"] = "True"
+    replaced = replace_values(rows, opened.metadata, groups_of(opened), np.random.default_rng(0))
+    assert replaced["smoke"].isna().all()
+
+
+def test_hidden_flags_change_nothing_but_the_flags(opened: OpenedRun) -> None:
+    forms = opened.metadata.encode(opened.rows("test")).values
+    flags = [index for index, name in enumerate(opened.metadata.names) if name.startswith("missing_")]
+    hidden = hide_flags(opened.metadata, forms)
+    assert count_flags(opened.metadata) == len(flags) > 0
+    assert forms[:, flags].any()
+    assert not hidden[:, flags].any()
+    np.testing.assert_array_equal(np.delete(hidden, flags, axis=1), np.delete(forms, flags, axis=1))
+
+
+def test_without_photograph_is_one_answer_for_equal_forms_in_batches_of_any_size(opened: OpenedRun) -> None:
+    forms = opened.pictures("test").metadata
+    size = opened.recipe.evaluation.batch_size
+    small = opened.recipe.model_copy(
+        update={"evaluation": opened.recipe.evaluation.model_copy(update={"batch_size": 7})}
+    )
+    assert len(forms) % 7
+    assert len(forms) < size
+    first, second = (predict_without_image(run, [forms])[0] for run in (opened, replace(opened, recipe=small)))
+    np.testing.assert_allclose(first, second, atol=1e-6)
+    doubled = predict_without_image(opened, [np.repeat(forms[:1], 3, axis=0)])[0]
+    np.testing.assert_allclose(doubled, np.repeat(first[:1], 3, axis=0), atol=1e-6)
