@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from dualrefnet.data import isic_2019, pad_ufes_20
 from dualrefnet.data.adapters import load_dataset
-from dualrefnet.data.csv_table import describe, index_images, read_csv, read_description
+from dualrefnet.data.csv_table import describe, read_csv, read_description
 from dualrefnet.errors import DataError
 
 BLANK = dict.fromkeys((field.name for field in pad_ufes_20.FIELDS), "")
@@ -108,14 +108,6 @@ def test_one_lesion_number_of_two_patients_is_two_lesions(tmp_path):
 def test_two_files_of_one_stem_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"two images are called PAT_1_7_1: .*png and .*jpg; keep one"):
         load_dataset("pad_ufes_20", pad(tmp_path, files=["imgs_part_1/PAT_1_7_1.png", "images/PAT_1_7_1.jpg"]))
-
-
-def test_folders_and_dead_links_are_no_images(tmp_path):
-    (tmp_path / "a.png").mkdir()
-    (tmp_path / "b.png").symlink_to(tmp_path / "nowhere.png")
-    touch(tmp_path / "elsewhere" / "c.png")
-    (tmp_path / "c.png").symlink_to(tmp_path / "elsewhere" / "c.png")
-    assert index_images([tmp_path]) == {"c": str(tmp_path / "c.png")}
 
 
 @pytest.mark.parametrize("column", ["img_id", "diagnostic", "patient_id", "lesion_id"])
@@ -231,12 +223,6 @@ def test_a_description_that_does_not_fit_is_refused(tmp_path, change, message):
         load_dataset("csv_table", own(tmp_path, TABLE, **(COLUMNS | change)))
 
 
-@pytest.mark.parametrize("column", ["photo", "kind"])
-def test_a_row_without_image_or_label_is_refused(tmp_path, column):
-    with pytest.raises(DataError, match=r"1 rows of .* (no image|no label)"):
-        load_dataset("csv_table", own(tmp_path, TABLE.assign(**{column: ["a.jpg", "", "c.jpg"]}), **COLUMNS))
-
-
 @pytest.mark.parametrize("content", [b"image: [x", b"\xff\xfe", b"- a\n- b\n", b"title: 2020-13-45\n"])
 def test_a_description_that_is_no_mapping_is_refused(tmp_path, content):
     (tmp_path / "dataset.yaml").write_bytes(content)
@@ -256,26 +242,6 @@ def test_describe_guesses_the_kinds():
     )
     kinds = [field.kind for field in describe(table, list(table))]
     assert kinds == ["numeric", "boolean", "boolean", "categorical", "categorical"]
-
-
-@pytest.mark.parametrize(
-    ("name", "values", "message"),
-    [
-        ("remark", [f"text {i}" for i in range(51)], "51 different values: free text or an id"),
-        ("biopsed", [True, False] * 25 + [True], "holds the diagnosis"),
-        ("patient_id", range(51), "identifies"),
-    ],
-)
-def test_describe_refuses_what_is_no_metadata(name, values, message):
-    with pytest.raises(DataError, match=message):
-        describe(pd.DataFrame({name: values}), [name])
-
-
-def test_a_folder_is_no_csv_and_a_byte_order_mark_is_no_part_of_a_column(tmp_path):
-    with pytest.raises(DataError, match="can't be read as CSV"):
-        read_csv(tmp_path)
-    (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbfimage,b\r\n1,2\r\n")
-    assert list(read_csv(tmp_path / "t.csv")) == ["image", "b"]
 
 
 @settings(max_examples=60, deadline=None)

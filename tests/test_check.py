@@ -152,17 +152,6 @@ def test_unknown_values_name_the_field_but_never_a_number(tmp_path):
     assert "BRASIL" not in "".join(finding.message for finding in findings(report, "unknown_codes"))
 
 
-def test_missing_cells_and_codes_are_counted_apart(tmp_path):
-    write_pad(tmp_path, pad_rows(6))
-    missing = only(check_dataset("pad_ufes_20", tmp_path), "missing_metadata")
-    assert missing.level == "PASS"
-    assert "smoke 6," in missing.message
-    assert "grew 6 UNK" in missing.message
-    assert "itch" not in missing.message
-    # 21 fields of 6 rows, without age, itch and gender.
-    assert missing.count == 6 * 18
-
-
 def test_a_table_without_rows_for_a_class_fails(tmp_path):
     write_image(tmp_path / "a.png", 0)
     pd.DataFrame({"image": ["a.png"], "label": ["a"], "patient": ["p"]}).to_csv(tmp_path / "table.csv", index=False)

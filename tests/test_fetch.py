@@ -160,13 +160,6 @@ def test_a_connection_cut_half_way_is_taken_up_where_it_broke_off(server, tmp_pa
     assert (tmp_path / "noise.bin").read_bytes() == noise(600_000)
 
 
-def test_many_cuts_are_survived_as_long_as_each_brings_something(server, tmp_path):
-    server.script = [{"cut": 70_000}] * 8
-    get(server, tmp_path)
-    assert len(server.requests) == 9
-    assert server.sent < len(server.content) + 8 * fetch.CHUNK
-
-
 def test_a_later_run_resumes_an_interrupted_one(server, tmp_path, monkeypatch, capsys):
     def interrupt(seconds):
         raise KeyboardInterrupt
@@ -182,13 +175,6 @@ def test_a_later_run_resumes_an_interrupted_one(server, tmp_path, monkeypatch, c
     get(server, tmp_path)
     assert server.requests[-1]["Range"] == f"bytes={kept}-"
     assert not list(tmp_path.glob("*.partial*"))
-
-
-def test_without_a_known_size_a_complete_partial_file_is_recognised_by_the_server_s_answer(server, tmp_path):
-    (tmp_path / "data.zip.partial").write_bytes(server.content)
-    (tmp_path / "data.zip.partial.json").write_text(json.dumps({"url": server.url, "validator": '"v1"', "total": None}))
-    get(server, tmp_path, size=0)
-    assert server.sent == 0
 
 
 def test_a_server_without_ranges_starts_from_zero_aloud(server, tmp_path, capsys):

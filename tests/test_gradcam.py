@@ -1,24 +1,47 @@
-from collections.abc import Callable
+"""Grad-CAM against its definition, and how much of it lies in lesions."""
 
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from torch import Tensor, nn
 
-from dualrefnet.errors import RunError
+from dualrefnet.analysis.gradcam import (
+    Localisation,
+    centred_gaussian,
+    draw_localisation,
+    energy_inside,
+    gradcam,
+    localise,
+    overlay,
+    pointing_game,
+    summarise,
+)
+from dualrefnet.analysis.opened_run import OpenedRun, open_run
+from dualrefnet.data.images import read_mask
+from dualrefnet.errors import DataError, RunError
 from dualrefnet.models.base import Architecture, Method
 from dualrefnet.models.encoders import BACKBONES, Encoder, WeightsSource
 from dualrefnet.models.ensemble import Ensemble
 from dualrefnet.models.registry import METHODS, NEUTRAL, new_model
 from dualrefnet.recipe import ModelSection, load_recipe
+from dualrefnet.run import Run
+from readable import assert_readable
 from stand_in import build, set_linear
 
-pytest.importorskip("captum")
-
-from dualrefnet.analysis.gradcam import GradCamCase, draw_gradcam, gradcam, overlay
-
 WIDTH, CLASSES = 5, 4
+
+
 WITH_IMAGE = [name for name, method in METHODS.items() if method.reads_image]
+
+
 TRANSFORMERS = [name for name, spec in BACKBONES.items() if spec.kind == "transformer"]
 
 
@@ -101,9 +124,9 @@ def test_heat_of_a_linear_model_is_known() -> None:
     found = gradcam(model, image.repeat(2, 1, 1, 1), torch.zeros(2, WIDTH), torch.tensor([0, 1]))
     # Class 0: 1 A_0 + 2 A_1; class 1: A_2 - A_1.
     expected = torch.tensor([[[1.0, 6.0], [4.0, 0.0]], [[5.0, 0.0], [0.0, 2.0]]]) / 4
-    torch.testing.assert_close(found.heat, expected)
+    torch.testing.assert_close(found.saliency, expected)
     torch.testing.assert_close(found.maps[0], expected)
-    assert not found.empty.any()
+    assert not (found.saliency.amax(dim=(1, 2)) == 0).any()
 
 
 def test_heat_is_enlarged_bilinearly_to_the_side_of_the_image() -> None:
@@ -119,16 +142,16 @@ def test_heat_is_enlarged_bilinearly_to_the_side_of_the_image() -> None:
     torch.testing.assert_close(found.maps[0], torch.tensor([[[0.0, 4.0], [0.0, 0.0]]]))
     # Between the middles of two places, at a quarter and three quarters of the way.
     across, down = torch.tensor([0.0, 0.25, 0.75, 1.0]), torch.tensor([1.0, 0.75, 0.25, 0.0])
-    torch.testing.assert_close(found.heat, 4 * (down[:, None] * across)[None])
+    torch.testing.assert_close(found.saliency, 4 * (down[:, None] * across)[None])
 
 
 def test_where_nothing_speaks_for_a_class_heat_is_zero_and_known_as_such() -> None:
     model = linear_on_pixels([[-1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
     images = torch.rand(2, 3, 4, 4) + 0.1
     found = gradcam(model, images, torch.zeros(2, WIDTH), torch.tensor([0, 1]))
-    assert found.empty.tolist() == [True, False]
-    assert torch.count_nonzero(found.heat[0]) == 0
-    assert torch.isfinite(found.heat).all()
+    assert (found.saliency.amax(dim=(1, 2)) == 0).tolist() == [True, False]
+    assert torch.count_nonzero(found.saliency[0]) == 0
+    assert torch.isfinite(found.saliency).all()
 
 
 @pytest.mark.parametrize("method", WITH_IMAGE)
@@ -140,15 +163,15 @@ def test_heat_of_every_method_is_that_of_the_definition(method: str) -> None:
     for target in range(CLASSES):
         targets = torch.tensor([target, (target + 1) % CLASSES, target])
         found = gradcam(model, images, metadata, targets)
-        assert found.heat.shape == (3, 64, 64)
-        assert found.heat.dtype == torch.float32
-        assert found.heat.min() >= 0
+        assert found.saliency.shape == (3, 64, 64)
+        assert found.saliency.dtype == torch.float32
+        assert found.saliency.min() >= 0
         assert len(found.maps) == len(model.encoders)
         for position, places in enumerate(found.maps):
             assert places.shape == (3, 2, 2)
             expected = by_hand(model, position, images, metadata, targets)
             torch.testing.assert_close(places, expected, rtol=1e-4, atol=1e-7 + 1e-4 * float(expected.max()))
-        warm = warm or bool(found.heat.any())
+        warm = warm or bool(found.saliency.any())
     assert warm, "or nothing was compared"
 
 
@@ -204,7 +227,7 @@ def check(model: Method) -> None:
         expected = by_hand(model, 0, images, metadata, targets)
         assert expected.shape == (2, side, side)
         torch.testing.assert_close(found.maps[0], expected, rtol=1e-3, atol=1e-7 + 1e-3 * float(expected.max()))
-        warm += int((~found.empty).sum())
+        warm += int((found.saliency.amax(dim=(1, 2)) > 0).sum())
     assert warm, "or nothing was compared"
     assert state(model) == before
 
@@ -242,11 +265,11 @@ def test_a_frozen_encoder_gives_the_same_heat(backbone: str) -> None:
             .eval()
         )
     targets = torch.tensor([0, 1, 2])
-    free = gradcam(model, images, metadata, targets).heat
+    free = gradcam(model, images, metadata, targets).saliency
     assert free.any()
     model.encoder.freeze()
     before = state(model)
-    torch.testing.assert_close(gradcam(model, images, metadata, targets).heat, free)
+    torch.testing.assert_close(gradcam(model, images, metadata, targets).saliency, free)
     assert state(model) == before
     assert not any(parameter.requires_grad for parameter in model.encoder.parameters())
 
@@ -272,33 +295,19 @@ def test_a_model_is_left_as_it_was_found(make: Callable[[], Method], fails: bool
     assert not metadata.requires_grad
 
 
-def test_heat_is_that_of_evaluation_also_of_a_model_in_training() -> None:
-    model, (images, metadata) = new("dualrefnet"), inputs()
-    targets = torch.tensor([0, 1, 2])
-    expected = gradcam(model, images, metadata, targets).heat
-    torch.testing.assert_close(gradcam(model.train(), images, metadata, targets).heat, expected)
-
-
-def test_the_callers_image_is_not_marked_even_where_it_is_the_map() -> None:
-    image = torch.rand(1, 3, 4, 4)
-    gradcam(linear_on_pixels([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), image, torch.zeros(1, WIDTH), torch.tensor([0]))
-    assert not image.requires_grad
-    assert image.grad is None
-
-
 def test_it_works_where_gradients_are_switched_off() -> None:
     model, (images, metadata) = new("concat"), inputs()
     targets = torch.tensor([0, 1, 2])
-    expected = gradcam(model, images, metadata, targets).heat
+    expected = gradcam(model, images, metadata, targets).saliency
     with torch.no_grad():
-        torch.testing.assert_close(gradcam(model, images, metadata, targets).heat, expected)
+        torch.testing.assert_close(gradcam(model, images, metadata, targets).saliency, expected)
 
 
 def test_images_of_a_batch_dont_meet() -> None:
     model, (images, metadata) = new("dualrefnet"), inputs()
     targets = torch.tensor([0, 1, 2])
-    together = gradcam(model, images, metadata, targets).heat
-    alone = [gradcam(model, images[i : i + 1], metadata[i : i + 1], targets[i : i + 1]).heat for i in range(3)]
+    together = gradcam(model, images, metadata, targets).saliency
+    alone = [gradcam(model, images[i : i + 1], metadata[i : i + 1], targets[i : i + 1]).saliency for i in range(3)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-3, atol=1e-5 * float(together.max()))
 
 
@@ -306,7 +315,7 @@ def test_the_form_has_a_part_in_the_heat() -> None:
     model, (images, metadata) = new("metablock"), inputs()
     targets = torch.tensor([0, 0, 0])
     assert not torch.allclose(
-        gradcam(model, images, metadata, targets).heat, gradcam(model, images, -metadata, targets).heat
+        gradcam(model, images, metadata, targets).saliency, gradcam(model, images, -metadata, targets).saliency
     )
 
 
@@ -330,9 +339,9 @@ def test_an_ensemble_shows_the_mean_of_its_encoders_in_shares_of_their_maximum()
     for position, places in enumerate(found.maps):
         torch.testing.assert_close(places, by_hand(model, position, images, metadata, targets))
         expected += places / places.amax(dim=(1, 2), keepdim=True).clamp(min=1e-30) / 3
-    torch.testing.assert_close(found.heat, expected)
+    torch.testing.assert_close(found.saliency, expected)
     assert [bool(places.any()) for places in found.maps][2] is False
-    assert found.heat.max() <= 2 / 3 + 1e-6
+    assert found.saliency.max() <= 2 / 3 + 1e-6
 
 
 def test_a_method_that_reads_no_image_has_no_gradcam() -> None:
@@ -355,57 +364,212 @@ def test_an_overlay_leaves_the_skin_visible_and_glows_at_the_maximum() -> None:
 
 @pytest.mark.parametrize("heat", [np.zeros((2, 3)), np.full((2, 2), -1.0), np.full((2, 2), np.nan)])
 def test_an_overlay_of_what_is_no_heat_is_refused(heat: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="heat"):
+    with pytest.raises(ValueError, match="saliency"):
         overlay(np.zeros((2, 2, 3), dtype=np.uint8), heat)
 
 
-def cases() -> list[GradCamCase]:
-    picture, mask = np.full((8, 8, 3), 120, dtype=np.uint8), np.zeros((8, 8), dtype=bool)
-    mask[:, :2] = True
-    even, none = np.ones((8, 8), dtype=np.float32), np.zeros((8, 8), dtype=np.float32)
-    return [
-        GradCamCase(
-            "image 1", picture, {"MEL": even, "NEV": none}, {"MEL": 0.7, "NEV": 0.2}, "NEV", "MEL", "NEV", mask
-        ),
-        GradCamCase("image 2", picture, {"MEL": even * 3, "NEV": even}, {"MEL": 0.4, "NEV": 0.6}, "NEV", "NEV", "MEL"),
-    ]
+@pytest.fixture(scope="module")
+def opened(tiny_run: Run) -> OpenedRun:
+    return open_run(tiny_run)
 
 
-def test_drawn_cases_carry_their_numbers_and_say_what_they_show() -> None:
-    picture = draw_gradcam(cases(), "The first two images.")
-    data = picture.data.set_index(["image", "class"])
-    assert data["probability"].to_dict() == {
-        ("image 1", "MEL"): 0.7,
-        ("image 1", "NEV"): 0.2,
-        ("image 2", "NEV"): 0.6,
-        ("image 2", "MEL"): 0.4,
-    }
-    assert data["maximum"].tolist() == [1.0, 0.0, 1.0, 3.0]
-    assert data.loc[("image 1", "MEL"), "in_mask"] == 0.25
-    assert data["in_mask"].isna().tolist() == [False, True, True, True]
-    titles = [axis.get_title(loc="left") for axis in picture.figure.axes[:6]]
-    assert titles == [
-        "image 1\ntrue: NEV",
-        "MEL\n70%, predicted",
-        "NEV\n20%, no evidence",
-        "image 2\ntrue: NEV",
-        "NEV\n60%, predicted",
-        "MEL\n40%, not predicted",
-    ]
-    np.testing.assert_array_equal(
-        picture.figure.axes[1].images[0].get_array(), overlay(cases()[0].image, cases()[0].saliency["MEL"])
+@pytest.fixture(scope="module")
+def result(opened: OpenedRun) -> Localisation:
+    return localise(opened, samples=200)
+
+
+def square(side: int, *places: tuple[int, int]) -> np.ndarray:
+    mask = np.zeros((1, side, side), dtype=bool)
+    for place in places:
+        mask[0][place] = True
+    return mask
+
+
+@given(arrays(bool, (2, 6, 6)))
+def test_even_heat_has_the_share_of_the_area_in_both_measures(mask: np.ndarray) -> None:
+    heat = np.full((2, 6, 6), 0.3)
+    np.testing.assert_allclose(energy_inside(heat, mask), mask.mean(axis=(1, 2)))
+    np.testing.assert_allclose(pointing_game(heat, mask), mask.mean(axis=(1, 2)))
+
+
+@given(
+    arrays(np.float64, (1, 5, 5), elements=st.floats(0, 1, width=32)), arrays(bool, (1, 5, 5)), st.floats(0.01, 1000)
+)
+def test_measures_depend_on_shares_alone_and_mask_and_rest_add_up(
+    heat: np.ndarray, mask: np.ndarray, factor: float
+) -> None:
+    np.testing.assert_allclose(energy_inside(factor * heat, mask), energy_inside(heat, mask), equal_nan=True)
+    if heat.any():
+        np.testing.assert_allclose(energy_inside(heat, mask) + energy_inside(heat, ~mask), 1)
+        np.testing.assert_allclose(pointing_game(heat, mask) + pointing_game(heat, ~mask), 1)
+
+
+def test_without_heat_there_is_no_share_and_the_game_is_lost() -> None:
+    mask, heat = square(4, (0, 0)), np.zeros((1, 4, 4))
+    assert np.isnan(energy_inside(heat, mask)).all()
+    assert pointing_game(heat, mask).tolist() == [0.0]
+    assert pointing_game(heat, np.ones_like(mask)).tolist() == [0.0]
+
+
+def test_the_hottest_place_decides_the_game_and_equal_ones_share_it() -> None:
+    heat = np.array([[[1.0, 2.0], [3.0, 0.5]]])
+    assert pointing_game(heat, square(2, (1, 0))).tolist() == [1.0]
+    assert pointing_game(heat, square(2, (0, 0), (0, 1), (1, 1))).tolist() == [0.0]
+    # What rounding made of equal values is equal.
+    heat[0, 0, 1] = 3.0 - 1e-7
+    assert pointing_game(heat, square(2, (1, 0))).tolist() == [0.5]
+
+
+@pytest.mark.parametrize("side", [7, 32])
+def test_the_spot_is_round_in_the_middle_and_a_quarter_of_the_side_wide(side: int) -> None:
+    spot = centred_gaussian(side)
+    assert spot.max() == 1
+    for turned in (spot.T, spot[::-1], spot[:, ::-1]):
+        np.testing.assert_array_equal(turned, spot)
+    # exp(-d^2 / (2 (side / 4)^2)), one pixel further.
+    middle = side // 2
+    first = ((side - 1) / 2 - middle) ** 2
+    second = ((side - 1) / 2 - middle - 1) ** 2
+    assert spot[middle, middle + 1] / spot[middle, middle] == pytest.approx(
+        np.exp(-(second - first) / (2 * (side / 4) ** 2))
     )
-    assert picture.caption.endswith("The first two images.")
-    assert "outline" in picture.caption
-    assert "encoders" not in picture.caption
-    assert "image 1 (true NEV): MEL 70%, 25% of the heat in the lesion" in picture.alt
-    assert "mean of the maps of 3 encoders" in draw_gradcam(cases()[1:], "One.", encoders=3).caption
-    assert "outline" not in draw_gradcam(cases()[1:], "One.").caption
+    # Of an even side four pixels are the middle.
+    mask = square(side, (middle, middle))
+    assert pointing_game(spot[None], mask).tolist() == [1.0 if side % 2 else 0.25]
 
 
-def test_there_is_one_scale_with_words() -> None:
-    figure = draw_gradcam(cases(), "The first two images.").figure
-    assert len(figure.axes) == 7
-    words = [label.get_text() for label in figure.axes[6].get_xticklabels()]
-    assert words == ["little", "half of the maximum", "much"]
-    assert "evidence for the class" in figure.axes[6].get_xlabel()
+def table_of(energy: list[float], labels: str) -> pd.DataFrame:
+    count = len(energy)
+    return pd.DataFrame(
+        {
+            "image_id": [f"i{number}" for number in range(count)],
+            "label": list(labels),
+            "predicted": "A",
+            "energy": energy,
+            "energy_baseline": np.linspace(0.1, 0.4, count),
+            "pointing": [1.0, 0.0] * (count // 2),
+            "pointing_baseline": 1.0,
+            "area": np.linspace(0.0, 0.3, count),
+        }
+    )
+
+
+def test_means_leave_undefined_shares_out_of_their_row_only() -> None:
+    table = table_of([0.5, np.nan, 0.7, 0.1], "ABBA")
+    summary = summarise(table, np.array(["p", "p", "q", "r"]), ("A", "B", "C"), samples=100).set_index(
+        ["class", "measure"]
+    )
+    assert list(summary.index) == [
+        (name, measure) for name in ("all images", "A", "B") for measure in ("energy", "pointing")
+    ]
+    energy = summary.loc[("all images", "energy")]
+    assert (energy["images"], energy["patients"]) == (3, 3)
+    # Of images 0, 2, 3 alone: baselines .1, .3, .4 and areas 0, .2, .3.
+    assert energy["value"] == pytest.approx(1.3 / 3)
+    assert energy["baseline"] == pytest.approx(0.8 / 3)
+    assert energy["difference"] == pytest.approx(0.5 / 3)
+    assert energy["area"] == pytest.approx(0.5 / 3)
+    pointing = summary.loc[("all images", "pointing")]
+    assert (pointing["images"], pointing["value"], pointing["difference"]) == (4, 0.5, -0.5)
+    assert summary.loc[("B", "energy"), ["images", "patients", "value"]].tolist() == [1, 1, 0.7]
+    # One patient says nothing of others.
+    assert np.isnan(summary.loc[("B", "energy"), "low"])
+    assert not np.isnan(summary.loc[("B", "pointing"), "low"])
+
+
+def test_intervals_are_those_of_laid_out_samples_of_patients() -> None:
+    random = np.random.default_rng(5)
+    table = table_of(list(random.uniform(0, 1, 40)), "AB" * 20)
+    patients = np.array([f"p{number}" for number in random.integers(0, 12, 40)])
+    summary = summarise(table, patients, ("A", "B"), samples=300, seed=2).set_index(["class", "measure"])
+    names = list(dict.fromkeys(patients))
+    generator = np.random.default_rng(2)
+    drawn: dict[str, list[dict[str, float]]] = {"all images": [], "B": []}
+    for _ in range(300):
+        sample = pd.concat(
+            [table[patients == names[number]] for number in generator.integers(len(names), size=len(names))]
+        )
+        for name, part in (("all images", sample), ("B", sample[sample["label"] == "B"])):
+            drawn[name].append(
+                {
+                    "": part["energy"].mean(),
+                    "baseline_": part["energy_baseline"].mean(),
+                    "difference_": (part["energy"] - part["energy_baseline"]).mean(),
+                    "area_": part["area"].mean(),
+                }
+            )
+    for name, values in drawn.items():
+        for prefix, column in pd.DataFrame(values).items():
+            row = summary.loc[(name, "energy")]
+            np.testing.assert_allclose(
+                row[[f"{prefix}low", f"{prefix}high"]].astype(float), np.quantile(column.dropna(), [0.025, 0.975])
+            )
+
+
+def test_a_run_is_measured_on_all_test_images_with_their_own_masks(opened: OpenedRun, result: Localisation) -> None:
+    test = opened.rows("test").set_index("image_id")
+    assert list(result.table["image_id"]) == list(test.index)
+    assert result.images == result.with_mask == len(test)
+    assert result.table["label"].tolist() == test["label"].tolist()
+    assert (result.empty_masks, result.map_sides) == (0, (1,))
+    # A map of one place is even heat: the share of the area, or none at all.
+    seen = result.table["energy"].notna()
+    assert result.empty_maps == (~seen).sum() < len(test)
+    np.testing.assert_allclose(result.table["energy"][seen], result.table["area"][seen], rtol=1e-5)
+    np.testing.assert_allclose(result.table["pointing"], np.where(seen, result.table["area"], 0), rtol=1e-5)
+    for image_id, area in zip(result.table["image_id"], result.table["area"], strict=True):
+        mask = cv2.imread(str(opened.dataset.root / "masks" / f"{image_id}.png"), cv2.IMREAD_GRAYSCALE) > 127
+        assert area == pytest.approx(mask.mean(), abs=0.02)
+    assert result.table["energy_baseline"].mean() > result.table["area"].mean(), "drawn lesions lie in the middle"
+    whole = result.summary.iloc[0]
+    assert whole["patients"] == opened.groups.loc[list(test.index[seen])].nunique()
+
+
+def test_heat_is_that_of_the_class_that_the_run_predicted(opened: OpenedRun, result: Localisation) -> None:
+    predictions = opened.run.predictions.set_index("image_id").loc[result.table["image_id"]]
+    assert result.table["predicted"].tolist() == predictions["predicted"].tolist()
+    examples = opened.pictures("test")
+    batch = examples.batch(np.arange(len(examples)))
+    targets = torch.tensor([opened.classes.index(name) for name in result.table["predicted"]])
+    heat = gradcam(opened.model, opened.images(batch), batch.metadata, targets).saliency.double().numpy()
+    paths = opened.rows("test")["image_path"]
+    masks = [
+        read_mask(opened.dataset.root / "masks" / f"{name}.png", Path(path), 32, "squash")
+        for name, path in zip(examples.image_ids, paths, strict=True)
+    ]
+    np.testing.assert_allclose(result.table["energy"], energy_inside(heat, np.stack(masks)), rtol=1e-4)
+
+
+def test_images_without_a_mask_and_empty_masks_are_counted_and_left_out(opened: OpenedRun, tmp_path: Path) -> None:
+    names = list(opened.rows("test")["image_id"])[:10]
+    for number, name in enumerate(names):
+        mask = np.zeros((20, 20), dtype=np.uint8)
+        mask[5:15, 5:15] = 0 if number in (3, 7) else 255
+        cv2.imwrite(str(tmp_path / f"{name}.png"), mask)
+    result = localise(opened, tmp_path, samples=20)
+    assert list(result.table["image_id"]) == [name for number, name in enumerate(names) if number not in (3, 7)]
+    assert (result.with_mask, result.empty_masks) == (10, 2)
+    np.testing.assert_allclose(result.table["area"], 0.25, atol=0.02)
+    for name in names:
+        cv2.imwrite(str(tmp_path / f"{name}.png"), np.zeros((20, 20), dtype=np.uint8))
+    with pytest.raises(DataError, match="all masks of the 10 test images that have one are empty"):
+        localise(opened, tmp_path)
+
+
+def test_without_masks_the_error_says_where_they_should_be(opened: OpenedRun, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"there is no folder of masks .*nowhere"):
+        localise(opened, tmp_path / "nowhere")
+    cv2.imwrite(str(tmp_path / "another.png"), np.full((20, 20), 255, dtype=np.uint8))
+    with pytest.raises(DataError, match="none of the test images has a mask"):
+        localise(opened, tmp_path)
+
+
+def test_the_figure_of_the_localisation_holds_its_summary(result: Localisation) -> None:
+    drawn = draw_localisation(result)
+    assert_readable(drawn)
+    pd.testing.assert_frame_equal(drawn.data, result.summary)
+    for axis, measure in zip(drawn.figure.axes, ("energy", "pointing"), strict=True):
+        rows = result.summary[result.summary["measure"] == measure]
+        dots = [line for line in axis.get_lines() if line.get_marker() not in ("None", None, "")]
+        for line, column in zip(dots, ("value", "baseline", "area"), strict=True):
+            np.testing.assert_allclose(line.get_xdata(), rows[column].astype(float))

@@ -16,7 +16,7 @@ from dualrefnet.data.protocols import split_dataset
 from dualrefnet.data.schema import DatasetSchema, MetadataField
 from dualrefnet.errors import DataError
 from dualrefnet.recipe import MetadataSection
-from dualrefnet.runtime.metadata import NeuralImputer, Span
+from dualrefnet.runtime.metadata import Span
 
 AGE = MetadataField(name="age", kind="numeric", tier="M1", minimum=0, maximum=120)
 
@@ -92,13 +92,6 @@ def test_two_rows_by_hand():
     np.testing.assert_allclose(encoder.encode(ROWS).values[:3, 9], [-2 / SD, 0, 2 / SD], atol=1e-6)
 
 
-def test_raw_and_neural_writes_an_observed_number_for_a_gap():
-    encoded = fit(scale="raw").encode(ROWS)
-    np.testing.assert_allclose(encoded.values[:3, 9], [2, 4, 6], rtol=1e-6)
-    assert np.isclose(encoded.values[3, 9], [2, 4, 6]).any()
-    assert encoded.missing[3].tolist() == [False, False, True, True, True]
-
-
 def test_unk_is_a_category_or_missing():
     level = fit(imputation="zero", unknown="level").encode(ROWS)
     assert level.values[2, 3] == level.values[2, 6] == 1
@@ -117,21 +110,6 @@ def test_an_alias_is_one_category_or_two():
     assert "land_BRASIL" in apart.names
     assert merged.encode(ROWS).values[1, merged.names.index("land_BRAZIL")] == 1
     assert apart.encode(ROWS).values[1, apart.names.index("land_BRASIL")] == 1
-
-
-def test_an_alias_seen_alone_still_has_a_column_when_categories_are_learned():
-    field = MetadataField(name="land", kind="categorical", aliases={"BRASIL": "BRAZIL"}, missing_codes=("UNK",))
-    encoder = fit(ROWS, SCHEMA.model_copy(update={"fields": (field,)}), imputation="zero", tier="M2")
-    assert encoder.names == ["land_BRAZIL", "land_ITALY", "land_UNK"]
-    assert encoder.encode(pd.DataFrame({"land": ["BRASIL", "BRAZIL"]})).values.tolist() == [[1, 0, 0]] * 2
-
-
-def test_the_tiers_choose_the_fields_and_m3_alone_has_the_mask():
-    names = {tier: fit(tier=tier, imputation="zero").names for tier in ("M0", "M1", "M2", "M3")}
-    assert names["M0"] == []
-    assert names["M1"] == NAMES[:4]
-    assert names["M2"] == NAMES[:10]
-    assert names["M3"] == NAMES
 
 
 def test_the_mask_says_what_was_missing_also_when_it_was_filled():
@@ -160,13 +138,6 @@ def test_an_unknown_category_and_an_implausible_number_are_missing_invalid_and_w
     assert len(encoded.warnings) == 4
     said = " ".join(encoded.warnings)
     assert not any(value in said for value in ("300", "maybe", "ATLANTIS"))
-
-
-def test_absent_columns_are_missing_and_named():
-    encoded = fit(imputation="zero").encode(pd.DataFrame({"age": [40, 60]}))
-    assert encoded.missing.tolist() == [[False, True, True, True, True]] * 2
-    assert encoded.warnings == ["columns absent, treated as missing: itch, land, site, size"]
-    assert not encoded.invalid.any()
 
 
 def test_the_order_of_rows_columns_and_the_index_do_not_matter():
@@ -354,22 +325,6 @@ def test_observed_cells_are_never_changed_and_the_input_neither(imputer):
         np.testing.assert_array_equal(filled[known, span.start : span.stop], given[known, span.start : span.stop])
 
 
-def test_a_row_is_filled_alike_alone_and_among_others(imputer):
-    missing = np.random.default_rng(6).random((40, 4)) < 0.5
-    given = hide(linked_rows(40, 5), missing)
-    together = imputer.fill(given, missing)
-    for row in range(40):
-        np.testing.assert_array_equal(imputer.fill(given[row : row + 1], missing[row : row + 1])[0], together[row])
-
-
-def test_plain_json_gives_the_same_imputer_to_the_bit(imputer):
-    rebuilt = NeuralImputer.from_json(json.loads(json.dumps(imputer.to_json(), allow_nan=False)))
-    assert rebuilt.spans == imputer.spans
-    missing = np.random.default_rng(7).random((100, 4)) < 0.5
-    given = hide(linked_rows(100, 8), missing)
-    np.testing.assert_array_equal(rebuilt.fill(given, missing), imputer.fill(given, missing))
-
-
 def test_the_same_seed_gives_the_same_imputer_whatever_the_threads_and_leaves_the_global_state(monkeypatch, training):
     monkeypatch.setattr("dualrefnet.data.metadata.STEPS", 20)
     threads, state = torch.get_num_threads(), torch.get_rng_state()
@@ -394,15 +349,6 @@ def test_many_observed_numbers_are_thinned_to_quantiles_that_were_observed(monke
     assert len(values) == MOST_VALUES
     assert np.isin(values, columns).all()
     assert (values.min(), values.max()) == (columns.min(), columns.max())
-
-
-@pytest.mark.parametrize("recorded", [0, 1])
-def test_rows_with_hardly_a_value_can_be_fitted_and_filled(monkeypatch, recorded):
-    monkeypatch.setattr("dualrefnet.data.metadata.STEPS", 30)
-    missing = np.ones((20, 4), bool)
-    missing[:recorded] = False
-    imputer = fit_imputer(hide(linked_rows(20, 0), missing), missing, SPANS, 0)
-    assert np.isfinite(imputer.fill(np.zeros((3, 8), np.float32), np.ones((3, 4), bool))).all()
 
 
 def test_a_field_that_was_never_recorded_is_left_at_zero_or_has_no_column():

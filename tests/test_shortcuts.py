@@ -1,3 +1,6 @@
+"""Shortcut probes: of hand-made models what each probe reaches is known."""
+
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -5,33 +8,34 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from dualrefnet.analysis.opened_run import OpenedRun, open_run
 from dualrefnet.analysis.perturbations import (
-    count_flags,
-    find_missing,
-    hide_flags,
-    permute_across_groups,
     predict_with_metadata,
-    predict_without_image,
-    replace_values,
     without_fields,
 )
 from dualrefnet.analysis.shortcuts import (
+    BASELINES,
+    MEASURES,
+    PROBES,
     Shortcuts,
+    draw_shortcuts,
     fit_baseline,
     probe_shortcuts,
     shortcut_sentences,
     shortcut_table,
     with_missing_indicators,
 )
-from dualrefnet.errors import DataError
+from dualrefnet.cli import app, runs  # noqa: F401 (the module registers the commands)
+from dualrefnet.display.figure import save_figure
+from dualrefnet.errors import DataError, RunError
 from dualrefnet.evaluation.comparison import paired_difference
 from dualrefnet.evaluation.metrics import compute_metrics
+from dualrefnet.report.run_report import write_probes
 from dualrefnet.run import Run
 from hand_made import FormOnly, PictureOnly, hand_made
+from readable import assert_readable
 
 CHANCE = 1 / 6
 
@@ -56,26 +60,6 @@ def probe(opened: OpenedRun, folder: Path, looks_at: str, **options: object) -> 
 
 def groups_of(opened: OpenedRun) -> np.ndarray:
     return opened.groups.loc[list(opened.rows("test")["image_id"])].to_numpy()
-
-
-@given(st.lists(st.integers(0, 5), min_size=2, max_size=40), st.integers(0, 100))
-def test_strangers_are_of_another_patient_each_and_all_are_given_once(groups: list[int], seed: int) -> None:
-    largest = max(groups.count(group) for group in groups)
-    if len(set(groups)) < 2:
-        return
-    if 2 * largest > len(groups):
-        with pytest.raises(DataError, match="more than half"):
-            permute_across_groups(groups, np.random.default_rng(seed))
-        return
-    given_rows = permute_across_groups(groups, np.random.default_rng(seed))
-    assert sorted(given_rows.tolist()) == list(range(len(groups)))
-    assert all(groups[row] != groups[other] for row, other in enumerate(given_rows))
-
-
-def test_strangers_come_from_everywhere() -> None:
-    drawn = np.stack([permute_across_groups([0, 0, 1, 2, 3], np.random.default_rng(seed)) for seed in range(300)])
-    assert set(drawn[:, 0].tolist()) == {2, 3, 4}
-    assert set(drawn[:, 3].tolist()) == {0, 1, 2, 4}
 
 
 def test_a_model_of_gaps_keeps_all_with_gaps_alone_and_nothing_without_flags(opened: OpenedRun, tmp_path: Path) -> None:
@@ -145,43 +129,6 @@ def empty_age(run: OpenedRun) -> int:
     return round(float(values[0, run.metadata.names.index("age")] * run.metadata.std[place] + run.metadata.mean[place]))
 
 
-def test_replaced_answers_are_those_of_others_and_gaps_stay(opened: OpenedRun) -> None:
-    rows, metadata, groups = opened.rows("test"), opened.metadata, groups_of(opened)
-    # Each row's age is its own, so that the donor is known.
-    rows = rows.assign(age=np.arange(len(rows), dtype=float))
-    replaced = replace_values(rows, metadata, groups, np.random.default_rng(0))
-    donors = replaced["age"].to_numpy().astype(int)
-    assert (groups[donors] != groups).all()
-    for before, after in zip(find_missing(rows, metadata), find_missing(replaced, metadata), strict=True):
-        np.testing.assert_array_equal(before, after)
-    missing, not_known = find_missing(rows, metadata)
-    assert missing.any()
-    assert not_known.any()
-    for index, field in enumerate(metadata.fields):
-        answers = rows[field.name][~missing[:, index] & ~not_known[:, index]]
-        given_answers = replaced[field.name][~missing[:, index] & ~not_known[:, index]]
-        assert set(given_answers) <= set(answers)
-    assert replaced["label"].equals(rows["label"])
-
-
-def test_an_answer_that_only_one_patient_gave_is_taken_away(opened: OpenedRun) -> None:
-    rows = opened.rows("test").assign(smoke=np.nan)
-    rows["smoke"] = rows["smoke"].astype(object)
-    rows.loc[0, "smoke"] = "True"
-    replaced = replace_values(rows, opened.metadata, groups_of(opened), np.random.default_rng(0))
-    assert replaced["smoke"].isna().all()
-
-
-def test_hidden_flags_change_nothing_but_the_flags(opened: OpenedRun) -> None:
-    forms = opened.metadata.encode(opened.rows("test")).values
-    flags = [index for index, name in enumerate(opened.metadata.names) if name.startswith("missing_")]
-    hidden = hide_flags(opened.metadata, forms)
-    assert count_flags(opened.metadata) == len(flags) > 0
-    assert forms[:, flags].any()
-    assert not hidden[:, flags].any()
-    np.testing.assert_array_equal(np.delete(hidden, flags, axis=1), np.delete(forms, flags, axis=1))
-
-
 def test_the_whole_is_what_the_run_predicted_and_differences_are_paired(opened: OpenedRun, real: Shortcuts) -> None:
     examples = opened.pictures("test")
     written = opened.run.predictions.query("split == 'test'")[[f"prob_{name}" for name in opened.classes]].to_numpy()
@@ -189,17 +136,17 @@ def test_the_whole_is_what_the_run_predicted_and_differences_are_paired(opened: 
         without_fields(opened.rows("test"), [field.name for field in opened.metadata.fields])
     ).values
     asked = predict_with_metadata(opened, examples, [examples.metadata, empty])
-    np.testing.assert_allclose(asked.answers[0], written, atol=1e-5)
+    np.testing.assert_allclose(asked.probabilities[0], written, atol=1e-5)
     assert asked.vectors.shape == (len(examples), opened.model.encoder.features)
     values = real.table.set_index(["probe", "measure"])
     for measure, key in (("balanced_accuracy", "balanced_accuracy"), ("auc_macro_ovr", "auc_macro_ovr")):
-        metrics = compute_metrics(examples.labels, asked.answers[1], opened.classes)
+        metrics = compute_metrics(examples.labels, asked.probabilities[1], opened.classes)
         assert values.loc[("no_form", measure), "value"] == pytest.approx(metrics[key])
     # An independent road to the same interval.
     pair = paired_difference(
         examples.labels,
-        asked.answers[1],
-        asked.answers[0],
+        asked.probabilities[1],
+        asked.probabilities[0],
         groups_of(opened),
         opened.classes,
         "auc_macro_ovr",
@@ -210,31 +157,17 @@ def test_the_whole_is_what_the_run_predicted_and_differences_are_paired(opened: 
     assert [row["difference_low"], row["difference_high"]] == pytest.approx([pair.low, pair.high])
 
 
-def test_without_photograph_is_one_answer_for_equal_forms_in_batches_of_any_size(opened: OpenedRun) -> None:
-    forms = opened.pictures("test").metadata
-    size = opened.recipe.evaluation.batch_size
-    small = opened.recipe.model_copy(
-        update={"evaluation": opened.recipe.evaluation.model_copy(update={"batch_size": 7})}
-    )
-    assert len(forms) % 7
-    assert len(forms) < size
-    first, second = (predict_without_image(run, [forms])[0] for run in (opened, replace(opened, recipe=small)))
-    np.testing.assert_allclose(first, second, atol=1e-6)
-    doubled = predict_without_image(opened, [np.repeat(forms[:1], 3, axis=0)])[0]
-    np.testing.assert_allclose(doubled, np.repeat(first[:1], 3, axis=0), atol=1e-6)
-
-
 def test_probes_that_make_no_sense_are_left_out_and_said_so(opened: OpenedRun, tmp_path: Path) -> None:
     form = probe_shortcuts(hand_made(opened, tmp_path / "form", "age", FormOnly), permutations=2, samples=20)
     assert set(form.table["probe"]) == {"whole", "gaps", "flags_hidden", "trained_form", "trained_gaps"}
-    assert any("reads no photograph" in remark for remark in form.remarks)
+    assert any("reads no image" in remark for remark in form.remarks)
     picture = probe_shortcuts(
         hand_made(opened, tmp_path / "picture", "corner", PictureOnly), permutations=2, samples=20
     )
     assert set(picture.table["probe"]) == {
         *("whole", "trained_photograph", "whole_outlined", "lesion_blurred", "background_only", "lesion_only")
     }
-    assert any("reads no form" in remark for remark in picture.remarks)
+    assert any("reads no metadata" in remark for remark in picture.remarks)
     run = hand_made(opened, tmp_path / "bare", "corner")
     for path in (tmp_path / "bare" / "masks").iterdir():
         path.unlink()
@@ -256,20 +189,8 @@ def test_a_lead_that_can_t_be_told_from_none_is_not_shared_out(opened: OpenedRun
     table = result.table[result.table["measure"] == "balanced_accuracy"]
     assert table["lead"].isna().all()
     assert table.set_index("probe").loc["whole", "value"] == pytest.approx(CHANCE)
-    assert "can't be told from none" in shortcut_sentences(result)[0]
+    assert "isn't significant" in shortcut_sentences(result)[0]
     assert shortcut_table(result).rows[1][2].text == "–"
-
-
-def test_the_table_says_what_was_measured(real: Shortcuts) -> None:
-    table, printed = real.table, shortcut_table(real)
-    asked = table[~table["trained"]].drop_duplicates("probe")
-    assert [row[0].text for row in printed.rows] == asked["input"].tolist()
-    values = table[table["measure"] == "balanced_accuracy"].set_index("probe")
-    for row, name, trained in zip(printed.rows, asked["probe"], asked["trained_probe"], strict=True):
-        assert row[1].text == f"{values.loc[name, 'value']:.3f}"
-        assert row[-1].text == (f"{values.loc[trained, 'value']:.3f}" if trained else "–")
-    assert not any("{" in cell.text for row in printed.rows for cell in row)
-    assert "0.167" in printed.notes[0]
 
 
 def test_a_regression_learns_what_is_there_and_only_that() -> None:
@@ -291,3 +212,93 @@ def test_gaps_of_encoded_forms_become_columns() -> None:
     first, second = with_missing_indicators(train, test)
     np.testing.assert_array_equal(first, [[1, 0, 0, 1], [2, 3, 0, 0]])
     np.testing.assert_array_equal(second, [[0, 5, 1, 0]])
+
+
+def shortcuts(unit: str = "patient") -> Shortcuts:
+    """Return probes of all kinds, with numbers that are made up."""
+    rows = []
+    for place, name in enumerate([*PROBES, *BASELINES]):
+        given, trained = PROBES.get(name, (BASELINES.get(name, ""), ""))
+        for measure in MEASURES:
+            value = 0.7 - 0.02 * place
+            row: dict[str, object] = {
+                "probe": name,
+                "input": given.format(unit=unit),
+                "trained": name in BASELINES,
+                "trained_probe": trained,
+            }
+            row |= {"compared_with": "whole", "measure": measure, "chance": 1 / 6 if measure == MEASURES[0] else 0.5}
+            row |= {
+                "value": value,
+                "low": value - 0.05,
+                "high": value + 0.06,
+                "difference": value - 0.7,
+                "difference_low": -0.1,
+            }
+            row |= {"difference_high": 0.1, "lead": 1 - 0.04 * place, "lead_low": 0.1, "lead_high": 0.9}
+            rows.append(row | {"images": 200, "patients": 147, "repeats": 1})
+    return Shortcuts(pd.DataFrame(rows), ("one was left out",), "DualRefNet", unit, 10, 627, 1000, 0)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("unit", ["patient", "lesion"])
+def test_all_probes_are_drawn_and_can_be_read(measure: str, unit: str) -> None:
+    made = shortcuts(unit)
+    picture = draw_shortcuts(made, measure)
+    assert_readable(picture)
+    assert len(picture.data) == len(PROBES) + len(BASELINES)
+    dots = [
+        line for line in picture.figure.axes[0].lines if line.get_marker() in ("o", "s") and len(line.get_xdata()) == 1
+    ]
+    drawn = made.table[(made.table["measure"] == measure) & ~made.table["trained"]]
+    assert [line.get_xdata()[0] for line in dots] == drawn["value"].tolist()
+    diamonds = [line for line in picture.figure.axes[0].lines if line.get_marker() == "D"]
+    assert len(diamonds) == (drawn["trained_probe"] != "").sum()
+    assert f"{unit}s" in picture.caption
+    assert "{" not in picture.caption + picture.alt
+
+
+def test_probes_of_one_input_alone_are_drawn(tmp_path: Path) -> None:
+    made = shortcuts()
+    few = replace(
+        made, table=made.table[made.table["probe"].isin(["whole", "gaps", "flags_hidden"])].assign(trained_probe="")
+    )
+    picture = draw_shortcuts(few)
+    assert_readable(picture)
+    assert "outline" not in picture.caption
+    assert "diamond" not in picture.caption
+    assert len(save_figure(picture, tmp_path)) == 3
+    with pytest.raises(ValueError, match="have no kappa"):
+        draw_shortcuts(made, "kappa")
+
+
+def test_the_command_leaves_tables_and_pictures(tiny_run: Run, tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        app,
+        ["probe", str(tiny_run.path), "--out", str(tmp_path), "--permutations", "2", "--draws", "1", "--device", "cpu"],
+    )
+    assert result.exit_code == 0, result.output
+    assert "How much of the score is shortcut?" in result.output
+    assert "[0." in result.output, "intervals are printed as they are"
+    tables = {f"{name}.csv" for name in ("shortcuts", "availability", "patterns", "subgroups", "out_of_scope")}
+    assert {path.name for path in tmp_path.iterdir()} == tables | {"shortcuts.json", "pictures"}
+    assert set(pd.read_csv(tmp_path / "subgroups.csv")["field"]) == {"age", "gender", "fitspatrick", "region"}
+    assert "test photographs of lesions" in set(pd.read_csv(tmp_path / "out_of_scope.csv")["group"])
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 3
+    table = pd.read_csv(tmp_path / "shortcuts.csv")
+    written = json.loads((tmp_path / "shortcuts.json").read_text())
+    assert [row["probe"] for row in written["probes"]] == table["probe"].tolist()
+    assert written["permutations"] == 2
+    assert set(pd.read_csv(tmp_path / "availability.csv")["run"]) == {"tiny"}
+
+
+def test_what_can_t_be_probed_is_refused_at_once(tiny_run: Run, tmp_path: Path) -> None:
+    unfinished = Run(tmp_path / "unfinished")
+    with pytest.raises(RunError, match="isn't a finished run"):
+        write_probes(unfinished)
+    with pytest.raises(RunError, match="compared with itself"):
+        write_probes(tiny_run, [tiny_run])
+    with pytest.raises(RunError, match="at most 3 times"):
+        write_probes(tiny_run, [unfinished] * 4)
+    with pytest.raises(RunError, match="isn't a finished run"):
+        write_probes(tiny_run, [unfinished])

@@ -1,4 +1,3 @@
-import errno
 import os
 import shutil
 import subprocess
@@ -111,18 +110,6 @@ def test_every_row_is_the_preprocessed_image(table, cache):
     assert store.broken == {}
     assert progress == [(n + 1, COUNT) for n in range(COUNT)]
     assert list((cache / "stores").glob("*.partial")) == []
-
-
-def test_rows_are_read_in_any_order_and_may_be_written_to(table, cache):
-    store = fill_store(table, SECTION, cache=cache)
-    rows = store.rows_of(["i5", "i0", "i5"])
-    assert rows.tolist() == [5, 0, 5]
-    images = store.read(rows)
-    np.testing.assert_array_equal(images[0], images[2])
-    images[:] = 0
-    assert right(store, table)
-    with pytest.raises(KeyError):
-        store.rows_of(["nothing"])
 
 
 def test_a_changed_file_or_setting_gives_another_store(table, cache):
@@ -262,28 +249,6 @@ def test_a_disk_with_room_for_the_images_alone_keeps_them(table, small_disk, dec
     assert right(store, long)
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_space_that_cannot_be_reserved_is_reported_and_nothing_half_made_stays(table, cache, monkeypatch, number):
-    def no_space(file, start, length):
-        raise OSError(number, os.strerror(number))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "posix_fallocate", no_space)
-        with pytest.raises(DataError, match="the disk is full"):
-            fill_store(table, SECTION, cache=cache)
-    assert not (partial_folder(cache) / "images.u8").exists()
-    assert right(fill_store(table, SECTION, cache=cache), table)
-
-
-def test_other_errors_of_the_disk_are_not_called_full(table, cache, monkeypatch):
-    def failing(path):
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(store_module, "decode_image", failing)
-    with pytest.raises(OSError, match="Input/output error"):
-        fill_store(table, SECTION, cache=cache)
-
-
 @pytest.mark.parametrize("file", ["images.u8", "status.u8"])
 def test_a_half_written_partial_folder_is_filled_again(table, cache, file):
     with pytest.raises(KeyboardInterrupt):
@@ -343,21 +308,6 @@ def test_rows_hold_what_is_computed_from_the_images(source: ImageStore) -> None:
     images, values = source.read(rows), store.read(rows)
     np.testing.assert_allclose(values["mean"], images.mean(axis=(1, 2, 3)), rtol=1e-6)
     np.testing.assert_array_equal(values["half"], images[:, ::2, ::2])
-
-
-def test_a_filled_store_is_found_again_and_other_settings_have_another_one(source: ImageStore) -> None:
-    calls = []
-
-    def counting(images):
-        calls.append(len(images))
-        return compute(images)
-
-    first = fill_derived_store(source, "test", {"a": 1}, PARTS, counting, batch=4)
-    assert calls == [4, 4, 2]
-    assert fill_derived_store(source, "test", {"a": 1}, PARTS, counting).path == first.path
-    assert calls == [4, 4, 2]
-    assert fill_derived_store(source, "test", {"a": 2}, PARTS, counting).path != first.path
-    assert sum(calls) == 2 * ROWS
 
 
 def test_a_filling_that_was_cut_short_goes_on_where_it_stopped(source: ImageStore) -> None:

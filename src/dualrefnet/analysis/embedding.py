@@ -1,19 +1,17 @@
-"""How well classes are apart in a space of features: silhouette and nearest neighbours, with intervals over patients."""
-
-# also: The vector that is classified, made visible: where test images lie, and how well their classes are apart.
-# also: Pictures of the fused features: the map of the test images, and how well their classes are apart.
+"""How well classes are apart in the fused features that are classified: a t-SNE map, silhouette and nearest neighbours,
+with intervals over patients.
+"""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.axes import Axes
 from numpy.typing import ArrayLike, NDArray
 from sklearn import config_context
 from sklearn.decomposition import PCA
@@ -35,152 +33,34 @@ from dualrefnet.display.figure import (
     styled,
 )
 from dualrefnet.errors import RunError
-from dualrefnet.evaluation.bootstrap import CHUNK, Difference, Estimate, group_codes
+from dualrefnet.evaluation.bootstrap import Difference, Estimate, group_codes
 from dualrefnet.evaluation.comparison import PooledBootstrap
 from dualrefnet.models.inference import encoded
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Floats = NDArray[np.float64]
+Progress = Callable[[int, int], None]
 NEIGHBOURS = 5
-
-
 # Measure -> what it is called.
 MEASURES = {
     "silhouette": "silhouette (mean over images)",
     "silhouette_balanced": "silhouette (mean over classes)",
     "knn_balanced_accuracy": f"balanced accuracy of the {NEIGHBOURS} nearest neighbours",
 }
-
-
 LEVEL = 0.95
-
-
 # MiB of distances at a time.
 MEMORY = 128
-
-
-Floats = NDArray[np.float64]
-
-
-def measure_separation(
-    spaces: Mapping[str, Floats], labels: NDArray[np.int64], groups: ArrayLike, samples: int = 1000, seed: int = 0
-) -> PooledBootstrap:
-    """Measure how well the classes are apart in one or more spaces, each with the same resamples of patients.
-
-    The silhouette (Rousseeuw 1987) of an image says whether it is nearer to its own class than to the nearest other
-    one, from
-    -1 to 1, by the mean Euclidean distance; that of a class's only image is 0. Neighbours are those of
-    `neighbours_right`.
-    Both are computed once for every image, and the intervals resample these numbers by patient: no neighbour is sought
-    anew.
-
-    Args:
-        spaces: name -> (N, D), one point an image, the same images in the same order in all.
-        labels: (N,), class indices: at least two classes, one with two images.
-        groups: (N,), the patient of every image; at least two.
-        samples: bootstrap samples of patients.
-        seed: of the draw.
-
-    Returns:
-        `MEASURES` of every space. A class of which no image was drawn is left out of that sample.
-    """
-    codes = group_codes(groups)
-    patients = int(codes.max()) + 1
-    points: dict[str, dict[str, float]] = {}
-    drawn: dict[str, dict[str, Floats]] = {}
-    for name, space in spaces.items():
-        with config_context(working_memory=MEMORY):
-            sums = _class_sums(labels, codes, silhouette_samples(space, labels), neighbours_right(space, labels, codes))
-        points[name] = {measure: float(value[0]) for measure, value in _measure(sums, np.ones((1, patients))).items()}
-        parts = [_measure(sums, times) for times in _resamples(patients, samples, seed)]
-        drawn[name] = {measure: np.concatenate([part[measure] for part in parts]) for measure in MEASURES}
-    return PooledBootstrap(points, drawn, patients, len(labels), samples, LEVEL)
-
-
-def neighbours_right(points: Floats, labels: NDArray[np.int64], groups: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Say of each image whether most of its nearest images from other patients have its class.
-
-    Args:
-        points: (N, D).
-        labels: (N,), class indices.
-        groups: (N,), number of the patient; there are at least two.
-
-    Returns:
-        (N,). Of classes with the same number of neighbours, that of the nearest one counts.
-    """
-    count = min(NEIGHBOURS, len(points) - 1)
-
-    def vote(distances: Floats, start: int) -> NDArray[np.bool_]:
-        rows = np.arange(len(distances))
-        own = groups[start : start + len(distances)]
-        distances[own[:, None] == groups] = np.inf
-        nearest = np.argpartition(distances, count - 1, axis=1)[:, :count]
-        away = np.take_along_axis(distances, nearest, axis=1)
-        order = np.argsort(away, axis=1, kind="stable")
-        # Infinite: fewer images than `count` are of other patients.
-        known = np.isfinite(np.take_along_axis(away, order, axis=1))
-        given = labels[np.take_along_axis(nearest, order, axis=1)]
-        votes = np.zeros((len(distances), labels.max() + 1), dtype=int)
-        np.add.at(votes, (rows[:, None], given), known)
-        winner = known & (votes[rows[:, None], given] == votes.max(axis=1, keepdims=True))
-        right: NDArray[np.bool_] = given[rows, winner.argmax(axis=1)] == labels[start : start + len(distances)]
-        return right
-
-    return np.concatenate(list(pairwise_distances_chunked(points, reduce_func=vote)))
-
-
-def _class_sums(labels: NDArray[np.int64], codes: NDArray[np.int64], *values: NDArray[Any]) -> list[Floats]:
-    """Return (G, C) numbers of each patient's images of each class, and the same sums of each of the values."""
-    groups, classes = int(codes.max()) + 1, int(labels.max()) + 1
-    flat = codes * classes + labels
-    return [
-        np.bincount(flat, weights, groups * classes).reshape(groups, classes).astype(np.float64)
-        for weights in (np.ones(len(labels)), *values)
-    ]
-
-
-def _measure(sums: list[Floats], times: Floats) -> dict[str, Floats]:
-    """Return every measure of resamples, (S,) each.
-
-    Args:
-        sums: counts, silhouettes and right neighbours, (G, C) each.
-        times: (S, G), how often each patient was drawn.
-    """
-    counts, silhouettes, right = (times @ part for part in sums)
-
-    def over_classes(totals: Floats) -> Floats:
-        # A class that wasn't drawn is left out of that sample.
-        shares = np.divide(totals, counts, out=np.full(counts.shape, np.nan), where=counts > 0)
-        return np.asarray(np.nanmean(shares, axis=1), dtype=np.float64)
-
-    return {
-        "silhouette": silhouettes.sum(axis=1) / counts.sum(axis=1),
-        "silhouette_balanced": over_classes(silhouettes),
-        "knn_balanced_accuracy": over_classes(right),
-    }
-
-
-def _resamples(groups: int, samples: int, seed: int) -> Iterator[Floats]:
-    """Draw patients with replacement: how often each was drawn, (at most `CHUNK`, G) at a time."""
-    generator = np.random.default_rng(seed)
-    for done in range(0, samples, CHUNK):
-        yield generator.multinomial(groups, np.full(groups, 1 / groups), size=min(CHUNK, samples - done)).astype(
-            np.float64
-        )
-
-
-# Fewer dots make no map.
+# Fewer images make no map.
 FEWEST = 5
-
-
 # Dimensions that vary by less than this part of their size vary by rounding only.
 ROUNDING = 1e-5
 
 
-Progress = Callable[[int, int], None]
-
-
 @dataclass(frozen=True)
 class Features:
-    """What a model made of N test images.
+    """The fused features of N test images.
 
     Attributes:
         name: of the run.
@@ -188,8 +68,8 @@ class Features:
         image_ids: N ids.
         labels: (N,), indices into `classes`.
         groups: (N,), the patient of every image.
-        values: (N, D), the fused vector that is classified.
-        unit: what the groups are: patients, or lesions (of ISIC-2019, which doesn't name its patients).
+        values: (N, D), the vector that is classified.
+        unit: what the groups are, `patient` or `lesion`.
     """
 
     name: str
@@ -198,24 +78,23 @@ class Features:
     labels: NDArray[np.int64]
     groups: NDArray[Any]
     values: NDArray[np.float32]
-    unit: str = "patients"
+    unit: str = "patient"
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """A map of test images, and how well the classes are apart in the vectors that it was made from.
+    """A map of test images, and how well the classes are apart in the features that it was made from.
 
     Attributes:
         name: of the run.
         classes: in the order of the outputs.
         table: image_id, class, x, y, run; one row an image of the sample.
         separation: `MEASURES` of the run, and of the other one in a comparison; the intervals resample patients, and an
-            image
-            keeps its neighbours in them.
-        dimensions: of the vector, those left out that are constant.
-        images: on the test side (in a comparison: on both), of which the table is a sample.
+            image keeps its neighbours in them.
+        dimensions: of the features, without those that are constant.
+        images: in the test split (in a comparison: in both), of which the table is a sample.
         seed: of the sample, the map and the intervals.
-        unit: what is resampled, patients or lesions.
+        unit: what is resampled, `patient` or `lesion`.
     """
 
     name: str
@@ -234,12 +113,7 @@ class Embedding:
 
 @dataclass(frozen=True)
 class EmbeddingComparison:
-    """Two runs on the same test images.
-
-    Attributes:
-        first: a run.
-        second: the other one, on the same images in the same order.
-    """
+    """Two runs on the same test images in the same order."""
 
     first: Embedding
     second: Embedding
@@ -249,42 +123,19 @@ class EmbeddingComparison:
         return self.first.separation.difference(self.first.name, self.second.name, measure)
 
     def better(self, measure: str) -> Embedding | None:
-        """Return the run that separates the classes better by one of `MEASURES`; None: the interval of the difference
-        holds 0.
-        """
+        """Return the run that separates the classes better; None: the interval of the difference holds 0."""
         found = self.difference(measure)
         if found.low <= 0 <= found.high:
             return None
         return self.first if found.low > 0 else self.second
 
     def sentence(self, measure: str) -> str:
-        """Say in numbers which run separates the classes better by one of `MEASURES`, or that it can't be told."""
+        """Say in numbers which run separates the classes better, or that there is no clear difference."""
         found, winner = self.difference(measure), self.better(measure)
         values = ", ".join(f"{run.name} {run.value(measure).value:.3f}" for run in (self.first, self.second))
-        numbers = f"{values}; difference {found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]".replace("-", "−")
-        said = (
-            f"{winner.name} separates the classes better"
-            if winner
-            else "it can't be told which run separates the classes better"
-        )
-        return f"By the {MEASURES[measure]} {said} ({numbers})."
-
-    def conclusion(self) -> str:
-        """Say which run separates the classes better, by which measures, and by which it can't be told."""
-        parts = []
-        for run in (self.first, self.second, None):
-            names = [f"the {words}" for measure, words in MEASURES.items() if self.better(measure) is run]
-            if names:
-                by = "all measures" if len(names) == len(MEASURES) else " and ".join(names)
-                if run is None and len(names) == len(MEASURES):
-                    by = "any measure"
-                parts.append(
-                    f"{run.name} separates the classes better by {by}"
-                    if run
-                    else f"which is better by {by} can't be told"
-                )
-        said = "; ".join(parts)
-        return f"{said[0].upper()}{said[1:]}." if parts[0].startswith("which") else f"{said}."
+        difference = f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]".replace("-", "−")
+        result = f"{winner.name} separates the classes better" if winner else "there is no clear difference"
+        return f"By the {MEASURES[measure]}, {result} ({values}; difference {difference})."
 
 
 def embed(
@@ -302,7 +153,7 @@ def embed(
         images: at most so many, each class in proportion.
         samples: bootstrap samples of patients.
         seed: of the sample, the map and the intervals.
-        name: of the run in the table and in pictures; None: its folder's.
+        name: of the run in the table and in figures; None: its folder's.
         progress: called with (images read, images in all).
 
     Raises:
@@ -331,7 +182,7 @@ def compare_embeddings(
         images: at most so many, each class in proportion.
         samples: bootstrap samples of patients, the same for both.
         seed: of the sample, the maps and the intervals.
-        names: of the two runs in tables and pictures; None: their folders'.
+        names: of the two runs in tables and figures; None: their folders'.
         progress: called with (images read, images in all), of both runs together.
 
     Raises:
@@ -342,19 +193,18 @@ def compare_embeddings(
     runs, names = (first, second), names or (first.run.path.name, second.run.path.name)
     if names[0] == names[1]:
         names = (str(first.run.path), str(second.run.path))
-    sides = [opened.examples("test") for opened in runs]
-    both = shared_images(*(_frame(opened, side) for opened, side in zip(runs, sides, strict=True)))
+    tested = [opened.examples("test") for opened in runs]
+    both = shared_images(*(_frame(opened, examples) for opened, examples in zip(runs, tested, strict=True)))
     codes = np.array([first.classes.index(label) for label in both["label"]])
     chosen = both["image_id"].to_numpy()[sample_rows(codes, images, seed)]
-    read = []
-    for number, (opened, name, side) in enumerate(zip(runs, names, sides, strict=True)):
-        place = pd.Series(np.arange(len(side)), index=list(side.image_ids))
-        shifted = _shifted(progress, number * len(chosen), 2 * len(chosen)) if progress else None
-        read.append(_read(opened, name, side, place.loc[chosen].to_numpy(), shifted))
-    return EmbeddingComparison(*embed_features(read, len(both), samples, seed))
+    features = []
+    for number, (opened, name, examples) in enumerate(zip(runs, names, tested, strict=True)):
+        rows = pd.Index(examples.image_ids).get_indexer(pd.Index(chosen))
+        features.append(_read(opened, name, examples, rows, progress, number * len(chosen), 2 * len(chosen)))
+    return EmbeddingComparison(*embed_features(features, len(both), samples, seed))
 
 
-def embed_features(runs: list[Features], images: int, samples: int = 1000, seed: int = 0) -> list[Embedding]:
+def embed_features(runs: Sequence[Features], images: int, samples: int = 1000, seed: int = 0) -> list[Embedding]:
     """Map and measure features; of several runs on the same images all with the same resamples of patients.
 
     Args:
@@ -366,9 +216,12 @@ def embed_features(runs: list[Features], images: int, samples: int = 1000, seed:
     Raises:
         RunError: see `embed`.
     """
-    _check_images(runs[0])
+    labels, groups = runs[0].labels, runs[0].groups
+    counts = np.unique(labels, return_counts=True)[1]
+    if len(labels) < FEWEST or len(counts) < 2 or counts.max() < 2 or len(set(groups)) < 2:
+        raise RunError(f"a map needs at least {FEWEST} test images, of 2 classes (one with 2 images) and 2 patients")
     spaces = {run.name: _standardise(run) for run in runs}
-    separation = measure_separation(spaces, runs[0].labels, runs[0].groups, samples, seed)
+    separation = measure_separation(spaces, labels, groups, samples, seed)
     result = []
     for run in runs:
         place = _map(spaces[run.name], seed)
@@ -376,50 +229,38 @@ def embed_features(runs: list[Features], images: int, samples: int = 1000, seed:
         table = pd.DataFrame(
             {"image_id": run.image_ids, "class": names, "x": place[:, 0], "y": place[:, 1], "run": run.name}
         )
-        result.append(
-            Embedding(run.name, run.classes, table, separation, spaces[run.name].shape[1], images, seed, run.unit)
-        )
+        dimensions = spaces[run.name].shape[1]
+        result.append(Embedding(run.name, run.classes, table, separation, dimensions, images, seed, run.unit))
     return result
 
 
 def _frame(opened: OpenedRun, examples: Examples) -> pd.DataFrame:
-    labels = [opened.classes[label] for label in examples.labels]
-    return pd.DataFrame(
-        {
-            "image_id": examples.image_ids,
-            "label": labels,
-            "group": opened.groups.loc[list(examples.image_ids)].to_numpy(),
-        }
-    )
-
-
-def _shifted(progress: Progress, before: int, total: int) -> Progress:
-    return lambda done, _: progress(before + done, total)
+    ids, labels = list(examples.image_ids), [opened.classes[label] for label in examples.labels]
+    return pd.DataFrame({"image_id": ids, "label": labels, "group": opened.groups.loc[ids].to_numpy()})
 
 
 @torch.inference_mode()
 def _read(
-    opened: OpenedRun, name: str, examples: Examples, rows: NDArray[np.int64], progress: Progress | None
+    opened: OpenedRun,
+    name: str,
+    examples: Examples,
+    rows: NDArray[np.int64],
+    progress: Progress | None,
+    done: int = 0,
+    total: int | None = None,
 ) -> Features:
-    """Run the model over rows of examples and keep the vectors that it classifies."""
+    """Run the model over rows of examples and keep the features that it classifies; progress goes on from `done`."""
     parts, size = [], opened.recipe.evaluation.batch_size
     for start in range(0, len(rows), size):
         batch = examples.batch(rows[start : start + size])
         images = encoded(batch.features, opened.device) if batch.features else opened.images(batch)
         parts.append(opened.model(images, batch.metadata.to(opened.device)).features.float().cpu().numpy())
         if progress:
-            progress(min(start + size, len(rows)), len(rows))
+            progress(done + min(start + size, len(rows)), total or len(rows))
     chosen = _frame(opened, examples).iloc[rows]
-    groups, unit = chosen["group"].to_numpy(), "lesions" if opened.recipe.data.dataset == "isic_2019" else "patients"
-    return Features(
-        name, opened.classes, tuple(chosen["image_id"]), examples.labels[rows], groups, np.concatenate(parts), unit
-    )
-
-
-def _check_images(run: Features) -> None:
-    counts = np.unique(run.labels, return_counts=True)[1]
-    if len(run.labels) < FEWEST or len(counts) < 2 or counts.max() < 2 or len(set(run.groups)) < 2:
-        raise RunError(f"a map needs at least {FEWEST} test images, of 2 classes (one with 2 images) and 2 patients")
+    values, unit = np.concatenate(parts), opened.dataset.schema.unit
+    ids, groups = tuple(chosen["image_id"]), chosen["group"].to_numpy()
+    return Features(name, opened.classes, ids, examples.labels[rows], groups, values, unit)
 
 
 def _standardise(run: Features) -> Floats:
@@ -429,17 +270,13 @@ def _standardise(run: Features) -> Floats:
         raise RunError(f"the features of {run.name} aren't finite: its training has failed")
     values = values[:, np.ptp(values, axis=0) > ROUNDING * np.abs(values).max(axis=0)]
     if values.shape[1] < 2:
-        raise RunError(
-            f"the features of {run.name} are the same for all images: its training has failed, and there is nothing to map"
-        )
+        raise RunError(f"the features of {run.name} are the same for all images: its training has failed")
     standardised: Floats = (values - values.mean(axis=0)) / values.std(axis=0)
     return standardised
 
 
 def _map(points: Floats, seed: int) -> Floats:
-    """Return a place in the plane for each of (N, D) points: t-SNE (van der Maaten and Hinton 2008) of at most 50
-    components.
-    """
+    """Return (N, 2) by t-SNE (van der Maaten and Hinton 2008) of at most 50 principal components of (N, D) points."""
     components = PCA(min(50, *points.shape), random_state=seed).fit_transform(points)
     model = TSNE(init="pca", perplexity=min(30, (len(points) - 1) / 3), random_state=seed)
     # Sums of several threads depend on their number, and the map on every last digit. One is also faster on a busy
@@ -449,77 +286,156 @@ def _map(points: Floats, seed: int) -> Floats:
     return places
 
 
+def measure_separation(
+    spaces: Mapping[str, Floats], labels: NDArray[np.int64], groups: ArrayLike, samples: int = 1000, seed: int = 0
+) -> PooledBootstrap:
+    """Measure how well the classes are apart in one or more spaces, each with the same resamples of patients.
+
+    The silhouette (Rousseeuw 1987) of an image says whether it is nearer to its own class than to the nearest other
+    one, from -1 to 1, by the mean Euclidean distance; that of a class's only image is 0. It and `neighbours_right` are
+    computed once for every image, and the intervals resample these numbers by patient: an image keeps its neighbours.
+
+    Args:
+        spaces: name -> (N, D), one point an image, the same images in the same order in all.
+        labels: (N,), class indices: at least two classes, one with two images.
+        groups: (N,), the patient of every image; at least two.
+        samples: bootstrap samples of patients.
+        seed: of the draw.
+
+    Returns:
+        `MEASURES` of every space. A class of which no image was drawn is left out of that sample.
+    """
+    codes = group_codes(groups)
+    patients, classes = int(codes.max()) + 1, int(labels.max()) + 1
+    # How often each patient was drawn, (samples, G).
+    weights = np.random.default_rng(seed).multinomial(patients, np.full(patients, 1 / patients), size=samples)
+
+    def by_patient(values: NDArray[Any]) -> Floats:
+        """Sum (N,) over each patient's images of each class, (G, C)."""
+        sums = np.bincount(codes * classes + labels, values, patients * classes).reshape(patients, classes)
+        return np.asarray(sums, dtype=np.float64)
+
+    points: dict[str, dict[str, float]] = {}
+    drawn: dict[str, dict[str, Floats]] = {}
+    for name, space in spaces.items():
+        with config_context(working_memory=MEMORY):
+            values = (np.ones(len(labels)), silhouette_samples(space, labels), neighbours_right(space, labels, codes))
+        sums = [by_patient(one) for one in values]
+        points[name] = {measure: float(value[0]) for measure, value in _measure(sums, np.ones((1, patients))).items()}
+        drawn[name] = _measure(sums, weights.astype(np.float64))
+    return PooledBootstrap(points, drawn, patients, len(labels), samples, LEVEL)
+
+
+def _measure(sums: list[Floats], weights: Floats) -> dict[str, Floats]:
+    """Return every measure of resamples (S, G), (S,) each, from counts, silhouettes and right neighbours, (G, C)."""
+    counts, silhouettes, right = (weights @ part for part in sums)
+
+    def over_classes(totals: Floats) -> Floats:
+        # A class that wasn't drawn is left out of that sample.
+        shares = np.divide(totals, counts, out=np.full(counts.shape, np.nan), where=counts > 0)
+        return np.asarray(np.nanmean(shares, axis=1), dtype=np.float64)
+
+    return {
+        "silhouette": silhouettes.sum(axis=1) / counts.sum(axis=1),
+        "silhouette_balanced": over_classes(silhouettes),
+        "knn_balanced_accuracy": over_classes(right),
+    }
+
+
+def neighbours_right(points: Floats, labels: NDArray[np.int64], groups: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return (N,) whether most of an image's nearest images from other patients have its class; of classes with the
+    same number of neighbours, that of the nearest one counts.
+    """
+    count = min(NEIGHBOURS, len(points) - 1)
+
+    def vote(distances: Floats, start: int) -> NDArray[np.bool_]:
+        rows = np.arange(len(distances))
+        own = groups[start : start + len(distances)]
+        distances[own[:, None] == groups] = np.inf
+        nearest = np.argpartition(distances, count - 1, axis=1)[:, :count]
+        away = np.take_along_axis(distances, nearest, axis=1)
+        order = np.argsort(away, axis=1, kind="stable")
+        # Infinite: fewer images than `count` are of other patients.
+        known = np.isfinite(np.take_along_axis(away, order, axis=1))
+        given = labels[np.take_along_axis(nearest, order, axis=1)]
+        votes = np.zeros((len(distances), labels.max() + 1), dtype=int)
+        np.add.at(votes, (rows[:, None], given), known)
+        winner = known & (votes[rows[:, None], given] == votes.max(axis=1, keepdims=True))
+        right: NDArray[np.bool_] = given[rows, winner.argmax(axis=1)] == labels[start : start + len(distances)]
+        return right
+
+    return np.concatenate(list(pairwise_distances_chunked(points, reduce_func=vote)))
+
+
 # Letters that fit into a line: of a panel's title, of the legend.
 TITLE, LEGEND = 44, 52
-
-
 _KNN = "knn_balanced_accuracy"
 
 
 @styled
 def draw_embedding(a: Embedding, b: Embedding | None = None) -> ReportFigure:
-    """Draw the map of a run's test images, or of two runs' one above the other.
-
-    Args:
-        a: a run.
-        b: another one, on the same images (`EmbeddingComparison`).
-    """
+    """Draw the map of a run's test images, or of two runs' on the same images one above the other."""
     maps = [a] if b is None else [a, b]
     shown = [name for name in a.classes if (a.table["class"] == name).any()]
     columns = max(1, min(4, 40 // max(len(name) + 4 for name in shown)))
     figure, axes = new_figure(3.1 * len(maps) + 0.2 + 0.16 * -(-len(shown) // columns), len(maps))
     for axis, run in zip(axes, maps, strict=True):
         _draw_map(axis, run)
-        numbers = f"silhouette {run.value('silhouette').value:.2f}, neighbours {run.value(_KNN).value:.2f}".replace(
-            "-", "−"
-        )
-        axis.set_title(f"{_wrap(run.name, TITLE)}\n{numbers}")
+        silhouette, neighbours = (run.value(measure).value for measure in ("silhouette", _KNN))
+        numbers = f"silhouette {silhouette:.2f}, neighbours {neighbours:.2f}".replace("-", "−")
+        axis.set_title(f"{textwrap.fill(run.name, TITLE)}\n{numbers}")
     handles, labels = axes[0].get_legend_handles_labels()
-    order = [labels.index(name) for name in shown]
-    figure.legend(
-        [handles[place] for place in order],
-        shown,
-        loc="outside lower center",
-        ncols=columns,
-        markerscale=1.6,
-        handletextpad=0.1,
-    )
+    handles = [handles[labels.index(name)] for name in shown]
+    figure.legend(handles, shown, loc="outside lower center", ncols=columns, markerscale=1.6, handletextpad=0.1)
     few = "all" if len(a.table) == a.images else f"{len(a.table)} (each class in proportion, seed {a.seed}) of the"
     which = "test images" if b is None else "images that both runs were tested on"
-    said = "; ".join(
+    values = "; ".join(
         f"{run.name}: " + ", ".join(f"{MEASURES[name]} {_interval(run, name)}" for name in MEASURES) for run in maps
     )
     caption = (
-        f"Each mark is a test image, {few} {a.images} {which} of {a.separation.groups} {a.unit}; images near each other have similar fused "
-        "features (the vector that is classified), but axes, sizes of clusters and distances between them mean nothing in such a map "
-        "(t-SNE). The numbers are measured on the features themselves: the silhouette says how much nearer images are to their own class "
-        f"than to the next (−1 to 1), and the neighbours are the nearest images of other {a.unit} (chance {1 / len(shown):.2f}). {said}. "
-        f"{_intervals(a)}"
+        f"Each mark is a test image, {few} {a.images} {which} of {a.separation.groups} {a.unit}s; images near each "
+        "other have similar fused features, but axes, sizes of clusters and distances between them mean nothing "
+        "(t-SNE). The numbers are measured on the features themselves: the silhouette (−1 to 1), and the nearest "
+        f"neighbours from other {a.unit}s (chance {1 / len(shown):.2f}). {values}. {_intervals(a)}"
     )
-    alt = f"Map of {len(a.table)} test images of {len(shown)} classes. {said}."
+    alt = f"Map of {len(a.table)} test images of {len(shown)} classes. {values}."
     name = "embedding" if b is None else "embeddings"
     return ReportFigure(
-        name, "Fused features of the test images", caption, alt, figure, pd.concat([run.table for run in maps])
+        name, "t-SNE of the fused features", caption, alt, figure, pd.concat([run.table for run in maps])
     )
+
+
+def _draw_map(axis: Axes, run: Embedding) -> None:
+    colours, markers = class_colours(run.classes), class_markers(run.classes)
+    size = 9 if len(run.table) > 600 else 14
+    # Rare classes on top.
+    for name in run.table["class"].value_counts().index:
+        rows = run.table[run.table["class"] == name]
+        look = {"color": colours[name], "marker": markers[name], "alpha": 0.8, "linewidths": 0, "label": name}
+        axis.scatter(rows["x"], rows["y"], s=size, **look)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for spine in axis.spines.values():
+        spine.set(visible=True, color=FAINT)
 
 
 @styled
 def draw_separation(comparison: EmbeddingComparison) -> ReportFigure:
     """Draw silhouettes and nearest neighbours of two runs on the same images, with intervals."""
-    runs = (comparison.first, comparison.second)
+    runs = (first := comparison.first, comparison.second)
     figure, axes = new_figure(3.1, len(MEASURES))
-    chance = 1 / runs[0].table["class"].nunique()
+    chance = 1 / first.table["class"].nunique()
     rows = []
-    for axis, (measure, words) in zip(axes, MEASURES.items(), strict=True):
+    for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
         axis.axvline(chance if measure == _KNN else 0, color=FAINT, linewidth=1)
         for place, (run, colour, marker) in enumerate(zip(runs, (PRIMARY, SECONDARY), ("o", "s"), strict=True)):
             found = run.value(measure)
             axis.plot([found.low, found.high], [place, place], color=colour)
-            axis.plot([found.value], [place], marker, color=colour, markersize=5, label=_wrap(run.name, LEGEND))
-            rows.append(
-                {"run": run.name, "measure": measure, "value": found.value, "low": found.low, "high": found.high}
-            )
-        axis.set_title(words[0].upper() + words[1:])
+            label = textwrap.fill(run.name, LEGEND)
+            axis.plot([found.value], [place], marker, color=colour, markersize=5, label=label)
+            row = {"run": run.name, "measure": measure, "value": found.value, "low": found.low, "high": found.high}
+            rows.append(row)
+        axis.set_title(title[0].upper() + title[1:])
         axis.set_ylim(1.6, -0.6)
         # The numbers stand where they can't meet a dot.
         axis.yaxis.tick_right()
@@ -529,33 +445,13 @@ def draw_separation(comparison: EmbeddingComparison) -> ReportFigure:
         axis.grid(visible=False, axis="y")
         axis.margins(x=0.08)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=1)
-    first = runs[0]
     caption = (
-        f"How well the classes are apart in the features that are classified, of two runs on the same {len(first.table)} test images of "
-        f"{first.separation.groups} {first.unit}; further right is better. Grey line: 0 for the silhouette, chance ({chance:.2f}) for the "
-        f"neighbours, which are the nearest images of other {first.unit}. {comparison.conclusion()} {_intervals(first)}"
+        f"Class separation in the fused features of two runs on the same {len(first.table)} test images of "
+        f"{first.separation.groups} {first.unit}s; further right is better. Grey line: 0 for the silhouette, chance "
+        f"({chance:.2f}) for the neighbours, which are images of other {first.unit}s. {_intervals(first)}"
     )
     alt = " ".join(comparison.sentence(measure) for measure in MEASURES)
-    return ReportFigure("separation", "How well the classes are apart", caption, alt, figure, pd.DataFrame(rows))
-
-
-def _draw_map(axis: Axes, run: Embedding) -> None:
-    colours, markers = class_colours(run.classes), class_markers(run.classes)
-    # Rare classes on top.
-    for name in run.table["class"].value_counts().index:
-        rows = run.table[run.table["class"] == name]
-        size = 9 if len(run.table) > 600 else 14
-        axis.scatter(
-            rows["x"], rows["y"], s=size, color=colours[name], marker=markers[name], alpha=0.8, linewidths=0, label=name
-        )
-    axis.set_xticks([])
-    axis.set_yticks([])
-    for spine in axis.spines.values():
-        spine.set(visible=True, color=FAINT)
-
-
-def _wrap(name: str, width: int) -> str:
-    return "\n".join(textwrap.wrap(name, width))
+    return ReportFigure("separation", "Class separation", caption, alt, figure, pd.DataFrame(rows))
 
 
 def _interval(run: Embedding, measure: str) -> str:
@@ -564,4 +460,4 @@ def _interval(run: Embedding, measure: str) -> str:
 
 
 def _intervals(run: Embedding) -> str:
-    return f"In brackets: 95% intervals from resampling {run.unit}, in which every image keeps its neighbours."
+    return f"In brackets: 95% intervals from resampling {run.unit}s, in which every image keeps its neighbours."

@@ -1,46 +1,46 @@
-"""The auxiliary task made visible: what goes in, what is asked for, what the decoder rebuilds, and how near that
-comes.
-"""
-
-# also: Pictures of the auxiliary task: input, target and reconstruction, and their likeness over the epochs.
+"""Super-resolution, the auxiliary task: input, target and reconstruction of test images, and PSNR and SSIM."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from dualrefnet.analysis.opened_run import OpenedRun, sample_rows
 from dualrefnet.data.loader import Examples
-from dualrefnet.display.figure import INK, PRIMARY, SECONDARY, WIDTH, ReportFigure, new_figure, styled
+from dualrefnet.display.figure import INK, PRIMARY, SECONDARY, WIDTH, ReportFigure, new_figure, show_image, styled
 from dualrefnet.errors import RunError
 from dualrefnet.models.inference import normalise
 from dualrefnet.models.superresolution import fill_targets, input_and_target, psnr, ssim
 
 BATCH = 16
+TARGETS = {
+    "bilinear": "the input itself, enlarged bilinearly",
+    "bicubic": "the input itself, enlarged bicubically",
+    "native": "the image at twice the input's side",
+}
 
 
 @dataclass(frozen=True)
 class ReconstructedImage:
-    """One image of the auxiliary task; the pictures are uint8.
+    """One image of the auxiliary task; images are uint8.
 
     Attributes:
         image_id: its id.
-        picture: (S, S, 3), what the encoder reads.
-        target: (2S, 2S, 3), what is to be rebuilt.
-        reconstruction: (2S, 2S, 3), what the decoder makes.
-        measures: `psnr` in dB and `ssim` of the reconstruction; `psnr_flat` and `ssim_flat` of an area of the target's
-            mean
-            colour, which shows nothing.
+        image: (S, S, 3), the encoder's input.
+        target: (2S, 2S, 3).
+        reconstruction: (2S, 2S, 3), the decoder's output.
+        measures: `psnr` in dB and `ssim` of the reconstruction; `psnr_flat` and `ssim_flat` of a uniform area of the
+            target's mean colour, the baseline.
     """
 
     image_id: str
-    picture: NDArray[np.uint8]
+    image: NDArray[np.uint8]
     target: NDArray[np.uint8]
     reconstruction: NDArray[np.uint8]
     measures: dict[str, float]
@@ -48,12 +48,12 @@ class ReconstructedImage:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How well test images are rebuilt.
+    """How well test images are reconstructed.
 
     Attributes:
-        table: image_id and the measures of `Rebuilt`, one row an image of the sample.
-        shown: images at equal steps of rank by PSNR, from a tenth of the way up (badly rebuilt) to nine tenths (well).
-        images: on the test side; the table has a sample of them.
+        table: image_id and the measures of `ReconstructedImage`, one row an image of the sample.
+        shown: images at equal steps of rank by PSNR, from the 10th to the 90th percentile.
+        images: in the test split; the table has a sample of them.
         kind: of the target (`model.target`).
     """
 
@@ -70,12 +70,12 @@ def reconstruct(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Reconstruction:
-    """Rebuild test images and measure them.
+    """Reconstruct test images and measure them.
 
     Args:
         opened: a run with the auxiliary task.
         images: at most so many, each class in proportion.
-        show: how many to give back as pictures.
+        show: how many to return as images.
         seed: of the choice.
         progress: called with (images done, images in all).
 
@@ -90,126 +90,97 @@ def reconstruct(
     chosen = sample_rows(examples.labels, images, seed)
     rows = []
     for start in range(0, len(chosen), BATCH):
-        rows += [
-            {"image_id": case.image_id, **case.measures}
-            for case in _rebuild(opened, examples, chosen[start : start + BATCH])
-        ]
+        batch = _reconstruct(opened, examples, chosen[start : start + BATCH])
+        rows += [{"image_id": case.image_id, **case.measures} for case in batch]
         if progress:
             progress(min(start + BATCH, len(chosen)), len(chosen))
     table = pd.DataFrame(rows)
-    # By rank, not by looks: bad, middling and good ones alike.
+    # By rank: bad, middling and good ones alike.
     steps = np.linspace(0.1, 0.9, show) * (len(chosen) - 1)
     places = np.argsort(table["psnr"].to_numpy(), kind="stable")[steps.round().astype(int)]
-    return Reconstruction(table, tuple(_rebuild(opened, examples, chosen[places])), len(examples), recipe.model.target)
+    shown = tuple(_reconstruct(opened, examples, chosen[places]))
+    return Reconstruction(table, shown, len(examples), recipe.model.target)
 
 
 @torch.inference_mode()
-def _rebuild(opened: OpenedRun, examples: Examples, rows: NDArray[np.int64]) -> list[ReconstructedImage]:
+def _reconstruct(opened: OpenedRun, examples: Examples, rows: NDArray[np.int64]) -> list[ReconstructedImage]:
     batch = examples.batch(rows)
     assert batch.images is not None
     full = batch.images.to(opened.device).contiguous().float().div(255)
     stored = None if batch.targets is None else batch.targets.to(opened.device).contiguous().float().div(255)
-    picture, target = input_and_target(full, stored, opened.recipe.model.target, opened.recipe.image.size)
-    rebuilt = opened.model.reconstruct(normalise(picture, opened.normalisation))
-    assert rebuilt is not None
+    image, target = input_and_target(full, stored, opened.recipe.model.target, opened.recipe.image.size)
+    output = opened.model.reconstruct(normalise(image, opened.normalisation))
+    assert output is not None
     assert target is not None
-    rebuilt = rebuilt.float().clamp(0, 1)
+    output = output.float().clamp(0, 1)
     flat = target.mean(dim=(2, 3), keepdim=True).expand_as(target)
     measures = {
-        "psnr": psnr(rebuilt, target),
-        "ssim": ssim(rebuilt, target),
+        "psnr": psnr(output, target),
+        "ssim": ssim(output, target),
         "psnr_flat": psnr(flat, target),
         "ssim_flat": ssim(flat, target),
     }
-    pictures, targets, rebuilts = (
-        (255 * part).round().byte().permute(0, 2, 3, 1).cpu().numpy() for part in (picture, target, rebuilt)
+    images, targets, outputs = (
+        (255 * part).round().byte().permute(0, 2, 3, 1).cpu().numpy() for part in (image, target, output)
     )
     return [
         ReconstructedImage(
             examples.image_ids[row],
-            pictures[place],
+            images[place],
             targets[place],
-            rebuilts[place],
+            outputs[place],
             {name: float(values[place]) for name, values in measures.items()},
         )
         for place, row in enumerate(rows)
     ]
 
 
-TARGETS = {
-    "bilinear": "the input itself, enlarged bilinearly",
-    "bicubic": "the input itself, enlarged bicubically",
-    "native": "the photograph at twice the input's side",
-}
-
-
 @styled
 def draw_reconstruction(result: Reconstruction) -> ReportFigure:
-    """Draw input, target and reconstruction of some test images, from badly to well rebuilt ones."""
+    """Draw input, target and reconstruction of some test images, the worst first."""
     rows = len(result.shown)
     figure, axes = new_figure(0.25 + rows * (WIDTH / 3 + 0.22), rows, 3)
     for row, case in enumerate(result.shown):
-        parts = (case.picture, case.target, case.reconstruction)
-        titles = (
-            f"input, {case.picture.shape[0]} px",
-            f"target, {case.target.shape[0]} px",
-            f"rebuilt, {case.measures['psnr']:.1f} dB",
-        )
-        for axis, part, title in zip(axes[3 * row : 3 * row + 3], parts, titles, strict=True):
-            axis.imshow(part, interpolation="none")
-            axis.set_title(title, fontsize=7, fontweight="normal")
-            axis.set_axis_off()
+        first, second, third = axes[3 * row : 3 * row + 3]
+        show_image(first, case.image, f"input, {case.image.shape[0]} px")
+        show_image(second, case.target, f"target, {case.target.shape[0]} px")
+        show_image(third, case.reconstruction, f"output, {case.measures['psnr']:.1f} dB")
     mean = result.table[["psnr", "ssim", "psnr_flat", "ssim_flat"]].mean()
     target = TARGETS.get(result.kind, f"made from the input by the network {result.kind}")
     caption = (
-        f"The decoder must rebuild a picture of twice the input's side; here the target is {target}. Shown are images at equal "
-        f"steps of rank, from badly to well rebuilt, of {len(result.table)} of {result.images} test images, with PSNR in dB and SSIM (1: "
-        "equal). "
-        f"Mean PSNR {mean['psnr']:.1f} dB, SSIM {mean['ssim']:.2f}; a plain area of the target's mean colour reaches "
+        f"The decoder reconstructs an image of twice the input's side; the target is {target}. Shown are images at "
+        f"equal steps of rank by PSNR, of {len(result.table)} of {result.images} test images. Mean PSNR "
+        f"{mean['psnr']:.1f} dB, SSIM {mean['ssim']:.2f}; a uniform area of the target's mean colour reaches "
         f"{mean['psnr_flat']:.1f} dB and {mean['ssim_flat']:.2f}."
     )
     alt = "; ".join(
         f"image {number}: PSNR {case.measures['psnr']:.1f} dB, SSIM {case.measures['ssim']:.2f}"
         for number, case in enumerate(result.shown, 1)
     )
-    return ReportFigure("reconstruction", "What the auxiliary decoder rebuilds", caption, alt, figure, result.table)
+    return ReportFigure("reconstruction", "Super-resolution", caption, alt, figure, result.table)
 
 
 @styled
 def draw_reconstruction_history(history: pd.DataFrame) -> ReportFigure:
-    """Draw PSNR and SSIM of the first validation images over the epochs.
+    """Draw the columns `val_psnr` and `val_ssim` of a run's history over the epochs."""
+    from matplotlib.ticker import MaxNLocator
 
-    Args:
-        history: of the run, with the columns `val_psnr` and `val_ssim`.
-    """
     figure, axes = new_figure(1.9, 1, 2)
-    for axis, column, label, colour in zip(
-        axes, ("val_psnr", "val_ssim"), ("PSNR, dB", "SSIM"), (PRIMARY, SECONDARY), strict=True
-    ):
+    first, last, alt = history.iloc[0], history.iloc[-1], []
+    series = (("val_psnr", "PSNR, dB", PRIMARY), ("val_ssim", "SSIM", SECONDARY))
+    for axis, (column, label, colour) in zip(axes, series, strict=True):
         axis.plot(history["epoch"], history[column], color=colour, marker="o", markersize=2.5)
         axis.set_title(label)
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        last = history.iloc[-1]
-        axis.annotate(
-            f"{last[column]:.3g}",
-            (last["epoch"], last[column]),
-            xytext=(0, 5),
-            textcoords="offset points",
-            ha="right",
-            color=INK,
-            fontsize=7.5,
-        )
-    first, last = history.iloc[0], history.iloc[-1]
-    words = [
-        f"{name} from {first[column]:.3g} to {last[column]:.3g}"
-        for name, column in (("PSNR", "val_psnr"), ("SSIM", "val_ssim"))
-    ]
+        end = (last["epoch"], last[column])
+        style: Any = {"textcoords": "offset points", "ha": "right", "color": INK, "fontsize": 7.5}
+        axis.annotate(f"{last[column]:.3g}", end, xytext=(0, 5), **style)
+        alt.append(f"{label.split(',')[0]} from {first[column]:.3g} to {last[column]:.3g}")
     caption = (
-        "How near the rebuilt pictures come to their targets after each epoch: the mean over the first validation images (at most 32), "
-        "without augmentation. Higher is better."
+        "PSNR and SSIM of the reconstructions after each epoch: the mean over the first validation images (at most "
+        "32), without augmentation. Higher is better."
     )
     data = history[["epoch", "val_psnr", "val_ssim"]]
-    return ReportFigure(
-        "reconstruction_history", "The auxiliary task over the epochs", caption, ", ".join(words), figure, data
-    )
+    title = "Super-resolution over the epochs"
+    return ReportFigure("reconstruction_history", title, caption, ", ".join(alt), figure, data)

@@ -1,86 +1,51 @@
-"""A picture: what is drawn, its data and its words, and how all of them look alike.
+"""Figures of reports: one style, and the same drawing as PNG, SVG, CSV and inline SVG.
 
-Pictures are as wide as a column of a journal, so that they can be read on a phone as they are in print. In the page
-their
-ink is replaced by the page's own, so that one drawing serves light and dark.
+Figures are as wide as a journal column, so that they can be read on a phone as in print. In a page their ink is
+replaced by the page's own colours, so that one drawing serves light and dark. matplotlib is only imported to draw.
 """
-
-# also: Layout of a beeswarm: where points of about the same value stand, and how low or high their colour is.
 
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from PIL import Image
 
 from dualrefnet.errors import DependencyError
 from dualrefnet.files import atomic_path, write_csv
 
-try:
-    import matplotlib
+if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-except ImportError:
-    raise DependencyError("pictures need matplotlib: pip install 'dualrefnet[report]'") from None
-from numpy.typing import NDArray
+
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
 
 # Inches: one column of a two-column page, and the width that a phone shows without shrinking the letters much.
 WIDTH = 4.0
-
-
 # The page replaces these three by its own colours; on paper they are near-black, grey and white.
 INK, FAINT, PAPER = "#1c1c1d", "#b4b4b5", "#fefefd"
-
-
 _THEME = {INK: "var(--ink)", FAINT: "var(--faint)", PAPER: "var(--paper)"}
-
-
-# Okabe and Ito (2008), told apart by people who are colour-blind; its black and yellow, which vanish on a dark or on a
-# light
-# page, are replaced by a grey and an ochre.
+# Okabe and Ito (2008), colour-blind safe; its black and yellow, which vanish on a dark or on a light page, are replaced
+# by a grey and an ochre.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8a8a8b", "#b3a300")
-
-
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-
-
-# One colour for "this", one for "the other".
 PRIMARY, SECONDARY = COLOURS[0], COLOURS[4]
-
-
-# Light to dark for amounts, and the scale of heat maps: both keep their order in grey.
+# Both keep their order in grey.
 SEQUENTIAL_CMAP, SALIENCY_CMAP = "Blues", "inferno"
 
-
-# Settings of the user's own `matplotlibrc` have no say in how pictures look; those of windows, keys and dates are left
-# alone.
-_USER = (
-    "animation.",
-    "backend",
-    "date.",
-    "docstring",
-    "interactive",
-    "_internal",
-    "keymap.",
-    "macosx.",
-    "timezone",
-    "tk.",
-    "toolbar",
-    "webagg.",
-)
-
-
-_STYLE: Any = {
-    **{name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith(_USER)},
+_STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 8,
     "axes.titlesize": 8.5,
@@ -115,33 +80,25 @@ _STYLE: Any = {
     "text.parse_math": False,
     "figure.constrained_layout.use": True,
 }
-
-
+# All other settings are matplotlib's defaults whatever the user's `matplotlibrc` says, but for those of windows, keys
+# and dates.
+_KEPT = ("animation.", "backend", "date.", "docstring", "interactive", "_internal", "keymap.", "macosx.", "timezone")
 PNG_DPI = 300
-
-
-# A layout is settled when nothing moves by more than this share of the picture, or after so many attempts.
+# A layout is settled when nothing moves by more than this share of the figure, or after so many attempts.
 STILL, ATTEMPTS = 0.001, 8
-
-
 # Images in a page that are larger become JPEGs.
 SMALL_BYTES = 8_000
 
 
-# Decorates every function that draws: matplotlib asks for its settings while it draws, and those of the caller stay as
-# they are.
-styled = matplotlib.rc_context(_STYLE)
-
-
 @dataclass(frozen=True)
 class ReportFigure:
-    """A drawn picture.
+    """A figure with all that goes beside it.
 
     Attributes:
         name: stem of its files.
         title: what it shows, a few words.
         caption: how to read it and how it was made, for a reader without statistics.
-        alt: what it says, in words and numbers, for a reader who doesn't see it.
+        alt: what it says, in words and numbers, for a screen reader.
         figure: the drawing.
         data: the numbers that are drawn, one tidy table.
     """
@@ -154,25 +111,44 @@ class ReportFigure:
     data: pd.DataFrame
 
 
+def _style(**settings: str) -> AbstractContextManager[None]:
+    try:
+        import matplotlib
+    except ImportError:
+        raise DependencyError("figures need matplotlib: pip install 'dualrefnet[report]'") from None
+    default = {
+        name: value
+        for name, value in matplotlib.rcParamsDefault.items()
+        if not name.startswith((*_KEPT, "tk.", "toolbar", "webagg."))
+    }
+    style: Any = {**default, **_STYLE, **settings}
+    return matplotlib.rc_context(style)
+
+
+def styled(draw: Callable[Params, Result]) -> Callable[Params, Result]:
+    """Decorate a function that draws: it sees the settings of reports, and those of its caller stay as they are."""
+
+    @functools.wraps(draw)
+    def draw_styled(*args: Params.args, **kwargs: Params.kwargs) -> Result:
+        with _style():
+            return draw(*args, **kwargs)
+
+    return draw_styled
+
+
 def new_figure(
     height: float, rows: int = 1, columns: int = 1, width: float = WIDTH, **options: Any
 ) -> tuple[Figure, list[Axes]]:
-    """Return an empty figure and its axes, row by row; for functions that are `styled`.
+    """Return an empty figure of a size in inches and its axes, row by row; `options` are those of `Figure.subplots`."""
+    from matplotlib.figure import Figure
 
-    Args:
-        height: inches.
-        rows: of axes.
-        columns: of axes.
-        width: inches.
-        options: of `Figure.subplots`, such as `sharex`.
-    """
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     return figure, list(axes.ravel())
 
 
 def class_colours(classes: Sequence[str]) -> dict[str, str]:
-    """Return a colour for each class, the same in all pictures of a data set; after eight they begin again."""
+    """Return a colour for each class, the same in all figures of a data set; after eight they begin again."""
     return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(classes)}
 
 
@@ -187,53 +163,72 @@ def file_stem(text: str) -> str:
 
 
 def truncate(text: str, letters: int) -> str:
-    """Return a text of at most so many letters, the last of which tells that some are missing."""
+    """Cut a text to so many letters, the last of which is an ellipsis."""
     return text if len(text) <= letters else text[: letters - 1] + "…"
 
 
-def save_figure(picture: ReportFigure, folder: Path) -> list[Path]:
+def show_image(axis: Axes, image: NDArray[np.uint8], title: str) -> None:
+    """Fill an axis with an image and a small title."""
+    axis.imshow(image, interpolation="none")
+    axis.set_title(title, fontsize=7, fontweight="normal")
+    axis.set_axis_off()
+
+
+def beeswarm_offsets(values: NDArray[np.float32], width: float) -> NDArray[np.float64]:
+    """Return heights within -0.4..0.4 at which points of about the same value stand side by side, from the middle
+    outwards.
+    """
+    bins = np.round(values / width).astype(int)
+    heights = np.zeros(len(values))
+    for each in np.unique(bins):
+        members = np.flatnonzero(bins == each)
+        heights[members] = [(step + 1) // 2 * (-1) ** step for step in range(len(members))]
+    return heights * min(0.09, 0.4 / max(1.0, float(np.abs(heights).max())))
+
+
+def save_figure(drawn: ReportFigure, folder: Path) -> list[Path]:
     """Write `<name>.png` (300 dpi), `<name>.svg` and `<name>.csv`, and return their paths."""
-    paths = [folder / f"{picture.name}.{suffix}" for suffix in ("png", "svg", "csv")]
-    with matplotlib.rc_context({**_STYLE, "svg.fonttype": "path", "svg.hashsalt": picture.name}):
-        _settle(picture.figure)
-        with atomic_path(paths[0]) as temporary:
-            picture.figure.savefig(temporary, format="png", dpi=PNG_DPI)
-        with atomic_path(paths[1]) as temporary:
-            picture.figure.savefig(temporary, format="svg", metadata={"Date": None})
-    write_csv(paths[2], picture.data)
+    png, svg, csv = paths = [folder / f"{drawn.name}.{suffix}" for suffix in ("png", "svg", "csv")]
+    with _style(**{"svg.fonttype": "path", "svg.hashsalt": drawn.name}):
+        _settle(drawn.figure)
+        with atomic_path(png) as temporary:
+            drawn.figure.savefig(temporary, format="png", dpi=PNG_DPI)
+        with atomic_path(svg) as temporary:
+            drawn.figure.savefig(temporary, format="svg", metadata={"Date": None})
+    write_csv(csv, drawn.data)
     return paths
 
 
-def inline_svg(picture: ReportFigure) -> str:
-    """Return the picture as an `<svg>` element for a page that defines the CSS variables `--ink`, `--faint` and
+def inline_svg(drawn: ReportFigure) -> str:
+    """Return the figure as an `<svg>` element for a page that defines the CSS variables `--ink`, `--faint` and
     `--paper`.
 
     Its letters are text in the page's own font: they can be searched and read aloud, and no font has to be fetched.
     """
     buffer = io.StringIO()
-    with matplotlib.rc_context({**_STYLE, "svg.fonttype": "none", "svg.hashsalt": picture.name}):
-        _settle(picture.figure)
-        picture.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with _style(**{"svg.fonttype": "none", "svg.hashsalt": drawn.name}):
+        _settle(drawn.figure)
+        drawn.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"data:image/png;base64,([^\"]+)", lambda found: _lighter(found[1]), text)
+    text = re.sub(r"data:image/png;base64,([^\"]+)", lambda match: _compress(match[1]), text)
     for colour, variable in _THEME.items():
         text = text.replace(colour, variable)
     text = text.replace("'DejaVu Sans'", "system-ui, sans-serif")
     # The size of the page's column, not of the paper.
     text = re.sub(r'<svg([^>]*?) width="[^"]*"', r"<svg\1", text, count=1)
     text = re.sub(r'<svg([^>]*?) height="[^"]*"', r"<svg\1", text, count=1)
-    # Several pictures stand in one page, and ids must not meet. Those of equal images do within a picture, and nothing
+    # Several figures stand in one page, and ids must not meet. Those of equal images do within a figure, and nothing
     # uses them.
     text = re.sub(r'(<image\b[^>]*?) id="[^"]*"', r"\1", text)
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{picture.name}-", text)
-    label = escape(f"{picture.title}. {picture.alt}", quote=True)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{drawn.name}-", text)
+    label = escape(f"{drawn.title}. {drawn.alt}", quote=True)
     return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1).strip()
 
 
 def _settle(figure: Figure) -> None:
-    """Lay a figure out for good: matplotlib would move its parts a little with every drawing, and page and files would
+    """Lay a figure out once: matplotlib would move its parts a little with every drawing, and page and files would
     differ.
     """
     engine, dpi = figure.get_layout_engine(), figure.dpi
@@ -251,8 +246,8 @@ def _settle(figure: Figure) -> None:
     figure.set_dpi(dpi)
 
 
-def _lighter(png: str) -> str:
-    """Return a photograph's data URL as JPEG, a quarter of the size; what is small or transparent stays PNG."""
+def _compress(png: str) -> str:
+    """Return an image's data URL as JPEG, a quarter of the size; what is small or transparent stays PNG."""
     data = base64.b64decode(png)
     with Image.open(io.BytesIO(data)) as image:
         opaque = image.mode == "RGB" or (image.mode == "RGBA" and image.getchannel("A").getextrema() == (255, 255))
@@ -261,26 +256,3 @@ def _lighter(png: str) -> str:
         buffer = io.BytesIO()
         image.convert("RGB").save(buffer, "JPEG", quality=90, subsampling=0, optimize=True)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def rank_colour_scale(amount: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return 0..1 from the 5th to the 95th percentile of what is known, or over all of it where these are one."""
-    known = amount[~np.isnan(amount)].astype(float)
-    if not len(known):
-        return np.full(len(amount), np.nan)
-    low, high = np.percentile(known, [5, 95])
-    if low == high:
-        low, high = known.min(), known.max()
-    return np.clip((amount - low) / (high - low), 0, 1) if high > low else np.where(np.isnan(amount), np.nan, 0.5)
-
-
-def beeswarm_offsets(values: NDArray[np.float32], width: float) -> NDArray[np.float64]:
-    """Return heights within -0.4..0.4 at which points of about the same value stand beside each other, from the middle
-    outwards.
-    """
-    bins = np.round(values / width).astype(int)
-    heights = np.zeros(len(values))
-    for each in np.unique(bins):
-        members = np.flatnonzero(bins == each)
-        heights[members] = [(step + 1) // 2 * (-1) ** step for step in range(len(members))]
-    return heights * min(0.09, 0.4 / max(1.0, float(np.abs(heights).max())))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dualrefnet.analysis.cases import ShownCase, choose_cases, draw_gallery, show_cases
 from dualrefnet.analysis.embedding import draw_embedding, embed
-from dualrefnet.analysis.gradcam import ALL_IMAGES, GradCamCase, draw_gradcam, draw_localisation, localise
+from dualrefnet.analysis.gradcam import ALL_IMAGES, draw_gradcam, draw_localisation, localise
 from dualrefnet.analysis.opened_run import OpenedRun
 from dualrefnet.analysis.reconstruction import draw_reconstruction, reconstruct
 from dualrefnet.analysis.shap import MetadataShap, draw_beeswarm, draw_importance, draw_waterfall, explain_metadata
@@ -98,8 +98,7 @@ def _gradcam_section(opened: OpenedRun, options: ReportOptions, shown: Sequence[
         other = "the true class, or the second likeliest if the prediction is correct"
         other = f"class {options.label}" if options.label else other
         choice = f"The most confident case of each class, correct if there is one; the last column is {other}."
-        cases = [_gradcam_case(case, options.label) for case in first.values()]
-        figures.append(draw_gradcam(cases, choice, len(opened.model.encoders)))
+        figures.append(draw_gradcam(list(first.values()), choice, options.label, len(opened.model.encoders)))
     if masks:
         with progress_bar("Grad-CAM and masks") as show:
             found = localise(opened, options.masks, options.images, SAMPLES, options.seed, show)
@@ -118,14 +117,6 @@ def _gradcam_section(opened: OpenedRun, options: ReportOptions, shown: Sequence[
     else:
         intro.append("Without lesion masks (--masks) the saliency inside the lesion is not measured.")
     return Section("gradcam", "Grad-CAM", intro, figures)
-
-
-def _gradcam_case(case: ShownCase, label: str | None) -> GradCamCase:
-    chosen = case.chosen
-    other = label or (chosen.label if chosen.label != chosen.predicted else chosen.second)
-    return GradCamCase(
-        chosen.kind, case.image, case.saliency, chosen.probabilities, chosen.label, chosen.predicted, other, case.mask
-    )
 
 
 def _shap_section(opened: OpenedRun, options: ReportOptions, gallery: MetadataShap | None) -> Section:

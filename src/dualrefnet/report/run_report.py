@@ -11,13 +11,6 @@ import pandas as pd
 import torch
 
 from dualrefnet.analysis.audit import audit_split
-from dualrefnet.analysis.availability import (
-    MissingMetadata,
-    compare_missing_metadata,
-    draw_missing_metadata,
-    draw_missing_patterns,
-    measure_missing_metadata,
-)
 from dualrefnet.analysis.cases import (
     ChosenCase,
     Disagreement,
@@ -28,14 +21,21 @@ from dualrefnet.analysis.cases import (
 )
 from dualrefnet.analysis.duplicates import fingerprint_files
 from dualrefnet.analysis.embedding import MEASURES, compare_embeddings, draw_embedding, draw_separation
-from dualrefnet.analysis.opened_run import OpenedRun, open_run
-from dualrefnet.analysis.out_of_distribution import OutOfScopeMeasured, measure_out_of_scope
-from dualrefnet.analysis.shortcuts import (
-    Shortcuts,
-    draw_shortcuts,
+from dualrefnet.analysis.missing_metadata import (
+    MissingMetadata,
+    compare_missing_metadata,
+    draw_missing_metadata,
+    draw_missing_patterns,
+    measure_missing_metadata,
     missing_difference_table,
     missing_metadata_table,
     missing_pattern_table,
+)
+from dualrefnet.analysis.opened_run import OpenedRun, open_run
+from dualrefnet.analysis.out_of_distribution import OutOfDistributionMeasured, measure_out_of_distribution
+from dualrefnet.analysis.shortcuts import (
+    Shortcuts,
+    draw_shortcuts,
     probe_shortcuts,
     shortcut_sentences,
     shortcut_table,
@@ -279,14 +279,14 @@ def _subgroups(opened: OpenedRun, samples: int, seed: int) -> Subgroups | None:
 
 def _out_of_distribution(
     opened: OpenedRun, masks: Path | None, samples: int, seed: int, images: int = 500
-) -> OutOfScopeMeasured | None:
+) -> OutOfDistributionMeasured | None:
     if not opened.model.reads_image:
         return None
     if not opened.run.out_of_scope_file.is_file():
         remark(f"the run has no out-of-distribution score; `dualrefnet evaluate {opened.run.path}` adds it")
         return None
     with progress_bar("images without a lesion") as show:
-        return measure_out_of_scope(opened, masks, images, samples, seed, show)
+        return measure_out_of_distribution(opened, masks, images, samples, seed, show)
 
 
 def comparison_section(first: OpenedRun, second: OpenedRun, options: ReportOptions) -> Section:

@@ -1,3 +1,5 @@
+"""Runs with missing metadata: of hand-made models what is left is known."""
+
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dualrefnet.analysis.availability import (
+from dualrefnet.analysis.missing_metadata import (
     ALL_FIELDS,
     MEASURES,
     NO_FIELDS,
@@ -18,19 +20,24 @@ from dualrefnet.analysis.availability import (
     WITHOUT_IMAGE,
     MissingMetadata,
     compare_missing_metadata,
+    draw_missing_metadata,
+    draw_missing_patterns,
     draw_orders,
     find_patterns,
     keep_share,
+    measure_missing_metadata,
+    missing_difference_table,
+    missing_metadata_table,
+    missing_pattern_table,
 )
-from dualrefnet.analysis.availability import measure_missing_metadata as measure_availability
 from dualrefnet.analysis.opened_run import OpenedRun, open_run
-from dualrefnet.analysis.shortcuts import missing_difference_table, missing_metadata_table, missing_pattern_table
 from dualrefnet.data.schema import DatasetSchema, MetadataField
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.comparison import paired_difference
+from dualrefnet.evaluation.comparison import PooledBootstrap, paired_difference
 from dualrefnet.evaluation.metrics import compute_metrics
 from dualrefnet.run import Run
 from hand_made import FormOnly, PictureOnly, hand_made
+from readable import assert_readable
 
 SHARES = (0.0, 0.5, 1.0)
 
@@ -42,7 +49,7 @@ def opened(tiny_run: Run) -> OpenedRun:
 
 @pytest.fixture(scope="module")
 def real(opened: OpenedRun) -> MissingMetadata:
-    return measure_availability(opened, SHARES, draws=2, samples=50)
+    return measure_missing_metadata(opened, SHARES, draws=2, samples=50)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +62,7 @@ def made(opened: OpenedRun, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         "centre": hand_made(opened, folder / "centre", "centre"),
         "picture": hand_made(opened, folder / "picture", "centre", PictureOnly),
     }
-    return {name: measure_availability(run, SHARES, draws=3, samples=40, name=name) for name, run in runs.items()}
+    return {name: measure_missing_metadata(run, SHARES, draws=3, samples=40, name=name) for name, run in runs.items()}
 
 
 def balanced(availability: MissingMetadata, photograph: str) -> list[float]:
@@ -75,16 +82,6 @@ def test_of_each_row_the_share_is_kept_and_more_holds_less(recorded: np.ndarray,
             assert abs(row - share * total) < 1
         before = kept
     assert (before == recorded).all()
-
-
-def test_every_answer_has_the_same_chance_to_be_kept(opened: OpenedRun) -> None:
-    orders = draw_orders(opened, 200, seed=3)
-    # Of 21 answers a tenth is 2.1: two for most rows, three for some.
-    recorded = np.ones((orders.shape[1], orders.shape[2] - 1), dtype=bool)
-    kept = np.mean([keep_share(recorded, order, 0.1) for order in orders], axis=0)
-    assert kept.mean() == pytest.approx(0.1, abs=0.002)
-    assert abs(kept - 0.1).max() < 0.12
-    assert not np.array_equal(orders[0], orders[1])
 
 
 def test_runs_of_one_data_set_lose_the_same_answers_whatever_their_split(opened: OpenedRun) -> None:
@@ -135,7 +132,9 @@ def test_a_model_of_the_lesion_needs_the_photograph_and_no_answer(made: dict[str
 
 
 def test_patterns_remove_what_they_name_and_nothing_else(made: dict[str, MissingMetadata]) -> None:
-    table = made["age"].patterns.query("measure == 'balanced_accuracy' and photograph == @WITH").set_index("removed")
+    table = (
+        made["age"].patterns.query("measure == 'balanced_accuracy' and photograph == @WITH_IMAGE").set_index("removed")
+    )
     for removed, row in table.iterrows():
         gone = "age" in str(removed).split("; ")
         assert (row["value"] == 1) == (not gone), removed
@@ -147,7 +146,7 @@ def test_patterns_remove_what_they_name_and_nothing_else(made: dict[str, Missing
 
 def test_the_whole_form_is_what_the_run_predicted(opened: OpenedRun, real: MissingMetadata) -> None:
     metrics = opened.run.metrics
-    curve = real.curve.query("photograph == @WITH and share == 1").set_index("measure")
+    curve = real.curve.query("photograph == @WITH_IMAGE and share == 1").set_index("measure")
     for measure in MEASURES:
         assert curve.loc[measure, "value"] == pytest.approx(metrics[measure], abs=1e-3)
         assert curve.loc[measure, "difference"] == 0
@@ -166,9 +165,9 @@ def test_runs_are_compared_in_pairs(opened: OpenedRun, made: dict[str, MissingMe
     # A run that reads no photograph is set beside both.
     other = compare_missing_metadata(made["centre"], made["form"])
     assert set(other["photograph"]) == {WITH_IMAGE, WITHOUT_IMAGE}
-    assert other.query("share == 1 and photograph == @WITHOUT and measure == 'balanced_accuracy'")["difference"].iloc[
-        0
-    ] == pytest.approx(1 / 6 - 1)
+    assert other.query("share == 1 and photograph == @WITHOUT_IMAGE and measure == 'balanced_accuracy'")[
+        "difference"
+    ].iloc[0] == pytest.approx(1 / 6 - 1)
     back = compare_missing_metadata(made["form"], made["centre"])
     merged = other.merge(back, on=["photograph", "share", "pattern", "measure"], suffixes=("", "_back"))
     assert len(merged) == len(other) == len(back)
@@ -185,7 +184,7 @@ def test_the_interval_of_a_difference_is_that_of_the_paired_bootstrap(
     right, constant = np.eye(6)[labels], np.eye(6)[np.full(len(labels), 4)]
     pair = paired_difference(labels, right, constant, groups, opened.classes, samples=40)
     row = compare_missing_metadata(made["form"], made["centre"]).query(
-        "share == 1 and photograph == @WITHOUT and measure == 'balanced_accuracy'"
+        "share == 1 and photograph == @WITHOUT_IMAGE and measure == 'balanced_accuracy'"
     )
     assert [row["low"].iloc[0], row["high"].iloc[0]] == pytest.approx([pair.low, pair.high])
 
@@ -205,7 +204,7 @@ def test_runs_that_can_t_be_compared_are_refused(made: dict[str, MissingMetadata
 @pytest.mark.parametrize("shares", [(), (0.5,), (1.0, 1.0), (0.5, 0.2, 1.0), (-0.1, 1.0), (0.0, 1.5)])
 def test_shares_must_ascend_to_one(opened: OpenedRun, shares: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="ascend within"):
-        measure_availability(opened, shares)
+        measure_missing_metadata(opened, shares)
 
 
 def test_patterns_are_those_of_training_and_those_of_the_schema() -> None:
@@ -226,7 +225,7 @@ def test_patterns_are_those_of_training_and_those_of_the_schema() -> None:
     assert list(found) == [(), ("smoke",), ("sex", "smoke"), ("itch", "smoke"), ("age", "sex", "itch", "smoke")]
     assert [pattern.training_share for pattern in found.values()][:3] == [109 / 200, 30 / 200, 60 / 200]
     assert found["smoke",].name == "1 field missing: smoke"
-    assert found["sex", "smoke"].name == "2 fields missing: sex, smoke (only what is always recorded, M1)"
+    assert found["sex", "smoke"].name == "2 fields missing: sex, smoke (only the always recorded fields, M1)"
     assert found["itch", "smoke"].name == "only age, sex"
     assert np.isnan(found["itch", "smoke"].training_share)
     assert found["age", "sex", "itch", "smoke"].name == NO_FIELDS
@@ -252,7 +251,7 @@ def test_patterns_of_many_fields_are_cut_short_but_told_apart() -> None:
 def test_tables_print_what_was_measured(made: dict[str, MissingMetadata], real: MissingMetadata) -> None:
     table = missing_metadata_table(real)
     assert [row[0].text for row in table.rows] == ["0%", "50%", "100%"]
-    assert table.columns == ("answers kept", "on average", WITH_IMAGE, WITHOUT_IMAGE)
+    assert table.columns == ("values kept", "mean number", WITH_IMAGE, WITHOUT_IMAGE)
     assert [row[2].text for row in table.rows] == [f"{value:.3f}" for value in balanced(real, WITH_IMAGE)]
     patterns = missing_pattern_table(made["picture"])
     assert patterns.columns[-1] == WITH_IMAGE
@@ -260,5 +259,74 @@ def test_tables_print_what_was_measured(made: dict[str, MissingMetadata], real: 
     differences = missing_difference_table(compare_missing_metadata(made["centre"], made["form"]), "centre", "form")
     texts = [row[0].text for row in differences.rows]
     assert len(set(texts)) == len(texts)
-    assert differences.rows[texts.index(f"{WITH_IMAGE}, 0% of the answers")][3].text == "+0.833"
+    assert differences.rows[texts.index(f"{WITH_IMAGE}, 0% of the values")][3].text == "+0.833"
     assert not any(NO_FIELDS in text for text in texts)
+
+
+def availability(name: str, photographs: tuple[str, ...] = (WITH_IMAGE, WITHOUT_IMAGE)) -> MissingMetadata:
+    """Return curves and patterns with numbers that are made up."""
+    numbers = {"value": 0.5, "low": 0.4, "high": 0.6, "difference": 0.0, "difference_low": -0.1, "difference_high": 0.1}
+    long = "7 fields missing: background_father, background_mother, skin_cancer_history, ... (only the always recorded fields, M1)"
+    patterns = [("all answers that are there", "", 0.6), (long, "a; b", 0.3), ("no form", "a; b; c", np.nan)]
+    curve = [
+        {"photograph": photograph, "share": share, "answers_kept": 20 * share, "draws": 5, "measure": measure}
+        | numbers
+        | {"value": 0.2 + share / 2}
+        for photograph in photographs
+        for share in (0.0, 0.5, 1.0)
+        for measure in MEASURES[:2]
+    ]
+    named = [
+        {
+            "photograph": photograph,
+            "pattern": pattern,
+            "removed": removed,
+            "training_share": share,
+            "answers_kept": 9.0,
+            "measure": measure,
+        }
+        | numbers
+        for photograph in photographs
+        for pattern, removed, share in patterns
+        for measure in MEASURES[:2]
+    ]
+    bootstrap = PooledBootstrap({}, {}, 3, 4, 100, 0.95)
+    return MissingMetadata(
+        name,
+        pd.DataFrame(curve),
+        pd.DataFrame(named),
+        1 / 6,
+        bootstrap,
+        ("1", "2", "3", "4"),
+        ("a", "a", "b", "c"),
+        21,
+        "patient",
+        5,
+        100,
+        0,
+    )
+
+
+@pytest.mark.parametrize("measure", MEASURES[:2])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_curves_and_patterns_of_runs_can_be_read(count: int, measure: str) -> None:
+    kinds = [(WITH_IMAGE, WITHOUT_IMAGE), (WITH_IMAGE,), (WITHOUT_IMAGE,), (WITH_IMAGE, WITHOUT_IMAGE)]
+    made = [availability(f"a run with a long name {number}", kinds[number]) for number in range(count)]
+    curves, patterns = draw_missing_metadata(made, measure), draw_missing_patterns(made, measure)
+    for picture in (curves, patterns):
+        assert_readable(picture)
+        assert set(picture.data["run"]) == {one.name for one in made}
+        assert set(picture.data["measure"]) == {measure}
+    assert len(curves.figure.axes) == (1 if count == 1 else 2)
+    lines = [line for axis in curves.figure.axes for line in axis.lines if len(line.get_xdata()) == 3]
+    assert len(lines) == sum(len(kind) for kind in kinds[:count])
+    assert all(list(line.get_ydata()) == [0.2, 0.45, 0.7] for line in lines)
+
+
+def test_too_many_runs_are_refused() -> None:
+    made = [availability(str(number)) for number in range(5)]
+    for draw in (draw_missing_metadata, draw_missing_patterns):
+        with pytest.raises(ValueError, match="1 to 4 runs"):
+            draw(made)
+        with pytest.raises(ValueError, match="1 to 4 runs"):
+            draw([])

@@ -1,3 +1,5 @@
+"""Changed inputs: images without the lesion, permuted and replaced metadata, hidden flags."""
+
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +15,16 @@ from dualrefnet.analysis.perturbations import (
     BORDER,
     CHANGES,
     GROWN,
+    count_flags,
+    find_missing,
     grow,
+    hide_flags,
+    permute_across_groups,
     perturb_image,
     predict_perturbed,
+    predict_without_image,
     read_outlines,
+    replace_values,
 )
 from dualrefnet.data.schema import Dataset
 from dualrefnet.errors import DataError
@@ -85,14 +93,6 @@ def test_an_outline_grows_on_all_sides_and_holds_itself(x: int, y: int, radius: 
     assert grown.sum() < (np.sqrt(mask.sum()) + 2 * 4) ** 2
 
 
-def test_outlines_at_the_edge_and_nearly_everywhere_can_be_filled() -> None:
-    picture = np.full((40, 40, 3), 77, np.uint8)
-    for mask in (disc(40, 10, (0, 0)), ~disc(40, 6, (38, 38))):
-        assert not grow(mask).all()
-        for changed in perturb_image(picture, mask):
-            assert (changed == 77).all()
-
-
 def test_outlines_are_read_as_the_model_sees_the_pictures_and_useless_ones_are_counted(
     opened: OpenedRun, tmp_path: Path
 ) -> None:
@@ -133,3 +133,78 @@ def test_masks_are_looked_for_where_they_are_and_a_wrong_folder_is_refused(opene
     cv2.imwrite(str(tmp_path / "other" / "stranger.png"), np.zeros((4, 4), np.uint8))
     with pytest.raises(DataError, match="no mask of a test image"):
         opened.masks(tmp_path / "other")
+
+
+def groups_of(opened: OpenedRun) -> np.ndarray:
+    return opened.groups.loc[list(opened.rows("test")["image_id"])].to_numpy()
+
+
+@given(st.lists(st.integers(0, 5), min_size=2, max_size=40), st.integers(0, 100))
+def test_strangers_are_of_another_patient_each_and_all_are_given_once(groups: list[int], seed: int) -> None:
+    largest = max(groups.count(group) for group in groups)
+    if len(set(groups)) < 2:
+        return
+    if 2 * largest > len(groups):
+        with pytest.raises(DataError, match="more than half"):
+            permute_across_groups(groups, np.random.default_rng(seed))
+        return
+    given_rows = permute_across_groups(groups, np.random.default_rng(seed))
+    assert sorted(given_rows.tolist()) == list(range(len(groups)))
+    assert all(groups[row] != groups[other] for row, other in enumerate(given_rows))
+
+
+def test_strangers_come_from_everywhere() -> None:
+    drawn = np.stack([permute_across_groups([0, 0, 1, 2, 3], np.random.default_rng(seed)) for seed in range(300)])
+    assert set(drawn[:, 0].tolist()) == {2, 3, 4}
+    assert set(drawn[:, 3].tolist()) == {0, 1, 2, 4}
+
+
+def test_replaced_answers_are_those_of_others_and_gaps_stay(opened: OpenedRun) -> None:
+    rows, metadata, groups = opened.rows("test"), opened.metadata, groups_of(opened)
+    # Each row's age is its own, so that the donor is known.
+    rows = rows.assign(age=np.arange(len(rows), dtype=float))
+    replaced = replace_values(rows, metadata, groups, np.random.default_rng(0))
+    donors = replaced["age"].to_numpy().astype(int)
+    assert (groups[donors] != groups).all()
+    for before, after in zip(find_missing(rows, metadata), find_missing(replaced, metadata), strict=True):
+        np.testing.assert_array_equal(before, after)
+    missing, not_known = find_missing(rows, metadata)
+    assert missing.any()
+    assert not_known.any()
+    for index, field in enumerate(metadata.fields):
+        answers = rows[field.name][~missing[:, index] & ~not_known[:, index]]
+        given_answers = replaced[field.name][~missing[:, index] & ~not_known[:, index]]
+        assert set(given_answers) <= set(answers)
+    assert replaced["label"].equals(rows["label"])
+
+
+def test_an_answer_that_only_one_patient_gave_is_taken_away(opened: OpenedRun) -> None:
+    rows = opened.rows("test").assign(smoke=np.nan)
+    rows["smoke"] = rows["smoke"].astype(object)
+    rows.loc[0, "smoke"] = "True"
+    replaced = replace_values(rows, opened.metadata, groups_of(opened), np.random.default_rng(0))
+    assert replaced["smoke"].isna().all()
+
+
+def test_hidden_flags_change_nothing_but_the_flags(opened: OpenedRun) -> None:
+    forms = opened.metadata.encode(opened.rows("test")).values
+    flags = [index for index, name in enumerate(opened.metadata.names) if name.startswith("missing_")]
+    hidden = hide_flags(opened.metadata, forms)
+    assert count_flags(opened.metadata) == len(flags) > 0
+    assert forms[:, flags].any()
+    assert not hidden[:, flags].any()
+    np.testing.assert_array_equal(np.delete(hidden, flags, axis=1), np.delete(forms, flags, axis=1))
+
+
+def test_without_photograph_is_one_answer_for_equal_forms_in_batches_of_any_size(opened: OpenedRun) -> None:
+    forms = opened.pictures("test").metadata
+    size = opened.recipe.evaluation.batch_size
+    small = opened.recipe.model_copy(
+        update={"evaluation": opened.recipe.evaluation.model_copy(update={"batch_size": 7})}
+    )
+    assert len(forms) % 7
+    assert len(forms) < size
+    first, second = (predict_without_image(run, [forms])[0] for run in (opened, replace(opened, recipe=small)))
+    np.testing.assert_allclose(first, second, atol=1e-6)
+    doubled = predict_without_image(opened, [np.repeat(forms[:1], 3, axis=0)])[0]
+    np.testing.assert_allclose(doubled, np.repeat(first[:1], 3, axis=0), atol=1e-6)

@@ -1,3 +1,5 @@
+"""Figures: one style, the same bytes, a page's own ink, colours that colour-blind readers tell apart."""
+
 import base64
 import io
 import re
@@ -21,14 +23,11 @@ from dualrefnet.display.figure import (
     PNG_DPI,
     WIDTH,
     ReportFigure,
-    class_colours,
-    class_markers,
-    file_stem,
+    beeswarm_offsets,
     inline_svg,
     new_figure,
     save_figure,
     styled,
-    truncate,
 )
 
 # What a person without one kind of cones sees, in linear RGB, complete (Machado, Oliveira and Fernandes 2009, severity
@@ -39,6 +38,8 @@ CONES = {
     "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
     "all cones": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
 }
+
+
 # CIE Lab distance. Of the first six colours the nearest two are 16.1 apart: sky blue and green without blue cones.
 APART, NEAR = 15.0, 20.0
 
@@ -194,44 +195,6 @@ def test_the_callers_settings_of_matplotlib_stay_and_have_no_say() -> None:
         assert svg == plain
 
 
-def test_the_callers_settings_stay_when_drawing_fails(tmp_path: Path) -> None:
-    @styled
-    def fails() -> None:
-        raise ValueError
-
-    before = dict(matplotlib.rcParams)
-    with pytest.raises(ValueError):  # noqa: PT011
-        fails()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError):  # noqa: PT011
-        save_figure(drawn(), tmp_path / "file")
-    assert dict(matplotlib.rcParams) == before
-
-
-def test_dollars_in_a_name_are_dollars() -> None:
-    @styled
-    def priced() -> ReportFigure:
-        figure, (axis,) = new_figure(1.0)
-        axis.set_title(r"$5 to $10 \frac")
-        return ReportFigure("priced", "", "", "", figure, pd.DataFrame())
-
-    texts = [text.text for text in parsed(inline_svg(priced())).iter("{http://www.w3.org/2000/svg}text")]
-    assert r"$5 to $10 \frac" in texts
-
-
-def test_text_is_read_on_paper_and_rows_of_axes_are_counted() -> None:
-    picture = drawn()
-    assert picture.figure.get_figwidth() == WIDTH == 4.0
-    sizes = [text.get_fontsize() for text in picture.figure.findobj(matplotlib.text.Text) if text.get_text()]
-    assert min(sizes) >= 7
-    with matplotlib.rc_context():
-        figure, axes = new_figure(3.0, 2, 3, sharex=True)
-    assert (figure.get_figwidth(), figure.get_figheight(), len(axes)) == (4.0, 3.0, 6)
-    # Row by row.
-    assert [axis.get_subplotspec().rowspan.start for axis in axes] == [0, 0, 0, 1, 1, 1]  # type: ignore[union-attr]
-    assert axes[0].get_shared_x_axes().joined(axes[0], axes[5])
-
-
 def lab(colours: tuple[str, ...], matrix: list[list[float]]) -> np.ndarray:
     """Return (N, 3) CIE Lab of sRGB colours as they look to somebody."""
     values = np.array([[int(colour[place : place + 2], 16) for place in (1, 3, 5)] for colour in colours]) / 255
@@ -258,17 +221,9 @@ def test_no_colour_vanishes_on_a_light_or_on_a_dark_page(page: str) -> None:
     assert np.linalg.norm(places[1:] - places[0], axis=1).min() > 30
 
 
-def test_eight_classes_have_a_colour_and_a_marker_each_and_keep_them() -> None:
-    names = [f"class {number}" for number in range(10)]
-    colours, markers = class_colours(names), class_markers(names)
-    assert len(set(list(colours.values())[:8])) == len(set(list(markers.values())[:8])) == 8
-    assert list(colours) == list(markers) == names
-    assert colours["class 8"] == colours["class 0"] == COLOURS[0]
-    assert class_colours(names[:3]) == dict(list(colours.items())[:3])
-
-
-def test_names_for_files_and_short_names() -> None:
-    assert file_stem("BCC/SCC, ulcerated") == "BCC_SCC_ulcerated"
-    assert file_stem("ISIC_0024306-2") == "ISIC_0024306-2"
-    assert truncate("melanoma", 8) == "melanoma"
-    assert truncate("melanomas", 8) == "melanom…"
+def test_swarm_points_of_one_value_stand_side_by_side_from_the_middle_outwards() -> None:
+    heights = beeswarm_offsets(np.array([1, 1, 1, 5, 1], np.float32), 0.1)
+    assert heights.tolist() == pytest.approx([0, -0.09, 0.09, 0, -0.18])
+    crowd = beeswarm_offsets(np.zeros(301, np.float32), 0.1)
+    assert np.abs(crowd).max() == pytest.approx(0.4)
+    assert len(np.unique(crowd)) == 301
