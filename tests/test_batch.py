@@ -292,7 +292,7 @@ def test_another_model_list_or_batch_is_not_resumed(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         predict(Redness(stop_after=1), ImageCases([images], metadata, Redness()), out)
     (model / "model.safetensors").write_text("other numbers")
-    with pytest.raises(DataError, match="since this has changed: model; use the same"):
+    with pytest.raises(DataError, match="since this has changed: model; call it as"):
         resume()
     (model / "model.safetensors").unlink()
     (model / "metrics.json").write_text("measured again")

@@ -187,7 +187,7 @@ def test_a_refusal_of_the_hub_is_one_line(bundle: Path, server: Server, monkeypa
         push_bundle(bundle, "not/a/name")
     with monkeypatch.context() as patch:
         patch.setattr(hub_mixin, "HfApi", HfApi)
-        with pytest.raises(RunError, match="is the network there"):
+        with pytest.raises(RunError, match="is it reachable"):
             push_bundle(bundle, "org/name", token="hf_x")
 
     def refuse(**_: Any) -> str:

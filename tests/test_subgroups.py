@@ -5,20 +5,16 @@ import pandas as pd
 import pytest
 from sklearn.metrics import accuracy_score, recall_score, roc_auc_score
 
-from dualrefnet.analysis.subgroups import Subgroups, field_levels, measure_subgroups
-from dualrefnet.data.csv_table import describe
-from dualrefnet.data.isic_2019 import SCHEMA as ISIC
-from dualrefnet.data.pad_ufes_20 import SCHEMA as PAD
+from dualrefnet.analysis.subgroups import Subgroups, field_categories, measure_subgroups
 from dualrefnet.data.schema import DatasetSchema, MetadataField
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.metrics import WeightedMetrics
 
 CLASSES = ("A", "B", "MEL")
 SEX = MetadataField(name="sex", kind="categorical", categories=("f", "m", "x"), subgroup=True)
 SCHEMA = DatasetSchema(name="csv_table", title="own", classes=CLASSES, malignant=("MEL",), fields=(SEX,))
 
 
-def a_test_side(seed: int = 0, images: int = 240, schema: DatasetSchema = SCHEMA, **columns: Any) -> dict[str, Any]:
+def a_test_split(seed: int = 0, images: int = 240, schema: DatasetSchema = SCHEMA, **columns: Any) -> dict[str, Any]:
     """Return arguments of `measure_subgroups`: two images a patient, probabilities that know something."""
     generator = np.random.default_rng(seed)
     labels = generator.integers(3, size=images)
@@ -51,7 +47,7 @@ def row(found: Subgroups, level: str, measure: str, field: str = "sex") -> dict[
 
 
 def test_values_and_gaps_are_those_of_scikit_learn_on_the_parts() -> None:
-    side = a_test_side()
+    side = a_test_split()
     found = measure_subgroups(**side, samples=50)
     assert found.levels["level"].tolist() == ["f", "m", "x", "not recorded"]
     assert found.levels["images"].tolist() == [80, 80, 0, 80]
@@ -91,7 +87,7 @@ def test_values_and_gaps_are_those_of_scikit_learn_on_the_parts() -> None:
 
 
 def test_intervals_agree_with_measuring_every_laid_out_resample() -> None:
-    side = a_test_side(1, 120)
+    side = a_test_split(1, 120)
     found = measure_subgroups(**side, samples=60, seed=4)
     sex, labels = side["rows"]["sex"].to_numpy(), side["predictions"]["label"].to_numpy()
     decided = np.array(CLASSES)[side["predictions"][[f"prob_{name}" for name in CLASSES]].to_numpy().argmax(axis=1)]
@@ -110,7 +106,7 @@ def test_intervals_agree_with_measuring_every_laid_out_resample() -> None:
 
 
 def test_women_against_men_is_men_against_women_and_counts_once() -> None:
-    found = measure_subgroups(**a_test_side(), samples=40)
+    found = measure_subgroups(**a_test_split(), samples=40)
     one, other = (found.table[found.table["level"] == level].set_index("measure") for level in "fm")
     known = one["gap"].notna()
     assert one.loc[known, "gap"].to_numpy() == pytest.approx(-other.loc[known, "gap"].to_numpy())
@@ -120,7 +116,7 @@ def test_women_against_men_is_men_against_women_and_counts_once() -> None:
     # Seven measures with a gap; f against m, and not recorded against both.
     assert found.looked_at == 14
     assert found.by_chance == pytest.approx(0.7)
-    two = a_test_side(schema=SCHEMA.model_copy(update={"fields": (SEX, SEX.model_copy(update={"name": "gender"}))}))
+    two = a_test_split(schema=SCHEMA.model_copy(update={"fields": (SEX, SEX.model_copy(update={"name": "gender"}))}))
     two["rows"]["gender"] = two["rows"]["sex"]
     assert measure_subgroups(**two, samples=40).looked_at == 14
 
@@ -129,7 +125,7 @@ def test_small_levels_have_support_and_no_numbers() -> None:
     sex = np.full(240, "m", dtype=object)
     sex[:18] = "f"  # 9 patients
     sex[18:37] = "x"  # 10 patients, 19 images
-    found = measure_subgroups(**a_test_side(sex=sex), samples=20)
+    found = measure_subgroups(**a_test_split(sex=sex), samples=20)
     assert found.levels.set_index("level")["measured"].to_dict() == {"f": False, "m": True, "x": False}
     assert set(found.table["level"]) == {"m"}
     frame = found.frame()
@@ -139,7 +135,7 @@ def test_small_levels_have_support_and_no_numbers() -> None:
 
 
 def test_classes_are_compared_where_both_sides_have_enough_patients() -> None:
-    side = a_test_side(2)
+    side = a_test_split(2)
     labels, sex = side["predictions"]["label"], side["rows"]["sex"]
     # Of the women's melanomas those of four patients stay; the others become A.
     melanomas = labels.index[(labels == "MEL") & (sex == "f")]
@@ -161,7 +157,7 @@ def test_classes_are_compared_where_both_sides_have_enough_patients() -> None:
 
 
 def test_a_level_in_which_all_are_right_has_an_interval_all_the_same() -> None:
-    side = a_test_side(3)
+    side = a_test_split(3)
     women = (side["rows"]["sex"] == "f").to_numpy()
     columns = [f"prob_{name}" for name in CLASSES]
     side["predictions"].loc[women, columns] = (
@@ -178,7 +174,7 @@ def test_a_level_in_which_all_are_right_has_an_interval_all_the_same() -> None:
 
 
 def test_a_planted_gap_is_found_and_where_there_is_none_few_are_flagged() -> None:
-    side = a_test_side(4, 480)
+    side = a_test_split(4, 480)
     women = (side["rows"]["sex"] == "f").to_numpy()
     columns = [f"prob_{name}" for name in CLASSES]
     side["predictions"].loc[women, columns] = np.roll(side["predictions"].loc[women, columns].to_numpy(), 1, axis=1)
@@ -187,14 +183,14 @@ def test_a_planted_gap_is_found_and_where_there_is_none_few_are_flagged() -> Non
     assert row(found, "f", "balanced_accuracy")["flagged"]
     flagged = looked_at = 0
     for seed in range(25):
-        one = measure_subgroups(**a_test_side(100 + seed), samples=100)
+        one = measure_subgroups(**a_test_split(100 + seed), samples=100)
         flagged, looked_at = flagged + one.flagged, looked_at + one.looked_at
     # 5% were promised; 350 gaps, dependent in sevens.
     assert 0.01 < flagged / looked_at < 0.12
 
 
 def test_no_field_and_rows_of_other_data_are_refused() -> None:
-    side = a_test_side()
+    side = a_test_split()
     with pytest.raises(DataError, match="subgroup: true"):
         measure_subgroups(**{**side, "schema": SCHEMA.model_copy(update={"fields": ()})})
     with pytest.raises(DataError, match="3 predicted images"):
@@ -203,17 +199,17 @@ def test_no_field_and_rows_of_other_data_are_refused() -> None:
 
 def test_numbers_are_divided_into_bands() -> None:
     age = MetadataField(name="age", kind="numeric", unit="years")
-    levels, order = field_levels(pd.Series([39.9, 40, 59, 60, 80, np.nan]), age)
+    levels, order = field_categories(pd.Series([39.9, 40, 59, 60, 80, np.nan]), age)
     assert order == ["below 40 years", "40 to 59 years", "60 to 79 years", "80 years and over", "not recorded"]
     assert levels.tolist() == [order[place] for place in (0, 1, 1, 2, 3, 4)]
     size = MetadataField(name="size", kind="numeric", unit="mm")
-    levels, order = field_levels(pd.Series(np.arange(9.0)), size)
+    levels, order = field_categories(pd.Series(np.arange(9.0)), size)
     assert levels.value_counts().tolist() == [3, 3, 3]
     assert order == ["below 2.66667 mm", "2.66667 to below 5.33333 mm", "5.33333 mm and over"]
-    levels, order = field_levels(pd.Series([1.0, 1, 1, 2, np.nan]), size)
+    levels, order = field_categories(pd.Series([1.0, 1, 1, 2, np.nan]), size)
     assert order == ["all", "not recorded"]
     assert levels.tolist() == ["all"] * 4 + ["not recorded"]
-    assert field_levels(pd.Series([np.nan, np.nan]), size)[1] == ["not recorded"]
+    assert field_categories(pd.Series([np.nan, np.nan]), size)[1] == ["not recorded"]
 
 
 def test_words_keep_their_order_their_aliases_and_what_is_not_known() -> None:
@@ -224,24 +220,8 @@ def test_words_keep_their_order_their_aliases_and_what_is_not_known() -> None:
         missing_codes=("UNK",),
         aliases={"BRASIL": "BRAZIL"},
     )
-    levels, order = field_levels(pd.Series(["BRASIL", "UNK", None, "CHILE", "BRAZIL"], dtype=object), origin)
+    levels, order = field_categories(pd.Series(["BRASIL", "UNK", None, "CHILE", "BRAZIL"], dtype=object), origin)
     assert levels.tolist() == ["BRAZIL", "not recorded", "not recorded", "CHILE", "BRAZIL"]
     assert order == ["BRAZIL", "ITALY", "CHILE", "not recorded"]
     itch = MetadataField(name="itch", kind="boolean")
-    assert field_levels(pd.Series(["True", "False"], dtype=object), itch)[0].tolist() == ["yes", "no"]
-
-
-def test_the_shipped_data_sets_name_their_subgroups() -> None:
-    assert [field.name for field in PAD.fields if field.subgroup] == ["age", "gender", "fitspatrick", "region"]
-    assert [field.name for field in ISIC.fields if field.subgroup] == ["age_approx", "sex", "anatom_site_general"]
-    table = pd.DataFrame({"Sex": ["f", "m"], "skin_type": [1, 2], "itch": ["yes", "no"], "message": ["a", "b"]})
-    assert [field.subgroup for field in describe(table, list(table))] == [True, True, False, False]
-
-
-def test_a_part_without_images_in_a_resample_is_undefined_there() -> None:
-    part = WeightedMetrics([0, 1], [[0.9, 0.1], [0.8, 0.2]], np.array([0, 0]), ["A", "B"], [], size=3)
-    values = part.measure(np.array([[1.0, 0.0, 2.0], [0.0, 2.0, 1.0]]))
-    assert part.size == 3
-    for measure in ("accuracy", "balanced_accuracy", "ece", "kappa"):
-        assert np.isnan(values[measure]).tolist() == [False, True], measure
-    assert values["accuracy"][0] == 0.5
+    assert field_categories(pd.Series(["True", "False"], dtype=object), itch)[0].tolist() == ["yes", "no"]

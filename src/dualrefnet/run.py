@@ -24,8 +24,8 @@ from dualrefnet.files import read_json, remove_partial, sha256_of_json, write_cs
 from dualrefnet.recipe import Recipe, differences, load_recipe
 
 if TYPE_CHECKING:
-    from dualrefnet.analysis.out_of_distribution import OutOfScope
     from dualrefnet.evaluation.calibration import Calibration
+    from dualrefnet.runtime.out_of_distribution import OutOfDistributionScore
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,18 @@ class Run:
             ) from None
 
     @property
-    def out_of_scope(self) -> OutOfScope:
+    def out_of_scope(self) -> OutOfDistributionScore:
         """The out-of-distribution score of an image, with its limit."""
         if self.finished and not self.out_of_scope_file.is_file():
             raise RunError(f"{self.path} has no out-of-distribution check: run `dualrefnet evaluate {self.path}`")
-        from dualrefnet.analysis.out_of_distribution import OutOfScope
+        from dualrefnet.runtime.out_of_distribution import OutOfDistributionScore
 
-        return OutOfScope.load(self._existing(self.out_of_scope_file.name))
+        try:
+            return OutOfDistributionScore.load(self._existing(self.out_of_scope_file.name))
+        except (OSError, ValueError) as error:
+            raise RunError(
+                f"{self.out_of_scope_file} can't be read ({error}): run `dualrefnet evaluate {self.path}`"
+            ) from None
 
     @property
     def history(self) -> pd.DataFrame:

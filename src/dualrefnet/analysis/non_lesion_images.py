@@ -1,16 +1,13 @@
-"""Skin without a lesion: the largest square of a photograph that lies away from the outlined lesion.
+"""Images without a lesion, for measuring an out-of-distribution score: photographs, drawn documents, healthy skin.
 
-The hardest of all pictures to tell from photographs of lesions, since all but the lesion is the same: camera, light,
-patient. A
-cutting is also an enlargement, so beside each stands a square of the same size around the lesion, for comparison.
+Documents, charts and screenshots, which are uploaded by mistake, are drawn with a seed; photographs come with
+scikit-image and scikit-learn, so nothing is downloaded.
 """
-
-# also: Pictures that show no lesion, for measuring whether a score tells them from photographs that do.
 
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,35 +16,31 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dualrefnet.analysis import non_lesion_drawings as drawn
 from dualrefnet.data.images import decode_image, read_mask
 
-# Masks are looked at in this many pixels a side; the lesion's border is kept away from by the share MARGIN of a side.
+Pixels = NDArray[np.uint8]
+Random = np.random.Generator
+Colour = tuple[int, int, int]
+Half = Literal["choosing", "reporting"]
+
+PHOTOGRAPHS, DOCUMENTS, PLAIN = "everyday photographs", "documents and drawings", "plain areas"
+MEDICAL = "other medical images"
+# Masks are read with this many pixels a side; the crop keeps away from the lesion by the share MARGIN of it.
 GRID, MARGIN = 256, 0.03
-
-
-# The least side of a cutting: as a share of the photograph's shorter side, and in pixels.
+# The least side of a crop: as a share of the image's shorter side, and in pixels.
 LEAST_SHARE, LEAST_PIXELS = 0.25, 96
+# Images of each source. They aren't independent, so intervals draw sources.
+CROPS = 8
 
 
-@dataclass(frozen=True)
-class Cuttings:
-    """Two squares of one photograph, of the same side.
+def crop_skin(image: Path, mask: Path) -> tuple[Pixels, Pixels] | None:
+    """Crop the largest square beside the lesion, and one of the same size around it, each (Q, Q, 3) RGB.
 
-    Attributes:
-        skin: (Q, Q, 3) RGB without any of the lesion.
-        lesion: (Q, Q, 3) RGB around the middle of the lesion.
-    """
-
-    skin: NDArray[np.uint8]
-    lesion: NDArray[np.uint8]
-
-
-def cut_skin(photograph: Path, mask: Path) -> Cuttings | None:
-    """Cut the largest square beside the lesion, and one of the same size around it.
+    Healthy skin is the hardest of all: camera, light and patient are the same. A crop is also an enlargement, so each
+    has its counterpart around the lesion for comparison.
 
     Args:
-        photograph: the file.
+        image: the file.
         mask: of its lesion, see `dualrefnet.data.images`.
 
     Returns:
@@ -57,59 +50,287 @@ def cut_skin(photograph: Path, mask: Path) -> Cuttings | None:
         ImageError: a file can't be read.
         DataError: the mask isn't black and white.
     """
-    marked = read_mask(mask, photograph, GRID, "squash")
+    marked = read_mask(mask, image, GRID, "squash")
     if marked is None:
         return None
-    pixels = decode_image(photograph)
+    pixels = decode_image(image)
     height, width = pixels.shape[:2]
     scale = GRID / max(height, width)
-    high, wide = max(1, round(height * scale)), max(1, round(width * scale))
-    lesion = cv2.resize(marked.astype(np.uint8), (wide, high), interpolation=cv2.INTER_NEAREST)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    lesion = cv2.resize(marked.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
     kept_away = cv2.dilate(lesion, np.ones((2 * round(MARGIN * GRID) + 1,) * 2, np.uint8))
-    # In chessboard distance: how far a square around each place reaches before it meets the lesion or the edge.
+    # In chessboard distance: how far a square around each point reaches before it meets the lesion or the edge.
     reach = cv2.distanceTransform(np.pad(1 - kept_away, 1), cv2.DIST_C, 3)[1:-1, 1:-1]
-    row, column = np.unravel_index(int(reach.argmax()), reach.shape)
     side = int((2 * reach.max() - 1) / scale)
     if side < max(LEAST_PIXELS, LEAST_SHARE * min(height, width)):
         return None
+
+    def square(row: float, column: float) -> Pixels:
+        # With its middle there, moved as far as it must to lie within the image.
+        top = min(max(0, round((row + 0.5) / scale - side / 2)), height - side)
+        left = min(max(0, round((column + 0.5) / scale - side / 2)), width - side)
+        return np.ascontiguousarray(pixels[top : top + side, left : left + side])
+
+    row, column = np.unravel_index(int(reach.argmax()), reach.shape)
     rows, columns = np.nonzero(lesion)
-    skin = _square(pixels, (row + 0.5) / scale, (column + 0.5) / scale, side)
-    return Cuttings(skin, _square(pixels, (rows.mean() + 0.5) / scale, (columns.mean() + 0.5) / scale, side))
+    return square(float(row), float(column)), square(rows.mean(), columns.mean())
 
 
-def _square(pixels: NDArray[np.uint8], row: float, column: float, side: int) -> NDArray[np.uint8]:
-    """Cut a square with its middle at a place, moved as far as it must to lie within the picture."""
-    top = min(max(0, round(row - side / 2)), pixels.shape[0] - side)
-    left = min(max(0, round(column - side / 2)), pixels.shape[1] - side)
-    return np.ascontiguousarray(pixels[top : top + side, left : left + side])
+@dataclass(frozen=True)
+class NonLesionImage:
+    """An image without a lesion.
+
+    Attributes:
+        pixels: (H, W, 3) RGB of uint8, of the size of a photograph; to be preprocessed as one.
+        group: `PHOTOGRAPHS`, `DOCUMENTS`, `PLAIN` or `MEDICAL`.
+        source: the file or the drawing function; images of one source resemble each other.
+    """
+
+    pixels: Pixels
+    group: str
+    source: str
 
 
-PHOTOGRAPHS, DOCUMENTS, PLAIN, MEDICAL = (
-    "everyday photographs",
-    "documents and drawings",
-    "plain areas",
-    "other medical images",
-)
+def everyday_images(half: Half, seed: int = 0) -> Iterator[NonLesionImage]:
+    """Yield one half of the images, `CROPS` of each source; a score is chosen with one and reported with the other.
+
+    Args:
+        half: `choosing` or `reporting`.
+        seed: of the crops and of what is drawn.
+    """
+    random = np.random.default_rng([seed, ("choosing", "reporting").index(half)])
+    for group, names in _BUNDLED[half].items():
+        for name in names:
+            yield from _crops(name, group, random)
+    for group, functions in _DRAWN[half].items():
+        for function in functions:
+            for number in range(CROPS):
+                pixels = function(random)
+                # Every second sheet is a screenshot or a scan, the others are photographed.
+                if group == DOCUMENTS and number % 2:
+                    pixels = _photographed(pixels, random)
+                yield NonLesionImage(pixels, group, function.__name__.lstrip("_"))
 
 
-Half = Literal["choosing", "reporting"]
+def medical_images(seed: int = 0) -> Iterator[NonLesionImage]:
+    """Yield medical images of other kinds, a harder group: a retina, stained tissue, a cell, micro-aneurysms."""
+    random = np.random.default_rng([seed, 2])
+    for name in ("retina.jpg", "ihc.png", "cell.png", "microaneurysms.png"):
+        yield from _crops(name, MEDICAL, random)
 
 
-# Of each source. They aren't independent, so intervals draw sources.
-CUTTINGS = 8
+def _crops(name: str, group: str, random: Random) -> Iterator[NonLesionImage]:
+    """Yield the image itself first, then parts of it, turned by quarters and mirrored."""
+    package = "sklearn.datasets.images" if name in ("china.jpg", "flower.jpg") else "skimage.data"
+    full = decode_image(importlib.resources.files(package).joinpath(name).read_bytes(), min_side=1)
+    # Photographs are larger than some of these; the score must not depend on how small they were.
+    scale = 400 / min(full.shape[:2])
+    if scale > 1:
+        full = np.asarray(cv2.resize(full, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC), dtype=np.uint8)
+    height, width = full.shape[:2]
+    yield NonLesionImage(full, group, name)
+    for _ in range(CROPS - 1):
+        share = random.uniform(0.5, 0.9)
+        high, wide = int(height * share), int(width * share)
+        top, left = int(random.integers(height - high + 1)), int(random.integers(width - wide + 1))
+        part = np.rot90(full[top : top + high, left : left + wide], int(random.integers(4)))
+        yield NonLesionImage(np.ascontiguousarray(part[:, ::-1] if random.random() < 0.5 else part), group, name)
+
+
+INK: Colour = (25, 25, 30)
+LETTERS = np.frombuffer(b"aaaabcdeeeeefghiiiklmnnnoooprrrsssttttuuvwxyz", dtype=np.uint8)
+
+
+def _draw_form(random: Random) -> Pixels:
+    """Draw a questionnaire: questions, lines to write on, boxes to tick."""
+    page = _sheet(random, 1100, 800)
+    _write(page, _words(random, 3), (60, 90), 1.3, 2)
+    for y in range(160, 1040, 55):
+        _write(page, _words(random, 2) + ":", (60, y), 0.7)
+        if random.random() < 0.4:
+            for x in (380, 520, 660):
+                cv2.rectangle(page, (x, y - 18), (x + 20, y + 2), INK, 2)
+                _write(page, _words(random, 1), (x + 28, y), 0.6)
+            ticked = int(random.choice((380, 520, 660)))
+            cv2.line(page, (ticked, y - 18), (ticked + 20, y + 2), (20, 40, 140), 3)
+        else:
+            cv2.line(page, (380, y + 4), (740, y + 4), (120, 120, 120), 1)
+            _write(page, _words(random, 2), (390, y), 0.8, colour=(20, 40, 140))
+    return page
+
+
+def _draw_receipt(random: Random) -> Pixels:
+    """Draw a till receipt: a narrow strip of goods and prices."""
+    page = _sheet(random, 1000, 460)
+    _write(page, _words(random, 2).upper(), (90, 70), 1.1, 2)
+    for y in range(150, 860, 38):
+        _write(page, _words(random, 2), (40, y), 0.65)
+        _write(page, f"{random.uniform(0.5, 90):6.2f}", (330, y), 0.65)
+    cv2.line(page, (40, 880), (420, 880), INK, 2)
+    _write(page, f"TOTAL {random.uniform(20, 400):8.2f}", (120, 940), 1.0, 2)
+    return page
+
+
+def _draw_table(random: Random) -> Pixels:
+    """Draw a table of numbers with a coloured head."""
+    page = _sheet(random, 800, 1000)
+    columns, rows = int(random.integers(4, 8)), int(random.integers(10, 19))
+    xs, ys = np.linspace(40, 960, columns + 1).astype(int), np.linspace(60, 760, rows + 1).astype(int)
+    cv2.rectangle(page, (int(xs[0]), int(ys[0])), (int(xs[-1]), int(ys[1])), _colour(random), -1)
+    for x in xs:
+        cv2.line(page, (int(x), int(ys[0])), (int(x), int(ys[-1])), (140, 140, 140), 1)
+    for y in ys:
+        cv2.line(page, (int(xs[0]), int(y)), (int(xs[-1]), int(y)), (140, 140, 140), 1)
+    for row in range(rows):
+        for column in range(columns):
+            text = _words(random, 1) if row == 0 or column == 0 else f"{random.normal(50, 20):.1f}"
+            _write(page, text, (int(xs[column]) + 6, int(ys[row + 1]) - 10), 0.5)
+    return page
+
+
+def _draw_bar_chart(random: Random) -> Pixels:
+    """Draw a chart with coloured bars."""
+    page = _sheet(random, 700, 1000)
+    _write(page, _words(random, 4), (120, 60), 1.0, 2)
+    cv2.line(page, (110, 100), (110, 600), INK, 2)
+    cv2.line(page, (110, 600), (950, 600), INK, 2)
+    bars = int(random.integers(4, 12))
+    step, colours = 820 // bars, [_colour(random) for _ in range(3)]
+    for bar in range(bars):
+        left, top = 125 + bar * step, 600 - int(random.integers(40, 480))
+        cv2.rectangle(page, (left, top), (left + int(step * 0.7), 599), colours[bar % 3], -1)
+        _write(page, _words(random, 1)[:6], (left, 630), 0.5)
+    return page
+
+
+def _draw_line_chart(random: Random) -> Pixels:
+    """Draw a chart with coloured lines over a grid."""
+    page = _sheet(random, 700, 1000)
+    for y in range(100, 601, 100):
+        cv2.line(page, (100, y), (950, y), (205, 205, 205), 1)
+        _write(page, f"{600 - y}", (40, y + 6), 0.55)
+    for number in range(int(random.integers(1, 5))):
+        heights = 350 + np.cumsum(random.normal(0, 22, 120))
+        points = np.stack([np.linspace(100, 950, 120), np.clip(heights, 90, 610)], axis=1).astype(np.int32)
+        colour = _colour(random)
+        cv2.polylines(page, [points], False, colour, 3, cv2.LINE_AA)
+        _write(page, _words(random, 2), (120 + 200 * number, 660), 0.6, colour=colour)
+    return page
+
+
+def _draw_window(random: Random) -> Pixels:
+    """Draw a screenshot: windows with bars, text and buttons on a coloured desktop."""
+    page = np.full((800, 1280, 3), _colour(random), dtype=np.uint8)
+    for _ in range(int(random.integers(1, 4))):
+        left, top = int(random.integers(20, 500)), int(random.integers(20, 250))
+        right, bottom = left + int(random.integers(500, 740)), top + int(random.integers(350, 520))
+        cv2.rectangle(page, (left, top), (right, bottom), (248, 248, 248), -1)
+        cv2.rectangle(page, (left, top), (right, top + 36), _colour(random), -1)
+        _write(page, _words(random, 3), (left + 14, top + 25), 0.6, colour=(255, 255, 255))
+        for y in range(top + 80, bottom - 70, 30):
+            _write(page, _words(random, int(random.integers(2, 6))), (left + 20, y), 0.5)
+        cv2.rectangle(page, (right - 130, bottom - 50), (right - 20, bottom - 15), _colour(random), -1)
+    return page
+
+
+def _draw_bar_code(random: Random) -> Pixels:
+    """Draw a label with a bar code."""
+    page = _sheet(random, 500, 800)
+    widths = random.integers(1, 5, 110) * 2
+    x = 60
+    for number, width in enumerate(widths):
+        if number % 2 == 0:
+            cv2.rectangle(page, (x, 90), (x + int(width) - 1, 370), INK, -1)
+        x += int(width)
+    _write(page, " ".join(str(digit) for digit in random.integers(0, 10, 13)), (90, 430), 1.0, 2)
+    return page
+
+
+def _draw_landscape(random: Random) -> Pixels:
+    """Draw hills under a sky, in gradients of colour."""
+    height, width = 600, 900
+    down = np.linspace(0, 1, height)[:, None, None]
+    sky_top = np.array([70, 120, 200]) + random.normal(0, 25, 3)
+    sky_bottom = np.array([215, 220, 235]) + random.normal(0, 15, 3)
+    page = np.broadcast_to((1 - down) * sky_top + down * sky_bottom, (height, width, 3)).copy()
+    x, y = np.arange(width), np.arange(height)[:, None]
+    for far in range(4):
+        waves = sum(
+            np.sin(x / random.uniform(60, 260) + random.uniform(0, 6)) * random.uniform(10, 45) for _ in range(3)
+        )
+        ground = np.array([40, 110, 45]) * (1.3 - 0.2 * far) + random.normal(0, 15, 3)
+        page[y > 230 + 90 * far + waves] = ground
+    page += random.normal(0, 5, page.shape)
+    return _bytes(page)
+
+
+def _draw_one_colour(random: Random) -> Pixels:
+    """Draw an area of one colour: a covered lens, a wall."""
+    return np.full((480, 640, 3), random.integers(0, 256, 3), dtype=np.uint8)
+
+
+def _draw_gradient(random: Random) -> Pixels:
+    """Draw an area that passes from one colour to another."""
+    ends, along = random.uniform(0, 255, (2, 3)), np.linspace(0, 1, 640)[None, :, None]
+    return _bytes(np.broadcast_to((1 - along) * ends[0] + along * ends[1], (480, 640, 3)))
+
+
+def _draw_stripes(random: Random) -> Pixels:
+    """Draw stripes of two colours, in any direction."""
+    angle, period = random.uniform(0, np.pi), random.uniform(12, 90)
+    y, x = np.mgrid[0:480, 0:640]
+    first = np.sin(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / period) > 0
+    return np.where(first[:, :, None], random.integers(0, 256, 3), random.integers(0, 256, 3)).astype(np.uint8)
+
+
+def _draw_noise(random: Random) -> Pixels:
+    """Draw noise, coarse or fine: a damaged image."""
+    grain = int(random.choice((1, 4, 16)))
+    small = random.integers(0, 256, (480 // grain, 640 // grain, 3)).astype(np.uint8)
+    return np.asarray(cv2.resize(small, (640, 480), interpolation=cv2.INTER_NEAREST), dtype=np.uint8)
+
+
+def _photographed(image: Pixels, random: Random) -> Pixels:
+    """Draw a sheet as a telephone photographs it: a little turned, unevenly lit, tinted, blurred and noisy."""
+    height, width = image.shape[:2]
+    turn = cv2.getRotationMatrix2D((width / 2, height / 2), random.uniform(-8, 8), random.uniform(0.9, 1.2))
+    table = tuple(int(value) for value in random.integers(40, 150, 3))
+    turned = cv2.warpAffine(image, turn, (width, height), borderValue=table)
+    light = np.linspace(random.uniform(0.55, 0.9), random.uniform(0.8, 1.05), width)[None, :, None]
+    tint = np.array([1.0, random.uniform(0.88, 1.0), random.uniform(0.7, 1.0)])
+    blurred = cv2.GaussianBlur(turned, (0, 0), random.uniform(0.4, 1.4)).astype(float)
+    return _bytes(blurred * light * tint + random.normal(0, 4, image.shape))
+
+
+def _sheet(random: Random, height: int, width: int) -> Pixels:
+    return np.full((height, width, 3), random.integers(235, 256, 3), dtype=np.uint8)
+
+
+def _colour(random: Random) -> Colour:
+    red, green, blue = random.integers(20, 220, 3)
+    return int(red), int(green), int(blue)
+
+
+def _words(random: Random, number: int) -> str:
+    return " ".join(random.choice(LETTERS, int(random.integers(3, 10))).tobytes().decode() for _ in range(number))
+
+
+def _write(
+    page: Pixels, text: str, place: tuple[int, int], scale: float, thickness: int = 1, colour: Colour = INK
+) -> None:
+    cv2.putText(page, text, place, cv2.FONT_HERSHEY_SIMPLEX, scale, colour, thickness, cv2.LINE_AA)
+
+
+def _bytes(values: NDArray[np.float64]) -> Pixels:
+    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
 
 # Left out of what scikit-image brings along: astronaut, camera and lfw (people), phantom (drawn tissue).
 _BUNDLED = {
     "choosing": {
         PHOTOGRAPHS: (
-            "coffee.png",
-            "coins.png",
-            "brick.png",
-            "clock_motion.png",
-            "motorcycle_left.png",
-            "hubble_deep_field.jpg",
-            "china.jpg",
+            *("coffee.png", "coins.png", "brick.png", "clock_motion.png", "motorcycle_left.png"),
+            *("hubble_deep_field.jpg", "china.jpg"),
         ),
         DOCUMENTS: ("page.png", "color.png"),
     },
@@ -118,89 +339,13 @@ _BUNDLED = {
         DOCUMENTS: ("text.png", "logo.png", "horse.png", "chessboard_RGB.png"),
     },
 }
-
-
-_OF_SCIKIT_LEARN = ("china.jpg", "flower.jpg")
-
-
-_MEDICAL = ("retina.jpg", "ihc.png", "cell.png", "microaneurysms.png")
-
-
-_DRAWN: dict[str, dict[str, tuple[drawn.Draw, ...]]] = {
+_DRAWN: dict[str, dict[str, tuple[Callable[[Random], Pixels], ...]]] = {
     "choosing": {
-        DOCUMENTS: (drawn.draw_form, drawn.draw_receipt, drawn.draw_bar_chart, drawn.draw_landscape),
-        PLAIN: (drawn.draw_one_colour, drawn.draw_stripes),
+        DOCUMENTS: (_draw_form, _draw_receipt, _draw_bar_chart, _draw_landscape),
+        PLAIN: (_draw_one_colour, _draw_stripes),
     },
     "reporting": {
-        DOCUMENTS: (drawn.draw_table, drawn.draw_window, drawn.draw_line_chart, drawn.draw_bar_code),
-        PLAIN: (drawn.draw_gradient, drawn.draw_noise),
+        DOCUMENTS: (_draw_table, _draw_window, _draw_line_chart, _draw_bar_code),
+        PLAIN: (_draw_gradient, _draw_noise),
     },
 }
-
-
-@dataclass(frozen=True)
-class EverydayPicture:
-    """A picture without a lesion.
-
-    Attributes:
-        pixels: (H, W, 3) RGB of uint8, of the size of a photograph; to be preprocessed as one.
-        group: what kind of thing it is: `PHOTOGRAPHS`, `DOCUMENTS`, `PLAIN` or `MEDICAL`.
-        source: the file or the drawing function; pictures of one source resemble each other.
-    """
-
-    pixels: NDArray[np.uint8]
-    group: str
-    source: str
-
-
-def everyday_pictures(half: Half, seed: int = 0) -> Iterator[EverydayPicture]:
-    """Give one half of the pictures, `CUTTINGS` of each source.
-
-    Args:
-        half: `choosing` or `reporting`.
-        seed: of the cuttings and of what is drawn.
-    """
-    random = np.random.default_rng([seed, ("choosing", "reporting").index(half)])
-    for group, names in _BUNDLED[half].items():
-        for name in names:
-            yield from _cuttings(name, group, random)
-    for group, functions in _DRAWN[half].items():
-        for function in functions:
-            for number in range(CUTTINGS):
-                pixels = function(random)
-                # Every second sheet is a screenshot or a scan, the others are photographed.
-                if group == DOCUMENTS and number % 2:
-                    pixels = drawn.photographed(pixels, random)
-                yield EverydayPicture(pixels, group, function.__name__)
-
-
-def medical_pictures(seed: int = 0) -> Iterator[EverydayPicture]:
-    """Give medical images of other kinds: a retina, stained tissue, a cell, micro-aneurysms. A harder group, reported
-    apart.
-    """
-    random = np.random.default_rng([seed, 2])
-    for name in _MEDICAL:
-        yield from _cuttings(name, MEDICAL, random)
-
-
-def _cuttings(name: str, group: str, random: np.random.Generator) -> Iterator[EverydayPicture]:
-    """Give the whole picture first, then parts of it, turned by quarters and mirrored."""
-    whole = _read(name)
-    height, width = whole.shape[:2]
-    yield EverydayPicture(whole, group, name)
-    for _ in range(CUTTINGS - 1):
-        share = random.uniform(0.5, 0.9)
-        high, wide = int(height * share), int(width * share)
-        top, left = int(random.integers(height - high + 1)), int(random.integers(width - wide + 1))
-        part = np.rot90(whole[top : top + high, left : left + wide], int(random.integers(4)))
-        yield EverydayPicture(np.ascontiguousarray(part[:, ::-1] if random.random() < 0.5 else part), group, name)
-
-
-def _read(name: str) -> NDArray[np.uint8]:
-    package = "sklearn.datasets.images" if name in _OF_SCIKIT_LEARN else "skimage.data"
-    pixels = decode_image(importlib.resources.files(package).joinpath(name).read_bytes(), min_side=1)
-    # Photographs are larger than some of these; what is read later must not depend on how small they were.
-    scale = 400 / min(pixels.shape[:2])
-    if scale > 1:
-        pixels = np.asarray(cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC), dtype=np.uint8)
-    return pixels

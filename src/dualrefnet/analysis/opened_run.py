@@ -1,4 +1,4 @@
-"""A finished run, opened: its model, its data and all that lies between, as training left them."""
+"""A finished run, opened: its model, its data and the preprocessing between them."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class OpenedRun:
 
     Attributes:
         run: the folder.
-        recipe: the run's, with the data where they lie now.
+        recipe: the run's, with the present location of the data.
         dataset: the data set.
         split: of its rows.
         model: the best epoch, in evaluation mode, on `device`.
         metadata: the fitted metadata encoder.
-        normalisation: mean and sd that the (first) image encoder expects.
-        store: the pictures; None for a method that reads no image.
+        normalisation: mean and std that the (first) image encoder expects.
+        store: the images; None for a method that reads no image.
         device: where to compute.
-        cache: where image stores lie; None: the user's cache folder.
+        cache: folder of the image stores; None: the user's cache folder.
     """
 
     run: Run
@@ -62,27 +62,25 @@ class OpenedRun:
 
     @property
     def groups(self) -> pd.Series:
-        """Image id -> the patient (of ISIC-2019: lesion) whose images stay together."""
+        """Image id -> patient or lesion (`dataset.schema.unit`), whose images are in one split."""
         return self.split.set_index("image_id")["patient_id"]
 
     @property
     def reads_metadata(self) -> bool:
-        """False if neither the method nor the recipe's tier lets the form in."""
+        """False if neither the method nor the recipe's tier reads metadata."""
         return self.model.reads_metadata and self.metadata.width > 0
 
-    def examples(self, side: str) -> Examples:
-        """Return one side of the split, with the stored features if the encoder was frozen: the quick way to
-        predictions.
-        """
-        return make_examples(self.dataset, self.split, side, self.metadata, self.store, self._features)
+    def examples(self, split: str) -> Examples:
+        """Return one split, with the stored features if the encoder was frozen: the quick way to predictions."""
+        return make_examples(self.dataset, self.split, split, self.metadata, self.store, self._features)
 
-    def pictures(self, side: str) -> Examples:
-        """Return one side of the split with its pictures, also if the encoder was frozen: what explanations look at."""
-        return make_examples(self.dataset, self.split, side, self.metadata, self.store)
+    def pictures(self, split: str) -> Examples:
+        """Return one split with its images, also if the encoder was frozen: what explanations look at."""
+        return make_examples(self.dataset, self.split, split, self.metadata, self.store)
 
-    def rows(self, side: str) -> pd.DataFrame:
-        """Return the lesion table's rows of one side, in the order of its examples."""
-        return split_rows(self.dataset, self.split, side)
+    def rows(self, split: str) -> pd.DataFrame:
+        """Return the lesion table's rows of one split, in the order of its examples."""
+        return split_rows(self.dataset, self.split, split)
 
     @cached_property
     def _features(self) -> tuple[DerivedStore, ...]:
@@ -91,15 +89,13 @@ class OpenedRun:
         return fill_features(self.recipe, self.model, self.store, self.device)
 
     def images(self, batch: Batch) -> Tensor | None:
-        """Return a batch's pictures (B, 3, S, S) as the model reads them; None for a method that reads no image."""
+        """Return a batch's images (B, 3, S, S) as the model reads them; None if the method reads none."""
         if batch.images is None:
             return None
         return normalise(to_unit(batch.images.to(self.device), self.recipe.image.size), self.normalisation)
 
     def encode(self, batch: Batch) -> Encoded | None:
-        """Return what the encoders make of a batch's images, or what is stored of them; None for a method that reads
-        no image.
-        """
+        """Return the encoders' outputs for a batch, stored ones where there are; None if the method reads no image."""
         if batch.features:
             return encoded(batch.features, self.device)
         images = self.images(batch)
@@ -109,10 +105,7 @@ class OpenedRun:
     def vectors(
         self, examples: Examples, rows: NDArray[np.int64], progress: Callable[[int, int], None] | None = None
     ) -> NDArray[np.float32]:
-        """Return what the encoders make of the examples at `rows`, (N, D), side by side if there are several; stored
-        features are read
-        where there are some.
-        """
+        """Return the encoders' vectors of the examples at `rows`, concatenated if there are several, (N, D)."""
         size, kept = self.recipe.evaluation.batch_size, []
         for start in range(0, len(rows), size):
             read = self.encode(examples.batch(rows[start : start + size]))
@@ -123,13 +116,13 @@ class OpenedRun:
         return np.concatenate(kept)
 
     def masks(self, folder: Path | None = None) -> dict[str, Path]:
-        """Return test image id -> mask of the lesion; none if no folder was named and the data set brings none.
+        """Return test image id -> mask of the lesion; none if no folder was named and the data set has none.
 
         Args:
-            folder: of the masks; None: `masks` in the data set's folder, if it is there.
+            folder: of the masks; None: `masks` in the data set's folder, if it exists.
 
         Raises:
-            DataError: `folder` isn't there, or holds no mask of a test image.
+            DataError: `folder` doesn't exist, or holds no mask of a test image.
         """
         if folder is None and not (self.dataset.root / MASK_FOLDER).is_dir():
             return {}
@@ -141,12 +134,12 @@ class OpenedRun:
 
     @torch.inference_mode()
     def blank(self, count: int) -> Encoded:
-        """Return what stands for `count` photographs that aren't there: the model's learned token, or of a model
-        without one what its
-        encoders make of a picture in the mean colour of their normalisation.
+        """Return what stands for `count` missing images.
+
+        It is the model's learned token, or the encoders' output for an image in the mean colour of their normalisation.
         """
-        side, pixel = self.recipe.image.size, torch.nan if self.model.missing is not None else 0.0
-        read = self.model.encode(torch.full((1, 3, side, side), pixel, device=self.device))
+        size, pixel = self.recipe.image.size, torch.nan if self.model.missing is not None else 0.0
+        read = self.model.encode(torch.full((1, 3, size, size), pixel, device=self.device))
         if self.model.missing is not None:
             read = self.model.missing.fill_images(read)
         return read.rows(torch.zeros(count, dtype=torch.int64, device=self.device))
@@ -163,13 +156,13 @@ def open_run(
 
     Args:
         run: its folder.
-        root: where the data lie now, if not where the recipe says.
+        root: folder of the data, if it isn't the recipe's.
         dataset: the data set, if it has been read already.
-        cache: where image stores lie.
+        cache: folder of the image stores.
         device: where to compute; None: a GPU if there is one.
 
     Raises:
-        RunError: images of the split have vanished, the classes have changed, or the run holds no trained model.
+        RunError: images of the split are missing, the classes have changed, or the run holds no trained model.
     """
     overrides = {"data.root": str(root)} if root is not None else {}
     recipe, split, description = load_recipe(run.recipe, overrides), run.split, run.model
@@ -183,35 +176,23 @@ def open_run(
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
     store = fill_recipe_store(recipe, dataset, cache) if model.reads_image else None
-    gone = set(split["image_id"]) - (
-        set(store.image_ids) - set(store.broken) if store else set(dataset.table["image_id"])
-    )
-    if gone:
+    readable = set(store.image_ids) - set(store.broken) if store else set(dataset.table["image_id"])
+    missing = set(split["image_id"]) - readable
+    if missing:
         raise RunError(
-            f"{len(gone)} images of {run.path / 'split.csv'} are not in {dataset.root}; give the right folder with --root"
+            f"{len(missing)} images of {run.path / 'split.csv'} are not in {dataset.root}; "
+            "give the right folder with --root"
         )
-    preprocessing = description["preprocessing"]
-    return OpenedRun(
-        run,
-        recipe,
-        dataset,
-        split,
-        model,
-        MetadataEncoder.from_json(description["metadata"]),
-        (tuple(preprocessing["mean"]), tuple(preprocessing["std"])),
-        store,
-        device,
-        cache,
-    )
+    preprocessing, metadata = description["preprocessing"], MetadataEncoder.from_json(description["metadata"])
+    normalisation = tuple(preprocessing["mean"]), tuple(preprocessing["std"])
+    return OpenedRun(run, recipe, dataset, split, model, metadata, normalisation, store, device, cache)
 
 
 def sample_rows(labels: np.ndarray, at_most: int, seed: int) -> np.ndarray:
-    """Choose rows for a picture of a part of them: all, or `at_most` with each class in proportion, and at least one of
-    each.
+    """Choose all rows, or `at_most` with each class in proportion, but at least one of each.
 
     Every class gets its share, rounded up or down (largest remainder); classes whose share is less than one row get
-    one, and
-    the others share what is left.
+    one, and the others share what is left.
 
     Args:
         labels: (N,) class of every row.
@@ -229,23 +210,10 @@ def sample_rows(labels: np.ndarray, at_most: int, seed: int) -> np.ndarray:
         return np.arange(len(labels))
     if at_most < len(names):
         raise ValueError(f"{at_most} rows can't show {len(names)} classes; ask for more")
-    wanted = _in_proportion(counts, at_most)
-    generator = np.random.default_rng(seed)
-    chosen = [
-        generator.choice(np.flatnonzero(labels == name), number, replace=False)
-        for name, number in zip(names, wanted, strict=True)
-    ]
-    return np.sort(np.concatenate(chosen))
-
-
-def _in_proportion(counts: np.ndarray, at_most: int) -> np.ndarray:
-    """Return how many rows of each class to choose, in all `at_most`; there are more rows than that and not more
-    classes.
-    """
     rare = np.zeros(len(counts), dtype=bool)
     while True:
         left = at_most - int(rare.sum())
-        # In whole numbers, so that no rounding has a say: share = parts / total.
+        # In whole numbers, so that no rounding matters: share = parts / total.
         parts, total = left * counts, int(counts[~rare].sum())
         more = ~rare & (parts < total)
         if not more.any():
@@ -254,4 +222,9 @@ def _in_proportion(counts: np.ndarray, at_most: int) -> np.ndarray:
     wanted = np.where(rare, 1, parts // total)
     order = np.argsort(np.where(rare, 1, -(parts % total)), kind="stable")
     wanted[order[: at_most - wanted.sum()]] += 1
-    return np.asarray(wanted)
+    generator = np.random.default_rng(seed)
+    chosen = [
+        generator.choice(np.flatnonzero(labels == name), size, replace=False)
+        for name, size in zip(names, wanted, strict=True)
+    ]
+    return np.sort(np.concatenate(chosen))

@@ -1,10 +1,4 @@
-"""The levels of a metadata field between which results are compared: categories, yes and no, bands of numbers."""
-
-# also: One part of a test side against another: which measures have enough patients, and how far they are apart.
-# also: Do results hold for everyone? Every level of a field (women, men) against all other images for which the field
-# is recorded.
-# also: Pictures of subgroups: a measure of every level with its interval, and how far each is from the others; one
-# panel a field.
+"""Results by subgroup: every category of a metadata field against all other images for which the field is recorded."""
 
 from __future__ import annotations
 
@@ -12,88 +6,27 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from dualrefnet.analysis.opened_run import OpenedRun
 from dualrefnet.data.schema import DatasetSchema, MetadataField
 from dualrefnet.display.figure import FAINT, INK, PAPER, PRIMARY, SECONDARY, ReportFigure, new_figure, styled, truncate
+from dualrefnet.display.format import interval, number
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.bootstrap import Bootstrap, group_codes, percentile_interval, wilson_interval
+from dualrefnet.evaluation.bootstrap import NAN, Bootstrap, Floats, divide, percentile_interval, wilson_interval
 from dualrefnet.evaluation.metrics import WeightedMetrics, check_predictions
 from dualrefnet.progress import progress_bar
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 NOT_RECORDED = "not recorded"
-
-
 # Bands of every number that counts years: first year of each but the first.
 AGES = (40, 60, 80)
-
-
-def field_levels(values: pd.Series, field: MetadataField) -> tuple[pd.Series, list[str]]:
-    """Return the level of every row, and all levels in their order: those that occur and those that the field declares.
-
-    Years are divided into bands (below 40, 40-59, 60-79, 80 and over), other numbers at the thirds of these rows. What
-    is missing, or
-    was asked and isn't known, is a level of its own, the last.
-
-    Args:
-        values: column of a lesion table.
-        field: what the column means.
-    """
-    if field.kind == "numeric":
-        levels, order = _bands(values, field)
-    else:
-        unknown = values.isna() | values.isin(field.missing_codes)
-        words = values.where(~unknown, other=NOT_RECORDED).astype(str).replace(field.aliases)
-        if field.kind == "boolean":
-            words = words.replace({"True": "yes", "False": "no"})
-        known = list(dict.fromkeys(field.aliases.get(name, name) for name in field.categories))
-        levels, order = words, [*known, *sorted(set(words) - set(known) - {NOT_RECORDED})]
-    return levels, [*order, NOT_RECORDED] if (levels == NOT_RECORDED).any() else order
-
-
-def _bands(values: pd.Series, field: MetadataField) -> tuple[pd.Series, list[str]]:
-    numbers = values.astype(float)
-    known = numbers.dropna()
-    if field.unit == "years":
-        edges = [float(edge) for edge in AGES]
-        between = [f"{low} to {high - 1} years" for low, high in pairwise(AGES)]
-        names = [f"below {AGES[0]} years", *between, f"{AGES[-1]} years and over"]
-    else:
-        # Where many values are equal, two thirds may share an edge, or the first be empty.
-        edges = [float(edge) for edge in np.unique(np.quantile(known, [1 / 3, 2 / 3]))] if len(known) else []
-        edges = [edge for edge in edges if edge > known.min()]
-        unit = f" {field.unit}" if field.unit else ""
-        between = [f"{low:g} to below {high:g}{unit}" for low, high in pairwise(edges)]
-        names = (
-            [f"below {edges[0]:g}{unit}", *between, f"{edges[-1]:g}{unit} and over"]
-            if edges
-            else ["all"] * (len(known) > 0)
-        )
-    place = np.searchsorted(edges, numbers.to_numpy(), side="right")
-    levels = pd.Series(
-        [NOT_RECORDED if missing else names[at] for at, missing in zip(place, numbers.isna(), strict=True)],
-        numbers.index,
-    )
-    return levels, names
-
-
-Floats = NDArray[np.float64]
-
-
-Bounds = tuple[float, float]
-
-
-NAN = float("nan")
-
-
 NAMES = {
     "balanced_accuracy": "balanced accuracy",
     "accuracy": "accuracy",
@@ -104,224 +37,71 @@ NAMES = {
     "overconfidence": "overconfidence",
     "ece": "expected calibration error",
 }
-
-
-# The error grows as images get fewer: resamples lie above it, and a small level's gap would always look bad.
+# The error grows as images get fewer: resamples lie above it, and a small category's gap would always look bad.
 WITHOUT_INTERVAL = ("ece",)
-
-
-# Averages over classes, and the value of each class of which they are made.
-_AVERAGES = {"balanced_accuracy": "sensitivity", "auc_macro_ovr": "auc"}
-
-
-# Shares of images: how many of which.
-_SHARES = ("accuracy", "malignant.sensitivity", "malignant.specificity")
-
-
-# A level with fewer has no numbers; and fewer patients of a class on one side: it isn't compared.
+# Averages over classes, and the metric of each class that they average.
+AVERAGES = {"balanced_accuracy": "sensitivity", "auc_macro_ovr": "auc"}
+PROPORTIONS = ("accuracy", "malignant.sensitivity", "malignant.specificity")
+# A category with fewer has no results; and with fewer patients of a class on either side it isn't compared.
 MINIMUM_IMAGES, MINIMUM_PATIENTS, MINIMUM_OF_CLASS = 20, 10, 5
 
 
-class Part(WeightedMetrics):
-    """Images whose overconfidence is measured, too."""
+def field_categories(values: pd.Series, field: MetadataField) -> tuple[pd.Series, list[str]]:
+    """Return the category of every row, and all categories in order, those that the field declares included.
 
-    def measure(self, weights: Floats) -> dict[str, Floats]:
-        """Return the measures of `WeightedMetrics`, and `overconfidence`: mean confidence less accuracy."""
-        values = super().measure(weights)
-        total = weights @ self.confusion.sum(axis=1)
-        surplus = weights @ self.errors.gaps.sum(axis=1)
-        values["overconfidence"] = np.divide(-surplus, total, out=np.full(len(total), np.nan), where=total > 0)
-        return values
-
-
-@dataclass(frozen=True)
-class Whole:
-    """All images of a test side.
-
-    Attributes:
-        labels: (N,).
-        scores: (N, C).
-        codes: (N,), patients 0..G-1.
-        size: G.
-        classes: names.
-        malignant: names.
+    Years are divided into bands (below 40, 40-59, 60-79, 80 and over), other numbers at the terciles of these rows.
+    Missing and unknown values are a category of their own, the last.
     """
-
-    labels: NDArray[np.int64]
-    scores: Floats
-    codes: NDArray[np.int64]
-    size: int
-    classes: list[str]
-    malignant: list[str]
-
-    @classmethod
-    def of(cls, predictions: pd.DataFrame, codes: NDArray[np.int64], schema: DatasetSchema) -> Whole:
-        """Take rows of `predictions.csv`; `codes`: (N,), patients 0..G-1."""
-        position = {name: index for index, name in enumerate(schema.classes)}
-        labels = predictions["label"].map(position).to_numpy(dtype=np.int64)
-        truth, scores = check_predictions(
-            labels, predictions[[f"prob_{name}" for name in schema.classes]].to_numpy(dtype=float)
-        )
-        return cls(truth, scores, codes, int(codes.max()) + 1, list(schema.classes), list(schema.malignant))
-
-    @property
-    def measures(self) -> list[str]:
-        """Keys of `NAMES` that these classes have."""
-        return [name for name in NAMES if self.malignant or not name.startswith("malignant.")]
-
-    @property
-    def cancer(self) -> NDArray[np.bool_]:
-        """Which images show a cancer, (N,)."""
-        return np.isin(self.classes, self.malignant)[self.labels]
-
-    def part(self, mask: NDArray[np.bool_]) -> Part:
-        """Return some of the images, ready for resamples of all patients."""
-        return Part(self.labels[mask], self.scores[mask], self.codes[mask], self.classes, self.malignant, self.size)
-
-    def patients(self, mask: NDArray[np.bool_]) -> int:
-        """Return the number of patients of some images."""
-        return len(np.unique(self.codes[mask]))
-
-    def support(self, mask: NDArray[np.bool_]) -> dict[str, object]:
-        """Return what `Subgroups.levels` says of some images."""
-        images, patients = int(mask.sum()), self.patients(mask)
-        gone = sorted(set(self.labels) - set(self.labels[mask])) if images else []
-        return {
-            "images": images,
-            "patients": patients,
-            "malignant": int(self.cancer[mask].sum()) if self.malignant else NAN,
-            "measured": images >= MINIMUM_IMAGES and patients >= MINIMUM_PATIENTS,
-            "missing": ", ".join(self.classes[index] for index in gone),
-        }
-
-
-class Side:
-    """One side of a comparison: which measures have enough patients, and what the resamples gave.
-
-    Args:
-        test: the test side.
-        mask: (N,), the images of this side.
-        drawn: what `draw` gave for `test.part(mask)`.
-        level: coverage of the intervals.
-    """
-
-    def __init__(self, test: Whole, mask: NDArray[np.bool_], drawn: dict[str, Floats], level: float) -> None:
-        self.drawn, self.level, self.test = drawn, level, test
-        self.point = test.part(mask).measure(np.ones((1, test.size)))
-        self.patients = test.patients(mask)
-        self.enough = int(mask.sum()) >= MINIMUM_IMAGES and self.patients >= MINIMUM_PATIENTS
-        self.of_class = [test.patients(mask & (test.labels == index)) for index in range(len(test.classes))]
-        self.ill, self.well = test.patients(mask & test.cancer), test.patients(mask & ~test.cancer)
-
-    def about(self, measure: str) -> int:
-        """Return the number of patients that a measure is about; of the rarer kind if there are two."""
-        kinds = {
-            "malignant.sensitivity": self.ill,
-            "malignant.specificity": self.well,
-            "malignant.auc": min(self.ill, self.well),
-        }
-        return kinds.get(measure, self.patients)
-
-    def bounds(self, measure: str, value: float, drawn: Floats) -> Bounds:
-        """Return the interval; NaN where all resamples agree and the measure is no share."""
-        if measure in _SHARES and value in (0, 1):
-            return wilson_interval(int(value) * self.about(measure), self.about(measure), self.level)
-        return (NAN, NAN) if _agree(drawn) else percentile_interval(drawn, self.level) or (NAN, NAN)
-
-
-def compare(one: Side, other: Side | None, measure: str, level: float, counted: bool) -> dict[str, object]:
-    """Return value, interval and gap of one measure of one level: what a row of `Subgroups.table` says.
-
-    Args:
-        one: the level.
-        other: the images with which it is compared; None: there are none.
-        measure: a key of `NAMES`.
-        level: coverage of the gap's interval.
-        counted: whether no comparison of the same images stands above.
-    """
-    classes = one.test.classes
-    result: dict[str, object] = dict.fromkeys(("value", "low", "high", "others", "gap", "gap_low", "gap_high"), NAN)
-    result |= {"flagged": False, "counted": counted, "classes": ""}
-    if measure in _AVERAGES:
-        shared = [
-            name
-            for name, here, there in zip(classes, one.of_class, other.of_class if other else one.of_class, strict=True)
-            if min(here, there) >= MINIMUM_OF_CLASS
-        ]
-        result["classes"] = ", ".join(shared)
-        if len(shared) < 2:
-            return result
-        keys = [f"per_class.{name}.{_AVERAGES[measure]}" for name in shared]
-    elif one.about(measure) < MINIMUM_OF_CLASS:
-        return result
+    if field.kind == "numeric":
+        numbers = values.astype(float)
+        missing, (edges, order) = numbers.isna(), _bands(numbers.dropna(), field)
+        band = np.searchsorted(edges, numbers[~missing].to_numpy(), side="right")
+        categories = pd.Series(NOT_RECORDED, values.index, dtype=object)
+        categories[~missing] = np.array(order, dtype=object)[band]
     else:
-        keys = [measure]
-    mine, values = _stack(one.drawn, keys), float(_stack(one.point, keys).mean())
-    result["value"] = values
-    if measure in WITHOUT_INTERVAL:
-        return result
-    result["low"], result["high"] = one.bounds(measure, values, _mean(mine))
-    if other is None or not other.enough or other.about(measure) < MINIMUM_OF_CLASS:
-        return result
-    theirs, others = _stack(other.drawn, keys), float(_stack(other.point, keys).mean())
-    gap = values - others
-    result |= {"others": others, "gap": gap}
-    if _agree(_mean(mine)) or _agree(_mean(theirs)):
-        low, high = one.bounds(measure, values, _mean(mine))
-        other_low, other_high = other.bounds(measure, others, _mean(theirs))
-        bounds = (gap - np.hypot(values - low, other_high - others), gap + np.hypot(high - values, others - other_low))
-    else:
-        # Class by class: one that vanished from a resample on either side is left out on both.
-        bounds = percentile_interval(_mean(mine - theirs), level) or (NAN, NAN)
-    result["gap_low"], result["gap_high"] = float(bounds[0]), float(bounds[1])
-    result["flagged"] = bool(bounds[0] > 0 or bounds[1] < 0)
-    return result
+        missing = values.isna() | values.isin(field.missing_codes)
+        categories = values.where(~missing, other=NOT_RECORDED).astype(str).replace(field.aliases)
+        if field.kind == "boolean":
+            categories = categories.replace({"True": "yes", "False": "no"})
+        known = list(dict.fromkeys(field.aliases.get(name, name) for name in field.categories))
+        order = [*known, *sorted(set(categories) - set(known) - {NOT_RECORDED})]
+    return categories, [*order, NOT_RECORDED] if missing.any() else order
 
 
-def _stack(values: dict[str, Floats], keys: list[str]) -> Floats:
-    return np.stack([values[key] for key in keys])
-
-
-def _mean(values: Floats) -> Floats:
-    """Average (K, S) over the defined values of each resample; NaN if there are none."""
-    defined = ~np.isnan(values)
-    count = defined.sum(axis=0)
-    result: Floats = np.divide(
-        np.where(defined, values, 0).sum(axis=0), count, out=np.full(values.shape[1], np.nan), where=count > 0
-    )
-    return result
-
-
-def _agree(drawn: Floats) -> bool:
-    """Return whether all resamples give the same value, or none."""
-    defined = drawn[~np.isnan(drawn)]
-    return not len(defined) or bool(np.ptp(defined) < 1e-12)
+def _bands(known: pd.Series, field: MetadataField) -> tuple[list[float], list[str]]:
+    """Return the edges between the bands, and the names of the bands, one more than edges."""
+    if field.unit == "years":
+        between = [f"{low} to {high - 1} years" for low, high in pairwise(AGES)]
+        return list(AGES), [f"below {AGES[0]} years", *between, f"{AGES[-1]} years and over"]
+    # Where many values are equal, two terciles may share an edge, or the first band be empty.
+    edges = np.unique(np.quantile(known, [1 / 3, 2 / 3])).tolist() if len(known) else []
+    edges = [edge for edge in edges if edge > known.min()]
+    if not edges:
+        return [], ["all"] * (len(known) > 0)
+    unit = f" {field.unit}" if field.unit else ""
+    between = [f"{low:g} to below {high:g}{unit}" for low, high in pairwise(edges)]
+    return edges, [f"below {edges[0]:g}{unit}", *between, f"{edges[-1]:g}{unit} and over"]
 
 
 @dataclass(frozen=True)
 class Subgroups:
-    """Results by level.
+    """Results by category.
 
     Attributes:
-        levels: one row a level: `field`, `level`, `images`, `patients`, `malignant` (images; NaN if no class is),
-            `measured`
-            (whether it has numbers), `missing` (classes of the test side that it lacks, separated by commas).
-            Categories that the
-            schema names and no image has are there with 0 images.
-        table: one row a measured level and measure: `field`, `level`, `measure`, `value`, `low`, `high`, `others` (the
-            value of all
-            the images that it is compared with), `gap` (value - others), `gap_low`, `gap_high`, `flagged` (0 lies
-            outside the gap's
-            interval), `counted` (False: a comparison of the same images stands above, such as women with men for men
-            with women),
-            `classes` (over which the measure runs).
-            NaN: undefined, too few patients, or no interval.
-        overall: measure -> value of the whole test side.
-        descriptions: field -> its question in plain words.
-        images: number in the test side.
+        levels: one row a category: `field`, `level` (the category), `images`, `patients`, `malignant` (images; NaN if
+            no class is), `measured` (whether it has results), `missing` (classes of the test split that it lacks,
+            separated by commas). Categories that the schema names and no image has are there with 0 images.
+        table: one row a measured category and measure: `field`, `level`, `measure`, `value`, `low`, `high`, `others`
+            (the value of the images that it is compared with), `gap` (value - others), `gap_low`, `gap_high`, `flagged`
+            (0 lies outside the gap's interval), `counted` (False: a comparison of the same images stands above, such as
+            women with men for men with women), `classes` (over which the measure runs). NaN: undefined, too few
+            patients, or no interval.
+        overall: measure -> value of the whole test split.
+        descriptions: field -> what it means, in plain words.
+        images: number in the test split.
         groups: number of patients.
         samples: bootstrap samples.
-        seed: of the draw.
+        seed: of the resamples.
         level: coverage of the intervals.
     """
 
@@ -351,8 +131,131 @@ class Subgroups:
         return (1 - self.level) * self.looked_at
 
     def frame(self) -> pd.DataFrame:
-        """Return everything as one tidy table: one row a level and measure, one row for a level without numbers."""
+        """Return one tidy table: one row a category and measure, one row for a category without results."""
         return self.levels.merge(self.table, on=["field", "level"], how="left", sort=False)
+
+
+class _Metrics(WeightedMetrics):
+    def measure(self, weights: Floats) -> dict[str, Floats]:
+        """Return the metrics of `WeightedMetrics`, and `overconfidence`: mean confidence minus accuracy."""
+        surplus, total = weights @ self.errors.gaps.sum(axis=1), weights @ self.confusion.sum(axis=1)
+        return super().measure(weights) | {"overconfidence": divide(-surplus, total)}
+
+
+class _Part:
+    """Some images of the test split.
+
+    Attributes:
+        total: number of their patients.
+        of_class: number of patients of each class.
+        patients: measure -> number of patients that it is about; of the rarer kind if there are two.
+        point: metrics of these images; see `_Metrics`.
+        drawn: the same of every resample of all patients.
+    """
+
+    point: dict[str, Floats]
+    drawn: dict[str, Floats]
+
+    def __init__(
+        self,
+        mask: NDArray[np.bool_],
+        target: NDArray[np.int64],
+        scores: Floats,
+        bootstrap: Bootstrap,
+        schema: DatasetSchema,
+    ) -> None:
+        self.mask, self.target, self.scores, self.bootstrap, self.schema = mask, target, scores, bootstrap, schema
+        self.classes, self.level = schema.classes, bootstrap.level
+        self.cancer = np.isin(schema.classes, schema.malignant)[target]
+        self.total = self._count(mask)
+        self.enough = int(mask.sum()) >= MINIMUM_IMAGES and self.total >= MINIMUM_PATIENTS
+        self.of_class = [self._count(mask & (target == index)) for index in range(len(self.classes))]
+        malignant, benign = self._count(mask & self.cancer), self._count(mask & ~self.cancer)
+        self.patients = dict.fromkeys(NAMES, self.total)
+        self.patients |= {"malignant.sensitivity": malignant, "malignant.specificity": benign}
+        self.patients["malignant.auc"] = min(malignant, benign)
+
+    def _count(self, mask: NDArray[np.bool_]) -> int:
+        return len(np.unique(self.bootstrap.codes[mask]))
+
+    def support(self) -> dict[str, object]:
+        """Return columns of `Subgroups.levels`."""
+        images, target = int(self.mask.sum()), self.target
+        missing = sorted(set(target) - set(target[self.mask])) if images else []
+        return {
+            "images": images,
+            "patients": self.total,
+            "malignant": int(self.cancer[self.mask].sum()) if self.schema.malignant else NAN,
+            "measured": self.enough,
+            "missing": ", ".join(self.classes[index] for index in missing),
+        }
+
+    def metrics(self) -> _Metrics:
+        target, scores, codes = self.target[self.mask], self.scores[self.mask], self.bootstrap.codes[self.mask]
+        return _Metrics(target, scores, codes, self.classes, self.schema.malignant, self.bootstrap.groups)
+
+    def values(self, keys: list[str]) -> tuple[float, Floats]:
+        """Return the mean of K metrics, and those of every resample, (K, S)."""
+        return float(np.stack([self.point[key] for key in keys]).mean()), np.stack([self.drawn[key] for key in keys])
+
+    def interval(self, measure: str, value: float, drawn: Floats) -> tuple[float, float]:
+        """Return the interval; NaN where all resamples agree and the measure is no proportion."""
+        if measure in PROPORTIONS and value in (0, 1):
+            patients = self.patients[measure]
+            return wilson_interval(int(value) * patients, patients, self.level)
+        return (NAN, NAN) if _agree(drawn) else percentile_interval(drawn, self.level) or (NAN, NAN)
+
+
+def _compare(one: _Part, other: _Part | None, measure: str) -> dict[str, object]:
+    """Return value, interval and gap of one measure of one category, as columns of `Subgroups.table`.
+
+    Args:
+        one: the category.
+        other: the images with which it is compared; None: there are none.
+        measure: a key of `NAMES`.
+    """
+    result: dict[str, object] = dict.fromkeys(("value", "low", "high", "others", "gap", "gap_low", "gap_high"), NAN)
+    result |= {"flagged": False, "classes": ""}
+    keys = [measure]
+    if measure in AVERAGES:
+        patients = zip(one.classes, one.of_class, (other or one).of_class, strict=True)
+        shared = [name for name, here, there in patients if min(here, there) >= MINIMUM_OF_CLASS]
+        result["classes"] = ", ".join(shared)
+        keys = [f"per_class.{name}.{AVERAGES[measure]}" for name in shared]
+        if len(keys) < 2:
+            return result
+    elif one.patients[measure] < MINIMUM_OF_CLASS:
+        return result
+    value, mine = one.values(keys)
+    result["value"] = value
+    if measure in WITHOUT_INTERVAL:
+        return result
+    low, high = one.interval(measure, value, _mean(mine))
+    result |= {"low": low, "high": high}
+    if other is None or not other.enough or other.patients[measure] < MINIMUM_OF_CLASS:
+        return result
+    others, theirs = other.values(keys)
+    gap = value - others
+    if _agree(_mean(mine)) or _agree(_mean(theirs)):
+        # Newcombe 1998, method 10: the difference of two independent proportions from their Wilson intervals.
+        other_low, other_high = other.interval(measure, others, _mean(theirs))
+        bounds = (gap - np.hypot(value - low, other_high - others), gap + np.hypot(high - value, others - other_low))
+    else:
+        # Class by class: one that vanished from a resample on either side is left out on both.
+        bounds = percentile_interval(_mean(mine - theirs), one.level) or (NAN, NAN)
+    result |= {"others": others, "gap": gap, "gap_low": float(bounds[0]), "gap_high": float(bounds[1])}
+    return result | {"flagged": bool(bounds[0] > 0 or bounds[1] < 0)}
+
+
+def _mean(values: Floats) -> Floats:
+    """Average (K, S) over the defined values of each resample; NaN if there are none."""
+    return divide(np.nansum(values, axis=0), (~np.isnan(values)).sum(axis=0).astype(float))
+
+
+def _agree(drawn: Floats) -> bool:
+    """Whether all resamples give the same value, or none."""
+    defined = drawn[~np.isnan(drawn)]
+    return not len(defined) or bool(np.ptp(defined) < 1e-12)
 
 
 def measure_subgroups(
@@ -365,15 +268,15 @@ def measure_subgroups(
     level: float = 0.95,
     progress: Callable[[int, int], None] | None = None,
 ) -> Subgroups:
-    """Measure every level of every field with `subgroup`, and how far it is from the others.
+    """Measure every category of every field with `subgroup`, and how far it is from the others.
 
     Args:
-        predictions: rows of `predictions.csv`, of the test side: `image_id`, `label` and `prob_<CLASS>`.
+        predictions: rows of `predictions.csv`, of the test split: `image_id`, `label` and `prob_<CLASS>`.
         rows: the lesion table's rows; those of other images don't matter.
-        groups: image id -> patient (of ISIC-2019: lesion).
+        groups: image id -> patient or lesion (`schema.unit`).
         schema: of the lesion table.
         samples: bootstrap samples.
-        seed: of the draw.
+        seed: of the resamples.
         level: coverage of the intervals.
         progress: called with (samples done, samples in all).
 
@@ -383,181 +286,147 @@ def measure_subgroups(
     """
     fields = [field for field in schema.fields if field.subgroup]
     if not fields:
-        raise DataError(
-            f"no metadata field of {schema.title} is marked with `subgroup: true`: there is nothing to compare"
-        )
+        raise DataError(f"no metadata field of {schema.title} is marked with `subgroup: true`: nothing to compare")
     ids = predictions["image_id"]
-    absent = set(ids) - (set(rows["image_id"]) & set(groups.index))
-    if absent:
+    missing = set(ids) - (set(rows["image_id"]) & set(groups.index))
+    if missing:
         raise DataError(
-            f"{len(absent)} predicted images aren't in the lesion table or the split; are these the data of the run?"
+            f"{len(missing)} predicted images aren't in the lesion table or the split; are these the data of the run?"
         )
     rows = rows.set_index("image_id").loc[ids]
-    test = Whole.of(predictions, group_codes(groups.loc[ids].to_numpy()), schema)
+    labels = predictions["label"].map({name: index for index, name in enumerate(schema.classes)})
+    columns = predictions[[f"prob_{name}" for name in schema.classes]]
+    target, scores = check_predictions(labels.to_numpy(dtype=np.int64), columns.to_numpy(dtype=float))
+    bootstrap = Bootstrap(groups.loc[ids].to_numpy(), len(ids), samples, seed, level, progress)
 
-    level_rows, sides, counted = [], [], []
-    seen: set[frozenset[bytes]] = set()
+    def part(mask: NDArray[np.bool_]) -> _Part:
+        return _Part(mask, target, scores, bootstrap, schema)
+
+    categories, pairs, seen = [], [], set()
     for field in fields:
-        values, order = field_levels(rows[field.name], field)
+        values, order = field_categories(rows[field.name], field)
         recorded = (values != NOT_RECORDED).to_numpy()
         for name in order:
             mine = (values == name).to_numpy()
             theirs = ~mine & recorded
-            level_rows.append({"field": field.name, "level": name, **test.support(mine)})
-            sides.append((mine, theirs))
-            pair = frozenset([mine.tobytes(), theirs.tobytes()])
-            counted.append(pair not in seen)
-            if level_rows[-1]["measured"]:
+            one = part(mine)
+            categories.append({"field": field.name, "level": name, **one.support()})
+            if one.enough:
+                pair = frozenset([mine.tobytes(), theirs.tobytes()])
+                pairs.append((field.name, name, one, part(theirs) if theirs.any() else None, pair not in seen))
                 seen.add(pair)
-    levels = pd.DataFrame(level_rows)
-    chosen = np.flatnonzero(levels["measured"])
-    parts = [test.part(mask) for index in chosen for mask in sides[index] if mask.any()]
-    bootstrap = Bootstrap(test.codes, len(test.codes), samples, seed, level, progress)
-    drawn = iter(bootstrap.resample_each({number: part.measure for number, part in enumerate(parts)}).values())
-
-    records = []
-    for index in chosen:
-        one = Side(test, sides[index][0], next(drawn), level)
-        other = Side(test, sides[index][1], next(drawn), level) if sides[index][1].any() else None
-        key = {"field": levels["field"][index], "level": levels["level"][index]}
-        records += [
-            {**key, "measure": measure, **compare(one, other, measure, level, counted[index])}
-            for measure in test.measures
-        ]
-    columns = [
-        "field",
-        "level",
-        "measure",
-        "value",
-        "low",
-        "high",
-        "others",
-        "gap",
-        "gap_low",
-        "gap_high",
-        "flagged",
-        "counted",
-        "classes",
+    parts = [one for pair in pairs for one in pair[2:4] if isinstance(one, _Part)]
+    models = {index: one.metrics() for index, one in enumerate(parts)}
+    drawn = bootstrap.resample_each({index: model.measure for index, model in models.items()})
+    for index, one in enumerate(parts):
+        one.point, one.drawn = models[index].measure(bootstrap.unit_weights), drawn[index]
+    total = part(np.ones(len(ids), dtype=bool)).metrics().measure(bootstrap.unit_weights)
+    measures = [name for name in NAMES if schema.malignant or not name.startswith("malignant.")]
+    records = [
+        {"field": field, "level": name, "measure": measure, **_compare(one, other, measure), "counted": counted}
+        for field, name, one, other, counted in pairs
+        for measure in measures
     ]
-    table = pd.DataFrame(records, columns=columns).astype({"flagged": bool, "counted": bool})
-    whole = test.part(np.ones(len(test.labels), dtype=bool)).measure(np.ones((1, test.size)))
-    overall = {measure: float(whole[measure][0]) for measure in test.measures}
+    named = ["field", "level", "measure", "value", "low", "high", "others"]
+    named += ["gap", "gap_low", "gap_high", "flagged", "counted", "classes"]
+    table = pd.DataFrame(records, columns=named).astype({"flagged": bool, "counted": bool})
+    overall = {measure: float(total[measure][0]) for measure in measures}
     descriptions = {field.name: field.description or field.name for field in fields}
-    return Subgroups(levels, table, overall, descriptions, len(ids), test.size, samples, seed, level)
+    size = bootstrap.groups
+    return Subgroups(pd.DataFrame(categories), table, overall, descriptions, len(ids), size, samples, seed, level)
 
 
 def subgroups_of_run(opened: OpenedRun, samples: int = 1000, seed: int = 0) -> Subgroups:
-    """Measure the subgroups of a run's test side; see `measure_subgroups`."""
-    predictions = opened.run.predictions
-    test = predictions[predictions["split"] == "test"]
+    """Measure the subgroups of a run's test split; see `measure_subgroups`."""
+    test = opened.run.predictions.query("split == 'test'")
+    rows, schema = opened.rows("test"), opened.dataset.schema
     with progress_bar("subgroups") as show:
-        return measure_subgroups(
-            test, opened.rows("test"), opened.groups, opened.dataset.schema, samples, seed, progress=show
-        )
+        return measure_subgroups(test, rows, opened.groups, schema, samples, seed, progress=show)
 
 
 # Inches: a line of a panel, its title, and what stands above and below the panels.
-SLOT, TITLE, BELOW = 0.19, 0.27, 0.75
-
-
-# Letters of a level and of a panel's title.
+LINE, TITLE, BELOW = 0.19, 0.27, 0.75
+# Letters of a category and of a panel's title.
 LETTERS, TITLE_LETTERS = 22, 28
-
-
-# Levels without numbers that a panel names one by one.
+# Categories without results that the caption names one by one.
 NAMED = 3
 
 
-@styled
 def draw_subgroups(subgroups: Subgroups, measure: str, unit: str = "patients") -> ReportFigure:
-    """Draw a measure of every level with its interval, and a line at that of the whole test side.
+    """Draw a measure of every category with its interval, and a line at that of the whole test split.
 
     Args:
         subgroups: from `measure_subgroups`.
-        measure: one of `compared_sides.NAMES`.
-        unit: what was resampled, in words, for the caption.
+        measure: a key of `NAMES`.
+        unit: what was resampled, in the plural, for the caption.
 
     Raises:
-        DataError: no level has a value of it.
+        DataError: no category has a value of it.
     """
-    rows = _rows(subgroups, measure, "value")
-    figure, axes, panels = _figure(subgroups, rows)
-    name, overall = NAMES[measure], subgroups.overall[measure]
-    for axis, field in zip(axes, panels, strict=True):
-        axis.axvline(overall, color=FAINT, linestyle="--", linewidth=1)
-        _draw(axis, rows[rows["field"] == field], "value", "low", "high", subgroups.descriptions[field], ".2f")
-    axes[-1].set_xlabel(name)
-    handles = [Line2D([], [], color=FAINT, linestyle="--", linewidth=1, label=f"whole test set: {overall:.2f}")]
-    figure.legend(handles=handles, loc="outside lower center")
-    caption = (
-        f"Mark: {name} of the level (in brackets: its test images); line: {_interval(subgroups, unit)}. {_classes(rows)}"
-        f"{_without(rows)}A difference from the dashed line may come from which cases a level holds."
+    name = NAMES[measure]
+    text = "Dot: {0} of the category (in brackets: its test images); line: {1}. {2}Dashed: the whole test split."
+    return _draw(subgroups, measure, unit, "value", f"Subgroups: {name}", text)
+
+
+def draw_subgroup_gaps(subgroups: Subgroups, measure: str, unit: str = "patients") -> ReportFigure:
+    """Draw how far every category is from the others with the interval, and a line at zero; see `draw_subgroups`."""
+    name = NAMES[measure]
+    text = (
+        "Difference in {0} between a category (in brackets: its test images) and all other images for which the field "
+        "is recorded. Line: {1}. {2}A gap shows that results differ, not why."
     )
-    return ReportFigure(
-        f"subgroups_{_slug(measure)}",
-        f"Subgroups: {name}",
-        caption,
-        _alt(rows, "value", "low", "high", ".2f"),
-        figure,
-        rows,
-    )
+    return _draw(subgroups, measure, unit, "gap", f"Subgroups: gaps in {name}", text)
 
 
 @styled
-def draw_subgroup_gaps(subgroups: Subgroups, measure: str, unit: str = "patients") -> ReportFigure:
-    """Draw how far every level is from the others with the interval, and a line at zero.
+def _draw(subgroups: Subgroups, measure: str, unit: str, value: str, title: str, text: str) -> ReportFigure:
+    """Draw the column `value` of a measure, a panel for each field that has a category with it."""
+    from matplotlib.lines import Line2D
 
-    Args:
-        subgroups: from `measure_subgroups`.
-        measure: one of `compared_sides.NAMES`.
-        unit: what was resampled, in words, for the caption.
-
-    Raises:
-        DataError: no level has a gap of it.
-    """
-    rows = _rows(subgroups, measure, "gap")
-    figure, axes, panels = _figure(subgroups, rows)
-    name = NAMES[measure]
-    for axis, field in zip(axes, panels, strict=True):
-        axis.axvline(0, color=INK, linewidth=0.8)
-        _draw(axis, rows[rows["field"] == field], "gap", "gap_low", "gap_high", subgroups.descriptions[field], "+.2f")
-    axes[-1].set_xlabel(f"gap in {name}\n← lower than the others     higher →")
-    if rows["flagged"].any():
-        handles = [
-            Line2D([], [], color=PRIMARY, marker="o", markerfacecolor=PAPER, markersize=4.5, label="could be none"),
-            Line2D([], [], color=SECONDARY, marker="D", markersize=4.5, label="0 lies outside"),
-        ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=2)
-    caption = (
-        f"How far the {name} of a level (in brackets: its test images) is from that of all others for which the field is recorded; "
-        f'"not recorded" is compared with all that are. Line: {_interval(subgroups, unit)}, the same for both sides. '
-        f"{_classes(rows)}{_without(rows)}A gap says that results differ, not why."
-    )
-    alt = _alt(rows, "gap", "gap_low", "gap_high", "+.2f")
-    return ReportFigure(f"subgroup_gaps_{_slug(measure)}", f"Subgroups: gaps in {name}", caption, alt, figure, rows)
-
-
-def _rows(subgroups: Subgroups, measure: str, value: str) -> pd.DataFrame:
-    """Return the levels with their numbers of one measure, those without included."""
     table = subgroups.table[subgroups.table["measure"] == measure]
-    if table.empty or table[value].isna().all():
-        raise DataError(f"no level of a subgroup has enough images for {measure}: there is nothing to draw")
+    if table[value].isna().all():
+        raise DataError(f"no category of a subgroup has enough images for {measure}: there is nothing to draw")
     rows = subgroups.levels.merge(table, on=["field", "level"], how="left", sort=False)
-    return rows.assign(flagged=rows["flagged"].eq(True), drawn=rows[value].notna())
+    rows = rows.assign(flagged=rows["flagged"].eq(True), drawn=rows[value].notna())
+    gaps, (name, overall) = value == "gap", (NAMES[measure], subgroups.overall[measure])
+    low, high, form = ("gap_low", "gap_high", "+.2f") if gaps else ("low", "high", ".2f")
+    shown = {str(field): part for field, part in rows[rows["drawn"]].groupby("field", sort=False)}
+    titles = ["\n".join(textwrap.wrap(subgroups.descriptions[field], TITLE_LETTERS)[:2]) for field in shown]
+    heights = [LINE * (len(part) + 0.6) for part in shown.values()]
+    height = sum(heights) + sum(TITLE * (1 + 0.5 * title.count("\n")) for title in titles) + BELOW
+    figure, axes = new_figure(height, len(shown), sharex=True, height_ratios=heights)
+    alt = []
+    for axis, part, heading in zip(axes, shown.values(), titles, strict=True):
+        axis.axvline(0 if gaps else overall, **_line(gaps))
+        _draw_panel(axis, part, value, low, high, form)
+        axis.set_title(heading)
+        alt += [
+            f"{row['field']} {row['level']} {number(row[value], form)} {interval(row[low], row[high], form)}".strip()
+            for row in part.to_dict("records")
+        ]
+    axes[-1].set_xlabel(f"gap in {name}\n← lower than the others     higher →" if gaps else name)
+    handles = [Line2D([], [], label=f"whole test split: {overall:.2f}", **_line(gaps))]
+    if gaps:
+        style: dict[str, Any] = {"marker": "o", "markerfacecolor": PAPER, "markersize": 4.5}
+        handles = [Line2D([], [], color=PRIMARY, label="0 inside the interval", **style)]
+        style = {"marker": "D", "markersize": 4.5}
+        handles.append(Line2D([], [], color=SECONDARY, label="0 outside", **style))
+    if not gaps or rows["flagged"].any():
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    drawn = f"{100 * subgroups.level:g}% interval from {subgroups.samples} resamples of the {subgroups.groups} {unit} "
+    classes = rows.loc[rows["drawn"], "classes"].ne("").any()
+    extent = "Averages run over the classes for which both have enough patients. " if classes else ""
+    caption = text.format(name, f"{drawn}(seed {subgroups.seed})", extent + _not_drawn(rows))
+    stem = f"{'subgroup_gaps' if gaps else 'subgroups'}_{measure.replace('.', '_')}"
+    return ReportFigure(stem, title, caption, "; ".join(alt), figure, rows)
 
 
-def _figure(subgroups: Subgroups, rows: pd.DataFrame) -> tuple[Figure, list[Axes], list[str]]:
-    """Return a panel for each field that has a level to draw."""
-    drawn = rows.groupby("field", sort=False)["drawn"].sum()
-    panels = [str(field) for field, count in drawn.items() if count]
-    heights = [SLOT * (drawn[field] + 0.6) for field in panels]
-    titles = [TITLE * (1 + 0.5 * _title(subgroups.descriptions[field]).count("\n")) for field in panels]
-    figure, axes = new_figure(sum(heights) + sum(titles) + BELOW, len(panels), sharex=True, height_ratios=heights)
-    return figure, axes, panels
+def _line(gaps: bool) -> dict[str, Any]:
+    return {"color": INK, "linewidth": 0.8} if gaps else {"color": FAINT, "linestyle": "--", "linewidth": 1}
 
 
-def _draw(axis: Axes, rows: pd.DataFrame, value: str, low: str, high: str, title: str, form: str) -> None:
-    shown = rows[rows["drawn"]].to_dict("records")
+def _draw_panel(axis: Axes, part: pd.DataFrame, value: str, low: str, high: str, form: str) -> None:
+    shown = part.to_dict("records")
     for place, row in enumerate(shown):
         flagged = row["flagged"] and value == "gap"
         colour, marker = (SECONDARY, "D") if flagged else (PRIMARY, "o")
@@ -570,56 +439,15 @@ def _draw(axis: Axes, rows: pd.DataFrame, value: str, low: str, high: str, title
     axis.grid(visible=False, axis="y")
     axis.locator_params(axis="x", nbins=6)
     numbers = axis.secondary_yaxis("right")
-    numbers.set_yticks(range(len(shown)), [_signed(row[value], form) for row in shown])
+    numbers.set_yticks(range(len(shown)), [number(row[value], form) for row in shown])
     numbers.tick_params(length=0, labelsize=7)
     numbers.spines["right"].set_visible(False)
-    axis.set_title(_title(title))
 
 
-def _title(text: str) -> str:
-    return "\n".join(textwrap.wrap(text, TITLE_LETTERS)[:2])
-
-
-def _interval(subgroups: Subgroups, unit: str) -> str:
-    return f"{100 * subgroups.level:g}% interval from {subgroups.samples} resamples of the {subgroups.groups} {unit} (seed {subgroups.seed})"
-
-
-def _classes(rows: pd.DataFrame) -> str:
-    """Say over which classes an average runs, if it is one."""
-    known = rows.loc[rows["drawn"], "classes"]
-    return (
-        "Each level's average runs over the classes that it and the others have from enough patients. "
-        if known.ne("").any()
-        else ""
-    )
-
-
-def _without(rows: pd.DataFrame) -> str:
-    """Say which levels aren't drawn, and why."""
+def _not_drawn(rows: pd.DataFrame) -> str:
     parts = []
     for field, part in rows[~rows["drawn"]].groupby("field", sort=False):
         names = [f"{row['level']} ({row['images']})" for row in part.to_dict("records")]
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED + 1 else ""
         parts.append(f"{field}: {', '.join(names[:NAMED] if more else names)}{more}")
-    if not parts:
-        return ""
-    return (
-        f"Not drawn, for fewer than {MINIMUM_IMAGES} images or {MINIMUM_PATIENTS} patients, or too few of the cases that the measure is "
-        f"about: {'; '.join(parts)}. "
-    )
-
-
-def _alt(rows: pd.DataFrame, value: str, low: str, high: str, form: str) -> str:
-    words = []
-    for row in rows[rows["drawn"]].to_dict("records"):
-        bounds = "" if pd.isna(row[low]) else f" [{_signed(row[low], form)}, {_signed(row[high], form)}]"
-        words.append(f"{row['field']} {row['level']} {_signed(row[value], form)}{bounds}")
-    return "; ".join(words)
-
-
-def _signed(value: Any, form: str) -> str:
-    return format(value, form).replace("-", "−")
-
-
-def _slug(measure: str) -> str:
-    return measure.replace(".", "_")
+    return f"Not drawn, for too few images or patients: {'; '.join(parts)}. " if parts else ""

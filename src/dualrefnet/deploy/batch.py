@@ -52,19 +52,12 @@ _AFTER = ("malignancy", "refer", "out_of_scope", "warnings", "error")
 
 @dataclass(frozen=True)
 class Case:
-    """One row to predict.
+    """One row to predict."""
 
-    Attributes:
-        name: of the row in the result.
-        path: of the image; None: missing.
-        metadata: values by field.
-        error: why it can't be predicted, if that is known already.
-    """
-
-    name: str
-    path: Path | None
+    name: str  # in the result
+    path: Path | None  # of the image; None: missing
     metadata: Mapping[str, str] = field(default_factory=dict)
-    error: str = ""
+    error: str = ""  # why it can't be predicted, if that is known already
 
 
 class Cases(Protocol):
@@ -84,13 +77,7 @@ Work = Callable[[Iterator[Chunk]], Iterator[tuple[int, bytes]]]
 
 
 class MetadataTable:
-    """A CSV with metadata, read row by row.
-
-    Attributes:
-        path: the file.
-        columns: its header.
-        image_column: which of them names the image; None: none does.
-    """
+    """A CSV with metadata, read row by row."""
 
     def __init__(self, path: Path, fields: Sequence[str], image_columns: Sequence[str]) -> None:
         """Read the header, and warn of columns that the model doesn't read.
@@ -151,12 +138,7 @@ class ImageCases:
     """
 
     def __init__(self, sources: Sequence[Path], metadata: Path | None, predictor: Predictor) -> None:
-        """List the images; none of them is opened.
-
-        Args:
-            sources: files, and folders that are searched with what is below them.
-            metadata: CSV with a column that names the image (file name or id) and columns of fields, or None.
-            predictor: the model, for the fields that it reads.
+        """List the images of files and folders; none of them is opened.
 
         Raises:
             DataError: there is no image, a source doesn't exist, or the CSV is invalid.
@@ -200,14 +182,10 @@ class ImageCases:
 
 
 class TableCases:
-    """A CSV with a row a case: the column `image` is the path of the image, the others are metadata."""
+    """A CSV with a row a case: the column `image` is a path (absolute, or relative to the CSV), others are metadata."""
 
     def __init__(self, path: Path, predictor: Predictor) -> None:
         """Read the CSV once, to count its rows and to check that all of it can be read.
-
-        Args:
-            path: the CSV; paths in it are absolute, or relative to its folder.
-            predictor: the model, for what it reads.
 
         Raises:
             DataError: the CSV is invalid, has no rows, or has no column `image` and the model needs images.
@@ -271,13 +249,7 @@ def _key(name: Path | str) -> str:
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A run or an exported bundle and how to load it, for another process too.
-
-    Attributes:
-        path: the folder.
-        device: `cpu`, `cuda`, ...
-        variant: of a bundle: `float32` or `int8`.
-    """
+    """A run or an exported bundle and how to load it, for another process too."""
 
     path: Path
     device: str = "cpu"
@@ -296,13 +268,7 @@ class ModelFolder:
 
 @dataclass(frozen=True)
 class Summary:
-    """Numbers of rows.
-
-    Attributes:
-        classified: with a prediction.
-        failed: with an error.
-        resumed: of both, those of an earlier process.
-    """
+    """Numbers of rows: with a prediction, with an error, and of both those of an earlier process."""
 
     classified: int
     failed: int
@@ -378,7 +344,7 @@ def _open_folder(folder: Path, out: Path, fingerprint: Mapping[str, Any], resume
     changed = [name for name in {**before, **fingerprint} if before.get(name) != fingerprint.get(name)]
     if changed:
         raise DataError(
-            f"{folder} can't be resumed, since this has changed: {', '.join(changed)}; use the same arguments, or remove "
+            f"{folder} can't be resumed, since this has changed: {', '.join(changed)}; call it as before, or remove "
             "it to begin anew"
         )
 
@@ -430,14 +396,7 @@ def csv_lines(rows: Iterable[Sequence[str]]) -> bytes:
 def predict_chunks(
     predictor: Predictor, chunks: Iterable[Chunk], batch: int = BATCH, workers: int | None = None
 ) -> Iterator[tuple[int, bytes]]:
-    """Classify chunks on this machine: threads decode the next images while the model predicts.
-
-    Args:
-        predictor: the model.
-        chunks: the rows, of which never more than three batches have their images in memory.
-        batch: rows that the model sees at once.
-        workers: threads that decode; None: one a core.
-    """
+    """Classify chunks on this machine: threads (None: one a core) decode two batches while the model predicts one."""
     pool = ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1), thread_name_prefix="decode")
 
     def decoded() -> Iterator[tuple[int, bool, list[Case], list[Future[Prepared]]]]:

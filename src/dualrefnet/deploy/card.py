@@ -103,7 +103,7 @@ def data_licence(dataset: Mapping[str, Any]) -> str:
     terms = _terms(licence) or "Read its terms before you pass the model on or use it."
     if not licence:
         terms = (
-            "Whoever made the model didn't state under which licence the data may be used. Ask them before you pass the "
+            "Whoever made the model didn't state under which licence the data may be used. Ask before you pass the "
             "model on or use it."
         )
     return f"""# Licence of the training data

@@ -237,7 +237,7 @@ def _cases(
         if root is not None:
             raise
         warn(
-            f"the run's data aren't available ({error}). Parity is checked on synthetic images instead, and int8 can be "
+            f"the run's data aren't available ({error}). Parity is checked on synthetic images instead, and int8 is "
             "neither calibrated nor measured"
         )
         return synthetic_cases(SYNTHETIC, image, metadata), None, "on synthetic cases, without the run's images"

@@ -116,12 +116,7 @@ class _Folder(BundleMixin):
 
 
 def push_bundle(folder: Path, repository: str, **options: Any) -> str:
-    """Push a bundle to the Hub.
-
-    Args:
-        folder: of the bundle.
-        repository: `ORG/NAME`.
-        options: of `ModelHubMixin.push_to_hub`, such as `private`, `branch` and `token`.
+    """Push a bundle to the repository `ORG/NAME` of the Hub, with options of `ModelHubMixin.push_to_hub`.
 
     Returns:
         The URL of the commit.
@@ -136,7 +131,7 @@ def push_bundle(folder: Path, repository: str, **options: Any) -> str:
         raise RunError(f"{repository!r} is no name of a repository, which is ORG/NAME: {_one_line(error)}") from None
     except _REFUSALS as error:
         raise RunError(
-            f"{folder} couldn't be pushed to {repository}: {_one_line(error)}; is the network there, and are you logged "
+            f"{folder} couldn't be pushed to {repository}: {_one_line(error)}; is it reachable, and are you logged "
             "in (`hf auth login`)?"
         ) from None
 

@@ -16,7 +16,6 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
 import dualrefnet
-from dualrefnet.analysis.out_of_distribution import OutOfScope
 from dualrefnet.data import isic_2019, pad_ufes_20, synthetic
 from dualrefnet.data.loader import Batch
 from dualrefnet.data.metadata import MetadataEncoder
@@ -29,6 +28,7 @@ from dualrefnet.progress import warn
 from dualrefnet.recipe import ImageSection
 from dualrefnet.run import Run
 from dualrefnet.runtime.classifier import NetworkOutput
+from dualrefnet.runtime.out_of_distribution import OutOfDistributionScore
 from dualrefnet.runtime.preprocessing import Image
 
 BATCH_AXIS = "N"
@@ -110,7 +110,7 @@ def vector_length(model: Method) -> int:
     return sum(encoder.features for encoder in model.encoders if isinstance(encoder, Encoder))
 
 
-def _find_score(run: Run, model: Method) -> OutOfScope | None:
+def _find_score(run: Run, model: Method) -> OutOfDistributionScore | None:
     """Return a run's out-of-distribution score; None, with a warning, if an older run has none."""
     again = f"`dualrefnet evaluate {run.path}` fits it"
     if not run.out_of_scope_file.is_file():

@@ -70,17 +70,9 @@ Logits = NDArray[np.floating]
 
 @dataclass(frozen=True)
 class Cases:
-    """Inputs of networks.
-
-    Attributes:
-        images: (N, S, S, 3) uint8, preprocessed; None for models that read none.
-        metadata: (N, M) float32, encoded.
-        labels: (N,) class indices; None for synthetic images.
-    """
-
-    images: NDArray[np.uint8] | None
-    metadata: NDArray[np.float32]
-    labels: NDArray[np.int64] | None = None
+    images: NDArray[np.uint8] | None  # (N, S, S, 3), preprocessed; None for models that read none
+    metadata: NDArray[np.float32]  # (N, M), encoded
+    labels: NDArray[np.int64] | None = None  # (N,) class indices; None for synthetic images
 
     def __len__(self) -> int:
         return len(self.metadata)
@@ -133,14 +125,7 @@ def predict_cases(
     missing: NDArray[np.bool_] | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> NetworkOutput:
-    """Return a network's output for all cases.
-
-    Args:
-        network: see `dualrefnet.runtime.classifier.Network`.
-        cases: to predict.
-        missing: (N,) images that are left out, for models with learned tokens.
-        advance: called with the size of each batch.
-    """
+    """Return a network's output for all cases; `missing`: (N,) images to leave out, `advance` gets a batch's size."""
     logits, vectors = [], []
     missing = np.zeros(len(cases), dtype=bool) if missing is None else missing
     for start in range(0, len(cases), BATCH):
@@ -155,11 +140,7 @@ def predict_cases(
 
 
 def compare(first: Logits, second: Logits) -> dict[str, Any]:
-    """Compare the probabilities and labels of two networks' logits (N, C).
-
-    Raises:
-        ValueError: the shapes differ, or there is no case.
-    """
+    """Compare the probabilities and labels of two networks' logits (N, C)."""
     if first.shape != second.shape or not len(first):
         raise ValueError(f"logits of the shapes {first.shape} and {second.shape} can't be compared")
     one, other = softmax(first), softmax(second)
@@ -205,13 +186,7 @@ def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
 
 
 def quantise(file: Path, out: Path, training: Cases, progress: Progress | None = None) -> None:
-    """Write a copy of an ONNX file whose image encoders compute with 8-bit integers.
-
-    Args:
-        file: from `dualrefnet.deploy.network.write_onnx`; reads images.
-        out: to write.
-        training: cases of the training split, never of another.
-        progress: called with (cases done, in all).
+    """Write a copy of an ONNX file whose image encoders compute with 8-bit integers, calibrated on training images.
 
     Raises:
         ValueError: there is no image.
@@ -295,7 +270,7 @@ def measure_int8(
         int8: the copy.
         cases: of the validation split, with labels.
         classes: in the order of the outputs.
-        score: out-of-distribution score, whose false alarms are counted; None if there is none.
+        score: out-of-distribution score, whose false alarms are counted.
         progress: called with (predictions done, in all).
 
     Returns:

@@ -93,9 +93,7 @@ def with_intervals(metrics: Mapping[str, Any], intervals: Intervals) -> dict[str
     `accuracy` is followed by `accuracy_ci95` ([low, high]; `_ci90` at level 0.9), also inside `per_class` and
     `malignant`. `bootstrap` tells how the intervals were drawn.
 
-    Args:
-        metrics: as `compute_metrics` returns them; not changed.
-        intervals: as `bootstrap_intervals` returns them.
+    `metrics`, from `compute_metrics`, aren't changed; `intervals` are from `bootstrap_intervals`.
     """
     suffix = interval_suffix(intervals.level)
 

@@ -37,17 +37,12 @@ MALIGNANT_MEASURES = ("sensitivity", "specificity", "ppv", "npv", "auc", "suppor
 def check_predictions(
     labels: ArrayLike, probabilities: ArrayLike, class_count: int | None = None
 ) -> tuple[NDArray[np.int64], Floats]:
-    """Check labels and probabilities, and return them as int64 and float64 arrays.
+    """Check labels (N,) and probabilities (N, C), and return them as int64 and float64 arrays.
 
     The probabilities keep their values: rows aren't scaled to sum 1, since that could break or make ties between rows.
 
-    Args:
-        labels: true class of every image, (N,), whole numbers 0..C-1.
-        probabilities: one row an image, (N, C), each row summing to 1.
-        class_count: C, where the caller knows it.
-
     Raises:
-        ValueError: a shape is wrong, there are no rows, a label isn't a class, or a row isn't a probability
+        ValueError: a shape is wrong, there are no rows, a label isn't one of 0..C-1, or a row isn't a probability
             distribution.
     """
     target = np.asarray(labels)
@@ -316,8 +311,8 @@ def metrics_from_confusion(matrix: ArrayLike, classes: Sequence[str], malignant:
     """Return those values of `compute_metrics` that need counts only.
 
     Args:
-        matrix: (C, C) counts; rows are the target, columns the prediction.
-        classes: names in the order of rows and columns.
+        matrix: (C, C) counts; rows are the target, columns the prediction, both in the order of `classes`.
+        classes: C names.
         malignant: the classes that are cancer.
 
     Raises:

@@ -32,7 +32,7 @@ from dualrefnet.analysis.missing_metadata import (
     missing_pattern_table,
 )
 from dualrefnet.analysis.opened_run import OpenedRun, open_run
-from dualrefnet.analysis.out_of_distribution import OutOfScopeMeasured, measure_out_of_scope
+from dualrefnet.analysis.out_of_distribution import OutOfDistributionMeasured, measure_out_of_distribution
 from dualrefnet.analysis.shortcuts import (
     Shortcuts,
     draw_shortcuts,
@@ -279,14 +279,14 @@ def _subgroups(opened: OpenedRun, samples: int, seed: int) -> Subgroups | None:
 
 def _out_of_distribution(
     opened: OpenedRun, masks: Path | None, samples: int, seed: int, images: int = 500
-) -> OutOfScopeMeasured | None:
+) -> OutOfDistributionMeasured | None:
     if not opened.model.reads_image:
         return None
     if not opened.run.out_of_scope_file.is_file():
         remark(f"the run has no out-of-distribution score; `dualrefnet evaluate {opened.run.path}` adds it")
         return None
     with progress_bar("images without a lesion") as show:
-        return measure_out_of_scope(opened, masks, images, samples, seed, show)
+        return measure_out_of_distribution(opened, masks, images, samples, seed, show)
 
 
 def comparison_section(first: OpenedRun, second: OpenedRun, options: ReportOptions) -> Section:

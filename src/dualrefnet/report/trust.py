@@ -25,8 +25,8 @@ from dualrefnet.analysis.out_of_distribution import (
     FEW_SOURCES,
     LESIONS,
     SKIN,
-    OutOfScopeMeasured,
-    draw_out_of_scope,
+    OutOfDistributionMeasured,
+    draw_out_of_distribution,
 )
 from dualrefnet.analysis.shortcuts import (
     BALANCED,
@@ -293,11 +293,11 @@ def _gap_table(flagged: pd.DataFrame) -> PrintedTable:
     return PrintedTable("Gaps whose interval excludes 0", columns, rows, (OVERCONFIDENCE,), left=2)
 
 
-def out_of_distribution_section(measured: OutOfScopeMeasured, unit: str = "patient") -> Section:
+def out_of_distribution_section(measured: OutOfDistributionMeasured, unit: str = "patient") -> Section:
     """Return how well images without a lesion are detected.
 
     Args:
-        measured: from `measure_out_of_scope`.
+        measured: from `measure_out_of_distribution`.
         unit: `patient` or `lesion`.
     """
     rows: dict[str, Row] = {row["group"]: row for row in measured.table.to_dict("records")}
@@ -334,7 +334,7 @@ def out_of_distribution_section(measured: OutOfScopeMeasured, unit: str = "patie
     )
     columns = ("group", "images", "AUROC", "flagged")
     found = PrintedTable("Flagged images", columns, table, notes)
-    return Section("out-of-distribution", "Out-of-distribution", intro, [found, draw_out_of_scope(measured)])
+    return Section("out-of-distribution", "Out-of-distribution", intro, [found, draw_out_of_distribution(measured)])
 
 
 def _estimate(row: Row, name: str = "value", form: str = ".1%") -> str:

@@ -24,17 +24,11 @@ LARGEST_FALL = 0.10
 
 
 class Availability(NamedTuple):
-    """A group of inputs.
+    """A group of inputs."""
 
-    Attributes:
-        image: whether there is an image.
-        above: the share of fields with a value is above this ...
-        to: ... and at most this; 0: no field has a value.
-    """
-
-    image: bool
-    above: float
-    to: float
+    image: bool  # whether there is one
+    above: float  # the share of fields with a value is above this ...
+    to: float  # ... and at most this; 0: no field has a value
 
     @property
     def name(self) -> str:

@@ -26,12 +26,7 @@ class OnnxNetwork:
     """Computes an exported model; see `Network`."""
 
     def __init__(self, file: Path, device: str = "cpu", threads: int | None = None) -> None:
-        """Load the model.
-
-        Args:
-            file: the ONNX file.
-            device: cpu or cuda.
-            threads: of one prediction; None: one a core.
+        """Load an ONNX file on cpu or cuda, with that many threads for a prediction (None: one a core).
 
         Raises:
             ValueError: the device isn't one of these, or this onnxruntime can't use it.
@@ -68,12 +63,6 @@ class OnnxNetwork:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """Read a bundle's description.
-
-    Raises:
-        ValueError: it isn't one, or of another version.
-        OSError: it can't be read.
-    """
     description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise ValueError(f"{folder / DESCRIPTION} isn't a description of format {FORMAT}")
@@ -81,13 +70,7 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def bundle_parts(folder: Path, description: dict[str, Any], variant: str, device: str) -> dict[str, Any]:
-    """Return the arguments of `Classifier` for a bundle.
-
-    Args:
-        folder: of the bundle.
-        description: from `read_description`.
-        variant: float32 or int8.
-        device: cpu or cuda.
+    """Return the arguments of `Classifier` for a bundle of that description.
 
     Raises:
         ValueError, KeyError, TypeError: the variant isn't in the bundle, the device can't be used, or the description

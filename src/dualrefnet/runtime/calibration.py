@@ -23,19 +23,12 @@ FLOOR = float(np.finfo(np.float32).smallest_subnormal)
 
 
 class Decisions(NamedTuple):
-    """Decisions about N inputs.
+    """Decisions about N inputs."""
 
-    Attributes:
-        probabilities: (N, C), at the temperature of each input's group.
-        sets: (N, C), which classes are in the conformal set; never none.
-        refer: (N,), whether to refer to a dermatologist; None where no class is malignant.
-        thresholds: of each input's group.
-    """
-
-    probabilities: Floats
-    sets: NDArray[np.bool_]
-    refer: NDArray[np.bool_] | None
-    thresholds: list[Thresholds]
+    probabilities: Floats  # (N, C), at the temperature of each input's group
+    sets: NDArray[np.bool_]  # (N, C), which classes are in the conformal set; never none
+    refer: NDArray[np.bool_] | None  # (N,), whether to refer to a dermatologist; None if no class is malignant
+    thresholds: list[Thresholds]  # of each input's group
 
 
 @dataclass(frozen=True)
@@ -123,11 +116,7 @@ class Decision:
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the attributes of a decision in a `calibration.json`.
-
-        Raises:
-            ValueError: a key is missing, or a value has the wrong type.
-        """
+        """Return the attributes of a decision in a `calibration.json`; ValueError if one is missing or invalid."""
         try:
             conformal, referral = values["conformal"], values["referral"]
             return {

@@ -21,14 +21,8 @@ BATCH = 32
 
 
 class NetworkOutput(NamedTuple):
-    """What a network returns for N images with their metadata.
-
-    Attributes:
-        logits: (N, C).
-        vectors: (N, D), the image encoders' vectors, NaN where the image is missing; None if it reads no image.
-    """
-
-    logits: NDArray[np.floating]
+    logits: NDArray[np.floating]  # (N, C)
+    # (N, D), the image encoders' vectors, NaN where the image is missing; None if it reads no image.
     vectors: NDArray[np.floating] | None
 
 

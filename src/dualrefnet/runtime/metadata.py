@@ -95,16 +95,8 @@ class EncodingSettings(Protocol):
 
 
 class ParsedValue(NamedTuple):
-    """One value, parsed.
-
-    Attributes:
-        value: a number, or the index of a category; None: missing.
-        invalid: why a given value counts as missing: `infinite`, `outside` (the plausible range) or `unknown`
-            (category).
-    """
-
-    value: float | int | None
-    invalid: str | None = None
+    value: float | int | None  # a number, or the index of a category; None: missing
+    invalid: str | None = None  # why a given value counts as missing: infinite, outside (the range) or unknown
 
 
 def normalise_value(value: object, field: Field) -> str:
@@ -142,11 +134,6 @@ def explain_invalid(field: Field, categories: Sequence[str], invalid: str) -> st
 
 
 def parse_number(value: object, field: Field) -> ParsedValue:
-    """Parse a value of a numeric field.
-
-    Raises:
-        MetadataError: it is text, a boolean or anything else that isn't a number.
-    """
     if _is_none(value) or str(value).strip() in (*BLANKS, *field.missing_codes):
         return ParsedValue(None)
     try:
@@ -237,17 +224,11 @@ def network(x: Any, weights: Any, library: Any) -> Any:
 
 
 class Observed(NamedTuple):
-    """N records before imputation.
+    """N records before imputation."""
 
-    Attributes:
-        columns: (N, K) standardised numbers and indicators, zero where missing.
-        missing: (N, F).
-        invalid: (index of the field, reason) -> rows whose value counts as missing for that reason, (N,).
-    """
-
-    columns: Array
-    missing: Mask
-    invalid: dict[tuple[int, str], Mask]
+    columns: Array  # (N, K) standardised numbers and indicators, zero where missing
+    missing: Mask  # (N, F)
+    invalid: dict[tuple[int, str], Mask]  # (index of the field, reason) -> rows, (N,)
 
     @property
     def rejected(self) -> Mask:
@@ -259,15 +240,10 @@ class Observed(NamedTuple):
 
 
 class EncodedRecords(NamedTuple):
-    """N records as the model reads them.
+    """N records as the model reads them."""
 
-    Attributes:
-        values: (N, M); NaN where a field is missing for which the model has a learned token.
-        missing: (N, F).
-    """
-
-    values: Array
-    missing: Mask
+    values: Array  # (N, M); NaN where a field is missing for which the model has a learned token
+    missing: Mask  # (N, F)
 
 
 @dataclass(frozen=True)
@@ -348,11 +324,7 @@ class MetadataTransform:
         return EncodedRecords(self.finalise(columns, observed.missing), observed.missing)
 
     def check_names(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse records with an unknown field; a model without fields ignores all.
-
-        Raises:
-            MetadataError: a field is unknown.
-        """
+        """Refuse records with an unknown field; a model without fields ignores all."""
         names = [one.name for one in self.fields]
         unknown = sorted({str(name) for record in records for name in record}.difference(names))
         if unknown and names:
@@ -400,11 +372,6 @@ class MetadataTransform:
         return Observed(columns, missing, invalid)
 
     def parse(self, index: int, value: object) -> ParsedValue:
-        """Parse a value of the field of that index.
-
-        Raises:
-            MetadataError: text stands where a number should.
-        """
         one = self.fields[index]
         if _is_none(value):
             return ParsedValue(None)

@@ -12,7 +12,6 @@ from sklearn.covariance import LedoitWolf
 from sklearn.metrics import roc_auc_score
 
 from dualrefnet import Predictor
-from dualrefnet.analysis import non_lesion_images as healthy_skin
 from dualrefnet.analysis.non_lesion_images import DOCUMENTS, MEDICAL, PHOTOGRAPHS, PLAIN
 from dualrefnet.analysis.opened_run import OpenedRun, open_run
 from dualrefnet.analysis.out_of_distribution import (
@@ -21,17 +20,19 @@ from dualrefnet.analysis.out_of_distribution import (
     EVERYDAY,
     LESIONS,
     SKIN,
-    OutOfScope,
-    OutOfScopeMeasured,
-    fit_out_of_scope,
-    measure_out_of_scope,
+    OutOfDistributionMeasured,
+    draw_out_of_distribution,
+    fit_score,
+    measure_out_of_distribution,
+    save_score,
     share_interval,
     summarise,
 )
 from dualrefnet.errors import DataError, RunError
 from dualrefnet.evaluation.bootstrap import wilson_interval
-from dualrefnet.models.inference import VectorKeeper, joined_vectors, predict_logits
+from dualrefnet.models.inference import VectorKeeper, predict_logits
 from dualrefnet.run import Run
+from dualrefnet.runtime.out_of_distribution import OutOfDistributionScore
 
 
 def vectors(number: int, length: int, seed: int) -> np.ndarray:
@@ -41,13 +42,13 @@ def vectors(number: int, length: int, seed: int) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def fitted() -> OutOfScope:
-    return fit_out_of_scope(vectors(300, 80, 1), vectors(209, 80, 2))
+def fitted() -> OutOfDistributionScore:
+    return fit_score(vectors(300, 80, 1), vectors(209, 80, 2))
 
 
 def test_the_distance_of_few_numbers_is_that_of_ledoit_and_wolfs_covariance() -> None:
     train, held_out, new = vectors(200, 6, 1), vectors(50, 6, 2), vectors(30, 6, 3)
-    distance = fit_out_of_scope(train, held_out).vector
+    distance = fit_score(train, held_out).vector
     # Five directions and what is beside them are all of six, so nothing is left out.
     assert len(distance.variances) == 5
     reference = LedoitWolf().fit(train)
@@ -60,7 +61,7 @@ def test_the_distance_of_many_numbers_keeps_the_leading_directions_and_the_sum_o
     number: int, length: int
 ) -> None:
     train, new = vectors(number, length, 1), vectors(20, length, 3)
-    distance = fit_out_of_scope(train, vectors(50, length, 2)).vector
+    distance = fit_score(train, vectors(50, length, 2)).vector
     kept = min(DIRECTIONS, number // 2)
     assert distance.directions.shape == (kept, length)
     np.testing.assert_allclose(distance.directions @ distance.directions.T, np.eye(kept), atol=1e-5)
@@ -77,7 +78,7 @@ def test_the_distance_of_many_numbers_keeps_the_leading_directions_and_the_sum_o
     )
 
 
-def test_the_score_adds_both_distances_and_is_one_at_the_limit(fitted: OutOfScope) -> None:
+def test_the_score_adds_both_distances_and_is_one_at_the_limit(fitted: OutOfDistributionScore) -> None:
     new = vectors(10, 80, 5)
     roots = np.sqrt(new / new.sum(axis=1, keepdims=True))
     np.testing.assert_allclose(
@@ -89,12 +90,7 @@ def test_the_score_adds_both_distances_and_is_one_at_the_limit(fitted: OutOfScop
     assert (scores > 1 + 1e-9).sum() == 3
 
 
-def test_few_validation_photographs_are_never_warned_of_themselves() -> None:
-    held_out = vectors(20, 80, 2)
-    assert fit_out_of_scope(vectors(50, 80, 1), held_out).score(held_out).max() == pytest.approx(1)
-
-
-def test_new_photographs_are_warned_of_as_rarely_as_meant_and_others_often(fitted: OutOfScope) -> None:
+def test_new_photographs_are_warned_of_as_rarely_as_meant_and_others_often(fitted: OutOfDistributionScore) -> None:
     new = fitted.score(vectors(4000, 80, 6))
     assert 0.005 < (new > 1).mean() < 0.06
     # As strong as photographs, but in other places; and in the same places, but stronger.
@@ -103,7 +99,7 @@ def test_new_photographs_are_warned_of_as_rarely_as_meant_and_others_often(fitte
     assert (fitted.score(3 * other) > 1).mean() > 0.99
 
 
-def test_a_vector_that_is_not_finite_has_no_score_and_disturbs_no_other(fitted: OutOfScope) -> None:
+def test_a_vector_that_is_not_finite_has_no_score_and_disturbs_no_other(fitted: OutOfDistributionScore) -> None:
     rows = vectors(6, 80, 8)
     alone = fitted.score(rows)
     rows[1, 3], rows[4, 0] = np.nan, np.inf
@@ -112,41 +108,37 @@ def test_a_vector_that_is_not_finite_has_no_score_and_disturbs_no_other(fitted: 
     np.testing.assert_array_equal(scores[[0, 2, 3, 5]], alone[[0, 2, 3, 5]])
     train, held_out = vectors(60, 80, 1), vectors(30, 80, 2)
     with_gaps = np.insert(train, 7, np.nan, axis=0), np.insert(held_out, 3, np.inf, axis=0)
-    np.testing.assert_allclose(
-        fit_out_of_scope(*with_gaps).score(rows[:1]), fit_out_of_scope(train, held_out).score(rows[:1])
-    )
+    np.testing.assert_allclose(fit_score(*with_gaps).score(rows[:1]), fit_score(train, held_out).score(rows[:1]))
 
 
 @settings(deadline=None, max_examples=15)
 @given(st.integers(0, 1000), st.floats(0.01, 100))
 def test_neither_the_order_of_the_numbers_nor_their_unit_matters(seed: int, unit: float) -> None:
     train, held_out, new = (vectors(number, 30, seed + place) for place, number in enumerate((40, 30, 10)))
-    scores = fit_out_of_scope(train, held_out).score(new)
+    scores = fit_score(train, held_out).score(new)
     order = np.random.default_rng(seed).permutation(30)
-    np.testing.assert_allclose(
-        fit_out_of_scope(train[:, order], held_out[:, order]).score(new[:, order]), scores, rtol=1e-3
-    )
-    np.testing.assert_allclose(fit_out_of_scope(train * unit, held_out * unit).score(new * unit), scores, rtol=1e-3)
+    np.testing.assert_allclose(fit_score(train[:, order], held_out[:, order]).score(new[:, order]), scores, rtol=1e-3)
+    np.testing.assert_allclose(fit_score(train * unit, held_out * unit).score(new * unit), scores, rtol=1e-3)
 
 
 def test_equal_vectors_and_vectors_of_nothing_are_borne() -> None:
     same = np.ones((30, 8))
-    fitted = fit_out_of_scope(same, same[:10])
+    fitted = fit_score(same, same[:10])
     assert np.isfinite(fitted.score(np.vstack([same[:1], np.zeros((1, 8))]))).all()
     assert fitted.score(np.zeros((1, 8)))[0] > 1
-    assert np.isfinite(fit_out_of_scope(np.zeros((30, 8)), np.zeros((10, 8))).score(np.zeros((2, 8)))).all()
+    assert np.isfinite(fit_score(np.zeros((30, 8)), np.zeros((10, 8))).score(np.zeros((2, 8)))).all()
 
 
-def test_unfit_input_is_refused(fitted: OutOfScope) -> None:
+def test_unfit_input_is_refused(fitted: OutOfDistributionScore) -> None:
     with pytest.raises(ValueError, match="2 vectors"):
-        fit_out_of_scope(vectors(1, 5, 0), vectors(9, 5, 0))
+        fit_score(vectors(1, 5, 0), vectors(9, 5, 0))
     with pytest.raises(ValueError, match="2 vectors"):
-        fit_out_of_scope(vectors(9, 5, 0), vectors(9, 6, 0))
+        fit_score(vectors(9, 5, 0), vectors(9, 6, 0))
     with pytest.raises(ValueError, match=r"\(N, 80\)"):
         fitted.score(vectors(3, 81, 0))
 
 
-def test_the_share_that_is_nearer_is_told(fitted: OutOfScope) -> None:
+def test_the_share_that_is_nearer_is_told(fitted: OutOfDistributionScore) -> None:
     scores = fitted.score(vectors(209, 80, 2))
     assert fitted.share_nearer(float(np.median(scores))) == pytest.approx(0.5, abs=0.01)
     assert [fitted.share_nearer(value) for value in (-1.0, float(scores.max()) + 1)] == [0, 1]
@@ -155,10 +147,10 @@ def test_the_share_that_is_nearer_is_told(fitted: OutOfScope) -> None:
 
 def test_the_file_is_small_holds_no_photographs_vector_and_gives_the_same_scores(tmp_path: Path) -> None:
     train = vectors(300, 1280, 1).astype(np.float32)
-    fitted = fit_out_of_scope(train, vectors(100, 1280, 2))
-    fitted.save(tmp_path / "score.safetensors")
+    fitted = fit_score(train, vectors(100, 1280, 2))
+    save_score(fitted, tmp_path / "score.safetensors")
     assert (tmp_path / "score.safetensors").stat().st_size < 1_000_000
-    loaded, new = OutOfScope.load(tmp_path / "score.safetensors"), vectors(9, 1280, 3)
+    loaded, new = OutOfDistributionScore.load(tmp_path / "score.safetensors"), vectors(9, 1280, 3)
     np.testing.assert_array_equal(loaded.score(new), fitted.score(new))
     assert (loaded.training, loaded.validation, loaded.limit) == (300, 100, fitted.limit)
     kept = load_file(tmp_path / "score.safetensors")
@@ -167,16 +159,15 @@ def test_the_file_is_small_holds_no_photographs_vector_and_gives_the_same_scores
     assert np.abs(likeness).max() < 0.9
 
 
-def test_a_damaged_or_foreign_file_says_what_to_do(tmp_path: Path, fitted: OutOfScope) -> None:
-    path = tmp_path / "out_of_scope.safetensors"
-    with pytest.raises(RunError, match="dualrefnet evaluate"):
-        OutOfScope.load(path)
-    fitted.save(path)
-    whole = path.read_bytes()
-    for bad in (b"", whole[:100], whole[:-10], whole.replace(b'"format":"1"', b'"format":"9"')):
-        path.write_bytes(bad)
+def test_a_damaged_or_foreign_file_says_what_to_do(tmp_path: Path, fitted: OutOfDistributionScore) -> None:
+    run = Run(tmp_path)
+    save_score(fitted, run.out_of_scope_file)
+    complete = run.out_of_scope_file.read_bytes()
+    assert run.out_of_scope.limit == fitted.limit
+    for bad in (b"", complete[:100], complete[:-10], complete.replace(b'"format":"1"', b'"format":"9"')):
+        run.out_of_scope_file.write_bytes(bad)
         with pytest.raises(RunError, match="dualrefnet evaluate"):
-            OutOfScope.load(path)
+            _ = run.out_of_scope
 
 
 @pytest.fixture(scope="module")
@@ -224,12 +215,12 @@ def test_the_predictor_warns_beyond_the_limit_and_only_there(
 ) -> None:
     predictor, path = Predictor.load(opened.run), opened.rows("test")["image_path"].iloc[0]
     for value, warned in ((0.99, False), (1.01, True), (50.0, True)):
-        monkeypatch.setattr(OutOfScope, "score", lambda _, rows, value=value: np.full(len(rows), value))
+        monkeypatch.setattr(OutOfDistributionScore, "score", lambda _, rows, value=value: np.full(len(rows), value))
         prediction = predictor.predict(path, {})
         assert prediction.out_of_scope == value
         assert ("doesn't look like" in prediction.warnings[0]) is warned
-    assert f"more unusual than all {opened.run.out_of_scope.validation} photographs" in prediction.warnings[0]
-    monkeypatch.setattr(OutOfScope, "score", lambda _, rows: np.full(len(rows), np.nan))
+    assert f"all {opened.run.out_of_scope.validation} validation images" in prediction.warnings[0]
+    monkeypatch.setattr(OutOfDistributionScore, "score", lambda _, rows: np.full(len(rows), np.nan))
     assert predictor.predict(path, {}).out_of_scope is None
 
 
@@ -241,21 +232,14 @@ def test_an_older_run_says_once_that_it_has_no_check(
     predictor = Predictor.load(older)
     picture = np.full((64, 64, 3), 99, np.uint8)
     prediction = predictor.predict_many([picture, picture], [{}, {}])[1]
-    assert capfd.readouterr().err.count("no out-of-scope check") == 1
+    assert capfd.readouterr().err.count("no out-of-distribution score") == 1
     assert prediction.out_of_scope is None
     assert not any("doesn't look like" in warning for warning in prediction.warnings)
     with pytest.raises(RunError, match="dualrefnet evaluate"):
         _ = older.out_of_scope
-    fit_out_of_scope(vectors(9, 5, 0), vectors(9, 5, 1)).save(older.out_of_scope_file)
+    save_score(fit_score(vectors(9, 5, 0), vectors(9, 5, 1)), older.out_of_scope_file)
     with pytest.raises(RunError, match="another model"):
         Predictor.load(older)
-
-
-def test_of_an_ensemble_the_vectors_stand_beside_each_other() -> None:
-    from dualrefnet.models.encoders import Encoded, EncoderOutput
-
-    read = Encoded((EncoderOutput(None, torch.ones(2, 3)), EncoderOutput(None, torch.zeros(2, 4))))
-    np.testing.assert_array_equal(joined_vectors(read), [[1, 1, 1, 0, 0, 0, 0]] * 2)
 
 
 def hand_made() -> pd.DataFrame:
@@ -309,17 +293,17 @@ seen: list[tuple[int, int]] = []
 
 
 @pytest.fixture(scope="module")
-def measured(opened: OpenedRun) -> OutOfScopeMeasured:
+def measured(opened: OpenedRun) -> OutOfDistributionMeasured:
     with pytest.MonkeyPatch.context() as patch:
         # Tests' pictures are small, and so is what can be cut out of them.
-        patch.setattr(healthy_skin, "LEAST_PIXELS", 8)
-        patch.setattr("dualrefnet.analysis.non_lesion_images.CUTTINGS", 2)
-        return measure_out_of_scope(
+        patch.setattr("dualrefnet.analysis.non_lesion_images.LEAST_PIXELS", 8)
+        patch.setattr("dualrefnet.analysis.non_lesion_images.CROPS", 2)
+        return measure_out_of_distribution(
             opened, images=20, samples=100, progress=lambda done, total: seen.append((done, total))
         )
 
 
-def test_a_run_is_measured_against_all_groups(opened: OpenedRun, measured: OutOfScopeMeasured) -> None:
+def test_a_run_is_measured_against_all_groups(opened: OpenedRun, measured: OutOfDistributionMeasured) -> None:
     scores = measured.scores
     counts = scores["group"].value_counts()
     assert counts[LESIONS] == measured.images == min(20, len(opened.pictures("test")))
@@ -336,26 +320,15 @@ def test_a_run_is_measured_against_all_groups(opened: OpenedRun, measured: OutOf
 
 def test_without_masks_there_is_no_skin(opened: OpenedRun, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no folder of masks"):
-        measure_out_of_scope(opened, masks=tmp_path / "none", images=10)
+        measure_out_of_distribution(opened, masks=tmp_path / "none", images=10)
     section_of = hand_made()[lambda table: ~table["group"].isin([SKIN, CLOSE_LESION])]
     assert SKIN not in set(summarise(section_of, 50, 0)["group"])
 
 
-def test_section_and_picture_say_the_measured_numbers(measured: OutOfScopeMeasured) -> None:
+def test_the_figure_shows_every_score_and_no_source(measured: OutOfDistributionMeasured) -> None:
     pytest.importorskip("matplotlib")
-    from dualrefnet.analysis.out_of_distribution import draw_out_of_scope
-    from dualrefnet.report.trust import out_of_distribution_section
-
-    picture = draw_out_of_scope(measured)
-    assert list(picture.data.columns) == ["group", "score"]
-    assert sorted(picture.data["score"]) == sorted(measured.scores["score"])
-    drawn = sum(
-        len(line.get_xdata()) for axis in picture.figure.axes for line in axis.lines if line.get_marker() != "None"
-    )
-    assert drawn == len(measured.scores)
-    section = out_of_distribution_section(measured)
-    rows = {row["group"]: row for row in measured.table.to_dict("records")}
-    assert f"{rows[LESIONS]['flagged']:.1%}" in section.intro[0]
-    assert f"{rows[EVERYDAY]['auroc']:.3f}" in section.intro[0]
-    assert f"AUROC {measured.skin_auroc[0]:.2f}" in section.intro[1]  # type: ignore[index]
-    assert len(section.items[0].rows) == len(measured.table)  # type: ignore[union-attr]
+    figure = draw_out_of_distribution(measured)
+    assert list(figure.data.columns) == ["group", "score"]
+    lines = [line for axis in figure.figure.axes for line in axis.lines if line.get_marker() != "None"]
+    drawn = sorted(float(value) for line in lines for value in np.asarray(line.get_xdata()))
+    assert drawn == pytest.approx(sorted(measured.scores["score"]))

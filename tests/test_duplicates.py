@@ -5,28 +5,27 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from dualrefnet.analysis import duplicates as near_duplicates
 from dualrefnet.analysis.duplicates import (
+    MAX_DISTANCE,
     Fingerprints,
     fingerprint,
     fingerprint_files,
     group_pairs,
     near_pairs,
-    orientations,
 )
 from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.images import decode_image
 from dualrefnet.data.synthetic import make_synthetic
 
 
-def taken(pictures: list[np.ndarray]) -> Fingerprints:
-    prints = [fingerprint(picture) for picture in pictures]
+def taken(images: list[np.ndarray]) -> Fingerprints:
+    prints = [fingerprint(image) for image in images]
     hashes, small = np.stack([one[0] for one in prints]), np.stack([one[1] for one in prints])
-    return Fingerprints(tuple(f"p{n}" for n in range(len(pictures))), hashes, small, ("",) * len(pictures), {})
+    return Fingerprints(tuple(f"p{n}" for n in range(len(images))), hashes, small, ("",) * len(images), {})
 
 
-def copied(picture: np.ndarray, quality: int | None, scale: float) -> np.ndarray:
-    image = Image.fromarray(picture)
+def copied(image: np.ndarray, quality: int | None, scale: float) -> np.ndarray:
+    image = Image.fromarray(image)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     if quality is not None:
         content = io.BytesIO()
@@ -37,56 +36,49 @@ def copied(picture: np.ndarray, quality: int | None, scale: float) -> np.ndarray
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """Of 60 drawn pictures of 192 px: the smallest that survive what is done to copies."""
+    """Of 60 synthetic images of 192 px: the smallest that survive what is done to copies."""
     return load_dataset("sample", make_synthetic(tmp_path_factory.mktemp("copies") / "data", images=60)).with_image
 
 
 @pytest.fixture(scope="module")
-def pictures(table):
+def images(table):
     return [decode_image(path) for path in table["image_path"][:40]]
 
 
-def test_different_drawn_lesions_are_no_near_duplicates(pictures):
-    assert len(near_pairs(taken(pictures))) == 0
+def test_different_synthetic_lesions_are_no_near_duplicates(images):
+    assert len(near_pairs(taken(images))) == 0
 
 
 @pytest.mark.parametrize(("quality", "scale"), [(50, 1.0), (90, 1.0), (None, 0.4), (None, 1.7), (60, 0.7)])
-def test_copies_are_found_and_nothing_else(pictures, quality, scale):
-    pairs = near_pairs(taken([*pictures, *(copied(picture, quality, scale) for picture in pictures)]), workers=2)
+def test_copies_are_found_and_nothing_else(images, quality, scale):
+    pairs = near_pairs(taken([*images, *(copied(image, quality, scale) for image in images)]), workers=2)
     assert {(row.first, row.second) for row in pairs.itertuples()} == {(f"p{n}", f"p{n + 40}") for n in range(40)}
     assert not pairs["turned"].any()
 
 
-def test_mirrored_and_turned_copies_are_found(pictures):
-    turned = [np.ascontiguousarray(np.rot90(pictures[n][:, ::-1] if n % 2 else pictures[n], n % 4)) for n in range(8)]
-    pairs = near_pairs(taken([*pictures, *turned]))
+def test_mirrored_and_turned_copies_are_found(images):
+    turned = [np.ascontiguousarray(np.rot90(images[n][:, ::-1] if n % 2 else images[n], n % 4)) for n in range(8)]
+    pairs = near_pairs(taken([*images, *turned]))
     assert {(row.first, row.second) for row in pairs.itertuples()} == {(f"p{n}", f"p{n + 40}") for n in range(8)}
     assert pairs.set_index("first")["turned"].to_dict() == {f"p{n}": n not in (0, 4) for n in range(8)}
 
 
-def test_the_eight_orientations_are_all_different():
-    picture = np.arange(16, dtype=np.uint8).reshape(4, 4)
-    seen = {turned.tobytes() for turned in orientations(picture)}
-    assert len(seen) == 8
-    assert orientations(picture)[0].tobytes() == picture.tobytes()
-
-
-def test_flat_pictures_are_like_nothing():
+def test_flat_images_are_like_nothing():
     grey = np.full((64, 64, 3), 128, dtype=np.uint8)
     assert len(near_pairs(taken([grey, grey + 1, grey]))) == 0
 
 
-def test_the_blockwise_search_finds_what_a_plain_one_finds(monkeypatch):
+def test_the_blockwise_search_finds_what_a_plain_one_finds():
     generator = np.random.default_rng(0)
     bits = generator.random((90, 256)) < 0.5
     bits[30:60] = bits[:30] ^ (generator.random((30, 256)) < np.linspace(0.05, 0.35, 30)[:, None])
     hashes = np.stack([np.packbits(np.roll(bits, 7 * n, axis=1), axis=1).view(np.uint64) for n in range(8)], axis=1)
     small = np.repeat(generator.integers(256, size=(1, 32, 32), dtype=np.uint8), 90, axis=0)
     prints = Fingerprints(tuple(str(n) for n in range(90)), hashes, small, ("",) * 90, {})
-    # With one picture for all, upright pairs correlate perfectly, and turned ones don't.
+    # With one image for all, upright pairs correlate perfectly, and turned ones don't.
     found = {(int(row.first), int(row.second)): row.distance for row in near_pairs(prints).itertuples()}
     plain = {(i, j): int((bits[i] != bits[j]).sum()) for i in range(90) for j in range(i + 1, 90)}
-    expected = {pair: distance for pair, distance in plain.items() if distance <= near_duplicates.MAX_DISTANCE}
+    expected = {pair: distance for pair, distance in plain.items() if distance <= MAX_DISTANCE}
     assert found == expected
     assert 5 < len(expected) < 30
 
@@ -102,7 +94,7 @@ def test_a_smaller_copy_is_found_and_a_broken_file_left_out(table, tmp_path):
     Image.fromarray(copied(decode_image(table["image_path"].iloc[3]), None, 0.7)).save(
         tmp_path / "copy.jpg", quality=80
     )
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     extra = pd.DataFrame(
         {"image_id": ["copy", "broken"], "image_path": [str(tmp_path / "copy.jpg"), str(tmp_path / "broken.png")]}
     )
@@ -113,9 +105,3 @@ def test_a_smaller_copy_is_found_and_a_broken_file_left_out(table, tmp_path):
     assert prints.hashes.shape == (21, 8, 4)
     assert [(row.first, row.second) for row in near_pairs(prints).itertuples()] == [(table["image_id"][3], "copy")]
     assert calls == [(done, 22) for done in range(1, 23)]
-
-
-def test_unreadable_files_are_said_and_not_raised(tmp_path):
-    prints = fingerprint_files(pd.DataFrame({"image_id": ["gone"], "image_path": [str(tmp_path / "gone.png")]}))
-    assert list(prints.unreadable) == ["gone"]
-    assert len(near_pairs(prints)) == 0

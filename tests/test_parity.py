@@ -7,10 +7,23 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from dualrefnet.deploy.parity import Cases, compare, encoder_nodes, measure_int8, predict_cases, quantise
+from dualrefnet.data.metadata import MetadataEncoder
+from dualrefnet.deploy.parity import (
+    Cases,
+    check_parity,
+    compare,
+    encoder_nodes,
+    measure_int8,
+    predict_cases,
+    quantise,
+    real_cases,
+    synthetic_cases,
+    time_networks,
+)
 from dualrefnet.errors import RunError
+from dualrefnet.run import Run
 from dualrefnet.runtime.bundle import OnnxNetwork
-from dualrefnet.runtime.classifier import NetworkOutput
+from dualrefnet.runtime.classifier import Network, NetworkOutput
 from test_export import CLASSES, random_cases, tiny_method, written
 
 
@@ -80,7 +93,7 @@ def test_ranges_come_from_the_photographs_given_and_from_all_of_them(float_file:
 
 
 def test_nothing_to_learn_from_or_to_quantise_is_said(float_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="photographs"):
+    with pytest.raises(ValueError, match="images"):
         quantise(float_file, tmp_path / "out.onnx", Cases(None, np.zeros((3, 6), dtype=np.float32)))
     image = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", 2])
     vector = helper.make_tensor_value_info("vector", TensorProto.FLOAT, ["N", 2])
@@ -158,6 +171,75 @@ def test_the_verdict_says_whether_int8_is_worth_having(
     assert [one["batch"] for one in measured["speed"]] == [1, 8]
 
 
-def test_the_check_is_left_out_where_there_is_none() -> None:
-    measured, _, _ = measure_int8(Answers(9, 0), Answers(9, 0), numbered(9), ("A", "B", "C"), None)
-    assert "false_alarms" not in measured["int8"]
+def test_agreement_is_what_it_says() -> None:
+    first = np.log(np.array([[0.7, 0.2, 0.1], [0.3, 0.3, 0.4]]))
+    second = np.log(np.array([[0.6, 0.2, 0.2], [0.5, 0.3, 0.2]])) + 5
+    found = compare(first, second)
+    assert (found["cases"], found["same_label"]) == (2, 0.5)
+    assert found["max_probability_difference"] == pytest.approx(0.2)
+    assert found["mean_probability_difference"] == pytest.approx((0.1 + 0.1 + 0.2 + 0.2) / 6)
+    assert compare(first, np.full_like(first, np.nan))["max_probability_difference"] == float("inf")
+    with pytest.raises(ValueError, match="shapes"):
+        compare(first, second[:1])
+
+
+def logits_of(rows: NetworkOutput | np.ndarray, calls: list[int] | None = None, seconds: float = 0.0) -> Network:
+    """A network that answers with the mean of the picture, or as it is told."""
+
+    def network(images, absent, forms) -> NetworkOutput:
+        time.sleep(seconds)
+        if calls is not None:
+            calls.append(len(forms))
+        gone = np.zeros(len(forms)) if absent is None else absent.astype(float)
+        return NetworkOutput(np.stack([images.mean(axis=(1, 2, 3)) / 255, gone * rows], axis=1), None)
+
+    return network
+
+
+def test_parity_of_models_with_tokens_is_checked_where_photographs_are_missing() -> None:
+    cases = random_cases(20)
+    heeds, ignores = logits_of(1.0), logits_of(0.0)
+    assert check_parity(heeds, ignores, cases, learned_tokens=False)["max_probability_difference"] == 0
+    found = check_parity(heeds, ignores, cases, learned_tokens=True)
+    assert found["max_probability_difference"] > 0.2
+    assert found["cases"] == 40
+    shown: list[tuple[int, int]] = []
+    check_parity(heeds, ignores, cases, learned_tokens=True, progress=lambda done, total: shown.append((done, total)))
+    assert shown == sorted(shown)
+    assert shown[-1] == (80, 80)
+
+
+def test_a_race_times_both_in_turn() -> None:
+    calls: list[int] = []
+    found = time_networks(logits_of(0.0, calls, 0.02), logits_of(0.0, calls, 0.005), random_cases(4), rounds=3)
+    assert calls == [4] * 10
+    assert found["batch"] == 4
+    assert found["float32_ms"] >= 20
+    assert 1 < found["times_as_fast"] < 5
+
+
+def test_synthetic_cases_have_answers_gaps_and_pictures_that_differ(tiny_run: Run) -> None:
+    encoder = MetadataEncoder.from_json(tiny_run.model["metadata"])
+    cases = synthetic_cases(12, tiny_run.recipe.image, encoder)
+    assert cases.images.shape == (12, 32, 32, 3)
+    assert len({picture.tobytes() for picture in cases.images}) == 12
+    assert cases.metadata.shape == (12, encoder.width)
+    assert cases.labels is None
+    assert np.isfinite(cases.metadata).all()
+    missing = cases.metadata[:, [name.startswith("missing_") for name in encoder.names]]
+    assert 0.1 < missing.mean() < 0.5
+    np.testing.assert_array_equal(synthetic_cases(12, tiny_run.recipe.image, encoder).images, cases.images)
+    assert synthetic_cases(3, None, encoder).images is None
+
+
+def test_pictures_kept_at_twice_the_size_are_halved() -> None:
+    class Store:
+        def read(self, rows: np.ndarray) -> np.ndarray:
+            return np.array([[[[0], [10]], [[20], [30]]]], dtype=np.uint8).repeat(len(rows), 0).repeat(3, 3)
+
+    class Kept:
+        store, store_rows = Store(), np.arange(4)
+        labels, metadata = np.array([0, 1, 0, 1]), np.zeros((4, 2), dtype=np.float32)
+
+    cases = real_cases(Kept(), size=1, at_most=10)
+    assert cases.images.tolist() == [[[[15, 15, 15]]]] * 4
