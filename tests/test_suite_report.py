@@ -16,7 +16,7 @@ from dualrefnet.report.suite_report import NOTES, choose_pairs, draw_cases, suit
 from dualrefnet.suite.grid import Cell, expand, load_suite
 from dualrefnet.suite.results import FROZEN, LEAKING_SPLIT, SYNTHETIC, SuiteResults, aggregate
 from dualrefnet.suite.tables import printed_tables
-from read_page import read
+from read_page import Page, Reader
 from suite_folder import changed, paper_suite, write_suite, wrong_on
 
 # DualRefNet errs on 2 of 24 images, Concat on 2 others, the image-only baseline on 16.
@@ -29,7 +29,7 @@ def predict(cell: Cell) -> NDArray[np.int64]:
 
 
 def text_of(page: Path) -> str:
-    return read(page).root.words()
+    return Reader(page.read_text(encoding="utf-8")).root.words()
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def page(three: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_summary_is_that_of_the_numbers(three_results: SuiteResults, page: Path) -> None:
-    summary = " ".join(read(page).lead("summary"))
+    summary = " ".join(Page(page).intro("summary"))
     first = three_results.systems.iloc[0]
     assert f"Reference in accuracy: DualRefNet with 0.917 [{first['low']:.3f}, {first['high']:.3f}]." in summary
     assert "3 systems; 6 of 6 runs are finished." in summary
@@ -72,7 +72,7 @@ def test_equal_systems_and_measures_of_which_less_is_better(
 ) -> None:
     suite = {**THREE, "measures": [measure]}
     folder = write_suite(tmp_path / "suite", suite, lambda cell: wrong_on(*wrong[cell.key.method]))
-    assert expected in " ".join(read(write_suite_report(folder, photographs=False, samples=100)).lead("summary"))
+    assert expected in " ".join(Page(write_suite_report(folder, photographs=False, samples=100)).intro("summary"))
 
 
 def test_notes_name_what_limits_the_numbers(three: Path, tmp_path: Path) -> None:
@@ -93,14 +93,14 @@ def test_notes_name_what_limits_the_numbers(three: Path, tmp_path: Path) -> None
 
 
 def test_the_page_holds_every_table_and_figure_and_fetches_nothing(three_results: SuiteResults, page: Path) -> None:
-    found = read(page)
+    found = Page(page)
     tables = printed_tables(three_results)
     assert {kind for kind, _ in tables} == {"results", "classes", "details"}
     for _, table in tables:
         assert len(found.table(" ".join(table.title.split()))) == 1 + len({line[0].text for line in table.rows})
     names = sorted(path.stem for path in (page.parent / "pictures").glob("*.svg"))
     assert names == ["systems_accuracy", "systems_balanced_accuracy"]
-    assert len(found.svgs()) == len(found.numbers()) == 2
+    assert len(found.svgs) == len(found.numbers()) == 2
     assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//|url\(["']?http|@import|<script|<link""", found.text)
     folded = [key for key, element in found.sections.items() if element.tag == "details"]
     assert folded == ["classes", "provenance"]
@@ -126,11 +126,11 @@ def test_two_systems_are_compared_image_by_image(three_results: SuiteResults, pa
     assert [run.path.name for run in pair.runs] == [
         f"sample-{method}-efficientnet_lite0-fold0-seed0" for method in ("dualrefnet", "no_metadata")
     ]
-    found = read(page)
+    found = Page(page)
     # Both err on image 5; only DualRefNet on 0; only the baseline on the other fifteen. Images 0, 3 ... are ACK.
     table = found.table("Correct predictions: DualRefNet and No metadata")
     assert (table["all"], table["ACK"]) == (["24", "7", "15", "1", "1"], ["8", "2", "5", "1", "0"])
-    assert "0.917 for DualRefNet, 0.333 for No metadata, difference +0.583 [" in " ".join(found.lead("disagreement"))
+    assert "0.917 for DualRefNet, 0.333 for No metadata, difference +0.583 [" in " ".join(found.intro("disagreement"))
 
 
 def choose(folder: Path, wrong: Callable[[Cell], tuple[int, ...]], **values: object) -> tuple[str, ...]:
@@ -203,7 +203,7 @@ def test_several_data_sets_have_a_section_each_and_no_common_root(tmp_path: Path
     suite = changed(grid_methods=["dualrefnet", "no_metadata"], grid_folds=[0], grid_seeds=[0])
     suite["grid"].append({"recipe": "pad_ufes_20", "methods": ["dualrefnet", "no_metadata"]})
     folder = write_suite(tmp_path / "suite", suite, predict)
-    found = read(write_suite_report(folder, photographs=False, root=tmp_path, samples=100))
+    found = Page(write_suite_report(folder, photographs=False, root=tmp_path, samples=100))
     assert {"disagreement-1", "disagreement-2"} <= found.sections.keys()
     with pytest.raises(RecipeError, match="--root is the folder of one data set, and the suite has pad_ufes_20 and"):
         write_suite_report(folder, root=tmp_path, samples=100)

@@ -66,7 +66,7 @@ Floats = NDArray[np.float64]
 BATCH = 16
 LEVEL = 0.95
 # Measure -> what it is called in the figure.
-MEASURES = {"energy": "saliency in the lesion", "pointing": "maximum in the lesion"}
+MEASURES = {"energy": "energy in lesion", "pointing": "pointing game"}
 ALL_IMAGES = "all images"
 # Interpolation makes a plateau uneven by rounding: pixels so near to the maximum are maxima too.
 _TIE = 1e-6
