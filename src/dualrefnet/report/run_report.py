@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -330,18 +330,6 @@ def _shown(opened: OpenedRun, found: Disagreement, column: str) -> list[ShownCas
         return show_cases(opened, cases, progress=show)
 
 
-@dataclass(frozen=True)
-class Probed:
-    """The probes of a run: the folder of their files, the tables to print, and the measures of the run and of those it
-    was compared with.
-    """
-
-    folder: Path
-    tables: list[PrintedTable]
-    shortcuts: Shortcuts
-    availability: list[MissingMetadata]
-
-
 def write_probes(
     run: Run,
     against: Sequence[Run] = (),
@@ -354,7 +342,7 @@ def write_probes(
     root: Path | None = None,
     cache: Path | None = None,
     device: str | None = None,
-) -> Probed:
+) -> list[PrintedTable]:
     """Probe a run: tables as CSV, settings as JSON, and figures if matplotlib is installed.
 
     Args:
@@ -373,6 +361,9 @@ def write_probes(
     Raises:
         RunError: a run isn't finished, is given twice or has other test images, or there are too many.
         DataError: `masks` isn't a folder with masks of test images.
+
+    Returns:
+        The tables to print.
     """
     out = out or run.path / "probes"
     _check_probes(run, against)
@@ -409,7 +400,7 @@ def write_probes(
     if differences:
         write_csv(out / "availability-differences.csv", pd.concat(differences, ignore_index=True))
     _draw_probes(shortcuts, found, out / "pictures")
-    return Probed(out, tables, shortcuts, found)
+    return tables
 
 
 def _check_probes(run: Run, against: Sequence[Run]) -> None:
