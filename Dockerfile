@@ -15,8 +15,8 @@ FROM python:3.11-slim AS cpu
 COPY requirements.lock /
 RUN python -m venv /opt/dualrefnet \
     && /opt/dualrefnet/bin/pip install --no-cache-dir --constraint /requirements.lock \
-        numpy opencv-python-headless pillow pandas pydantic PyYAML typer rich psutil \
-        onnxruntime fastapi uvicorn python-multipart prometheus-client gradio
+        numpy opencv-python-headless pillow pandas pydantic PyYAML typer rich psutil huggingface-hub \
+        onnxruntime fastapi uvicorn python-multipart prometheus-client
 COPY --from=wheel /wheels /wheels
 RUN /opt/dualrefnet/bin/pip install --no-cache-dir --no-deps /wheels/*.whl
 
@@ -37,7 +37,6 @@ ENV PATH=/opt/dualrefnet/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     OMP_WAIT_POLICY=PASSIVE \
-    GRADIO_ANALYTICS_ENABLED=False \
     HF_HUB_OFFLINE=1
 USER 10001:10001
 WORKDIR /tmp

@@ -9,7 +9,7 @@ import pandas as pd
 
 from dualrefnet.data.images import decode_image
 from dualrefnet.data.synthetic import MINIMUM_IMAGES, make_synthetic
-from dualrefnet.deploy.batch import find_files
+from dualrefnet.deploy.batch import walk_images
 
 DRAWN = 96
 
@@ -25,7 +25,7 @@ def image_table(folder: Path, images: Path | None, count: int, width: int = 1536
         width: of a drawn JPEG, pixels.
         height: of a drawn JPEG, pixels.
     """
-    files = find_files([images]) if images else _draw(folder, min(DRAWN, count), width, height)
+    files = list(walk_images([images])) if images else _draw(folder, min(DRAWN, count), width, height)
     return pd.DataFrame(
         [{"image_id": f"picture_{row}", "image_path": str(files[row % len(files)])} for row in range(count)]
     )

@@ -1,4 +1,4 @@
-"""A model that costs nothing behind the real service, and a real server around it in a thread."""
+"""A stand-in model behind the real service, and a real server around it in a thread."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import uvicorn
 from PIL import Image
 
 from dualrefnet.data.images import decode_image
@@ -20,17 +21,15 @@ from dualrefnet.errors import DataError
 from dualrefnet.runtime.metadata import FieldSpec
 from dualrefnet.runtime.prediction import Explanation, Prediction
 from dualrefnet.service.app import create_app
-from dualrefnet.service.server import Served, StoppableServer, bind, configure
+from dualrefnet.service.server import Served, Server, bind, uvicorn_options
 from dualrefnet.service.settings import ServiceSettings
 
 SIZE = 32
-QUICK = ServiceSettings(page=False, linger=0.2, header_timeout=1.0, idle_timeout=1.0, body_timeout=2.0)
+QUICK = ServiceSettings(page=False, linger=0.2, idle_timeout=1.0, body_timeout=2.0)
 
 
 class StandInPredictor:
-    """Has the face of a predictor. The answer tells the photographs and the form apart, so that no two can be mixed up
-    unseen.
-    """
+    """Has the interface of a predictor; its predictions depend on images and metadata, so that none can be mixed up."""
 
     classes, malignant = ("BCC", "NEV"), ("BCC",)
     title, name, class_names = "stand-in data", "stand_in", {"BCC": "basal cell carcinoma", "NEV": "naevus"}
@@ -118,7 +117,7 @@ def live(predictor: Any = None, settings: ServiceSettings = QUICK) -> Iterator[h
     """Run the real server in a thread; give a client of it."""
     app = create_app(predictor or StandInPredictor(), settings)
     with closing(bind("127.0.0.1", 0)) as listener:
-        server = StoppableServer(configure(Served(source=".", settings=settings), app))
+        server = Server(uvicorn.Config(app, **uvicorn_options(Served(source=".", settings=settings))))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:

@@ -5,11 +5,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualrefnet.data import isic_2019, pad_ufes_20
-from dualrefnet.data.adapters import adapters, index_images, load_dataset, read_csv
-from dualrefnet.data.csv_table import describe, read_description
+from dualrefnet.data.adapters import load_dataset
+from dualrefnet.data.csv_table import describe, index_images, read_csv, read_description
 from dualrefnet.errors import DataError
 
 BLANK = dict.fromkeys((field.name for field in pad_ufes_20.FIELDS), "")
+
+
 PAD = pd.DataFrame(
     [
         BLANK | {"patient_id": "PAT_1", "lesion_id": "7", "img_id": "PAT_1_7_1.png", "diagnostic": "MEL", "age": "40"},
@@ -113,23 +115,13 @@ def test_folders_and_dead_links_are_no_images(tmp_path):
     (tmp_path / "b.png").symlink_to(tmp_path / "nowhere.png")
     touch(tmp_path / "elsewhere" / "c.png")
     (tmp_path / "c.png").symlink_to(tmp_path / "elsewhere" / "c.png")
-    assert index_images([tmp_path]) == {"c": tmp_path / "c.png"}
+    assert index_images([tmp_path]) == {"c": str(tmp_path / "c.png")}
 
 
 @pytest.mark.parametrize("column", ["img_id", "diagnostic", "patient_id", "lesion_id"])
 def test_a_csv_that_is_not_pads_is_refused(tmp_path, column):
-    with pytest.raises(DataError, match=rf"metadata.csv has no column {column}: it isn't the metadata of PAD-UFES-20"):
+    with pytest.raises(DataError, match=rf"metadata.csv has no column {column}; it has: "):
         load_dataset("pad_ufes_20", pad(tmp_path, PAD.drop(columns=column)))
-
-
-def test_a_csv_without_a_field_is_refused_by_name(tmp_path):
-    with pytest.raises(DataError, match="columns missing from the table of PAD-UFES-20: region"):
-        load_dataset("pad_ufes_20", pad(tmp_path, PAD.drop(columns="region")))
-
-
-def test_a_csv_with_no_rows_is_refused(tmp_path):
-    with pytest.raises(DataError, match="PAD-UFES-20 has no rows"):
-        load_dataset("pad_ufes_20", pad(tmp_path, PAD.iloc[:0]))
 
 
 @pytest.mark.parametrize(
@@ -163,18 +155,10 @@ def test_isic_files_that_do_not_fit_are_refused(tmp_path, changes, message):
         load_dataset("isic_2019", isic(tmp_path, **changes))
 
 
-def test_a_row_that_stands_twice_in_isic_is_refused(tmp_path):
-    root = isic(tmp_path)
-    file = root / isic_2019.METADATA
-    file.write_text(file.read_text() + file.read_text().splitlines()[-1] + "\n")
-    with pytest.raises(DataError, match="more than one row"):
-        load_dataset("isic_2019", root)
-
-
 @pytest.mark.parametrize("name", [isic_2019.GROUND_TRUTH, isic_2019.METADATA])
 def test_a_missing_or_foreign_isic_file_is_named(tmp_path, name):
     (isic(tmp_path) / name).write_text("a,b\n1,2\n")
-    with pytest.raises(DataError, match=rf"{name} has no column image.*isn't a file of ISIC-2019"):
+    with pytest.raises(DataError, match=rf"{name} has no column image.*; it has: a, b"):
         load_dataset("isic_2019", tmp_path)
     (tmp_path / name).unlink()
     with pytest.raises(DataError, match=rf"there is no file .*{name}"):
@@ -190,13 +174,17 @@ TABLE = pd.DataFrame(
         "place": ["arm", "leg", "arm"],
     }
 )
+
+
 FIELDS = [{"name": "years", "kind": "numeric", "maximum": 120}, {"name": "place", "kind": "categorical"}]
+
+
 COLUMNS = {"image": "photo", "label": "kind", "patient": "person", "metadata": FIELDS}
 
 
 def test_an_own_table_is_read_by_its_description(tmp_path):
-    root = own(tmp_path, TABLE, **COLUMNS, malignant=["cancer"], images="pictures", title="Mine")
-    touch(root / "pictures" / "sub" / "a.jpg")
+    root = own(tmp_path, TABLE, **COLUMNS, malignant=["cancer"], images="img", title="Mine")
+    touch(root / "img" / "sub" / "a.jpg")
     dataset = load_dataset("csv_table", root)
     assert dataset.schema.classes == ("cancer", "mole")
     assert dataset.schema.malignant == ("cancer",)
@@ -205,18 +193,12 @@ def test_an_own_table_is_read_by_its_description(tmp_path):
     assert list(dataset.table["image_path"].notna()) == [True, False, False]
     assert list(dataset.table["patient_id"]) == ["1", "1", "2"]
     assert dataset.table["years"].tolist()[:1] == [40]
-    assert dataset.remarks == ["years: 1 values outside ..120 are treated as missing"]
+    assert dataset.warnings == ["years: 1 values outside ..120 are treated as missing"]
 
 
-def test_the_description_may_lie_elsewhere(tmp_path):
-    root = own(tmp_path / "data", TABLE, **COLUMNS)
-    (root / "dataset.yaml").rename(tmp_path / "other.yaml")
-    assert len(load_dataset("csv_table", root, tmp_path / "other.yaml").table) == 3
-
-
-def test_a_table_without_a_patient_column_is_remarked_on_and_grouped_by_lesion_if_it_names_them(tmp_path):
+def test_a_table_without_a_patient_column_gets_a_warning_and_is_grouped_by_lesion_if_it_names_them(tmp_path):
     dataset = load_dataset("csv_table", own(tmp_path, TABLE, image="photo", label="kind", lesion="person"))
-    assert "no column names the patient" in dataset.remarks[-1]
+    assert "no column names the patient" in dataset.warnings[-1]
     assert dataset.schema.group_by == "lesion_id"
     assert dataset.table["patient_id"].isna().all()
 
@@ -233,7 +215,7 @@ def test_a_table_without_a_patient_column_is_remarked_on_and_grouped_by_lesion_i
         ({"metadata": [{"name": "biopsed", "kind": "boolean"}]}, "holds the diagnosis"),
         (
             {"metadata": [{"name": "kind", "kind": "categorical"}]},
-            "kind can't be a metadata field: the column is the image, the label",
+            "kind can't be a metadata field: it is the image, label",
         ),
         ({"metadata": [{"name": "person", "kind": "categorical"}]}, "person can't be a metadata field"),
         ({"metadata": [{"name": "height", "kind": "numeric"}]}, "has no column height; it has: photo, kind"),
@@ -262,14 +244,7 @@ def test_a_description_that_is_no_mapping_is_refused(tmp_path, content):
         read_description(tmp_path / "dataset.yaml")
 
 
-def test_a_missing_description_and_one_that_is_a_folder_are_told(tmp_path):
-    with pytest.raises(DataError, match="there is no description"):
-        load_dataset("csv_table", tmp_path)
-    with pytest.raises(DataError, match="can't be read"):
-        read_description(tmp_path)
-
-
-def test_describe_guesses_what_a_person_would_say():
+def test_describe_guesses_the_kinds():
     table = pd.DataFrame(
         {
             "age": range(20, 60),
@@ -294,30 +269,6 @@ def test_describe_guesses_what_a_person_would_say():
 def test_describe_refuses_what_is_no_metadata(name, values, message):
     with pytest.raises(DataError, match=message):
         describe(pd.DataFrame({name: values}), [name])
-
-
-def test_describe_names_a_column_that_is_not_there():
-    with pytest.raises(DataError, match="no column 'ag'; it has: age"):
-        describe(pd.DataFrame({"age": [1]}), ["ag"])
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "there is no file"),
-        (b"", "is empty"),
-        ("größe\n1\n".encode("latin-1"), "can't be read as CSV.*utf-8"),
-        ("a,b\n1,2\n".encode("utf-16"), "can't be read as CSV"),
-        (b'a,b\n1,2\n1,2,3,"4\n', "can't be read as CSV"),
-    ],
-)
-def test_a_file_that_is_no_csv_is_told_in_one_line(tmp_path, content, message):
-    file = tmp_path / "t.csv"
-    if content is not None:
-        file.write_bytes(content)
-    with pytest.raises(DataError, match=message) as caught:
-        read_csv(file)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_is_no_csv_and_a_byte_order_mark_is_no_part_of_a_column(tmp_path):
@@ -345,18 +296,8 @@ def test_an_unknown_adapter_and_a_missing_root_say_what_to_do(tmp_path, monkeypa
         load_dataset("pad", tmp_path)
     with pytest.raises(DataError, match=r"there is no folder .*nowhere; `dualrefnet fetch isic_2019"):
         load_dataset("isic_2019", tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"`dualrefnet sample .* draws it"):
+    with pytest.raises(DataError, match=r"`dualrefnet sample .* makes it"):
         load_dataset("sample", tmp_path / "nowhere")
     monkeypatch.delenv("DUALREFNET_DATA", raising=False)
     with pytest.raises(DataError, match="set DUALREFNET_DATA"):
         load_dataset("pad_ufes_20")
-
-
-def test_the_root_is_found_under_the_variable(tmp_path, monkeypatch):
-    pad(tmp_path / "pad_ufes_20")
-    monkeypatch.setenv("DUALREFNET_DATA", str(tmp_path))
-    assert load_dataset("pad_ufes_20").root == tmp_path / "pad_ufes_20"
-
-
-def test_the_four_adapters_are_there():
-    assert list(adapters()) == ["pad_ufes_20", "isic_2019", "sample", "csv_table"]

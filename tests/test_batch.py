@@ -1,197 +1,410 @@
+import csv
+import errno
+import os
+import signal
+import subprocess
+import sys
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from coloured import Coloured, draw, predict, table_of
+from dualrefnet.data.images import decode_image
+from dualrefnet.deploy import batch as module
 from dualrefnet.deploy.batch import (
     Case,
-    FileCases,
-    FormsIndex,
+    Cases,
+    ImageCases,
     ModelFolder,
-    Pace,
     Summary,
     TableCases,
-    predict_batches,
-    predict_here,
+    csv_lines,
+    predict_chunks,
     predict_to_csv,
+    walk_images,
 )
 from dualrefnet.deploy.predictor import Predictor
-from dualrefnet.errors import DataError, ImageError
+from dualrefnet.errors import DataError
 from dualrefnet.run import Run
 from dualrefnet.runtime.prediction import Prediction
 
 
-def test_files_and_folders_become_rows_in_order_with_their_forms(tmp_path: Path) -> None:
-    draw(tmp_path / "photos", ["b.png", "a.png", "c.PNG"])
-    draw(tmp_path / "photos" / "below", ["z.png"])
-    draw(tmp_path / "photos" / ".hidden", ["h.png"])
-    (tmp_path / "photos" / "notes.txt").write_text("no image")
-    (tmp_path / "photos" / "aa.jpg").write_text("no image either")
+class Redness:
+    """Stands for a predictor: how red an image is, and the age of its metadata."""
+
+    classes = ("BLUE", "RED")
+    fields = (SimpleNamespace(name="age"), SimpleNamespace(name="region"))
+    reads_image = True
+
+    def __init__(self, needs_image: bool = True, seconds: float = 0.0, stop_after: int = 10**9) -> None:
+        self.needs_image, self.seconds, self.stop_after = needs_image, seconds, stop_after
+        self.batches: list[int] = []
+
+    def check_metadata(self, metadata: Mapping[str, str]) -> None:
+        if not metadata.get("age", "0").isdigit():
+            raise DataError("age must be\na number")
+
+    def prepare(self, image: Path | None) -> np.ndarray | None:
+        return None if image is None else decode_image(image)
+
+    def predict_arrays(self, prepared: Sequence[Any], metadata: Sequence[Mapping[str, str]]) -> list[Prediction]:
+        time.sleep(self.seconds)
+        if len(self.batches) == self.stop_after:
+            raise KeyboardInterrupt
+        self.batches.append(len(prepared))
+        predictions = []
+        for image, values in zip(prepared, metadata, strict=True):
+            red = 0.5 if image is None else float(image[..., 0].mean()) / 255
+            warnings = [f"age {values['age']}"] if "age" in values else []
+            label = "RED" if red > 0.5 else "BLUE"
+            both = {"BLUE": 1 - red, "RED": red}
+            predictions.append(Prediction(label, both, red, warnings, 0.25, ("RED",), red > 0.5))
+        return predictions
+
+
+def draw(folder: Path, names: Sequence[str]) -> list[Path]:
+    """Write an image a name, each of another red."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        image = np.zeros((16, 16, 3), np.uint8)
+        image[..., 2] = 255 * number // len(names)
+        cv2.imwrite(str(folder / name), image)
+    return [folder / name for name in names]
+
+
+def predict(model: Any, cases: Cases, out: Path, size: int = 4, resume: bool = False) -> Summary:
+    """Predict as the command does; the folder `m` beside the result stands for the model's."""
+    work = partial(predict_chunks, model, batch=size, workers=2)
+    folder = ModelFolder(out.parent / "m")
+    return predict_to_csv(folder, model.classes, cases, out, work, batch=size, resume=resume)
+
+
+def table_of(path: Path, rows: Sequence[Sequence[str]]) -> Path:
+    path.write_bytes(csv_lines(rows))
+    return path
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK", 1)
+
+
+def test_images_become_rows_in_order_with_their_metadata(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    draw(images, ["b.png", "a.png", "c.PNG"])
+    draw(images / "below", ["z.png"])
+    draw(images / ".hidden", ["h.png"])
+    (images / "notes.txt").write_text("no image")
+    (images / "aa.jpg").write_text("no image either")
     (last,) = draw(tmp_path, ["last.png"])
-    forms = table_of(
-        tmp_path / "forms.csv", [("file", "age", "shoes"), ("b", "61", "43"), ("x/z.jpg", "7", ""), ("c", "", "1")]
-    )
-    cases = FileCases([tmp_path / "photos", last], forms, Coloured())
+    rows = [("file", "age", "shoes"), ("b", "61", "43"), ("x/z.jpg", "7", ""), ("c", "", "1")]
+    cases = ImageCases([images, last], table_of(tmp_path / "metadata.csv", rows), Redness())
     assert cases.total == 6
-    assert predict(Coloured(), cases, tmp_path / "out.csv", tmp_path / "m") == Summary(5, 1, 0)
-    rows = pd.read_csv(tmp_path / "out.csv", keep_default_na=False)
-    assert list(rows.columns) == [
-        *(
-            "image",
-            "predicted",
-            "likely",
-            "prob_BLUE",
-            "prob_RED",
-            "malignancy",
-            "refer",
-            "out_of_scope",
-            "warnings",
-            "error",
-        ),
-    ]
-    assert [Path(image).name for image in rows["image"]] == ["a.png", "aa.jpg", "b.png", "c.PNG", "z.png", "last.png"]
-    assert rows["warnings"].tolist() == ["", "", "age 61", "", "age 7", ""]
-    assert rows["error"].ne("").tolist() == [False, True, False, False, False, False]
-    # 85, 0, 170 of 255: the second, first and third that were drawn.
-    assert rows["prob_RED"].tolist() == ["0.333333", "", "0.000000", "0.666667", "0.000000", "0.000000"]
-    assert rows["predicted"].tolist() == ["BLUE", "", "BLUE", "RED", "BLUE", "BLUE"]
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["forms.csv", "last.png", "out.csv"]
+    assert predict(Redness(), cases, tmp_path / "out.csv") == Summary(5, 1, 0)
+    table = pd.read_csv(tmp_path / "out.csv", keep_default_na=False)
+    before, after = ["image", "predicted", "likely"], ["malignancy", "refer", "out_of_scope", "warnings", "error"]
+    assert list(table.columns) == [*before, "prob_BLUE", "prob_RED", *after]
+    assert [Path(image).name for image in table["image"]] == ["a.png", "aa.jpg", "b.png", "c.PNG", "z.png", "last.png"]
+    assert table["warnings"].tolist() == ["", "", "age 61", "", "age 7", ""]
+    assert table["error"].ne("").tolist() == [False, True, False, False, False, False]
+    assert table["prob_RED"].tolist() == ["0.333333", "", "0.000000", "0.666667", "0.000000", "0.000000"]
+    assert table["predicted"].tolist() == ["BLUE", "", "BLUE", "RED", "BLUE", "BLUE"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["last.png", "metadata.csv", "out.csv"]
 
 
-def test_a_table_names_photographs_and_forms_and_bad_rows_fail_alone(tmp_path: Path) -> None:
-    draw(tmp_path / "photos", ["a.png", "b.png"])
-    rows = [
-        ("age", "image", "region"),
-        ("61", "photos/a.png", "FACE"),
-        ("", str(tmp_path / "photos/b.png"), ""),
-        ("old", "photos/a.png", ""),
-        ("5", "photos/nowhere.png", ""),
-        ("6", "", ""),
-        ("7", "photos/b.png"),
-    ]
-    table = table_of(tmp_path / "table.csv", rows)
-    model = Coloured()
-    assert predict(model, TableCases(table, model), tmp_path / "out.csv", tmp_path / "m", batch=3) == Summary(2, 4, 0)
+def test_a_table_names_images_and_metadata_and_invalid_rows_fail_alone(tmp_path: Path) -> None:
+    draw(tmp_path / "images", ["a.png", "b.png"])
+    b = str(tmp_path / "images/b.png")
+    rows = [("age", "image", "region"), ("61", "images/a.png", "FACE"), ("", b, ""), ("old", "images/a.png", "")]
+    rows += [("5", "images/nowhere.png", ""), ("6", "", ""), ("7", "images/b.png")]
+    model = Redness()
+    cases = TableCases(table_of(tmp_path / "table.csv", rows), model)
+    assert predict(model, cases, tmp_path / "out.csv", size=3) == Summary(2, 4, 0)
     result = pd.read_csv(tmp_path / "out.csv", keep_default_na=False)
-    assert result["image"].tolist() == [
-        "photos/a.png",
-        rows[2][1],
-        "photos/a.png",
-        "photos/nowhere.png",
-        "5",
-        "photos/b.png",
-    ]
+    assert result["image"].tolist() == ["images/a.png", b, "images/a.png", "images/nowhere.png", "5", "images/b.png"]
     assert result["warnings"].tolist() == ["age 61", "", "", "", "", ""]
-    assert result["prob_RED"].tolist()[:3] == ["0.000000", "0.498039", ""]
-    for error, words in zip(
-        result["error"], ["", "", "age must be a number", "nowhere.png", "names no photograph", "2 cells"], strict=True
-    ):
-        assert words in error
-        assert bool(words) == bool(error)
+    words = ["", "", "age must be a number", "nowhere.png", "names no image", "2 cells"]
+    assert [part in error and bool(part) == bool(error) for part, error in zip(words, result["error"], strict=True)]
     # The second batch had no row that could be predicted.
     assert model.batches == [2, 0]
 
 
-def test_a_model_that_does_without_photographs_takes_a_table_without(tmp_path: Path) -> None:
+def test_a_model_without_images_takes_a_table_without(tmp_path: Path) -> None:
     table = table_of(tmp_path / "table.csv", [("age",), ("61",), ("old",), ("62",)])
-    model = Coloured(needs_image=False)
-    assert predict(model, TableCases(table, model), tmp_path / "out.csv", tmp_path / "m") == Summary(2, 1, 0)
+    model = Redness(needs_image=False)
+    assert predict(model, TableCases(table, model), tmp_path / "out.csv") == Summary(2, 1, 0)
     rows = pd.read_csv(tmp_path / "out.csv", keep_default_na=False)
     assert rows[["image", "warnings"]].to_numpy().tolist() == [[1, "age 61"], [2, ""], [3, "age 62"]]
-    with pytest.raises(DataError, match="no column image, and this model needs photographs"):
-        TableCases(table, Coloured())
+    with pytest.raises(DataError, match="no column image, and this model needs images"):
+        TableCases(table, Redness())
 
 
-def test_no_more_than_three_batches_are_ahead_and_decoding_goes_on_while_the_model_works(tmp_path: Path) -> None:
-    (picture,) = draw(tmp_path, ["a.png"])
-    taken: list[int] = []
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (b"image,age\n", "has no rows"),
+        (b"image,shoes\na.png,43\n", "none of the model's fields"),
+        (b"image,age,age\na.png,1,2\n", "two columns called age"),
+        (b"image,age\na.png,1\n\xff.png,2\n", "can't be read as CSV"),
+        (b'image,age\na.png,1\n"b' + b"x" * 200_000 + b'",2\n', "field larger"),
+    ],
+)
+def test_an_invalid_table_is_refused_before_the_work(content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        TableCases(tmp_path / "table.csv", Redness())
 
-    def cases() -> Iterator[Case]:
-        for number in range(100):
-            taken.append(number)
-            yield Case(str(number), picture)
 
+def test_metadata_are_joined_by_image_and_an_ambiguous_table_is_refused(tmp_path: Path) -> None:
+    images = draw(tmp_path / "images", ["a.jpeg", "b.png", "ü.png", "c.png"])
+    rows = [("image_id", "region", "age"), ("a", "FACE, left", "61"), ("b.jpg", "", ""), ("ü", "x\ny", "")]
+    path = table_of(tmp_path / "metadata.csv", rows)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    found = [dict(case.metadata) for case in ImageCases(images, path, Redness())]
+    assert found == [{"age": "61", "region": "FACE, left"}, {}, {"region": "x\ny"}, {}]
+    for rows, words in (
+        ([("picture", "age"), ("a", "1")], "names no images"),
+        ([("image", "age"), ("a.png", "1"), ("b", "2"), ("a", "3")], "two rows for image a"),
+        ([("image", "age"), ("a.png", "1"), ("b", "2", "3")], "row 2: the row has 3 cells"),
+    ):
+        with pytest.raises(DataError, match=words):
+            ImageCases(images, table_of(path, rows), Redness())
+    for sources, table, words in (
+        (images, tmp_path / "nowhere.csv", "no file"),
+        ([tmp_path / "m"], None, "no file or folder"),
+    ):
+        with pytest.raises(DataError, match=words):
+            ImageCases(sources, table, Redness())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no image is in"):
+        ImageCases([tmp_path / "empty"], None, Redness())
+
+
+def test_names_that_are_no_text_and_names_with_line_breaks_survive(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    (image,) = draw(folder, ["a.png"])
+    for name in (b"\xff.png", b'b\n"c",\n.png', b"=1+1.png"):
+        os.link(image, os.path.join(os.fsencode(folder), name))
+    metadata = table_of(tmp_path / "metadata.csv", [("image", "age"), ("a", "61")])
+    assert predict(Redness(), ImageCases([folder], metadata, Redness()), tmp_path / "out.csv") == Summary(4, 0, 0)
+    with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
+        names = [Path(row["image"]).name for row in csv.DictReader(file)]
+    assert names == ["=1+1.png", "a.png", 'b\n"c",\n.png', "\\udcff.png"]
+
+
+def test_three_batches_are_ahead_at_most_and_decoding_goes_on_while_the_model_works(tmp_path: Path) -> None:
+    (image,) = draw(tmp_path, ["a.png"])
     prepared: list[int] = []
+    bounds: list[bool] = []
 
-    class Watching(Coloured):
+    class Watching(Redness):
         def prepare(self, image: Path | None) -> np.ndarray | None:
             prepared.append(1)
             return super().prepare(image)
 
         def predict_arrays(self, *arguments: Any) -> list[Prediction]:
-            before = len(prepared)
+            ready = min(100, 10 * (len(self.batches) + 2))
             deadline = time.monotonic() + 5
-            while len(prepared) < min(100, 10 * (len(self.batches) + 2)) and time.monotonic() < deadline:
+            while len(prepared) < ready and time.monotonic() < deadline:
                 time.sleep(0.001)
-            grown.append((before, len(prepared)))
+            bounds.append(ready <= len(prepared) <= ready + 10)
             return super().predict_arrays(*arguments)
 
-    grown: list[tuple[int, int]] = []
-    for number, _ in enumerate(predict_batches(Watching(), cases(), batch=10, workers=2), start=1):
-        assert len(taken) <= 10 * (number + 2) + 1
-    # While the model works on a batch, the whole next one becomes ready.
-    assert all(after >= min(100, 10 * (number + 2)) for number, (_, after) in enumerate(grown))
+    chunks = ((number, [Case(str(row), image) for row in range(20)]) for number in range(5))
+    assert [number for number, _ in predict_chunks(Watching(), chunks, batch=10, workers=2)] == [0, 1, 2, 3, 4]
+    assert bounds == [True] * 10
 
 
-def test_memory_does_not_grow_with_the_list(tmp_path: Path) -> None:
-    class Constant(Coloured):
+def test_memory_does_not_grow_with_the_number_of_rows(tmp_path: Path) -> None:
+    class Constant(Redness):
         # Decoding takes memory of its own, as many times as threads happen to meet.
         def prepare(self, image: Path | None) -> np.ndarray | None:
             return np.zeros((16, 16, 3), np.uint8)
 
-    model = Constant()
     peaks = []
-    for rows in (300, 3000):
-        table = table_of(
-            tmp_path / "table.csv", [("image", "age"), *(("a.png", str(number)) for number in range(rows))]
-        )
-        forms = table_of(tmp_path / "forms.csv", [("image", "age"), *((f"{number:06}", "1") for number in range(rows))])
+    for count in (300, 3000):
+        rows = [("image", "age"), *(("a.png", str(number)) for number in range(count))]
+        cases = TableCases(table_of(tmp_path / "table.csv", rows), Constant())
         tracemalloc.start()
-        predict(model, TableCases(table, model), tmp_path / "out.csv", tmp_path / "m")
-        index = FormsIndex(forms, ["age"])
+        predict(Constant(), cases, tmp_path / "out.csv")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        assert index.find("000299.png") == {"age": "1"}
     assert peaks[1] < 1.2 * peaks[0] + 50_000
+    # The table that is joined is held; the documentation says how much it takes.
+    fields = [SimpleNamespace(name=f"f{number}") for number in range(15)]
+    rows = [["image", *(field.name for field in fields)]]
+    rows += [[f"ISIC_{number:07}", *(str(number % 90 + place) for place in range(15))] for number in range(20_000)]
+    table, images = table_of(tmp_path / "table.csv", rows), draw(tmp_path, ["ISIC_0000001.png"])
+    tracemalloc.start()
+    ImageCases(images, table, SimpleNamespace(fields=fields))  # type: ignore[arg-type]
+    assert tracemalloc.get_traced_memory()[0] < 400 * 20_000
+    tracemalloc.stop()
 
 
-def test_the_pace_is_that_of_the_last_half_minute_and_ignores_what_was_resumed() -> None:
-    now = 0.0
-    pace = Pace(lambda: now)
-    assert pace.after(500_000, 1_000_000) == ""
-    now = 10.0
-    assert pace.after(502_000, 1_000_000) == "200 images/s, 0:41:30 left"
-    for now in (40.0, 70.0, 100.0):
-        said = pace.after(502_000 + int(now) * 5, 1_000_000)
-    assert said.startswith("5.0 images/s")
+@pytest.mark.usefixtures("small_chunks")
+def test_an_interrupted_prediction_is_resumed_and_ends_the_same_to_the_byte(tmp_path: Path) -> None:
+    draw(tmp_path / "images", [f"{number:02}.png" for number in range(14)])
+    (tmp_path / "images" / "03.png").write_text("broken")
+    cases = ImageCases([tmp_path / "images"], None, Redness())
+    out, folder = tmp_path / "out.csv", tmp_path / "out.csv.chunks"
+    predict(Redness(), cases, tmp_path / "whole.csv")
+    for after in range(4):
+        with pytest.raises(KeyboardInterrupt):
+            predict(Redness(stop_after=after), cases, out)
+        assert not out.exists()
+        with pytest.raises(DataError, match="--resume goes on with it; remove it to begin anew"):
+            predict(Redness(), cases, out)
+        assert len(list(folder.glob("[0-9]*.csv"))) == after
+        again = Redness()
+        assert predict(again, cases, out, resume=True) == Summary(13, 1, 4 * after)
+        assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+        # Whole batches are repeated, never parts of them; the first holds the broken image.
+        assert again.batches == [3, 4, 4, 2][after:]
+        with pytest.raises(DataError, match="finished and nothing is left to resume"):
+            predict(Redness(), cases, out, resume=True)
+        assert predict(Redness(), cases, out).resumed == 0
+        out.unlink()
+        assert not folder.exists()
 
 
-def test_the_real_predictor_says_the_same_of_a_file_a_table_and_alone(
+@pytest.mark.usefixtures("small_chunks")
+def test_another_model_list_or_batch_is_not_resumed(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    draw(images, [f"{number}.png" for number in range(6)])
+    metadata = table_of(tmp_path / "metadata.csv", [("image", "age"), ("1", "61")])
+    out, model = tmp_path / "out.csv", tmp_path / "m"
+    model.mkdir()
+
+    def resume(**options: Any) -> Summary:
+        return predict(Redness(), ImageCases([images], metadata, Redness()), out, resume=True, **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        predict(Redness(stop_after=1), ImageCases([images], metadata, Redness()), out)
+    (model / "model.safetensors").write_text("other numbers")
+    with pytest.raises(DataError, match="since this has changed: model; use the same"):
+        resume()
+    (model / "model.safetensors").unlink()
+    (model / "metrics.json").write_text("measured again")
+    with pytest.raises(DataError, match="changed: batch"):
+        resume(size=5)
+    draw(images, ["7.png"])
+    with pytest.raises(DataError, match="changed: images, rows"):
+        resume()
+    (images / "7.png").unlink()
+    metadata.write_text("image,age\n1,62\n")
+    with pytest.raises(DataError, match="changed: metadata"):
+        resume()
+    metadata.write_text("image,age\n1,61\n")
+    assert resume().resumed == 4
+
+
+def test_two_processes_do_not_write_one_file_and_a_full_disk_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = ImageCases(draw(tmp_path, ["a.png"]), None, Redness())
+
+    class Second(Redness):
+        def predict_arrays(self, *arguments: Any) -> list[Prediction]:
+            with pytest.raises(DataError, match="another process is writing"):
+                predict(Redness(), cases, tmp_path / "out.csv", resume=True)
+            return super().predict_arrays(*arguments)
+
+    predict(Second(), cases, tmp_path / "out.csv")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match="the disk is full"):
+        predict(Redness(), cases, tmp_path / "other.csv")
+    assert not (tmp_path / "other.csv").exists()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.text(max_size=6), st.text(max_size=6)), min_size=1, max_size=9),
+    kept=st.sets(st.integers(0, 4)),
+)
+def test_any_finished_chunks_are_kept_and_joined_in_order(
+    rows: list[tuple[str, str]], kept: set[int], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    class Listed:
+        total, fingerprint = len(rows), {}
+
+        def __iter__(self) -> Iterator[Case]:
+            return iter([Case(name, None, {}, error) for name, error in rows])
+
+    def work(chunks: Iterator[tuple[int, list[Case]]]) -> Iterator[tuple[int, bytes]]:
+        # In reverse: on a cluster chunks are finished in any order.
+        for number, part in reversed(list(chunks)):
+            if number in chosen:
+                yield number, csv_lines([(case.name, case.error) for case in part])
+
+    out = tmp_path_factory.mktemp("join") / "out.csv"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "CHUNK", 2)
+        predict_rows = partial(predict_to_csv, ModelFolder(out.parent), (), Listed(), out, work, batch=1)
+        chosen = kept
+        if kept.issuperset(range((len(rows) + 1) // 2)):
+            done = predict_rows()
+        else:
+            with pytest.raises(DataError, match="the list was changed meanwhile"):
+                predict_rows()
+            chosen = set(range(5)) - kept
+            done = predict_rows(resume=True)
+    assert out.read_bytes().split(b"\n", 1)[1] == csv_lines(rows)
+    assert done.failed == sum(bool(error) for _, error in rows)
+
+
+def test_a_killed_process_is_resumed_by_the_next(tmp_path: Path) -> None:
+    draw(tmp_path / "images", [f"{number:03}.png" for number in range(160)])
+    code = (
+        "import sys; from pathlib import Path; from test_batch import Redness, predict, ImageCases, module; "
+        "module.CHUNK = 1; model = Redness(seconds=0.02); folder = Path(sys.argv[1]); "
+        "print(predict(model, ImageCases([folder / 'images'], None, model), folder / 'out.csv', resume=True).resumed)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    killed = subprocess.Popen(command, env=environment)
+    folder = tmp_path / "out.csv.chunks"
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("[0-9]*.csv"))) < 8 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert not (tmp_path / "out.csv").exists()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) >= 32
+    predict(Redness(), ImageCases([tmp_path / "images"], None, Redness()), tmp_path / "whole.csv")
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_the_real_predictor_agrees_with_itself_on_images_a_table_and_alone(
     tiny_run: Run, sample_root: Path, tmp_path: Path
 ) -> None:
     model = Predictor.load(tiny_run)
-    photographs = sorted((sample_root / "images").iterdir())[:5]
-    rows = [(str(path), "61" if number % 2 else "") for number, path in enumerate(photographs)]
+    images = list(walk_images([sample_root / "images"]))[:5]
+    rows = [(str(path), "61" if number % 2 else "") for number, path in enumerate(images)]
     table = table_of(tmp_path / "table.csv", [("image", "age"), *rows])
-    forms = table_of(tmp_path / "forms.csv", [("image", "age"), *((Path(path).stem, age) for path, age in rows)])
-    work = partial(predict_here, model, batch=2)
-    folder = ModelFolder(tiny_run.path)
-    assert "model" in folder.made_of
+    metadata = table_of(tmp_path / "metadata.csv", [("image", "age"), *((Path(path).stem, age) for path, age in rows)])
+    folder, work = ModelFolder(tiny_run.path), partial(predict_chunks, model, batch=2)
     predict_to_csv(folder, model.classes, TableCases(table, model), tmp_path / "a.csv", work, batch=2)
-    predict_to_csv(folder, model.classes, FileCases(photographs, forms, model), tmp_path / "b.csv", work, batch=2)
+    predict_to_csv(folder, model.classes, ImageCases(images, metadata, model), tmp_path / "b.csv", work, batch=2)
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
     result = pd.read_csv(tmp_path / "a.csv")
     for number, (path, age) in enumerate(rows):
         alone = model.predict(Path(path), {"age": age} if age else {})
-        said = result[[f"prob_{name}" for name in model.classes]].iloc[number]
-        assert said.tolist() == pytest.approx(list(alone.probabilities.values()), abs=2e-6)
+        together = result[[f"prob_{name}" for name in model.classes]].iloc[number]
+        assert together.tolist() == pytest.approx(list(alone.probabilities.values()), abs=2e-6)
         assert result["predicted"][number] == alone.label
-    with pytest.raises(ImageError):
-        model.prepare(tmp_path / "a.csv")

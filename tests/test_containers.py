@@ -5,17 +5,21 @@ import pkgutil
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
+import httpx
 import pytest
 import typer
 import yaml
 
 import dualrefnet.cli
 from dualrefnet.service.settings import ServiceSettings
+from live_service import live, question, wait_for
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = ROOT / "Dockerfile"
@@ -116,7 +120,7 @@ def test_the_packages_of_the_cpu_image_are_known_and_locked_and_hold_no_torch() 
     }
     lock = (ROOT / "requirements.lock").read_text()
     packages = packages_of_the_cpu_image()
-    assert {"numpy", "onnxruntime", "fastapi", "gradio"} <= set(packages)
+    assert {"numpy", "onnxruntime", "fastapi"} <= set(packages)
     for package in packages:
         assert package.lower() in named
         assert re.search(rf"^{package}==", lock, re.MULTILINE | re.IGNORECASE), package
@@ -139,14 +143,16 @@ while waiting:
         needed = Requirement(line)
         if needed.marker is None or needed.marker.evaluate({"extra": ""}): waiting.append(name(needed.name))
 owners = metadata.packages_distributions()
-class Refuse:
-    def find_spec(self, module, path=None, target=None):
+from importlib.machinery import PathFinder
+class Image(PathFinder):
+    @classmethod
+    def find_spec(cls, module, path=None, target=None):
         owner = {name(one) for one in owners.get(module.split(".")[0], [])}
-        if owner and not owner & allowed: raise ImportError(f"{module} isn't in the image")
-sys.meta_path.insert(0, Refuse())
-import dualrefnet.cli.data, dualrefnet.cli.reports, dualrefnet.cli.runs, dualrefnet.cli.reports
-import dualrefnet.deploy.batch, dualrefnet.deploy.batch, dualrefnet.deploy.batch, dualrefnet.deploy.predictor
-import dualrefnet.service.server, dualrefnet.service.app, dualrefnet.page.mount, dualrefnet.runtime.bundle
+        return None if owner and not owner & allowed else super().find_spec(module, path, target)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Image
+import dualrefnet.cli.data, dualrefnet.cli.runs, dualrefnet.cli.reports
+import dualrefnet.deploy.batch, dualrefnet.deploy.predictor
+import dualrefnet.service.server, dualrefnet.service.app, dualrefnet.runtime.bundle
 try:
     import torch
 except ImportError:
@@ -213,3 +219,41 @@ def test_systemd_understands_the_unit_and_finds_it_confined(tmp_path: Path) -> N
     )
     # 2.0 of 10, where 0 is best.
     assert judged.returncode == 0, judged.stdout[-200:]
+
+
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
+def test_nginx_accepts_the_example_and_cuts_off_slow_headers(tmp_path: Path) -> None:
+    with live() as client, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        site = (ROOT / "deployment" / "nginx.conf").read_text()
+        for old, new in (
+            ("listen 443 ssl", f"listen 127.0.0.1:{port}"),
+            ("127.0.0.1:8000", client.base_url.netloc.decode()),
+            ("client_header_timeout 10s", "client_header_timeout 1s"),
+        ):
+            assert old in site
+            site = site.replace(old, new)
+        site = "\n".join(line for line in site.splitlines() if "ssl_" not in line)
+        folders = " ".join(
+            f"{kind}_temp_path {tmp_path / kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        (tmp_path / "nginx.conf").write_text(
+            f"daemon off; pid {tmp_path}/pid; error_log stderr; events {{}} http {{ {folders}\n{site}\n}}"
+        )
+        command = ["nginx", "-c", str(tmp_path / "nginx.conf")]
+        subprocess.run([*command, "-t"], check=True, capture_output=True)
+        proxy = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        try:
+            base = f"http://127.0.0.1:{port}"
+            wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+            assert httpx.post(f"{base}/v1/predict", **question()).status_code == 200
+            started = time.perf_counter()
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as slow:
+                slow.sendall(b"GET /healthz HTTP/1.1\r\nX-Slow: ")
+                assert not slow.recv(65536) or time.perf_counter() - started > 0.5
+            assert time.perf_counter() - started < 8
+        finally:
+            proxy.terminate()
+            proxy.wait(10)

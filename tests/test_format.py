@@ -1,8 +1,18 @@
 import numpy as np
 import pytest
 
-from dualrefnet.display.format import Cell, PrintedTable, interval, listed, metrics_tables, number, percent
-from dualrefnet.evaluation.metrics import metrics_from_confusion
+from dualrefnet.display.format import (
+    MEASURE_NAMES,
+    Cell,
+    PrintedTable,
+    calibration_line,
+    interval,
+    listed,
+    metrics_tables,
+    number,
+    percent,
+)
+from dualrefnet.evaluation.metrics import HEADLINE_MEASURES, metrics_from_confusion
 
 
 def test_numbers_have_a_real_minus_sign_and_undefined_ones_are_a_dash() -> None:
@@ -34,3 +44,21 @@ def test_one_table_is_markdown_and_latex() -> None:
     latex = table.latex("t")
     assert r"a$|$b\textsuperscript{*} & 0.500 {\scriptsize [0.25, 0.75]} \\" in latex
     assert r"50\% \& more\par" in latex
+
+
+def test_every_headline_measure_has_a_name_for_people() -> None:
+    assert set(HEADLINE_MEASURES) <= set(MEASURE_NAMES)
+
+
+def test_the_line_of_the_terminal_says_what_was_measured() -> None:
+    measured = {
+        "temperature": 1.246,
+        "before": {"ece": 0.1234},
+        "after": {"ece": 0.0567},
+        "conformal": {"promised": 0.9, "marginal": {"mean_size": 1.76, "coverage": 0.875}},
+        "referral": {"sensitivity": 0.931, "referred": 0.52, "wanted": 0.95},
+    }
+    line = calibration_line(measured)
+    for text in ("1.25", "0.123", "0.057", "1.8", "88%", "90%", "52%", "93%", "95%"):
+        assert text in line
+    assert calibration_line(measured | {"referral": None}) == line.rpartition("; ")[0]

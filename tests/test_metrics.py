@@ -1,3 +1,4 @@
+import doctest
 import json
 import warnings
 
@@ -5,80 +6,101 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from sklearn import metrics as sk
 
-from dualrefnet.display.format import MEASURE_NAMES, metrics_tables
-from dualrefnet.evaluation.bootstrap import bootstrap_intervals, with_intervals
-from dualrefnet.evaluation.metrics import CLASS_MEASURES, HEADLINE_MEASURES, compute_metrics, metrics_from_confusion
-
-
-def random_predictions(
-    seed: int, images: int, count: int, every_class: bool = True
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    generator = np.random.default_rng(seed)
-    labels = generator.integers(count, size=images)
-    if every_class:
-        labels[:count] = np.arange(count)
-    # Few distinct scores: ties must be handled, too.
-    scores = generator.integers(1, 6, size=(images, count)).astype(float)
-    scores[np.arange(images), labels] += generator.integers(0, 6, size=images)
-    return labels, scores / scores.sum(axis=1, keepdims=True)
+import dualrefnet.evaluation.metrics
+from dualrefnet.evaluation.comparison import flat_measures
+from dualrefnet.evaluation.metrics import (
+    CLASS_MEASURES,
+    HEADLINE_MEASURES,
+    CalibrationErrors,
+    Ranking,
+    WeightedMetrics,
+    compute_metrics,
+    equal_width_bins,
+    metrics_from_confusion,
+)
+from resampling import CLASSES, Floats, adaptive_ece, brier, ece, predictions, truthful
 
 
 def names(count: int) -> list[str]:
     return [f"C{index}" for index in range(count)]
 
 
+def two_class(confidence: list[float]) -> Floats:
+    return np.array([[value, 1 - value] for value in confidence])
+
+
+def test_the_examples_in_the_docstrings_are_true() -> None:
+    result = doctest.testmod(dualrefnet.evaluation.metrics)
+    assert (result.failed, result.attempted) == (0, 2)
+
+
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**6), count=st.integers(2, 6), images=st.integers(12, 80))
-def test_every_measure_agrees_with_scikit_learn(seed: int, count: int, images: int) -> None:
-    labels, scores = random_predictions(seed, images, count)
-    predicted = scores.argmax(axis=1)
-    measured = compute_metrics(labels, scores, names(count))
-    f1 = {
-        average: sk.f1_score(labels, predicted, average=average, zero_division=0) for average in ("macro", "weighted")
-    }
-    precision = {
-        average: sk.precision_score(labels, predicted, average=average, zero_division=0)
-        for average in ("macro", "weighted")
-    }
-    recall = {
-        average: sk.recall_score(labels, predicted, average=average, zero_division=0)
-        for average in ("macro", "weighted")
-    }
-    binary = [(labels == index).astype(int) for index in range(count)]
-    aucs = [sk.roc_auc_score(truth, scores[:, index]) for index, truth in enumerate(binary)]
+def test_every_metric_agrees_with_scikit_learn(seed: int, count: int, images: int) -> None:
+    labels, scores = predictions(seed, images, count)
+    predicted, measured = scores.argmax(axis=1), compute_metrics(labels, scores, names(count))
+    binary = [((labels == index).astype(int), predicted == index) for index in range(count)]
+    aucs = [sk.roc_auc_score(target, scores[:, index]) for index, (target, _) in enumerate(binary)]
+    specificity = [sk.recall_score(target, called, pos_label=0) for target, called in binary]
+    npv = [sk.precision_score(target, called, pos_label=0, zero_division=0) for target, called in binary]
+    f1 = [sk.f1_score(target, called, zero_division=0) for target, called in binary]
     expected = {
         "accuracy": sk.accuracy_score(labels, predicted),
         "balanced_accuracy": sk.balanced_accuracy_score(labels, predicted),
         "auc_macro_ovr": np.mean(aucs),
         "auc_weighted_ovr": np.average(aucs, weights=np.bincount(labels)),
-        "f1_macro": f1["macro"],
-        "f1_weighted": f1["weighted"],
-        "precision_macro": precision["macro"],
-        "precision_weighted": precision["weighted"],
-        "recall_macro": recall["macro"],
-        "recall_weighted": recall["weighted"],
-        "specificity_macro": np.mean(
-            [sk.recall_score(truth, predicted == c, pos_label=0) for c, truth in enumerate(binary)]
-        ),
-        "npv_macro": np.mean(
-            [sk.precision_score(truth, predicted == c, pos_label=0, zero_division=0) for c, truth in enumerate(binary)]
-        ),
+        "specificity_macro": np.mean(specificity),
+        "npv_macro": np.mean(npv),
         "kappa": sk.cohen_kappa_score(labels, predicted),
+        "brier": sk.brier_score_loss(labels, scores, labels=range(count), scale_by_half=False),
         "log_loss": sk.log_loss(labels, scores, labels=range(count)),
         "support": images,
     }
-    assert {key: measured[key] for key in expected} == pytest.approx(expected)
-    if measured["mcc"] is not None:
-        assert measured["mcc"] == pytest.approx(sk.matthews_corrcoef(labels, predicted))
-    for index, name in enumerate(names(count)):
-        assert measured["per_class"][name]["auc"] == pytest.approx(aucs[index])
-        assert measured["per_class"][name]["f1"] == pytest.approx(
-            sk.f1_score(binary[index], predicted == index, zero_division=0)
-        )
+    for average in ("macro", "weighted"):
+        for name, score in (("f1", sk.f1_score), ("precision", sk.precision_score), ("recall", sk.recall_score)):
+            expected[f"{name}_{average}"] = score(labels, predicted, average=average, zero_division=0)
+    if len(set(predicted)) > 1:
+        expected["mcc"] = sk.matthews_corrcoef(labels, predicted)
+    assert {key: measured[key] for key in expected} == pytest.approx(expected, abs=1e-12)
+    assert [values["auc"] for values in measured["per_class"].values()] == pytest.approx(aucs, abs=1e-12)
+    assert [values["f1"] for values in measured["per_class"].values()] == pytest.approx(f1, abs=1e-12)
     assert measured["confusion_matrix"] == sk.confusion_matrix(labels, predicted, labels=range(count)).tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), images=st.integers(2, 40), patients=st.integers(2, 8))
+def test_a_weighted_resample_measures_what_the_laid_out_resample_measures(
+    seed: int, images: int, patients: int
+) -> None:
+    labels, scores = predictions(seed, images)
+    generator = np.random.default_rng(seed)
+    groups = np.concatenate([np.arange(patients), generator.integers(patients, size=images)])[:images]
+    weights = generator.integers(0, 4, size=groups.max() + 1)
+    weights[0] += 1
+    rows = np.repeat(np.arange(images), weights[groups])
+    expected = flat_measures(compute_metrics(labels[rows], scores[rows], CLASSES, malignant=["C"]))
+    measured = WeightedMetrics(labels, scores, groups, CLASSES, ["C"]).measure(weights[None].astype(float))
+    assert {key: column[0] for key, column in measured.items()} == pytest.approx(
+        {key: expected[key] for key in measured}, nan_ok=True
+    )
+    errors = CalibrationErrors(labels, scores, groups, groups.max() + 1).measure(weights[None].astype(float))
+    assert errors["adaptive_ece"][0] == pytest.approx(adaptive_ece(labels[rows], scores[rows]))
+    for key in ("ece", "brier", "log_loss"):
+        assert errors[key][0] == pytest.approx(expected[key])
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 10**6), levels=st.integers(1, 50))
+def test_the_weighted_auc_is_exact_with_ties(seed: int, levels: int) -> None:
+    generator = np.random.default_rng(seed)
+    score, positive = generator.integers(levels, size=60) / levels, np.arange(60) % 3 == 0
+    groups, weights = generator.integers(12, size=60), generator.integers(0, 4, size=12)
+    groups[:12], weights[:4] = np.arange(12), 1
+    rows = np.repeat(np.arange(60), weights[groups])
+    measured = Ranking.of(score, positive, groups).auc(weights[None].astype(float))
+    assert measured[0] == pytest.approx(sk.roc_auc_score(positive[rows], score[rows]), abs=1e-12)
 
 
 @settings(max_examples=60, deadline=None)
@@ -86,7 +108,7 @@ def test_every_measure_agrees_with_scikit_learn(seed: int, count: int, images: i
 def test_identities_hold_and_the_result_is_strict_json_whatever_classes_are_missing(
     seed: int, count: int, images: int
 ) -> None:
-    labels, scores = random_predictions(seed, images, count, every_class=False)
+    labels, scores = (values[count:] for values in predictions(seed, images + count, count))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         measured = compute_metrics(labels, scores, names(count), malignant=["C0"])
@@ -94,8 +116,8 @@ def test_identities_hold_and_the_result_is_strict_json_whatever_classes_are_miss
     assert measured["recall_macro"] == measured["balanced_accuracy"]
     assert list(measured)[: len(HEADLINE_MEASURES)] == list(HEADLINE_MEASURES)
     assert all(list(values) == list(CLASS_MEASURES) for values in measured["per_class"].values())
-    assert sum(values["support"] for values in measured["per_class"].values()) == images
-    assert sum(values["predicted"] for values in measured["per_class"].values()) == images
+    for key in ("support", "predicted"):
+        assert sum(values[key] for values in measured["per_class"].values()) == images
     assert json.loads(json.dumps(measured, allow_nan=False)) == measured
     undefined = [key for key in HEADLINE_MEASURES if measured[key] is None]
     undefined += [key for values in measured["per_class"].values() for key in CLASS_MEASURES if values[key] is None]
@@ -103,47 +125,83 @@ def test_identities_hold_and_the_result_is_strict_json_whatever_classes_are_miss
 
 
 def test_malignant_versus_benign_is_scikit_learns_binary_problem() -> None:
-    labels, scores = random_predictions(3, 200, 5)
-    measured = compute_metrics(labels, scores, names(5), malignant=["C1", "C4"])["malignant"]
-    truth, predicted = np.isin(labels, [1, 4]), np.isin(scores.argmax(axis=1), [1, 4])
-    assert measured == pytest.approx(
-        {
-            "sensitivity": sk.recall_score(truth, predicted),
-            "specificity": sk.recall_score(truth, predicted, pos_label=0),
-            "ppv": sk.precision_score(truth, predicted),
-            "npv": sk.precision_score(truth, predicted, pos_label=0),
-            "auc": sk.roc_auc_score(truth, scores[:, [1, 4]].sum(axis=1)),
-            "support": int(truth.sum()),
-        }
-    )
+    labels, scores = predictions(3, 200, 5)
+    measured = compute_metrics(labels, scores, names(5), malignant=["C1", "C4"])
+    target, predicted = np.isin(labels, [1, 4]), np.isin(scores.argmax(axis=1), [1, 4])
+    expected = {
+        "sensitivity": sk.recall_score(target, predicted),
+        "specificity": sk.recall_score(target, predicted, pos_label=0),
+        "ppv": sk.precision_score(target, predicted),
+        "npv": sk.precision_score(target, predicted, pos_label=0),
+        "auc": sk.roc_auc_score(target, scores[:, [1, 4]].sum(axis=1)),
+        "support": int(target.sum()),
+    }
+    assert measured["malignant"] == pytest.approx(expected)
+    assert measured["remarks"] == []
     assert "malignant" not in compute_metrics(labels, scores, names(5))
 
 
 def test_a_class_absent_from_the_test_set_is_none_and_leaves_the_averages() -> None:
     # B is absent, but predicted once; C is present, but never predicted.
-    matrix = [[3, 1, 0], [0, 0, 0], [2, 0, 0]]
-    measured = metrics_from_confusion(matrix, ["A", "B", "C"])
+    measured = metrics_from_confusion([[3, 1, 0], [0, 0, 0], [2, 0, 0]], CLASSES)
     assert measured["per_class"]["B"]["sensitivity"] is None
     assert measured["per_class"]["B"]["ppv"] == 0
     assert measured["per_class"]["C"]["ppv"] is None
     assert measured["balanced_accuracy"] == pytest.approx((3 / 4 + 0) / 2)
     assert measured["precision_macro"] == pytest.approx((3 / 5 + 0) / 2)
-    assert any(remark.startswith("no image of B") and "2 classes present" in remark for remark in measured["remarks"])
-    assert any(remark.startswith("C never predicted") for remark in measured["remarks"])
+    assert len(measured["remarks"]) == 2
 
 
-def test_one_class_and_one_answer_make_agreement_undefined_not_perfect() -> None:
+def test_one_class_and_one_prediction_make_agreement_undefined_not_perfect() -> None:
     measured = compute_metrics([0, 0], [[0.9, 0.1], [0.6, 0.4]], ["A", "B"])
     assert measured["accuracy"] == 1
-    assert measured["kappa"] is None
-    assert measured["mcc"] is None
-    assert measured["auc_macro_ovr"] is None
+    assert [measured[key] for key in ("kappa", "mcc", "auc_macro_ovr")] == [None] * 3
     assert measured["per_class"]["A"]["npv"] is None
-    assert len(measured["remarks"]) >= 4
 
 
-def test_clean_results_have_no_remarks() -> None:
-    assert compute_metrics(*random_predictions(0, 200, 3), names(3), malignant=["C0"])["remarks"] == []
+def test_calibration_errors_by_hand() -> None:
+    # Bins of .25: (.5, .75] holds .6 right and .7 wrong: |.5 - .65| = .15; (.75, 1] holds .8 right, .9 right, 1 wrong:
+    # |2/3 - .9|.
+    scores = two_class([0.6, 0.7, 0.8, 0.9, 1.0])
+    expected = 2 / 5 * 0.15 + 3 / 5 * (0.9 - 2 / 3)
+    assert ece([0, 1, 0, 0, 1], scores, bins=4) == pytest.approx(expected)
+    # Three bins of equal mass: (.6 right, .7 wrong), (.8 right, .85 right), (.9 right, .95 wrong).
+    scores = two_class([0.95, 0.6, 0.85, 0.7, 0.8, 0.9])
+    expected = 2 / 6 * (abs(0.5 - 0.65) + abs(1 - 0.825) + abs(0.5 - 0.925))
+    assert adaptive_ece([1, 0, 0, 1, 0, 0], scores, bins=3) == pytest.approx(expected)
+    # Equal confidences share a bin of equal mass, whatever their order.
+    labels = np.array([0] * 8 + [1] * 2)
+    for ordered in (labels, labels[::-1]):
+        assert adaptive_ece(ordered, two_class([0.8] * 10), bins=5) == pytest.approx(0)
+    assert equal_width_bins(np.array([0.0, 0.1, 0.5, 0.5000001, 1.0]), 10).tolist() == [0, 0, 4, 5, 9]
+    for measure in (ece, adaptive_ece):
+        with pytest.raises(ValueError, match="bins must be at least 1"):
+            measure([0, 1], two_class([0.9, 0.8]), bins=0)
+
+
+def test_a_certain_model_that_is_always_right_is_perfect_and_always_wrong_is_worst() -> None:
+    certain = np.eye(3)[[0, 1, 2, 0]]
+    assert [measure([0, 1, 2, 0], certain) for measure in (ece, brier)] == [0, 0]
+    assert [measure([1, 2, 0, 1], certain) for measure in (ece, brier)] == [1, 2]
+
+
+def test_true_probabilities_have_a_small_error_and_overconfident_ones_a_large_one() -> None:
+    labels, scores = truthful(0, 20_000)
+    assert ece(labels, scores) < 0.02
+    assert adaptive_ece(labels, scores) < 0.02
+    assert ece(*truthful(0, 20_000, overconfidence=4)) > 0.1
+
+
+def test_an_error_by_chance_is_what_true_probabilities_give() -> None:
+    generator, (labels, scores) = np.random.default_rng(5), truthful(6, 150)
+    errors = []
+    for _ in range(400):
+        drawn = (generator.random(150)[:, None] > scores.cumsum(axis=1)[:, :-1]).sum(axis=1)
+        errors.append([ece(drawn, scores), adaptive_ece(drawn, scores)])
+    found = CalibrationErrors(labels, scores).by_chance(400, 0)
+    for column, key in enumerate(("ece_by_chance", "adaptive_ece_by_chance")):
+        assert found[key][0] == pytest.approx(np.mean(errors, axis=0)[column], rel=0.06)
+        assert found[key][1] == pytest.approx(np.quantile(errors, 0.95, axis=0)[column], rel=0.1)
 
 
 GOOD = np.array([[0.9, 0.1], [0.2, 0.8]])
@@ -184,28 +242,3 @@ def test_an_unknown_malignant_class_and_a_wrong_matrix_are_refused() -> None:
     for message, matrix in wrong.items():
         with pytest.raises(ValueError, match=message):
             metrics_from_confusion(matrix, ["A", "B"])
-
-
-def test_tables_show_the_measures_with_their_intervals() -> None:
-    classes = ["[bold]A", "B|b", "malignant"]
-    labels, scores = random_predictions(1, 60, 3)
-    plain = compute_metrics(labels, scores, classes, malignant=["malignant"])
-    drawn = bootstrap_intervals(labels, scores, np.arange(60), classes, 50, malignant=["malignant"], level=0.9)
-    full = with_intervals(plain, drawn)
-    low, high = full["accuracy_ci90"]
-    headline, by_class = metrics_tables(full, "Run 1")
-    assert headline.columns == ("measure", "value", "90% interval")
-    row = next(row for row in headline.rows if row[0].text == "accuracy")
-    assert [cell.text for cell in row[1:]] == [f"{full['accuracy']:.3f}", f"[{low:.3f}, {high:.3f}]"]
-    assert r"| B\|b |" in by_class.markdown()
-    assert not any(row[2].text for row in metrics_tables(plain)[0].rows)
-
-    undefined = metrics_from_confusion([[3, 0], [2, 0]], ["A", "B"])
-    headline, by_class = metrics_tables(undefined)
-    assert "| B | 0.000 | 1.000 | – |" in by_class.markdown()
-    assert any("B never predicted" in note for note in by_class.notes)
-    assert "log loss" not in headline.markdown()
-
-
-def test_every_headline_measure_has_a_name_for_people() -> None:
-    assert set(HEADLINE_MEASURES) <= set(MEASURE_NAMES)

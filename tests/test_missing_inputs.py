@@ -1,6 +1,4 @@
-"""What is given decides which thresholds hold, and a model to which missing means benign is neither exported nor
-served.
-"""
+"""Thresholds by what is given, and the gate: a model to which missing means benign is neither exported nor served."""
 
 import json
 from pathlib import Path
@@ -16,6 +14,7 @@ from dualrefnet.analysis.availability import draw_present
 from dualrefnet.cli import app, deployment  # noqa: F401 (the module registers the commands)
 from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.metadata import MetadataEncoder, missingness_warning
+from dualrefnet.data.pad_ufes_20 import SCHEMA as PAD
 from dualrefnet.data.synthetic import make_synthetic
 from dualrefnet.deploy.export import export_run
 from dualrefnet.deploy.predictor import Predictor, refuse_shortcut, shortcut_of
@@ -158,20 +157,32 @@ GATE = [
 ]
 
 
-@pytest.mark.parametrize(("referred", "above", "mean", "said"), GATE)
+@pytest.mark.parametrize(("referred", "above", "mean", "words"), GATE)
 def test_the_gate_compares_the_same_cases_with_and_without_metadata(
-    referred: tuple, above: tuple, mean: tuple, said: str | None
+    referred: tuple, above: tuple, mean: tuple, words: str | None
 ) -> None:
     keys = ("cancers_referred", "cancers_at_recorded_threshold", "mean_malignancy")
-    full, blank = (dict(zip(keys, (referred[place], above[place], mean[place]), strict=True)) for place in (0, 1))
-    metrics = {"availability": {"inputs": {"as_recorded": full, "image_only": blank}}}
-    shortcut = missingness_shortcut(metrics)
-    assert (shortcut is None) == (said is None)
+    full, without = (dict(zip(keys, (referred[place], above[place], mean[place]), strict=True)) for place in (0, 1))
+    shortcut = missingness_shortcut({"availability": {"inputs": {"as_recorded": full, "image_only": without}}})
+    assert (shortcut is None) == (words is None)
     refuse_shortcut(shortcut, "run", accepted=True)
-    if said:
-        with pytest.raises(RunError, match=said):
+    if words:
+        with pytest.raises(RunError, match=words):
             refuse_shortcut(shortcut, "run", accepted=False)
+
+
+def test_a_model_that_was_never_measured_is_refused_and_one_without_metadata_is_not(
+    tiny_run: Run, tmp_path: Path
+) -> None:
     assert missingness_shortcut({"availability": {"inputs": {"as_recorded": {}}}}) is None
+    with pytest.raises(RunError, match="never measured"):
+        refuse_shortcut(missingness_shortcut({}), "run", accepted=False)
+    metrics = read_json(tiny_run.metrics_file)
+    assert [one["name"] for one in metrics["availability"]["groups"]][-1] == "image, 67-100% of fields"
+    assert set(tiny_run.calibration.field_effects) == {field["name"] for field in tiny_run.model["metadata"]["fields"]}
+    del metrics["availability"]
+    write_json(tmp_path / "metrics.json", metrics)
+    assert "dualrefnet evaluate" in (shortcut_of(tmp_path) or "")
 
 
 def test_no_service_of_a_shortcut_is_made_unless_it_is_accepted() -> None:
@@ -191,49 +202,25 @@ def test_no_service_of_a_shortcut_is_made_unless_it_is_accepted() -> None:
         assert client.get("/v1/model").json()["warning"] == predictor.shortcut
 
 
-def test_a_model_that_was_never_measured_so_is_refused() -> None:
-    with pytest.raises(RunError, match="never measured"):
-        refuse_shortcut(missingness_shortcut({}), "run", accepted=False)
-
-
 @pytest.fixture(scope="module")
 def telling(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A drawn data set in which the fields that aren't always recorded are there for cancers alone, as if only they
-    had been biopsied.
-    """
+    """A synthetic data set in which optional fields are recorded for cancers alone, as if only they were biopsied."""
     root = make_synthetic(tmp_path_factory.mktemp("telling") / "data", images=240, side=64)
     table = pd.read_csv(root / "metadata.csv", dtype=str, keep_default_na=False)
-    optional = [
-        "smoke",
-        "drink",
-        "background_father",
-        "background_mother",
-        "pesticide",
-        "gender",
-        "skin_cancer_history",
-        "cancer_history",
-    ]
-    optional += ["has_piped_water", "has_sewage_system", "fitspatrick", "diameter_1", "diameter_2"]
+    optional = [field.name for field in PAD.fields if field.tier == "M2"]
     benign = ~table["diagnostic"].isin(["BCC", "SCC", "MEL"])
     table.loc[benign, optional] = ""
-    filled = table.loc[~benign, optional]
-    # Cancers' forms are complete; what stands in them says nothing.
+    # Cancers' metadata are complete; their values say nothing.
     for name in optional:
-        known = filled[name][filled[name] != ""]
-        table.loc[~benign, name] = np.random.default_rng(0).choice(known, len(filled))
+        values = table.loc[~benign, name]
+        table.loc[~benign, name] = np.random.default_rng(0).choice(values[values != ""], len(values))
     table.to_csv(root / "metadata.csv", index=False)
     return root
 
 
 def trained(root: Path, out: Path, changes: dict[str, object]) -> Run:
-    frozen = {
-        "data.root": str(root),
-        "training.encoder": "frozen",
-        "training.epochs": 25,
-        "evaluation.bootstrap": 20,
-        "image.size": 64,
-    }
-    return train_recipe(load_recipe("sample", frozen | changes), out)
+    training = {"training.encoder": "frozen", "training.epochs": 25, "evaluation.bootstrap": 20, "image.size": 64}
+    return train_recipe(load_recipe("sample", {"data.root": str(root), **training, **changes}), out)
 
 
 @pytest.fixture(scope="module")
@@ -285,12 +272,3 @@ def test_an_accepted_shortcut_is_warned_of_wherever_the_model_goes(shortcut: Run
     assert "#b00020" in (tmp_path / "accepted" / "README.md").read_text(encoding="utf-8")
     assert Predictor.load(tmp_path / "accepted").shortcut == bundle["missingness_shortcut"]
     assert shortcut_of(tmp_path / "accepted") == bundle["missingness_shortcut"]
-
-
-def test_a_run_that_was_evaluated_by_an_earlier_version_must_be_evaluated_again(tiny_run: Run, tmp_path: Path) -> None:
-    metrics = read_json(tiny_run.metrics_file)
-    assert [one["name"] for one in metrics["availability"]["groups"]][-1] == "image, 67-100% of fields"
-    assert set(tiny_run.calibration.field_effects) == {field["name"] for field in tiny_run.model["metadata"]["fields"]}
-    del metrics["availability"]
-    write_json(tmp_path / "metrics.json", metrics)
-    assert "dualrefnet evaluate" in (shortcut_of(tmp_path) or "")

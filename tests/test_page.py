@@ -1,418 +1,284 @@
-"""The page in a browser, on a phone and on a desk."""
+"""The page in a browser, on a phone and on a desktop."""
 
 from __future__ import annotations
 
-import io
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import SecretStr
 
-from browser import DESK, PHONE, StandIn, browser, mounted, served
+from dualrefnet.data.pad_ufes_20 import FIELDS
 from dualrefnet.run import Run
-from dualrefnet.service.settings import ServiceSettings
+from dualrefnet.runtime.prediction import Prediction
+from live_service import QUICK, StandInPredictor, live
 
-pytest.importorskip("gradio")
-pytest.importorskip("fastapi")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
+WITH_PAGE = QUICK.model_copy(update={"page": True})
+KEY = "a-key-of-some-length"
+SHORTCUT = "with missing metadata it refers fewer cancers"
 
-NOTICE = "For research. Not a medical device. Not a diagnosis."
-ANSWER, EXPLANATION = "#answer .answer.given", "#explanation .changes"
+
+class PageModel(StandInPredictor):
+    """A stand-in with PAD-UFES-20's fields; black images are out of distribution."""
+
+    fields = FIELDS
+    decision = SimpleNamespace(field_effects={"diameter_1": 0.4, "itch": 0.3, "region": 0.2, "age": 0.1})
+    shortcut = SHORTCUT
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, dict[str, Any]]] = []
+
+    def categories(self, name: str) -> tuple[str, ...]:
+        return ("FACE", "LOWER_ARM") if name == "region" else ("unused",)
+
+    def answer(self, lesion: Any, form: Any) -> Prediction:
+        self.seen.append((len(lesion), dict(form)))
+        dark = lesion[0] is not None and lesion[0].mean() < 10
+        found = super().answer(lesion, form)
+        return replace(found, out_of_scope=2.0 if dark else 0.5, availability="image, 67-100% of fields")
 
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    with browser() as found:
-        yield found
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="module")
-def model() -> StandIn:
-    return StandIn()
+def model() -> PageModel:
+    return PageModel()
 
 
 @pytest.fixture(scope="module")
-def address(model: StandIn) -> Iterator[str]:
-    with served(mounted(model)) as found:
-        yield found
+def address(model: PageModel) -> Iterator[str]:
+    with live(model, WITH_PAGE.model_copy(update={"accept_missingness_shortcut": True})) as client:
+        yield str(client.base_url)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("files")
-    pixels = np.full((120, 90, 3), 90, np.uint8)
-    Image.fromarray(pixels).save(folder / "lesion.jpg")
-    Image.fromarray(np.zeros_like(pixels)).save(folder / "black.png")
-    (folder / "text.jpg").write_text("I am a text")
-    stream = io.BytesIO()
-    Image.effect_noise((90, 90), 60).save(stream, "JPEG")
-    (folder / "broken.jpg").write_bytes(stream.getvalue()[:700])
+    for name, grey in (("lesion.jpg", 200), ("black.png", 0)):
+        Image.fromarray(np.full((120, 90, 3), grey, np.uint8)).save(folder / name)
+    (folder / "text.jpg").write_text("not an image")
     return folder
 
 
-class Visit:
-    """A page with what it asked for and complained of."""
-
-    def __init__(self, page: Any, address: str) -> None:
-        self.page, self.address = page, address
-        self.elsewhere: list[str] = []
-        self.complaints: list[str] = []
-        page.on("request", self._note)
-        page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        page.goto(address)
-        page.wait_for_selector("#classify")
-        page.wait_for_function("document.querySelector('#question-itch')?.hasAttribute('aria-label')")
-
-    def _note(self, request: Any) -> None:
-        if not request.url.startswith((self.address, "data:", "blob:")):
-            self.elsewhere.append(request.url)
-
-    def choose(self, file: Path, number: int = 1) -> None:
-        self.page.set_input_files(f"#photograph-{number} input[type=file]", file)
-
-    def classify(self) -> str:
-        self.page.click("#classify")
-        self.page.wait_for_selector(ANSWER)
-        return str(self.page.inner_text("#answer"))
-
-
-@pytest.fixture(scope="module")
-def contexts(chromium: Any) -> Iterator[dict[str, Any]]:
-    """One for each kind of device, which keeps what it has loaded."""
-    found = {
-        "phone": chromium.new_context(viewport=PHONE, has_touch=True, is_mobile=True, reduced_motion="reduce"),
-        "desk": chromium.new_context(viewport=DESK, reduced_motion="reduce"),
-    }
+@pytest.fixture(params=["phone", "desktop"])
+def page(request: pytest.FixtureRequest, chromium: Any, address: str) -> Iterator[Any]:
+    """A page that requests nothing from elsewhere, and that nothing is wrong with."""
+    phone = request.param == "phone"
+    context = chromium.new_context(
+        viewport=PHONE if phone else DESKTOP, has_touch=phone, is_mobile=phone, reduced_motion="reduce"
+    )
+    found = context.new_page()
+    problems: list[str] = []
+    found.on("request", lambda one: one.url.startswith((address, "data:", "blob:")) or problems.append(one.url))
+    found.on("pageerror", lambda error: problems.append(str(error)))
+    found.on("console", lambda message: "Content Security" in message.text and problems.append(message.text))
+    found.goto(address)
+    found.wait_for_selector("#field-age", state="attached")
     yield found
-    for context in found.values():
-        context.close()
+    assert found.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    context.close()
+    assert problems == []
 
 
-@pytest.fixture
-def visit(request: pytest.FixtureRequest, contexts: dict[str, Any], address: str) -> Iterator[Visit]:
-    """A new page on a phone, or on what the test asks for."""
-    found = Visit(contexts[getattr(request, "param", "phone")].new_page(), address)
-    yield found
-    found.page.close()
-    assert found.elsewhere == []
-    assert found.complaints == []
+def classify(page: Any, *images: Path) -> str:
+    page.set_input_files("#files", images)
+    page.click("#submit")
+    page.wait_for_selector("#result .prediction")
+    return str(page.inner_text("#result"))
 
 
-everywhere = pytest.mark.parametrize("visit", ["phone", "desk"], indirect=True)
+def test_an_image_and_metadata_give_a_prediction_and_an_explanation(page: Any, model: PageModel, files: Path) -> None:
+    assert SHORTCUT in page.inner_text("#shortcut").lower()
+    assert page.locator("label.camera").is_visible() == (page.viewport_size["width"] == 390)
+    first = page.eval_on_selector_all("#first-fields [name]", "all => all.map((e) => e.name)")
+    assert (first[:4], len(first)) == (["diameter_1", "itch", "region", "age"], 8)
+    page.fill("#field-age", "61,5")
+    page.select_option("#field-itch", "true")
+    page.select_option("#field-region", label="Lower arm")
+    text = classify(page, files / "lesion.jpg", files / "lesion.jpg")
+    assert model.seen[-1] == (2, {"age": 61.5, "itch": True, "region": "LOWER_ARM"})
+    for part in (
+        "Basal cell carcinoma",
+        "78%",
+        "2 images",
+        "Prediction set",
+        "Referral advised",
+        "67-100%",
+        "Age 61.5",
+    ):
+        assert part in text
+    page.click("#result button")
+    page.wait_for_selector("#explanation canvas")
+    assert page.locator("#explanation tbody tr").count() == 3
+    assert "+12.5" in page.inner_text("#explanation")
+    bright = (
+        "(e) => { const d = e.getContext('2d').getImageData(0, 0, 480, 480).data; return [d[0], d[d.length - 4]]; }"
+    )
+    low, high = page.eval_on_selector("#explanation canvas", bright)
+    assert low == 200
+    assert high > 200
+    # Changed input makes the result stale; a reset forgets everything.
+    page.select_option("#field-itch", "false")
+    page.wait_for_selector("#result.stale")
+    page.click("#reset")
+    assert not page.locator("#result, #explanation").locator("visible=true").count()
+    assert page.locator("#previews img").count() == 0
+    assert page.input_value("#field-age") == ""
 
 
-def width(page: Any) -> tuple[int, int]:
-    return page.evaluate("document.documentElement.scrollWidth"), page.evaluate("window.innerWidth")
+def test_errors_are_in_plain_words_and_the_page_goes_on(page: Any, files: Path) -> None:
+    page.click("#submit")
+    page.wait_for_selector("#error:has-text('Choose at least one image')")
+    page.set_input_files("#files", files / "text.jpg")
+    page.click("#submit")
+    page.wait_for_selector("#error:has-text('JPEG')")
+    page.click("#previews button")
+    page.fill("#field-age", "610")
+    page.set_input_files("#files", files / "black.png")
+    page.click("#submit")
+    page.wait_for_selector("#error:has-text('from 0 to 120')")
+    assert page.evaluate("document.activeElement.id") == "field-age"
+    page.fill("#field-age", "61")
+    assert "Do not rely on this prediction" in classify(page)
+    assert page.inner_text("#error") == ""
 
 
-@everywhere
-def test_a_photograph_and_some_answers_become_an_answer_and_an_explanation(
-    visit: Visit, model: StandIn, files: Path
-) -> None:
-    page = visit.page
-    unknown = "[...document.querySelectorAll('fieldset')].map((e) => e.querySelector('input[value=\"\"]').checked)"
-    assert page.evaluate(unknown) == [True] * 6
-    assert page.locator("#camera").is_visible() == (page.viewport_size["width"] == 390)
-    visit.choose(files / "lesion.jpg")
-    page.wait_for_selector("#photograph-1 img")
-    page.fill("#question-age input, #question-age textarea", "61")
-    page.click("#question-itch input[value=yes]")
-    page.click("#question-grew input[value=no]")
-    page.click("#question-region input")
-    page.click("#question-region [role=option]:has-text('Face')")
-    text = visit.classify()
-    assert model.seen[-1][1] == {"age": 61.0, "itch": True, "grew": False, "region": "FACE"}
-    assert "Melanoma" in text
-    assert "With 90% coverage the answer is one of" in text
-    assert NOTICE in text
-    assert page.locator("#answer tbody tr").count() == 6
-    page.wait_for_selector(EXPLANATION)
-    assert page.locator("#explanation img").count() == 3
-    assert page.locator("#explanation tbody tr").count() == 4
-    assert "percentage points" in page.inner_text("#explanation")
-    shown, window = width(page)
-    assert shown <= window
-    box = page.locator("#answer").bounding_box()
-    assert box["y"] < page.viewport_size["height"] / 2, "the answer is brought into sight"
-    assert page.locator("#notice").bounding_box()["y"] >= 0, "the notice stays in sight"
-
-
-def test_a_changed_form_makes_the_answer_old_and_clear_forgets_everything(visit: Visit, files: Path) -> None:
-    page = visit.page
-    visit.choose(files / "lesion.jpg")
-    page.wait_for_selector("#photograph-1 img")
-    page.fill("#question-age input, #question-age textarea", "61")
-    page.click("#question-itch input[value=yes]")
-    visit.classify()
-    page.wait_for_selector(EXPLANATION)
-    assert "stale" not in page.get_attribute("#told", "class")
-    page.click("#question-itch input[value=no]")
-    page.wait_for_selector("#told.stale")
-    page.click("#clear")
-    page.wait_for_selector("#photograph-1 input[type=file]", state="attached")
-    page.wait_for_function("!document.querySelector('#answer .given')")
-    assert page.locator("#photograph-1 img").count() == 0
-    assert page.input_value("#question-age input, #question-age textarea") == ""
-    assert page.is_checked("#question-itch input[value='']")
-    assert page.inner_text("#explanation").strip() == ""
-    assert page.locator("#photograph-1 button").first.is_visible()
-
-
-@pytest.mark.parametrize(
-    ("name", "message"), [("text.jpg", "isn't a JPEG, PNG"), ("broken.jpg", "damaged or truncated")]
-)
-def test_what_isnt_a_photograph_is_said_plainly(visit: Visit, files: Path, name: str, message: str) -> None:
-    page = visit.page
-    visit.choose(files / name)
-    page.wait_for_selector("[data-testid=toast-text]")
-    page.wait_for_function("!document.querySelector('[data-testid=toast-text]').textContent.startsWith('HTTP')")
-    said = page.inner_text("[data-testid=toast-text]")
-    assert message in said
-    assert "HTTP" not in said
-    assert page.locator("[data-testid=toast-body]").first.get_attribute("role") == "status"
-    assert page.locator("#photograph-1 img").count() == 0
-    # The page goes on.
-    visit.choose(files / "lesion.jpg")
-    page.wait_for_selector("#photograph-1 img")
-    assert "Melanoma" in visit.classify()
-
-
-def test_without_a_photograph_or_with_an_odd_number_the_page_says_what_to_do(visit: Visit, files: Path) -> None:
-    page = visit.page
-    page.click("#classify")
-    page.wait_for_selector("#answer .problem")
-    assert "needs a photograph" in page.inner_text("#answer")
-    visit.choose(files / "lesion.jpg")
-    page.wait_for_selector("#photograph-1 img")
-    page.fill("#question-age input, #question-age textarea", "610")
-    page.click("#classify")
-    page.wait_for_selector("#answer .problem:has-text('0 to 120 years')")
-    assert page.inner_text("#explanation").strip() == ""
-
-
-def test_a_picture_out_of_scope_is_hard_to_miss(visit: Visit, files: Path) -> None:
-    visit.choose(files / "black.png")
-    visit.page.wait_for_selector("#photograph-1 img")
-    assert "Don't rely on the answer" in visit.classify()
-    alarm = visit.page.locator("#answer .alarm")
-    assert alarm.is_visible()
-    # Both places at one moment: the page may still be scrolling to the answer.
-    tops = "(names) => names.map((name) => document.querySelector(name).getBoundingClientRect().top)"
-    above, below = visit.page.evaluate(tops, ["#answer .alarm", "#answer .likeliest"])
-    assert above < below
-
-
-def test_each_example_can_be_tried_and_is_called_drawn(visit: Visit, model: StandIn) -> None:
-    page = visit.page
-    assert "not clinical" in page.inner_text("#examples-title")
-    ages = []
-    for number in (1, 2, 3):
-        page.click(f"#example-{number}")
-        page.wait_for_selector(f"#photograph-1 img[src*='example-{number}.png']")
-        visit.classify()
-        page.wait_for_function("document.querySelector('#explanation .changes')")
-        ages.append(model.seen[-1][1]["age"])
-        assert len(model.seen[-1][1]) == 13
-    assert ages == [59.0, 68.0, 31.0]
-
-
-def test_more_photographs_of_a_lesion_are_read_together(visit: Visit, model: StandIn, files: Path) -> None:
-    page = visit.page
-    visit.choose(files / "lesion.jpg")
-    page.click("#more > button")
-    page.wait_for_selector("#more > button[aria-expanded=true]")
-    page.wait_for_selector("#photograph-2 input[type=file]", state="attached")
-    visit.choose(files / "lesion.jpg", 2)
-    page.wait_for_selector("#photograph-1 img")
-    page.wait_for_selector("#photograph-2 img")
-    assert "2 photographs were read as one lesion" in visit.classify()
-    assert len(model.seen[-1][0]) == 2
-
-
-def test_an_answer_that_comes_after_the_page_was_cleared_isnt_shown(visit: Visit, files: Path) -> None:
-    page = visit.page
-    visit.choose(files / "lesion.jpg")
-    page.wait_for_selector("#photograph-1 img")
+def test_a_response_after_a_reset_is_not_shown(page: Any, files: Path) -> None:
+    page.set_input_files("#files", files / "lesion.jpg")
     waiting: list[Any] = []
-    page.route("**/gradio_api/run/**", lambda route: waiting.append(route))
-    page.click("#classify")
-    page.wait_for_selector("#answer .waiting")
-    page.click("#clear")
-    page.wait_for_function("!document.querySelector('#answer .waiting')")
-    with page.expect_response("**/gradio_api/run/**"):
-        waiting[0].continue_()
-    page.wait_for_timeout(300)
-    assert page.locator(ANSWER).count() == 0
-    assert page.inner_text("#explanation").strip() == ""
+    page.route("**/v1/predict", lambda route: waiting.append(route))
+    page.click("#submit")
+    page.wait_for_selector("#output[aria-busy]")
+    assert page.is_disabled("#submit")
+    page.click("#reset")
+    page.wait_for_selector("#submit:enabled")
+    assert page.locator("#result").is_hidden()
+    assert page.inner_text("#error") == ""
 
 
-@pytest.mark.parametrize("visit", ["desk"], indirect=True)
-def test_the_page_can_be_used_without_a_pointer(visit: Visit, model: StandIn) -> None:
-    page = visit.page
-    reached: dict[str, int] = {}
-    where = "(() => { const e = document.activeElement; return (e.closest('[id^=question-],#photograph-1,#more,#rest') ?? e).id; })()"
-    for number in range(25):
+def test_the_page_works_by_keyboard_and_everything_has_a_name(page: Any, model: PageModel, files: Path) -> None:
+    page.set_input_files("#files", files / "lesion.jpg")
+    page.focus("#files")
+    reached = []
+    for _ in range(14):
         page.keyboard.press("Tab")
-        name = page.evaluate(where)
-        if name in reached:
-            continue
-        reached[name] = number
-        style = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
-        assert style == "solid" or name == "", name
-        if name == "question-age":
+        reached.append(page.evaluate("document.activeElement.id"))
+        if reached[-1] == "field-itch":
+            page.keyboard.press("y")
+        if reached[-1] == "field-age":
             page.keyboard.type("44")
-        elif name == "question-region":
-            page.wait_for_selector("#question-region [role=option].active")
-            page.keyboard.press("ArrowDown")
-            page.wait_for_selector("#question-region [role=option].active[aria-label=Arm]")
             page.keyboard.press("Enter")
-            page.wait_for_function("document.querySelector('#question-region input').value === 'Arm'")
-        elif name == "question-itch":
-            page.keyboard.press("ArrowRight")
-        elif name == "example-3":
             break
-    wanted = [
-        "photograph-1",
-        "more",
-        "question-age",
-        "question-region",
-        "question-itch",
-        "question-elevation",
-        "rest",
-        "clear",
-        "classify",
-    ]
-    assert [name for name in reached if name in wanted] == wanted
-    assert page.is_checked("#question-itch input[value=yes]")
-    assert page.input_value("#question-region input") == "Arm"
-    assert page.input_value("#question-age input, #question-age textarea") == "44"
-    page.keyboard.press("Enter")
-    page.wait_for_selector("#photograph-1 img")
-    page.focus("#classify")
-    page.keyboard.press("Enter")
-    page.wait_for_selector(ANSWER)
-    assert model.seen[-1][1]["age"] == 31.0
-    assert page.evaluate("document.activeElement.id") == "classify", "the focus stays"
-
-
-@everywhere
-def test_everything_has_a_name_and_headings_have_an_order(visit: Visit, files: Path) -> None:
-    page = visit.page
-    page.click("#rest > button")
-    page.click("#question-smoke input[value=yes]")
-    visit.choose(files / "lesion.jpg")
-    page.wait_for_selector("#photograph-1 img")
-    visit.classify()
-    page.wait_for_selector(EXPLANATION)
-    assert page.evaluate("[document.documentElement.lang, document.title]") == ["en", "Skin lesion classifier"]
-    nameless = page.evaluate(
-        """[...document.querySelectorAll('input, textarea, select, button, summary, [role=combobox]')].filter((e) =>
-          e.offsetParent && !(e.getAttribute('aria-label') || e.labels?.length || e.innerText?.trim())).map((e) => e.outerHTML)"""
+    page.wait_for_selector("#result .prediction")
+    assert model.seen[-1][1] == {"itch": True, "age": 44}
+    assert page.evaluate("document.activeElement.id") == "result"
+    page.click("summary")
+    nameless = (
+        "all => all.filter((e) => !(e.ariaLabel || e.labels?.length || e.innerText?.trim())).map((e) => e.outerHTML)"
     )
-    assert nameless == []
-    groups = page.evaluate("[...document.querySelectorAll('fieldset')].map((e) => e.getAttribute('aria-label'))")
-    assert "Does it itch?" in groups
-    assert all(groups)
-    assert page.evaluate("[...document.querySelectorAll('img')].filter((e) => !e.hasAttribute('alt')).length") == 0
-    levels = page.evaluate("[...document.querySelectorAll('h1, h2, h3, h4')].map((e) => Number(e.tagName[1]))")
-    assert levels[0] == 1
-    assert levels.count(1) == 1
+    assert page.eval_on_selector_all("input, select, button, summary, section, table", nameless) == []
+    assert page.eval_on_selector_all("img", "all => all.every((e) => e.alt)")
+    levels = page.eval_on_selector_all("h1, h2, h3", "all => all.map((e) => Number(e.tagName[1]))")
     assert all(after - before <= 1 for before, after in pairwise(levels))
-    for name in ("#answer", "#explanation"):
-        assert (
-            page.locator(
-                f"{name} [aria-live=polite][role=region][aria-label], {name}[aria-live=polite][role=region]"
-            ).count()
-            == 1
-        )
-    small = page.evaluate(
-        """[...document.querySelectorAll('button, summary, fieldset.choice label, .questions input:not([type=radio])')].filter((e) =>
-          e.offsetParent && e.getBoundingClientRect().height < 42).map((e) => e.outerHTML.slice(0, 200))"""
-    )
-    assert small == []
+    small = "all => all.filter((e) => e.offsetParent && e.getBoundingClientRect().height < 42).map((e) => e.outerHTML)"
+    assert page.eval_on_selector_all("button, .button, summary, select, input:not([type=file])", small) == []
 
 
-CONTRAST = """(() => {
+CONTRAST = """() => {
   const number = (text) => text.match(/[\\d.]+/g).map(Number);
   const light = (rgb) => { const [r, g, b] = rgb.slice(0, 3).map((v) => { v /= 255;
     return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; }); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
   const back = (e) => { for (; e; e = e.parentElement) { const c = number(getComputedStyle(e).backgroundColor);
     if (c.length === 3 || c[3] === 1) return c; } return [255, 255, 255]; };
-  const bad = [];
-  for (const e of document.querySelectorAll('.gradio-container *')) {
-    const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
-    if (!own || !e.offsetParent || e.closest('.unseen, .sr-only')) continue;
-    const [a, b] = [light(number(getComputedStyle(e).color)), light(back(e))];
-    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    if (ratio < 4.5) bad.push([e.textContent.trim().slice(0, 30), Math.round(ratio * 10) / 10]);
-  }
-  return bad;
-})()"""
+  const texts = [...document.querySelectorAll('body *')].filter((e) => e.offsetParent && e.tagName !== 'OPTION'
+    && [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim()));
+  return texts.filter((e) => { const [a, b] = [light(number(getComputedStyle(e).color)), light(back(e))];
+    return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05) < 4.5; }).map((e) => e.textContent);
+}"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_texts_can_be_told_from_what_is_behind_them(chromium: Any, address: str, files: Path, scheme: str) -> None:
+def test_text_has_contrast(chromium: Any, address: str, files: Path, scheme: str) -> None:
     context = chromium.new_context(viewport=PHONE, color_scheme=scheme, reduced_motion="reduce")
-    visit = Visit(context.new_page(), address)
-    visit.choose(files / "black.png")
-    visit.page.wait_for_selector("#photograph-1 img")
-    visit.page.click("#question-itch input[value=yes]")
-    visit.classify()
-    visit.page.wait_for_selector(EXPLANATION)
-    assert visit.page.evaluate(CONTRAST) == []
-    assert visit.page.evaluate("document.body.classList.contains('dark')") == (scheme == "dark")
+    page = context.new_page()
+    page.goto(address)
+    page.wait_for_selector("#field-age", state="attached")
+    classify(page, files / "black.png")
+    assert page.evaluate(CONTRAST) == []
     context.close()
 
 
-def test_a_key_is_asked_for_once(chromium: Any) -> None:
-    with served(mounted(StandIn(), api_keys=("a key of some length",))) as address:
+def test_a_key_is_asked_for_and_kept_in_the_tab_alone(chromium: Any) -> None:
+    with live(StandInPredictor(), WITH_PAGE.model_copy(update={"api_keys": (SecretStr(KEY),)})) as client:
         context = chromium.new_context(viewport=PHONE)
         page = context.new_page()
-        page.goto(address)
-        assert page.url.endswith("/login")
-        assert width(page)[0] <= 390
-        page.fill("input", "wrong")
-        page.keyboard.press("Enter")
-        page.wait_for_selector("[role=alert]")
-        page.fill("input", "a key of some length")
-        page.keyboard.press("Enter")
-        page.wait_for_selector("#classify")
-        page.click("#example-1")
-        page.wait_for_selector("#photograph-1 img")
-        page.click("#classify")
-        page.wait_for_selector(ANSWER)
+        page.goto(str(client.base_url))
+        page.wait_for_selector("#login")
+        for key, found in (("wrong-key-of-some-length", "#login-error:has-text('not accepted')"), (KEY, "#field-age")):
+            page.fill("#key", key)
+            page.keyboard.press("Enter")
+            page.wait_for_selector(found)
+        page.reload()
+        page.wait_for_selector("#field-age")
+        assert context.cookies() == []
+        assert page.evaluate("localStorage.length") == 0
+        page.goto(f"{client.base_url}/docs")
+        page.wait_for_selector("text=POST /v1/predict")
         context.close()
+
+
+def test_the_static_files_need_no_key_and_allow_nothing_inline_or_from_elsewhere() -> None:
+    with live(StandInPredictor(), WITH_PAGE.model_copy(update={"api_keys": (SecretStr(KEY),)})) as client:
+        for path in ("/", "/page.js", "/page.css", "/docs", "/docs.js"):
+            response = client.get(path)
+            assert response.status_code == 200
+            policy = response.headers["content-security-policy"]
+            assert "default-src 'none'" in policy
+            assert "unsafe" not in policy
+            assert "http" not in policy
+            assert "set-cookie" not in response.headers
+            assert not [url for url in ("http://", "https://", "@import") if url in response.text]
+    with live(settings=QUICK) as client:
+        assert client.get("/").status_code == client.get("/page.js").status_code == 404
 
 
 @pytest.mark.slow
-def test_the_real_service_answers_and_explains_on_its_page(chromium: Any, tiny_run: Run, sample_root: Path) -> None:
-    from dualrefnet import Predictor
-    from dualrefnet.service.app import create_app
+def test_a_trained_model_predicts_and_explains_on_its_page(chromium: Any, tiny_run: Run, sample_root: Path) -> None:
+    from dualrefnet.deploy.predictor import Predictor
 
     predictor = Predictor.load(tiny_run)
-    # What a model asks first depends on its training; here two questions that this visit answers.
-    assert predictor.decision is not None
-    predictor.decision = replace(predictor.decision, field_effects={"age": 0.2, "itch": 0.1})
-    photograph = next((sample_root / "images").iterdir())
-    with served(create_app(predictor, ServiceSettings(accept_missingness_shortcut=True))) as address:
-        context = chromium.new_context(viewport=DESK, reduced_motion="reduce")
-        visit = Visit(context.new_page(), address)
-        page = visit.page
-        assert "DRAWN pictures, not clinical" in page.inner_text("#header")
-        visit.choose(photograph)
-        page.wait_for_selector("#photograph-1 img")
-        page.fill("#question-age input, #question-age textarea", "61")
-        page.click("#question-itch input[value=yes]")
-        text = visit.classify()
-        expected = predictor.predict(photograph, {"age": 61.0, "itch": True})
-        assert predictor.class_names[expected.label].lower() in text.lower()
+    image = next((sample_root / "images").iterdir())
+    with live(predictor, WITH_PAGE.model_copy(update={"accept_missingness_shortcut": True})) as client:
+        page = chromium.new_page(viewport=DESKTOP)
+        page.goto(str(client.base_url))
+        page.wait_for_selector("#field-age", state="attached")
+        page.click("summary") if page.locator("#field-age").is_hidden() else None
+        page.fill("#field-age", "61")
+        text = classify(page, image)
+        expected = predictor.predict(image, {"age": 61})
         assert f"{round(100 * expected.probabilities[expected.label])}%" in text
-        page.wait_for_selector(EXPLANATION, timeout=60_000)
-        assert page.locator("#explanation tbody tr").count() == 2
-        assert visit.elsewhere == []
-        assert visit.complaints == []
-        context.close()
+        page.click("#result button")
+        page.wait_for_selector("#explanation canvas", timeout=60_000)
+        assert page.locator("#explanation tbody tr").count() == 1
+        assert httpx.get(f"{client.base_url}/v1/model").json()["name"] in page.inner_text("header")
+        page.close()

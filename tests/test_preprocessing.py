@@ -5,14 +5,102 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from dualrefnet.recipe import ImageSection
 from dualrefnet.runtime.preprocessing import clahe_lightness, preprocess, shades_of_gray, to_square
 
+images = arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9), st.just(3)))
 
-def picture(height, width, seed=0):
-    small = np.random.default_rng(seed).integers(40, 220, (8, 8, 3), dtype=np.uint8)
+
+def smooth(height=240, width=240, seed=0, low=90, high=170):
+    small = np.random.default_rng(seed).integers(low, high, (12, 12, 3), dtype=np.uint8)
     return cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def reference(image, p, gamma=None):
+    """Shades of Gray as the formula is printed, in floating point."""
+    pixels = image.astype(np.float64) / 255
+    if gamma is not None:
+        pixels = pixels**gamma
+    light = np.mean(pixels**p, axis=(0, 1)) ** (1 / p)
+    if not light.any():
+        return image
+    light = np.maximum(light / np.sqrt(np.sum(light**2)), 1e-6)
+    pixels = np.clip(pixels / (np.sqrt(3) * light), 0, 1)
+    return 255 * (pixels if gamma is None else pixels ** (1 / gamma))
+
+
+@settings(deadline=None)
+@given(image=images, p=st.sampled_from([1.0, 2.0, 6.0, 12.5]), gamma=st.sampled_from([None, 2.2]))
+def test_shades_of_gray_is_the_formula_to_one_level(image, p, gamma):
+    assert np.abs(shades_of_gray(image, p, gamma) - reference(image, p, gamma)).max() <= 1
+
+
+@pytest.mark.parametrize("p", [1000, 1e6])
+def test_large_p_is_max_rgb(p):
+    image = smooth(seed=2, low=10, high=60)
+    peak = image.reshape(-1, 3).max(axis=0) + np.array([0, 30, 60], np.uint8)
+    image[0, 0] = peak
+    max_rgb = np.clip(image * (np.linalg.norm(peak.astype(float)) / np.sqrt(3) / peak), 0, 255)
+    np.testing.assert_allclose(shades_of_gray(image, p), max_rgb, atol=2)
+
+
+def test_grey_light_changes_nothing_and_black_stays_black():
+    grey = np.repeat(smooth(seed=3)[..., :1], 3, axis=2)
+    np.testing.assert_array_equal(shades_of_gray(grey), grey)
+    black = np.zeros((5, 5, 3), np.uint8)
+    np.testing.assert_array_equal(shades_of_gray(black), black)
+    image = smooth(seed=4)
+    image[..., 2] = 0
+    assert shades_of_gray(image)[..., 2].max() == 0
+
+
+def test_the_illuminant_hardly_matters():
+    # Division by the light undoes a von Kries change of it, as long as nothing was clipped.
+    image = smooth(seed=5, low=60, high=140)
+    warm = np.rint(image * np.array([1.2, 1.0, 0.8])).astype(np.uint8)
+    before = np.abs(warm.astype(int) - image).mean()
+    first, second = (shades_of_gray(one).astype(float) for one in (image, warm))
+    # What is left is the brightness, which differs by one factor for all channels.
+    assert np.abs(first * (second.mean() / first.mean()) - second).mean() < before / 10
+
+
+def test_the_input_is_not_changed_and_views_are_read():
+    image = smooth(seed=6)
+    copy, view = image.copy(), image[::-2, ::3]
+    for function in (shades_of_gray, clahe_lightness):
+        np.testing.assert_array_equal(function(view), function(np.ascontiguousarray(view)))
+        function(image)
+        np.testing.assert_array_equal(image, copy)
+
+
+@pytest.mark.parametrize("clip", [1.0, 2.0])
+def test_clahe_equalises_the_lightness_as_opencv_does_and_leaves_a_and_b(clip):
+    image = smooth(seed=7)
+    before, after = (cv2.cvtColor(one, cv2.COLOR_RGB2LAB).astype(int) for one in (image, clahe_lightness(image, clip)))
+    # One level is what 8-bit LAB loses on the way to RGB and back, without any CLAHE.
+    assert np.abs(after - before)[..., 1:].max() <= 1
+    assert np.abs(after - before)[..., 0].max() >= 10
+    expected = cv2.createCLAHE(clip, (12, 12)).apply(before[..., 0].astype(np.uint8))
+    assert np.abs(after[..., 0] - expected).max() <= 2
+
+
+def test_the_channel_order_of_the_lineage_differs_and_keeps_the_colours():
+    image = smooth(seed=9)
+    image[..., 0] = np.clip(image[..., 0] + 60, 0, 255)
+    correct, other = clahe_lightness(image), clahe_lightness(image, channel_order="hm_compat")
+    assert np.abs(correct.astype(int) - other).max() > 5
+    # Red and blue change places twice, so the image keeps its colours.
+    np.testing.assert_array_equal(other, clahe_lightness(np.ascontiguousarray(image[..., ::-1]))[..., ::-1])
+
+
+@pytest.mark.parametrize(("side", "grid"), [(16, 64), (17, 12), (50, 1)])
+def test_clahe_takes_any_image_and_grid_and_keeps_no_setting(side, grid):
+    image = smooth(side, side, seed=10)
+    first = clahe_lightness(image)
+    assert clahe_lightness(image, 4.0, grid).shape == image.shape
+    np.testing.assert_array_equal(clahe_lightness(image), first)
 
 
 @settings(max_examples=40, deadline=None)
@@ -22,50 +110,36 @@ def picture(height, width, seed=0):
     side=st.sampled_from([32, 96, 224]),
     fit=st.sampled_from(["squash", "crop"]),
 )
-def test_any_picture_becomes_a_square_of_bytes(height, width, side, fit):
-    square = to_square(picture(height, width), side, fit)
-    assert square.shape == (side, side, 3)
-    assert square.dtype == np.uint8
+def test_any_image_becomes_a_square_of_bytes(height, width, side, fit):
+    square = to_square(smooth(height, width), side, fit)
+    assert (square.shape, square.dtype) == ((side, side, 3), np.uint8)
 
 
-def test_squash_keeps_the_whole_picture_and_crop_its_middle():
+def test_squash_keeps_the_whole_image_and_crop_its_middle():
     image = np.zeros((100, 300, 3), np.uint8)
     image[:, :100, 0] = image[:, 100:200, 1] = image[:, 200:, 2] = 200
     squashed = to_square(image, 30, "squash")
     assert [squashed[15, column].argmax() for column in (2, 15, 27)] == [0, 1, 2]
-    np.testing.assert_array_equal(to_square(image, 30, "crop"), np.broadcast_to((0, 200, 0), (30, 30, 3)))
+    middle = np.broadcast_to((0, 200, 0), (30, 30, 3))
+    np.testing.assert_array_equal(to_square(image, 30, "crop"), middle)
+    np.testing.assert_array_equal(to_square(image.transpose(1, 0, 2), 30, "crop"), middle)
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-def test_crop_takes_the_middle_whichever_side_is_longer(axis):
-    stripes = np.zeros((60, 60, 3), np.uint8)
-    longer = np.concatenate([stripes, stripes + 90, stripes], axis=axis)
-    assert (to_square(longer, 32, "crop") == 90).all()
-
-
-def test_shrinking_averages_so_that_nothing_aliases():
+def test_shrinking_averages_and_the_right_size_is_left_alone():
     board = np.zeros((448, 448, 3), np.uint8)
     board[::2, ::2] = board[1::2, 1::2] = 200
     assert (to_square(board, 224, "squash") == 100).all()
+    for fit in ("squash", "crop"):
+        np.testing.assert_array_equal(to_square(board, 448, fit), board)
 
 
-def test_a_picture_of_the_right_size_is_left_alone():
-    image = picture(64, 64)
-    np.testing.assert_array_equal(to_square(image, 64, "squash"), image)
-    np.testing.assert_array_equal(to_square(image, 64, "crop"), image)
-
-
-def test_the_order_is_colour_constancy_then_clahe_then_resize():
-    image = picture(300, 400)
-    expected = to_square(clahe_lightness(shades_of_gray(image, 6), 1.0, 12), 96, "squash")
-    np.testing.assert_array_equal(preprocess(image, ImageSection(size=96)), expected)
-
-
-def test_the_settings_of_the_recipe_arrive():
-    image = picture(120, 160)
+def test_every_setting_of_the_recipe_arrives_in_the_papers_order():
+    image = smooth(300, 400)
+    default = preprocess(image, ImageSection(size=64))
+    expected = to_square(clahe_lightness(shades_of_gray(image, 6), 1.0, 12), 64, "squash")
+    np.testing.assert_array_equal(default, expected)
     plain = ImageSection(size=64, colour_constancy="none", clahe=False)
     np.testing.assert_array_equal(preprocess(image, plain), to_square(image, 64, "squash"))
-    default = preprocess(image, ImageSection(size=64))
     for change in (
         {"colour_constancy": "none"},
         {"minkowski_p": 1},
@@ -77,17 +151,14 @@ def test_the_settings_of_the_recipe_arrive():
         {"fit": "crop"},
     ):
         assert (preprocess(image, ImageSection(size=64, **change)) != default).any(), change
+    assert preprocess(image, ImageSection(size=64), 128).shape == (128, 128, 3)
 
 
-def test_a_side_of_its_own_wins_over_the_recipes():
-    assert preprocess(picture(100, 100), ImageSection(size=64), 128).shape == (128, 128, 3)
-
-
-def test_the_same_settings_twice_and_from_several_threads_give_the_same_bytes():
-    pictures = [picture(150 + 10 * seed, 200, seed) for seed in range(8)]
-    section = ImageSection(size=96)
-    alone = [preprocess(image, section) for image in pictures]
+def test_threads_do_not_disturb_each_other():
+    # Sides that the grid doesn't divide: OpenCV's filter then also keeps an enlarged copy of the image in its buffers.
+    pictures, section = [smooth(250 + 30 * seed, 250, seed) for seed in range(4)], ImageSection(size=96)
+    expected = [preprocess(image, section) for image in pictures]
     with ThreadPoolExecutor(4) as pool:
-        for _ in range(3):
-            for one, other in zip(alone, pool.map(lambda image: preprocess(image, section), pictures), strict=True):
-                np.testing.assert_array_equal(one, other)
+        found = list(pool.map(lambda place: preprocess(pictures[place % 4], section), range(80)))
+    for place, square in enumerate(found):
+        np.testing.assert_array_equal(square, expected[place % 4])

@@ -1,100 +1,122 @@
-import doctest
+import json
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import roc_curve
+from numpy.typing import NDArray
+from sklearn.metrics import balanced_accuracy_score
 
-import dualrefnet.evaluation.referral
-from dualrefnet.evaluation.referral import measure_referral, referral_curve, referral_threshold, threshold_interval
+from dualrefnet.evaluation.referral import TABLE, draw_referral, draw_selective, measure_selective, referral_curve
 from dualrefnet.runtime.calibration import malignancy
+from readable import assert_readable
+from resampling import CLASSES, Floats, lay_out, predictions
 
 
-def test_the_examples_in_the_docstrings_are_true() -> None:
-    result = doctest.testmod(dualrefnet.evaluation.referral)
-    assert (result.failed, result.attempted) == (0, 1)
+def example(seed: int, images: int = 80, count: int = 3) -> tuple[NDArray[np.int64], Floats, NDArray[np.int64]]:
+    """Labels, probabilities with tied confidences, and two images a patient."""
+    return *predictions(seed, images, count), np.arange(images) // 2
 
 
-@settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), images=st.integers(2, 60), wanted=st.sampled_from([0.5, 0.8, 0.9, 0.95, 1.0]))
-def test_it_is_the_largest_threshold_that_reaches_the_sensitivity(seed: int, images: int, wanted: float) -> None:
-    generator = np.random.default_rng(seed)
-    malignant, score = generator.random(images) < 0.5, generator.random(images).round(2)
-    malignant[0], malignant[1] = True, False
-    found = referral_threshold(malignant, score, wanted)
-    assert found is not None
-    # scikit-learn's thresholds fall, its sensitivities rise: the first that reaches.
-    _, sensitivity, thresholds = roc_curve(malignant, score, drop_intermediate=False)
-    assert found == thresholds[np.argmax(sensitivity >= wanted - 1e-12)]
-
-
-def test_without_a_malignant_image_there_is_no_threshold() -> None:
-    nothing, score = np.zeros(4, dtype=bool), np.linspace(0, 1, 4)
-    assert referral_threshold(nothing, score, 0.95) is None
-    assert threshold_interval(nothing, score, 0.95, np.arange(4), 10, 0, 0.95) is None
-    for wrong in (0, 1.1):
-        with pytest.raises(ValueError, match="sensitivity"):
-            referral_threshold(~nothing, score, wrong)
-
-
-def test_the_interval_of_the_threshold_agrees_with_choosing_it_on_every_laid_out_resample() -> None:
-    generator = np.random.default_rng(4)
-    groups = np.arange(60) // 2
-    malignant, score = generator.random(60) < 0.4, generator.random(60).round(2)
-    found = threshold_interval(malignant, score, 0.9, groups, 80, 6, 0.95)
-    draws, chosen = np.random.default_rng(6), []
-    for _ in range(80):
-        rows = np.concatenate([np.flatnonzero(groups == group) for group in draws.integers(30, size=30)])
-        chosen.append(referral_threshold(malignant[rows], score[rows], 0.9))
-    assert found == pytest.approx(tuple(np.quantile(np.array(chosen, dtype=float), [0.025, 0.975])))
-
-
-def test_what_referral_finds_by_hand() -> None:
-    malignant = np.array([True, True, True, True, False, False, False, False, False, False])
-    referred = np.array([True, True, True, False, True, False, False, False, False, True])
-    result = measure_referral(malignant, referred, np.arange(10), 0.75, 0, 0, 0.95)
-    assert result == {
-        "sensitivity": 0.75,
-        "specificity": pytest.approx(4 / 6),
-        "referred": 0.5,
-        "malignant": 4,
-        "benign": 6,
-        "missed": 1,
-        "spared": 4,
-        "reached": True,
-    }
-    assert measure_referral(malignant, referred, np.arange(10), 0.8, 0, 0, 0.95)["reached"] is False
-    low, high = measure_referral(malignant, referred, np.arange(10), 0.8, 200, 0, 0.95)["sensitivity_ci95"]
-    assert low < 0.75 < high
-    nobody = measure_referral(np.zeros(10, dtype=bool), referred, np.arange(10), 0.8, 20, 0, 0.95)
-    assert (nobody["sensitivity"], nobody["reached"]) == (None, None)
-    assert "sensitivity_ci95" not in nobody
-
-
-def test_a_threshold_chosen_on_some_patients_falls_short_on_others_about_half_of_the_time() -> None:
-    generator, short = np.random.default_rng(0), []
-    for _ in range(600):
-        first, others = generator.beta(3, 1, 100), generator.beta(3, 1, 1000)
-        threshold = referral_threshold(np.ones(100, dtype=bool), first, 0.9)
-        short.append((others >= threshold).mean() < 0.9)
-    assert 0.35 < np.mean(short) < 0.65
-
-
-def test_the_curve_holds_what_each_threshold_gives() -> None:
+def test_the_curve_holds_what_each_threshold_gives_and_the_figure_shows_the_one_in_use() -> None:
     generator = np.random.default_rng(2)
     scores = generator.dirichlet(np.ones(4), 50)
-    cancer = np.array([True, False, True, False])
-    score, malignant = malignancy(scores, cancer), generator.random(50) < 0.4
+    score, malignant = malignancy(scores, np.array([True, False, True, False])), generator.random(50) < 0.4
     assert score == pytest.approx(scores[:, 0] + scores[:, 2])
-    curve = referral_curve(malignant, score, np.arange(50), 0.4, 0.9, samples=30)
-    row = curve.table.iloc[40]
-    assert row["threshold"] == 0.4
-    assert (row["sensitivity"], row["specificity"]) == (curve.sensitivity, curve.specificity)
-    assert curve.sensitivity == pytest.approx((score[malignant] >= 0.4).mean())
-    assert curve.specificity == pytest.approx((score[~malignant] < 0.4).mean())
-    assert row["referred"] == pytest.approx((score >= 0.4).mean())
-    assert (curve.table["sensitivity"].diff().dropna() <= 0).all()
-    assert len(curve.table) == 101
+    for interval in (None, (0.1, 0.6)):
+        curve = referral_curve(malignant, score, np.arange(50), 0.4, 0.9, interval, samples=30)
+        row = curve.table.iloc[40]
+        assert row["threshold"] == 0.4
+        assert (row["sensitivity"], row["specificity"]) == (curve.sensitivity, curve.specificity)
+        assert curve.sensitivity == pytest.approx((score[malignant] >= 0.4).mean())
+        assert curve.specificity == pytest.approx((score[~malignant] < 0.4).mean())
+        assert row["referred"] == pytest.approx((score >= 0.4).mean())
+        assert row["sensitivity_low"] < row["sensitivity"] < row["sensitivity_high"]
+        assert (curve.table["sensitivity"].diff().dropna() <= 0).all()
+        figure = draw_referral(curve)
+        assert_readable(figure)
+        axis = figure.figure.axes[0]
+        dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axis.lines if line.get_marker() == "o"]
+        assert dots == [(0.4, curve.sensitivity), (0.4, curve.specificity)]
+        assert len(axis.patches) == (interval is not None)
     with pytest.raises(ValueError, match="nothing to draw"):
         referral_curve(np.zeros(50, dtype=bool), score, np.arange(50), 0.4, 0.9)
+
+
+def test_selective_prediction_by_hand() -> None:
+    # From the most confident down: right, wrong, right, right.
+    scores = np.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
+    result = measure_selective([0, 1, 1, 0], scores, np.arange(4), ["A", "B"], [25, 50, 75, 100], samples=0)
+    assert result.table["images"].tolist() == [1, 2, 3, 4]
+    assert result.table["accuracy"].tolist() == pytest.approx([1, 0.5, 2 / 3, 0.75])
+    assert result.aurc.value == pytest.approx((0 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
+    assert result.table["threshold"].tolist() == [0.9, 0.8, 0.7, 0.6]
+    # At 25% no image of B is predicted; at 50% A 1/1, B 0/1; then B 1/2.
+    assert result.table["balanced_accuracy"].tolist() == pytest.approx([np.nan, 0.5, 0.75, 0.75], nan_ok=True)
+    assert result.table["answered:B"].tolist() == [0, 1, 2, 2]
+    assert np.isnan([result.aurc.low, *result.table["accuracy_low"]]).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_every_coverage_equals_measuring_the_predicted_images_alone(seed: int) -> None:
+    labels, scores, groups = example(seed)
+    result = measure_selective(labels, scores, groups, CLASSES, TABLE, samples=0)
+    confidence, right = scores.max(axis=1), scores.argmax(axis=1) == labels
+    for row in result.table.to_dict("records"):
+        chosen = confidence >= row["threshold"]
+        assert chosen.sum() == row["images"]
+        assert row["share"] >= row["percent"] / 100
+        # One threshold higher wouldn't be enough.
+        assert (confidence > row["threshold"]).sum() * 100 < row["percent"] * len(labels)
+        assert row["accuracy"] == pytest.approx(right[chosen].mean())
+        recall = balanced_accuracy_score(labels[chosen], scores[chosen].argmax(axis=1))
+        expected = recall if set(labels[chosen]) == set(labels) else np.nan
+        assert row["balanced_accuracy"] == pytest.approx(expected, nan_ok=True)
+
+
+def test_the_bands_are_those_of_measuring_every_laid_out_resample() -> None:
+    labels, scores, groups = example(7)
+    result = measure_selective(labels, scores, groups, CLASSES, [100, 60], samples=70, seed=3)
+    drawn = []
+    for rows in lay_out(groups, 70, 3):
+        one = measure_selective(labels[rows], scores[rows], np.arange(len(rows)), CLASSES, [100, 60], samples=0)
+        drawn.append([*one.table["accuracy"], *one.table["balanced_accuracy"], one.aurc.value])
+    low, high = np.nanquantile(drawn, [0.025, 0.975], axis=0)
+    table = result.table
+    assert [*table["accuracy_low"], *table["balanced_accuracy_low"], result.aurc.low] == pytest.approx(low)
+    assert [*table["accuracy_high"], *table["balanced_accuracy_high"], result.aurc.high] == pytest.approx(high)
+
+
+def test_an_uninformative_confidence_gives_the_error_rate_everywhere() -> None:
+    scores = np.tile([0.6, 0.4], (100, 1))
+    result = measure_selective(np.array([0, 1] * 50), scores, np.arange(100), ["A", "B"], samples=0)
+    assert (result.table["images"] == 100).all()
+    assert (result.table["accuracy"] == 0.5).all()
+    assert result.aurc.value == 0.5
+
+
+def test_the_json_is_strict_and_wrong_coverages_are_refused() -> None:
+    labels, scores, groups = example(1)
+    result = measure_selective(labels, scores, groups, CLASSES, TABLE, samples=20)
+    values = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert [row["percent"] for row in values["table"]] == [100, 90, 80, 70, 50]
+    assert values["table"][0]["answered"] == dict(zip(CLASSES, np.bincount(labels).tolist(), strict=True))
+    low, high = values["table"][0]["accuracy_ci95"]
+    assert low <= values["table"][0]["accuracy"] <= high
+    for wrong in ([0], [101], []):
+        with pytest.raises(ValueError, match="1 to 100"):
+            measure_selective(labels, scores, groups, CLASSES, wrong)
+
+
+@pytest.mark.parametrize(("count", "images"), [(2, 12), (6, 200), (8, 300)])
+def test_the_figure_of_selective_prediction_draws_the_curve(count: int, images: int) -> None:
+    classes = [f"class {index}" for index in range(count)]
+    for samples in (30, 0):
+        found = measure_selective(*example(count, images, count), classes, samples=samples)
+        figure = draw_selective(found)
+        assert_readable(figure)
+        assert figure.data["images"].min() >= min(20, images)
+        upper = figure.figure.axes[0].lines[0]
+        assert (upper.get_xdata()[-1], upper.get_ydata()[-1]) == (100, found.table["accuracy"].iloc[-1])
+        assert ("resamples" in figure.caption) == bool(samples)

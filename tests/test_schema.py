@@ -17,8 +17,14 @@ from dualrefnet.data.schema import (
 from dualrefnet.errors import DataError
 
 AGE = MetadataField(name="age", kind="numeric", minimum=0, maximum=120, missing_codes=("UNK",))
+
+
 ITCH = MetadataField(name="itch", kind="boolean", missing_codes=("UNK",))
+
+
 SITE = MetadataField(name="site", kind="categorical")
+
+
 SCHEMA = DatasetSchema(name="t", title="Test", classes=("MEL", "NEV"), malignant=("MEL",), fields=(AGE, ITCH, SITE))
 
 
@@ -37,37 +43,27 @@ def raw(**columns):
 
 
 def column(field, values, dtype=object):
-    values, remarks = normalise_field(pd.Series(values, dtype=dtype), field)
-    return [None if pd.isna(value) else value for value in values], remarks
+    values, warnings = normalise_field(pd.Series(values, dtype=dtype), field)
+    return [None if pd.isna(value) else value for value in values], warnings
 
 
 def test_a_table_gets_the_schemas_columns_and_a_plain_index():
-    table, remarks = normalise(raw(extra=1).iloc[::-1], SCHEMA)
+    table, warnings = normalise(raw(extra=1).iloc[::-1], SCHEMA)
     assert list(table.columns) == ["image_id", "image_path", "label", "patient_id", "lesion_id", "age", "itch", "site"]
     assert list(table.index) == [0, 1, 2]
     assert list(table["image_id"]) == ["c", "b", "a"]
-    assert remarks == []
-
-
-def test_the_raw_table_is_left_as_it_was():
-    table = raw()
-    before = table.copy(deep=True)
-    normalise(table, SCHEMA)
-    pd.testing.assert_frame_equal(table, before)
+    assert warnings == []
 
 
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        (raw(image_id=["a", "b", "a"]), "1 image ids stand in more than one row, the first: a"),
+        (raw(image_id=["a", "b", "a"]), "1 image ids are in more than one row, the first: a"),
         (raw(label=["MEL", "WHAT", "NEV"]), "unknown labels: WHAT; the classes of Test are MEL, NEV"),
         (raw(label=["MEL", None, "NEV"]), "1 rows of Test have no label"),
         (raw(image_id=["a", None, None]), "2 rows of Test have no image_id"),
         (raw().iloc[:0], "has no rows"),
-        (
-            raw().drop(columns=["age", "lesion_id"]),
-            "columns missing from the table of Test: lesion_id, age; it has: image_id",
-        ),
+        (raw().drop(columns=["age", "lesion_id"]), "the table of Test has no column lesion_id, age; it has: image_id"),
         (raw(age=["12", "old", "tall"]), "age must be a number, and 2 rows hold text"),
     ],
 )
@@ -76,28 +72,23 @@ def test_a_table_that_is_not_what_it_must_be_is_refused(table, message):
         normalise(table, SCHEMA)
 
 
-def test_numbers_that_cannot_be_believed_become_missing_and_are_remarked_on():
-    values, remarks = column(AGE, [55, "60.5", -1, 121, 0, 120, np.inf, "-inf", "1e999"])
+def test_numbers_that_are_implausible_become_missing_and_give_warnings():
+    values, warnings = column(AGE, [55, "60.5", -1, 121, 0, 120, np.inf, "-inf", "1e999"])
     assert values == [55, 60.5, None, None, 0, 120, None, None, None]
-    assert remarks == [
+    assert warnings == [
         "age: 3 infinite values are treated as missing",
         "age: 2 values outside 0..120 are treated as missing",
     ]
 
 
 @pytest.mark.parametrize("blank", [None, np.nan, pd.NA, "", "  ", "nan", "NaN", "UNK", " UNK "])
-def test_a_blank_number_is_missing_without_a_remark(blank):
+def test_a_blank_number_is_missing_without_a_warning(blank):
     assert column(AGE, [1.0, blank]) == ([1.0, None], [])
-
-
-def test_a_range_open_at_one_end_is_told_as_such():
-    field = MetadataField(name="size", kind="numeric", minimum=0)
-    assert column(field, [-1.0, 1e9]) == ([None, 1e9], ["size: 1 values outside 0.. are treated as missing"])
 
 
 @settings(deadline=None)
 @given(st.lists(st.none() | st.floats(width=32) | st.text(max_size=6) | st.integers(), max_size=8))
-def test_a_numeric_column_of_anything_gives_believable_numbers_or_an_error(values):
+def test_a_numeric_column_of_anything_gives_plausible_numbers_or_an_error(values):
     with contextlib.suppress(DataError):
         result, _ = normalise_field(pd.Series(values, dtype=object), AGE)
         assert result.dtype == float
@@ -127,10 +118,6 @@ def test_a_category_read_as_a_float_is_the_whole_number(dtype):
     assert column(SITE, ["3.0", "3", "3.5", " arm ", "", "v1.0"], dtype)[0] == ["3", "3", "3.5", "arm", None, "v1.0"]
 
 
-def test_whole_numbers_with_gaps_are_the_same_categories_as_text():
-    assert column(SITE, [3.0, np.nan, 1.0], float)[0] == column(SITE, ["3", None, "1"])[0] == ["3", None, "1"]
-
-
 @settings(deadline=None)
 @given(
     st.lists(st.none() | st.booleans() | st.integers(0, 9) | st.floats() | st.text(max_size=5), max_size=8),
@@ -157,7 +144,7 @@ def test_normalising_twice_changes_nothing_more(values, field):
         " target ",
     ],
 )
-def test_a_field_that_holds_the_answer_is_refused(name):
+def test_a_field_that_holds_the_label_is_refused(name):
     with pytest.raises(DataError, match="holds the diagnosis"):
         MetadataField(name=name, kind="categorical")
 
@@ -168,10 +155,6 @@ def test_a_field_that_holds_the_answer_is_refused(name):
 def test_a_field_that_identifies_is_refused(name):
     with pytest.raises(DataError, match="identifies"):
         refuse_forbidden_features(["age", name])
-
-
-def test_ordinary_fields_are_not_refused():
-    refuse_forbidden_features(["age", "skin_cancer_history", "cancer_history", "width", "idle", "region"])
 
 
 def test_rows_without_a_patient_are_groups_of_their_own():
@@ -188,25 +171,6 @@ def test_groups_follow_the_schema():
     table, _ = normalise(raw(lesion_id=["L", None, "L"]), SCHEMA)
     by_lesion = SCHEMA.model_copy(update={"group_by": "lesion_id"})
     assert list(groups(table, by_lesion)) == ["L", "image:b", "L"]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"classes": ("A", "A")}, "class named twice: A"),
-        ({"fields": (AGE, AGE)}, "metadata field named twice: age"),
-        ({"malignant": ("BCC",)}, "malignant names no class: BCC; classes: MEL, NEV"),
-    ],
-)
-def test_a_schema_that_contradicts_itself_is_refused(change, message):
-    with pytest.raises(DataError, match=message):
-        DatasetSchema.model_validate({**{name: getattr(SCHEMA, name) for name in DatasetSchema.model_fields}, **change})
-
-
-def test_a_field_is_found_by_name():
-    assert SCHEMA.field("itch") is ITCH
-    with pytest.raises(KeyError):
-        SCHEMA.field("nothing")
 
 
 def test_other_spellings_of_a_category_are_the_category_and_two_that_differ_in_case_stay_apart():

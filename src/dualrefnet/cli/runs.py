@@ -244,13 +244,13 @@ def predict(
 
     from dualrefnet.deploy.batch import (
         Cases,
-        FileCases,
+        ImageCases,
         ModelFolder,
         TableCases,
         Work,
-        predict_here,
+        predict_chunks,
         predict_to_csv,
-        show_pace,
+        show_progress,
     )
 
     if bool(images) == (table is not None) or (table is not None and metadata is not None):
@@ -258,15 +258,15 @@ def predict(
     folder = ModelFolder(model, device, variant)
     # On Ray the actors have the devices; this process only asks what the model reads.
     predictor = (folder if ray is None else ModelFolder(model, "cpu", variant)).load()
-    cases: Cases = TableCases(table, predictor) if table is not None else FileCases(images or [], metadata, predictor)
+    cases: Cases = TableCases(table, predictor) if table is not None else ImageCases(images or [], metadata, predictor)
     if ray is None:
-        work: Work = partial(predict_here, predictor, batch=batch, workers=workers)
+        work: Work = partial(predict_chunks, predictor, batch=batch, workers=workers)
     else:
         from dualrefnet.deploy.ray_batch import ray_work
 
-        work = ray_work(folder, out, ray, batch, workers)
+        work = ray_work(folder, ray, batch, workers)
     try:
-        with show_pace("predicting") as show:
+        with show_progress("predicting") as show:
             done = predict_to_csv(
                 folder, predictor.classes, cases, out, work, batch=batch, resume=resume, progress=show
             )

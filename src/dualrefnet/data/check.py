@@ -32,21 +32,13 @@ OFFICIAL_CLASS_COUNTS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check.
+    """The result of one check."""
 
-    Attributes:
-        level: PASS; WARN: known and worth knowing; FAIL: fix it before training.
-        check: short id, the same in every release.
-        message: one sentence for people.
-        examples: up to ten ids.
-        count: how many rows, images or values the finding is about.
-    """
-
-    level: Level
-    check: str
-    message: str
-    examples: tuple[str, ...] = ()
-    count: int = 0
+    level: Level  # PASS; WARN: known and worth knowing; FAIL: fix it before training
+    check: str  # short id, the same in every release
+    message: str  # one sentence for people
+    examples: tuple[str, ...] = ()  # up to ten ids
+    count: int = 0  # of rows, images or values
 
     def to_json(self) -> dict[str, Any]:
         """Return the finding as plain JSON values."""
@@ -61,11 +53,7 @@ def finding_or_pass(level: Level, check: str, ids: Sequence[str], problem: str, 
 
 
 def identical_images(images: Iterable[tuple[str, str, str]]) -> Iterator[Finding]:
-    """Report byte-identical images: under two labels at least one label is wrong, under one label they are duplicates.
-
-    Args:
-        images: id, label and hash of the bytes (empty: unknown) of every image.
-    """
+    """Report byte-identical images, given id, label and hash of the bytes (empty: unknown) of every image."""
     same_bytes: dict[str, list[tuple[str, str]]] = {}
     for image_id, label, sha256 in images:
         if sha256:
@@ -111,15 +99,8 @@ def check_dataset(
 ) -> CheckReport:
     """Check the table, the metadata and every image of a data set; nothing is written.
 
-    Args:
-        name: the adapter's name.
-        root: the data set's folder; None: the folder of that name under `$DUALREFNET_DATA`.
-        description: for `csv_table`, the YAML file that describes the columns.
-        workers: threads that read images; None: one a core, at most 16.
-        progress: called after each image with the number done and the number of images.
-
-    Raises:
-        DataError: the table can't be read at all; see `dualrefnet.data.adapters.load_dataset`.
+    `name`, `root` and `description` as in `dualrefnet.data.adapters.load_dataset`, whose DataErrors are raised if the
+    table can't be read at all. `progress` is called with (images done, images in all).
     """
     dataset = load_dataset(name, root, description)
     table = dataset.with_image
@@ -137,11 +118,10 @@ def check_dataset(
 
 def _rows(dataset: Dataset) -> Iterator[Finding]:
     rows, official = len(dataset.table), dataset.schema.official_rows
-    if official is None or rows == official:
-        yield Finding("PASS", "rows", f"{rows:,} rows{'' if official is None else ', as published'}", count=rows)
-    else:
+    message = f"{rows:,} rows{'' if official is None else ', as published'}"
+    if official not in (None, rows):
         message = f"{rows:,} rows where {official:,} were published; get the metadata again"
-        yield Finding("FAIL", "rows", message, count=rows)
+    yield Finding("PASS" if official in (None, rows) else "FAIL", "rows", message, count=rows)
     counts = {label: int((dataset.table["label"] == label).sum()) for label in dataset.schema.classes}
     listed = "rows a class: " + ", ".join(f"{label} {count:,}" for label, count in counts.items())
     published = OFFICIAL_CLASS_COUNTS.get(dataset.schema.name, counts)
@@ -230,13 +210,13 @@ def _missing_images(dataset: Dataset) -> Iterator[Finding]:
 
 
 class _ImageFile(NamedTuple):
-    """What reading one image file showed: the hash of its bytes, its shorter side, or why it can't be decoded."""
+    """What reading one image file showed."""
 
     image_id: str
     label: str
-    sha256: str
-    side: int
-    error: str | None
+    sha256: str  # of its bytes
+    side: int  # the shorter one, pixels
+    error: str | None  # why it can't be decoded
 
 
 def _read_image(row: tuple[str, str, str]) -> _ImageFile:

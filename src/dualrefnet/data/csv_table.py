@@ -34,37 +34,23 @@ _BOOLEANS = {"true", "false", "yes", "no", "y", "n", "0", "1", "0.0", "1.0"}
 
 
 class TableDescription(BaseModel):
-    """The YAML file of a `csv_table` data set.
-
-    Attributes:
-        title: name for people.
-        table: the CSV, relative to the data set's folder.
-        images: the folder to which the paths in the `image` column are relative.
-        image: column with the image's file name or path.
-        label: column with the class.
-        patient: column with the patient's id (strongly advised: without it one patient may be in several splits).
-        lesion: column with the lesion's id.
-        classes: the labels in the order of the model's outputs; empty: those in the table, sorted.
-        malignant: the classes that are cancer.
-        class_names: label -> what it stands for.
-        metadata: the metadata fields.
-        licence: of the data.
-    """
+    """The YAML file of a `csv_table` data set."""
 
     model_config = ConfigDict(extra="forbid")
 
-    title: str = "own data"
-    table: str = "table.csv"
-    images: str = "."
-    image: str = "image"
-    label: str = "label"
+    title: str = "own data"  # name for people
+    table: str = "table.csv"  # the CSV, relative to the data set's folder
+    images: str = "."  # the folder to which the paths in the `image` column are relative
+    image: str = "image"  # column with the image's file name or path
+    label: str = "label"  # column with the class
+    # column with the patient's id (strongly advised: without it one patient may be in several splits)
     patient: str | None = None
-    lesion: str | None = None
-    classes: tuple[str, ...] = ()
-    malignant: tuple[str, ...] = ()
-    class_names: dict[str, str] = Field(default_factory=dict)
-    metadata: tuple[MetadataField, ...] = Field(default_factory=tuple)
-    licence: str = ""
+    lesion: str | None = None  # column with the lesion's id
+    classes: tuple[str, ...] = ()  # the labels in the order of the model's outputs; empty: those in the table, sorted
+    malignant: tuple[str, ...] = ()  # the classes that are cancer
+    class_names: dict[str, str] = Field(default_factory=dict)  # label -> what it stands for
+    metadata: tuple[MetadataField, ...] = Field(default_factory=tuple)  # the metadata fields
+    licence: str = ""  # of the data
 
 
 def read_description(path: Path) -> TableDescription:
@@ -91,11 +77,7 @@ def read_description(path: Path) -> TableDescription:
 
 
 def load(root: Path, description_file: Path | None = None) -> Dataset:
-    """Read a described table.
-
-    Args:
-        root: the data set's folder.
-        description_file: the YAML file; None: `dataset.yaml` in `root`.
+    """Read the table in `root` that the YAML file (default: `dataset.yaml` in `root`) describes.
 
     Raises:
         DataError: the description or the table is not what it must be.
@@ -194,11 +176,7 @@ def other_columns(published: pd.DataFrame, known: Iterable[str]) -> pd.DataFrame
 
 
 def index_images(folders: Iterable[Path]) -> dict[str, str]:
-    """Map the stem of every image file in `folders` (not below them) to its path.
-
-    Raises:
-        DataError: two files have one stem, so that it isn't clear which of them a row means.
-    """
+    """Map the stem of every image file in `folders` (not below them) to its path; refuse two files of one stem."""
     paths: dict[str, str] = {}
     for folder in folders:
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):

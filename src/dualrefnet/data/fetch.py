@@ -39,40 +39,23 @@ RECORD = "fetched.json"
 
 @dataclass(frozen=True)
 class Source:
-    """One file of a release.
-
-    Attributes:
-        url: where it is.
-        filename: its name in the data set's folder.
-        sha256: published checksum; None: none is published.
-        size: bytes; 0: not known.
-        folder: where to unpack this zip, relative to the data set's folder; None: it is no archive.
-    """
+    """One file of a release."""
 
     url: str
-    filename: str
-    sha256: str | None
-    size: int
-    folder: str | None = None
+    filename: str  # in the data set's folder
+    sha256: str | None  # None: no checksum is published
+    size: int  # bytes; 0: not known
+    folder: str | None = None  # where to unpack this zip, relative to the data set's folder; None: it is no archive
 
 
 @dataclass(frozen=True)
 class Release:
-    """An official release.
+    """An official release."""
 
-    Attributes:
-        schema: of the data set; it holds licence and citation.
-        page: for a browser.
-        by_hand: what to click on that page, and under which names to save; `{root}` stands for the data set's folder.
-        archive: name of one archive of everything, which a browser gets instead of the single files; empty: there is
-            none.
-        sources: the files.
-    """
-
-    schema: DatasetSchema
-    page: str
-    by_hand: str
-    archive: str
+    schema: DatasetSchema  # it holds licence and citation
+    page: str  # for a browser
+    by_hand: str  # what to click there, and under which names to save; `{root}` stands for the data set's folder
+    archive: str  # the one archive that a browser gets instead of the single files; empty: there is none
     sources: tuple[Source, ...]
 
 
@@ -102,7 +85,7 @@ RELEASES = {
     "isic_2019": Release(
         isic_2019.SCHEMA,
         "https://challenge.isic-archive.com/data/#2019",
-        "download the training data, metadata and ground truth, and save the three files under their own names in {root}",
+        "download the training data, metadata and ground truth, and save them under their own names in {root}",
         "",
         (
             Source(_ISIC + isic_2019.GROUND_TRUTH, isic_2019.GROUND_TRUTH,
@@ -122,14 +105,7 @@ def fetch_dataset(
     """Download and unpack a data set; running it again resumes, and repeats only what isn't done.
 
     A file that already lies in `root` under its own name is verified and used. Archives stay after unpacking. What was
-    fetched is recorded in `fetched.json`.
-
-    Args:
-        name: pad_ufes_20 or isic_2019.
-        root: folder to fill.
-        accept_licence: that the user accepts the licence of the data.
-        sources: other locations of the files; None: the official ones.
-        progress: show a bar.
+    fetched is recorded in `fetched.json`. `sources` are other locations of the files than the official ones.
 
     Returns:
         The files and folders that make up the data set.
@@ -155,12 +131,16 @@ def fetch_dataset(
         sources = release.sources
         if release.archive and (release.archive in files or (root / release.archive).is_file()):
             sources = (Source(release.page, release.archive, None, 0, "."),)
-    todo = [source for source in sources if not _is_done(source, root, files)]
+    todo = []
+    for source in sources:
+        entry = files.get(source.filename, {"url": None, "made": []})
+        if entry["url"] != source.url or not all((root / made).exists() for made in entry["made"]):
+            todo.append(source)
     needed = 0
     for source in todo:
-        have = _size(root / source.filename) + _size(_partial(source, root))
+        have = _size(root / source.filename) + _size(root / f"{source.filename}.partial")
         needed += max(0, source.size - have) + (source.size if source.folder else 0)
-    require_space(needed, root)
+    _require_space(needed, root)
     for source in todo:
         files[source.filename] = _fetch(source, root, release, progress)
         head = {"dataset": name, "licence": schema.licence, "citation": schema.citation}
@@ -178,14 +158,9 @@ def _read_record(root: Path) -> dict[str, dict[str, Any]]:
         raise DataError(f"{root / RECORD} can't be read; delete it and run again") from None
 
 
-def _is_done(source: Source, root: Path, files: dict[str, dict[str, Any]]) -> bool:
-    entry = files.get(source.filename)
-    return entry is not None and entry["url"] == source.url and all((root / made).exists() for made in entry["made"])
-
-
 def _fetch(source: Source, root: Path, release: Release, progress: bool) -> dict[str, Any]:
     """Get one file, verify it and unpack it; return its entry in the record."""
-    path, partial = root / source.filename, _partial(source, root)
+    path, partial = root / source.filename, root / f"{source.filename}.partial"
     if path.exists():
         remark(escape(f"{path} is already there and is verified"))
         sha256 = _verify(path, source, f"{path} isn't the published file; move it away and run again")
@@ -194,15 +169,14 @@ def _fetch(source: Source, root: Path, release: Release, progress: bool) -> dict
         def refused(reason: str) -> DataError:
             command = f"dualrefnet fetch {release.schema.name} --root {root} --accept-licence"
             return DataError(
-                f"{source.filename} can't be downloaded by a program ({reason}, {source.url}). Open {release.page} in a "
-                f"browser, {release.by_hand.format(root=root)}; then run `{command}` again: it verifies and unpacks the file"
+                f"{source.filename} can't be downloaded by a program ({reason}, {source.url}). Open {release.page} in "
+                f"a browser, {release.by_hand.format(root=root)}; then run `{command}` again"
             )
 
         download(source, partial, refused, progress)
+        wrong = f"what {source.url} sent isn't the published file; it was deleted: run again"
         try:
-            sha256 = _verify(
-                partial, source, f"what {source.url} sent isn't the published file; it was deleted: run again"
-            )
+            sha256 = _verify(partial, source, wrong)
         except DataError:
             _forget(partial)
             raise
@@ -227,16 +201,15 @@ def _fetch(source: Source, root: Path, release: Release, progress: bool) -> dict
 
 
 def _verify(path: Path, source: Source, wrong: str) -> str:
-    size, sha256 = path.stat().st_size, sha256_of_file(path)
-    if source.size and size != source.size:
-        raise DataError(f"{wrong} ({size:,} bytes, published: {source.size:,})")
+    if source.size and _size(path) != source.size:
+        raise DataError(f"{wrong} ({_size(path):,} bytes, published: {source.size:,})")
+    sha256 = sha256_of_file(path)
     if source.sha256 and sha256 != source.sha256:
         raise DataError(f"{wrong} (SHA-256 {sha256}, published: {source.sha256})")
     return sha256
 
 
-def require_space(needed: int, folder: Path) -> None:
-    """Raise a DataError if fewer than `needed` bytes are free on the disk of an existing folder."""
+def _require_space(needed: int, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DataError(
@@ -256,14 +229,8 @@ class _RetryError(Exception):
 def download(source: Source, partial: Path, refused: Callable[[str], DataError], progress: bool = True) -> None:
     """Complete `partial`; a broken connection is resumed where it broke off. Nothing is verified but the size.
 
-    Args:
-        source: what to get.
-        partial: the file to complete.
-        refused: makes the error for an answer that isn't the file (a web page, 403), given what was answered instead.
-        progress: show a bar.
-
-    Raises:
-        DataError: that error; the server can't be reached; or the disk is full. What has arrived is kept.
+    `refused` makes the error for an answer that isn't the file (a web page, 403), given what was answered instead. A
+    DataError, too, if the server can't be reached or the disk is full. What has arrived is kept.
     """
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     hidden = not progress or not console.is_terminal
@@ -336,7 +303,7 @@ def _request(source: Source, partial: Path, refused: Callable[[str], DataError],
         first = next(chunks, b"")
         if source.folder and have == 0 and not first.startswith(b"PK"):
             raise refused("the server sent something that isn't a zip")
-        write_json(_version_file(partial), {"url": source.url, "validator": validator, "total": total})
+        write_json(f"{partial}.json", {"url": source.url, "validator": validator, "total": total})
         with partial.open("ab" if have else "wb") as file:
             for chunk in chain([first], chunks):
                 file.write(chunk)
@@ -349,7 +316,7 @@ def _request(source: Source, partial: Path, refused: Callable[[str], DataError],
 def _known_version(source: Source, partial: Path) -> dict[str, Any]:
     """Return what is known of the version that was begun; a part of something unknown is deleted."""
     try:
-        known = read_json(_version_file(partial))
+        known = read_json(f"{partial}.json")
         if known["url"] == source.url and _size(partial) <= (source.size or _size(partial)):
             return {"validator": known["validator"], "total": known["total"]}
     except (OSError, ValueError, KeyError, TypeError):
@@ -358,17 +325,9 @@ def _known_version(source: Source, partial: Path) -> dict[str, Any]:
     return {"validator": None, "total": None}
 
 
-def _partial(source: Source, root: Path) -> Path:
-    return root / f"{source.filename}.partial"
-
-
-def _version_file(partial: Path) -> Path:
-    return partial.with_name(partial.name + ".json")
-
-
 def _forget(partial: Path) -> None:
     partial.unlink(missing_ok=True)
-    _version_file(partial).unlink(missing_ok=True)
+    Path(f"{partial}.json").unlink(missing_ok=True)
 
 
 def _size(path: Path) -> int:
@@ -378,10 +337,8 @@ def _size(path: Path) -> int:
 def unpack(archive: Path, folder: Path) -> list[Path]:
     """Unpack a zip of unknown origin, and the zips in it one level deep: all of it, or an error is raised.
 
-    One folder that wraps a whole release (it holds `metadata.csv`) is taken off. What macOS adds is left out.
-
-    Returns:
-        The top-level files and folders that were written.
+    One folder that wraps a whole release (it holds `metadata.csv`) is taken off. What macOS adds is left out. Returns
+    the top-level files and folders that were written.
 
     Raises:
         DataError: the archive is damaged, encrypted, holds links or paths that lead out of the folder, or unpacks to
@@ -419,7 +376,7 @@ def _extract(archive: Path, folder: Path, limit: int) -> int:
             if len(members) > MAX_MEMBERS or promised > limit:
                 much = f"{len(members):,} files and {promised:,} bytes, too much for its size"
                 raise DataError(f"{archive.name} promises {much}; it wasn't unpacked")
-            require_space(promised, folder)
+            _require_space(promised, folder)
             for member in members:
                 _refuse_unsafe(member, archive)
                 target = folder / member.filename

@@ -36,6 +36,12 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_OPENERS = {
+    b"\xff\xd8\xff": JpegImageFile,
+    b"\x89PNG\r\n\x1a\n": PngImageFile,
+    b"BM": BmpImageFile,
+    **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), TiffImageFile),
+}
 _MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK")
 
 
@@ -106,17 +112,9 @@ def _read(source: Path | str | bytes, max_bytes: int) -> tuple[str, bytes]:
 
 
 def _opener(data: bytes) -> type[ImageFile.ImageFile] | None:
-    if data.startswith(b"\xff\xd8\xff"):
-        return JpegImageFile
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return PngImageFile
-    if data.startswith(b"BM"):
-        return BmpImageFile
-    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        return TiffImageFile
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return WebPImageFile
-    return None
+    return next((opener for magic, opener in _OPENERS.items() if data.startswith(magic)), None)
 
 
 def _silence_pillow() -> None:
@@ -194,16 +192,11 @@ def _one_line(error: Exception) -> str:
 
 
 def find_masks(root: Path, folder: Path | None = None) -> dict[str, Path]:
-    """Return image id -> mask file of `folder` (None: `masks` in the data set's folder `root`).
-
-    Raises:
-        DataError: there is no such folder, or no PNG in it.
-    """
+    """Return image id -> mask file of `folder` (None: `masks` in the data set's folder `root`)."""
     where = root / MASK_FOLDER if folder is None else folder
     if not where.is_dir():
-        raise DataError(
-            f"there is no folder of masks {where}; it must hold <image id>.png for some images, white in the lesion"
-        )
+        needed = "it must hold <image id>.png for some images, white in the lesion"
+        raise DataError(f"there is no folder of masks {where}; {needed}")
     masks = {path.stem: path for path in sorted(where.glob("[!.]*.png")) if path.is_file()}
     if not masks:
         raise DataError(f"{where} holds no mask; name them <image id>.png")
@@ -211,26 +204,16 @@ def find_masks(root: Path, folder: Path | None = None) -> dict[str, Path]:
 
 
 def read_mask(path: Path, image: Path, side: int, fit: str) -> NDArray[np.bool_] | None:
-    """Read a mask and bring it to the square that the model sees.
+    """Read a mask (a pixel over 127 is lesion) and bring it to the S x S square that the model sees.
 
-    Args:
-        path: of the mask; a pixel over 127 is lesion.
-        image: that it belongs to; only its size is read, and only to crop.
-        side: S, of the square.
-        fit: how the image became that square (`image.fit`): `squash` or `crop`.
-
-    Returns:
-        (S, S), True in the lesion; None if no lesion is marked in that square.
-
-    Raises:
-        ImageError: a file can't be read.
-        DataError: the mask isn't black and white: all of it is dark, but not black.
+    `fit` (`squash` or `crop`) is how the image became that square; only its size is read, and only to crop. Returns
+    (S, S), True in the lesion, or None if no lesion is marked there. An ImageError if a file can't be read, a DataError
+    if the mask isn't black and white: all of it is dark, but not black.
     """
     values = decode_image(path, min_side=1).max(axis=2)
     if 0 < values.max() <= 127:
-        raise DataError(
-            f"the brightest pixel of the mask {path.name} is {values.max()}, and lesion is over 127; write 0 and 255"
-        )
+        brightest = f"the brightest pixel of the mask {path.name} is {values.max()}"
+        raise DataError(f"{brightest}, and lesion is over 127; write 0 and 255")
     marked = np.where(values > 127, np.uint8(255), np.uint8(0))
     if fit == "crop":
         # The middle is cut out of the image, so the mask must have its shape first.

@@ -11,7 +11,15 @@ from pathlib import Path
 import pandas as pd
 
 from dualrefnet.data.csv_table import index_images, other_columns, read_csv, read_text_csv
-from dualrefnet.data.schema import ID_COLUMNS, Dataset, DatasetSchema, MetadataField, normalise, require_columns
+from dualrefnet.data.schema import (
+    ID_COLUMNS,
+    Dataset,
+    DatasetSchema,
+    categorical_field,
+    normalise,
+    numeric_field,
+    require_columns,
+)
 from dualrefnet.errors import DataError
 
 CLASS_NAMES = {
@@ -42,29 +50,11 @@ SCHEMA = DatasetSchema(
     class_names=CLASS_NAMES,
     # None of the three is recorded for every image, so all are tier M2.
     fields=(
-        MetadataField(
-            name="age_approx",
-            kind="numeric",
-            unit="years",
-            minimum=0,
-            maximum=120,
-            description="Age of the patient, to 5 years",
-            subgroup=True,
+        numeric_field(
+            "age_approx", "Age of the patient, to 5 years", unit="years", minimum=0, maximum=120, subgroup=True
         ),
-        MetadataField(
-            name="sex",
-            kind="categorical",
-            categories=("female", "male"),
-            description="Sex of the patient",
-            subgroup=True,
-        ),
-        MetadataField(
-            name="anatom_site_general",
-            kind="categorical",
-            categories=_SITES,
-            description="Where on the body the lesion is",
-            subgroup=True,
-        ),
+        categorical_field("sex", ("female", "male"), "Sex of the patient", subgroup=True),
+        categorical_field("anatom_site_general", _SITES, "Where on the body the lesion is", subgroup=True),
     ),
     # The release has no patient ids; a lesion with several images is the closest thing.
     group_by="lesion_id",

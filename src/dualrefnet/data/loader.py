@@ -1,9 +1,8 @@
 """From a recipe to batches: data set, split, image store, examples, shuffled batches, and their augmentation.
 
-Training and evaluation read their rows in this one way. Batches follow from a seed. Augmentation works on whole batches
-on the device that trains; its random numbers are drawn apart from that: `draw` makes a table with one row an image from
-(seed, epoch), so an image is cropped, rotated and shaded in the same way whichever process or batch it is in. Only the
-noise is drawn on the device, from torch's generator.
+Augmentation works on whole batches, on the device that trains. Its random numbers are drawn apart from that: `draw`
+makes a table with one row an image from (seed, epoch), so an image is cropped, rotated and shaded in the same way
+whichever process or batch it is in. Only the noise is drawn on the device, from torch's generator.
 """
 
 from __future__ import annotations
@@ -31,48 +30,28 @@ from dualrefnet.recipe import AugmentationSection, Recipe
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch.
+    """One batch."""
 
-    Attributes:
-        rows: (B,) positions in the examples, for looking up draws of the augmentation.
-        images: (B, 3, S, S) uint8, or None for methods that read no image, or features in its place.
-        metadata: (B, M) float32.
-        labels: (B,) int64.
-        features: for each frozen encoder the parts of its features, (B, ...) each; empty if encoders are trained.
-        targets: (B, 3, 2S, 2S) uint8, the auxiliary task's stored targets, or None.
-        absent: (B,) missing images, whatever `images` holds, for models with a learned token; None: none is missing.
-    """
-
-    rows: NDArray[np.int64]
-    images: Tensor | None
-    metadata: Tensor
-    labels: Tensor
-    features: tuple[dict[str, Tensor], ...] = ()
-    targets: Tensor | None = None
-    absent: Tensor | None = None
+    rows: NDArray[np.int64]  # (B,) positions in the examples, for looking up draws of the augmentation
+    images: Tensor | None  # (B, 3, S, S) uint8; None for methods that read no image, or features in its place
+    metadata: Tensor  # (B, M) float32
+    labels: Tensor  # (B,) int64
+    features: tuple[dict[str, Tensor], ...] = ()  # for each frozen encoder the parts of its features, (B, ...) each
+    targets: Tensor | None = None  # (B, 3, 2S, 2S) uint8, the auxiliary task's stored targets
+    absent: Tensor | None = None  # (B,) missing images, for models with a learned token; None: none is missing
 
 
 @dataclass(frozen=True)
 class Examples:
-    """The rows of one split, ready to be read.
-
-    Attributes:
-        image_ids: (N,) ids.
-        labels: (N,) class indices.
-        metadata: (N, M) float32.
-        store: the image store, or None for methods that read no image.
-        store_rows: (N,) rows in the store.
-        features: stored features of frozen encoders, read instead of images.
-        targets: stored targets of the auxiliary task.
-    """
+    """The N rows of one split, ready to be read."""
 
     image_ids: tuple[str, ...]
-    labels: NDArray[np.int64]
-    metadata: NDArray[np.float32]
-    store: ImageStore | None
-    store_rows: NDArray[np.int64] | None
-    features: tuple[DerivedStore, ...] = ()
-    targets: DerivedStore | None = None
+    labels: NDArray[np.int64]  # (N,) class indices
+    metadata: NDArray[np.float32]  # (N, M)
+    store: ImageStore | None  # None for methods that read no image
+    store_rows: NDArray[np.int64] | None  # (N,) rows in the store
+    features: tuple[DerivedStore, ...] = ()  # of frozen encoders, read instead of images
+    targets: DerivedStore | None = None  # of the auxiliary task
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -127,11 +106,7 @@ def read_dataset(recipe: Recipe) -> Dataset:
 
 
 def recipe_split(recipe: Recipe, dataset: Dataset, store: ImageStore | None) -> pd.DataFrame:
-    """Return the recipe's split of the rows that it can use, and report what was left out.
-
-    Raises:
-        SplitError: no protocol fits; or a split has lost all of its images, or the training split all of a class.
-    """
+    """Return the recipe's split of the rows that it can use, and report what was left out."""
     data = recipe.data
     split = split_dataset(dataset, data.protocol, data.fold, data.folds, data.split_seed)
     if data.protocol == "paper":
@@ -147,16 +122,13 @@ def recipe_split(recipe: Recipe, dataset: Dataset, store: ImageStore | None) -> 
         split = split[usable].reset_index(drop=True)
     for name in SPLITS:
         if not (split["split"] == name).any():
-            raise SplitError(
-                f"the {name} split has no image left; `dualrefnet check {data.dataset}` says which are missing"
-            )
+            hint = f"`dualrefnet check {data.dataset}` says which are missing"
+            raise SplitError(f"the {name} split has no image left; {hint}")
     trained = set(split.loc[split["split"] == "train", "label"])
     absent = [label for label in dataset.schema.classes if label not in trained]
     if absent:
-        raise SplitError(
-            f"no training image of class {', '.join(absent)} is there; add some, "
-            "or take the class out of the data set's description"
-        )
+        hint = "add some, or take the class out of the data set's description"
+        raise SplitError(f"no training image of class {', '.join(absent)} is there; {hint}")
     for message in missing_classes(split, dataset.schema.classes):
         warn(f"{message}: its metrics there are undefined")
     return split
@@ -209,15 +181,10 @@ def make_examples(
 
 @dataclass(frozen=True)
 class AugmentationDraw:
-    """Random choices for N images.
+    """Random choices for N images."""
 
-    Attributes:
-        geometry: (N, 2, 3) affine map from output to input coordinates, both -1..1 (as in `affine_grid`).
-        photometry: (N, 4) factors of brightness, contrast and saturation, and the standard deviation of the noise.
-    """
-
-    geometry: Tensor
-    photometry: Tensor
+    geometry: Tensor  # (N, 2, 3) affine map from output to input coordinates, both -1..1 (as in `affine_grid`)
+    photometry: Tensor  # (N, 4) factors of brightness, contrast and saturation, and standard deviation of the noise
 
     def of(self, rows: NDArray[np.int64]) -> AugmentationDraw:
         """Return the draws of some images."""
@@ -252,16 +219,7 @@ def warp(images: Tensor, geometry: Tensor) -> Tensor:
 
 
 def shade(images: Tensor, photometry: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Apply the photometric part (brightness, contrast, saturation, noise) to images in 0..1.
-
-    Args:
-        images: (B, 3, H, W) in 0..1.
-        photometry: (B, 4), see `AugmentationDraw`.
-        generator: draws the noise; None: torch's global one.
-
-    Returns:
-        (B, 3, H, W) in 0..1.
-    """
+    """Apply the (B, 4) photometric part (brightness, contrast, saturation, noise) to (B, 3, H, W) in 0..1."""
     brightness, contrast, saturation, sd = (photometry[:, k].view(-1, 1, 1, 1) for k in range(4))
     images = images * brightness
     mean = images.mean(dim=(1, 2, 3), keepdim=True)

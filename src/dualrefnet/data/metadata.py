@@ -1,9 +1,9 @@
 """The metadata encoder, fitted on the training rows alone: from metadata values to a vector of numbers.
 
-Its neural imputation sees no label. The imputation cited by the paper reads the diagnosis among its inputs and so writes
-it into the imputed fields; this one sees the other metadata fields of the training rows and nothing else: a small
-network is trained to reconstruct fields that were hidden from it. (`label_leaking` gives it the diagnosis as one more
-field, to demonstrate that leak.)
+Its neural imputation sees no label. The imputation cited by the paper reads the diagnosis among its inputs and so
+writes it into the imputed fields; this one sees the other metadata fields of the training rows and nothing else: a
+small network is trained to reconstruct fields that were hidden from it. (`label_leaking` gives it the diagnosis as one
+more field, to demonstrate that leak.)
 """
 
 from __future__ import annotations
@@ -20,15 +20,8 @@ from numpy.typing import NDArray
 from dualrefnet.data.schema import BOOLEAN_VALUES, DatasetSchema, MetadataField, invalid_warning
 from dualrefnet.errors import DataError
 from dualrefnet.recipe import MetadataSection
-from dualrefnet.runtime.metadata import (
-    MetadataError,
-    MetadataTransform,
-    NeuralImputer,
-    Observed,
-    Span,
-    fitted_state,
-    network,
-)
+from dualrefnet.runtime import metadata as runtime
+from dualrefnet.runtime.metadata import MetadataTransform, NeuralImputer, Observed, Span
 
 Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -47,33 +40,20 @@ _cache: dict[str, NeuralImputer] = {}
 
 @dataclass(frozen=True)
 class EncodedMetadata:
-    """Encoded rows.
+    """Encoded rows."""
 
-    Attributes:
-        values: (N, M) float32; NaN where a field is missing for which the model has a learned token (imputation
-            `token`).
-        missing: (N, F) which fields of the tier were missing before imputation.
-        invalid: (N, F) which of these were given, but as an unknown category or an implausible number.
-        warnings: what was wrong with the rows, one sentence each, without any patient's value.
-    """
-
-    values: Array
-    missing: Mask
-    invalid: Mask
-    warnings: list[str]
+    values: Array  # (N, M); NaN where a field is missing for which the model has a learned token
+    missing: Mask  # (N, F) which fields of the tier were missing before imputation
+    invalid: Mask  # (N, F) which of these were given, but as an unknown category or an implausible number
+    warnings: list[str]  # what was wrong with the rows, one sentence each, without any patient's value
 
 
 @dataclass(frozen=True)
 class MetadataEncoder(MetadataTransform):
-    """The transform of a bundle that is also fitted to tables and reads tables; make one with `fit` or `from_json`.
-
-    Attributes:
-        section: the recipe's choices.
-        fields: the fields of the tier, in the schema's order.
-    """
+    """The transform of a bundle that is also fitted to tables and reads tables; make one with `fit` or `from_json`."""
 
     section: MetadataSection
-    fields: tuple[MetadataField, ...]
+    fields: tuple[MetadataField, ...]  # of the tier, in the schema's order
 
     @classmethod
     def fit(cls, rows: pd.DataFrame, schema: DatasetSchema, section: MetadataSection, seed: int = 0) -> MetadataEncoder:
@@ -148,7 +128,7 @@ class MetadataEncoder(MetadataTransform):
     def from_json(cls, state: Mapping[str, Any]) -> MetadataEncoder:
         """Rebuild from `to_json`."""
         fields = tuple(MetadataField.model_validate(field) for field in state["fields"])
-        return cls(MetadataSection.model_validate(state["section"]), fields, *fitted_state(state))
+        return cls(MetadataSection.model_validate(state["section"]), fields, *runtime.fitted_state(state))
 
     def _observe(self, rows: pd.DataFrame) -> tuple[Observed, list[str]]:
         """Parse a table's values; return them with warnings."""
@@ -160,7 +140,7 @@ class MetadataEncoder(MetadataTransform):
         ]
         try:
             observed = self.observe(cells, len(rows))
-        except MetadataError as error:
+        except runtime.MetadataError as error:
             raise DataError(f"{error}, and {error.rows} rows hold text; is it the right column?") from None
         for (index, reason), where in sorted(observed.invalid.items()):
             warnings.append(invalid_warning(self.fields[index], reason, int(where.sum())))
@@ -194,16 +174,10 @@ def _with_diagnosis(columns: Array, missing: Mask, rows: pd.DataFrame, classes: 
 
 
 def missingness_warning(encoder: MetadataEncoder, rows: pd.DataFrame, schema: DatasetSchema) -> str | None:
-    """Warn of an encoding that shows the model which fields are missing, where that separates the classes.
+    """Warn of an encoding that shows the model which fields are missing, where that separates the training rows.
 
-    Args:
-        encoder: fitted to `rows`.
-        rows: of the training split.
-        schema: which classes are malignant.
-
-    Returns:
-        A sentence; None if the encoding doesn't show it (a learned token with `modality_dropout` may be anywhere), or
-        it separates nothing.
+    None if the encoding doesn't show it (a learned token with `modality_dropout` may be anywhere) or it separates
+    nothing.
     """
     if not encoder.shows_missing or not schema.malignant:
         return None
@@ -214,32 +188,23 @@ def missingness_warning(encoder: MetadataEncoder, rows: pd.DataFrame, schema: Da
     without, complete = malignant[incomplete].mean(), malignant[~incomplete].mean()
     if abs(without - complete) < TELLING:
         return None
-    section = encoder.section
     return (
-        f"metadata.tier {section.tier} with imputation {section.imputation} shows the model which fields are missing, "
-        f"and that tells the class: {without:.0%} of the training rows with missing fields are malignant, "
-        f"{complete:.0%} of the complete ones. For research only; metadata.tier=M2 metadata.imputation=token with "
-        "modality_dropout hides it"
+        f"metadata.tier {encoder.section.tier} with imputation {encoder.section.imputation} shows the model which "
+        f"fields are missing, and that tells the class: {without:.0%} of the training rows with missing fields are "
+        f"malignant, {complete:.0%} of the complete ones. For research only; metadata.tier=M2 "
+        "metadata.imputation=token with modality_dropout hides it"
     )
 
 
 def fit_imputer(columns: Array, missing: Mask, spans: list[Span], seed: int) -> NeuralImputer:
-    """Train the imputer, or return the one that the same rows, spans and seed gave in this process.
-
-    Args:
-        columns: (N, K) standardised numbers and indicators, zero where missing.
-        missing: (N, F) which fields are missing.
-        spans: the F fields.
-        seed: of initial weights, batches and hidden fields.
-    """
+    """Train the imputer on (N, K) columns with (N, F) missing fields, or return what the same call gave before."""
     settings = repr((columns.shape, spans, seed, STEPS)).encode()
     key = hashlib.sha256(columns.tobytes() + missing.tobytes() + settings).hexdigest()
     if key not in _cache:
         while len(_cache) >= CACHE_SIZE:
             _cache.pop(next(iter(_cache)))
-        _cache[key] = NeuralImputer(
-            tuple(spans), _train(columns, missing, spans, seed), _observed_numbers(columns, missing, spans)
-        )
+        weights, numbers = _train(columns, missing, spans, seed), _observed_numbers(columns, missing, spans)
+        _cache[key] = NeuralImputer(tuple(spans), weights, numbers)
     return _cache[key]
 
 
@@ -268,7 +233,9 @@ def _train(columns: Array, missing: Mask, spans: list[Span], seed: int) -> tuple
             # A row hides between none and all of its fields, so that training meets any pattern of missing fields.
             share = torch.rand(len(rows), 1, generator=generator)
             hide = is_missing[rows] | (torch.rand(len(rows), fields, generator=generator) < share)
-            output = network(torch.cat([x[rows] * (1 - hide.float() @ owner), hide.float()], dim=1), weights, torch)
+            output = runtime.network(
+                torch.cat([x[rows] * (1 - hide.float() @ owner), hide.float()], dim=1), weights, torch
+            )
             loss = 0 * output.sum()  # A batch may hold rows without a single value.
             for index, span in enumerate(spans):
                 known = ~is_missing[rows, index]

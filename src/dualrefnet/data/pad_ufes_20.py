@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from dualrefnet.data.csv_table import index_images, other_columns, read_text_csv, shared_lesions
-from dualrefnet.data.schema import ID_COLUMNS, Dataset, DatasetSchema, MetadataField, normalise, require_columns
+from dualrefnet.data.schema import (
+    ID_COLUMNS,
+    Dataset,
+    DatasetSchema,
+    MetadataField,
+    categorical_field,
+    normalise,
+    numeric_field,
+    require_columns,
+)
 
 MALIGNANT = ("BCC", "MEL", "SCC")
 CLASS_NAMES = {
@@ -46,30 +55,22 @@ def _boolean(name: str, description: str, **options: Any) -> MetadataField:
     return MetadataField(name=name, kind="boolean", description=description, **options)
 
 
-def _number(name: str, description: str, **options: Any) -> MetadataField:
-    return MetadataField(name=name, kind="numeric", description=description, **options)
-
-
-def _category(name: str, categories: tuple[str, ...], description: str, **options: Any) -> MetadataField:
-    return MetadataField(name=name, kind="categorical", categories=categories, description=description, **options)
-
-
 FIELDS = (
     _boolean("smoke", "Does the patient smoke?"),
     _boolean("drink", "Does the patient drink alcohol?"),
-    _category("background_father", _COUNTRIES_FATHER, "Where the father's family came from", **_ORIGIN),
-    _category("background_mother", _COUNTRIES_MOTHER, "Where the mother's family came from", **_ORIGIN),
-    _number("age", "Age of the patient", unit="years", tier="M1", minimum=0, maximum=120, subgroup=True),
+    categorical_field("background_father", _COUNTRIES_FATHER, "Where the father's family came from", **_ORIGIN),
+    categorical_field("background_mother", _COUNTRIES_MOTHER, "Where the mother's family came from", **_ORIGIN),
+    numeric_field("age", "Age of the patient", unit="years", tier="M1", minimum=0, maximum=120, subgroup=True),
     _boolean("pesticide", "Does the patient work with pesticides?"),
-    _category("gender", ("FEMALE", "MALE"), "Sex of the patient", subgroup=True),
+    categorical_field("gender", ("FEMALE", "MALE"), "Sex of the patient", subgroup=True),
     _boolean("skin_cancer_history", "Has the patient or family had skin cancer?"),
     _boolean("cancer_history", "Has the patient or family had any cancer?"),
     _boolean("has_piped_water", "Is there piped water at home?"),
     _boolean("has_sewage_system", "Is there a sewage system at home?"),
-    _category("fitspatrick", ("1", "2", "3", "4", "5", "6"), "Fitzpatrick skin type", subgroup=True),
-    _category("region", _REGIONS, "Where on the body the lesion is", tier="M1", subgroup=True),
-    _number("diameter_1", "Longest diameter of the lesion", **_MILLIMETRES),
-    _number("diameter_2", "Diameter across the longest", **_MILLIMETRES),
+    categorical_field("fitspatrick", ("1", "2", "3", "4", "5", "6"), "Fitzpatrick skin type", subgroup=True),
+    categorical_field("region", _REGIONS, "Where on the body the lesion is", tier="M1", subgroup=True),
+    numeric_field("diameter_1", "Longest diameter of the lesion", **_MILLIMETRES),
+    numeric_field("diameter_2", "Diameter across the longest", **_MILLIMETRES),
     _boolean("itch", "Does it itch?", **_SYMPTOM),
     _boolean("grew", "Has it grown?", **_SYMPTOM),
     _boolean("hurt", "Does it hurt?", **_SYMPTOM),

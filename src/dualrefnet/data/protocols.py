@@ -1,7 +1,7 @@
 """Protocols: how the rows of a lesion table become train, validation and test split.
 
-`paper` rebuilds Table 1 of the paper to the row, leaks included. `grouped` and `grouped-cv` keep all rows of one patient
-(where the data set names no patients: of one lesion; `DatasetSchema.unit`) within one split.
+`paper` rebuilds Table 1 of the paper to the row, leaks included. `grouped` and `grouped-cv` keep all rows of one unit
+(`DatasetSchema.unit`: a patient, or a lesion where the data set names no patients) within one split.
 """
 
 from __future__ import annotations
@@ -152,9 +152,8 @@ def split_counts(split: pd.DataFrame, classes: tuple[str, ...]) -> pd.DataFrame:
 def missing_classes(split: pd.DataFrame, classes: tuple[str, ...]) -> list[str]:
     """Say which classes have no image in the validation or test split: their metrics will be undefined."""
     counts = split_counts(split, classes).drop(index="total")
-    return [
-        f"class {label} has no image in {name}" for name in ("val", "test") for label in counts.index[counts[name] == 0]
-    ]
+    missing = [(label, name) for name in ("val", "test") for label in counts.index[counts[name] == 0]]
+    return [f"class {label} has no image in {name}" for label, name in missing]
 
 
 def leakage(dataset: Dataset, split: pd.DataFrame) -> dict[str, Any]:

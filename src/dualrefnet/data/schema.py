@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -31,35 +31,22 @@ IDENTIFIER_NAMES = frozenset(["patient_id", "lesion_id", "image_id", "img_id", "
 
 
 class MetadataField(BaseModel):
-    """One metadata field.
-
-    Attributes:
-        name: column of the lesion table.
-        kind: numeric, boolean (`True` / `False`) or categorical.
-        unit: unit of a numeric field, such as `years` or `mm`.
-        tier: M1 if it is recorded for every patient, M2 if it may be missing.
-        categories: legal values of a categorical field, in column order; empty: learned from the training rows.
-        missing_codes: strings that stand for "not known", such as `UNK`.
-        aliases: spellings of one value, such as BRASIL -> BRAZIL.
-        minimum: smallest plausible number.
-        maximum: largest plausible number.
-        description: the field in plain words, as a question or a noun.
-        subgroup: compare results between its values.
-    """
+    """One metadata field."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
-    kind: Kind
-    unit: str | None = None
-    tier: FieldTier = "M2"
+    name: str  # column of the lesion table
+    kind: Kind  # numeric, boolean (`True` / `False`) or categorical
+    unit: str | None = None  # unit of a numeric field, such as `years` or `mm`
+    tier: FieldTier = "M2"  # M1 if it is recorded for every patient, M2 if it may be missing
+    # legal values of a categorical field, in column order; empty: learned from the training rows
     categories: tuple[str, ...] = ()
-    missing_codes: tuple[str, ...] = ()
-    aliases: dict[str, str] = Field(default_factory=dict)
-    minimum: float | None = None
-    maximum: float | None = None
-    description: str = ""
-    subgroup: bool = False
+    missing_codes: tuple[str, ...] = ()  # strings that stand for "not known", such as `UNK`
+    aliases: dict[str, str] = Field(default_factory=dict)  # spellings of one value, such as BRASIL -> BRAZIL
+    minimum: float | None = None  # smallest plausible number
+    maximum: float | None = None  # largest plausible number
+    description: str = ""  # the field in plain words, as a question or a noun
+    subgroup: bool = False  # compare results between its values
 
     @model_validator(mode="after")
     def _may_be_a_feature(self) -> MetadataField:
@@ -67,36 +54,30 @@ class MetadataField(BaseModel):
         return self
 
 
-class DatasetSchema(BaseModel):
-    """What the columns of a lesion table mean.
+def numeric_field(name: str, description: str, **options: Any) -> MetadataField:
+    return MetadataField(name=name, kind="numeric", description=description, **options)
 
-    Attributes:
-        name: the adapter's name.
-        title: name for people.
-        classes: labels in the order of the model's outputs.
-        malignant: the classes that are cancer.
-        class_names: label -> what it stands for.
-        fields: the metadata fields.
-        group_by: the column whose groups stay within one split.
-        licence: under which the data may be used.
-        citation: what to cite.
-        official_rows: number of rows of the official release; None if there is none.
-        synthetic: True if the images are made by a program; every table and page says so.
-    """
+
+def categorical_field(name: str, categories: tuple[str, ...], description: str, **options: Any) -> MetadataField:
+    return MetadataField(name=name, kind="categorical", categories=categories, description=description, **options)
+
+
+class DatasetSchema(BaseModel):
+    """What the columns of a lesion table mean."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
-    title: str
-    classes: tuple[str, ...]
-    malignant: tuple[str, ...] = ()
-    class_names: dict[str, str] = Field(default_factory=dict)
-    fields: tuple[MetadataField, ...] = ()
-    group_by: Literal["patient_id", "lesion_id"] = "patient_id"
-    licence: str = ""
-    citation: str = ""
-    official_rows: int | None = None
-    synthetic: bool = False
+    name: str  # the adapter's name
+    title: str  # name for people
+    classes: tuple[str, ...]  # labels in the order of the model's outputs
+    malignant: tuple[str, ...] = ()  # the classes that are cancer
+    class_names: dict[str, str] = Field(default_factory=dict)  # label -> what it stands for
+    fields: tuple[MetadataField, ...] = ()  # the metadata fields
+    group_by: Literal["patient_id", "lesion_id"] = "patient_id"  # the column whose groups stay within one split
+    licence: str = ""  # under which the data may be used
+    citation: str = ""  # what to cite
+    official_rows: int | None = None  # number of rows of the official release; None if there is none
+    synthetic: bool = False  # True if the images are made by a program; every table and page says so
 
     @model_validator(mode="after")
     def _consistent(self) -> DatasetSchema:
@@ -122,29 +103,21 @@ class DatasetSchema(BaseModel):
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A data set as its adapter read it.
+    """A data set as its adapter read it."""
 
-    Attributes:
-        table: the lesion table, one row an image, in the order of the published file; `image_path` is None for a row
-            whose image isn't on this disk.
-        schema: what the columns mean.
-        root: the folder that was read.
-        value_warnings: metadata values that were made missing, one sentence a field and reason.
-        notes: what else the user should know, one sentence each.
-        other_columns: the published columns that are neither ids nor label nor metadata field, as text, with the index
-            of `table`: never features, but an audit looks at them.
-        image_folders: where its images lie.
-        shared_lesions: published lesion ids that several patients use.
-    """
-
+    # the lesion table, one row an image, in the order of the published file; `image_path` is None for a row whose image
+    # isn't on this disk
     table: pd.DataFrame
-    schema: DatasetSchema
-    root: Path
+    schema: DatasetSchema  # what the columns mean
+    root: Path  # the folder that was read
+    # metadata values that were made missing, one sentence a field and reason
     value_warnings: list[str] = dataclasses.field(default_factory=list)
-    notes: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)  # what else the user should know, one sentence each
+    # the published columns that are neither ids nor label nor metadata field, as text, with the index of `table`: never
+    # features, but an audit looks at them
     other_columns: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
-    image_folders: tuple[Path, ...] = ()
-    shared_lesions: tuple[str, ...] = ()
+    image_folders: tuple[Path, ...] = ()  # where its images lie
+    shared_lesions: tuple[str, ...] = ()  # published lesion ids that several patients use
 
     @property
     def warnings(self) -> list[str]:
@@ -158,11 +131,7 @@ class Dataset:
 
 
 def refuse_forbidden_features(names: list[str]) -> None:
-    """Refuse columns that hold the label or identify the patient.
-
-    Raises:
-        DataError: one of `names` is derived from the label, decided after the diagnosis, or an identifier.
-    """
+    """Raise a DataError if one of `names` is derived from the label, decided after the diagnosis, or an identifier."""
     for name in names:
         word = re.sub(r"\W+", "_", name.strip().lower())
         if word in LABEL_DERIVED_NAMES:

@@ -13,7 +13,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,19 +47,12 @@ def default_cache() -> Path:
 
 @dataclass(frozen=True)
 class ImageStore:
-    """A filled image store.
-
-    Attributes:
-        path: its folder.
-        image_ids: ids in row order.
-        side: S, pixels.
-        broken: image id -> why it could not be read.
-    """
+    """A filled image store."""
 
     path: Path
-    image_ids: tuple[str, ...]
-    side: int
-    broken: dict[str, str]
+    image_ids: tuple[str, ...]  # in row order
+    side: int  # S, pixels
+    broken: dict[str, str]  # image id -> why it could not be read
 
     def rows_of(self, image_ids: Sequence[str]) -> NDArray[np.int64]:
         """Return the row of every id; KeyError if one isn't in the store."""
@@ -77,10 +70,10 @@ class ImageStore:
 
 @dataclass(frozen=True)
 class Part:
-    """One array of a derived store: NumPy's name of the type, such as `float32`, and the shape of one row."""
+    """One array of a derived store."""
 
-    dtype: str
-    shape: tuple[int, ...]
+    dtype: str  # NumPy's name, such as `float32`
+    shape: tuple[int, ...]  # of one row
 
     @property
     def row_bytes(self) -> int:
@@ -90,10 +83,10 @@ class Part:
 
 @dataclass(frozen=True)
 class DerivedStore:
-    """A filled derived store: its folder, the number of rows (as many as the image store has), and its arrays."""
+    """A filled derived store."""
 
     path: Path
-    count: int
+    count: int  # rows, as many as the image store has
     parts: dict[str, Part]
 
     def read(self, rows: NDArray[np.int64]) -> Arrays:
@@ -113,32 +106,23 @@ def fill_store(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> ImageStore:
-    """Return the store of the table's images, filling what is missing.
+    """Return the store of the table's images (`image_id`, existing `image_path`), filling what is missing.
 
-    Args:
-        table: rows with `image_id` and an existing `image_path`.
-        section: preprocessing settings.
-        side: S; None: `section.size`.
-        cache: where stores lie; None: `default_cache()`.
-        workers: threads; None: one a core.
-        progress: called with (images done, images in all).
-
-    Raises:
-        DataError: no rows, a file has vanished, the disk has no room, or the store is damaged.
+    The side is `section.size` unless given. Stores lie in `cache`, or `default_cache()`. `progress` is called with
+    (images done, images in all). A DataError if there are no rows, a file has vanished, the disk has no room, or the
+    store is damaged.
     """
     if len(table) == 0:
         raise DataError("there is no image to prepare: no row of the table has its image on this disk")
-    size, ids = side or section.size, [str(value) for value in table["image_id"]]
+    size = side or section.size
     folder = (cache or default_cache()) / "stores" / f"{_fingerprint(table, section, size)}-{size}px"
 
     def fill(partial: Path) -> None:
-        paths, threads = list(table["image_path"]), workers or os.cpu_count() or 1
-        broken = _fill_images(partial, paths, ids, section, size, threads, progress)
+        broken = _fill_images(partial, table, section, size, workers or os.cpu_count() or 1, progress)
         reasons = {"image_id": list(broken), "reason": list(broken.values())}
         write_csv(partial / "broken.csv", pd.DataFrame(reasons, dtype=object))
-        settings = section.model_dump(mode="json")
-        index = {"format": FORMAT, "side": size, "settings": settings, "image_ids": ids}
-        write_json(partial / "index.json", index)
+        index = {"format": FORMAT, "side": size, "settings": section.model_dump(mode="json")}
+        write_json(partial / "index.json", {**index, "image_ids": table["image_id"].astype(str).tolist()})
 
     _fill_once(folder, fill)
     return open_store(folder)
@@ -152,7 +136,7 @@ def open_store(path: Path) -> ImageStore:
         if (path / "images.u8").stat().st_size != len(index["image_ids"]) * index["side"] ** 2 * 3:
             raise ValueError
     except (FileNotFoundError, ValueError):
-        raise _damaged(path) from None
+        raise DataError(f"the store {path} is damaged; delete that folder, and it is filled again") from None
     reasons = dict(zip(broken["image_id"], broken["reason"], strict=True))
     return ImageStore(path, tuple(index["image_ids"]), index["side"], reasons)
 
@@ -172,15 +156,10 @@ def _fingerprint(table: pd.DataFrame, section: ImageSection, side: int) -> str:
 
 
 def _fill_images(
-    partial: Path,
-    paths: list[str],
-    ids: list[str],
-    section: ImageSection,
-    side: int,
-    workers: int,
-    progress: Progress | None,
+    partial: Path, table: pd.DataFrame, section: ImageSection, side: int, workers: int, progress: Progress | None
 ) -> dict[str, str]:
     """Fill the rows that an earlier, interrupted filling has left; return image id -> reason for the broken ones."""
+    ids, paths = table["image_id"].astype(str).tolist(), table["image_path"].tolist()
     count, row_bytes, marks = len(ids), side * side * 3, partial / "status.u8"
     if _reserve(partial / "images.u8", count * row_bytes, extra=count):
         marks.unlink(missing_ok=True)
@@ -226,19 +205,10 @@ def fill_derived_store(
     batch: int = 32,
     progress: Progress | None = None,
 ) -> DerivedStore:
-    """Return the store of what `compute` makes of each image, computing what is missing.
+    """Return the store of what `compute` makes of the source's images, computing what is missing.
 
-    Args:
-        source: the images.
-        name: what the arrays are, for the folder's name.
-        settings: plain JSON values on which the arrays depend, besides the images.
-        parts: the arrays of one image.
-        compute: maps (B, S, S, 3) images to the parts, each (B, *shape).
-        batch: images computed at once.
-        progress: called with (images done, images in all).
-
-    Raises:
-        DataError: the disk has no room, or an earlier store is damaged.
+    `compute` maps (B, S, S, 3) images to the `parts`, each (B, *shape). `settings` are the plain JSON values on which
+    they depend, besides the images. A DataError if the disk has no room, or an earlier store is damaged.
     """
     count = len(source.image_ids)
     key = sha256_of_json({"format": FORMAT, "source": source.path.name, "settings": dict(settings)})[:20]
@@ -267,7 +237,7 @@ def fill_derived_store(
     _fill_once(folder, fill)
     for part, shape in parts.items():
         if not (folder / part).is_file() or (folder / part).stat().st_size != count * shape.row_bytes:
-            raise _damaged(folder)
+            raise DataError(f"the store {folder} is damaged; delete that folder, and it is filled again")
     return DerivedStore(folder, count, dict(parts))
 
 
@@ -279,46 +249,38 @@ def _fill_once(folder: Path, fill: Callable[[Path], None]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_name(folder.name + ".lock")):
         if folder.is_dir():
-            return
+            return  # Another process has filled it meanwhile.
         partial.mkdir(exist_ok=True)
         try:
             fill(partial)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise DataError(
-                f"the disk is full: {folder.parent} has no room for the image store; what is done is kept, "
-                "free some space and run again"
-            ) from error
+            kept = "what is done is kept, free some space and run again"
+            raise DataError(f"the disk is full: {folder.parent} has no room for the store; {kept}") from error
         os.replace(partial, folder)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
-        try:
+        # Windows has no flock; two fillings at once then write the same bytes twice.
+        with suppress(ImportError):
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX)
-        except ImportError:  # Windows has no flock; two fillings at once then write the same bytes twice.
-            pass
         yield
 
 
 def _reserve(path: Path, size: int, extra: int = 0) -> bool:
-    """Make a file of `size` bytes whose disk space is taken; return False if it was there already.
-
-    `extra` bytes will be needed beside it. A DataError if the disk has no room; nothing half made stays then.
-    """
+    """Make a file of `size` bytes, their disk space taken and `extra` left; return False if it was there already."""
     have = path.stat().st_size if path.exists() else 0
     if have == size:
         return False
     free = shutil.disk_usage(path.parent).free
     if free + have < size + extra:
-        raise DataError(
-            f"the image store needs {size / 2**30:.2f} GiB in {path.parent.parent} and {free / 2**30:.2f} GiB are free; "
-            f"free some space, or set {CACHE_VARIABLE} to a folder on a larger disk"
-        )
+        needed = f"the store needs {size / 2**30:.2f} GiB in {path.parent.parent} and {free / 2**30:.2f} GiB are free"
+        raise DataError(f"{needed}; free some space, or set {CACHE_VARIABLE} to a folder on a larger disk")
     try:
         with path.open("wb") as file:
             # Space that is only promised (a sparse file) would end in a crash of the map when the disk is full.
@@ -332,16 +294,12 @@ def _reserve(path: Path, size: int, extra: int = 0) -> bool:
     return True
 
 
-def _damaged(folder: Path) -> DataError:
-    return DataError(f"the store {folder} is damaged; delete that folder, and it is filled again")
-
-
 def map_ahead(
     work: Callable[[Item], Result], items: Sequence[Item], workers: int, ahead: int
 ) -> Generator[Result, None, None]:
     """Yield `work` of each item in order, computed in threads at most `ahead` items before the reader.
 
-    Memory stays flat for any number of items, and a reader that stops early (close it!) waits for the running ones only.
+    Memory stays flat for any number of items, and closing the generator early waits for the running ones only.
     """
     coming: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(workers) as pool:

@@ -38,7 +38,7 @@ SCHEMA = pad_ufes_20.SCHEMA.model_copy(
         "name": "sample",
         "title": "Synthetic sample (made by a program, not clinical)",
         "licence": "Apache-2.0",
-        "citation": "The synthetic sample of dualrefnet: images and patients made by a program, for testing software only",
+        "citation": "Synthetic sample of dualrefnet: images and patients made by a program, for testing software only",
         "official_rows": None,
         "synthetic": True,
     }
@@ -143,9 +143,7 @@ def make_synthetic(
         DataError: `root` holds something else, a number is too small, or the disk is full.
     """
     if images < MINIMUM_IMAGES:
-        raise DataError(
-            f"{images} images are too few for patients of every class in every split: {MINIMUM_IMAGES} at least"
-        )
+        raise DataError(f"at least {MINIMUM_IMAGES} images, not {images}, give patients of every class in every split")
     if side < MINIMUM_SIDE:
         raise DataError(f"synthetic images have a side of at least {MINIMUM_SIDE} pixels, not {side}")
     if seed < 0:
@@ -170,7 +168,7 @@ def make_synthetic(
 
 def _clear(root: Path) -> None:
     """Empty the folder of a synthetic sample, and refuse any other folder that holds something."""
-    if root.exists() and not root.is_dir():
+    if root.is_file():
         raise DataError(f"{root} is a file; give a folder for the synthetic sample")
     if not root.exists() or not any(root.iterdir()):
         return

@@ -1,7 +1,7 @@
 """Images of the synthetic sample: skin with a lesion, rendered by a program. Nothing here is clinical.
 
-A lesion is a stack of maps on its own canvas (pigment, blood, scale, crust, relief); an image puts that canvas onto skin
-with its own framing, light, focus and noise. Two images of one lesion therefore show the same lesion.
+A lesion is a stack of maps on its own canvas (pigment, blood, scale, crust, relief); an image puts that canvas onto
+skin with its own framing, light, focus and noise. Two images of one lesion therefore show the same lesion.
 """
 
 from __future__ import annotations
@@ -114,18 +114,10 @@ def draw_lesion(label: str, rng: Random) -> Lesion:
 def render_lesion(
     lesion: Lesion, skin_type: int, radius: float, hairs: float, rng: Random, side: int
 ) -> NDArray[np.uint8]:
-    """Render a lesion on skin.
+    """Render a lesion on skin of a Fitzpatrick type, 1..6; return (side, side, 3) RGB.
 
-    Args:
-        lesion: what `draw_lesion` gave.
-        skin_type: Fitzpatrick type, 1..6.
-        radius: mean radius of the lesion as a share of the side, before framing.
-        hairs: expected number of hairs.
-        rng: makes framing, skin, light, focus and noise.
-        side: side of the image in pixels.
-
-    Returns:
-        (side, side, 3) RGB.
+    `radius` is the lesion's mean radius as a share of the side, before framing; `hairs` the expected number of hairs;
+    `rng` draws framing, skin, light, focus and noise.
     """
     frame = _framing(radius, rng, side)
     melanin, blood, blue = cv2.split(cv2.warpAffine(lesion.pigments, frame, (side, side), flags=cv2.INTER_LINEAR))

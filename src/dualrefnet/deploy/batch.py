@@ -1,111 +1,135 @@
-"""Tables of forms, read row by row: a CSV of a million patients takes no more memory than one of ten."""
+"""Prediction of many images into one CSV, resumable, in memory that doesn't grow with their number.
 
-# also: The list of what shall be predicted: counted before the work begins, gone through lazily, and recognised when it
-# is resumed.
-# also: The table of a long prediction: rows are added as they come, a killed process loses the last of them, and the
-# next one goes on.
-# also: Prediction of many photographs into one CSV, with memory that doesn't grow, and resumable.
-# also: What a person sees of a prediction that takes hours: how many are done, how fast, how long it will take; on
-# standard error.
+Rows are predicted in chunks. Each finished chunk is a file in the folder `OUT.chunks`; `--resume` skips those that are
+there, and at the end they are joined. A chunk holds whole batches: the last digit of a prediction may depend on the
+other images of its batch, and an interrupted result must equal an uninterrupted one to the byte.
+"""
 
 from __future__ import annotations
 
 import csv
-import errno
 import hashlib
 import io
-import json
 import os
-import sqlite3
+import shutil
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 import dualrefnet
 from dualrefnet.data.csv_table import IMAGE_SUFFIXES
 from dualrefnet.deploy.predictor import Predictor
 from dualrefnet.errors import DataError, ImageError
-from dualrefnet.files import read_json, sha256_of_file, sha256_of_json, write_json
-from dualrefnet.progress import console, remark, warn
+from dualrefnet.files import atomic_path, read_json, sha256_of_file, sha256_of_json, write_json
+from dualrefnet.progress import ShowProgress, console, progress_bar, remark, warn
 from dualrefnet.runtime.prediction import Prediction
 
-KEY_COLUMNS = ("image", "image_id", "img_id", "isic_id", "file", "filename")
+BATCH = 32
+# Batches in a chunk: what a killed process loses at most, and what a Ray actor is given at once.
+CHUNK = 16
+# Columns that may name the image of a row of metadata.
+IMAGE_COLUMNS = ("image", "image_id", "img_id", "isic_id", "file", "filename")
+# Seconds between two lines of progress where there is no terminal.
+EVERY = 60.0
+# Files of a run or a bundle that change its predictions; others, such as metrics.json, may be written again meanwhile.
+_DECISIVE = (
+    *("model.json", "model.safetensors", "calibration.json", "out_of_scope.safetensors"),
+    *("bundle.json", "model.onnx", "model.int8.onnx"),
+)
+_AFTER = ("malignancy", "refer", "out_of_scope", "warnings", "error")
 
 
-Form = dict[str, str]
+@dataclass(frozen=True)
+class Case:
+    """One row to predict.
+
+    Attributes:
+        name: of the row in the result.
+        path: of the image; None: missing.
+        metadata: values by field.
+        error: why it can't be predicted, if that is known already.
+    """
+
+    name: str
+    path: Path | None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    error: str = ""
 
 
-# KiB of the table of forms that SQLite holds in memory; the rest lies in a temporary file.
-_CACHE = 32 * 1024
+class Cases(Protocol):
+    """Rows to predict, in an order that doesn't change."""
+
+    total: int
+    fingerprint: dict[str, str]
+
+    def __iter__(self) -> Iterator[Case]: ...
 
 
-def form_key(name: Path | str) -> str:
-    """Return what joins an image and its form: the file's name without folder and image suffix."""
-    path = Path(name)
-    return path.stem if path.suffix.lower() in IMAGE_SUFFIXES else path.name
+# Number of the chunk, and its rows; a chunk's CSV without header.
+Chunk = tuple[int, list[Case]]
+# An image, None, or why the case can't be predicted.
+Prepared = NDArray[np.uint8] | str | None
+Work = Callable[[Iterator[Chunk]], Iterator[tuple[int, bytes]]]
 
 
-class FormsTable:
-    """A CSV with a row of answers for every patient.
+class MetadataTable:
+    """A CSV with metadata, read row by row.
 
     Attributes:
         path: the file.
         columns: its header.
-        known: the columns that the model reads, in its order.
-        ignored: those that it doesn't; whoever knows what else is read takes it out.
+        image_column: which of them names the image; None: none does.
     """
 
-    def __init__(self, path: Path, fields: Sequence[str]) -> None:
-        """Read the header.
+    def __init__(self, path: Path, fields: Sequence[str], image_columns: Sequence[str]) -> None:
+        """Read the header, and warn of columns that the model doesn't read.
 
         Raises:
-            DataError: the file is missing, empty, not UTF-8 text, or two of its columns have one name.
+            DataError: the file is missing, empty, not UTF-8 text, has two columns of one name, or none of the fields.
         """
         self.path = path
-        self.columns: list[str] = []
-        for cells in self._read():
-            self.columns = cells
-            break
+        self.columns = next(self._read(), [])
         if not any(self.columns):
             raise DataError(f"{path} is empty")
         twice = {name for name in self.columns if self.columns.count(name) > 1}
         if twice:
             raise DataError(f"{path} has two columns called {', '.join(sorted(twice))}; keep one")
-        self.known = [name for name in fields if name in self.columns]
-        self.ignored = [name for name in self.columns if name not in self.known]
-        self._places = [self.columns.index(name) for name in self.known]
+        self.image_column = next((name for name in image_columns if name in self.columns), None)
+        self.fields = {name: self.columns.index(name) for name in fields if name in self.columns}
+        ignored = [name for name in self.columns if name not in self.fields and name != self.image_column]
+        if fields and ignored and not self.fields:
+            raise DataError(f"{path} has none of the model's fields: {', '.join(fields)}")
+        if ignored:
+            warn(f"columns of {path} that the model doesn't read: {', '.join(ignored)}")
 
-    def rows(self) -> Iterator[list[str]]:
-        """Go through the rows' cells; empty lines are no rows.
+    def rows(self) -> Iterator[tuple[str, dict[str, str], str]]:
+        """Give each row's image ("" if it has none), its values (an empty cell is missing), and its error.
 
         Raises:
             DataError: the file is no CSV, or not UTF-8.
         """
-        rows = self._read()
-        next(rows)
-        yield from rows
-
-    def form(self, cells: Sequence[str]) -> Form:
-        """Return the answers of a row; an empty cell is no answer.
-
-        Raises:
-            DataError: the row has more or fewer cells than the header.
-        """
-        if len(cells) != len(self.columns):
-            raise DataError(f"the row has {len(cells)} cells and the header of {self.path.name} {len(self.columns)}")
-        return {name: cells[place] for name, place in zip(self.known, self._places, strict=True) if cells[place]}
+        place = self.columns.index(self.image_column) if self.image_column else len(self.columns)
+        for cells in islice(self._read(), 1, None):
+            image = cells[place] if place < len(cells) else ""
+            if len(cells) == len(self.columns):
+                yield image, {name: cells[index] for name, index in self.fields.items() if cells[index]}, ""
+            else:
+                yield (
+                    image,
+                    {},
+                    f"the row has {len(cells)} cells and the header of {self.path.name} {len(self.columns)}",
+                )
 
     def _read(self) -> Iterator[list[str]]:
         if not self.path.is_file():
@@ -119,220 +143,98 @@ class FormsTable:
                 raise DataError(f"{self.path} can't be read as CSV after line {reader.line_num}: {error}") from None
 
 
-class FormsIndex:
-    """The forms of a CSV by image, in a temporary file that vanishes with the process.
+class ImageCases:
+    """Image files and folders, and a table of metadata that is joined by the image's name.
 
-    Attributes:
-        table: the CSV.
-    """
-
-    def __init__(self, path: Path, fields: Sequence[str]) -> None:
-        """Read the whole CSV once.
-
-        Args:
-            path: it has a key column (`image`: file name or id) and columns of answers.
-            fields: what the model reads.
-
-        Raises:
-            DataError: there is no key column, an image has two rows, a row has too many cells, or no column is one of
-                the fields.
-        """
-        self.table = FormsTable(path, fields)
-        key = next((name for name in KEY_COLUMNS if name in self.table.columns), None)
-        if key is None:
-            raise DataError(
-                f"{path} names no images: it needs a column image (file name or id); it has: {', '.join(self.table.columns)}"
-            )
-        if fields and not self.table.known:
-            raise DataError(f"{path} has none of the model's fields: {', '.join(fields)}")
-        self.table.ignored.remove(key)
-        self._place = self.table.columns.index(key)
-        # No name: SQLite takes a file in the folder for temporary ones, and removes its name at once.
-        self._database = sqlite3.connect("", isolation_level=None)
-        self._database.execute(f"PRAGMA cache_size = -{_CACHE}")
-        self._database.execute("CREATE TABLE forms (key TEXT, answers TEXT)")
-        self._database.execute("BEGIN")
-        self._database.executemany("INSERT INTO forms VALUES (?, ?)", self._rows())
-        self._database.execute("COMMIT")
-        try:
-            self._database.execute("CREATE UNIQUE INDEX place ON forms (key)")
-        except sqlite3.IntegrityError:
-            (twice,) = self._database.execute(
-                "SELECT key FROM forms GROUP BY key HAVING count(*) > 1 LIMIT 1"
-            ).fetchone()
-            raise DataError(f"{path} has two rows for image {twice}; keep one") from None
-
-    def find(self, image: Path | str) -> Form | None:
-        """Return the form of an image; None if the table has none."""
-        # Names that aren't UTF-8 have no form: SQLite can't even be asked for them.
-        key = form_key(image).encode("utf-8", errors="replace").decode()
-        found = self._database.execute("SELECT answers FROM forms WHERE key = ?", (key,)).fetchone()
-        return None if found is None else json.loads(found[0])
-
-    def _rows(self) -> Iterator[tuple[str, str]]:
-        for number, cells in enumerate(self.table.rows(), start=1):
-            try:
-                form = self.table.form(cells)
-            except DataError as error:
-                raise DataError(f"{self.table.path}, row {number}: {error}") from None
-            yield form_key(cells[self._place]), json.dumps(form, ensure_ascii=False)
-
-
-IMAGE_COLUMN = "image"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row to predict.
-
-    Attributes:
-        name: what the result calls it.
-        path: its photograph; None: there is none.
-        form: its answers.
-        error: why it can't be predicted; empty if nothing is known against it.
-    """
-
-    name: str
-    path: Path | None
-    form: Mapping[str, str] = field(default_factory=dict)
-    error: str = ""
-
-
-class Cases(Protocol):
-    """Rows to predict, in an order that doesn't change."""
-
-    @property
-    def total(self) -> int:
-        """How many there are."""
-
-    @property
-    def made_of(self) -> dict[str, str]:
-        """What tells this list from another one: names and hashes."""
-
-    def start_at(self, first: int) -> Iterator[Case]:
-        """Go through the rows from the one with this number, counted from 0."""
-
-
-class FileCases:
-    """Image files and folders, and a table of forms beside them.
-
-    The list is kept in a temporary file that vanishes with the process: a folder may hold more names than memory
-    should.
+    Folders are walked again for each pass rather than kept; a folder's own names are sorted in memory. The table is
+    held in memory: about 300 bytes a row, so 300 MB for a million of them.
     """
 
     def __init__(self, sources: Sequence[Path], metadata: Path | None, predictor: Predictor) -> None:
-        """List the files; none of them is opened.
+        """List the images; none of them is opened.
 
         Args:
             sources: files, and folders that are searched with what is below them.
-            metadata: CSV with a key column (`image`: file name or id) and columns of answers, or None.
-            predictor: the model that says which answers it reads.
+            metadata: CSV with a column that names the image (file name or id) and columns of fields, or None.
+            predictor: the model, for the fields that it reads.
 
         Raises:
-            DataError: there is no image, a source doesn't exist, or the CSV isn't what it must be.
+            DataError: there is no image, a source doesn't exist, or the CSV is invalid.
         """
-        self._forms = FormsIndex(metadata, [item.name for item in predictor.fields]) if metadata else None
-        if self._forms is not None:
-            _say_ignored(self._forms.table)
-        self._files = sqlite3.connect("", isolation_level=None)
-        self._files.execute("CREATE TABLE files (number INTEGER PRIMARY KEY, path BLOB)")
-        self._files.execute("BEGIN")
-        digest, self._total, without = hashlib.sha256(), 0, 0
+        self._sources = sources
+        self._fields: tuple[str, ...] = ()
+        self._metadata: dict[str, tuple[str, ...]] = {}
+        if metadata:
+            self._join(MetadataTable(metadata, [field.name for field in predictor.fields], IMAGE_COLUMNS))
+        digest, self.total, without = hashlib.sha256(), 0, 0
         for path in walk_images(sources):
-            name = os.fsencode(path)
-            digest.update(name + b"\0")
-            self._files.execute("INSERT INTO files VALUES (?, ?)", (self._total, name))
-            self._total += 1
-            without += self._forms is not None and self._forms.find(path) is None
-        self._files.execute("COMMIT")
-        if not self._total:
+            digest.update(os.fsencode(path) + b"\0")
+            self.total += 1
+            without += _key(path) not in self._metadata
+        if not self.total:
+            suffixes = " ".join(IMAGE_SUFFIXES)
+            raise DataError(f"no image is in {', '.join(map(str, sources))}; known suffixes: {suffixes}")
+        if metadata and without:
+            warn(f"{without} of {self.total} images have no row in {metadata}: all of their metadata are missing")
+        self.fingerprint = {"images": digest.hexdigest(), "metadata": sha256_of_file(metadata) if metadata else ""}
+
+    def __iter__(self) -> Iterator[Case]:
+        for path in walk_images(self._sources):
+            values = zip(self._fields, self._metadata.get(_key(path), ()), strict=False)
+            yield Case(str(path), path, {name: value for name, value in values if value})
+
+    def _join(self, table: MetadataTable) -> None:
+        if table.image_column is None:
             raise DataError(
-                f"no image is in {', '.join(map(str, sources))}; known suffixes: {' '.join(IMAGE_SUFFIXES)}"
+                f"{table.path} names no images: it needs a column image (file name or id); it has: "
+                f"{', '.join(table.columns)}"
             )
-        if without:
-            warn(f"{without} of {self._total} images have no row in {metadata}: all of their metadata are missing")
-        self._made_of = {"images": digest.hexdigest(), "metadata": sha256_of_file(metadata) if metadata else ""}
-
-    @property
-    def total(self) -> int:
-        """How many files there are."""
-        return self._total
-
-    @property
-    def made_of(self) -> dict[str, str]:
-        """Hashes of the files' names, in order, and of the table's content."""
-        return self._made_of
-
-    def start_at(self, first: int) -> Iterator[Case]:
-        """Go through the files from the one with this number, counted from 0."""
-        for (name,) in self._files.execute("SELECT path FROM files WHERE number >= ? ORDER BY number", (first,)):
-            path = Path(os.fsdecode(name))
-            yield Case(str(path), path, (self._forms.find(path) if self._forms else None) or {})
+        self._fields = tuple(table.fields)
+        for number, (image, values, error) in enumerate(table.rows(), start=1):
+            if error:
+                raise DataError(f"{table.path}, row {number}: {error}")
+            if _key(image) in self._metadata:
+                raise DataError(f"{table.path} has two rows for image {_key(image)}; keep one")
+            # Most values are those of other rows.
+            self._metadata[_key(image)] = tuple(sys.intern(values.get(name, "")) for name in self._fields)
 
 
 class TableCases:
-    """A CSV with a row a patient: the column `image` is the photograph's path, the others are the form."""
+    """A CSV with a row a case: the column `image` is the path of the image, the others are metadata."""
 
     def __init__(self, path: Path, predictor: Predictor) -> None:
-        """Read the CSV once, to count its rows and to see that all of it can be read.
+        """Read the CSV once, to count its rows and to check that all of it can be read.
 
         Args:
             path: the CSV; paths in it are absolute, or relative to its folder.
-            predictor: the model that says what it reads.
+            predictor: the model, for what it reads.
 
         Raises:
-            DataError: the file is no such CSV, has no rows, or has no column `image` and the model needs photographs.
+            DataError: the CSV is invalid, has no rows, or has no column `image` and the model needs images.
         """
-        names = [item.name for item in predictor.fields]
-        self._table = FormsTable(path, names)
-        columns = self._table.columns
-        self._place = columns.index(IMAGE_COLUMN) if IMAGE_COLUMN in columns else None
+        self._table = MetadataTable(path, [field.name for field in predictor.fields], IMAGE_COLUMNS[:1])
         self._reads, self._needs = predictor.reads_image, predictor.needs_image
-        if self._place is None and self._needs:
+        if self._table.image_column is None and self._needs:
             raise DataError(
-                f"{path} has no column {IMAGE_COLUMN}, and this model needs photographs: name their files there, or take a model that "
-                f"answers without (metadata.imputation=token, or model.method=metadata_only); the columns are: {', '.join(columns)}"
+                f"{path} has no column {IMAGE_COLUMNS[0]}, and this model needs images: name their files there, or use "
+                "a model that does without (metadata.imputation=token, or model.method=metadata_only); the columns "
+                f"are: {', '.join(self._table.columns)}"
             )
-        if self._place is not None:
-            self._table.ignored.remove(IMAGE_COLUMN)
-        if names and self._table.ignored and not self._table.known:
-            raise DataError(f"{path} has none of the model's fields: {', '.join(names)}")
-        _say_ignored(self._table)
-        self._total = sum(1 for _ in self._table.rows())
-        if not self._total:
+        self.total = sum(1 for _ in self._table.rows())
+        if not self.total:
             raise DataError(f"{path} has no rows")
-        self._made_of = {"table": sha256_of_file(path)}
+        self.fingerprint = {"table": sha256_of_file(path)}
 
-    @property
-    def total(self) -> int:
-        """How many rows there are."""
-        return self._total
-
-    @property
-    def made_of(self) -> dict[str, str]:
-        """The hash of the table's content."""
-        return self._made_of
-
-    def start_at(self, first: int) -> Iterator[Case]:
-        """Go through the rows from the one with this number, counted from 0."""
-        for number, cells in enumerate(islice(self._table.rows(), first, None), start=first + 1):
-            yield self._case(number, cells)
-
-    def _case(self, number: int, cells: list[str]) -> Case:
-        image = cells[self._place] if self._place is not None and self._place < len(cells) else ""
-        # Without a name the row is called by its number.
-        name = image or str(number)
-        try:
-            form = self._table.form(cells)
-        except DataError as error:
-            return Case(name, None, {}, str(error))
-        if not image and self._needs:
-            return Case(name, None, {}, "the row names no photograph, and this model needs one")
-        return Case(name, self._table.path.parent / image if image and self._reads else None, form)
+    def __iter__(self) -> Iterator[Case]:
+        for number, (image, values, error) in enumerate(self._table.rows(), start=1):
+            if not error and not image and self._needs:
+                values, error = {}, "the row names no image, and this model needs one"
+            path = self._table.path.parent / image if image and self._reads and not error else None
+            yield Case(image or str(number), path, values, error)
 
 
-def walk_images(sources: Sequence[Path]) -> Iterator[Path]:
-    """Go through the image files that are meant: sorted within each folder, then those of the folders in it.
+def walk_images(sources: Iterable[Path]) -> Iterator[Path]:
+    """Go through image files: sorted within each folder, then those of the folders in it.
 
     Hidden files and folders are left out, and links to folders aren't followed.
 
@@ -340,239 +242,36 @@ def walk_images(sources: Sequence[Path]) -> Iterator[Path]:
         DataError: a source doesn't exist, or a folder can't be read.
     """
     for source in sources:
-        if source.is_dir():
-            yield from _below(source)
-        elif source.is_file():
+        if not source.is_dir():
+            if not source.is_file():
+                raise DataError(f"there is no file or folder {source}")
             yield source
-        else:
-            raise DataError(f"there is no file or folder {source}")
-
-
-def _below(top: Path) -> Iterator[Path]:
-    waiting = [top]
-    while waiting:
-        folder = waiting.pop()
-        # The names of one folder are sorted by SQLite, which puts on disk what would be too much for memory.
-        names = sqlite3.connect("", isolation_level=None)
-        names.execute("CREATE TABLE names (name BLOB)")
-        names.execute("BEGIN")
-        folders = []
+            continue
+        images, folders = [], []
         try:
-            with os.scandir(folder) as entries:
+            with os.scandir(source) as entries:
                 for entry in entries:
                     if entry.name.startswith("."):
                         continue
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(entry.name)
                     elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and entry.is_file():
-                        names.execute("INSERT INTO names VALUES (?)", (os.fsencode(entry.name),))
+                        images.append(entry.name)
         except OSError as error:
-            raise DataError(f"the folder {folder} can't be read: {error.strerror}") from None
-        for (name,) in names.execute("SELECT name FROM names ORDER BY name"):
-            yield folder / os.fsdecode(name)
-        names.close()
-        waiting += [folder / name for name in sorted(folders, reverse=True)]
+            raise DataError(f"the folder {source} can't be read: {error.strerror}") from None
+        yield from (source / name for name in sorted(images, key=os.fsencode))
+        yield from walk_images(source / name for name in sorted(folders))
 
 
-def _say_ignored(table: FormsTable) -> None:
-    if table.ignored:
-        warn(f"columns of {table.path} that the model doesn't read: {', '.join(table.ignored)}")
-
-
-# Seconds after which rows are on the disk even if the machine loses its power.
-SYNC_AFTER = 5.0
-
-
-def csv_lines(rows: Iterable[Sequence[str]]) -> bytes:
-    """Return rows as CSV; names that aren't UTF-8 are written with escapes."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode("utf-8", errors="backslashreplace")
-
-
-class ResultFile:
-    """A CSV whose rows come in order, in batches of a fixed size; use it as a context.
-
-    Rows are kept in whole batches only: what a model says of a photograph may differ in the last digit with the
-    photographs beside it,
-    and a result that was interrupted shall be the same to the byte as one that wasn't.
-
-    Attributes:
-        out: the file, once it is finished.
-        partial: where the rows are until then.
-        kept: rows of an earlier process that stay.
-        failed: rows, of all that are there, whose last column (`error`) isn't empty.
-    """
-
-    def __init__(
-        self, out: Path, columns: Sequence[str], made_of: Mapping[str, Any], total: int, batch: int, resume: bool
-    ) -> None:
-        """Begin, or go on.
-
-        Args:
-            out: the file to write.
-            columns: its header; the last column is `error`.
-            made_of: what the rows depend on, for JSON; a file that was made of something else isn't gone on with.
-            total: rows when it is finished.
-            batch: rows in a batch.
-            resume: go on with what an earlier process left; begin if it left nothing.
-
-        Raises:
-            DataError: an earlier process left rows and `resume` is False, they were made of something else, another
-                process is
-                writing, or there is nothing to go on with but a finished file.
-        """
-        self.out, self.total, self.batch = out, total, batch
-        self.partial = out.with_name(f"{out.name}.partial")
-        self._description = out.with_name(f"{out.name}.partial.json")
-        self._header = csv_lines([columns])
-        self.kept = self.failed = 0
-        made_of = {**made_of, "rows": total, "batch": batch}
-        if out.is_dir():
-            raise DataError(f"{out} is a folder; name a file, such as {out / 'predictions.csv'}")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if self.partial.exists() and not resume:
-            raise DataError(
-                f"{self.partial} is what an unfinished prediction left: --resume goes on with it; to begin anew, remove it and "
-                f"{self._description}"
-            )
-        if self.partial.exists():
-            self._compare(made_of)
-        elif resume and out.exists():
-            raise DataError(f"{out} is finished and nothing is left to resume; without --resume it is made again")
-        else:
-            write_json(self._description, made_of)
-        self._file = self._locked()
-        try:
-            self._keep_whole_batches()
-        except BaseException:
-            self._file.close()
-            raise
-        self._synced = time.monotonic()
-
-    def __enter__(self) -> ResultFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # What couldn't be written for want of space can't be flushed either.
-        with suppress(OSError):
-            self._file.close()
-
-    def append(self, lines: bytes, failed: int) -> None:
-        """Add the rows of one batch, made by `csv_lines`; `failed` of them hold an error.
-
-        Raises:
-            DataError: the disk is full.
-        """
-        try:
-            self._file.write(lines)
-            self._file.flush()
-            if time.monotonic() - self._synced > SYNC_AFTER:
-                os.fsync(self._file.fileno())
-                self._synced = time.monotonic()
-        except OSError as error:
-            raise self._in_words(error) from error
-        self.failed += failed
-
-    def finish(self) -> None:
-        """Give the file its name, once all rows are there."""
-        try:
-            os.fsync(self._file.fileno())
-            self._file.close()
-        except OSError as error:
-            raise self._in_words(error) from error
-        os.replace(self.partial, self.out)
-        self._description.unlink(missing_ok=True)
-
-    def _compare(self, made_of: Mapping[str, Any]) -> None:
-        if not self._description.is_file():
-            raise DataError(
-                f"{self._description} is missing, so it isn't known what {self.partial} was made of; remove that and begin anew"
-            )
-        before = read_json(self._description)
-        changed = [name for name in {**before, **made_of} if before.get(name) != made_of.get(name)]
-        if changed:
-            raise DataError(
-                f"{self.partial} can't be resumed, since this has changed: {', '.join(changed)}; call as before, or remove it and "
-                f"{self._description} to begin anew"
-            )
-
-    def _locked(self) -> BinaryIO:
-        file = self.partial.open("r+b" if self.partial.exists() else "x+b")
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows has no flock; there the user must see to it.
-            pass
-        except OSError as error:
-            file.close()
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            raise DataError(
-                f"another process is writing {self.partial}; wait for it, or choose another --out"
-            ) from None
-        return file
-
-    def _keep_whole_batches(self) -> None:
-        """Find the end of the last whole batch, cut off what comes after it, and count the rows before it."""
-        end, rows, errors, quotes = len(self._header), 0, 0, 0
-        header = self._file.readline()
-        if header != self._header:
-            # Killed before the first row was written.
-            end = 0
-        else:
-            position = end
-            for line in self._file:
-                position += len(line)
-                quotes += line.count(b'"')
-                if quotes % 2 or not line.endswith(b"\n"):
-                    # Inside a quoted cell, or cut short.
-                    continue
-                rows += 1
-                errors += not line.endswith(b",\n")
-                if rows % self.batch == 0 or rows == self.total:
-                    end, self.kept, self.failed = position, rows, errors
-        self._file.seek(end)
-        self._file.truncate()
-        if end == 0:
-            self._file.write(self._header)
-            self._file.flush()
-
-    def _in_words(self, error: OSError) -> Exception:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return DataError(
-                f"the disk is full; what is done is kept in {self.partial}: free some space and run again with --resume"
-            )
-        return error
-
-
-BATCH = 32
-
-
-# What of a run or a bundle changes its answers. Others, such as metrics.json, may be written again meanwhile.
-_DECISIVE = (
-    *("model.json", "model.safetensors", "calibration.json", "out_of_scope.safetensors"),
-    *("bundle.json", "model.onnx", "model.int8.onnx"),
-)
-
-
-_AFTER = ("malignancy", "refer", "out_of_scope", "warnings", "error")
-
-
-# Gives the batches of the rows from a number on, in order.
-Work = Callable[[Cases, int], Iterator["Batch"]]
-
-
-# A photograph, none, or why there is none.
-_Prepared = NDArray[np.uint8] | str | None
+def _key(name: Path | str) -> str:
+    """Return what joins an image and its metadata: the file's name without folder and image suffix."""
+    path = Path(name)
+    return path.stem if path.suffix.lower() in IMAGE_SUFFIXES else path.name
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A run or an exported bundle, and how it shall be loaded: what another process needs to load the same.
+    """A run or an exported bundle and how to load it, for another process too.
 
     Attributes:
         path: the folder.
@@ -585,59 +284,29 @@ class ModelFolder:
     variant: str = "float32"
 
     def load(self) -> Predictor:
-        """Load the model."""
         return Predictor.load(self.path, self.device, self.variant)
 
     @property
-    def made_of(self) -> dict[str, str]:
-        """What tells its answers from those of another model."""
+    def fingerprint(self) -> dict[str, str]:
+        """What its predictions depend on."""
         files = {name: sha256_of_file(self.path / name) for name in _DECISIVE if (self.path / name).is_file()}
-        return {
-            "model": sha256_of_json(files),
-            "device": self.device,
-            "variant": self.variant,
-            "dualrefnet": dualrefnet.__version__,
-        }
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The rows of one batch of the result.
-
-    Attributes:
-        lines: CSV.
-        failed: rows with an error.
-    """
-
-    lines: bytes
-    failed: int
+        version = dualrefnet.__version__
+        return {"model": sha256_of_json(files), "device": self.device, "variant": self.variant, "dualrefnet": version}
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What became of the rows.
+    """Numbers of rows.
 
     Attributes:
-        classified: rows with a prediction.
-        failed: rows with an error.
-        resumed: how many of both were there before.
+        classified: with a prediction.
+        failed: with an error.
+        resumed: of both, those of an earlier process.
     """
 
     classified: int
     failed: int
     resumed: int
-
-
-def columns(classes: Sequence[str]) -> list[str]:
-    """Return the header of the result."""
-    return ["image", "predicted", "likely", *(f"prob_{name}" for name in classes), *_AFTER]
-
-
-def find_files(sources: Sequence[Path]) -> list[Path]:
-    """Return the image files that are meant; see `dualrefnet.deploy.batch.walk_images`, which holds none of them in
-    memory.
-    """
-    return list(walk_images(sources))
 
 
 def predict_to_csv(
@@ -651,159 +320,203 @@ def predict_to_csv(
     resume: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
-    """Classify every row of a list.
+    """Classify every row.
 
     Args:
-        model: what predicts; a result is only gone on with by the same.
-        classes: its classes.
+        model: predicts; a result is only resumed with the same.
+        classes: of the model.
         cases: the rows.
         out: CSV to write: image, predicted, likely, prob_<CLASS>..., malignancy, refer, out_of_scope, warnings, error.
-        work: does it: `predict_here`, or what `dualrefnet.deploy.ray_batch.ray_work` returns.
+        work: predicts chunks: `predict_chunks`, or `dualrefnet.deploy.ray_batch.ray_work`.
         batch: rows that the model sees at once.
-        resume: go on with what an interrupted call left.
+        resume: skip chunks that an interrupted call with the same arguments finished.
         progress: called with (rows done, rows in all).
 
     Raises:
-        DataError: see `dualrefnet.deploy.batch.ResultFile`.
+        DataError: an interrupted call left chunks and `resume` is False, they were made of something else, another
+            process is writing them, there is nothing to resume but a finished file, or the disk is full.
     """
-    with ResultFile(out, columns(classes), {**model.made_of, **cases.made_of}, cases.total, batch, resume) as result:
-        done = result.kept
+    rows = batch * CHUNK
+    folder = out.with_name(f"{out.name}.chunks")
+    _open_folder(folder, out, {**model.fingerprint, **cases.fingerprint, "rows": cases.total, "batch": batch}, resume)
+    files = [folder / f"{number:08}.csv" for number in range(-(-cases.total // rows))]
+    with _locked(folder):
+        finished = {number for number, file in enumerate(files) if file.is_file()}
+        done = resumed = sum(min(rows, cases.total - number * rows) for number in finished)
         if progress:
             progress(done, cases.total)
-        for rows in work(cases, done) if done < cases.total else ():
-            result.append(rows.lines, rows.failed)
-            done = min(done + batch, cases.total)
+        for number, lines in work(_unfinished(cases, rows, finished)) if len(finished) < len(files) else ():
+            # Without this a machine that loses its power may keep a finished file's name, and not its content.
+            with atomic_path(files[number]) as temporary, temporary.open("wb") as file:
+                file.write(lines)
+                file.flush()
+                os.fsync(file.fileno())
+            done += min(rows, cases.total - number * rows)
             if progress:
                 progress(done, cases.total)
         if done < cases.total:
-            raise DataError(f"the list had {cases.total} rows and now ends after {done}; it was changed meanwhile")
-        result.finish()
-    return Summary(cases.total - result.failed, result.failed, result.kept)
+            raise DataError(f"there were {cases.total} rows and now are fewer; the list was changed meanwhile")
+        columns = ["image", "predicted", "likely", *(f"prob_{name}" for name in classes), *_AFTER]
+        failed = _join_chunks(files, out, columns)
+    shutil.rmtree(folder)
+    return Summary(cases.total - failed, failed, resumed)
 
 
-def predict_batches(
-    predictor: Predictor, cases: Iterator[Case], batch: int = BATCH, workers: int | None = None
-) -> Iterator[Batch]:
-    """Classify rows, in order; photographs of the next batches are decoded by threads while the model works on one.
+def _open_folder(folder: Path, out: Path, fingerprint: Mapping[str, Any], resume: bool) -> None:
+    """Begin a folder of chunks, or check that an earlier one was made of the same."""
+    about = folder / "about.json"
+    if out.is_dir():
+        raise DataError(f"{out} is a folder; name a file, such as {out / 'predictions.csv'}")
+    if not folder.exists():
+        if resume and out.exists():
+            raise DataError(f"{out} is finished and nothing is left to resume; without --resume it is made again")
+        write_json(about, fingerprint)
+        return
+    if not resume:
+        raise DataError(f"{folder} is of an unfinished prediction: --resume goes on with it; remove it to begin anew")
+    before = read_json(about) if about.is_file() else {}
+    changed = [name for name in {**before, **fingerprint} if before.get(name) != fingerprint.get(name)]
+    if changed:
+        raise DataError(
+            f"{folder} can't be resumed, since this has changed: {', '.join(changed)}; use the same arguments, or remove "
+            "it to begin anew"
+        )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with (folder / "lock").open("w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows has no flock; there the user must see to it.
+            pass
+        except BlockingIOError:
+            raise DataError(f"another process is writing {folder}; wait for it, or choose another --out") from None
+        yield
+
+
+def _unfinished(cases: Cases, rows: int, finished: set[int]) -> Iterator[Chunk]:
+    stream, number = islice(cases, cases.total), 0
+    while chunk := list(islice(stream, rows)):
+        if number not in finished:
+            yield number, chunk
+        number += 1
+
+
+def _join_chunks(files: Sequence[Path], out: Path, columns: Sequence[str]) -> int:
+    """Write the result, atomically; return how many rows have an error."""
+    failed = 0
+    with atomic_path(out) as temporary, temporary.open("wb") as whole:
+        whole.write(csv_lines([columns]))
+        for file in files:
+            with file.open(encoding="utf-8", newline="") as text:
+                failed += sum(row[-1] != "" for row in csv.reader(text))
+            with file.open("rb") as chunk:
+                shutil.copyfileobj(chunk, whole)
+        whole.flush()
+        os.fsync(whole.fileno())
+    return failed
+
+
+def csv_lines(rows: Iterable[Sequence[str]]) -> bytes:
+    """Return rows as CSV; names that aren't UTF-8 are written with escapes."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode("utf-8", errors="backslashreplace")
+
+
+def predict_chunks(
+    predictor: Predictor, chunks: Iterable[Chunk], batch: int = BATCH, workers: int | None = None
+) -> Iterator[tuple[int, bytes]]:
+    """Classify chunks on this machine: threads decode the next images while the model predicts.
 
     Args:
         predictor: the model.
-        cases: the rows; never more than three batches of them are taken ahead.
+        chunks: the rows, of which never more than three batches have their images in memory.
         batch: rows that the model sees at once.
         workers: threads that decode; None: one a core.
     """
-    prepared = _prepare_ahead(predictor, cases, window=2 * batch, workers=workers or min(16, os.cpu_count() or 1))
-    while chunk := list(islice(prepared, batch)):
-        yield _classify(predictor, chunk, len(predictor.classes))
+    pool = ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1), thread_name_prefix="decode")
 
+    def decoded() -> Iterator[tuple[int, bool, list[Case], list[Future[Prepared]]]]:
+        """Give batches with their chunk's number and whether they end it; two more are being decoded."""
+        ahead: deque[tuple[int, bool, list[Case], list[Future[Prepared]]]] = deque()
+        for number, cases in chunks:
+            for start in range(0, len(cases), batch):
+                part = cases[start : start + batch]
+                futures = [pool.submit(_prepare, predictor, case) for case in part]
+                ahead.append((number, start + batch >= len(cases), part, futures))
+                if len(ahead) > 2:
+                    yield ahead.popleft()
+        yield from ahead
 
-def predict_here(
-    predictor: Predictor, cases: Cases, first: int, *, batch: int = BATCH, workers: int | None = None
-) -> Iterator[Batch]:
-    """Do the work of `predict_to_csv` on this machine; see `predict_batches`."""
-    return predict_batches(predictor, cases.start_at(first), batch, workers)
-
-
-def _prepare_ahead(
-    predictor: Predictor, cases: Iterator[Case], window: int, workers: int
-) -> Iterator[tuple[Case, _Prepared]]:
-    """Give rows with their photographs, or why there is none; `window` rows are being prepared at any time."""
-
-    def prepare(case: Case) -> _Prepared:
-        if case.error:
-            return case.error
-        try:
-            predictor.check_metadata(case.form)
-            return predictor.prepare(case.path) if predictor.reads_image else None
-        except (DataError, ImageError) as error:
-            return str(error)
-
-    waiting: deque[tuple[Case, Future[_Prepared]]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    lines = b""
     try:
-        for case in cases:
-            waiting.append((case, pool.submit(prepare, case)))
-            if len(waiting) > window:
-                first, image = waiting.popleft()
-                yield first, image.result()
-        while waiting:
-            first, image = waiting.popleft()
-            yield first, image.result()
+        for number, last, cases, futures in decoded():
+            lines += _classify(predictor, cases, [future.result() for future in futures])
+            if last:
+                yield number, lines
+                lines = b""
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _classify(predictor: Predictor, chunk: list[tuple[Case, _Prepared]], classes: int) -> Batch:
-    good = [(case, image) for case, image in chunk if not isinstance(image, str)]
-    predictions = iter(predictor.predict_arrays([image for _, image in good], [case.form for case, _ in good]))
+def _prepare(predictor: Predictor, case: Case) -> Prepared:
+    if case.error:
+        return case.error
+    try:
+        predictor.check_metadata(case.metadata)
+        return predictor.prepare(case.path) if predictor.reads_image else None
+    except (DataError, ImageError) as error:
+        return str(error)
+
+
+def _classify(predictor: Predictor, cases: list[Case], prepared: list[Prepared]) -> bytes:
+    good = [(case, image) for case, image in zip(cases, prepared, strict=True) if not isinstance(image, str)]
+    predictions = iter(predictor.predict_arrays([image for _, image in good], [case.metadata for case, _ in good]))
     rows = []
-    for case, image in chunk:
+    for case, image in zip(cases, prepared, strict=True):
         if isinstance(image, str):
-            rows.append([case.name, "", "", *[""] * classes, *[""] * (len(_AFTER) - 1), " ".join(image.split())])
+            blank = [""] * (len(predictor.classes) + len(_AFTER) + 1)
+            rows.append([case.name, *blank, " ".join(image.split())])
         else:
             rows.append([case.name, *_cells(next(predictions))])
-    return Batch(csv_lines(rows), len(chunk) - len(good))
+    return csv_lines(rows)
 
 
 def _cells(prediction: Prediction) -> list[str]:
-    def written(value: Any, digits: int) -> str:
-        return "" if value is None else f"{value:.{digits}f}"
-
+    malignancy, score = prediction.malignancy, prediction.out_of_scope
     return [
         prediction.label,
         " ".join(prediction.likely),
         *(f"{value:.6f}" for value in prediction.probabilities.values()),
-        written(prediction.malignancy, 6),
+        "" if malignancy is None else f"{malignancy:.6f}",
         "" if prediction.refer is None else str(prediction.refer),
-        written(prediction.out_of_scope, 3),
+        "" if score is None else f"{score:.3f}",
         "; ".join(prediction.warnings),
         "",
     ]
 
 
-# Seconds over which the speed is taken, and between two lines where there is no terminal.
-WINDOW = 30.0
-
-
-EVERY = 60.0
-
-
-class Pace:
-    """The speed of the last half minute; what an earlier process did counts for nothing."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._seen: deque[tuple[float, int]] = deque()
-
-    def after(self, done: int, total: int) -> str:
-        """Note that `done` of `total` are done; return the speed and the time left, empty until both can be told."""
-        now = self._clock()
-        self._seen.append((now, done))
-        while len(self._seen) > 2 and now - self._seen[1][0] >= WINDOW:
-            self._seen.popleft()
-        then, before = self._seen[0]
-        if now <= then or done <= before:
-            return ""
-        speed = (done - before) / (now - then)
-        left = timedelta(seconds=round((total - done) / speed))
-        return f"{speed:,.{0 if speed >= 10 else 1}f} images/s, {left} left"
-
-
 @contextmanager
-def show_pace(description: str) -> Iterator[Callable[[int, int], None]]:
-    """Give a function that takes (done, in all): it moves a bar on a terminal, and writes a line a minute elsewhere."""
-    pace = Pace()
-    parts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"))
-    with Progress(*parts, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(description, total=None, said="")
-        said_at = time.monotonic()
+def show_progress(description: str) -> Iterator[ShowProgress]:
+    """Give a function that takes (done, in all): a bar on a terminal, and a line a minute elsewhere."""
+    start = noted = time.monotonic()
+    first: int | None = None
+    with progress_bar(description) as bar:
 
         def update(done: int, total: int) -> None:
-            nonlocal said_at
-            said = pace.after(done, total)
-            progress.update(task, completed=done, total=total, said=said)
-            if not console.is_terminal and time.monotonic() - said_at > EVERY:
-                said_at = time.monotonic()
-                remark(f"{description}: {done:,} of {total:,}, {said}")
+            nonlocal first, noted
+            bar(done, total)
+            # What an earlier process did says nothing about the speed.
+            first = done if first is None else first
+            now = time.monotonic()
+            if not console.is_terminal and now - noted > EVERY and done > first:
+                noted = now
+                speed = (done - first) / (now - start)
+                left = timedelta(seconds=round((total - done) / speed))
+                remark(f"{description}: {done:,} of {total:,}, {speed:,.1f} images/s, {left} left")
 
         yield update

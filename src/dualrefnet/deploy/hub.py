@@ -1,9 +1,7 @@
-"""Bundles on the Hugging Face Hub, or on a server that speaks its language: `from_pretrained`, `save_pretrained`,
-`push_to_hub`.
+"""Bundles on the Hugging Face Hub: `from_pretrained`, `save_pretrained`, `push_to_hub`.
 
-Only a bundle's own files are sent or fetched. Of a bundle that was fetched nothing is run: its folder `runtime/`, which
-is for people,
-stays where it is, and its networks are read only if they are the ones that `bundle.json` describes.
+Only a bundle's own files are sent or fetched. Nothing of a fetched bundle is run: its folder `runtime/`, which is for
+people, isn't fetched, and its networks are read only if they are the ones that `bundle.json` describes.
 """
 
 from __future__ import annotations
@@ -29,23 +27,17 @@ from dualrefnet.files import read_json, sha256_of_file
 DESCRIPTION = "bundle.json"
 NETWORKS = ("model.onnx", "model.int8.onnx")
 FILES = (
-    DESCRIPTION,
-    *NETWORKS,
-    "model.pt2",
-    "out_of_scope.safetensors",
-    "form.schema.json",
-    "README.md",
-    "DATA_LICENCE.md",
+    *(DESCRIPTION, *NETWORKS, "model.pt2", "out_of_scope.safetensors", "form.schema.json"),
+    *("README.md", "DATA_LICENCE.md"),
 )
 RUNTIME = "runtime"
-MESSAGE = "Upload a bundle of dualrefnet"
-# What the Hub answers, and what its client raises where nobody answers: the library of the latter isn't the same in all
-# versions.
+# What the client raises if the Hub refuses or isn't reached: in the latter case its library's errors, which differ
+# between versions.
 _REFUSALS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)
 
 
 class BundleMixin(ModelHubMixin, ABC, library_name="dualrefnet", tags=["dualrefnet"]):
-    """Standard methods of the Hub for a class that is loaded from a bundle's folder.
+    """The Hub's standard methods for a class that is loaded from a bundle's folder.
 
     Attributes:
         bundle: the folder that it was loaded from; None if that was no bundle.
@@ -54,9 +46,7 @@ class BundleMixin(ModelHubMixin, ABC, library_name="dualrefnet", tags=["dualrefn
     bundle: Path | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Make an object whose arguments aren't kept: the mixin would write them into a `config.json` beside the
-        bundle's files.
-        """
+        # The mixin would write the arguments into a `config.json` beside the bundle's files.
         made = super().__new__(cls)
         made._hub_mixin_config = None
         return made
@@ -64,12 +54,7 @@ class BundleMixin(ModelHubMixin, ABC, library_name="dualrefnet", tags=["dualrefn
     @classmethod
     @abstractmethod
     def load(cls, *args: Any, **options: Any) -> Self:
-        """Load a bundle's folder, the first argument.
-
-        Args:
-            args: the folder, with `bundle.json`.
-            options: of the class, such as `device` and `variant`.
-        """
+        """Load a bundle's folder, the first argument, with options of the class, such as `device` and `variant`."""
 
     @classmethod
     def from_pretrained(
@@ -85,8 +70,7 @@ class BundleMixin(ModelHubMixin, ABC, library_name="dualrefnet", tags=["dualrefn
     ) -> Self:
         """Load a bundle from the Hub or from a folder.
 
-        Unlike the mixin's own method this one asks the Hub for no `config.json`, whose values would become arguments of
-        the class.
+        Unlike the mixin's own method this one reads no `config.json`, whose values would become arguments of the class.
 
         Args:
             pretrained_model_name_or_path: `ORG/NAME`, or a folder.
@@ -100,37 +84,15 @@ class BundleMixin(ModelHubMixin, ABC, library_name="dualrefnet", tags=["dualrefn
         Raises:
             RunError: there is no such bundle, it can't be fetched, or its files aren't those that it describes.
         """
-        return cls._from_pretrained(
-            model_id=str(pretrained_model_name_or_path),
-            revision=revision,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-            token=token,
-            **options,
-        )
-
-    @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        **options: Any,
-    ) -> Self:
-        folder = Path(model_id)
+        folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
             folder = _fetch(
-                model_id,
-                revision=revision,
-                cache_dir=cache_dir,
+                str(pretrained_model_name_or_path),
                 force_download=force_download,
-                local_files_only=local_files_only,
                 token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                revision=revision,
             )
         check_bundle(folder)
         loaded = cls.load(folder, **options)
@@ -140,22 +102,21 @@ class BundleMixin(ModelHubMixin, ABC, library_name="dualrefnet", tags=["dualrefn
     def _save_pretrained(self, save_directory: Path) -> None:
         if self.bundle is None:
             raise RunError(
-                "a run folder can't be saved or sent as a bundle: make one with `dualrefnet export RUN --out DIR`"
+                "a run folder can't be saved or pushed: make a bundle with `dualrefnet export RUN --out DIR`"
             )
         copy_bundle(self.bundle, save_directory)
 
 
 class _Folder(BundleMixin):
-    """A bundle that is only carried from one place to another."""
+    """A bundle that is pushed without being loaded."""
 
     @classmethod
     def load(cls, *args: Any, **options: Any) -> Self:
-        """Take the folder as it is."""
         return cls()
 
 
 def push_bundle(folder: Path, repository: str, **options: Any) -> str:
-    """Send a bundle to the Hub.
+    """Push a bundle to the Hub.
 
     Args:
         folder: of the bundle.
@@ -163,18 +124,20 @@ def push_bundle(folder: Path, repository: str, **options: Any) -> str:
         options: of `ModelHubMixin.push_to_hub`, such as `private`, `branch` and `token`.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
         RunError: it is no bundle, the name isn't one, or the Hub refuses it.
     """
+    bundle = _Folder.from_pretrained(folder)
     try:
-        return str(_Folder.from_pretrained(folder).push_to_hub(repository, commit_message=MESSAGE, **options))
+        return str(bundle.push_to_hub(repository, commit_message="Upload a bundle of dualrefnet", **options))
     except HFValidationError as error:
         raise RunError(f"{repository!r} is no name of a repository, which is ORG/NAME: {_one_line(error)}") from None
     except _REFUSALS as error:
         raise RunError(
-            f"{folder} couldn't be sent to {repository}: {_one_line(error)}; is the network there, and are you logged in (`hf auth login`)?"
+            f"{folder} couldn't be pushed to {repository}: {_one_line(error)}; is the network there, and are you logged "
+            "in (`hf auth login`)?"
         ) from None
 
 
@@ -189,30 +152,20 @@ def check_bundle(folder: Path) -> None:
     Raises:
         RunError: it is no bundle, a network is missing, has another name than networks have, or another content.
     """
+    file, again = folder / DESCRIPTION, "fetch or export the bundle again"
     if not is_bundle(folder):
         raise RunError(f"{folder} is no bundle: it has no {DESCRIPTION}; `dualrefnet export RUN --out DIR` makes one")
     try:
-        networks = {
-            name: (str(one["file"]), str(one["sha256"]))
-            for name, one in read_json(folder / DESCRIPTION)["networks"].items()
-        }
+        networks = [(str(one["file"]), str(one["sha256"])) for one in read_json(file)["networks"].values()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(
-            f"{folder / DESCRIPTION} is damaged: {_one_line(error)}; fetch or export the bundle again"
-        ) from None
-    for variant, (name, digest) in networks.items():
+        raise RunError(f"{file} is damaged: {_one_line(error)}; {again}") from None
+    for name, digest in networks:
         if name not in NETWORKS:
-            raise RunError(
-                f"{folder / DESCRIPTION} names {name[:60]!r} as network {variant}; networks are called {' or '.join(NETWORKS)}"
-            )
+            raise RunError(f"{file} names the network {name[:60]!r}; networks are called {' or '.join(NETWORKS)}")
         if not (folder / name).is_file():
-            raise RunError(
-                f"{folder} has no {name}, which its {DESCRIPTION} describes; fetch or export the bundle again"
-            )
+            raise RunError(f"{folder} has no {name}, which its {DESCRIPTION} describes; {again}")
         if sha256_of_file(folder / name) != digest:
-            raise RunError(
-                f"{folder / name} isn't the file that {DESCRIPTION} describes (SHA-256); fetch or export the bundle again"
-            )
+            raise RunError(f"{folder / name} isn't the file that {DESCRIPTION} describes (SHA-256); {again}")
 
 
 def copy_bundle(source: Path, target: Path) -> None:
@@ -226,47 +179,37 @@ def copy_bundle(source: Path, target: Path) -> None:
     for name in FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    if (source / RUNTIME).is_dir():
-        _copy_modules(sorted((source / RUNTIME).glob("*.py")), target / RUNTIME)
-    else:
-        copy_runtime(target)
+    copy_runtime(target, source / RUNTIME if (source / RUNTIME).is_dir() else None)
 
 
-def copy_runtime(target: Path) -> None:
-    """Copy the package `dualrefnet.runtime` into a bundle, so that the bundle can be used without dualrefnet.
+def copy_runtime(target: Path, source: Path | None = None) -> None:
+    """Copy the package `dualrefnet.runtime` (or that of another bundle) into a bundle, which then needs no dualrefnet.
 
     Raises:
         RunError: this installation lacks it.
     """
-    modules = sorted(Path(str(resources.files("dualrefnet"))).joinpath(RUNTIME).glob("*.py"))
-    if not any(module.name == "__main__.py" for module in modules):
-        raise RunError("this installation of dualrefnet has no folder runtime/; install dualrefnet again")
-    _copy_modules(modules, target / RUNTIME)
-
-
-def _copy_modules(modules: list[Path], target: Path) -> None:
-    target.mkdir(exist_ok=True)
-    for module in modules:
-        # Not copy2: what a bundle holds shall not depend on when the source was checked out.
-        shutil.copyfile(module, target / module.name)
+    source = source or Path(str(resources.files("dualrefnet"))) / RUNTIME
+    if not (source / "__main__.py").is_file():
+        raise RunError(f"{source} is incomplete; install dualrefnet, or fetch the bundle, again")
+    (target / RUNTIME).mkdir(exist_ok=True)
+    for module in sorted(source.glob("*.py")):
+        # Not copy2: the content of a bundle must not depend on when the source was checked out.
+        shutil.copyfile(module, target / RUNTIME / module.name)
 
 
 def _fetch(model_id: str, **options: Any) -> Path:
-    """Fetch a bundle's files; all others of the repository stay where they are."""
+    """Fetch a bundle's files, and no others of the repository."""
     try:
         return Path(snapshot_download(model_id, allow_patterns=list(FILES), library_name="dualrefnet", **options))
     except HFValidationError:
-        raise RunError(f"there is no folder {model_id}, and it is no name on the Hub, which is ORG/NAME") from None
+        reason = "it is no name on the Hub, which is ORG/NAME"
     except RepositoryNotFoundError:
-        raise RunError(
-            f"there is no folder {model_id}, and no such repository on the Hub that you may see; `hf auth login` logs in"
-        ) from None
+        reason = "no such repository on the Hub that you may see; `hf auth login` logs in"
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-        raise RunError(
-            f"there is no folder {model_id}, and the Hub can't be reached to fetch it; it isn't in the cache either"
-        ) from None
+        reason = "the Hub can't be reached to fetch it; it isn't in the cache either"
     except _REFUSALS as error:
         raise RunError(f"{model_id} couldn't be fetched: {_one_line(error)}") from None
+    raise RunError(f"there is no folder {model_id}, and {reason}")
 
 
 def _one_line(error: Exception) -> str:

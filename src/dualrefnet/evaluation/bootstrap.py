@@ -27,13 +27,7 @@ CHUNK = 64
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its interval.
-
-    Attributes:
-        value: on the test set; NaN where undefined.
-        low: lower end of the interval; NaN where there is none.
-        high: upper end.
-    """
+    """A value with its interval; NaN for an undefined value or a missing interval."""
 
     value: float
     low: float = NAN
@@ -49,12 +43,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference(Estimate):
-    """A difference of two models on the same resamples.
-
-    Attributes:
-        p: two-sided, see `two_sided_p`; NaN where there is no interval.
-        samples: number of resamples in which both were defined.
-    """
+    """A difference of two models on the same resamples, `samples` of which define both; `p`: see `two_sided_p`."""
 
     p: float = NAN
     samples: int = 0
@@ -180,11 +169,7 @@ def draw_counts(
 ) -> Iterator[Floats]:
     """Draw groups with replacement: yield how often each was drawn, (at most `CHUNK` samples, groups) at a time.
 
-    Args:
-        groups: how many there are, and how many are drawn.
-        samples: number of draws.
-        seed: of the draws.
-        progress: called with (samples done, samples in all), when a chunk has been used.
+    `progress` is called with (samples done, samples in all) when a chunk has been used.
     """
     generator = np.random.default_rng(seed)
     for done in range(0, samples, CHUNK):
@@ -197,11 +182,7 @@ def draw_counts(
 
 
 def group_codes(groups: ArrayLike) -> NDArray[np.int64]:
-    """Number the groups 0..G-1 in the order of their first image.
-
-    Raises:
-        ValueError: an image has no group, or there are fewer than 2 groups.
-    """
+    """Number the groups, at least 2 and none missing (else ValueError), 0..G-1 in the order of their first image."""
     codes, names = pd.factorize(np.asarray(groups))
     if (codes < 0).any():
         missing = int((codes < 0).sum())

@@ -46,20 +46,15 @@ ALMOST_ALL = 1 - 1e-6
 
 
 def fit_temperature(labels: ArrayLike, probabilities: ArrayLike) -> float:
-    """Return the temperature at which the log loss is smallest.
+    """Return the temperature, in `LOWEST`..`HIGHEST`, at which the log loss is smallest.
 
-    The log loss is convex in 1/T, so its slope changes sign once, which bisection finds.
+    The log loss is convex in 1/T, so its slope changes sign once, which bisection finds. If every image is right, the
+    log loss falls for ever as T falls to 0; that says that there are too few images, not that the model may be certain
+    of everything, so T is 1.
 
     Args:
         labels: (N,), class indices.
         probabilities: (N, C), rows sum to 1.
-
-    Returns:
-        A number in `LOWEST`..`HIGHEST`. 1 if every image is right: then the log loss falls for ever as T falls to 0,
-        which says that there are too few images, not that the model may be certain of everything.
-
-    Raises:
-        ValueError: see `check_predictions`.
     """
     target, scores = check_predictions(labels, probabilities)
     if not _wrong(target, scores).any():
@@ -110,11 +105,8 @@ def conformal_threshold(true_probabilities: ArrayLike, coverage: float, draws: i
 
     Args:
         true_probabilities: (n * draws,), the probability of each calibration image's true class; may be empty.
-        coverage: how often the right class shall be in the set, between 0 and 1.
+        coverage: how often the right class shall be in the set, between 0 and 1, else ValueError.
         draws: inputs of each image, such as several choices of its metadata; they count as one.
-
-    Raises:
-        ValueError: `coverage` isn't between 0 and 1.
 
     >>> conformal_threshold([0.9, 0.5, 0.8, 0.6], 0.6)  # ceil(5 x .6) = 3rd largest
     0.6
@@ -142,18 +134,12 @@ def class_thresholds(
 
 
 def referral_threshold(malignant: NDArray[np.bool_], score: Floats, sensitivity: float) -> float | None:
-    """Return the largest threshold with which at least the wanted share of the malignant images is referred.
+    """Return the largest threshold with at least the wanted sensitivity; None if no image is malignant.
 
     Args:
         malignant: (N,), whether each image shows a cancer.
         score: (N,), malignancy.
-        sensitivity: the wanted share, above 0 and up to 1.
-
-    Returns:
-        A threshold; None if no image is malignant.
-
-    Raises:
-        ValueError: `sensitivity` isn't in (0, 1].
+        sensitivity: the share of cancers to be referred, above 0 and up to 1, else ValueError.
 
     >>> referral_threshold(np.array([True, True, True, True, False]), np.array([0.9, 0.2, 0.7, 0.4, 0.8]), 0.75)
     0.4
@@ -231,11 +217,7 @@ class Calibration(Decision):
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Calibration:
-        """Return the calibration that `to_json` described.
-
-        Raises:
-            ValueError: a key is missing, or a value has the wrong type.
-        """
+        """Return the calibration that `to_json` described; ValueError if it is none."""
         decision = cls.parse(values)
         try:
             fitted, referral = values["fitted_on"], values["referral"] or {}
@@ -269,16 +251,9 @@ def fit_calibration(
 ) -> Calibration:
     """Fit temperature, conformal thresholds and the referral threshold on validation images.
 
-    Args:
-        labels: (N,), indices into `classes`.
-        probabilities: (N, C), rows sum to 1.
-        groups: (N,), the patient of every image.
-        classes: names in the order of the columns.
-        malignant: the classes that are cancer; empty: no referral.
+    Args as `bootstrap_intervals`, and:
         coverage: how often a set shall hold the right class.
         sensitivity: share of cancers that shall be referred.
-        samples: bootstrap resamples for the two intervals; 0: none.
-        seed: of the draw.
         availability: from `fit_thresholds`, for each group of inputs.
         field_effects: see `Decision`.
 
@@ -336,23 +311,11 @@ def fit_thresholds(
     sensitivity: float,
     draws: int = 1,
 ) -> Thresholds:
-    """Fit the thresholds of one availability group on such inputs of validation images.
+    """Fit the thresholds of one availability group on such inputs of validation images; args as `fit_calibration`.
 
-    The referral threshold is conformal too: the largest one that refers a new cancer with the wanted probability, if it
-    is exchangeable with those of validation; 0 (refer everybody) if these are too few for that.
-
-    Args:
-        group: what is given in all of these inputs.
-        labels: (N * draws,), indices into `classes`.
-        probabilities: (N * draws, C), rows sum to 1.
-        classes: names in the order of the columns.
-        malignant: the classes that are cancer; empty: no referral.
-        coverage: how often a set shall hold the right class.
-        sensitivity: share of cancers that shall be referred.
-        draws: inputs of each image.
-
-    Raises:
-        ValueError: see `check_predictions` and `check_classes`.
+    Each image has `draws` inputs, so that labels are (N * draws,). The referral threshold is conformal too: the largest
+    one that refers a new cancer with the wanted probability, if it is exchangeable with those of validation; 0 (refer
+    everybody) if these are too few for that.
     """
     check_classes(classes, malignant)
     target, scores = check_predictions(labels, probabilities, len(classes))
@@ -382,24 +345,14 @@ def measure_calibrated(
     samples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Measure a calibration on images that had no part in it. Intervals are 95%, over patients, given the calibration.
+    """Measure a calibration on images that had no part in it; intervals are 95%, over patients, given the calibration.
 
-    Args:
-        calibration: from `fit_calibration`.
-        labels: (N,), indices into its classes.
-        probabilities: (N, C), uncalibrated.
-        groups: (N,), the patient of every image.
-        samples: bootstrap resamples; 0: no intervals.
-        seed: of the draw.
+    `probabilities`, (N, C), are uncalibrated.
 
     Returns:
         `temperature`; `before`, `after` and `difference` (after - before) with the keys `ERRORS`; `conformal`
         (`promised`, and `marginal` and `by_class` as `measure_sets` returns them); `referral` (`wanted`, `threshold`,
-        and the keys of `measure_referral`) or None; `selective` (see `Selective.to_json`); `remarks`. Ready for strict
-        JSON.
-
-    Raises:
-        ValueError: see `check_predictions` and `Bootstrap`.
+        and the keys of `measure_referral`) or None; `selective` (see `Selective.to_json`); `remarks`.
     """
     classes = calibration.classes
     target, scores = check_predictions(labels, probabilities, len(classes))
@@ -530,7 +483,7 @@ def _wrong(target: NDArray[np.int64], scores: Floats) -> NDArray[np.bool_]:
 
 
 def _slopes(target: NDArray[np.int64], logits: Floats, temperature: float) -> Floats:
-    """Return each image's slope of the log loss over 1/T: the mean logit, weighted by probability, less the target's."""
+    """Return each image's slope of the log loss over 1/T: the expected logit less the target's."""
     return np.asarray((softmax(logits / temperature) * logits).sum(axis=1) - logits[np.arange(len(target)), target])
 
 

@@ -36,8 +36,8 @@ class Intervals(dict[str, tuple[float, float]]):
         samples: number of bootstrap resamples.
         level: coverage, such as 0.95.
         groups: number of patients.
-        samples_without: class -> number of resamples in which it had no image; only classes of the test set. Where they
-            are many, the intervals of that class are too narrow.
+        samples_without: class of the test set -> number of resamples without an image of it. Where they are many, the
+            intervals of that class are too narrow.
     """
 
     samples: int
@@ -145,20 +145,12 @@ class PooledBootstrap:
     level: float
 
     def value(self, system: str, measure: str) -> Estimate:
-        """Return a system's value and interval.
-
-        Raises:
-            ValueError: the metric is unknown.
-        """
+        """Return a system's value and interval; ValueError: the metric is unknown."""
         interval = percentile_interval(self._resampled(system, measure), self.level)
         return Estimate(self._point(system, measure), *(interval or (NAN, NAN)))
 
     def difference(self, system: str, reference: str, measure: str) -> Difference:
-        """Return how far `system` is above `reference`.
-
-        Raises:
-            ValueError: the metric is unknown.
-        """
+        """Return how far `system` is above `reference`; ValueError: the metric is unknown."""
         value = self._point(system, measure) - self._point(reference, measure)
         return Difference.of(value, self._resampled(system, measure) - self._resampled(reference, measure), self.level)
 
@@ -185,16 +177,7 @@ def pooled_bootstrap(
 ) -> PooledBootstrap:
     """Measure several systems on the same images and on the same resamples of patients.
 
-    Args:
-        labels: (N,), indices into `classes`.
-        systems: name -> one (N, C) array of probabilities a seed; rows in the order of `labels`.
-        groups: (N,), the patient of every image; each image of an unknown patient needs a name of its own.
-        classes: names in the order of the columns.
-        samples: bootstrap resamples; 0: no intervals.
-        seed: of the draw.
-        level: coverage of the intervals.
-        malignant: the classes that are cancer, for the metrics `malignant.*`.
-        progress: called with (samples done, samples in all).
+    Args as `bootstrap_intervals`, but for `systems`: name -> one (N, C) array of probabilities a seed.
 
     Raises:
         ValueError: there is no system, or one without a seed; see also `bootstrap_intervals`.
@@ -244,10 +227,7 @@ def paired_difference(
 
 
 def flat_measures(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return every value of `compute_metrics` under the keys of `Intervals`, None as NaN.
-
-    Keys are `accuracy`, `per_class.MEL.sensitivity`, `malignant.auc` and the like.
-    """
+    """Return every value of `compute_metrics` under the keys of `Intervals`, None as NaN."""
     parts = {"": metrics, "malignant.": metrics.get("malignant", {})}
     parts |= {f"per_class.{name}.": values for name, values in metrics["per_class"].items()}
     return {

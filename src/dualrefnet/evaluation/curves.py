@@ -55,15 +55,10 @@ FEW = 10
 
 @dataclass(frozen=True)
 class Curve:
-    """One curve over `GRID`.
+    """One curve over `GRID`: sensitivity or precision (101,), with its band.
 
-    Attributes:
-        y: (101,), sensitivity or precision.
-        low: (101,), lower bound of the band; NaN if every resample was skipped.
-        high: (101,), upper bound.
-        area: AUC or average precision.
-        decision: (x, y) of the decision for the most probable class, which needn't lie on the curve; y is NaN for the
-            precision of a class that was never predicted.
+    `area` is AUC or average precision. `decision` is (x, y) of the decision for the most probable class, which needn't
+    lie on the curve; y is NaN for the precision of a class that was never predicted.
     """
 
     y: Floats
@@ -75,15 +70,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class OneVersusRest:
-    """The curves of one class versus the rest.
+    """The curves of one class versus the rest, or of `ALL_MALIGNANT`.
 
-    Attributes:
-        name: of the class, or `ALL_MALIGNANT`.
-        positives: number of its images.
-        prevalence: their share of the test set; the precision of guessing.
-        roc: sensitivity over the false positive rate (1 - specificity).
-        precision_recall: precision over recall.
-        samples_without: resamples that were skipped since the class, or everything else, was missing.
+    `positives` is the number of its images, `prevalence` their share, which is the precision of guessing, and
+    `samples_without` the number of resamples that were skipped since the class, or everything else, was missing.
     """
 
     name: str
@@ -115,10 +105,9 @@ class Curves:
     def frame(self, kind: Kind) -> pd.DataFrame:
         """Return the curves of one kind as a tidy table.
 
-        Returns:
-            Columns `class`, `curve` (the kind), `part`, `x`, `y`, `low`, `high` (NaN where there is none). `part` is
-            `curve` (101 rows), `area` (y: AUC or average precision), `decision` (for the most probable class) or
-            `chance` (precision-recall only; y: the precision of guessing).
+        Columns are `class`, `curve` (the kind), `part`, `x`, `y`, `low`, `high`. `part` is `curve` (101 rows), `area`
+        (y: AUC or average precision), `decision` (for the most probable class) or, for precision-recall, `chance` (y:
+        the precision of guessing).
         """
         rows: list[tuple[object, ...]] = []
         for one in self.of:
@@ -135,14 +124,11 @@ class Curves:
 
 @dataclass(frozen=True)
 class Reliability:
-    """A reliability diagram's numbers.
+    """A reliability diagram's numbers, and the expected calibration error over the same bins.
 
-    Attributes:
-        table: one row a bin of equal width: `low`, `high` (edges; low is outside the bin, high inside), `confidence` and
-            `accuracy` (means in the bin; NaN where it is empty), `count`, `patients`, `accuracy_low` and
-            `accuracy_high` (NaN where there is no interval).
-        ece: expected calibration error over the same bins.
-        bootstrap: how the intervals were made.
+    `table` has one row a bin of equal width: `low`, `high` (edges; low is outside the bin, high inside), `confidence`
+    and `accuracy` (means in the bin; NaN where it is empty), `count`, `patients`, `accuracy_low` and `accuracy_high`
+    (NaN where there is no interval).
     """
 
     table: pd.DataFrame
@@ -178,17 +164,8 @@ def class_curves(
 ) -> Curves:
     """Compute ROC and precision-recall curves with pointwise bands.
 
-    Args:
-        labels: (N,), indices into `classes`.
-        probabilities: (N, C), rows sum to 1.
-        groups: (N,), the patient of every image; each image of an unknown patient needs a name of its own.
-        classes: names in the order of the columns.
-        malignant: the classes that are cancer, for the curves `ALL_MALIGNANT` (score: the sum of their probabilities;
-            decision: whether the most probable class is one of them); empty: no such curves.
-        samples: bootstrap resamples.
-        seed: of the draw.
-        level: coverage.
-        progress: called with (samples done, samples in all).
+    Args as `bootstrap_intervals`; `malignant` adds the curves `ALL_MALIGNANT` (score: the sum of the malignant classes'
+    probabilities; decision: whether the most probable class is one of them).
 
     Returns:
         The curves; a class that has no images, or all of them, has none, and `notes` says so.
@@ -248,20 +225,11 @@ def compute_reliability(
     seed: int = 0,
     level: float = 0.95,
 ) -> Reliability:
-    """Compute the reliability of the top label, with an interval of each bin's accuracy from a bootstrap over patients.
+    """Compute the reliability of the top label, with an interval of each bin's accuracy; args as `bootstrap_intervals`.
 
     A resample without images in a bin is skipped for it. Where all of a bin's images are right, or none, the interval
     is Wilson's over its patients (see `Bootstrap.proportion`). For the same reason a bin with the images of a single
     patient, some of them right, has no interval.
-
-    Args:
-        labels: (N,), class indices.
-        probabilities: (N, C), rows sum to 1.
-        groups: (N,), the patient of every image; each image of an unknown patient needs a name of its own.
-        bins: number of bins of equal width.
-        samples: bootstrap resamples.
-        seed: of the draw.
-        level: coverage.
 
     Raises:
         ValueError: see `check_predictions` and `Bootstrap`; or `bins` is below 1.
@@ -291,13 +259,7 @@ def compute_reliability(
 
 @styled
 def draw_curves(curves: Curves, kind: Kind, unit: str = "patients") -> ReportFigure:
-    """Draw the ROC or precision-recall curve of each class, one panel a class.
-
-    Args:
-        curves: from `class_curves`.
-        kind: `roc` or `precision_recall`.
-        unit: what was resampled, in the plural, for the caption.
-    """
+    """Draw the ROC or precision-recall curve of each class, one panel a class; `unit`: what was resampled, plural."""
     if kind == "roc":
         title, axes, area = "ROC curves", ("false positive rate", "sensitivity"), "AUC"
         caption = (
@@ -338,12 +300,7 @@ def draw_curves(curves: Curves, kind: Kind, unit: str = "patients") -> ReportFig
 
 @styled
 def draw_reliability(reliability: Reliability, unit: str = "patients") -> ReportFigure:
-    """Draw the reliability diagram of the top label, with the number of images of each bin below.
-
-    Args:
-        reliability: from `compute_reliability`.
-        unit: what was resampled, in the plural, for the caption.
-    """
+    """Draw the reliability diagram, with the number of images of each bin below; `unit`: what was resampled, plural."""
     table = reliability.table
     figure, (upper, lower) = new_figure(WIDTH, 2, 1, sharex=True, height_ratios=[3, 1])
     upper.plot([0, 1], [0, 1], color=FAINT, linestyle="--", linewidth=1)
@@ -361,8 +318,8 @@ def draw_reliability(reliability: Reliability, unit: str = "patients") -> Report
     lower.bar(table["low"], table["count"], width=width, align="edge", color=PRIMARY, edgecolor=PAPER)
     lower.set(xlabel="confidence (probability of the predicted class)", ylabel="images")
     caption = (
-        f"Accuracy over confidence in {len(table)} bins; below the dashed line the model is overconfident. The expected "
-        f"calibration error is the mean distance from the line, weighted by images. "
+        f"Accuracy over confidence in {len(table)} bins; below the dashed line the model is overconfident. The "
+        "expected calibration error is the mean distance from the line, weighted by images. "
         f"{reliability.bootstrap.describe(unit)}."
     )
     bins = [

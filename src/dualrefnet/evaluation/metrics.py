@@ -26,24 +26,9 @@ SUM_TOLERANCE = 1e-2
 DEFAULT_BINS = 15
 
 HEADLINE_MEASURES = (
-    "accuracy",
-    "balanced_accuracy",
-    "auc_macro_ovr",
-    "auc_weighted_ovr",
-    "f1_macro",
-    "f1_weighted",
-    "precision_macro",
-    "precision_weighted",
-    "recall_macro",
-    "recall_weighted",
-    "specificity_macro",
-    "npv_macro",
-    "kappa",
-    "mcc",
-    "ece",
-    "brier",
-    "log_loss",
-    "support",
+    *("accuracy", "balanced_accuracy", "auc_macro_ovr", "auc_weighted_ovr", "f1_macro", "f1_weighted"),
+    *("precision_macro", "precision_weighted", "recall_macro", "recall_weighted", "specificity_macro", "npv_macro"),
+    *("kappa", "mcc", "ece", "brier", "log_loss", "support"),
 )
 CLASS_MEASURES = ("sensitivity", "specificity", "ppv", "npv", "f1", "auc", "support", "predicted")
 MALIGNANT_MEASURES = ("sensitivity", "specificity", "ppv", "npv", "auc", "support")
@@ -95,11 +80,7 @@ def check_predictions(
 
 
 def check_classes(classes: Sequence[str], malignant: Sequence[str]) -> None:
-    """Check the names of the classes.
-
-    Raises:
-        ValueError: fewer than 2 classes, a class named twice, or a malignant class that is no class.
-    """
+    """Check the names: at least 2 classes, none named twice, malignant ones among them; else ValueError."""
     if len(classes) < 2:
         raise ValueError("there must be at least 2 classes")
     if len(set(classes)) != len(classes):
@@ -111,12 +92,9 @@ def check_classes(classes: Sequence[str], malignant: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Images in descending order of a score, against a binary target.
+    """Images in descending order of a score, with the `groups` (N,) of the images and a binary target, `positive` (N,).
 
-    Attributes:
-        groups: (N,), group of every image, in that order.
-        positive: (N,), the target.
-        ends: (T,), position of the last image at or above each distinct threshold: ties share one.
+    `ends` (T,) are the positions of the last image at or above each distinct threshold: ties share one.
     """
 
     groups: NDArray[np.int64]
@@ -148,18 +126,14 @@ class Ranking:
 
 
 class CalibrationErrors:
-    """Errors of probabilities, as functions of weights (S, G).
+    """Errors of probabilities (N, C), as functions of weights (S, G); without groups (N,) all images are one.
 
-    Args:
-        target: (N,), class indices.
-        scores: (N, C).
-        groups: (N,), group of every image, 0..G-1; None: all images are one group.
-        size: G.
-        bins: number of bins of both expected calibration errors.
+    `counts` and `gaps` are (G, bins): images of each group by confidence in bins of equal width, and the sum of
+    [right] - confidence of these images.
 
-    Attributes:
-        counts: (G, bins), images of each group by confidence in bins of equal width.
-        gaps: (G, bins), the sum of [right] - confidence of these images.
+    >>> errors = CalibrationErrors(np.array([0, 1, 1, 1]), np.array([[0.9, 0.1]] * 2 + [[0.4, 0.6]] * 2), bins=10)
+    >>> errors.ece(np.ones((1, 1))).round(6).tolist()  # 2/4 |1/2 - .9| + 2/4 |2/2 - .6|
+    [0.4]
     """
 
     def __init__(
@@ -188,12 +162,15 @@ class CalibrationErrors:
         self.below = np.searchsorted(self.confidence, self.confidence, side="left")
 
     def ece(self, weights: Floats) -> Floats:
-        """Return the expected calibration error, (S,)."""
+        """Return the expected calibration error of the top label, (S,), over bins of equal width (Guo et al. 2017).
+
+        ECE = sum over bins b of (n_b / N) |accuracy_b - confidence_b|, bin b of B being the interval ((b-1)/B, b/B].
+        """
         # n_b |accuracy_b - confidence_b| is |sum of the gaps in b|: empty bins need no care.
         return divide(np.abs(weights @ self.gaps).sum(axis=1), self._total(weights))
 
     def adaptive_ece(self, weights: Floats) -> Floats:
-        """Return the expected calibration error over bins of equal mass, (S,)."""
+        """Return the same over bins of equal mass, about N / bins images each; equal confidences share a bin."""
         drawn = weights[:, self.groups]
         rank = np.pad(drawn.cumsum(axis=1), ((0, 0), (1, 0)))[:, self.below]
         # An image that wasn't drawn may lie behind the last bin; it has no weight.
@@ -203,7 +180,7 @@ class CalibrationErrors:
         return divide(np.abs(gaps.reshape(-1, self.bins)).sum(axis=1), self._total(weights))
 
     def measure(self, weights: Floats) -> dict[str, Floats]:
-        """Return all errors, each (S,)."""
+        """Return all errors, each (S,); the Brier score sums over classes, so that it lies in 0..2."""
         brier, log_loss = (weights @ self.losses).T / self._total(weights)
         adaptive = self.adaptive_ece(weights)
         return {"ece": self.ece(weights), "adaptive_ece": adaptive, "brier": brier, "log_loss": log_loss}
@@ -226,16 +203,9 @@ class CalibrationErrors:
 class WeightedMetrics:
     """The metrics of one model's predictions, as functions of weights.
 
-    Args:
-        labels: (N,).
-        probabilities: (N, C).
+    Args as `compute_metrics`, and:
         groups: (N,), group of every image, 0..G-1; None: all images are one group.
-        classes: C names.
-        malignant: the classes that are cancer; empty: no `malignant` metrics.
         size: G, of which these images may hold a part; None: the largest number in `groups` + 1.
-
-    Raises:
-        ValueError: see `check_predictions` and `check_classes`.
     """
 
     def __init__(
@@ -264,11 +234,7 @@ class WeightedMetrics:
         return np.asarray((weights @ self.confusion).reshape(-1, len(self.classes), len(self.classes)))
 
     def measure(self, weights: Floats) -> dict[str, Floats]:
-        """Return every metric that has an interval, each (S,), NaN where undefined.
-
-        Args:
-            weights: (S, G), how often each group was drawn.
-        """
+        """Return every metric that has an interval, each (S,), NaN where undefined."""
         matrices = self.matrices(weights)
         values = confusion_metrics(matrices, self.classes, self.malignant)
         support = matrices.sum(axis=2)
@@ -284,14 +250,9 @@ class WeightedMetrics:
 
 
 def confusion_metrics(matrices: Floats, classes: Sequence[str], malignant: Sequence[str] = ()) -> dict[str, Floats]:
-    """Return the metrics that need counts only, each (S,), NaN where undefined.
+    """Return the metrics that need counts only, (S,) of matrices (S, C, C), NaN where undefined.
 
     Keys are `accuracy`, `per_class.MEL.sensitivity`, `malignant.ppv` and the like.
-
-    Args:
-        matrices: (S, C, C); rows are the target, columns the prediction.
-        classes: C names.
-        malignant: the classes that are cancer.
     """
     total, support, predicted = matrices.sum(axis=(1, 2)), matrices.sum(axis=2), matrices.sum(axis=1)
     hits = np.diagonal(matrices, axis1=1, axis2=2)
@@ -374,62 +335,8 @@ def metrics_from_confusion(matrix: ArrayLike, classes: Sequence[str], malignant:
     return _report(values, counts, list(classes), list(malignant))
 
 
-def expected_calibration_error(labels: ArrayLike, probabilities: ArrayLike, bins: int = DEFAULT_BINS) -> float:
-    """Return the expected calibration error of the top label over bins of equal width (Guo et al. 2017).
-
-    ECE = sum over bins b of (n_b / N) |accuracy_b - confidence_b|, bin b of B being the interval ((b-1)/B, b/B].
-
-    Args:
-        labels: (N,), class indices.
-        probabilities: (N, C).
-        bins: number of bins.
-
-    Returns:
-        A number in 0..1; 0 is perfect.
-
-    Raises:
-        ValueError: see `check_predictions`; or `bins` is below 1.
-
-    >>> probabilities = [[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.4, 0.6]]
-    >>> round(expected_calibration_error([0, 1, 1, 1], probabilities, bins=10), 6)  # 2/4 |1/2 - .9| + 2/4 |2/2 - .6|
-    0.4
-    """
-    errors = CalibrationErrors(*check_predictions(labels, probabilities), bins=bins)
-    return float(errors.ece(np.ones((1, 1)))[0])
-
-
-def adaptive_calibration_error(labels: ArrayLike, probabilities: ArrayLike, bins: int = DEFAULT_BINS) -> float:
-    """Return the expected calibration error of the top label over bins of equal mass (about N / bins images each).
-
-    The formula is that of `expected_calibration_error`; only the bins differ. Equal confidences share a bin, so the
-    value doesn't depend on the order of the rows.
-
-    >>> probabilities = [[0.9, 0.1], [0.8, 0.2], [0.4, 0.6], [0.3, 0.7]]
-    >>> round(adaptive_calibration_error([0, 1, 1, 1], probabilities, bins=2), 6)  # 2/4 |2/2 - .65| + 2/4 |1/2 - .85|
-    0.35
-    """
-    errors = CalibrationErrors(*check_predictions(labels, probabilities), bins=bins)
-    return float(errors.adaptive_ece(np.ones((1, 1)))[0])
-
-
-def brier_score(labels: ArrayLike, probabilities: ArrayLike) -> float:
-    """Return the multi-class Brier score, 1/N sum over images and classes of (probability - [class is true])².
-
-    Returns:
-        A number in 0..2; 0 is perfect. For two classes it is twice the usual binary score.
-
-    >>> round(brier_score([0, 1], [[0.8, 0.2], [0.6, 0.4]]), 6)  # (.2² + .2² + .6² + .6²) / 2
-    0.4
-    """
-    return float(CalibrationErrors(*check_predictions(labels, probabilities)).measure(np.ones((1, 1)))["brier"][0])
-
-
 def equal_width_bins(confidence: Floats, bins: int) -> NDArray[np.int64]:
-    """Return the bin 0..bins-1 of every confidence; bin b is the interval (b / bins, (b + 1) / bins].
-
-    Raises:
-        ValueError: `bins` is below 1.
-    """
+    """Return the bin 0..bins-1 of every confidence; bin b is the interval (b / bins, (b + 1) / bins]."""
     if bins < 1:
         raise ValueError(f"bins must be at least 1, not {bins}")
     return np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence, side="left").astype(np.int64)

@@ -38,8 +38,7 @@ class ReferralCurve:
     """Sensitivity and specificity over the threshold.
 
     Attributes:
-        table: columns `threshold` (0, 0.01, ..., 1), `sensitivity`, `specificity`, `referred`, each with `_low` and
-            `_high`.
+        table: columns `threshold` (0, 0.01, ..., 1), `sensitivity`, `specificity`, `referred`, with `_low` and `_high`.
         chosen: the threshold in use.
         chosen_interval: of the threshold over the patients from whom it was chosen; None if it wasn't computed.
         sensitivity: at the threshold in use.
@@ -70,16 +69,8 @@ def referral_curve(
 ) -> ReferralCurve:
     """Compute sensitivity, specificity and the share referred over the threshold, with pointwise bands over patients.
 
-    Args:
-        malignant: (N,), whether each image shows a cancer.
-        score: (N,), malignancy.
-        groups: (N,), patient of every image.
-        chosen: the threshold in use.
-        target: the sensitivity for which it was chosen.
-        chosen_interval: of that threshold.
-        samples: bootstrap resamples.
-        seed: of the draw.
-        level: coverage.
+    `malignant` says of each image whether it shows a cancer, `score` is its malignancy, `groups` its patient, (N,).
+    `chosen` is the threshold in use, for which `target` was the wanted sensitivity.
 
     Raises:
         ValueError: no image is malignant, or all are; see also `Bootstrap`.
@@ -108,10 +99,10 @@ class Selective:
     """Selective prediction on a test set.
 
     Attributes:
-        table: one row a coverage: `percent` (wanted), `images` (predicted), `share` (of all images), `threshold` (lowest
-            confidence predicted), `accuracy` and `balanced_accuracy` among the predicted, each with `_low` and `_high`
-            (NaN: none), and `answered:<CLASS>`, the number of images of each class that get a prediction. Balanced
-            accuracy is NaN where a class of the test set gets none: leaving out a class must not raise it.
+        table: one row a coverage: `percent` (wanted), `images` (predicted), `share` (of all images), `threshold`
+            (lowest confidence predicted), `accuracy` and `balanced_accuracy` among the predicted, each with `_low` and
+            `_high` (NaN: none), and `answered:<CLASS>`, the number of images of each class that get a prediction.
+            Balanced accuracy is NaN where a class of the test set gets none: leaving out a class must not raise it.
         aurc: area under the risk-coverage curve.
         classes: names.
         bootstrap: how the bands were made.
@@ -143,17 +134,9 @@ def measure_selective(
     seed: int = 0,
     level: float = 0.95,
 ) -> Selective:
-    """Measure selective prediction, with pointwise percentile bands of a bootstrap over patients.
+    """Measure selective prediction, with pointwise percentile bands over patients; args as `bootstrap_intervals`.
 
-    Args:
-        labels: (N,), indices into `classes`.
-        probabilities: (N, C), rows sum to 1.
-        groups: (N,), the patient of every image; each image of an unknown patient needs a name of its own.
-        classes: names in the order of the columns.
-        percents: coverages, whole numbers 1..100.
-        samples: bootstrap resamples; 0: no bands.
-        seed: of the draw.
-        level: coverage of the bands.
+    `percents` are coverages, whole numbers 1..100; without `samples` there are no bands.
 
     Raises:
         ValueError: see `check_predictions` and `Bootstrap`; or a coverage isn't in 1..100.
@@ -208,12 +191,7 @@ def measure_selective(
 
 @styled
 def draw_referral(curve: ReferralCurve, unit: str = "patients") -> ReportFigure:
-    """Draw sensitivity and specificity over the threshold, and the threshold in use.
-
-    Args:
-        curve: from `referral_curve`.
-        unit: what was resampled, in the plural, for the caption.
-    """
+    """Draw sensitivity and specificity over the threshold; `unit`: what was resampled, in the plural."""
     figure, (axis,) = new_figure(3.2)
     curves = (("sensitivity", PRIMARY, "-", curve.sensitivity), ("specificity", COLOURS[4], "--", curve.specificity))
     for measure, colour, line, value in curves:
@@ -226,8 +204,8 @@ def draw_referral(curve: ReferralCurve, unit: str = "patients") -> ReportFigure:
     axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="threshold on the malignancy score", ylabel="proportion")
     figure.legend(loc="outside upper center", ncols=2)
     caption = (
-        "A lower threshold refers more of the malignant lesions (sensitivity) and fewer benign lesions are spared "
-        f"(specificity). The threshold in use was chosen on validation {unit}. {curve.bootstrap.describe(unit)}."
+        "A lower threshold refers more malignant lesions (sensitivity) and spares fewer benign ones (specificity). "
+        f"The threshold in use was chosen on validation {unit}. {curve.bootstrap.describe(unit)}."
     )
     alt = (
         f"At the threshold in use, {curve.chosen:.2f}, the sensitivity is {curve.sensitivity:.2f} (target "
@@ -238,12 +216,7 @@ def draw_referral(curve: ReferralCurve, unit: str = "patients") -> ReportFigure:
 
 @styled
 def draw_selective(selective: Selective, unit: str = "patients") -> ReportFigure:
-    """Draw accuracy and balanced accuracy over coverage.
-
-    Args:
-        selective: from `measure_selective`, over a curve of coverages.
-        unit: what was resampled, in the plural, for the caption.
-    """
+    """Draw accuracy and balanced accuracy over a curve of coverages; `unit`: what was resampled, plural."""
     table = selective.table[selective.table["images"] >= min(FEW, selective.bootstrap.images)].reset_index(drop=True)
     figure, axes = new_figure(3.9, 2, 1, sharex=True)
     percent = 100 * table["share"]
@@ -260,7 +233,7 @@ def draw_selective(selective: Selective, unit: str = "patients") -> ReportFigure
     aurc += "" if np.isnan(selective.aurc.low) else f" [{selective.aurc.low:.3f}, {selective.aurc.high:.3f}]"
     caption = (
         "Accuracy if only the images are predicted of which the model is most confident; coverages of fewer than "
-        f"{FEW} images aren't drawn. AURC, the mean share of wrong predictions over all coverages: {aurc}; 0 is perfect. "
+        f"{FEW} images aren't drawn. AURC, the mean share of wrong predictions over all coverages: {aurc}. "
         f"{selective.bootstrap.describe(unit)}."
     )
     if table["balanced_accuracy"].isna().any():

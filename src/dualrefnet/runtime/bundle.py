@@ -1,4 +1,4 @@
-"""An exported model on disk: `bundle.json`, the ONNX file that onnxruntime computes, and the out-of-distribution score."""
+"""An exported model on disk: `bundle.json`, the ONNX file, and the out-of-distribution score."""
 
 from __future__ import annotations
 

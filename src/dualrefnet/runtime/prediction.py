@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-# A patch spans two of so many steps along a side; neighbours overlap by half, so that no edge between them stays visible.
+# A patch spans two of so many steps along a side: neighbours overlap by half, so that no edge stays visible.
 STEPS = 8
 
 

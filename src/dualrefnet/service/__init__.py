@@ -1,1 +1,1 @@
-"""The web service: photographs and forms over HTTP, within limits, many at a time."""
+"""The web service: images and metadata over HTTP, within limits, predicted in batches."""

@@ -1,10 +1,12 @@
-"""The web service's routes."""
+"""The routes of the web service."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import dualrefnet
 from dualrefnet.errors import DependencyError
@@ -13,36 +15,30 @@ try:
     from fastapi import FastAPI
     from starlette.exceptions import HTTPException
     from starlette.requests import Request
-    from starlette.responses import HTMLResponse, Response
-    from starlette.routing import Route
-    from starlette.types import Receive, Scope, Send
+    from starlette.responses import Response
 except ImportError:
     raise DependencyError("the web service needs FastAPI: pip install 'dualrefnet[deploy]'") from None
 
 from dualrefnet.deploy.predictor import refuse_shortcut
-from dualrefnet.service.answering import Answering, unless_gone
+from dualrefnet.service.inference import Inference
 from dualrefnet.service.middleware import Guard
-from dualrefnet.service.observability import Observed
+from dualrefnet.service.observability import Metrics
 from dualrefnet.service.schemas import (
     ANY_ROUTE,
-    GUIDE_POLICY,
-    NOTICE,
-    QUESTION,
+    PREDICTION_ROUTE,
     Alive,
     ErrorBody,
     ExplainedBody,
-    FieldBody,
-    LimitsBody,
     ModelBody,
     PredictionBody,
     Refusal,
     describe,
-    error_bytes,
-    errors,
+    error_json,
+    error_responses,
     explanation_body,
-    guide,
+    model_body,
     prediction_body,
-    question_body,
+    request_body,
 )
 from dualrefnet.service.settings import ServiceSettings
 from dualrefnet.service.uploads import read_upload
@@ -50,8 +46,16 @@ from dualrefnet.service.uploads import read_upload
 if TYPE_CHECKING:
     from dualrefnet.deploy.predictor import Predictor
 
-
-Answers = dict[int | str, dict[str, Any]]
+Result = TypeVar("Result")
+# Nothing inline, nothing from elsewhere; the page shows the chosen files (blob:) and saliency maps (data:).
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+# These hold nothing of the model and need no key: they ask for it, and send it with their requests.
+DOCS_FILES = {"/docs": "docs.html", "/docs.js": "docs.js", "/page.css": "page.css"}
+PAGE_FILES = {"/": "page.html", "/page.js": "page.js"}
+MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 
 
 def create_app(predictor: Predictor, settings: ServiceSettings, explainer: Predictor | None = None) -> FastAPI:
@@ -59,190 +63,155 @@ def create_app(predictor: Predictor, settings: ServiceSettings, explainer: Predi
 
     Args:
         predictor: the model.
-        settings: limits, keys and so on.
-        explainer: a second copy of the model, so that explanations don't hold predictions up; see `Answering`.
+        settings: limits and keys.
+        explainer: a second copy of the model, so that explanations don't delay predictions.
 
     Raises:
-        DependencyError: the page is wanted and Gradio isn't installed.
-        RunError: the model mustn't be served; see `refuse_shortcut`.
+        RunError: the model must not be served; see `refuse_shortcut`.
     """
     refuse_shortcut(predictor.shortcut, predictor.name, settings.accept_missingness_shortcut)
-    observed = Observed()
-    service = Answering(predictor, settings, observed, explainer)
+    metrics = Metrics()
+    inference = Inference(predictor, settings, metrics, explainer)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service.start()
+        inference.start()
         yield
-        await service.stop()
+        await inference.stop()
 
     app = FastAPI(
         title=f"dualrefnet: {predictor.name}",
         version=dualrefnet.__version__,
-        # Their pages load programs from elsewhere.
+        # FastAPI's own documentation pages load scripts from elsewhere.
         docs_url=None,
         redoc_url=None,
-        # A redirect would name the host that the client has named.
+        # A redirect would repeat the host that the client has named.
         redirect_slashes=False,
         lifespan=lifespan,
     )
-    app.state.service = service
-    app.add_middleware(Guard, settings=settings, observed=observed, standing=service.standing)
-    app.add_exception_handler(HTTPException, _not_found)
+    app.state.inference = inference
+    files = {**DOCS_FILES, **(PAGE_FILES if settings.page else {})}
+    open_paths = frozenset({"/healthz", "/readyz", *files})
+    app.add_middleware(Guard, settings=settings, metrics=metrics, inference=inference, open_paths=open_paths)
+    app.add_exception_handler(HTTPException, _http_error)
     app.openapi = lambda: describe(app, settings)  # type: ignore[method-assign]
-    _add_questions(app, service)
-    _add_facts(app, service, observed)
-    for path in ("/v1/predict", "/v1/explain"):
-        app.router.routes.append(Route(path, OtherMethod("POST"), include_in_schema=False))
-    for path in ("/v1/model", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"):
-        app.router.routes.append(Route(path, OtherMethod("GET"), include_in_schema=False))
-    if settings.page:
-        from dualrefnet.page.mount import mount_page
-
-        app = mount_page(app, predictor, service.ask, service.ask_why, settings)
+    _add_prediction_routes(app, inference)
+    _add_information_routes(app, inference, metrics)
+    for path, name in files.items():
+        _add_file(app, path, Path(__file__).with_name(name))
     return app
 
 
-class OtherMethod:
-    """Answers a path of the interface that was asked with another method; the page, which takes any path, would say
-    404.
-    """
-
-    def __init__(self, allowed: str) -> None:
-        self._allowed = allowed
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse."""
-        raise HTTPException(405, headers={"Allow": self._allowed})
-
-
-async def _not_found(request: Request, error: Exception) -> Response:
-    """Answer a wrong path or method in the form of all errors."""
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Give a wrong path or method the form of all errors."""
     assert isinstance(error, HTTPException)
     code, message = {
-        404: ("not_found", "there is nothing here; /docs tells what there is"),
-        405: ("wrong_method", "this path takes another method; the header Allow names it"),
+        404: ("not_found", "there is nothing here; /docs describes what there is"),
+        405: ("wrong_method", "this path takes another method; see the header Allow"),
     }.get(error.status_code, ("error", str(error.detail)))
-    headers = dict(error.headers or {})
-    return Response(error_bytes(code, message, _id(request)), error.status_code, headers, "application/json")
+    content = error_json(code, message, request.state.request_id)
+    return Response(content, error.status_code, dict(error.headers or {}), "application/json")
 
 
-def _id(request: Request) -> str:
-    return str(request.state.request_id)
+def _add_file(app: FastAPI, path: str, file: Path) -> None:
+    content, media_type = file.read_bytes(), MEDIA_TYPES[file.suffix]
+
+    @app.get(path, include_in_schema=False)
+    async def static() -> Response:
+        return Response(content, media_type=media_type, headers={"Content-Security-Policy": PAGE_POLICY})
 
 
-def _add_questions(app: FastAPI, service: Answering) -> None:
-    """Add the routes that ask the model."""
-    predictor, settings = service.predictor, service.settings
-    with_key = bool(settings.api_keys)
-
-    async def gone(request: Request) -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
+def _add_prediction_routes(app: FastAPI, inference: Inference) -> None:
+    predictor, settings = inference.predictor, inference.settings
+    responses = error_responses(PREDICTION_ROUTE, bool(settings.api_keys))
 
     @app.post(
         "/v1/predict",
         response_model=PredictionBody,
-        responses=errors(QUESTION, with_key),
-        openapi_extra=question_body(predictor, settings, explained=False),
+        responses=responses,
+        openapi_extra=request_body(predictor, settings, explained=False),
     )
     async def predict(request: Request) -> Any:
-        """Classify one lesion from its photographs and the patient's metadata."""
-        with service.place(service.room) as place:
+        """Classify one lesion from its images and the patient's metadata."""
+        with inference.limiter.reserve() as reservation:
             upload = await read_upload(
-                request, place, max_images=settings.max_images, max_metadata=settings.max_metadata
+                request, reservation, max_images=settings.max_images, max_metadata=settings.max_metadata
             )
-            prediction = await unless_gone(lambda: gone(request), service.predict(upload.images, upload.form, place))
-        return prediction_body(prediction, predictor.name, len(upload.images), _id(request))
+            work = inference.predict(upload.images, upload.metadata, reservation)
+            prediction = await _while_connected(request, work)
+        return prediction_body(prediction, predictor.name, len(upload.images), request.state.request_id)
 
     @app.post(
         "/v1/explain",
         response_model=ExplainedBody,
-        responses=errors(QUESTION, with_key),
-        openapi_extra=question_body(predictor, settings, explained=True),
+        responses=responses,
+        openapi_extra=request_body(predictor, settings, explained=True),
     )
     async def explain(request: Request) -> Any:
-        """Classify one lesion from one photograph and the metadata, and tell what the answer hangs on."""
-        with service.place(service.explain_room) as place:
+        """Classify one lesion from one image and the metadata, and explain the prediction by occlusion."""
+        with inference.explain_limiter.reserve() as reservation:
             upload = await read_upload(
-                request, place, max_images=1, max_metadata=settings.max_metadata, with_label=True
+                request, reservation, max_images=1, max_metadata=settings.max_metadata, with_label=True
             )
-            image = upload.images[0] if upload.images else None
-            work = service.explain(image, upload.form, upload.label, place)
-            prediction, explanation = await unless_gone(lambda: gone(request), work)
-        body = prediction_body(prediction, predictor.name, len(upload.images), _id(request))
+            work = inference.explain(upload.images, upload.metadata, upload.label, reservation)
+            prediction, explanation = await _while_connected(request, work)
+        body = prediction_body(prediction, predictor.name, len(upload.images), request.state.request_id)
         return {**body, "explanation": explanation_body(explanation)}
 
 
-def _add_facts(app: FastAPI, service: Answering, observed: Observed) -> None:
-    """Add the routes that tell what the model and the service are."""
-    predictor, settings = service.predictor, service.settings
-    with_key = bool(settings.api_keys)
-    told = errors(ANY_ROUTE, with_key)
+async def _while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """Await some work, and cancel it when the client disconnects; raises ConnectionAbortedError then."""
 
-    @app.get("/v1/model", response_model=ModelBody, responses=told)
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ConnectionAbortedError
+    finally:
+        watching.cancel()
+        if not working.done():
+            working.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await working
+
+
+def _add_information_routes(app: FastAPI, inference: Inference, counted: Metrics) -> None:
+    predictor, settings = inference.predictor, inference.settings
+    responses = error_responses(ANY_ROUTE, bool(settings.api_keys))
+    probe_responses = error_responses(ANY_ROUTE, False)
+
+    @app.get("/v1/model", response_model=ModelBody, responses=responses)
     async def model() -> Any:
-        """Tell what the model is, what it asks, and what a request may be at most."""
-        effects = predictor.decision.field_effects if predictor.decision is not None else {}
-        fields = [
-            FieldBody(
-                name=field.name,
-                kind=field.kind,
-                unit=field.unit,
-                minimum=field.minimum,
-                maximum=field.maximum,
-                description=field.description,
-                levels=list(predictor.categories(field.name)) if field.kind == "categorical" else [],
-                effect=effects.get(field.name),
-            )
-            for field in predictor.fields
-        ]
-        limits = LimitsBody(
-            bytes=settings.max_upload,
-            pixels=settings.max_pixels,
-            images=settings.max_images,
-            metadata_bytes=settings.max_metadata,
-        )
-        return ModelBody(
-            name=predictor.name,
-            title=predictor.title,
-            classes=list(predictor.classes),
-            class_names=predictor.class_names,
-            malignant=list(predictor.malignant),
-            fields=fields,
-            reads_image=predictor.reads_image,
-            needs_image=predictor.needs_image,
-            size=predictor.size,
-            limits=limits,
-            description=predictor.description,
-            warning=predictor.shortcut,
-            notice=NOTICE,
-        )
+        """Describe the model, its metadata fields, and the limits of a request."""
+        return model_body(predictor, settings)
 
-    @app.get("/healthz", response_model=Alive, responses=errors(ANY_ROUTE, False))
+    @app.get("/healthz", response_model=Alive, responses=probe_responses)
     async def healthz() -> Any:
-        """Tell that the process lives."""
+        """Whether the process lives."""
         return {"status": "alive"}
 
-    not_ready: Answers = {503: {"model": ErrorBody, "description": "The model isn't there yet, or the service stops."}}
-
-    @app.get("/readyz", response_model=Alive, responses={**errors(ANY_ROUTE, False), **not_ready})
-    async def readyz() -> Any:
-        """Tell whether requests will be answered soon."""
-        if service.standing.state != "ready":
-            raise Refusal(503, service.standing.state, f"not ready: {service.standing.state}", {"Retry-After": "1"})
-        return {"status": "ready"}
-
-    plain: Answers = {
-        200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' text format."}
+    not_ready: dict[int | str, dict[str, Any]] = {
+        503: {"model": ErrorBody, "description": "The model is not ready yet, or the service stops."}
     }
 
-    @app.get("/metrics", response_class=Response, responses={**told, **plain})
-    async def metrics() -> Response:
-        """Tell what was counted, for Prometheus."""
-        return Response(observed.page(), media_type=observed.content_type)
+    @app.get("/readyz", response_model=Alive, responses={**probe_responses, **not_ready})
+    async def readyz() -> Any:
+        """Whether predictions can be requested."""
+        if inference.state != "ready":
+            raise Refusal(503, inference.state, f"not ready: {inference.state}", retry=True)
+        return {"status": "ready"}
 
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> Response:
-        """Show the description of the interface."""
-        return HTMLResponse(guide(app.openapi(), settings.root_path), headers={"Content-Security-Policy": GUIDE_POLICY})
+    text: dict[str, Any] = {
+        "content": {"text/plain": {"schema": {"type": "string"}}},
+        "description": "Prometheus' text format.",
+    }
+
+    @app.get("/metrics", response_class=Response, responses={**responses, 200: text})
+    async def metrics() -> Response:
+        """Metrics for Prometheus."""
+        return Response(counted.render(), media_type=counted.content_type)

@@ -1,6 +1,4 @@
-"""What stands around every route: request ids, keys, limits of bodies, headers of safety, one line of log, and one
-form of errors.
-"""
+"""Around every route: request ids, API keys, limits of bodies, security headers, the log, one form of errors."""
 
 from __future__ import annotations
 
@@ -15,45 +13,30 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from pydantic import SecretStr
-from starlette._utils import get_route_path
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dualrefnet.errors import DataError, ImageError
-from dualrefnet.service.answering import Standing
-from dualrefnet.service.batcher import Busy
-from dualrefnet.service.observability import Observed, where
-from dualrefnet.service.schemas import Refusal, error_bytes
+from dualrefnet.service.batching import Busy
+from dualrefnet.service.inference import Inference
+from dualrefnet.service.observability import Metrics, traceback_of
+from dualrefnet.service.schemas import Refusal, error_json
 from dualrefnet.service.settings import ServiceSettings
 
 log = logging.getLogger("dualrefnet.service")
 REQUEST_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
-OPEN_PATHS = ("/healthz", "/readyz")
-CLIENT_GONE = 499
-SAFE_HEADERS = {
+CLIENT_DISCONNECTED = 499
+MAX_HEADERS = 16 * 1024
+SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
+    # Responses are data: nothing in them may be run, framed or kept. Pages set policies of their own.
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "Cache-Control": "no-store",
 }
-# Answers of the interface are data; nothing in them may be run, shown in a frame or kept.
-DATA_POLICY = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-# The interface; with the page on, everything else is the page's, which has a login of its own. Only the beginnings are
-# compared: a path
-# that isn't quite one of the interface must not pass for one of the page.
-INTERFACE = ("/v1", "/metrics", "/openapi", "/docs")
-ASKED = ("/v1/predict", "/v1/explain", "/v1/model", "/healthz", "/readyz", "/metrics")
-READING = ("/docs", "/openapi.json")
-
-
-def safe_headers(headers: MutableHeaders, request_id: str) -> None:
-    """Add what every answer has; what a route has set itself stays."""
-    headers["X-Request-ID"] = request_id
-    for name, value in SAFE_HEADERS.items():
-        headers.setdefault(name, value)
-    headers.setdefault("Content-Security-Policy", DATA_POLICY)
-    headers.setdefault("Cache-Control", "no-store")
 
 
 class Keys:
@@ -63,201 +46,160 @@ class Keys:
         self._digests = [hashlib.sha256(key.get_secret_value().encode()).digest() for key in keys]
 
     def admit(self, headers: Headers) -> bool:
-        """Return whether a request may pass: it names a key, or none is asked for.
-
-        The key stands in X-API-Key or in `Authorization: Bearer`.
-        """
+        """Whether X-API-Key or `Authorization: Bearer` gives a key, or none is needed."""
         if not self._digests:
             return True
-        given = hashlib.sha256(self._named(headers)).digest()
-        # All are compared, each in constant time: how long it takes tells nothing.
-        return any([hmac.compare_digest(given, digest) for digest in self._digests])
-
-    @staticmethod
-    def _named(headers: Headers) -> bytes:
-        if "x-api-key" in headers:
-            return headers["x-api-key"].encode("latin-1")
         scheme, _, rest = headers.get("authorization", "").partition(" ")
-        return rest.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+        given = headers.get("x-api-key", rest.strip() if scheme.lower() == "bearer" else "")
+        digest = hashlib.sha256(given.encode("latin-1")).digest()
+        # All are compared, each in constant time: the time reveals nothing.
+        return any([hmac.compare_digest(digest, known) for known in self._digests])
 
 
 class Guard:
     """ASGI middleware around the whole application."""
 
-    def __init__(self, app: ASGIApp, settings: ServiceSettings, observed: Observed, standing: Standing) -> None:
-        self._app, self._settings, self._observed, self._standing = app, settings, observed, standing
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: ServiceSettings,
+        metrics: Metrics,
+        inference: Inference,
+        open_paths: frozenset[str],
+    ) -> None:
+        self._app, self._settings, self._metrics, self._inference = app, settings, metrics, inference
         self._keys = Keys(settings.api_keys)
+        self._open = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or refuse it."""
-        if scope["type"] == "websocket":
+        if scope["type"] == "http":
+            # A proxy may take its prefix off or leave it; the routes below never see it.
+            path, prefix = scope["path"], self._settings.root_path
+            if prefix and (path == prefix or path.startswith(f"{prefix}/")):
+                path = path[len(prefix) :] or "/"
+            await self._request({**scope, "path": path, "root_path": ""}, receive, send)
+        elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
-        elif scope["type"] == "http":
-            await self._request(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
-        named = headers.get("x-request-id", "")
-        request_id = named if REQUEST_ID.fullmatch(named) else uuid.uuid4().hex
+        given = headers.get("x-request-id", "")
+        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
-        # Not by uvicorn, which would add it to every path: a proxy may take it off, or leave it.
-        scope["root_path"] = self._settings.root_path
-        body = _Body(headers, receive, self._settings)
-        answer = _Answer(send, body, request_id, self._standing, self._settings.linger)
+        exchange = _Exchange(headers, receive, send, request_id, self._settings)
         started = time.perf_counter()
         try:
             if scope["http_version"] not in ("1.0", "1.1"):
                 raise Refusal(400, "not_http", "this service speaks HTTP/1.1", {"Connection": "close"})
-            if not self._admit(scope, headers):
-                self._observed.rejected("key")
-                raise Refusal(
-                    401,
-                    "no_key",
-                    "name an API key in the header X-API-Key",
-                    {"WWW-Authenticate": 'Bearer realm="dualrefnet"'},
-                )
-            body.check_length()
-            await self._app(scope, body.receive, answer.send)
-        except (Refusal, Busy, DataError, ImageError) as error:
-            await answer.refuse(self._refusal(error))
+            # uvicorn bounds a head only while it is incomplete.
+            if len(scope["raw_path"]) + sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADERS:
+                raise Refusal(431, "headers_too_large", "the headers are too large", {"Connection": "close"})
+            if scope["path"] not in self._open and not self._keys.admit(headers):
+                self._metrics.rejected("key")
+                bearer = {"WWW-Authenticate": 'Bearer realm="dualrefnet"'}
+                raise Refusal(401, "no_key", "give an API key in the header X-API-Key", bearer)
+            exchange.check_length()
+            await self._app(scope, exchange.receive, exchange.send)
+        except Refusal as refusal:
+            await exchange.refuse(refusal)
+        except Busy:
+            self._metrics.rejected("full")
+            await exchange.refuse(Refusal(429, "full", "too many requests are waiting; retry", retry=True))
+        except (DataError, ImageError) as error:
+            code = "bad_photograph" if isinstance(error, ImageError) else "bad_form"
+            await exchange.refuse(Refusal(422, code, str(error)))
         except (ClientDisconnect, ConnectionAbortedError):
-            self._observed.rejected("client gone")
+            self._metrics.rejected("client gone")
         except asyncio.CancelledError:
-            # Nobody but the server does that, when the time to stop is over.
-            self._standing.given_up += 1
-            await answer.refuse(
-                Refusal(
-                    503, "stopping", "the service had to stop before it could answer; ask again", {"Retry-After": "1"}
-                )
-            )
+            # Only the server cancels, when its grace period is over.
+            self._inference.given_up += 1
+            message = "the service had to stop before it could respond; retry"
+            await exchange.refuse(Refusal(503, "stopping", message, retry=True))
             raise
         except Exception as error:
-            log.error("error", extra={"id": request_id, "error": type(error).__name__, "where": where(error)})
-            await answer.refuse(
-                Refusal(500, "internal", "the service made a mistake; its log tells more under this request_id")
-            )
+            log.error("error", extra={"id": request_id, "error": type(error).__name__, "where": traceback_of(error)})
+            message = "an internal error; the log of the service has more under this request_id"
+            await exchange.refuse(Refusal(500, "internal", message))
         finally:
-            # A request without an answer was given up: by its client, or when the service had to stop.
-            status, route = answer.status or CLIENT_GONE, route_of(scope)
-            seconds = (answer.ended or time.perf_counter()) - started
-            self._observed.answered(route, status, seconds)
+            # The template of the route, never the path itself: a client may write anything into that.
+            route = str(getattr(scope.get("route"), "path", "none"))
+            status = exchange.status or CLIENT_DISCONNECTED
+            seconds = (exchange.ended or time.perf_counter()) - started
+            self._metrics.responded(route, status, seconds)
             line = {"id": request_id, "route": route, "status": status, "ms": round(1000 * seconds, 1)}
-            log.info("request", extra={**line, "bytes_in": body.size, "bytes_out": answer.size})
-
-    def _admit(self, scope: Scope, headers: Headers) -> bool:
-        path = get_route_path(scope)
-        if path in OPEN_PATHS or (self._settings.page and not path.startswith(INTERFACE)):
-            return True
-        if self._keys.admit(headers):
-            return True
-        # Who has logged in on the page may read of the interface in the browser, which can't name a key.
-        login = getattr(scope["app"].state, "page_login", None)
-        return path in READING and login is not None and bool(login.is_allowed(Request(scope)))
-
-    def _refusal(self, error: Exception) -> Refusal:
-        if isinstance(error, Refusal):
-            return error
-        if isinstance(error, Busy):
-            self._observed.rejected("full")
-            return Refusal(429, "full", "too many requests are waiting; ask again", {"Retry-After": "1"})
-        return Refusal(422, "bad_photograph" if isinstance(error, ImageError) else "bad_form", str(error))
+            log.info("request", extra={**line, "bytes_in": exchange.received, "bytes_out": exchange.sent})
 
 
-def route_of(scope: Scope) -> str:
-    """Return the template of the route that was found: never the path itself, which a client may write anything into."""
-    template = getattr(scope.get("route"), "path", None)
-    if isinstance(template, str) and template:
-        return template
-    path = get_route_path(scope)
-    if path in READING or path in ASKED:
-        return path
-    return "page" if "endpoint" in scope else "none"
+class _Exchange:
+    """One request and its response: the body, bounded in bytes and time, and what is sent."""
 
-
-class _Body:
-    """The body of a request, whose bytes and time are bound."""
-
-    def __init__(self, headers: Headers, receive: Receive, settings: ServiceSettings) -> None:
+    def __init__(
+        self, headers: Headers, receive: Receive, send: Send, request_id: str, settings: ServiceSettings
+    ) -> None:
         length = headers.get("content-length", "")
-        self._length = int(length) if length.isascii() and length.isdigit() else None
-        self._receive, self._settings = receive, settings
-        self.done = "transfer-encoding" not in headers and not self._length
-        self.size = 0
+        self._length = int(length) if length.isascii() and length.isdigit() else 0
+        self._receive, self._send, self._id, self._settings = receive, send, request_id, settings
+        self._complete = "transfer-encoding" not in headers and not self._length
         self._deadline: float | None = None
+        self.received = self.sent = 0
+        self.status: int | None = None
+        self.ended: float | None = None
 
     def check_length(self) -> None:
-        """Refuse a body that says itself that it is too large."""
-        if self._length is not None and self._length > self._settings.max_upload:
-            raise self._too_large()
-
-    def _too_large(self) -> Refusal:
-        return Refusal(413, "too_large", f"the request may have {self._settings.max_upload:,} bytes at most")
+        """Refuse a body that is declared to be too large."""
+        if max(self._length, self.received) > self._settings.max_upload:
+            raise Refusal(413, "too_large", f"the request may have {self._settings.max_upload:,} bytes at most")
 
     async def receive(self) -> Message:
-        """Return the next bytes; once all are there, wait for the client to go."""
-        if self.done:
+        """Return the next part of the body; once it is complete, wait for the client to disconnect."""
+        if self._complete:
             return await self._receive()
-        loop = asyncio.get_running_loop()
-        self._deadline = self._deadline or loop.time() + self._settings.body_timeout
+        now = asyncio.get_running_loop().time()
+        self._deadline = self._deadline or now + self._settings.body_timeout
         try:
-            async with asyncio.timeout_at(min(self._deadline, loop.time() + self._settings.idle_timeout)):
+            async with asyncio.timeout_at(min(self._deadline, now + self._settings.idle_timeout)):
                 message = await self._receive()
         except TimeoutError:
             raise Refusal(408, "slow", "the body came too slowly") from None
-        if message["type"] == "http.request":
-            self.size += len(message.get("body", b""))
-            self.done = not message.get("more_body", False)
-            if self.size > self._settings.max_upload:
-                raise self._too_large()
+        self._complete = not message.get("more_body", False)
+        self.received += len(message.get("body", b""))
+        self.check_length()
         return message
 
-    async def throw_away(self, seconds: float) -> None:
-        """Read the rest of the body and forget it: closing at once would reset the connection under an answer that
-        isn't read yet.
-        """
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                while not self.done:
-                    message = await self._receive()
-                    self.done = message["type"] != "http.request" or not message.get("more_body", False)
-
-
-class _Answer:
-    """The answer on its way out."""
-
-    def __init__(self, send: Send, body: _Body, request_id: str, standing: Standing, linger: float) -> None:
-        self._send, self._body, self._standing = send, body, standing
-        self._id, self._linger = request_id, linger
-        self.status: int | None = None
-        self.size = 0
-        self.ended: float | None = None
-
     async def send(self, message: Message) -> None:
-        """Pass a part of the answer on."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
-            safe_headers(headers, self._id)
-            if not self._body.done or self._standing.state == "stopping":
+            headers["X-Request-ID"] = self._id
+            for name, value in SECURITY_HEADERS.items():
+                headers.setdefault(name, value)
+            if not self._complete:
                 headers["Connection"] = "close"
-        elif message["type"] == "http.response.body":
-            self.size += len(message.get("body", b""))
+        else:
+            self.sent += len(message.get("body", b""))
             if not message.get("more_body", False):
                 self.ended = time.perf_counter()
-                if not self._body.done:
+                if not self._complete:
                     await self._send({**message, "more_body": True})
-                    await self._body.throw_away(self._linger)
-                    message = {"type": "http.response.body", "body": b"", "more_body": False}
+                    await self._discard_body()
+                    message = {"type": "http.response.body"}
         await self._send(message)
 
+    async def _discard_body(self) -> None:
+        # Closing at once would reset the connection under a response that isn't read yet.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.linger):
+                while not self._complete:
+                    self._complete = not (await self._receive()).get("more_body", False)
+
     async def refuse(self, refusal: Refusal) -> None:
-        """Answer with an error, unless an answer is already on its way."""
+        """Respond with an error, unless a response is already on its way."""
         if self.status is not None:
             return
-        content = error_bytes(refusal.code, refusal.message, self._id)
-        pairs = {"Content-Type": "application/json", "Content-Length": str(len(content)), **refusal.headers}
-        headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in pairs.items()]
-        await self.send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+        content = error_json(refusal.code, refusal.message, self._id)
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(content)), **refusal.headers}
+        pairs = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        await self.send({"type": "http.response.start", "status": refusal.status, "headers": pairs})
         await self.send({"type": "http.response.body", "body": content, "more_body": False})

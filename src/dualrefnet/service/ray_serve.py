@@ -1,4 +1,4 @@
-"""The web service on Ray Serve: the same application in replicas that come and go with the load.
+"""The web service on Ray Serve: the same application in replicas that scale with the load.
 
 `serve run dualrefnet.service.ray_serve:application model=BUNDLE`, or `build_service` from Python.
 """
@@ -30,14 +30,12 @@ class RayService(BaseModel):
         model: a run folder or that of an exported bundle, seen by all machines under this name.
         variant: of a bundle.
         device: `cpu`, or `cuda` for a GPU a replica.
-        settings: limits and habits of each replica. The page for people is left out: a visit to it must stay with one
-            replica.
+        settings: limits of each replica.
         api_key_file: keys, one a line; every replica reads it, so that no key goes through Ray.
-        min_replicas: as many are always there.
-        max_replicas: as many may be there under load.
+        min_replicas, max_replicas: bounds of their number.
         cpus: of one replica.
-        ongoing: requests that a replica should have at once; more of them start another one.
-        most_ongoing: requests that a replica is given at once.
+        ongoing: requests per replica beyond which another one is started.
+        most_ongoing: most requests that a replica is given at once.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,30 +52,25 @@ class RayService(BaseModel):
     most_ongoing: int = Field(default=64, ge=1)
 
     @model_validator(mode="after")
-    def _can_be_served(self) -> RayService:
+    def _check(self) -> RayService:
         if self.max_replicas < self.min_replicas:
             raise ValueError(f"max_replicas ({self.max_replicas}) must be at least min_replicas ({self.min_replicas})")
-        if self.settings.page:
-            raise ValueError(
-                "the page needs one process that remembers its visitors: set page to false, and `dualrefnet serve` the page"
-            )
         if self.settings.api_keys:
             raise ValueError("keys must not travel through Ray: leave api_keys out, and name a file in api_key_file")
         return self
 
 
 def build_service(options: RayService) -> Application:
-    """Return the application for `ray.serve.run`.
-
-    Args:
-        options: what is served.
-    """
+    """Return the application for `ray.serve.run`."""
 
     # Called in each replica: neither the model nor a key travels.
     def make_app() -> FastAPI:
-        return _load(options)
+        from dualrefnet.deploy.predictor import Predictor
+        from dualrefnet.service.app import create_app
 
-    replica = serve.ingress(make_app)()
+        settings = options.settings.model_copy(update={"api_keys": read_keys(options.api_key_file)})
+        return create_app(Predictor.load(options.model, options.device, options.variant), settings)
+
     deploy = serve.deployment(
         name="dualrefnet",
         max_ongoing_requests=options.most_ongoing,
@@ -89,22 +82,9 @@ def build_service(options: RayService) -> Application:
         },
         graceful_shutdown_timeout_s=options.settings.grace,
     )
-    return deploy(replica).bind()
+    return deploy(serve.ingress(make_app)()).bind()
 
 
 def application(options: dict[str, Any]) -> Application:
-    """Return the application for `serve run dualrefnet.service.ray_serve:application KEY=VALUE ...` and for Ray's YAML
-    files.
-
-    Args:
-        options: the fields of `RayService`.
-    """
+    """As `build_service`, of the fields of `RayService`: for `serve run` and for Ray's YAML files."""
     return build_service(RayService.model_validate(options))
-
-
-def _load(options: RayService) -> FastAPI:
-    from dualrefnet.deploy.predictor import Predictor
-    from dualrefnet.service.app import create_app
-
-    settings = options.settings.model_copy(update={"api_keys": read_keys(options.api_key_file)})
-    return create_app(Predictor.load(options.model, options.device, options.variant), settings)

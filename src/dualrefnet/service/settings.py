@@ -1,4 +1,4 @@
-"""What the web service may be told, and the keys that it asks for."""
+"""Limits and API keys of the web service."""
 
 from __future__ import annotations
 
@@ -13,38 +13,33 @@ from dualrefnet.errors import DataError
 from dualrefnet.progress import warn
 
 KEY_VARIABLE = "DUALREFNET_API_KEY"
-SHORT_KEY = 16
+MIN_KEY_LENGTH = 16
 
 
 class ServiceSettings(BaseModel):
-    """Limits and habits of the service; the defaults suit one machine.
+    """Limits of the service; the defaults suit one machine.
 
     Attributes:
-        api_keys: whoever names one of them is served; empty: everybody is. Left out when the settings are written down.
-        page: whether `/` is the page for people.
-        root_path: the path under which a proxy shows the service, such as `/lesions`.
+        api_keys: keys that give access; empty: no key is needed. Never serialised.
+        page: whether `/` is the web page.
+        root_path: path under which a proxy serves it, such as `/lesions`.
         max_upload: largest body of a request, bytes.
-        max_pixels: largest width x height of a photograph that is decoded.
-        max_images: most photographs of one lesion.
-        max_metadata: longest form, bytes.
-        queue: most requests that are held at once, each worker.
-        queue_bytes: most bytes of bodies that are held at once, each worker.
-        explain_queue: most requests for explanations that are held at once, each worker.
-        timeout: seconds from a whole request to its answer.
-        header_timeout: seconds for the lines before the body.
+        max_pixels: largest width x height of an image that is decoded.
+        max_images: most images of one lesion.
+        max_metadata: longest metadata, bytes.
+        queue: most requests held at once, per worker.
+        queue_bytes: most bytes of bodies held at once, per worker.
+        explain_queue: most requests for explanations held at once, per worker.
+        timeout: seconds from a complete request to its response.
         body_timeout: seconds for the whole body.
         idle_timeout: seconds without a byte of the body.
-        linger: seconds for which the rest of a refused body is thrown away, so that its sender reads why; and for which
-            a
-            connection without a request stays open when the service stops.
+        linger: seconds for which the rest of a refused body is discarded, so that the client reads why.
         grace: seconds in which accepted requests are answered when the service stops.
-        connections: most open connections, each worker.
-        max_batch: most photographs that the model reads at once; on CPUs more of them take as much longer.
-        max_wait: seconds that the model waits for photographs that are being decoded; with none of these it never
-            waits.
-        decoders: threads that decode photographs, each worker.
-        accept_missingness_shortcut: for research, serve also a model whose referral of cancers rests on metadata being
-            there.
+        connections: most open connections, per worker.
+        max_batch: most images in a batch; on CPUs larger batches take proportionally longer.
+        max_wait: seconds an idle model waits for images that are being decoded; without any it never waits.
+        decoders: threads that decode images, per worker.
+        accept_missingness_shortcut: for research, serve also a model whose referral relies on missing metadata.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,7 +55,6 @@ class ServiceSettings(BaseModel):
     queue_bytes: int = Field(default=256 * 2**20, ge=1024)
     explain_queue: int = Field(default=4, ge=1)
     timeout: float = Field(default=30.0, gt=0)
-    header_timeout: float = Field(default=10.0, gt=0)
     body_timeout: float = Field(default=60.0, gt=0)
     idle_timeout: float = Field(default=10.0, gt=0)
     linger: float = Field(default=1.0, ge=0)
@@ -72,48 +66,32 @@ class ServiceSettings(BaseModel):
     accept_missingness_shortcut: bool = False
 
     @model_validator(mode="after")
-    def _one_body_finds_room(self) -> ServiceSettings:
+    def _queue_holds_one_body(self) -> ServiceSettings:
         if self.queue_bytes < self.max_upload:
             raise ValueError(f"queue_bytes ({self.queue_bytes}) must be at least max_upload ({self.max_upload})")
         return self
 
 
 def read_keys(file: Path | None, environment: Mapping[str, str] = os.environ) -> tuple[SecretStr, ...]:
-    """Read the keys: from the environment variable DUALREFNET_API_KEY, and from a file with one a line (# begins a
-    remark).
-
-    Args:
-        file: the file, or None.
-        environment: where the variable stands.
-
-    Returns:
-        The keys; empty if neither is given.
+    """Read the keys in the variable DUALREFNET_API_KEY and in a file, one a line (# begins a comment).
 
     Raises:
         DataError: the file can't be read or holds no key, the variable is empty, or a key can't be sent in a header.
     """
-    lines: list[str] = []
+    keys = _keys_in(file) if file is not None else []
     if KEY_VARIABLE in environment:
-        lines = [environment[KEY_VARIABLE].strip()]
-        if not lines[0]:
-            raise DataError(
-                f"{KEY_VARIABLE} is set but empty, so nobody could be let in; put a key into it, or unset it"
-            )
-    if file is not None:
-        lines += _keys_of(file)
-    for key in lines:
+        keys.insert(0, environment[KEY_VARIABLE].strip())
+        if not keys[0]:
+            raise DataError(f"{KEY_VARIABLE} is set but empty, so no request could pass; set it to a key, or unset it")
+    for key in keys:
         if not all(33 <= ord(character) <= 126 for character in key):
-            raise DataError(
-                "an API key may hold printable ASCII characters only, without spaces: others can't be sent in a header"
-            )
-        if len(key) < SHORT_KEY:
-            warn(
-                f"an API key has only {len(key)} characters; one of {SHORT_KEY} or more, drawn at random, can't be guessed"
-            )
-    return tuple(SecretStr(key) for key in dict.fromkeys(lines))
+            raise DataError("an API key must be printable ASCII without spaces: others can't be sent in a header")
+        if len(key) < MIN_KEY_LENGTH:
+            warn(f"an API key has only {len(key)} characters; use {MIN_KEY_LENGTH} or more random ones")
+    return tuple(SecretStr(key) for key in dict.fromkeys(keys))
 
 
-def _keys_of(file: Path) -> list[str]:
+def _keys_in(file: Path) -> list[str]:
     try:
         mode = file.stat().st_mode
         text = file.read_text(encoding="utf-8")
@@ -121,8 +99,8 @@ def _keys_of(file: Path) -> list[str]:
         reason = getattr(error, "strerror", None) or "it isn't UTF-8"
         raise DataError(f"the API keys in {file} can't be read: {reason}") from None
     if mode & (stat.S_IRGRP | stat.S_IROTH):
-        warn(f"other users of this machine can read the API keys in {file}; keep them out with `chmod 600 {file}`")
-    keys = [line.split("#", 1)[0].strip() for line in text.splitlines()]
-    if not any(keys):
+        warn(f"other users of this machine can read the API keys in {file}; protect them with `chmod 600 {file}`")
+    keys = [key for line in text.splitlines() if (key := line.split("#", 1)[0].strip())]
+    if not keys:
         raise DataError(f"{file} holds no API key; write one a line")
-    return [key for key in keys if key]
+    return keys

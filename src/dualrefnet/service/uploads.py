@@ -1,97 +1,88 @@
-"""Read one multipart request within limits, in memory: nothing of a client's is ever written to a disk.
-
-Starlette's own form parser spools files above 1 MB to a temporary file. Here its tokenizer (python-multipart's
-low-level parser, which
-only finds the parts) feeds byte arrays; the limits hold while the bytes come in. File names and types that the client
-names are read
-by nobody.
-"""
+"""Parse one multipart request within limits, in memory: nothing a client sends is ever written to a disk."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
+import sys
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from starlette.requests import Request
-
 from dualrefnet.errors import DependencyError
-from dualrefnet.service.batcher import Place
+from dualrefnet.service.batching import Reservation
 from dualrefnet.service.schemas import Refusal
 
 try:
-    from python_multipart.exceptions import FormParserError
-    from python_multipart.multipart import MultipartParser, parse_options_header
+    from python_multipart.multipart import parse_options_header
+    from starlette.datastructures import Headers, UploadFile
+    from starlette.formparsers import MultiPartException, MultiPartParser
+    from starlette.requests import Request
 except ImportError:
     raise DependencyError("the web service needs python-multipart: pip install 'dualrefnet[deploy]'") from None
 
-# RFC 2046 allows no longer boundary.
-MAX_BOUNDARY = 70
+# The characters and the length that RFC 2046 allows.
+BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,./:=? -]{1,70}")
 MAX_LABEL = 200
 MAX_NAME = 200
-# Beyond it, a whole number isn't exact as a float; no field is as large.
+# Beyond it an integer isn't exact as a float; no field is as large.
 MAX_INTEGER = 2**53
-LONGEST_NUMBER = 40
+MAX_DIGITS = 40
 
 
 @dataclass(frozen=True)
 class Upload:
-    """What a request holds.
+    """The parts of a request; `label` is the class to explain, if one is given."""
 
-    Attributes:
-        images: the bytes of each photograph.
-        form: the metadata.
-        label: the class to explain, if one is named.
-    """
-
-    images: tuple[bytes, ...]
-    form: dict[str, Any]
+    images: list[bytes]
+    metadata: dict[str, Any]
     label: str | None
 
 
+class _Parser(MultiPartParser):
+    # Starlette would spool parts of 1 MB and more to a temporary file.
+    spool_max_size = sys.maxsize
+    ended = False
+
+    def on_end(self) -> None:
+        self.ended = True
+
+
 async def read_upload(
-    request: Request, place: Place, *, max_images: int, max_metadata: int, with_label: bool = False
+    request: Request, reservation: Reservation, *, max_images: int, max_metadata: int, with_label: bool = False
 ) -> Upload:
-    """Read a request of `images`, `metadata` and (`with_label`) `label`.
+    """Read a request with parts `images`, `metadata` and (`with_label`) `label`; file names are ignored.
 
-    The size of the whole body and the time for it are bound by the middleware, which gives the bytes.
-
-    Args:
-        request: whose body wasn't read yet.
-        place: counts the bytes that are held.
-        max_images: most photographs.
-        max_metadata: longest metadata, bytes.
-        with_label: whether a part `label` may come.
+    The middleware bounds the size of the whole body and its time; `reservation` counts the bytes that are held.
 
     Raises:
-        Refusal: the request isn't what it must be.
+        Refusal: the request isn't valid.
         Busy: too many bytes are held already.
     """
-    limits = {
-        "images": (max_images, math.inf),
-        "metadata": (1, max_metadata),
-        **({"label": (1, MAX_LABEL)} if with_label else {}),
-    }
-    parts = _Parts(limits)
-    parser = MultipartParser(_boundary(request), parts.callbacks())  # type: ignore[arg-type]
+    limits: dict[str, tuple[int, float]] = {"images": (max_images, math.inf), "metadata": (1, max_metadata)}
+    if with_label:
+        limits["label"] = (1, MAX_LABEL)
+    parts = await _read_parts(request, reservation, max_images + len(limits))
+    found: dict[str, list[bytes]] = {name: [] for name in limits}
+    for name, value in parts:
+        if name not in limits:
+            raise _invalid("unknown_part", f"a part has an unknown name; known are {', '.join(limits)}")
+        most, longest = limits[name]
+        if len(found[name]) == most:
+            raise _invalid("too_many_parts", f"{name} may be given {'once' if most == 1 else f'{most} times'} at most")
+        if len(value) > longest:
+            raise Refusal(413, "part_too_large", f"{name} may have {longest:,} bytes at most")
+        found[name].append(value)
+    metadata = parse_metadata(found["metadata"][0]) if found["metadata"] else {}
     try:
-        async for chunk in request.stream():
-            place.hold(len(chunk))
-            # The parser is quick: it searches for the boundary, and copies what lies between.
-            parser.write(chunk)
-    except FormParserError:
-        # Its message may quote what was sent.
-        raise _bad("bad_multipart", "the body isn't well-formed multipart/form-data") from None
-    if not parts.ended:
-        raise _bad("truncated", "the body ends before its last boundary")
-    label = _text(parts.found["label"][0]) if parts.found.get("label") else None
-    form = read_form(bytes(parts.found["metadata"][0])) if parts.found.get("metadata") else {}
-    return Upload(tuple(bytes(image) for image in parts.found.get("images", [])), form, label)
+        label = found["label"][0].decode("utf-8") if found.get("label") else None
+    except UnicodeDecodeError:
+        raise _invalid("not_utf8", "label isn't UTF-8") from None
+    return Upload(found["images"], metadata, label)
 
 
-def _boundary(request: Request) -> bytes:
-    """Return the boundary of the parts."""
+async def _read_parts(request: Request, reservation: Reservation, max_parts: int) -> list[tuple[str, bytes]]:
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     if kind.strip().lower() != b"multipart/form-data":
         raise Refusal(
@@ -101,138 +92,86 @@ def _boundary(request: Request) -> bytes:
         )
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise Refusal(415, "encoded", "send the body as it is, without Content-Encoding")
-    boundary = options.get(b"boundary", b"")
-    if not 0 < len(boundary) <= MAX_BOUNDARY:
-        raise _bad("bad_boundary", f"Content-Type must name a boundary of 1 to {MAX_BOUNDARY} characters")
-    return boundary
+    boundary = options.get(b"boundary", b"").decode("latin-1")
+    if not BOUNDARY.fullmatch(boundary):
+        raise _invalid("bad_boundary", "Content-Type must give a boundary of 1 to 70 of RFC 2046's characters")
+
+    async def stream() -> AsyncGenerator[bytes, None]:
+        async for chunk in request.stream():
+            reservation.hold(len(chunk))
+            yield chunk
+
+    # As latin-1, a part without a file name is a text that can be turned back into its bytes.
+    headers = Headers({"content-type": f'multipart/form-data; charset=latin-1; boundary="{boundary}"'})
+    parser = _Parser(headers, stream(), max_files=max_parts, max_fields=max_parts, max_part_size=sys.maxsize)
+    try:
+        form = await parser.parse()
+    except (MultiPartException, ValueError):
+        # Not the parser's own message: it may quote what was sent.
+        raise _invalid("bad_multipart", "the body isn't valid multipart/form-data, or has too many parts") from None
+    if not parser.ended:
+        raise _invalid("truncated", "the body ends before its last boundary")
+    parts = []
+    for name, value in form.multi_items():
+        if isinstance(value, UploadFile):
+            parts.append((name, await value.read()))
+            await value.close()
+        else:
+            parts.append((name, value.encode("latin-1")))
+    return parts
 
 
-class _Parts:
-    """Collects parts as the parser finds them."""
-
-    def __init__(self, limits: dict[str, tuple[int, float]]) -> None:
-        self._limits = limits
-        self._header, self._value, self._disposition = bytearray(), bytearray(), bytearray()
-        self._longest: float = 0
-        self.found: dict[str, list[bytearray]] = {}
-        self.ended = False
-
-    def callbacks(self) -> dict[str, Any]:
-        names = ("part_begin", "part_data", "header_field", "header_value", "header_end", "headers_finished", "end")
-        return {f"on_{name}": getattr(self, f"_{name}") for name in names}
-
-    def _part_begin(self) -> None:
-        self._header.clear()
-        self._value.clear()
-        self._disposition.clear()
-
-    def _header_field(self, data: bytes, start: int, end: int) -> None:
-        self._header += data[start:end]
-
-    def _header_value(self, data: bytes, start: int, end: int) -> None:
-        self._value += data[start:end]
-
-    def _header_end(self) -> None:
-        if self._header.lower() == b"content-disposition":
-            if self._disposition:
-                raise _bad("bad_multipart", "a part has two Content-Disposition lines")
-            self._disposition += self._value
-        self._header.clear()
-        self._value.clear()
-
-    def _headers_finished(self) -> None:
-        try:
-            kind, options = parse_options_header(bytes(self._disposition))
-        except ValueError:
-            raise _bad("bad_multipart", "a part has a Content-Disposition that can't be read") from None
-        if kind.lower() != b"form-data" or b"name" not in options:
-            raise _bad("nameless_part", "a part has no name (Content-Disposition: form-data; name=...)")
-        name = options[b"name"].decode("ascii", errors="replace")
-        if name not in self._limits:
-            raise _bad("unknown_part", f"a part has an unknown name; known are {', '.join(self._limits)}")
-        most, self._longest = self._limits[name]
-        parts = self.found.setdefault(name, [])
-        if len(parts) >= most:
-            raise _bad("too_many_parts", f"{name} may come {'once' if most == 1 else f'{most} times'} at most")
-        self._name, self._part = name, bytearray()
-        parts.append(self._part)
-
-    def _part_data(self, data: bytes, start: int, end: int) -> None:
-        if len(self._part) + end - start > self._longest:
-            raise Refusal(413, "part_too_large", f"{self._name} may have {self._longest:,} bytes at most")
-        self._part += data[start:end]
-
-    def _end(self) -> None:
-        self.ended = True
-
-
-def read_form(raw: bytes) -> dict[str, Any]:
-    """Read a form: strict JSON, an object of texts, numbers, true, false and null.
+def parse_metadata(raw: bytes) -> dict[str, Any]:
+    """Parse metadata: strict JSON, an object of strings, numbers, true, false and null.
 
     Raises:
-        Refusal: 400 if it isn't strict JSON (no NaN, no name twice, no number out of range), 422 if it isn't such an
-            object.
+        Refusal: 400 if it isn't strict JSON (no NaN, no duplicate name, no number out of range), 422 if it isn't flat.
     """
     try:
-        value = json.loads(
+        metadata = json.loads(
             raw.decode("utf-8"),
-            object_pairs_hook=_without_doubles,
-            parse_constant=_no_constant,
-            parse_int=_integer,
-            parse_float=_number,
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+            parse_int=_parse_int,
+            parse_float=_parse_float,
         )
     except UnicodeDecodeError:
-        raise _bad("not_utf8", "metadata isn't UTF-8") from None
+        raise _invalid("not_utf8", "metadata isn't UTF-8") from None
     except (json.JSONDecodeError, RecursionError):
-        raise _bad("not_json", "metadata isn't JSON") from None
-    if not isinstance(value, dict) or any(isinstance(item, (dict, list)) for item in value.values()):
+        raise _invalid("not_json", "metadata isn't JSON") from None
+    if not isinstance(metadata, dict) or any(isinstance(value, (dict, list)) for value in metadata.values()):
         raise Refusal(
             422, "not_flat", 'metadata must be one JSON object of plain values, such as {"age": 61, "region": "FACE"}'
         )
-    for name, item in value.items():
-        if len(name) > MAX_NAME:
-            raise _bad("long_name", f"a name in metadata has more than {MAX_NAME} characters")
-        _without_surrogates(name)
-        if isinstance(item, str):
-            _without_surrogates(item)
-    return value
+    if any(len(name) > MAX_NAME for name in metadata):
+        raise _invalid("long_name", f"a name in metadata has more than {MAX_NAME} characters")
+    texts = [*metadata, *(value for value in metadata.values() if isinstance(value, str))]
+    if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+        raise _invalid("not_unicode", "a string in metadata holds a lone surrogate")
+    return metadata
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise _bad("name_twice", "a name stands twice in metadata")
-    return found
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise _invalid("name_twice", "a name is duplicated in metadata")
+    return dict(pairs)
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise _bad("not_json", f"{name} isn't JSON; leave out what isn't known")
+def _refuse_constant(name: str) -> NoReturn:
+    raise _invalid("not_json", f"{name} isn't JSON; leave out what isn't known")
 
 
-def _integer(digits: str) -> int:
-    if len(digits) > LONGEST_NUMBER or abs(int(digits)) > MAX_INTEGER:
-        raise _bad("number_out_of_range", "a number in metadata is out of range")
+def _parse_int(digits: str) -> int:
+    if len(digits) > MAX_DIGITS or abs(int(digits)) > MAX_INTEGER:
+        raise _invalid("number_out_of_range", "a number in metadata is out of range")
     return int(digits)
 
 
-def _number(digits: str) -> float:
-    value = float(digits)
-    if not math.isfinite(value):
-        raise _bad("number_out_of_range", "a number in metadata is out of range")
-    return value
+def _parse_float(digits: str) -> float:
+    if not math.isfinite(float(digits)):
+        raise _invalid("number_out_of_range", "a number in metadata is out of range")
+    return float(digits)
 
 
-def _without_surrogates(text: str) -> None:
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise _bad("not_unicode", "a text in metadata holds half a character (a lone surrogate)")
-
-
-def _text(raw: bytearray) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
-        raise _bad("not_utf8", "label isn't UTF-8") from None
-
-
-def _bad(code: str, message: str) -> Refusal:
+def _invalid(code: str, message: str) -> Refusal:
     return Refusal(400, code, message)

@@ -1,4 +1,4 @@
-"""Pictures and sections on trust: their numbers, their words, and that nothing is cut off."""
+"""Report sections on calibration, conformal sets and subgroups: their figures and tables."""
 
 from typing import Any
 
@@ -9,10 +9,8 @@ import pytest
 from dualrefnet.analysis.subgroups import Subgroups, draw_subgroup_gaps, draw_subgroups, measure_subgroups
 from dualrefnet.data.loader import read_dataset, split_rows
 from dualrefnet.data.schema import DatasetSchema, MetadataField
-from dualrefnet.display.figure import SECONDARY
 from dualrefnet.display.format import PrintedTable
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.referral import draw_referral, draw_selective, measure_selective, referral_curve
 from dualrefnet.report.performance import read_measured
 from dualrefnet.report.trust import calibration_section, conformal_section, subgroups_section
 from dualrefnet.run import Run
@@ -78,16 +76,13 @@ def test_the_pictures_of_subgroups_hold_their_numbers(count: int) -> None:
         draw_subgroup_gaps(found, "overconfidence"),
     ):
         assert_readable(picture)
-        assert "place: palms/soles (6)" in picture.caption
     table = found.table[found.table["measure"] == "balanced_accuracy"].set_index("level")
     picture = draw_subgroup_gaps(found, "balanced_accuracy")
     sex = picture.figure.axes[0]
     marks = [line for line in sex.lines if line.get_marker() in ("o", "D")]
     assert [line.get_xdata()[0] for line in marks] == pytest.approx(table.loc[["FEMALE", "MALE"], "gap"].tolist())
-    assert [line.get_color() for line in marks] == [SECONDARY, SECONDARY]
     spans = [line.get_xdata() for line in sex.lines if len(line.get_xdata()) == 2 and line.get_marker() == "None"][1:]
     assert np.ravel(spans) == pytest.approx(np.ravel(table.loc[["FEMALE", "MALE"], ["gap_low", "gap_high"]]))
-    assert f"sex FEMALE +{table.loc['FEMALE', 'gap']:.2f} [" in picture.alt
 
 
 def test_a_measure_without_any_value_is_not_drawn() -> None:
@@ -99,15 +94,12 @@ def test_a_measure_without_any_value_is_not_drawn() -> None:
         draw_subgroups(nobody, "accuracy")
     section = subgroups_section(nobody)
     assert section.pictures == []
-    assert "Of 0 gaps" in section.intro[1]
 
 
-def test_the_section_on_subgroups_says_how_many_gaps_stand_out_and_what_chance_would_give() -> None:
+def test_the_section_on_subgroups_counts_the_gaps() -> None:
     found = subgroups_of(3, levels=("FEMALE", "MALE", None))  # type: ignore[arg-type]
     section = subgroups_section(found)
-    words = " ".join(section.intro)
-    assert f"Of {found.looked_at} gaps, {found.flagged} have" in words
-    assert f"about {found.by_chance:.0f} expected by chance" in words
+    assert f"Of {found.looked_at} gaps, {found.flagged} have" in " ".join(section.intro)
     tables = [item for item in section.items if isinstance(item, PrintedTable)]
     assert len(tables[0].rows) == found.levels["measured"].sum()
     assert len(tables[1].rows) == found.flagged
@@ -118,53 +110,10 @@ def test_the_section_on_subgroups_says_how_many_gaps_stand_out_and_what_chance_w
         assert_readable(picture)
 
 
-def selective_arguments(count: int, images: int) -> tuple[Any, Any, Any, Any]:
-    generator = np.random.default_rng(count)
-    labels = generator.integers(count, size=images)
-    scores = generator.dirichlet(np.ones(count), images)
-    scores[np.arange(images), labels] += 0.3
-    return labels, scores / scores.sum(axis=1, keepdims=True), np.arange(images) // 2, NAMES[:count]
-
-
-@pytest.mark.parametrize(("count", "images"), [(2, 12), (6, 200), (8, 300)])
-def test_the_picture_of_silence_draws_the_curve(count: int, images: int) -> None:
-    found = measure_selective(*selective_arguments(count, images), samples=30)
-    picture = draw_selective(found)
-    assert_readable(picture)
-    assert picture.data["images"].min() >= min(20, images)
-    upper = picture.figure.axes[0].lines[0]
-    assert upper.get_ydata()[-1] == pytest.approx(found.table["accuracy"].iloc[-1])
-    assert upper.get_xdata()[-1] == 100
-    assert f"accuracy {found.table['accuracy'].iloc[-1]:.2f}" in picture.alt
-    without = draw_selective(measure_selective(*selective_arguments(count, images), samples=0))
-    assert "resamples" not in without.caption
-    assert_readable(without)
-
-
-@pytest.mark.parametrize("interval", [None, (0.1, 0.6)])
-def test_the_picture_of_referral_shows_the_threshold_in_use(interval: tuple[float, float] | None) -> None:
-    generator = np.random.default_rng(0)
-    malignant = generator.random(80) < 0.4
-    score = np.clip(generator.normal(0.3 + 0.3 * malignant, 0.2), 0, 1)
-    curve = referral_curve(malignant, score, np.arange(80), 0.35, 0.95, interval, samples=30)
-    picture = draw_referral(curve)
-    assert_readable(picture)
-    axis = picture.figure.axes[0]
-    dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axis.lines if line.get_marker() == "o"]
-    assert dots == [(0.35, curve.sensitivity), (0.35, curve.specificity)]
-    assert ("Grey" in picture.caption) == (interval is not None)
-    assert f"{curve.sensitivity:.2f} of the cancers" in picture.alt
-
-
 def test_the_sections_on_calibration_show_what_the_run_measured(tiny_run: Run) -> None:
     measured = read_measured(tiny_run)
     values = measured.metrics["calibrated"]
     calibration, conformal = calibration_section(measured, 20, 0), conformal_section(measured, 20, 0)
-    words = " ".join([*calibration.intro, *conformal.intro])
-    assert f"validation split is {values['temperature']:.2f}" in words
-    assert f"{values['conformal']['marginal']['coverage']:.0%} [" in words
-    assert f"{values['referral']['missed']} of" in words
-    assert ("not reached" in words) == (not values["referral"]["reached"])
     pictures = [*calibration.pictures, *conformal.pictures]
     assert [one.name for one in pictures] == ["reliability", "reliability_calibrated", "selective", "referral"]
     for picture in pictures:

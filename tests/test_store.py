@@ -10,32 +10,37 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dualrefnet.data import store as image_store
+from dualrefnet.data import store as store_module
 from dualrefnet.data.images import decode_image
-from dualrefnet.data.store import READY, default_cache, fill_store, open_store
+from dualrefnet.data.store import READY, ImageStore, Part, fill_derived_store, fill_store, open_store
 from dualrefnet.errors import DataError
 from dualrefnet.recipe import ImageSection
 from dualrefnet.runtime.preprocessing import preprocess
 
 SIDE = 32
+
+
 SECTION = ImageSection(size=SIDE)
+
+
 COUNT = 12
 
-# Fills a store slowly, and tells every picture that it has done.
+
+# Fills a store slowly, and tells every image that it has done.
 SLOW = """
 import sys, time
 from pathlib import Path
 import pandas as pd
-from dualrefnet.data import image_store
+from dualrefnet.data import store as store_module
 from dualrefnet.recipe import ImageSection
-decode = image_store.decode_image
+decode = store_module.decode_image
 def slowly(path):
     time.sleep(0.05)
     print("decoded", flush=True)
     return decode(path)
-image_store.decode_image = slowly
+store_module.decode_image = slowly
 print("ready", flush=True)
-image_store.fill_store(
+store_module.fill_store(
     pd.read_csv(sys.argv[1]), ImageSection(size=int(sys.argv[3])), cache=Path(sys.argv[2]), workers=1,
     progress=lambda done, total: print("done", flush=True),
 )
@@ -44,9 +49,9 @@ image_store.fill_store(
 
 @pytest.fixture
 def table(tmp_path):
-    """Twelve pictures, each unlike the others and of a size of its own."""
+    """Twelve images, each unlike the others and of a size of its own."""
     rng = np.random.default_rng(0)
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     for number in range(COUNT):
         small = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
@@ -70,7 +75,7 @@ def decoded(monkeypatch):
         names.append(os.path.basename(path))
         return decode_image(path)
 
-    monkeypatch.setattr(image_store, "decode_image", counting)
+    monkeypatch.setattr(store_module, "decode_image", counting)
     return names
 
 
@@ -99,7 +104,7 @@ def start(table, cache, tmp_path, side=SIDE):
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def test_every_row_is_the_preprocessed_picture(table, cache):
+def test_every_row_is_the_preprocessed_image(table, cache):
     progress = []
     store = fill_store(table, SECTION, cache=cache, progress=lambda done, total: progress.append((done, total)))
     assert right(store, table)
@@ -120,22 +125,6 @@ def test_rows_are_read_in_any_order_and_may_be_written_to(table, cache):
         store.rows_of(["nothing"])
 
 
-def test_the_order_of_the_table_and_a_side_of_its_own_are_kept(table, cache):
-    turned = table.iloc[::-1]
-    assert right(fill_store(turned, SECTION, cache=cache), turned)
-    assert right(fill_store(table, SECTION, 64, cache), table, side=64)
-
-
-def test_the_second_call_decodes_nothing(table, cache, monkeypatch):
-    first = fill_store(table, SECTION, cache=cache)
-
-    def refuse(path):
-        raise AssertionError("decoded again")
-
-    monkeypatch.setattr(image_store, "decode_image", refuse)
-    assert fill_store(table, SECTION, cache=cache) == first
-
-
 def test_a_changed_file_or_setting_gives_another_store(table, cache):
     paths = {fill_store(table, SECTION, cache=cache).path}
     for change in ({"clahe": False}, {"minkowski_p": 5}, {"fit": "crop"}, {"size": 64}):
@@ -151,20 +140,8 @@ def test_a_changed_file_or_setting_gives_another_store(table, cache):
     assert len(paths) == 7
 
 
-def test_a_moved_data_set_keeps_its_store(table, cache, tmp_path):
-    first = fill_store(table, SECTION, cache=cache)
-    (tmp_path / "pictures").rename(tmp_path / "elsewhere")
-    moved = table.assign(image_path=table["image_path"].str.replace("/pictures/", "/elsewhere/"))
-    assert fill_store(moved, SECTION, cache=cache) == first
-
-
-def test_a_native_target_of_twice_the_size_is_the_store_of_a_larger_input(table, cache):
-    twice = fill_store(table, SECTION, 64, cache)
-    assert fill_store(table, ImageSection(size=64), cache=cache) == twice
-
-
-def test_broken_pictures_are_listed_and_the_others_are_there(table, cache):
-    contents = {"i2": b"", "i4": Path(table["image_path"][4]).read_bytes()[:200], "i6": b"this is text, not a picture"}
+def test_broken_images_are_listed_and_the_others_are_there(table, cache):
+    contents = {"i2": b"", "i4": Path(table["image_path"][4]).read_bytes()[:200], "i6": b"this is text, not a image"}
     for image_id, content in contents.items():
         Path(table["image_path"][int(image_id[1:])]).write_bytes(content)
     store = fill_store(table, SECTION, cache=cache)
@@ -175,14 +152,7 @@ def test_broken_pictures_are_listed_and_the_others_are_there(table, cache):
     assert fill_store(table, SECTION, cache=cache) == store
 
 
-def test_a_broken_picture_that_pandas_would_call_missing_keeps_its_name(table, cache):
-    named = table.assign(image_id=["NA", "null", *table["image_id"][2:]])
-    for path in table["image_path"][:2]:
-        Path(path).write_bytes(b"")
-    assert list(fill_store(named, SECTION, cache=cache).broken) == ["NA", "null"]
-
-
-def test_pictures_that_are_mended_are_read(table, cache):
+def test_images_that_are_fixed_are_read(table, cache):
     file = Path(table["image_path"][3])
     content = file.read_bytes()
     for data, broken in ((content[:100], ["i3"]), (content, [])):
@@ -210,18 +180,6 @@ def test_an_interrupted_filling_goes_on_where_it_stopped(table, cache, decoded, 
     assert right(store, table)
 
 
-def test_a_broken_picture_is_still_listed_after_an_interruption(table, cache):
-    Path(table["image_path"][0]).write_bytes(b"")
-
-    def interrupt(done, total):
-        if done == 6:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fill_store(table, SECTION, cache=cache, workers=1, progress=interrupt)
-    assert list(fill_store(table, SECTION, cache=cache).broken) == ["i0"]
-
-
 def test_a_killed_filling_goes_on_where_it_stopped(table, cache, decoded, tmp_path):
     process = start(table, cache, tmp_path)
     done = 0
@@ -238,7 +196,7 @@ def test_a_killed_filling_goes_on_where_it_stopped(table, cache, decoded, tmp_pa
     assert right(store, table)
 
 
-def test_two_processes_at_once_fill_one_right_store_and_decode_each_picture_once(table, cache, decoded, tmp_path):
+def test_two_processes_at_once_fill_one_right_store_and_decode_each_image_once(table, cache, decoded, tmp_path):
     processes = [start(table, cache, tmp_path) for _ in range(2)]
     for process in processes:
         assert process.stdout.readline() == "ready\n"
@@ -262,7 +220,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(point)], check=True)
 
 
-def test_a_disk_without_room_is_told_before_any_work(table, small_disk, decoded):
+def test_a_disk_without_room_is_reported_before_any_work(table, small_disk, decoded):
     disk, enlarge = small_disk
     with pytest.raises(DataError, match=r"needs 0.00 GiB in .* free; free some space, or set DUALREFNET_CACHE"):
         fill_store(table, ImageSection(size=64), cache=disk)
@@ -271,7 +229,7 @@ def test_a_disk_without_room_is_told_before_any_work(table, small_disk, decoded)
     assert right(fill_store(table, ImageSection(size=64), cache=disk), table, ImageSection(size=64), 64)
 
 
-def test_a_disk_that_fills_up_while_pictures_are_written_loses_nothing(table, small_disk, decoded, monkeypatch):
+def test_a_disk_that_fills_up_while_images_are_written_loses_nothing(table, small_disk, decoded, monkeypatch):
     # As on a system that can't reserve space, beside other programs that write.
     disk, enlarge = small_disk
     section = ImageSection(size=64)
@@ -289,9 +247,9 @@ def test_a_disk_that_fills_up_while_pictures_are_written_loses_nothing(table, sm
     assert right(store, table, section, 64)
 
 
-def test_a_disk_with_room_for_the_pictures_alone_keeps_them(table, small_disk, decoded):
+def test_a_disk_with_room_for_the_images_alone_keeps_them(table, small_disk, decoded):
     disk, enlarge = small_disk
-    # 36,864 bytes of pictures and their marks are 10 pages of 16; the rest of the disk is taken, but for one page.
+    # 36,864 bytes of images and their marks are 10 pages of 16; the rest of the disk is taken, but for one page.
     (disk / "other").write_bytes(bytes(4096 * 5))
     long = table.assign(image_id=["x" * 1000 + image_id for image_id in table["image_id"]])
     with pytest.raises(DataError, match="the disk is full"):
@@ -305,7 +263,7 @@ def test_a_disk_with_room_for_the_pictures_alone_keeps_them(table, small_disk, d
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_space_that_cannot_be_reserved_is_told_and_nothing_half_made_stays(table, cache, monkeypatch, number):
+def test_space_that_cannot_be_reserved_is_reported_and_nothing_half_made_stays(table, cache, monkeypatch, number):
     def no_space(file, start, length):
         raise OSError(number, os.strerror(number))
 
@@ -321,7 +279,7 @@ def test_other_errors_of_the_disk_are_not_called_full(table, cache, monkeypatch)
     def failing(path):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(image_store, "decode_image", failing)
+    monkeypatch.setattr(store_module, "decode_image", failing)
     with pytest.raises(OSError, match="Input/output error"):
         fill_store(table, SECTION, cache=cache)
 
@@ -339,8 +297,8 @@ def _interrupt_at_once(done, total):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("damage", ["images.u8", "index.json", "broken.csv", "half an index", "half the pictures"])
-def test_a_damaged_store_is_told_with_what_to_do(table, cache, damage):
+@pytest.mark.parametrize("damage", ["images.u8", "index.json", "broken.csv", "half an index", "half the images"])
+def test_a_damaged_store_is_reported_with_what_to_do(table, cache, damage):
     path = fill_store(table, SECTION, cache=cache).path
     if damage.startswith("half"):
         file = path / ("index.json" if damage.endswith("index") else "images.u8")
@@ -353,7 +311,7 @@ def test_a_damaged_store_is_told_with_what_to_do(table, cache, damage):
     assert right(fill_store(table, SECTION, cache=cache), table)
 
 
-def test_a_table_without_pictures_and_a_vanished_picture_are_told(table, cache):
+def test_a_table_without_images_and_a_vanished_image_are_told(table, cache):
     with pytest.raises(DataError, match="no image to prepare"):
         fill_store(table.iloc[:0], SECTION, cache=cache)
     Path(table["image_path"][7]).unlink()
@@ -361,9 +319,75 @@ def test_a_table_without_pictures_and_a_vanished_picture_are_told(table, cache):
         fill_store(table, SECTION, cache=cache)
 
 
-def test_the_cache_is_where_the_variable_says(monkeypatch, tmp_path):
-    monkeypatch.setenv("DUALREFNET_CACHE", str(tmp_path / "a"))
-    assert default_cache() == tmp_path / "a"
-    monkeypatch.delenv("DUALREFNET_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
-    assert default_cache() == tmp_path / "b" / "dualrefnet"
+ROWS, EDGE = 10, 4
+
+
+PARTS = {"mean": Part("float32", ()), "half": Part("uint8", (EDGE // 2, EDGE // 2, 3))}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> ImageStore:
+    folder = tmp_path / "stores" / "images"
+    folder.mkdir(parents=True)
+    np.random.default_rng(0).integers(0, 256, (ROWS, EDGE, EDGE, 3), dtype=np.uint8).tofile(folder / "images.u8")
+    return ImageStore(folder, tuple(f"image{number}" for number in range(ROWS)), EDGE, {})
+
+
+def compute(images):
+    return {"mean": images.mean(axis=(1, 2, 3)), "half": images[:, ::2, ::2]}
+
+
+def test_rows_hold_what_is_computed_from_the_images(source: ImageStore) -> None:
+    store = fill_derived_store(source, "test", {"a": 1}, PARTS, compute, batch=3)
+    rows = np.array([9, 0, 4])
+    images, values = source.read(rows), store.read(rows)
+    np.testing.assert_allclose(values["mean"], images.mean(axis=(1, 2, 3)), rtol=1e-6)
+    np.testing.assert_array_equal(values["half"], images[:, ::2, ::2])
+
+
+def test_a_filled_store_is_found_again_and_other_settings_have_another_one(source: ImageStore) -> None:
+    calls = []
+
+    def counting(images):
+        calls.append(len(images))
+        return compute(images)
+
+    first = fill_derived_store(source, "test", {"a": 1}, PARTS, counting, batch=4)
+    assert calls == [4, 4, 2]
+    assert fill_derived_store(source, "test", {"a": 1}, PARTS, counting).path == first.path
+    assert calls == [4, 4, 2]
+    assert fill_derived_store(source, "test", {"a": 2}, PARTS, counting).path != first.path
+    assert sum(calls) == 2 * ROWS
+
+
+def test_a_filling_that_was_cut_short_goes_on_where_it_stopped(source: ImageStore) -> None:
+    seen: list[int] = []
+
+    def dying(images):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(len(images))
+        return compute(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        fill_derived_store(source, "test", {}, PARTS, dying, batch=3)
+    again: list[int] = []
+
+    def going_on(images):
+        again.append(len(images))
+        return compute(images)
+
+    shown: list[tuple[int, int]] = []
+    store = fill_derived_store(
+        source, "test", {}, PARTS, going_on, batch=3, progress=lambda done, total: shown.append((done, total))
+    )
+    assert again == [3, 1]
+    assert shown == [(9, ROWS), (10, ROWS)]
+    np.testing.assert_array_equal(store.read(np.arange(ROWS))["half"], source.read(np.arange(ROWS))[:, ::2, ::2])
+
+
+def test_a_damaged_store_is_reported(source: ImageStore) -> None:
+    store = fill_derived_store(source, "test", {}, PARTS, compute)
+    (store.path / "half").write_bytes(b"short")
+    with pytest.raises(DataError, match="damaged; delete that folder"):
+        fill_derived_store(source, "test", {}, PARTS, compute)

@@ -1,0 +1,217 @@
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dualrefnet.service.batching import Busy, Limiter, Reservation, Worker
+from dualrefnet.service.inference import Inference
+from dualrefnet.service.observability import Metrics
+from dualrefnet.service.schemas import Refusal
+from dualrefnet.service.settings import ServiceSettings
+from live_service import StandInPredictor, picture
+
+
+class Recorder:
+    """Tens its jobs, and records them; a job 3 fails the whole batch if `fails`."""
+
+    def __init__(self, delay: float = 0.0, fails: bool = False) -> None:
+        self.delay, self.fails = delay, fails
+        self.batches: list[list[int]] = []
+        self.begun = threading.Event()
+
+    def __call__(self, jobs: list[int]) -> list[int]:
+        self.begun.set()
+        self.batches.append(list(jobs))
+        time.sleep(self.delay)
+        if self.fails and 3 in jobs:
+            raise ValueError("three")
+        return [10 * job for job in jobs]
+
+
+def use(worker: Worker, work: Callable[[], Coroutine]) -> Any:
+    async def run() -> Any:
+        worker.start()
+        try:
+            return await asyncio.wait_for(work(), 20)
+        finally:
+            await worker.stop()
+
+    return asyncio.run(run())
+
+
+def submit_all(worker: Worker, jobs: list[int]) -> list:
+    async def work() -> list:
+        return await asyncio.gather(*map(worker.submit, jobs), return_exceptions=True)
+
+    return use(worker, work)
+
+
+def test_jobs_that_arrive_while_the_model_is_busy_form_batches_and_everyone_gets_their_own_result() -> None:
+    run = Recorder(delay=0.05)
+    assert submit_all(Worker(run, "worker", max_batch=8), list(range(20))) == [10 * job for job in range(20)]
+    assert [len(batch) for batch in run.batches] == [8, 8, 4]
+
+
+def test_a_larger_job_counts_as_its_size_and_runs_alone_if_it_must() -> None:
+    run = Recorder(delay=0.02)
+    submit_all(Worker(run, "worker", max_batch=4, size=lambda job: job), [1, 6, 2, 2, 1])
+    assert run.batches == [[1], [6], [2, 2], [1]]
+
+
+def test_one_invalid_job_fails_alone() -> None:
+    results = submit_all(Worker(Recorder(delay=0.02, fails=True), "worker", max_batch=8), list(range(6)))
+    assert isinstance(results.pop(3), ValueError)
+    assert results == [0, 10, 20, 40, 50]
+
+
+def test_a_lone_job_never_waits_and_a_wait_for_expected_jobs_ends() -> None:
+    started = time.perf_counter()
+    submit_all(Worker(Recorder(), "worker", max_batch=8, max_wait=5.0), [1])
+    assert time.perf_counter() - started < 2
+    submit_all(Worker(Recorder(), "worker", max_batch=8, max_wait=0.02, expected=lambda: 1), list(range(40)))
+    assert time.perf_counter() - started < 4
+
+
+def test_an_idle_model_waits_for_what_is_being_decoded() -> None:
+    run, decoding = Recorder(), 2
+    worker = Worker(run, "worker", max_batch=8, max_wait=5.0, expected=lambda: decoding)
+
+    async def later() -> None:
+        nonlocal decoding
+        await asyncio.sleep(0.1)
+        decoding = 0
+        await worker.submit(2)
+
+    async def work() -> None:
+        await asyncio.gather(worker.submit(1), later())
+
+    use(worker, work)
+    assert run.batches == [[1, 2]]
+
+
+def test_a_job_that_is_cancelled_before_it_begins_never_runs() -> None:
+    run = Recorder(delay=0.05)
+    worker = Worker(run, "worker")
+
+    async def work() -> None:
+        first = asyncio.ensure_future(worker.submit(1))
+        await asyncio.to_thread(run.begun.wait)
+        second, third = asyncio.ensure_future(worker.submit(2)), asyncio.ensure_future(worker.submit(3))
+        await asyncio.sleep(0)
+        second.cancel()
+        await asyncio.gather(first, third)
+
+    use(worker, work)
+    assert run.batches == [[1], [3]]
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.sampled_from(["enter", "hold", "drop", "leave"])), max_size=60))
+def test_a_limiter_gives_back_what_was_taken_and_is_never_exceeded(steps: list[tuple[int, str]]) -> None:
+    limiter = Limiter(3, 10)
+    held: list[Reservation] = []
+    for number, step in steps:
+        if step == "enter":
+            held.append(Reservation(limiter))
+            try:
+                held[-1].enter()
+            except Busy:
+                assert limiter.full
+                with pytest.raises(Busy):
+                    limiter.reserve()
+        elif held:
+            reservation = held[number % len(held)]
+            if step == "hold":
+                before = limiter.bytes
+                try:
+                    reservation.hold(number)
+                except Busy:
+                    assert before + number > 10
+                    assert limiter.bytes == before
+            elif step == "drop":
+                reservation.release_body()
+            else:
+                reservation.__exit__()
+                held.remove(reservation)
+        assert 0 <= limiter.requests <= 3
+        assert 0 <= limiter.bytes <= 10
+    for reservation in held:
+        reservation.__exit__()
+    assert (limiter.requests, limiter.bytes) == (0, 0)
+
+
+def serve(inference: Inference, work: Callable[[], Coroutine]) -> Any:
+    async def run() -> Any:
+        inference.start()
+        try:
+            while inference.state == "starting":
+                await asyncio.sleep(0.01)
+            return await asyncio.wait_for(work(), 30)
+        finally:
+            await inference.stop()
+            assert (inference.limiter.requests, inference.limiter.bytes) == (0, 0)
+
+    return asyncio.run(run())
+
+
+async def predict(inference: Inference) -> Any:
+    with inference.limiter.reserve() as reservation:
+        return await inference.predict([picture()], {}, reservation)
+
+
+def test_what_takes_too_long_is_refused_and_dropped_from_the_queue() -> None:
+    predictor = StandInPredictor(delay=0.3)
+    inference = Inference(predictor, ServiceSettings(timeout=0.45, max_batch=1), Metrics())
+
+    async def work() -> list:
+        return await asyncio.gather(*(predict(inference) for _ in range(4)), return_exceptions=True)
+
+    refused = [result for result in serve(inference, work) if isinstance(result, Refusal)]
+    assert len(refused) == 3
+    assert all(refusal.status == 503 and refusal.headers["Retry-After"] == "1" for refusal in refused)
+    # The warm-up, one in time, and one that had begun before its time was over.
+    assert len(predictor.batches) == 3
+
+
+@pytest.mark.parametrize("own_model", [True, False])
+def test_explanations_delay_predictions_only_if_they_share_the_model(own_model: bool) -> None:
+    class Slow(StandInPredictor):
+        def explain_array(self, *arguments: Any) -> Any:
+            time.sleep(0.6)
+            return super().explain_array(*arguments)
+
+    slow = Slow()
+    settings = ServiceSettings()
+    inference = Inference(StandInPredictor() if own_model else slow, settings, Metrics(), slow if own_model else None)
+
+    async def explain() -> Any:
+        with inference.explain_limiter.reserve() as reservation:
+            return await inference.explain([picture()], {}, "NEV", reservation)
+
+    async def work() -> float:
+        explaining = asyncio.ensure_future(explain())
+        await asyncio.sleep(0.15)
+        started = time.perf_counter()
+        await predict(inference)
+        seconds = time.perf_counter() - started
+        assert (await explaining)[1].label == "NEV"
+        return seconds
+
+    assert (serve(inference, work) < 0.3) == own_model
+
+
+def test_a_model_that_fails_is_never_ready() -> None:
+    class Broken(StandInPredictor):
+        def predict_lesions(self, *arguments: Any) -> Any:
+            raise RuntimeError("out of memory")
+
+    inference = Inference(Broken(), ServiceSettings(), Metrics())
+
+    async def state() -> str:
+        return inference.state
+
+    assert serve(inference, state) == "broken"

@@ -1,0 +1,168 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pandas as pd
+import yaml
+from huggingface_hub import ModelCard
+
+import dualrefnet
+from dualrefnet.data.isic_2019 import SCHEMA as ISIC
+from dualrefnet.data.metadata import MetadataEncoder
+from dualrefnet.data.pad_ufes_20 import SCHEMA as PAD
+from dualrefnet.deploy.card import data_licence, model_card
+from dualrefnet.deploy.export import metadata_schema
+from dualrefnet.run import Run
+
+FILES = ("bundle.json", "model.onnx", "runtime/")
+PARITY = {"cases": 17, "max_probability_difference": 2e-6, "limit": 1e-3, "checked_on": "on validation cases"}
+INT8 = {
+    "bytes": 500_000,
+    "calibrated_on": 72,
+    "verdict": "not faster on this machine. Use model.onnx.",
+    "measured": {
+        "cases": 24,
+        "float32": {"accuracy": 0.75, "balanced_accuracy": 0.7, "false_alarms": 0.02},
+        "int8": {"accuracy": 0.5, "balanced_accuracy": 0.45, "false_alarms": 0.04},
+        "same_label": 0.875,
+        "max_probability_difference": 0.25,
+        "mean_probability_difference": 0.012,
+        "speed": [{"batch": 1, "float32_ms": 4.0, "int8_ms": 5.0, "times_as_fast": 0.8}],
+        "processor": "a processor, without VNNI",
+    },
+}
+
+
+def card(run: Run, int8: bool = False, **changes: Any) -> str:
+    """The card of a network that was never made."""
+    about = run.model
+    network = {
+        "bytes": 2_000_000,
+        "parity": PARITY,
+        "inputs": [{"name": "image", "type": "uint8", "shape": "(N, 32, 32, 3)", "meaning": "RGB"}],
+        "outputs": [{"name": "logits", "type": "float32", "shape": "(N, 6)", "meaning": "in the order of `classes`"}],
+    }
+    bundle = {
+        "dataset": {**about["dataset"], "citation": "Somebody, 2020"},
+        "method": run.recipe.model.method,
+        **{name: about[name] for name in ("classes", "malignant", "metadata")},
+        "class_names": {"MEL": "melanoma"},
+        "reads_image": True,
+        "learned_tokens": False,
+        "networks": {"float32": network, **({"int8": INT8} if int8 else {})},
+        "no_int8": "it wasn't asked for",
+        "missingness_shortcut": None,
+        "exported_with": {"dualrefnet": dualrefnet.__version__, "onnxruntime": "1.99"},
+    }
+    return model_card({**bundle, **changes}, run, FILES)
+
+
+def test_the_card_has_the_measures_and_runs(tiny_run: Run) -> None:
+    text, metrics = card(tiny_run), tiny_run.metrics
+    assert text.index("Not a medical device") < text.index("## How to use")
+    low, high = metrics["balanced_accuracy_ci95"]
+    melanoma, referral = metrics["per_class"]["MEL"], metrics["calibrated"]["referral"]
+    for part in (
+        "MEL (melanoma)",
+        "Malignant among them: BCC, MEL, SCC.",
+        f"| balanced accuracy | {metrics['balanced_accuracy']:.3f} | [{low:.3f}, {high:.3f}] |",
+        f"| MEL | {melanoma['support']} | {melanoma['sensitivity']:.3f} [",
+        f"Temperature {metrics['calibrated']['temperature']:.2f}",
+        f"({referral['missed']} of {referral['malignant']} missed)",
+        "to 2e-06 (17 predictions, on validation cases",
+        "No int8 file: it wasn't asked for.",
+        'python -m runtime image.jpg --metadata \'{"age": ',
+        "| in | `image` | uint8 | (N, 32, 32, 3) |",
+        "| `model.onnx` |",
+        "onnxruntime 1.99",
+    ):
+        assert part in text
+    assert "| `model.int8.onnx` |" not in text
+    assert str(tiny_run.path) not in text
+    for block in text.split("```python\n")[1:]:
+        compile(block.split("```")[0], "card", "exec")
+    # A table ends at the first line that isn't one of its rows.
+    for line in text.splitlines():
+        assert line.count("|") != 1
+
+
+def test_the_hub_reads_the_header(tiny_run: Run) -> None:
+    header = ModelCard(card(tiny_run)).data
+    found = (header.license, header.library_name, header.pipeline_tag)
+    assert found == ("apache-2.0", "dualrefnet", "image-classification")
+    assert {"multimodal", "synthetic-not-clinical", "research-only"} <= set(header.tags)
+    unknown = {**tiny_run.model["dataset"], "citation": "", "licence": "", "drawn": False}
+    other = yaml.safe_load(card(tiny_run, dataset=unknown).split("---")[1])
+    assert (other["license"], other["license_link"]) == ("other", "DATA_LICENCE.md")
+    assert "synthetic-not-clinical" not in other["tags"]
+
+
+def test_the_card_follows_the_inputs_of_the_model(tiny_run: Run) -> None:
+    metadata = card(tiny_run, reads_image=False, method="metadata_only")
+    assert "python -m runtime --metadata" in metadata
+    assert "--csv metadata.csv" in metadata
+    image = card(tiny_run, method="no_metadata")
+    assert "It reads an image of a skin lesion, and gives" in image
+    assert "Metadata fields" not in image
+    assert "without the image too" in card(tiny_run, learned_tokens=True)
+    assert "#b00020" in card(tiny_run, missingness_shortcut="missing means benign")
+
+
+def test_int8_and_subgroups_are_reported_where_they_were_measured(tiny_run: Run, tmp_path: Path) -> None:
+    assert "Not measured: `dualrefnet probe RUN`" in card(tiny_run)
+    shutil.copytree(tiny_run.path, tmp_path / "run")
+    (tmp_path / "run" / "probes").mkdir()
+    rows = [
+        ("gender", "FEMALE", 30, True, "accuracy", 0.8, 0.7, 0.9),
+        ("gender", "FEMALE", 30, True, "balanced_accuracy", 0.6, 0.5, 0.7),
+        ("region", "A|B", 25, True, "accuracy", 0.5, None, None),
+        ("fitspatrick", "6", 1, False, None, None, None, None),
+    ]
+    names = ["field", "level", "images", "measured", "measure", "value", "low", "high"]
+    pd.DataFrame(rows, columns=names).to_csv(tmp_path / "run" / "probes" / "subgroups.csv", index=False)
+    text = card(Run(tmp_path / "run"), int8=True)
+    for part in (
+        "| accuracy | 0.750 | 0.500 |",
+        "| milliseconds for a batch of 1 | 4.0 | 5.0 (0.80 times as fast) |",
+        "| megabytes | 2.0 | 0.5 |",
+        "The same class for 87.5% of the images",
+        "| gender | FEMALE | 30 | 0.800 [0.70, 0.90] |",
+        "| region | A\\|B | 25 | 0.500 |",
+        "fitspatrick 6 (1).",
+    ):
+        assert part in text
+    assert "0.600" not in text.split("## Subgroups")[1].split("## Parity")[0]
+
+
+def test_the_licence_of_the_data_is_stated_and_never_made_up() -> None:
+    for schema, words in ((PAD, ("CC BY 4.0", "also commercially")), (ISIC, ("CC BY-NC 4.0", "**not commercially**"))):
+        text = data_licence({"title": schema.title, "licence": schema.licence, "citation": schema.citation})
+        assert all(word in text for word in (schema.title, schema.citation, *words))
+    text = data_licence({"title": "Own data", "licence": "", "citation": ""})
+    assert "Licence: not stated\n- To cite: not stated" in text
+    assert "Read its terms" in data_licence({"title": "Own data", "licence": "ODbL 1.0", "citation": "me"})
+
+
+def test_the_schema_accepts_metadata_of_the_model_alone(tiny_run: Run) -> None:
+    made = metadata_schema(MetadataEncoder.from_json(tiny_run.model["metadata"]), "sample")
+    schema = json.loads(json.dumps(made, allow_nan=False))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    for valid in (
+        {},
+        {"age": 61, "region": "FACE", "itch": True, "grew": "UNK", "fitspatrick": 2},
+        {"age": 0, "fitspatrick": "2", "background_father": "BRASIL", "smoke": None, "diameter_1": 4.5},
+        {"age": None},
+        {"smoke": False},
+    ):
+        assert validator.is_valid(valid)
+    for invalid in (
+        *({"age": age} for age in (-1, 121, "old", "61")),
+        *({"region": "MOON"}, {"smoke": "perhaps"}, {"fitspatrick": 7}, {"shoe_size": 43}, []),
+    ):
+        assert not validator.is_valid(invalid)
+    assert list(schema["properties"]) == [field.name for field in PAD.fields]
+    age = schema["properties"]["age"]
+    assert (age["unit"], age["description"]) == ("years", "Age of the patient, in years")

@@ -1,0 +1,128 @@
+"""Figures of confusion matrices and of the training history."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dualrefnet.display.figure import ReportFigure
+from dualrefnet.evaluation.metrics import compute_metrics, metrics_from_confusion
+from dualrefnet.report.performance import draw_confusion, draw_history, selected_epoch
+from dualrefnet.run import Run
+from readable import assert_readable
+from resampling import predictions
+
+NAMES = ["MEL", "NV", "background_father = BRAZIL", "AK", "seborrhoeic keratosis", "DF", "melanoma, invasive", "VASC"]
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_confusion_matrices_are_readable(count: int) -> None:
+    for labels, scores in (predictions(count, 400, count), predictions(0, 3, count)):
+        metrics = compute_metrics(labels, scores, NAMES[:count], NAMES[:1])
+        for shares in (False, True):
+            assert_readable(draw_confusion(metrics, shares=shares, malignant=NAMES[:1]))
+
+
+def test_the_confusion_matrices_hold_the_counts_and_shares_of_each_true_class() -> None:
+    matrix = [[8, 2, 0], [1, 3, 0], [0, 0, 0]]
+    metrics = metrics_from_confusion(matrix, ["MEL", "NV", "DF"], ["MEL"])
+    counts, shares = draw_confusion(metrics, malignant=["MEL"]), draw_confusion(metrics, shares=True, malignant=["MEL"])
+    assert (counts.name, shares.name) == ("confusion_counts", "confusion_shares")
+    assert counts.data.equals(shares.data)
+    assert counts.data["images"].tolist() == np.ravel(matrix).tolist()
+    cell = counts.data.set_index(["true", "predicted"])
+    assert cell.loc[("MEL", "NV"), "share"] == pytest.approx(0.2)
+    assert cell.loc[("NV", "MEL"), "share"] == pytest.approx(0.25)
+    sums = counts.data.groupby("true")["share"].sum(min_count=1)
+    assert sums[["MEL", "NV"]].to_numpy() == pytest.approx([1, 1])
+    assert np.isnan(sums["DF"])
+    written = [text.get_text() for text in shares.figure.axes[0].texts]
+    assert written == ["0.80", "0.20", "0.00", "0.25", "0.75", "0.00", "–", "–", "–"]
+    assert [text.get_text() for text in counts.figure.axes[0].texts] == list("820130000")
+
+
+def history(**more: list[float]) -> pd.DataFrame:
+    columns = {
+        "epoch": [1, 2, 3, 4],
+        "learning_rate": [0.1] * 4,
+        "train_classification": [1.0, 0.8, 0.6, 0.5],
+        "train_total": [1.5, 1.2, 1.0, 0.9],
+        "val_loss": [0.9, 0.7, 0.75, 0.6],
+        "val_accuracy": [0.5, 0.7, 0.7, 0.6],
+        "val_spread": [0.1] * 4,
+        "val_balanced_accuracy": [0.4, 0.6, 0.6, 0.5],
+        "seconds": [1.0] * 4,
+    }
+    return pd.DataFrame(columns | more)
+
+
+def test_the_selected_epoch_is_the_best_and_a_tie_goes_to_the_lower_loss_then_to_the_earlier() -> None:
+    table = history()
+    assert selected_epoch(table, "balanced_accuracy") == 2
+    assert selected_epoch(table, "accuracy") == 2
+    assert selected_epoch(table, "loss") == 4
+    assert selected_epoch(history(val_loss=[0.9, 0.8, 0.7, 0.6]), "balanced_accuracy") == 3
+    assert selected_epoch(history(val_loss=[0.7] * 4), "balanced_accuracy") == 2
+    assert selected_epoch(history(val_loss=[0.7] * 4), "loss") == 1
+    with pytest.raises(ValueError, match="no column val_f1"):
+        selected_epoch(table, "f1")
+
+
+def test_the_selected_epoch_is_the_one_whose_model_was_kept(tiny_run: Run) -> None:
+    table, run = tiny_run.history, tiny_run
+    epoch = selected_epoch(table, run.recipe.training.selection)
+    row = table.set_index("epoch").loc[epoch]
+    # The kept parameters give the validation measures of that epoch.
+    assert row["val_balanced_accuracy"] == pytest.approx(run.metrics["validation"]["balanced_accuracy"], abs=1e-6)
+    picture = draw_history(table, epoch)
+    assert_readable(picture)
+    kept = picture.data[picture.data["kept"] & (picture.data["panel"] == "balanced accuracy")]
+    assert kept["value"].tolist() == pytest.approx([row["val_balanced_accuracy"]])
+
+
+def panels(picture: ReportFigure) -> list[str]:
+    return list(dict.fromkeys(picture.data["panel"]))
+
+
+def test_the_history_draws_what_the_method_has() -> None:
+    full: dict[str, Any] = {
+        "train_reconstruction": [0.4, 0.3, 0.2, 0.1],
+        "train_penalty": [0.1] * 4,
+        "l1_hidden": [200.0, 150.0, 100.0, 50.0],
+        "l1_classifier": [10.0, 11.0, 12.0, 13.0],
+        "val_psnr": [20.0] * 4,
+    }
+    picture = draw_history(history(**full), 2)
+    assert_readable(picture)
+    assert panels(picture) == [
+        "classification loss",
+        "balanced accuracy",
+        "total loss",
+        "reconstruction loss",
+        "weight penalty",
+        "relative L1 norm",
+    ]
+    values = {key: part["value"].tolist() for key, part in picture.data.groupby(["panel", "series"])}
+    assert values["relative L1 norm", "hidden"] == [1, 0.75, 0.5, 0.25]
+    assert values["relative L1 norm", "classifier"] == pytest.approx([1, 1.1, 1.2, 1.3])
+    assert values["classification loss", "training"] == [1.0, 0.8, 0.6, 0.5]
+    assert values["classification loss", "validation"] == [0.9, 0.7, 0.75, 0.6]
+    assert values["balanced accuracy", "validation"] == [0.4, 0.6, 0.6, 0.5]
+    assert picture.data.loc[picture.data["kept"], "epoch"].unique().tolist() == [2]
+    dot = picture.figure.axes[1].lines[1]
+    assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (2, 0.6)
+
+    plain = draw_history(history(), 2)
+    assert panels(plain) == ["classification loss", "balanced accuracy"]
+    heads = draw_history(history(train_classification_image=[2.0] * 4, train_classification_metadata=[3.0] * 4), 4)
+    assert_readable(heads)
+    assert panels(heads) == ["classification loss", "balanced accuracy", "loss of auxiliary heads", "total loss"]
+    assert set(heads.data.loc[heads.data["panel"] == "loss of auxiliary heads", "series"]) == {"image", "metadata"}
+
+
+def test_the_history_of_a_single_epoch_can_be_drawn_and_an_unknown_epoch_is_refused() -> None:
+    picture = draw_history(history().head(1), 1)
+    assert_readable(picture)
+    with pytest.raises(ValueError, match="no epoch 5"):
+        draw_history(history(), 5)
