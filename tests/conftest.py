@@ -12,6 +12,7 @@ import torch
 from dualrefnet.data.synthetic import make_synthetic
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import Run
+from dualrefnet.suite.results import SuiteResults, aggregate
 
 # The smallest honest training: a real encoder from scratch on 32 px images, seconds on two cores.
 TINY = {
@@ -78,3 +79,17 @@ def real_pad() -> Path:
 def real_isic() -> Path:
     """The real ISIC-2019 folder; the test is skipped where there is none."""
     return _shared("DUALREFNET_DATA", "isic_2019")
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished suite of known predictions; don't change it."""
+    from suite_folder import SUITE, write_suite
+
+    return write_suite(tmp_path_factory.mktemp("suite") / "small", SUITE)
+
+
+@pytest.fixture(scope="session")
+def small_results(small: Path) -> SuiteResults:
+    """The results of `small`."""
+    return aggregate(small)

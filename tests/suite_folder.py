@@ -1,4 +1,4 @@
-"""Write a suite directory with answers that are known, as the tables read it: no training."""
+"""Writes a suite folder with known predictions, as the tables read it: no training."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from dualrefnet.evaluation.metrics import compute_metrics
 from dualrefnet.files import write_csv, write_json, write_yaml
 from dualrefnet.suite.grid import Cell, expand, load_suite
-from dualrefnet.suite.results import Aggregate, aggregate
+from dualrefnet.suite.results import SuiteResults, aggregate
 
 CLASSES = ["ACK", "BCC", "MEL"]
 IMAGES = 24
-Answer = Callable[[Cell], NDArray[np.int64]]
+LABELS = np.arange(IMAGES) % 3
+Predict = Callable[[Cell], NDArray[np.int64]]
 SUITE: dict[str, Any] = {
     "name": "small",
     "title": "Small & simple: 100% drawn_up",
@@ -33,16 +34,6 @@ SUITE: dict[str, Any] = {
         }
     ],
 }
-LABELS = np.arange(IMAGES) % 3
-
-
-def wrong_on(*images: int) -> NDArray[np.int64]:
-    """Return right answers for a fold, but for some images."""
-    answers = LABELS.copy()
-    answers[list(images)] = (answers[list(images)] + 1) % 3
-    return answers
-
-
 # Errors of every run, by (method, fold, seed).
 ERRORS = {
     ("dualrefnet", 0, 0): (0,),
@@ -56,8 +47,15 @@ ERRORS = {
 }
 
 
+def wrong_on(*images: int) -> NDArray[np.int64]:
+    """Return the predictions of a fold, correct but for some images."""
+    predicted = LABELS.copy()
+    predicted[list(images)] = (predicted[list(images)] + 1) % 3
+    return predicted
+
+
 def planned(cell: Cell) -> NDArray[np.int64]:
-    return wrong_on(*ERRORS[cell.method, cell.fold, cell.seed])
+    return wrong_on(*ERRORS[cell.key.method, cell.fold, cell.seed])
 
 
 def image_ids(cell: Cell) -> list[str]:
@@ -67,55 +65,48 @@ def image_ids(cell: Cell) -> list[str]:
 def write_run(
     folder: Path,
     cell: Cell,
-    answers: NDArray[np.int64],
+    predicted: NDArray[np.int64],
     ids: list[str] | None = None,
     weights: str = "package",
     drawn: bool = False,
 ) -> None:
-    """Write what the tables read of a run: two images a patient, in an order that is not that of the ids."""
-    ids = ids or image_ids(cell)
+    """Write what the tables read of a run: two images per patient, in an order that is not that of the ids."""
+    ids, names = ids or image_ids(cell), np.array(CLASSES)
     write_yaml(folder / "recipe.yaml", cell.recipe.model_dump(mode="json"))
     scores = np.full((IMAGES, 3), 0.1)
-    scores[np.arange(IMAGES), answers] = 0.8
-    names = np.array(CLASSES)
-    table = pd.DataFrame({"image_id": ids, "split": "test", "label": names[LABELS], "predicted": names[answers]})
+    scores[np.arange(IMAGES), predicted] = 0.8
+    table = pd.DataFrame({"image_id": ids, "split": "test", "label": names[LABELS], "predicted": names[predicted]})
     table[[f"prob_{name}" for name in CLASSES]] = scores
     validation = table.assign(image_id="v" + table["image_id"], split="val")
     write_csv(folder / "predictions.csv", pd.concat([validation, table.iloc[::-1]], ignore_index=True))
     rows = pd.concat([table, validation])
     patients = rows["split"] + [f"-{name[:-2]}{int(name[-2:]) // 2}" for name in rows["image_id"]]
-    write_csv(
-        folder / "split.csv",
-        pd.DataFrame(
-            {"image_id": rows["image_id"], "patient_id": patients, "label": rows["label"], "split": rows["split"]}
-        ),
-    )
+    split = rows.assign(patient_id=patients)[["image_id", "patient_id", "label", "split"]]
+    write_csv(folder / "split.csv", split)
     write_json(folder / "model.json", {"classes": CLASSES, "malignant": ["MEL"]})
-    write_json(
-        folder / "fingerprint.json", {"weights": [{"kind": weights, "description": f"weights of kind {weights}"}]}
-    )
-    shares = {"train": 0.493, "train_or_val": 0.554} if cell.protocol == "paper" else {"train": 0, "train_or_val": 0}
-    leakage = {"patient": {**shares, "per_class": {}}, "lesion": None}
+    sources = [{"kind": weights, "description": f"weights of kind {weights}"}]
+    write_json(folder / "fingerprint.json", {"weights": sources})
+    leaks = cell.key.protocol == "paper"
+    leakage = {"train": 0.493, "train_or_val": 0.554} if leaks else {"train": 0, "train_or_val": 0}
     metrics = compute_metrics(LABELS, scores, CLASSES, ["MEL"])
-    write_json(folder / "metrics.json", {**metrics, "dataset": cell.dataset, "drawn": drawn, "leakage": leakage})
+    metrics |= {"dataset": cell.key.dataset, "drawn": drawn, "leakage": {"patient": leakage, "lesion": None}}
+    write_json(folder / "metrics.json", metrics)
 
 
-def write_suite(folder: Path, suite: dict[str, Any], answers: Answer = planned, **options: Any) -> Path:
+def write_suite(folder: Path, suite: dict[str, Any], predict: Predict = planned, **options: Any) -> Path:
     write_yaml(folder / "suite.yaml", suite)
     for cell in expand(load_suite(folder / "suite.yaml")):
-        write_run(folder / "runs" / cell.run, cell, answers(cell), **options)
+        write_run(folder / "runs" / cell.run, cell, predict(cell), **options)
     return folder
 
 
 def changed(**values: Any) -> dict[str, Any]:
     """Return a copy of SUITE with keys of its block replaced (`grid_...`), or its own."""
-    # Deep: a caller that changes the result mustn't change the suite of all other tests.
     suite = deepcopy(SUITE)
-    block = {
-        **suite["grid"][0],
-        **{key.removeprefix("grid_"): value for key, value in values.items() if key.startswith("grid_")},
-    }
-    return {**suite, **{key: value for key, value in values.items() if not key.startswith("grid_")}, "grid": [block]}
+    for key, value in values.items():
+        target = suite["grid"][0] if key.startswith("grid_") else suite
+        target[key.removeprefix("grid_")] = value
+    return suite
 
 
 def row(table: pd.DataFrame, **values: str) -> pd.Series:
@@ -124,18 +115,8 @@ def row(table: pd.DataFrame, **values: str) -> pd.Series:
     return chosen.iloc[0]
 
 
-def paper_suite(tmp_path: Path, **values: Any) -> Aggregate:
-    block = {
-        "recipe": "pad_ufes_20_paper",
-        "methods": values.pop("methods", ["dualrefnet", "visual"]),
-        **values.pop("block", {}),
-    }
-    suite = {
-        "name": "paper",
-        "title": "Paper",
-        "table": "3a",
-        "measures": ["accuracy", "f1_macro"],
-        "grid": [block],
-        **values,
-    }
-    return aggregate(write_suite(tmp_path, suite, lambda cell: wrong_on(0, 1, 2)))
+def paper_suite(folder: Path, methods: list[str], measures: list[str], **values: Any) -> SuiteResults:
+    """Return the results of a suite on the paper's split, in which every run errs on three images."""
+    block = {"recipe": "pad_ufes_20_paper", "methods": methods, **values.pop("block", {})}
+    suite = {"name": "paper", "title": "Paper", "table": "3a", "measures": measures, "grid": [block], **values}
+    return aggregate(write_suite(folder, suite, lambda cell: wrong_on(0, 1, 2)))

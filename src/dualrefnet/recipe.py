@@ -6,7 +6,6 @@ A key that a recipe doesn't name has the default below; a key that doesn't exist
 from __future__ import annotations
 
 import difflib
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -23,6 +22,9 @@ class Section(BaseModel):
     """A part of a recipe: unknown keys are refused, values can't be changed afterwards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+AnySection = typing.TypeVar("AnySection", bound=Section)
 
 
 class DataSection(Section):
@@ -357,7 +359,10 @@ def shipped_text(kind: str, name_or_file: str | Path, folder: str, shipped: list
     """
     path = Path(name_or_file)
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{path} isn't YAML: {error}") from None
     if str(name_or_file) in shipped:
         return resources.files("dualrefnet").joinpath(folder, f"{name_or_file}.yaml").read_text(encoding="utf-8")
     names = f"{', '.join(shipped)}{suggestion(str(name_or_file), shipped)}"
@@ -379,18 +384,47 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapp
     elif isinstance(source, Mapping):
         values = dict(source)
     else:
-        try:
-            values = yaml.load(recipe_text(source), Loader=StrictLoader)
-        except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that doesn't exist.
-            raise RecipeError(f"{source} isn't YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(values, dict):
-            raise RecipeError(f"{source} must hold `key: value` lines")
+        values = parse_mapping(recipe_text(source), source)
     for key, value in (overrides or {}).items():
         _set(values, key, value)
+    return validate(Recipe, values)
+
+
+def parse_mapping(text: str, source: str | Path) -> dict[str, Any]:
+    """Parse the YAML text of a recipe or suite; `source` names it in errors."""
     try:
-        return Recipe.model_validate(values)
+        values = yaml.load(text, Loader=StrictLoader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that doesn't exist.
+        raise RecipeError(f"{source} isn't YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{source} must hold `key: value` lines")
+    return values
+
+
+def validate(section: type[AnySection], values: Mapping[str, Any]) -> AnySection:
+    """Check values against a section; the error names the first five wrong keys, unknown ones with a suggestion."""
+    try:
+        return section.model_validate(values)
     except ValidationError as error:
-        raise RecipeError("; ".join(_explain(item) for item in error.errors()[:5])) from None
+        raise RecipeError("; ".join(_explain(item, section) for item in error.errors()[:5])) from None
+
+
+def differences(old: BaseModel, new: BaseModel) -> list[str]:
+    """Name the keys in which two recipes or suites differ, with both values."""
+    before, after = (_flat(each.model_dump(mode="json")) for each in (old, new))
+    return [
+        f"{key}: {before.get(key)} there, {after.get(key)} now"
+        for key in {**before, **after}
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if isinstance(value, dict) and value:
+        return {key: leaf for name, inner in value.items() for key, leaf in _flat(inner, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): value}
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
@@ -451,20 +485,16 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def _explain(item: Any) -> str:
-    location = [str(part) for part in item["loc"]]
-    key = ".".join(location)
-    if item["type"] == "extra_forbidden":
-        legal = _keys_of(location[:-1])
-        return f"unknown key {key!r}{suggestion(location[-1], legal)} (keys there: {', '.join(legal)})"
-    message = item["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}" if key else message
-
-
-def _keys_of(path: list[str]) -> list[str]:
-    section: Any = Recipe
+def _explain(item: Any, section: type[BaseModel]) -> str:
+    key = ".".join(map(str, item["loc"]))
+    if item["type"] != "extra_forbidden":
+        message = item["msg"].removeprefix("Value error, ")
+        return f"{key}: {message}" if key else message
+    *path, last = item["loc"]
     for part in path:
-        section = section.model_fields[part].annotation
-        if typing.get_origin(section) in (typing.Union, types.UnionType):
-            section = typing.get_args(section)[0]
-    return list(section.model_fields)
+        if isinstance(part, str):  # Not the place in a list.
+            annotation: Any = section.model_fields[part].annotation
+            kinds = (annotation, *typing.get_args(annotation))
+            section = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
+    legal = list(section.model_fields)
+    return f"unknown key {key!r}{suggestion(str(last), legal)} (keys there: {', '.join(legal)})"

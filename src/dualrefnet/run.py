@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import psutil
-import yaml
 
 import dualrefnet
 from dualrefnet.data.protocols import SPLIT_COLUMNS, refuse_crossing
 from dualrefnet.data.schema import Dataset
 from dualrefnet.errors import RunError
 from dualrefnet.files import read_json, remove_partial, sha256_of_json, write_csv, write_json, write_yaml
-from dualrefnet.recipe import Recipe, load_recipe
+from dualrefnet.recipe import Recipe, differences, load_recipe
 
 if TYPE_CHECKING:
     from dualrefnet.analysis.out_of_distribution import OutOfScope
@@ -179,9 +178,8 @@ def start_run(path: Path, recipe: Recipe, resume: bool) -> Run:
             what = "a finished run" if run.finished else "an unfinished run"
             raise RunError(f"{path} holds {what}; continue it with --resume, or name another folder with --out")
         if run.recipe != recipe:
-            raise RunError(
-                f"{path} was started with another recipe ({_difference(run.recipe, recipe)}); name another folder with --out"
-            )
+            changed = ", ".join(differences(run.recipe, recipe)[:3])
+            raise RunError(f"{path} was started with another recipe ({changed}); name another folder with --out")
     write_yaml(path / "recipe.yaml", recipe.model_dump(mode="json"))
     return run
 
@@ -290,16 +288,3 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("+changes" if dirty else "")
-
-
-def _difference(old: Recipe, new: Recipe) -> str:
-    """Name the first keys in which two recipes differ."""
-
-    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-        if isinstance(value, dict):
-            return {key: leaf for name, inner in value.items() for key, leaf in flat(inner, f"{prefix}{name}.").items()}
-        return {prefix.rstrip("."): value}
-
-    before, after = (flat(yaml.safe_load(recipe.model_dump_json())) for recipe in (old, new))
-    keys = [key for key in after if before.get(key) != after[key]]
-    return ", ".join(f"{key}: {before.get(key)} there, {after[key]} now" for key in keys[:3])

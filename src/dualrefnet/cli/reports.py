@@ -234,7 +234,7 @@ def tables(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A suite f
 def _print_plan(cells: list[Cell], splits: list[str]) -> None:
     for cell in cells:
         if cell.run == cell.name:
-            typer.echo(f"{cell.name:<64} protocol {cell.protocol}, {cell.recipe.training.epochs} epochs")
+            typer.echo(f"{cell.name:<64} protocol {cell.key.protocol}, {cell.recipe.training.epochs} epochs")
     for split in splits:
         typer.echo(f"split of {split}")
     shared = [cell for cell in cells if cell.run != cell.name]

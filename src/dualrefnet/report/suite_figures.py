@@ -1,54 +1,53 @@
-"""The systems of a suite as the lines of a picture: what they are called, where they stand, and what must be said of
-them.
-"""
-
-# also: Pictures of a suite: every system with its interval, and how far each is from the reference.
+"""Figures of a suite: every system with its interval, and the difference of each from the reference."""
 
 from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
 from dualrefnet.display.figure import COLOURS, FAINT, INK, PAPER, ReportFigure, new_figure, styled
-from dualrefnet.display.format import MEASURE_NAMES
+from dualrefnet.display.format import MEASURE_NAMES, interval, number
 from dualrefnet.errors import RunError
 from dualrefnet.models.encoders import BACKBONES
 from dualrefnet.models.registry import METHODS
-from dualrefnet.suite.results import LABEL_LEAKING, Key, reads_image
-from dualrefnet.suite.tables import LESS_IS_BETTER, SIGNIFICANT
+from dualrefnet.suite.grid import Key
+from dualrefnet.suite.results import LABEL_LEAKING, reads_image
+from dualrefnet.suite.tables import LESS_IS_BETTER, SIGNIFICANT, with_flags_as_text
 
-# Inches: between two marks one below the other, and between the lines of a label.
-SLOT, LINE = 0.165, 0.125
-
-
-# Letters of a line of a label; marks that one line of a panel can hold; systems that a caption names one by one.
-LABEL, SERIES, NAMED = 25, 4, 6
-
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 KEY = list(Key._fields)
 
+# Inches: between two marks, between the lines of a label, of a line of a panel's title, and below the panels.
+SLOT, LINE, TITLE, BELOW = 0.165, 0.125, 0.17, 0.95
 
-_RUNS = re.compile(r"\d+ of \d+ runs")
+# Letters of a line: of a label, of a panel's title, of an axis.
+LABEL, TITLE_LETTERS, AXIS_LETTERS = 25, 40, 34
+
+# Marks that one line of a panel can hold, and systems that a caption names one by one.
+STYLES = ((COLOURS[0], "o"), (COLOURS[4], "s"), (COLOURS[2], "^"), (COLOURS[3], "v"))
+NAMED = 6
+
+_HATCHED: dict[str, Any] = {
+    "facecolor": "none",
+    "edgecolor": FAINT,
+    "hatch": "////",
+    "linewidth": 0,
+    "hatch_linewidth": 0.5,
+}
+_PAPER: dict[str, Any] = {"color": INK, "fillstyle": "none", "markersize": 4.5, "markeredgewidth": 0.9}
 
 
-@dataclass(frozen=True)
-class Panel:
-    """Systems that share one pair of axes.
-
-    Attributes:
-        title: what they share; empty if there is one panel only.
-        rows: with their place `y` from the top, in slots.
-        ticks: (y, label, whether it is the reference's), one a line of the panel.
-        height: in slots.
+class Panel(NamedTuple):
+    """Systems that share a pair of axes: `rows` with their place `y` from the top in slots, and for every line of the
+    panel (y, label, whether it is the reference's) in `ticks`.
     """
 
     title: str
@@ -57,59 +56,54 @@ class Panel:
     height: float
 
 
-def described(systems: pd.DataFrame, comparisons: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """Return the systems' rows of one measure with what they are called.
+def describe(systems: pd.DataFrame, comparisons: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """Return the systems' rows of one measure with their names.
 
     Args:
-        systems: `Aggregate.systems`.
-        comparisons: `Aggregate.comparisons`.
+        systems: `SuiteResults.systems`.
+        comparisons: `SuiteResults.comparisons`; names the references.
         measure: one of the suite's.
 
     Returns:
         The rows with `panel`, `label` (of a line of the panel), `series` (which of several marks in a line; empty if
-        every
-        line has one) and its number `place`, `name` (for captions), and `is_reference`.
+        every line has one) and its number `place`, `name` (for captions), and `is_reference`.
 
     Raises:
         RunError: the suite doesn't have the measure.
     """
     if systems.empty or not (systems["measure"] == measure).any():
-        raise RunError(
-            f"the suite doesn't measure {measure}; it measures: {', '.join(dict.fromkeys(systems.get('measure', [])))}"
-        )
+        measures = ", ".join(dict.fromkeys(systems.get("measure", [])))
+        raise RunError(f"the suite doesn't measure {measure}; it measures: {measures}")
     rows = systems[systems["measure"] == measure].reset_index(drop=True)
     titles = rows["method"].map(lambda name: METHODS[name].title if name in METHODS else name)
-    backbones = pd.Series([_backbone(*pair) for pair in zip(rows["method"], rows["backbone"], strict=True)])
+    backbones = pd.Series(map(_backbone, rows["method"], rows["backbone"]))
     variants, data = rows["variant"], ["dataset", "protocol"]
-    kinds = rows.groupby("variant")["method"].nunique()
+    methods = rows.groupby("variant")["method"].nunique()
     rows["series"] = ""
-    if 1 < len(kinds) <= SERIES and (kinds > 1).all():
+    if 1 < len(methods) <= len(STYLES) and (methods > 1).all():
         rows["label"], rows["series"] = titles, variants.where(variants != "", "unchanged")
     elif (variants != "").all() and not rows.duplicated([*data, "backbone", "variant"]).any():
         rows["label"] = variants
     else:
-        both = (variants != "") & (variants != titles)
-        rows["label"] = titles.where(~both, titles + ", " + variants)
-    rows["place"] = rows["series"].map({name: place for place, name in enumerate(dict.fromkeys(rows["series"]))})
-    leaking = rows["flags"].str.contains(LABEL_LEAKING, regex=False)
-    rows["label"] = rows["label"].where(~leaking, rows["label"] + " (LABEL-LEAKING IMPUTATION)")
+        rows["label"] = titles.where((variants == "") | (variants == titles), titles + ", " + variants)
+    rows["place"] = pd.factorize(rows["series"])[0]
+    leaking = rows["flags"].map(lambda flags: LABEL_LEAKING in flags)
+    rows["label"] += leaking.map({True: " (LABEL-LEAKING IMPUTATION)", False: ""})
     parts = []
     if rows[data].drop_duplicates().shape[0] > 1:
         parts.append(rows["dataset"] + ", protocol " + rows["protocol"])
-    if backbones.nunique() > 1:
-        if rows["label"].nunique() == 1:
-            # One method on several encoders: these are the lines.
-            parts.append(rows["label"])
-            rows["label"] = backbones
-        else:
-            parts.append(backbones)
+    if backbones.nunique() > 1 and rows["label"].nunique() == 1:
+        # One method on several encoders: these are the lines.
+        parts.append(rows["label"])
+        rows["label"] = backbones
+    elif backbones.nunique() > 1:
+        parts.append(backbones)
     rows["panel"] = pd.concat(parts, axis=1).agg(", ".join, axis=1) if parts else ""
-    name = rows["label"].where(rows["series"] == "", rows["label"] + " " + rows["series"])
+    name = (rows["label"] + " " + rows["series"]).str.strip()
     rows["name"] = name.where(~name.duplicated(keep=False), name + " (" + rows["panel"] + ")")
     references = set(zip(comparisons["dataset"], comparisons["protocol"], comparisons["reference"], strict=True))
-    # So `comparisons` names a reference.
-    known = [(key[0], key[1], " ".join(part for part in key[2:] if part)) for key in rows[KEY].itertuples(index=False)]
-    rows["is_reference"] = [key in references for key in known]
+    keys = rows[KEY].itertuples(index=False, name=None)
+    rows["is_reference"] = [(*key[:2], " ".join(filter(None, key[2:]))) in references for key in keys]
     return rows
 
 
@@ -119,244 +113,165 @@ def _backbone(method: str, backbone: str) -> str:
     return " + ".join(BACKBONES[name].title if name in BACKBONES else name for name in backbone.split("+"))
 
 
-def panels_of(rows: pd.DataFrame) -> list[Panel]:
-    """Give every system its place."""
-    panels, several = [], rows["place"].nunique() > 1
-    for title, group in rows.groupby("panel", sort=False):
-        parts, ticks, top = [], [], 0.0
-        for label, members in group.groupby("label", sort=False):
-            members = members.sort_values("place", kind="stable")
-            lines = wrapped(str(label), LABEL)
-            height = max(len(members), LINE / SLOT * (lines.count("\n") + 1)) + (0.6 if several else 0.1)
-            middle = top + height / 2
-            parts.append(members.assign(y=[middle + place - (len(members) - 1) / 2 for place in range(len(members))]))
-            ticks.append((middle, lines, bool(members["is_reference"].any())))
-            top += height
-        panels.append(Panel(str(title), pd.concat(parts), ticks, top))
-    return panels
-
-
 def sizes(rows: pd.DataFrame) -> str:
-    """Say how many images and patients the systems were tested on."""
+    """Return how many images and patients (or lesions) the systems were tested on."""
     found = rows.drop_duplicates(["dataset", "images", "groups"])
-    return " or ".join(
-        f"{row['images']} images of {row['groups']} {_unit(row['dataset'])}" for row in found.to_dict("records")
-    )
+    return " or ".join(f"{row.images} images of {row.groups} {row.unit}s" for row in found.itertuples())
 
 
 def units(rows: pd.DataFrame) -> str:
-    """Say what the intervals resample."""
-    return " or ".join(dict.fromkeys(map(_unit, rows["dataset"])))
+    """Return what the intervals resample."""
+    return " or ".join(f"{unit}s" for unit in dict.fromkeys(rows["unit"]) if unit) or "patients"
 
 
-def _unit(dataset: str) -> str:
-    # ISIC-2019 doesn't name its patients.
-    return "lesions" if dataset == "isic_2019" else "patients"
+def names(some: pd.DataFrame, rows: pd.DataFrame | None = None, most: int = NAMED) -> str:
+    """Name systems; if there are many the first few of them, and if they are all of `rows` none."""
+    if rows is not None and len(some) > 1:
+        if len(some) == len(rows):
+            return "all systems"
+        if some["method"].map(reads_image).all() and len(some) == rows["method"].map(reads_image).sum():
+            return "all systems that read images"
+    found = list(dict.fromkeys(some["name"]))
+    more = f" and {len(found) - most} more" if len(found) > most else ""
+    return ", ".join(found[:most]) + more
 
 
-def remarks(rows: pd.DataFrame) -> list[str]:
-    """Return what a reader must know before believing the marks, and of which systems."""
-    flags: dict[str, list[int]] = {}
-    for place, text in enumerate(rows["flags"]):
-        # This one has a semicolon of its own.
-        known = [LABEL_LEAKING] if LABEL_LEAKING in text else []
-        for flag in [*known, *(part for part in text.replace(LABEL_LEAKING, "").split("; ") if part)]:
-            if not _RUNS.fullmatch(flag):
-                flags.setdefault(flag, []).append(place)
-    result = [f"{flag[0].upper()}{flag[1:]} ({_or_all(rows.iloc[places], rows)})" for flag, places in flags.items()]
-    partial = rows[rows["runs"] < rows["planned"]]
-    counts = partial[["runs", "planned"]].drop_duplicates().to_numpy()
-    if len(counts) == 1:
-        result.append(f"Hatched: only {counts[0][0]} of {counts[0][1]} runs are finished ({_or_all(partial, rows)})")
-    elif len(counts):
-        each = ", ".join(f"{row['name']}: {row['runs']} of {row['planned']}" for row in partial.to_dict("records"))
-        result.append(f"Hatched: not all runs are finished ({each})")
-    return result
-
-
-def names(rows: pd.DataFrame) -> str:
-    """Name systems, if there are many the first few of them."""
-    found = list(dict.fromkeys(rows["name"]))
-    more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
-    return ", ".join(found[:NAMED]) + more
-
-
-def _or_all(some: pd.DataFrame, rows: pd.DataFrame) -> str:
-    if len(rows) > 1 and len(some) == len(rows):
-        return "all systems"
-    if len(some) > 1 and len(some) == rows["method"].map(reads_image).sum() and some["method"].map(reads_image).all():
-        return "all systems that read images"
-    return names(some)
-
-
-def wrapped(text: str, width: int) -> str:
-    """Break a text into lines of at most `width` letters."""
-    return "\n".join(textwrap.wrap(text, width))
-
-
-# Inches: a line of a panel's title, and what stands below the panels.
-TITLE, BELOW = 0.17, 0.95
-
-
-# Letters of a line of a panel's title and of an axis.
-TITLE_LETTERS, AXIS_LETTERS = 40, 34
-
-
-# Of the marks in a line.
-STYLES = ((COLOURS[0], "o"), (COLOURS[4], "s"), (COLOURS[2], "^"), (COLOURS[3], "v"))
-
-
-_HATCHED: dict[str, Any] = {
-    "facecolor": "none",
-    "edgecolor": FAINT,
-    "hatch": "////",
-    "linewidth": 0,
-    "hatch_linewidth": 0.5,
-}
+def by_flag(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return every flag with the systems that have it."""
+    flags = dict.fromkeys(flag for flags in rows["flags"] for flag in flags)
+    return {flag: rows[[flag in flags for flags in rows["flags"]]] for flag in flags}
 
 
 @styled
 def draw_systems(systems: pd.DataFrame, comparisons: pd.DataFrame, measure: str) -> ReportFigure:
     """Draw a measure of every system with its 95% interval, and the paper's number where there is one.
 
-    Args:
-        systems: `Aggregate.systems`.
-        comparisons: `Aggregate.comparisons`; says which systems are references.
-        measure: one of the suite's.
-
     Raises:
         RunError: the suite doesn't have the measure, or no system has a value of it.
     """
-    rows = described(systems, comparisons, measure).assign(filled=True)
+    from matplotlib.lines import Line2D
+
+    rows = describe(systems, comparisons, measure).assign(filled=True)
     drawn, without = rows[rows["pooled"].notna()], rows[rows["pooled"].isna()]
     if drawn.empty:
         raise RunError(f"no system of the suite has a value of {measure} yet: there is nothing to draw")
-    alike = pd.Series(
-        [not average or measure.endswith(f"_{average}") for average in drawn["paper_average"]], index=drawn.index
-    )
+    alike = pd.Series([measure.endswith(average) for average in drawn["paper_average"]], index=drawn.index)
     otherwise = drawn[drawn["paper"].notna() & ~alike]
     drawn = drawn.assign(paper=drawn["paper"].where(alike))
-    any_paper = bool(drawn["paper"].notna().any())
-    panels = panels_of(drawn)
-    figure, axes = _figure(drawn, panels)
-    for axis, panel in zip(axes, panels, strict=True):
-        _draw_panel(axis, panel, "pooled", ".3f")
-        axis.plot(
-            panel.rows["paper"], panel.rows["y"], "D", color=INK, fillstyle="none", markersize=4.5, markeredgewidth=0.9
-        )
+    printed = bool(drawn["paper"].notna().any())
+    legend = [Line2D([], [], linestyle="", marker="D", label="the paper's number", **_PAPER)] if printed else []
+    figure, panels = _interval_plot(drawn, "pooled", ".3f", legend)
+    for axis, panel in panels:
+        axis.plot(panel.rows["paper"], panel.rows["y"], "D", **_PAPER)
     name = _measure_name(measure)
-    axes[-1].set_xlabel(
-        f"{wrapped(name, AXIS_LETTERS)}\n({'lower' if measure in LESS_IS_BETTER else 'higher'} is better)"
-    )
-    paper = Line2D(
-        [], [], linestyle="", marker="D", color=INK, fillstyle="none", markersize=4.5, label="the paper's number"
-    )
-    _legend(figure, drawn, [paper] if any_paper else [])
-    interval = (
-        f"line: its 95% interval from resampling {units(drawn)}" if drawn["low"].notna().any() else "without intervals"
-    )
+    better = "lower" if measure in LESS_IS_BETTER else "higher"
+    axis.set_xlabel(f"{_wrapped(name, AXIS_LETTERS)}\n({better} is better)")
+    line = f"line: 95% interval over {units(drawn)}" if drawn["low"].notna().any() else "without intervals"
     caption = _caption(
-        f"Mark: {name} of the test predictions of all folds together, averaged over seeds; {interval} ({sizes(drawn)})",
-        "Hollow diamond: the number that the paper prints, which has no interval" if any_paper else "",
-        f"Averaged in another way, and therefore not drawn, is the paper's number of {names(otherwise)}"
+        f"Mark: {name} of the pooled test predictions of all folds, averaged over seeds; {line} ({sizes(drawn)})",
+        "Hollow diamond: the number printed in the paper, without an interval" if printed else "",
+        f"Not drawn, because it is averaged differently: the paper's number of {names(otherwise)}"
         if len(otherwise)
         else "",
         f"Bold and shaded: the reference, {_references(drawn)}" if drawn["is_reference"].any() else "",
-        *remarks(drawn),
+        *_notes(drawn),
         f"Without a value: {names(without)}" if len(without) else "",
     )
-    alt = "; ".join(
-        f"{row['name']} {_interval(row, 'pooled', '.3f')}"
-        + ("" if pd.isna(row["paper"]) else f", paper {row['paper']:.3f}")
-        for row in drawn.to_dict("records")
-    )
-    data = drawn[[*KEY, "measure", "pooled", "low", "high", "paper", "is_reference", "runs", "planned", "flags"]]
+    paper = ["" if pd.isna(value) else f", paper {value:.3f}" for value in drawn["paper"]]
+    alt = _alt(drawn, "pooled", ".3f", paper)
+    columns = [*KEY, "measure", "pooled", "low", "high", "paper", "is_reference", "runs", "planned", "flags"]
     return ReportFigure(
-        f"systems_{_slug(measure)}", f"All systems: {name}", caption, alt, figure, data.reset_index(drop=True)
+        f"systems_{_slug(measure)}", f"All systems: {name}", caption, alt, figure, _data(drawn, columns)
     )
 
 
 @styled
 def draw_ablation(systems: pd.DataFrame, comparisons: pd.DataFrame, measure: str) -> ReportFigure:
-    """Draw how far every system is from the reference, with intervals and a line at zero.
-
-    Args:
-        systems: `Aggregate.systems`.
-        comparisons: `Aggregate.comparisons`.
-        measure: one of the suite's.
+    """Draw the difference of every system from the reference, with its 95% interval and a line at zero.
 
     Raises:
         RunError: the suite doesn't have the measure, or nothing is compared by it.
     """
-    every = described(systems, comparisons, measure)
+    every = describe(systems, comparisons, measure)
     compared = comparisons[comparisons["measure"] == measure]
-    rows = compared.merge(
-        every.drop(columns=["measure", "low", "high", "difference"]), on=KEY, how="left", validate="one_to_one"
-    )
+    others = every.drop(columns=["measure", "low", "high", "difference"])
+    rows = compared.merge(others, on=KEY, how="left", validate="one_to_one")
     rows = rows.assign(is_reference=False, filled=rows["p_holm"] < SIGNIFICANT)
     drawn, without = rows[rows["difference"].notna()], rows[rows["difference"].isna()]
     if drawn.empty:
         raise RunError(f"no system of the suite is compared with a reference by {measure}: there is nothing to draw")
-    panels = panels_of(drawn)
-    figure, axes = _figure(drawn, panels)
-    for axis, panel in zip(axes, panels, strict=True):
+    figure, panels = _interval_plot(drawn, "difference", "+.3f")
+    for axis, _ in panels:
         axis.axvline(0, color=INK, linewidth=0.8)
-        _draw_panel(axis, panel, "difference", "+.3f")
-    tests = int(compared["p"].notna().sum())
     name, less = _measure_name(measure), measure in LESS_IS_BETTER
     ends = ("better", "worse") if less else ("worse", "better")
-    axes[-1].set_xlabel(f"{wrapped(f'difference in {name}', AXIS_LETTERS)}\n← {ends[0]}     {ends[1]} →")
-    _legend(figure, drawn, [])
+    axis.set_xlabel(f"{_wrapped(f'difference in {name}', AXIS_LETTERS)}\n← {ends[0]}     {ends[1]} →")
+    tests = int(compared["p"].notna().sum())
     caption = _caption(
-        f"How far a system's {name} is from that of the reference ({_references(every)}) on the same test images "
-        f"({sizes(drawn)}); line: 95% interval from resampling {units(drawn)}, the same for both",
-        f"{'Left' if less else 'Right'} of zero: better than the reference",
-        f"Filled: differs from the reference (p < {SIGNIFICANT} after Holm's correction for {tests} comparison{'s' * (tests > 1)}); "
-        "hollow: which is better can't be told",
-        *remarks(drawn),
+        f"Difference in {name} from the reference ({_references(every)}) on the same test images ({sizes(drawn)}); "
+        f"line: 95% interval of the paired bootstrap over {units(drawn)}",
+        f"Filled: p < {SIGNIFICANT} after Holm's correction for {tests} comparison{'s' * (tests > 1)}; hollow: not "
+        "significant",
+        *_notes(drawn),
         f"Not compared: {names(without)}" if len(without) else "",
     )
-    alt = "; ".join(
-        f"{row['name']} {_interval(row, 'difference', '+.3f')}"
-        + ("" if pd.isna(row["p_holm"]) else f", p {row['p_holm']:.3f}")
-        for row in drawn.to_dict("records")
-    )
-    data = drawn[[*KEY, "reference", "measure", "difference", "low", "high", "p_holm", "runs", "planned", "flags"]]
-    return ReportFigure(
-        f"ablation_{_slug(measure)}",
-        f"Distance from the reference: {name}",
-        caption,
-        alt,
-        figure,
-        data.reset_index(drop=True),
-    )
+    alt = _alt(drawn, "difference", "+.3f", ["" if pd.isna(p) else f", p {p:.3f}" for p in drawn["p_holm"]])
+    columns = [*KEY, "reference", "measure", "difference", "low", "high", "p_holm", "runs", "planned", "flags"]
+    title = f"Difference from the reference: {name}"
+    return ReportFigure(f"ablation_{_slug(measure)}", title, caption, alt, figure, _data(drawn, columns))
 
 
-def _figure(rows: pd.DataFrame, panels: list[Panel]) -> tuple[Figure, list[Axes]]:
-    """Return a figure with one pair of axes a panel, high enough for its rows."""
+def _interval_plot(
+    rows: pd.DataFrame, value: str, form: str, legend: Sequence[Line2D] = ()
+) -> tuple[Figure, list[tuple[Axes, Panel]]]:
+    """Draw marks, intervals, labels at the left and numbers at the right, one panel below the other."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    panels = _panels(rows)
+    series = rows.drop_duplicates("place").sort_values("place")
     heights = [SLOT * panel.height for panel in panels]
-    titles = sum(TITLE * len(wrapped(panel.title, TITLE_LETTERS).splitlines()) + 0.08 for panel in panels)
-    return new_figure(
-        sum(heights) + titles + BELOW + SLOT * rows["place"].nunique(), len(panels), sharex=True, height_ratios=heights
-    )
+    titles = sum(TITLE * len(_wrapped(panel.title, TITLE_LETTERS).splitlines()) + 0.08 for panel in panels)
+    height = sum(heights) + titles + BELOW + SLOT * len(series)
+    figure, axes = new_figure(height, len(panels), sharex=True, height_ratios=heights)
+    for axis, panel in zip(axes, panels, strict=True):
+        _draw_panel(axis, panel, value, form)
+    shown: list[Line2D | Patch] = []
+    if len(series) > 1:
+        for name, (colour, marker) in zip(series["series"], STYLES, strict=False):
+            shown.append(Line2D([], [], color=colour, marker=marker, markersize=4.2, label=name))
+    shown += legend
+    if (rows["runs"] < rows["planned"]).any():
+        shown.append(Patch(**_HATCHED, label="runs are missing"))
+    if shown:
+        figure.legend(handles=shown, loc="outside lower center", ncols=2 if len(shown) in (2, 4) else 3)
+    return figure, list(zip(axes, panels, strict=True))
+
+
+def _panels(rows: pd.DataFrame) -> list[Panel]:
+    panels, several = [], rows["place"].nunique() > 1
+    for title, group in rows.groupby("panel", sort=False):
+        parts, ticks, top = [], [], 0.0
+        for label, members in group.groupby("label", sort=False):
+            members = members.sort_values("place", kind="stable")
+            text = _wrapped(str(label), LABEL)
+            height = max(len(members), LINE / SLOT * (text.count("\n") + 1)) + (0.6 if several else 0.1)
+            middle = top + height / 2
+            parts.append(members.assign(y=[middle + place - (len(members) - 1) / 2 for place in range(len(members))]))
+            ticks.append((middle, text, bool(members["is_reference"].any())))
+            top += height
+        panels.append(Panel(str(title), pd.concat(parts), ticks, top))
+    return panels
 
 
 def _draw_panel(axis: Axes, panel: Panel, value: str, form: str) -> None:
-    """Draw marks, intervals, labels at the left, numbers at the right, and what is behind them."""
     for row in panel.rows.to_dict("records"):
         colour, marker = STYLES[row["place"]]
+        face = colour if row["filled"] else PAPER
         axis.plot([row["low"], row["high"]], [row["y"], row["y"]], color=colour, linewidth=1.3)
-        axis.plot(
-            row[value],
-            row["y"],
-            marker,
-            color=colour,
-            markersize=4.2,
-            markerfacecolor=colour if row["filled"] else PAPER,
-        )
+        axis.plot(row[value], row["y"], marker, color=colour, markersize=4.2, markerfacecolor=face)
         if row["runs"] < row["planned"]:
-            band = axis.axhspan(row["y"] - 0.5, row["y"] + 0.5, zorder=0.4)
-            band.set(**_HATCHED)
+            axis.axhspan(row["y"] - 0.5, row["y"] + 0.5, zorder=0.4).set(**_HATCHED)
         if row["is_reference"]:
             axis.axhspan(row["y"] - 0.5, row["y"] + 0.5, color=FAINT, alpha=0.35, linewidth=0, zorder=0.3)
     axis.set_ylim(panel.height, 0)
@@ -367,25 +282,20 @@ def _draw_panel(axis: Axes, panel: Panel, value: str, form: str) -> None:
     for text, (_, _, reference) in zip(axis.get_yticklabels(), panel.ticks, strict=True):
         text.set_fontweight("bold" if reference else "normal")
     numbers = axis.secondary_yaxis("right")
-    numbers.set_yticks(panel.rows["y"].tolist(), [_signed(row, form) for row in panel.rows[value]])
+    numbers.set_yticks(panel.rows["y"].tolist(), [number(each, form) for each in panel.rows[value]])
     numbers.tick_params(length=0, labelsize=7)
     numbers.spines["right"].set_visible(False)
-    axis.set_title(wrapped(panel.title, TITLE_LETTERS))
+    axis.set_title(_wrapped(panel.title, TITLE_LETTERS))
 
 
-def _legend(figure: Figure, rows: pd.DataFrame, handles: list[Line2D]) -> None:
-    """Explain the marks below the panels, where there is something to explain."""
-    series = rows.drop_duplicates("place").sort_values("place")
-    shown: list[Line2D | Patch] = []
-    if len(series) > 1:
-        for name, place in zip(series["series"], series["place"], strict=True):
-            colour, marker = STYLES[place]
-            shown.append(Line2D([], [], color=colour, marker=marker, markersize=4.2, label=name))
-    shown += handles
-    if (rows["runs"] < rows["planned"]).any():
-        shown.append(Patch(**_HATCHED, label="runs are missing"))
-    if shown:
-        figure.legend(handles=shown, loc="outside lower center", ncols=2 if len(shown) in (2, 4) else 3)
+def _notes(rows: pd.DataFrame) -> list[str]:
+    """Return what limits the validity of the marks, and of which systems."""
+    notes = [f"{flag[0].upper()}{flag[1:]} ({names(some, rows)})" for flag, some in by_flag(rows).items()]
+    partial = rows[rows["runs"] < rows["planned"]]
+    if len(partial):
+        each = [f"{row.name}: {row.runs} of {row.planned}" for row in partial.itertuples(index=False)]
+        notes.append(f"Hatched: not all runs are finished ({', '.join(each)})")
+    return notes
 
 
 def _references(rows: pd.DataFrame) -> str:
@@ -396,17 +306,22 @@ def _caption(*sentences: str) -> str:
     return " ".join(f"{sentence}." for sentence in sentences if sentence)
 
 
+def _alt(rows: pd.DataFrame, value: str, form: str, ends: list[str]) -> str:
+    bounds = [interval(low, high, form) for low, high in zip(rows["low"], rows["high"], strict=True)]
+    parts = zip(rows["name"], [number(each, form) for each in rows[value]], bounds, ends, strict=True)
+    return "; ".join(f"{name} {estimate} {between}".rstrip() + end for name, estimate, between, end in parts)
+
+
+def _data(rows: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    return with_flags_as_text(rows)[columns].reset_index(drop=True)
+
+
 def _measure_name(measure: str) -> str:
     return MEASURE_NAMES.get(measure.replace("malignant.", "malignant_"), measure)
 
 
-def _interval(row: Mapping[Any, Any], value: str, form: str) -> str:
-    bounds = "" if pd.isna(row["low"]) else f" [{_signed(row['low'], form)}, {_signed(row['high'], form)}]"
-    return _signed(row[value], form) + bounds
-
-
-def _signed(value: float, form: str) -> str:
-    return format(value, form).replace("-", "−")
+def _wrapped(text: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(text, width))
 
 
 def _slug(measure: str) -> str:

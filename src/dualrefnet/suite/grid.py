@@ -1,35 +1,28 @@
-"""A suite: one YAML file that names a grid of recipes, and how it becomes cells, one a training.
+"""A suite: one YAML file that spans a grid of recipes, and the cells (one training each) that it expands to.
 
-What a cell's recipe says is, from weak to strong: the block's recipe, the block's `set`, the grid's axes (method,
-backbone,
+A cell's recipe is, from weak to strong: the block's recipe, the block's `set`, the axes of the grid (method, backbone,
 fold, seed), the variant's `set`, and the overrides of the command line.
 """
-
-# also: The smoke test of a suite: the same methods and variants in minutes on a CPU, to show that everything works.
 
 from __future__ import annotations
 
 import re
-import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field
 
 from dualrefnet.errors import RecipeError
-from dualrefnet.models.encoders import backbone_spec
-from dualrefnet.recipe import Recipe, Section, StrictLoader, load_recipe, shipped_text, suggestion
+from dualrefnet.recipe import Recipe, Section, differences, load_recipe, parse_mapping, shipped_text, validate
 
-# Keys of a recipe that are axes of the grid, and the block's list that holds their values.
+# Keys of a recipe that are axes of the grid -> the list in a block that holds their values.
 AXES = {"model.method": "methods", "model.backbone": "backbones", "data.fold": "folds", "seed": "seeds"}
 
-
-# Enough for a name of a file on every system, with room for the endings of temporary files.
+# Fits every file system, with room for the suffixes of temporary files.
 LONGEST_NAME = 180
 
 
@@ -42,17 +35,14 @@ class SplitCount(Section):
 
     @property
     def recipe(self) -> Recipe:
-        """A recipe with that split."""
         return load_recipe({"name": "split", "data": {"dataset": self.dataset, "protocol": self.protocol}}, self.set)
 
 
 class Lookup(Section):
-    """Where the paper's numbers for a cell stand."""
+    """Where the paper prints its numbers for a cell."""
 
     table: str | None = Field(None, coerce_numbers_to_str=True, description="3a, 3b, 4, text; empty: the suite's table")
-    metrics: dict[str, str] = Field(
-        {}, description="measure -> the paper's name for it, where it isn't the ordinary one"
-    )
+    metrics: dict[str, str] = Field({}, description="measure -> the paper's name for it, where it is not the usual one")
 
 
 class Variant(Section):
@@ -64,7 +54,7 @@ class Variant(Section):
 
 
 class Block(Section):
-    """A recipe, and the grid spanned over it; a list that isn't given holds the recipe's own value."""
+    """A recipe, and the grid spanned over it; an axis that is not given holds the recipe's own value."""
 
     recipe: str | dict[str, Any] = Field(
         ..., description="a shipped name, a file (relative to the suite's), or the recipe itself"
@@ -77,11 +67,6 @@ class Block(Section):
     variants: tuple[Variant, ...] = Field((Variant(),), min_length=1)
     paper: Lookup | None = Field(None, description="for every run of the block; a variant's own goes before it")
 
-    @property
-    def axes(self) -> dict[str, tuple[Any, ...]]:
-        """Key of a recipe -> its values, for the axes that the block names."""
-        return {key: getattr(self, name) for key, name in AXES.items() if getattr(self, name) is not None}
-
 
 class Suite(Section):
     """A grid of recipes and the tables to be made of it. See the YAML files in `dualrefnet/recipes/suites/`."""
@@ -89,9 +74,7 @@ class Suite(Section):
     name: str = Field(..., pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     title: str
     description: str = ""
-    smoke: bool = Field(
-        False, description="drawn pictures in place of the data sets: shows that everything works, and nothing else"
-    )
+    smoke: bool = Field(False, description="synthetic images in place of the data sets: a test that everything works")
     table: str | None = Field(
         None, coerce_numbers_to_str=True, description="the paper's table: 1, 2a, 3a, 3b, 4, text ..."
     )
@@ -105,35 +88,45 @@ class Suite(Section):
     grid: tuple[Block, ...] = ()
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One place of the grid.
+class Key(NamedTuple):
+    """A system: all cells that differ in fold and seed only. Members of an ensemble are joined by `+` in `backbone`."""
 
-    Attributes:
-        name: unique in the suite, and the name of the recipe.
-        run: folder under `runs/`: the cell's name, or that of an earlier cell with the same recipe.
-        recipe: the resolved recipe.
-        dataset: adapter.
-        protocol: how the rows are divided.
-        method: the system.
-        backbone: its image encoder; of an ensemble with members these, joined by `+`.
-        variant: name of the variant; empty for the recipe itself.
-        fold: which fold is the test set.
-        seed: of the training.
-        paper: where the paper's numbers for it stand, a dump of `Lookup`; None: the suite's table.
-    """
-
-    name: str
-    run: str
-    recipe: Recipe
     dataset: str
     protocol: str
     method: str
     backbone: str
     variant: str
-    fold: int
-    seed: int
-    paper: Mapping[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        return " ".join(part for part in self if part)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the grid: one training and test.
+
+    Attributes:
+        name: unique in the suite, and the name of the recipe.
+        run: folder under `runs/`: the cell's name, or that of an earlier cell with the same recipe.
+        key: its system.
+        recipe: resolved.
+        paper: where the paper prints its numbers; None: in the suite's table.
+    """
+
+    name: str
+    run: str
+    key: Key
+    recipe: Recipe
+    paper: Lookup | None
+
+    @property
+    def fold(self) -> int:
+        return self.recipe.data.fold
+
+    @property
+    def seed(self) -> int:
+        return self.recipe.seed
 
 
 def shipped_suites() -> list[str]:
@@ -152,46 +145,29 @@ def suite_text(name_or_file: str | Path) -> str:
 
 
 def load_suite(name_or_file: str | Path) -> Suite:
-    """Read and check a suite: a file, or the name of one that ships. Its blocks then hold their recipes themselves.
+    """Read and check a suite: a file, or the name of one that ships. Recipes that its blocks name are read into it.
 
     Raises:
-        RecipeError: there is neither; it isn't YAML; a key is unknown; a value is wrong; a recipe isn't there.
+        RecipeError: there is neither; it is not YAML; a key is unknown; a value is wrong; a recipe does not exist.
     """
-    path, text = Path(name_or_file), suite_text(name_or_file)
+    values = parse_mapping(suite_text(name_or_file), name_or_file)
     try:
-        values = yaml.load(text, Loader=StrictLoader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise RecipeError(f"{name_or_file} isn't YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise RecipeError(f"{name_or_file} must hold `key: value` lines")
-    try:
-        suite = Suite.model_validate(values)
-    except ValidationError as error:
-        raise RecipeError(
-            f"suite {name_or_file}: " + "; ".join(_explain(item) for item in error.errors()[:5])
-        ) from None
+        suite = validate(Suite, values)
+    except RecipeError as error:
+        raise RecipeError(f"suite {name_or_file}: {error}") from None
     if not suite.grid and not suite.splits:
         raise RecipeError(f"suite {name_or_file} has neither `grid` nor `splits`: there is nothing to do")
-    return with_recipes(suite, path.parent)
+    return with_recipes(suite, Path(name_or_file).parent)
 
 
 def with_recipes(suite: Suite, folder: Path = Path()) -> Suite:
-    """Return the suite with the recipes themselves in place of their names.
-
-    Args:
-        suite: any suite.
-        folder: where its recipe files are; a file there goes before a shipped recipe of that name, as everywhere.
-
-    Raises:
-        RecipeError: a recipe isn't there, or is wrong.
-    """
+    """Return the suite with the recipes themselves in place of their names; a file in `folder` wins."""
     blocks = []
     for block in suite.grid:
         recipe = block.recipe
         source = folder / recipe if isinstance(recipe, str) and (folder / recipe).is_file() else recipe
-        blocks.append(
-            block.model_copy(update={"recipe": load_recipe(source).model_dump(mode="json", exclude_unset=True)})
-        )
+        loaded = load_recipe(source).model_dump(mode="json", exclude_unset=True)
+        blocks.append(block.model_copy(update={"recipe": loaded}))
     return suite.model_copy(update={"grid": tuple(blocks)})
 
 
@@ -201,23 +177,24 @@ def override(suite: Suite, overrides: Mapping[str, Any]) -> Suite:
     An axis of the grid takes one value or a list: `{"seed": [0, 1, 2]}` trains everything three times.
 
     Raises:
-        RecipeError: one root for two data sets.
+        RecipeError: a value of an axis is wrong; one `data.root` for two data sets.
     """
-    axes = {
-        AXES[key]: tuple(value) if isinstance(value, list) else (value,)
-        for key, value in overrides.items()
-        if key in AXES
-    }
+    axes = {AXES[key]: value if isinstance(value, list) else [value] for key, value in overrides.items() if key in AXES}
     plain = {key: value for key, value in overrides.items() if key not in AXES}
+
+    def kept(values: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in values.items() if key not in overrides}
+
     blocks = []
     for block in suite.grid:
-        variants = [variant.model_copy(update={"set": _without(variant.set, overrides)}) for variant in block.variants]
-        update = {**axes, "set": {**_without(block.set, overrides), **plain}, "variants": tuple(variants)}
-        blocks.append(_checked(block, update))
+        variants = [variant.model_copy(update={"set": kept(variant.set)}) for variant in block.variants]
+        blocks.append(
+            validate(Block, {**block.model_dump(), **axes, "set": {**kept(block.set), **plain}, "variants": variants})
+        )
     splits = [split.model_copy(update={"set": {**split.set, **plain}}) for split in suite.splits]
     changed = suite.model_copy(update={"grid": tuple(blocks), "splits": tuple(splits)})
     if "data.root" in plain:
-        datasets = {cell.dataset for cell in expand(changed)} | {split.recipe.data.dataset for split in changed.splits}
+        datasets = {cell.key.dataset for cell in expand(changed)} | {split.dataset for split in splits}
         if len(datasets) > 1:
             raise RecipeError(
                 f"data.root is the folder of one data set, and {suite.name} has {' and '.join(sorted(datasets))}; "
@@ -230,58 +207,63 @@ def expand(suite: Suite) -> list[Cell]:
     """Return the cells of a suite, in the order of the file. Cells with equal recipes share a run.
 
     Raises:
-        RecipeError: a recipe is wrong, or two cells can't be told apart.
+        RecipeError: a recipe is wrong, or two different cells have the same name.
     """
     cells: dict[str, Cell] = {}
     runs: dict[str, str] = {}
     for block in suite.grid:
         for recipe, variant in _recipes(suite, block):
-            data = recipe.data
-            parts = [
-                data.dataset,
-                recipe.model.method,
-                recipe.model.backbone,
-                _slug(variant.name),
-                f"fold{data.fold}",
-                f"seed{recipe.seed}",
-            ]
+            data, model = recipe.data, recipe.model
+            slug = re.sub(r"[^A-Za-z0-9_.]+", "-", variant.name).strip("-.")
+            parts = (data.dataset, model.method, model.backbone, slug, f"fold{data.fold}", f"seed{recipe.seed}")
             name = "-".join(part for part in parts if part)
             if len(name) > LONGEST_NAME:
-                raise RecipeError(
-                    f"{suite.name}: the name {name} is too long for a folder; shorten the name of the variant"
-                )
+                raise RecipeError(f"{suite.name}: {name} is too long for a folder; shorten the name of the variant")
             recipe = recipe.model_copy(update={"name": name})
             run = runs.setdefault(recipe.model_dump_json(exclude={"name", "description"}), name)
-            lookup = variant.paper or block.paper
-            paper = lookup.model_dump(exclude_none=True) if lookup else None
-            backbone = "+".join(recipe.model.members) or recipe.model.backbone
-            system = (data.dataset, data.protocol, recipe.model.method, backbone, variant.name)
-            cell = Cell(name, run, recipe, *system, data.fold, recipe.seed, paper)
-            if cells.setdefault(name, cell) != cell:
-                differences = (
-                    ", ".join(_differing(cells[name].recipe.model_dump(), recipe.model_dump())) or "the paper's numbers"
-                )
+            backbone = "+".join(model.members) or model.backbone
+            key = Key(data.dataset, data.protocol, model.method, backbone, variant.name)
+            cell = Cell(name, run, key, recipe, variant.paper or block.paper)
+            other = cells.setdefault(name, cell)
+            if other != cell:
+                found = "; ".join(differences(other.recipe, recipe)) or "the paper's numbers"
                 raise RecipeError(
-                    f"{suite.name}: two cells are called {name} and differ in {differences}; give the variants of their blocks other names"
+                    f"{suite.name}: two cells are called {name} and differ in {found}; rename the variants of a block"
                 )
     return list(cells.values())
 
 
+def _recipes(suite: Suite, block: Block) -> Iterator[tuple[Recipe, Variant]]:
+    """Yield every recipe of a block with its variant; fold and seed change fastest, so that systems stay together."""
+    base = load_recipe(block.recipe)
+    axes = {key: getattr(block, name) or (None,) for key, name in AXES.items()}
+    for method, backbone, variant, fold, seed in product(
+        axes["model.method"], axes["model.backbone"], block.variants, axes["data.fold"], axes["seed"]
+    ):
+        values = zip(AXES, (method, backbone, fold, seed), strict=True)
+        chosen = {key: value for key, value in values if value is not None}
+        try:
+            yield load_recipe(base, {**block.set, **chosen, **variant.set}), variant
+        except RecipeError as error:
+            where = ", ".join(str(value) for value in (variant.name, *chosen.values()) if value != "")
+            raise RecipeError(f"suite {suite.name}{f' ({where})' if where else ''}: {error}") from None
+
+
 def check_names(cells: list[Cell]) -> None:
-    """Refuse data sets, methods and backbones that don't exist, before anything is trained.
+    """Refuse data sets, methods and backbones that do not exist, before anything is trained.
 
     Raises:
-        RecipeError: naming the cell, and those that there are.
+        RecipeError: naming the cell, and those that exist.
     """
     from dualrefnet.data.adapters import ADAPTERS
     from dualrefnet.models.encoders import backbone_spec
     from dualrefnet.models.registry import check_method
 
     for cell in cells:
-        model = cell.recipe.model
+        model, dataset = cell.recipe.model, cell.key.dataset
         try:
-            if cell.dataset not in ADAPTERS:
-                raise RecipeError(f"no data set adapter is called {cell.dataset!r}; there are: {', '.join(ADAPTERS)}")
+            if dataset not in ADAPTERS:
+                raise RecipeError(f"no data set adapter is called {dataset!r}; there are: {', '.join(ADAPTERS)}")
             if check_method(cell.recipe).reads_image:
                 for backbone in (model.backbone, *model.members):
                     backbone_spec(backbone)
@@ -289,150 +271,61 @@ def check_names(cells: list[Cell]) -> None:
             raise RecipeError(f"{cell.name}: {error}") from None
 
 
-def differences(before: Suite, now: Suite) -> list[str]:
-    """Name the keys in which two suites differ, and how."""
-    old, new = (_flat(suite.model_dump(mode="json")) for suite in (before, now))
-    return [
-        f"{key}: {old.get(key)} there, {new.get(key)} now" for key in {**old, **new} if old.get(key) != new.get(key)
-    ]
-
-
-def _recipes(suite: Suite, block: Block) -> Iterator[tuple[Recipe, Variant]]:
-    """Give every recipe of a block with its variant; fold and seed change fastest, so that systems stay together."""
-    base, axes = load_recipe(block.recipe), block.axes
-    systems = {key: values for key, values in axes.items() if key in ("model.method", "model.backbone")}
-    repeats = {key: values for key, values in axes.items() if key not in systems}
-    for system in product(*systems.values()):
-        for variant in block.variants:
-            for repeat in product(*repeats.values()):
-                chosen = {**dict(zip(systems, system, strict=True)), **dict(zip(repeats, repeat, strict=True))}
-                try:
-                    yield load_recipe(base, {**block.set, **chosen, **variant.set}), variant
-                except RecipeError as error:
-                    where = ", ".join(str(value) for value in (variant.name, *chosen.values()) if value != "")
-                    raise RecipeError(f"suite {suite.name}{f' ({where})' if where else ''}: {error}") from None
-
-
-def _checked(block: Block, update: dict[str, Any]) -> Block:
-    """Change a block, and check the change: an axis of the command line may hold anything."""
-    try:
-        return Block.model_validate({**block.model_dump(), **update})
-    except ValidationError as error:
-        keys = {name: key for key, name in AXES.items()}
-        item = error.errors()[0]
-        raise RecipeError(f"{keys.get(str(item['loc'][0]), item['loc'][0])}: {item['msg']}") from None
-
-
-def _without(values: dict[str, Any], gone: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in gone}
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.]+", "-", text).strip("-.")
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, list | tuple):
-        value = dict(enumerate(value))
-    if isinstance(value, dict) and value:
-        return {key: leaf for name, inner in value.items() for key, leaf in _flat(inner, f"{prefix}{name}.").items()}
-    return {prefix.rstrip("."): value}
-
-
-def _differing(old: Any, new: Any) -> list[str]:
-    before, after = _flat(old), _flat(new)
-    return [key for key in after if before.get(key) != after[key]]
-
-
-def _explain(item: Any) -> str:
-    """Say what is wrong at a place of a suite file; an unknown key with a suggestion."""
-    *place, last = item["loc"]
-    key = ".".join(map(str, item["loc"]))
-    if item["type"] != "extra_forbidden":
-        return f"{key}: {item['msg'].removeprefix('Value error, ')}"
-    section: type[BaseModel] = Suite
-    for part in place:
-        if isinstance(part, str):
-            annotation = section.model_fields[part].annotation
-            section = next(
-                kind
-                for kind in (annotation, *typing.get_args(annotation))
-                if isinstance(kind, type) and issubclass(kind, BaseModel)
-            )
-    legal = list(section.model_fields)
-    return f"unknown key {key!r}{suggestion(str(last), legal)} (keys there: {', '.join(legal)})"
-
-
-# What a smoke test trains on: seconds a run on a CPU.
+# A smoke test: seconds per run on a CPU.
 SMOKE = {"image.size": 32, "model.weights": "none", "training.epochs": 1, "evaluation.bootstrap": 50}
-
-
 SMOKE_BACKBONE = "mobilenet_v2"
 
-
-# These stand for the data, and for the cost of a run, which a smoke test sets itself.
+# Data and cost of a run, which a smoke test sets itself.
 _NOT_IN_SMOKE = re.compile(
-    r"data\.(?!rows$)|image\.size$|training\.epochs$|evaluation\.bootstrap$|model\.(weights|target_weights|members|method|backbone)$|seed$"
+    r"data\.(?!rows$)|image\.size$|training\.epochs$|evaluation\.bootstrap$|seed$"
+    r"|model\.(weights|target_weights|members|method|backbone)$"
 )
 
-
-# Targets of the auxiliary task that a network with downloaded weights makes.
+# Targets of the auxiliary task that need a network with downloaded weights.
 _NETWORK_TARGETS = ("carn_m", "ninasr_b0", "ninasr_b1", "edsr")
 
 
 def smoke(suite: Suite, root: Path) -> tuple[Suite, list[str]]:
-    """Return the suite as a test of the machinery that takes minutes on a CPU, and remarks on what it leaves out.
+    """Return the suite as a test of the machinery that takes minutes on a CPU, and notes on what it replaces.
 
     Methods and variants stay; data set, recipe, CNNs, size and length become the cheapest; folds and seeds the first.
 
     Args:
         suite: any suite.
-        root: where the drawn sample is, or will be drawn.
+        root: where the synthetic sample is, or will be written.
     """
+    from dualrefnet.models.encoders import backbone_spec
 
-    def cheap(backbone: str) -> str:
-        return SMOKE_BACKBONE if backbone_spec(backbone).kind == "cnn" else backbone
-
-    remarks = ["a smoke test: drawn pictures, encoders from scratch, one epoch; its numbers mean nothing"]
+    notes = ["a smoke test: synthetic images, random weights, one epoch; its numbers mean nothing"]
     blocks: dict[tuple[str, str, str], Block] = {}
     for block in suite.grid:
-        recipe = load_recipe(block.recipe)
-        model = recipe.model
-        # How metadata are read belongs to what is compared.
-        read = {name: getattr(recipe, name).model_dump(mode="json") for name in ("metadata", "modality_dropout")}
-        for variant in block.variants:
-            given = {"model.method": model.method, "model.backbone": model.backbone, **block.set, **variant.set}
-            methods = (
-                (given["model.method"],) if "model.method" in variant.set else block.methods or (given["model.method"],)
-            )
-            backbones = (
-                (given["model.backbone"],)
-                if "model.backbone" in variant.set
-                else block.backbones or (given["model.backbone"],)
-            )
+        for recipe, variant in sorted(_recipes(suite, block), key=lambda pair: block.variants.index(pair[1])):
             kept = {key: value for key, value in {**block.set, **variant.set}.items() if not _NOT_IN_SMOKE.match(key)}
             if kept.get("model.target") in _NETWORK_TARGETS:
-                remarks.append(f"the target {kept['model.target']} needs a download: bicubic in its place")
+                notes.append(f"the target {kept['model.target']} needs a download and is replaced by bicubic")
                 kept["model.target"] = "bicubic"
-            for method, backbone in product(methods, dict.fromkeys(map(cheap, backbones))):
-                # Blocks of two data sets, of which the first is kept: on the drawn sample they are the same system.
-                blocks.setdefault(
-                    (method, backbone, variant.name),
-                    Block(
-                        recipe="sample",
-                        set={"data.root": str(root), **read, **SMOKE},
-                        methods=(method,),
-                        backbones=(backbone,),
-                        variants=(Variant(name=variant.name, set=kept),),
-                    ),
-                )
+            # How metadata is read belongs to what is compared.
+            read = {name: getattr(recipe, name).model_dump(mode="json") for name in ("metadata", "modality_dropout")}
+            method, backbone = recipe.model.method, recipe.model.backbone
+            backbone = SMOKE_BACKBONE if backbone_spec(backbone).kind == "cnn" else backbone
+            # Two data sets collapse into the sample, where their blocks are the same system: the first stays.
+            blocks.setdefault(
+                (method, backbone, variant.name),
+                Block(
+                    recipe="sample",
+                    set={"data.root": str(root), **read, **SMOKE},
+                    methods=(method,),
+                    backbones=(backbone,),
+                    variants=(Variant(name=variant.name, set=kept),),
+                ),
+            )
     splits = (SplitCount(dataset="sample", protocol="grouped", set={"data.root": str(root)}),) if suite.splits else ()
     changed = {
         "name": f"{suite.name}-smoke",
-        "title": f"SMOKE TEST ON DRAWN PICTURES: {suite.title}",
-        "description": "Drawn pictures, encoders from scratch, one epoch: shows that everything works; the numbers mean nothing.",
+        "title": f"SMOKE TEST ON SYNTHETIC IMAGES: {suite.title}",
+        "description": "Synthetic images, random weights, one epoch: a test of the software; the numbers mean nothing.",
         "smoke": True,
+        "splits": splits,
+        "grid": tuple(blocks.values()),
     }
-    return suite.model_copy(update={**changed, "splits": splits, "grid": tuple(blocks.values())}), list(
-        dict.fromkeys(remarks)
-    )
+    return suite.model_copy(update=changed), list(dict.fromkeys(notes))
