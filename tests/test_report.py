@@ -32,8 +32,9 @@ pytest.importorskip("captum")
 pytest.importorskip("shap")
 
 from dualrefnet.report import ReportOptions
+from dualrefnet.report.explanations import comparison_section
 from dualrefnet.report.performance import CLASS_MEASURES, HEADLINE, class_section, read_measured, summary_section
-from dualrefnet.report.run_report import PERSONAL, comparison_section, write_explanations, write_report
+from dualrefnet.report.run_report import PERSONAL, write_explanations, write_report
 from dualrefnet.report.trust import CHECKS, audit_section
 
 SMALL = ReportOptions(images=40, shap_images=6, each=1)
