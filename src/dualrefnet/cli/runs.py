@@ -183,12 +183,12 @@ def probe(
     from dualrefnet.run import Run
 
     others = [Run(path) for path in against or []]
-    probed = write_probes(
+    out = out or run / "probes"
+    for table in write_probes(
         Run(run), others, out, masks, permutations, draws, seed=seed, root=root, cache=cache, device=device
-    )
-    for table in probed.tables:
+    ):
         print_table(table)
-    typer.echo(f"the probes: {probed.folder}")
+    typer.echo(f"the probes: {out}")
 
 
 @app.command()

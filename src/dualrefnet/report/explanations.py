@@ -1,24 +1,35 @@
-"""Sections that explain the predictions of a run's model: gallery, Grad-CAM, SHAP, t-SNE, super-resolution."""
+"""Sections that explain a model: gallery, Grad-CAM, SHAP, t-SNE, super-resolution, comparison with a second run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dualrefnet.analysis.cases import ShownCase, choose_cases, draw_gallery, show_cases
-from dualrefnet.analysis.embedding import draw_embedding, embed
+from dualrefnet.analysis.cases import (
+    ChosenCase,
+    Disagreement,
+    ShownCase,
+    choose_cases,
+    draw_disagreement,
+    draw_gallery,
+    find_disagreement,
+    show_cases,
+)
+from dualrefnet.analysis.embedding import MEASURES, compare_embeddings, draw_embedding, draw_separation, embed
 from dualrefnet.analysis.gradcam import ALL_IMAGES, draw_gradcam, draw_localisation, localise
 from dualrefnet.analysis.opened_run import OpenedRun
 from dualrefnet.analysis.reconstruction import draw_reconstruction, reconstruct
 from dualrefnet.analysis.shap import MetadataShap, draw_beeswarm, draw_importance, draw_waterfall, explain_metadata
 from dualrefnet.display.figure import ReportFigure
+from dualrefnet.display.format import Cell
 from dualrefnet.display.page import Section
 from dualrefnet.errors import DataError
 from dualrefnet.progress import progress_bar, remark
 from dualrefnet.report import ReportOptions
+from dualrefnet.report.provenance import run_names
 
-# Metadata values beside an image of the gallery, and bootstrap samples.
-GALLERY_VALUES, SAMPLES = 3, 1000
+# Metadata values beside an image of the gallery, cases of each kind of disagreement, and bootstrap samples.
+GALLERY_VALUES, CASES, SAMPLES = 3, 3, 1000
 
 
 def explanation_sections(opened: OpenedRun, options: ReportOptions) -> Iterator[Section]:
@@ -153,3 +164,44 @@ def _super_resolution_section(opened: OpenedRun, options: ReportOptions) -> Sect
     ]
     figures = [draw_reconstruction(found)] if options.photographs else []
     return Section("super-resolution", "Super-resolution", intro, figures)
+
+
+def comparison_section(first: OpenedRun, second: OpenedRun, options: ReportOptions) -> Section:
+    """Compare two runs on the test images they share: accuracy, disagreement, separation of the classes.
+
+    Raises:
+        RunError: they share no test image, or differ in labels, classes or patients.
+    """
+    names = run_names(first.run, second.run)
+    found = find_disagreement(first.run, second.run, CASES, SAMPLES, options.seed)
+    with progress_bar("features of both") as show:
+        comparison = compare_embeddings(first, second, options.images, SAMPLES, options.seed, names, show)
+    figures: list[ReportFigure] = [draw_embedding(comparison.first, comparison.second), draw_separation(comparison)]
+    if options.photographs and first.model.reads_image and len(found.chosen):
+        ours = _shown(first, found, "predicted_a")
+        theirs = _shown(second, found, "predicted_b") if second.model.reads_image else [None] * len(ours)
+        figures.append(draw_disagreement(found, list(zip(ours, theirs, strict=True)), names))
+    low, high = found.difference.low, found.difference.high
+    verdict = f"{names[0] if low > 0 else names[1]} is better on these data"
+    if low <= 0 <= high:
+        verdict = "no significant difference"
+    alone = found.only_a + found.only_b
+    left_out = f" ({alone:,} images tested by only one of them are left out)" if alone else ""
+    difference = Cell.estimate(found.difference.value, low, high, "+.3f", "+.3f")
+    intro = [
+        f"On the {len(found.table):,} test images that both share{left_out}, the balanced accuracy is "
+        f"{found.balanced_accuracy_a:.3f} for {names[0]}, {found.balanced_accuracy_b:.3f} for {names[1]}; difference "
+        f"{difference.text} {difference.small}, p = {found.difference.p:.3f}: {verdict}.",
+        *(comparison.sentence(measure) for measure in MEASURES),
+    ]
+    return Section("comparison", f"Comparison with {names[1]}", intro, figures)
+
+
+def _shown(opened: OpenedRun, found: Disagreement, column: str) -> list[ShownCase]:
+    predictions = opened.run.predictions.set_index("image_id")
+    cases = []
+    for row in found.chosen.to_dict("records"):
+        scores = {name: float(predictions.loc[row["image_id"], f"prob_{name}"]) for name in opened.classes}
+        cases.append(ChosenCase(row["image_id"], row["label"], row[column], column, scores))
+    with progress_bar("Grad-CAM of the cases") as show:
+        return show_cases(opened, cases, progress=show)

@@ -213,7 +213,7 @@ def history_section(measured: Measured) -> Section:
     kept = f"epoch {epoch}, which has the {criterion} on the validation split, was kept"
     if selection == "last":
         kept = "the last one was kept, so the validation split served calibration only"
-    intro = [f"Of {len(history)} epochs, {kept}. The test split was not used for any choice."]
+    intro = [f"{_epochs(history)}: {kept}. The test split was not used for any choice."]
     figures = [draw_history(history, epoch)]
     if "val_psnr" in history.columns:
         figures.append(draw_reconstruction_history(history))
@@ -368,16 +368,19 @@ def draw_history(history: pd.DataFrame, selected: int) -> ReportFigure:
             axis.plot(selected, kept, "o", color=INK, markersize=5, label=f"{kept:.3f}")
         _label_panel(axis, title, history["epoch"], selected)
     data = pd.concat(tables, ignore_index=True).assign(kept=lambda table: table["epoch"] == selected)
-    epochs = f"{len(history)} epoch{'s' if len(history) != 1 else ''}"
     caption = (
-        f"{epochs}; dotted line: epoch {selected}, whose parameters were kept, and its balanced accuracy on the "
-        "validation split (dot). Training losses are epoch means with dropout and augmentation, validation losses are "
-        "without; a validation loss that rises while the training loss falls indicates overfitting."
+        f"{_epochs(history)}; dotted line: epoch {selected}, whose parameters were kept, and its balanced accuracy "
+        "on the validation split (dot). Training losses are epoch means with dropout and augmentation, validation "
+        "losses are without; a validation loss that rises while the training loss falls indicates overfitting."
     )
     if NORMS in panels:
         caption += " L1 norms of the last two layers, relative to the first epoch; near 0 indicates a collapse."
-    alt = [f"{epochs}; kept is epoch {selected} with a balanced accuracy of {kept:.3f} on validation", *alt]
+    alt = [f"{_epochs(history)}; kept is epoch {selected} with a balanced accuracy of {kept:.3f} on validation", *alt]
     return ReportFigure("history", "Training history", caption, "; ".join(alt), figure, data)
+
+
+def _epochs(history: pd.DataFrame) -> str:
+    return f"{len(history)} epoch{'s' if len(history) != 1 else ''}"
 
 
 def _panels(history: pd.DataFrame) -> dict[str, dict[str, pd.Series]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,7 @@ import pandas as pd
 import torch
 
 from dualrefnet.analysis.audit import audit_split
-from dualrefnet.analysis.cases import (
-    ChosenCase,
-    Disagreement,
-    ShownCase,
-    draw_disagreement,
-    find_disagreement,
-    show_cases,
-)
 from dualrefnet.analysis.duplicates import fingerprint_files
-from dualrefnet.analysis.embedding import MEASURES, compare_embeddings, draw_embedding, draw_separation
 from dualrefnet.analysis.missing_metadata import (
     MissingMetadata,
     compare_missing_metadata,
@@ -42,7 +33,7 @@ from dualrefnet.analysis.shortcuts import (
 )
 from dualrefnet.analysis.subgroups import Subgroups, subgroups_of_run
 from dualrefnet.display.figure import ReportFigure, save_figure
-from dualrefnet.display.format import Cell, PrintedTable
+from dualrefnet.display.format import PrintedTable
 from dualrefnet.display.page import Section, render_page
 from dualrefnet.errors import DependencyError, RunError
 from dualrefnet.files import write_csv, write_json, write_text
@@ -69,8 +60,7 @@ from dualrefnet.run import Run
 from dualrefnet.runtime.availability import missingness_shortcut
 
 PAGE = "report.html"
-# Cases of each of the two kinds of disagreement, and bootstrap samples.
-CASES, SAMPLES = 3, 1000
+SAMPLES = 1000
 # Files of the figures that show images or the metadata of a single patient, and columns that describe a single image.
 PERSONAL = ("gallery_*", "gradcam.*", "shap_waterfall_*", "reconstruction.*", "disagreement.*")
 SINGLE = ["image_id", "answer"]
@@ -188,6 +178,8 @@ def _check(run: Run, against: Run | None, options: ReportOptions, pictures: Path
     """Refuse at once, and not after minutes, what can't be done."""
     _check_finished([run] if against is None else [run, against])
     if against is not None:
+        from dualrefnet.analysis.cases import find_disagreement
+
         run_names(run, against)
         find_disagreement(run, against, seed=options.seed)
     if not options.photographs:
@@ -217,7 +209,7 @@ def _model_sections(
 ) -> Iterator[Section]:
     """Open the runs, check the options, and return the sections, each computed when it is requested."""
     # These need captum and shap; the sections on the predictions don't.
-    from dualrefnet.report.explanations import explanation_sections
+    from dualrefnet.report.explanations import comparison_section, explanation_sections
 
     opened = _open(run, root, cache, device)
     second = _open(against, root, cache, device) if against is not None else None
@@ -289,59 +281,6 @@ def _out_of_distribution(
         return measure_out_of_distribution(opened, masks, images, samples, seed, show)
 
 
-def comparison_section(first: OpenedRun, second: OpenedRun, options: ReportOptions) -> Section:
-    """Compare two runs on the test images they share: accuracy, disagreement, separation of the classes.
-
-    Raises:
-        RunError: they share no test image, or differ in labels, classes or patients.
-    """
-    names = run_names(first.run, second.run)
-    found = find_disagreement(first.run, second.run, CASES, SAMPLES, options.seed)
-    with progress_bar("features of both") as show:
-        comparison = compare_embeddings(first, second, options.images, SAMPLES, options.seed, names, show)
-    figures: list[ReportFigure] = [draw_embedding(comparison.first, comparison.second), draw_separation(comparison)]
-    if options.photographs and first.model.reads_image and len(found.chosen):
-        ours = _shown(first, found, "predicted_a")
-        theirs = _shown(second, found, "predicted_b") if second.model.reads_image else [None] * len(ours)
-        figures.append(draw_disagreement(found, list(zip(ours, theirs, strict=True)), names))
-    low, high = found.difference.low, found.difference.high
-    verdict = f"{names[0] if low > 0 else names[1]} is better on these data"
-    if low <= 0 <= high:
-        verdict = "no significant difference"
-    alone = found.only_a + found.only_b
-    left_out = f" ({alone:,} images tested by only one of them are left out)" if alone else ""
-    difference = Cell.estimate(found.difference.value, low, high, "+.3f", "+.3f")
-    intro = [
-        f"On the {len(found.table):,} test images that both share{left_out}, the balanced accuracy is "
-        f"{found.balanced_accuracy_a:.3f} for {names[0]}, {found.balanced_accuracy_b:.3f} for {names[1]}; difference "
-        f"{difference.text} {difference.small}, p = {found.difference.p:.3f}: {verdict}.",
-        *(comparison.sentence(measure) for measure in MEASURES),
-    ]
-    return Section("comparison", f"Comparison with {names[1]}", intro, figures)
-
-
-def _shown(opened: OpenedRun, found: Disagreement, column: str) -> list[ShownCase]:
-    predictions = opened.run.predictions.set_index("image_id")
-    cases = []
-    for row in found.chosen.to_dict("records"):
-        scores = {name: float(predictions.loc[row["image_id"], f"prob_{name}"]) for name in opened.classes}
-        cases.append(ChosenCase(row["image_id"], row["label"], row[column], column, scores))
-    with progress_bar("Grad-CAM of the cases") as show:
-        return show_cases(opened, cases, progress=show)
-
-
-@dataclass(frozen=True)
-class Probed:
-    """The probes of a run: the folder of their files, the tables to print, and the measures of the run and of those it
-    was compared with.
-    """
-
-    folder: Path
-    tables: list[PrintedTable]
-    shortcuts: Shortcuts
-    availability: list[MissingMetadata]
-
-
 def write_probes(
     run: Run,
     against: Sequence[Run] = (),
@@ -354,7 +293,7 @@ def write_probes(
     root: Path | None = None,
     cache: Path | None = None,
     device: str | None = None,
-) -> Probed:
+) -> list[PrintedTable]:
     """Probe a run: tables as CSV, settings as JSON, and figures if matplotlib is installed.
 
     Args:
@@ -373,6 +312,9 @@ def write_probes(
     Raises:
         RunError: a run isn't finished, is given twice or has other test images, or there are too many.
         DataError: `masks` isn't a folder with masks of test images.
+
+    Returns:
+        The tables to print.
     """
     out = out or run.path / "probes"
     _check_probes(run, against)
@@ -409,7 +351,7 @@ def write_probes(
     if differences:
         write_csv(out / "availability-differences.csv", pd.concat(differences, ignore_index=True))
     _draw_probes(shortcuts, found, out / "pictures")
-    return Probed(out, tables, shortcuts, found)
+    return tables
 
 
 def _check_probes(run: Run, against: Sequence[Run]) -> None:

@@ -70,41 +70,34 @@ def calibration_section(measured: Measured, samples: int, seed: int) -> Section:
         samples: bootstrap samples of the bands in the figures.
         seed: of their draw.
     """
-    items: list[PrintedTable | ReportFigure] = [_reliability(measured, measured.probabilities, samples, seed)]
-    intro = [f"The expected calibration error on the test split is {number(measured.metrics['ece'])}."]
-    if measured.run.calibration_file.is_file():
-        calibration, values = measured.run.calibration, measured.metrics["calibrated"]
-        intro = [_temperature(calibration), _calibration_errors(values)]
-        after = _reliability(measured, calibration.probabilities(measured.probabilities), samples, seed)
-        items.append(replace(after, name="reliability_calibrated", title="Reliability after temperature scaling"))
-        items.append(_error_table(values))
-    return Section("calibration", "Calibration", intro, items)
 
+    def reliability(probabilities: Any) -> ReportFigure:
+        found = compute_reliability(measured.labels, probabilities, measured.groups, samples=samples, seed=seed)
+        return draw_reliability(found, measured.unit)
 
-def _reliability(measured: Measured, probabilities: Any, samples: int, seed: int) -> ReportFigure:
-    found = compute_reliability(measured.labels, probabilities, measured.groups, samples=samples, seed=seed)
-    return draw_reliability(found, measured.unit)
-
-
-def _temperature(calibration: Calibration) -> str:
-    bounds = calibration.temperature_interval
+    before = reliability(measured.probabilities)
+    if not measured.run.calibration_file.is_file():
+        intro = [f"The expected calibration error on the test split is {number(measured.metrics['ece'])}."]
+        return Section("calibration", "Calibration", intro, [before])
+    calibration, values = measured.run.calibration, measured.metrics["calibrated"]
+    low, high = calibration.temperature_interval or (None, None)
     effect = "lowers" if calibration.temperature > 1 else "raises"
-    text = f"The temperature fitted on the validation split is {calibration.temperature:.2f}"
-    text += f" {interval(*bounds)}" if bounds else ""
-    if bounds and bounds[0] <= 1 <= bounds[1]:
-        return f"{text}; as the interval includes 1, no change of confidence is clearly needed."
-    return f"{text}; it {effect} the confidence of the model."
-
-
-def _calibration_errors(values: Row) -> str:
-    after, by_chance = values["after"]["ece"], values["after"].get("ece_by_chance")
-    text = f"The expected calibration error on the test split is {number(values['before']['ece'])} before and "
-    text += f"{number(after)} after temperature scaling"
+    effect = f"it {effect} the confidence of the model"
+    if low is not None and high is not None and low <= 1 <= high:
+        effect = "as the interval includes 1, no change of confidence is clearly needed"
+    temperature = f"{number(calibration.temperature, '.2f')} {interval(low, high)}".strip()
+    errors = f"{number(values['before']['ece'])} before and {number(values['after']['ece'])} after temperature scaling"
+    by_chance = values["after"].get("ece_by_chance")
     if by_chance:
-        compared = "not above" if after <= by_chance[1] else "above"
-        text += f", {compared} what a perfectly calibrated model would stay below in 95% of test sets of this size "
-        text += f"({number(by_chance[1])})"
-    return f"{text}."
+        compared = "above" if values["after"]["ece"] > by_chance[1] else "not above"
+        errors += f", {compared} the 95th percentile of a perfectly calibrated model ({number(by_chance[1])})"
+    intro = [
+        f"The temperature fitted on the validation split is {temperature}; {effect}.",
+        f"The expected calibration error on the test split is {errors}.",
+    ]
+    after = reliability(calibration.probabilities(measured.probabilities))
+    after = replace(after, name="reliability_calibrated", title="Reliability after temperature scaling")
+    return Section("calibration", "Calibration", intro, [before, after, _error_table(values)])
 
 
 def _error_table(values: Row) -> PrintedTable:
