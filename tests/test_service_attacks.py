@@ -27,19 +27,9 @@ from dualrefnet.service.schemas import PREDICTION_ROUTE, Refusal
 from dualrefnet.service.server import Served
 from dualrefnet.service.settings import ServiceSettings
 from dualrefnet.service.uploads import parse_metadata
-from live_service import (
-    QUICK,
-    converse,
-    live,
-    multipart,
-    picture,
-    question,
-    read_all,
-    status_of,
-    wait_for,
-)
+from live_service import QUICK, converse, live, multipart, picture, question, read_all, status_of, wait_for
 
-TOLD = {200, *PREDICTION_ROUTE}
+DOCUMENTED = {200, *PREDICTION_ROUTE}
 GOOD = ("images", picture())
 
 
@@ -92,7 +82,7 @@ def mutated(seed: bytes, chance: random.Random) -> bytes:
     return bytes(data)
 
 
-def test_a_thousand_damaged_photographs(client: httpx.Client) -> None:
+def test_a_thousand_damaged_images(client: httpx.Client) -> None:
     chance = random.Random(0)
     seeds = [picture(kind=kind, side=64) for kind in ("JPEG", "PNG", "BMP", "TIFF", "WEBP")]
     found = [send(client, ("images", mutated(seeds[number % len(seeds)], chance))) for number in range(1000)]
@@ -115,7 +105,7 @@ TEXTS = st.text().map(lambda text: text.encode("utf-8", "surrogatepass"))
 
 @examples(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.binary(max_size=200) | TEXTS | VALUES.map(lambda value: json.dumps(value).encode()))
-def test_a_form_is_read_or_refused_and_nothing_else(raw: bytes) -> None:
+def test_metadata_are_parsed_or_refused_and_nothing_else(raw: bytes) -> None:
     form = refused = None
     try:
         form = parse_metadata(raw)
@@ -136,15 +126,10 @@ def test_damaged_bodies_of_every_kind(served: httpx.Client, data: st.DataObject)
     chance = data.draw(st.randoms(use_true_random=False))
     content, headers = multipart([GOOD, ("metadata", b'{"age": 61, "region": "FACE"}')])
     response = served.post("/v1/predict", content=mutated(content, chance), headers=headers)
-    assert response.status_code in TOLD - {500, 503}
+    assert response.status_code in DOCUMENTED - {500, 503}
 
 
-def test_the_service_answers_after_damaged_bodies(client: httpx.Client) -> None:
-    # `client` asks a good question when the test is over.
-    assert send(client, ("metadata", b"\xff\xfe")) == 400
-
-
-FORMS = {
+METADATA = {
     "NaN": (b'{"age": NaN}', 400),
     "infinity": (b'{"age": -Infinity}', 400),
     "beyond a float": (b'{"age": 1e400}', 400),
@@ -177,9 +162,9 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_forms_that_want_harm(client: httpx.Client, name: str) -> None:
-    form, status = FORMS[name]
+@pytest.mark.parametrize("name", METADATA)
+def test_hostile_metadata(client: httpx.Client, name: str) -> None:
+    form, status = METADATA[name]
     assert send(client, GOOD, ("metadata", form)) == status
     assert send(client, GOOD, ("metadata", form), path="/v1/explain") == status
 
@@ -521,7 +506,7 @@ def test_wrong_keys_tell_nothing(client: httpx.Client) -> None:
             assert status_of(converse(client, raw(b"GET /v1/model HTTP/1.1", header + key))) == 200
 
 
-def test_photographs_never_touch_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_never_touch_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import tempfile
 
     # Opening any temporary file would fail.

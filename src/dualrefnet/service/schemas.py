@@ -29,12 +29,7 @@ class Refusal(Exception):
     """
 
     def __init__(
-        self,
-        status: int,
-        code: str,
-        message: str,
-        headers: Mapping[str, str] | None = None,
-        retry: bool = False,
+        self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None, retry: bool = False
     ) -> None:
         super().__init__(message)
         self.status, self.code, self.message = status, code, message
@@ -260,11 +255,7 @@ def request_body(predictor: Predictor, settings: ServiceSettings, *, explained: 
             "description": "An image of the lesion." if explained else "Images of one lesion.",
             "minItems": 1,
             "maxItems": 1 if explained else settings.max_images,
-            "items": {
-                "type": "string",
-                "format": "binary",
-                "description": "JPEG, PNG, BMP, TIFF or WebP, by content.",
-            },
+            "items": {"type": "string", "format": "binary", "description": "JPEG, PNG, BMP, TIFF or WebP, by content."},
         }
         required = ["images"] if predictor.needs_image else []
     names = ", ".join(field.name for field in predictor.fields) or "none"
