@@ -1,6 +1,4 @@
-"""How fast do batches come? `Examples.shuffled` over a filled store, against decoding and preprocessing in every
-epoch.
-"""
+"""How fast do batches come? `Examples.shuffled` over a filled store, against decoding and preprocessing in every epoch."""
 
 from __future__ import annotations
 

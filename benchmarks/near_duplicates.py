@@ -1,9 +1,9 @@
 """How long does it take to compare every image of a data set with every other? `near_pairs` against a plain loop over
-the images.
+the
+images.
 
 The fingerprints are random, with copies planted among them that differ in a few bits: both must find exactly these. The
-plain loop is
-what one writes down first: for each image, one row of NumPy's bit counts against all others in all eight
+plain loop is what one writes down first: for each image, one row of NumPy's bit counts against all others in all eight
 orientations.
 """
 

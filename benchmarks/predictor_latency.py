@@ -1,13 +1,10 @@
 """How long does one image with its form take? The whole predictor against bare onnxruntime inference of its image
 encoder.
 
-The image is as large as a phone's. Decoding, colour steps and resizing depend on its size and not on the model, so
-they are stated
-apart; the ratio is that of everything else the predictor does (form, network, calibration, sets, check of the image,
-warnings) to the
-encoder alone, in onnxruntime with its own defaults. The variants are torch as trained (eager), the exported ONNX file,
-and its int8 variant
-where the bundle has one.
+The image is as large as a phone's. Decoding, colour steps and resizing depend on its size and not on the model, so they
+are stated apart; the ratio is that of everything else the predictor does (form, network, calibration, sets, check of
+the image, warnings) to the encoder alone, in onnxruntime with its own defaults. The variants are torch as trained
+(eager), the exported ONNX file, and its int8 variant where the bundle has one.
 """
 
 from __future__ import annotations
@@ -43,8 +40,8 @@ BLOCK = 20
 
 class Timed:
     """A case in a process of its own, which computes only when it is asked: in one process, the threads of one session
-    get into the way of
-    the next, which no server does.
+    get
+    into the way of the next, which no server does.
 
     Args:
         make: returns what is timed; called in the process.

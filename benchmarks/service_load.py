@@ -1,12 +1,11 @@
 """How many requests a second does the service answer, how late is the latest of a hundred, and does its memory stay
-where it is?
+where
+it is?
 
 A real server (`dualrefnet serve`) is started on this machine; clients on the same machine, each with one connection,
-send the next request
-as soon as the last is answered. They take their share of the processor, so a server of its own would be somewhat
-faster. Every answer must
-be a 200 with probabilities that sum to one; anything else counts as an error. Memory is that of the server and its
-workers.
+send the next request as soon as the last is answered. They take their share of the processor, so a server of its own
+would be somewhat faster. Every answer must be a 200 with probabilities that sum to one; anything else counts as an
+error. Memory is that of the server and its workers.
 """
 
 from __future__ import annotations

@@ -15,8 +15,7 @@ DRAWN = 96
 
 
 def image_table(folder: Path, images: Path | None, count: int, width: int = 1536, height: int = 1152) -> pd.DataFrame:
-    """Return a table with the columns `image_id, image_path` of `count` rows; images are used again if there are
-    fewer.
+    """Return a table with the columns `image_id, image_path` of `count` rows; images are used again if there are fewer.
 
     Args:
         folder: an empty folder for synthetic images.

@@ -14,7 +14,7 @@ import pytest
 from dualrefnet.data.adapters import Dataset, load_dataset
 from dualrefnet.data.check import check_dataset
 from dualrefnet.data.protocols import split_counts, split_dataset
-from dualrefnet.data.synthetic import draw_sample
+from dualrefnet.data.synthetic import make_synthetic
 from dualrefnet.evaluation.calibration import fit_calibration
 from dualrefnet.evaluation.comparison import bootstrap_intervals
 from dualrefnet.evaluation.metrics import compute_metrics
@@ -67,7 +67,7 @@ def leaves(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def sample(folder: Path) -> Path:
-    return draw_sample(folder, images=160, side=64, seed=0)
+    return make_synthetic(folder, images=160, side=64, seed=0)
 
 
 def test_the_numbers_are_those_of_before(tmp_path: Path) -> None:

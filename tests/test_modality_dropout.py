@@ -139,5 +139,5 @@ def test_a_model_trained_with_gaps_answers_without_form_or_photograph(
     assert len(set(answers)) == 3
     assert np.isfinite(answers).all()
     assert any("learned token" in said for said in no_form.warnings)
-    assert any("without a photograph" in said for said in no_photograph.warnings)
+    assert any("without an image" in said for said in no_photograph.warnings)
     assert not any("imputed" in said for said in no_form.warnings)

@@ -92,7 +92,6 @@ def test_ray_serve_answers_as_the_service_does(address: str, tiny_run: Run, samp
     ("options", "words"),
     [
         ({"min_replicas": 3, "max_replicas": 2}, "must be at least min_replicas"),
-        ({"settings": {"page": True}}, "set page to false"),
         ({"settings": {"page": False, "api_keys": [KEY]}}, "name a file in api_key_file"),
         ({"replicas": 3}, "Extra inputs are not permitted"),
     ],

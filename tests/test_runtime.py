@@ -97,8 +97,8 @@ def test_a_record_is_encoded_as_a_row_of_the_table_and_as_the_shipped_encoder_do
     rows = [{field.name: record.get(field.name) for field in SCHEMA.fields} for record in records]
     table = pd.DataFrame(rows, dtype=object)
     row = encoder.encode(table)
-    assert not (row.rejected & ~row.missing).any()
-    if row.rejected.any():
+    assert not (row.invalid & ~row.missing).any()
+    if row.invalid.any():
         # A table counts them; a single record is refused rather than predicted as if the value were missing.
         with pytest.raises(MetadataError, match=r"is not one of its categories|must be a number"):
             shipped(encoder).encode_records(records)

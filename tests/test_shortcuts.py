@@ -278,7 +278,7 @@ def test_the_command_leaves_tables_and_pictures(tiny_run: Run, tmp_path: Path) -
         ["probe", str(tiny_run.path), "--out", str(tmp_path), "--permutations", "2", "--draws", "1", "--device", "cpu"],
     )
     assert result.exit_code == 0, result.output
-    assert "How much of the score is shortcut?" in result.output
+    assert "Shortcut" in result.output
     assert "[0." in result.output, "intervals are printed as they are"
     tables = {f"{name}.csv" for name in ("shortcuts", "availability", "patterns", "subgroups", "out_of_scope")}
     assert {path.name for path in tmp_path.iterdir()} == tables | {"shortcuts.json", "pictures"}

@@ -332,7 +332,7 @@ def test_a_split_that_was_tampered_with_is_refused(tiny_run: Run, tmp_path: Path
     split.loc[split.index[split["patient_id"] == patient][0], "split"] = "val"
     split.loc[split.index[split["patient_id"] == patient][1:], "split"] = "test"
     split.to_csv(folder.path / "split.csv", index=False)
-    with pytest.raises(SplitError, match="more than one side"):
+    with pytest.raises(SplitError, match="more than one split"):
         _ = folder.split
 
 

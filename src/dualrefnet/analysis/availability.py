@@ -67,9 +67,7 @@ class InputPredictions:
         return len(self.probabilities)
 
     def flat(self, values: NDArray[Any]) -> NDArray[Any]:
-        """Return an attribute (N,) of the split's rows for every prediction, (D * P,), in the order of
-        `probabilities`.
-        """
+        """Return an attribute (N,) of the split's rows for every prediction, (D * P,), in the order of `probabilities`."""
         return np.tile(values[self.places], self.draws)
 
 
@@ -229,11 +227,11 @@ def measure_availability(
 
     Returns:
         `inputs`: named input -> measures; `groups`: of each group of availability its `name`, `group`, `temperature`,
-        `referral_threshold`, `remarks` and measures. The measures are `images`, `fields` (mean share with a value),
-        `balanced_accuracy`, `auc_macro_ovr`, `malignant_auc`; by the thresholds of each input's group `coverage` and
-        `mean_size` of the sets, `cancers_referred` and `benign_referred`; and, at the temperature and threshold of the
-        inputs as recorded, `mean_malignancy` over all cases and `cancers_at_recorded_threshold`: what a missingness
-        shortcut takes away.
+            `referral_threshold`, `remarks` and measures. The measures are `images`, `fields` (mean share with a value),
+            `balanced_accuracy`, `auc_macro_ovr`, `malignant_auc`; by the thresholds of each input's group `coverage`
+            and `mean_size` of the sets, `cancers_referred` and `benign_referred`; and, at the temperature and threshold
+            of the inputs as recorded, `mean_malignancy` over all cases and `cancers_at_recorded_threshold`: what a
+            missingness shortcut takes away.
     """
     everything, of_group, named = np.arange(len(labels)), predictions.groups, predictions.named
     reads_image = predictions.vectors is not None

@@ -344,7 +344,8 @@ def _measure(sums: list[Floats], weights: Floats) -> dict[str, Floats]:
 
 def neighbours_right(points: Floats, labels: NDArray[np.int64], groups: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Return (N,) whether most of an image's nearest images from other patients have its class; of classes with the
-    same number of neighbours, that of the nearest one counts.
+    same
+    number of neighbours, that of the nearest one counts.
     """
     count = min(NEIGHBOURS, len(points) - 1)
 

@@ -1,5 +1,6 @@
 """Grad-CAM: which places of an image speak for a class (Selvaraju et al. 2017, with captum's `LayerGradCam`), and how
-much of that evidence lies in the lesion.
+much
+of that evidence lies in the lesion.
 
 With A_k the K maps of an encoder's last layer and z the class's score, saliency = ReLU(sum_k a_k A_k), where a_k is the
 mean of dz / dA_k over the places. The score is that of `Output.logits`: before the softmax, or, of methods that fuse
@@ -292,7 +293,8 @@ def summarise(
     table: pd.DataFrame, patients: NDArray[np.object_], classes: tuple[str, ...], samples: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
     """Average the measures of `Localisation.table` over all images and over those of each class, with percentile
-    intervals from a bootstrap over patients; see `Localisation.summary`.
+    intervals
+    from a bootstrap over patients; see `Localisation.summary`.
 
     A class without an image gets no row; a resample without any image of a class is left out for that class.
 

@@ -75,7 +75,8 @@ def predict_without_image(
     opened: OpenedRun, versions: Sequence[Metadata], progress: Progress | None = None
 ) -> list[Floats]:
     """Predict with metadata (N, M) alone: of a method that reads images, with what stands for a missing image in this
-    run. Return (N, C) probabilities a version; `progress` counts versions.
+    run.
+    Return (N, C) probabilities a version; `progress` counts versions.
     """
     size = opened.recipe.evaluation.batch_size
     blank = opened.blank(size) if opened.model.reads_image else None
@@ -229,8 +230,8 @@ def predict_perturbed(
 ) -> dict[str, list[Floats]]:
     """Predict P outlined images with the lesion blurred, filled, and all but the lesion filled.
 
-    Return for each of `CHANGES` the probabilities (P, C) with each of the versions of the metadata, (P, M);
-    `progress` counts images.
+    Return for each of `CHANGES` the probabilities (P, C) with each of the versions of the metadata, (P, M); `progress`
+    counts images.
     """
     size, count = opened.recipe.evaluation.batch_size, len(outlines.places)
     parts: dict[str, list[list[Floats]]] = {change: [[] for _ in versions] for change in CHANGES}

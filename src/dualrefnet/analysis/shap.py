@@ -584,7 +584,8 @@ def draw_beeswarm(result: MetadataShap, label: str, count: int = 10) -> ReportFi
 @styled
 def draw_waterfall(result: MetadataShap, image_id: str, label: str, count: int = 9) -> ReportFigure:
     """Draw how one image's probability of one class comes about, from the mean over other metadata to its own; all but
-    the first `count` groups are added up.
+    the
+    first `count` groups are added up.
     """
     row, column = result.image_ids.index(image_id), result.classes.index(label)
     values, errors = 100 * result.values[row, :, column].astype(float), 100 * result.errors[row, :, column]

@@ -237,7 +237,8 @@ class _Probe:
 
     def predict_outlined(self, masks: dict[str, Path]) -> tuple[NDArray[np.int64], dict[str, list[Floats]]]:
         """Return the places (P,) of the examples that have an outline, and the predictions without the lesion, or
-        without all but the lesion, by probe; none if there are too few.
+        without
+        all but the lesion, by probe; none if there are too few.
         """
         outlines = read_outlines(self.opened, self.examples, masks)
         places = outlines.places
@@ -295,7 +296,8 @@ def fit_baseline(
     train: NDArray[np.float32], labels: NDArray[np.int64], test: NDArray[np.float32], classes: int
 ) -> Floats:
     """Fit a logistic regression to (N, D), classes balanced and columns standardised, and return its probabilities for
-    (T, D): (T, C), 0 for a class without a training row.
+    (T,
+    D): (T, C), 0 for a class without a training row.
     """
     regression = LogisticRegression(class_weight="balanced", max_iter=ITERATIONS)
     fitted = make_pipeline(StandardScaler(), regression).fit(train.astype(np.float64), labels)
@@ -358,7 +360,8 @@ def _share_of_gain(
     bootstrap: PooledBootstrap, name: str, full: str, measure: str, chance: float, drawn_chance: Floats
 ) -> tuple[float, float, float]:
     """Return the share of the full model's gain over chance that a probe keeps, with its interval; NaN if that gain
-    isn't significant.
+    isn't
+    significant.
     """
     gain = bootstrap.drawn[full][measure] - drawn_chance
     bounds = percentile_interval(gain, LEVEL)

@@ -51,9 +51,9 @@ def decode_image(
     """Decode a JPEG, PNG, BMP, TIFF or WebP image; safe for untrusted input and for several threads.
 
     The content decides the type, not the name. The EXIF orientation is applied (damaged EXIF counts as none),
-    transparent pixels are put on white, grey and palette images become RGB, 16-bit samples are scaled to 8 bits, and
-    of an animation or a multi-page file the first image is taken. Embedded colour profiles are ignored: the numbers in
-    the file are taken as sRGB.
+    transparent pixels are put on white, grey and palette images become RGB, 16-bit samples are scaled to 8 bits, and of
+    an animation or a multi-page file the first image is taken. Embedded colour profiles are ignored: the numbers in the
+    file are taken as sRGB.
 
     Args:
         source: a file, or the bytes of one.
@@ -206,9 +206,9 @@ def find_masks(root: Path, folder: Path | None = None) -> dict[str, Path]:
 def read_mask(path: Path, image: Path, side: int, fit: str) -> NDArray[np.bool_] | None:
     """Read a mask (a pixel over 127 is lesion) and bring it to the S x S square that the model sees.
 
-    `fit` (`squash` or `crop`) is how the image became that square; only its size is read, and only to crop. Returns
-    (S, S), True in the lesion, or None if no lesion is marked there. An ImageError if a file can't be read, a DataError
-    if the mask isn't black and white: all of it is dark, but not black.
+    `fit` (`squash` or `crop`) is how the image became that square; only its size is read, and only to crop. Returns (S,
+    S), True in the lesion, or None if no lesion is marked there. An ImageError if a file can't be read, a DataError if
+    the mask isn't black and white: all of it is dark, but not black.
     """
     values = decode_image(path, min_side=1).max(axis=2)
     if 0 < values.max() <= 127:

@@ -1,7 +1,7 @@
 """PAD-UFES-20: smartphone images of six kinds of lesion with 21 metadata fields (Pacheco et al. 2020).
 
-Official layout: `metadata.csv` and `images/imgs_part_{1,2,3}/*.png`. Also read: the parts beside `metadata.csv`, or
-one folder `images/`; `.png` or `.jpg`.
+Official layout: `metadata.csv` and `images/imgs_part_{1,2,3}/*.png`. Also read: the parts beside `metadata.csv`, or one
+folder `images/`; `.png` or `.jpg`.
 """
 
 from __future__ import annotations

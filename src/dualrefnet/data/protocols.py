@@ -43,8 +43,8 @@ def split_dataset(
 
     Returns:
         Table with the columns `image_id, patient_id, label, split`, in the order of the lesion table; `patient_id`
-        holds the group that the protocol keeps together (a patient, or a lesion). Rows that the protocol drops are
-        left out.
+        holds the group that the protocol keeps together (a patient, or a lesion). Rows that the protocol drops are left
+        out.
 
     Raises:
         SplitError: the protocol doesn't exist for the data set, or a class has too few groups to be in every split.
@@ -161,8 +161,8 @@ def leakage(dataset: Dataset, split: pd.DataFrame) -> dict[str, Any]:
 
     Returns:
         `patient` and `lesion`, each None if the data set doesn't name them, else the share of test images whose patient
-        or lesion is also in train, overall, with validation counted as seen, and by class:
-        `{"train": .493, "train_or_val": .554, "per_class": {"MEL": .78, ...}}`.
+        or lesion is also in train, overall, with validation counted as seen, and by class: `{"train": .493,
+        "train_or_val": .554, "per_class": {"MEL": .78, ...}}`.
     """
     table = split[["image_id", "split"]].merge(dataset.table, on="image_id", how="left", validate="one_to_one")
     in_test, in_train = table["split"] == "test", table["split"] == "train"

@@ -166,8 +166,8 @@ def normalise(table: pd.DataFrame, schema: DatasetSchema) -> tuple[pd.DataFrame,
     codes (`UNK`) are kept, since the metadata encoder decides what they mean.
 
     Returns:
-        The lesion table (columns in the schema's order, index 0..n-1), and warnings about values that were made
-        missing (infinite, outside the range).
+        The lesion table (columns in the schema's order, index 0..n-1), and warnings about values that were made missing
+        (infinite, outside the range).
 
     Raises:
         DataError: a column is missing, the table is empty, an image_id or label is missing, repeated or unknown, or a

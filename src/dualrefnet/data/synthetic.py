@@ -87,31 +87,85 @@ class _Image(NamedTuple):
 
 
 # After PAD-UFES-20. MEL and SEK have much the same metadata and differ in the image; ACK and SCC, NEV and SEK the other
-# way round.
-# fmt: off
+# way round. fmt: off
 _PROFILES = {
-    "ACK": _Profile((62, 12), 10, (0.75, 0.20, 0.08, 0.06, 0.10, 0.25), 0.03, 0.56, ("BCC", "SCC", "SEK"),
-                    {"FOREARM": 22, "FACE": 14, "HAND": 9, "ARM": 9, "NOSE": 3}),
-    "BCC": _Profile((64, 12), 11, (0.68, 0.55, 0.35, 0.15, 0.52, 0.82), 0.28, 0.00, ("ACK", "SCC"),
-                    {"FACE": 20, "NOSE": 12, "CHEST": 10, "BACK": 8, "NECK": 5, "EAR": 3}),
-    "MEL": _Profile((59, 14), 14, (0.22, 0.68, 0.05, 0.55, 0.10, 0.35), 0.18, 0.00, ("NEV", "SEK"),
-                    {"BACK": 16, "ARM": 8, "THIGH": 8, "CHEST": 7, "FACE": 7, "FOREARM": 5}),
-    "NEV": _Profile((38, 15), 9, (0.12, 0.45, 0.03, 0.12, 0.03, 0.55), 0.12, 0.62, ("SEK",),
-                    {"BACK": 18, "FACE": 10, "CHEST": 8, "ABDOMEN": 5, "THIGH": 5}),
-    "SCC": _Profile((69, 11), 13, (0.70, 0.60, 0.35, 0.20, 0.40, 0.80), 0.34, 0.00, ("ACK", "BCC"),
-                    {"FACE": 9, "FOREARM": 9, "HAND": 9, "ARM": 7, "EAR": 6, "BACK": 5, "LIP": 4}),
-    "SEK": _Profile((64, 12), 10, (0.28, 0.48, 0.03, 0.08, 0.05, 0.72), 0.04, 0.66, ("ACK", "NEV"),
-                    {"FACE": 20, "BACK": 12, "CHEST": 9, "ARM": 5}),
+    "ACK": _Profile(
+        (62, 12),
+        10,
+        (0.75, 0.20, 0.08, 0.06, 0.10, 0.25),
+        0.03,
+        0.56,
+        ("BCC", "SCC", "SEK"),
+        {"FOREARM": 22, "FACE": 14, "HAND": 9, "ARM": 9, "NOSE": 3},
+    ),
+    "BCC": _Profile(
+        (64, 12),
+        11,
+        (0.68, 0.55, 0.35, 0.15, 0.52, 0.82),
+        0.28,
+        0.00,
+        ("ACK", "SCC"),
+        {"FACE": 20, "NOSE": 12, "CHEST": 10, "BACK": 8, "NECK": 5, "EAR": 3},
+    ),
+    "MEL": _Profile(
+        (59, 14),
+        14,
+        (0.22, 0.68, 0.05, 0.55, 0.10, 0.35),
+        0.18,
+        0.00,
+        ("NEV", "SEK"),
+        {"BACK": 16, "ARM": 8, "THIGH": 8, "CHEST": 7, "FACE": 7, "FOREARM": 5},
+    ),
+    "NEV": _Profile(
+        (38, 15),
+        9,
+        (0.12, 0.45, 0.03, 0.12, 0.03, 0.55),
+        0.12,
+        0.62,
+        ("SEK",),
+        {"BACK": 18, "FACE": 10, "CHEST": 8, "ABDOMEN": 5, "THIGH": 5},
+    ),
+    "SCC": _Profile(
+        (69, 11),
+        13,
+        (0.70, 0.60, 0.35, 0.20, 0.40, 0.80),
+        0.34,
+        0.00,
+        ("ACK", "BCC"),
+        {"FACE": 9, "FOREARM": 9, "HAND": 9, "ARM": 7, "EAR": 6, "BACK": 5, "LIP": 4},
+    ),
+    "SEK": _Profile(
+        (64, 12),
+        10,
+        (0.28, 0.48, 0.03, 0.08, 0.05, 0.72),
+        0.04,
+        0.66,
+        ("ACK", "NEV"),
+        {"FACE": 20, "BACK": 12, "CHEST": 9, "ARM": 5},
+    ),
 }
 # The patients' classes are dealt from a shuffled deck, so that no seed makes a class rare. The first rounds deal one
 # card a class: the smallest sample, too, has several patients of every class.
 _EVEN_ROUNDS = 4
 _DECK = (*("ACK", "BCC") * 5, *("NEV", "SEK") * 3, *("MEL", "SCC") * 2)
 _ORIGINS = {
-    "POMERANIA": 0.30, "GERMANY": 0.28, "ITALY": 0.13, "BRAZIL": 0.12, "BRASIL": 0.02, "PORTUGAL": 0.03, "UNK": 0.12,
+    "POMERANIA": 0.30,
+    "GERMANY": 0.28,
+    "ITALY": 0.13,
+    "BRAZIL": 0.12,
+    "BRASIL": 0.02,
+    "PORTUGAL": 0.03,
+    "UNK": 0.12,
 }
 _HAIRS = {
-    "SCALP": 14.0, "FOREARM": 6.0, "ARM": 4.0, "THIGH": 5.0, "CHEST": 5.0, "BACK": 2.5, "ABDOMEN": 3.0, "HAND": 2.0,
+    "SCALP": 14.0,
+    "FOREARM": 6.0,
+    "ARM": 4.0,
+    "THIGH": 5.0,
+    "CHEST": 5.0,
+    "BACK": 2.5,
+    "ABDOMEN": 3.0,
+    "HAND": 2.0,
 }
 # fmt: on
 

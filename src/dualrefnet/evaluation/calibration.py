@@ -7,9 +7,9 @@ the row, which cancels out, so the probabilities are all that is needed.
 Conformal sets (Angelopoulos and Bates 2023): as few classes as are needed for the right one to be among them with the
 wanted probability, for images that are exchangeable with those of validation.
 
-Referral: an image is referred if its malignancy score, the sum of the probabilities of the malignant classes, reaches
-a threshold: the largest one with the wanted sensitivity on validation. On other patients the sensitivity comes out
-above or below that, about as often the one as the other.
+Referral: an image is referred if its malignancy score, the sum of the probabilities of the malignant classes, reaches a
+threshold: the largest one with the wanted sensitivity on validation. On other patients the sensitivity comes out above
+or below that, about as often the one as the other.
 """
 
 from __future__ import annotations
@@ -251,11 +251,9 @@ def fit_calibration(
 ) -> Calibration:
     """Fit temperature, conformal thresholds and the referral threshold on validation images.
 
-    Args as `bootstrap_intervals`, and:
-        coverage: how often a set shall hold the right class.
-        sensitivity: share of cancers that shall be referred.
-        availability: from `fit_thresholds`, for each group of inputs.
-        field_effects: see `Decision`.
+    Args as `bootstrap_intervals`, and: coverage: how often a set shall hold the right class. sensitivity: share of
+    cancers that shall be referred. availability: from `fit_thresholds`, for each group of inputs. field_effects: see
+    `Decision`.
 
     Raises:
         ValueError: see `check_predictions`, `check_classes`, `Bootstrap`, `conformal_threshold` and

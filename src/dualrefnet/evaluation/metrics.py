@@ -198,9 +198,8 @@ class CalibrationErrors:
 class WeightedMetrics:
     """The metrics of one model's predictions, as functions of weights.
 
-    Args as `compute_metrics`, and:
-        groups: (N,), group of every image, 0..G-1; None: all images are one group.
-        size: G, of which these images may hold a part; None: the largest number in `groups` + 1.
+    Args as `compute_metrics`, and: groups: (N,), group of every image, 0..G-1; None: all images are one group. size: G,
+    of which these images may hold a part; None: the largest number in `groups` + 1.
     """
 
     def __init__(

@@ -129,8 +129,8 @@ def missingness_shortcut(metrics: Mapping[str, Any]) -> str | None:
 
     Without metadata fewer cancers reach a threshold that was fitted with them, for which the thresholds fitted without
     make up. But missing metadata must not lower the malignancy on average: over many patients the mean of calibrated
-    probabilities is the share of cancers, whatever is known of each. A model whose mean falls takes missing for a
-    sign of benign.
+    probabilities is the share of cancers, whatever is known of each. A model whose mean falls takes missing for a sign
+    of benign.
 
     Args:
         metrics: of the run, or of its bundle.

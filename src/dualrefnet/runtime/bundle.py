@@ -74,7 +74,7 @@ def bundle_parts(folder: Path, description: dict[str, Any], variant: str, device
 
     Raises:
         ValueError, KeyError, TypeError: the variant isn't in the bundle, the device can't be used, or the description
-            is damaged.
+        is damaged.
         OSError: a file is missing or damaged.
     """
     networks = description["networks"]

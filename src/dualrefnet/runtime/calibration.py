@@ -48,8 +48,8 @@ class Decision:
         referral: an image with at least this malignancy is referred; None: there is no malignant class, or no
             validation image of one.
         availability: thresholds of each group of inputs.
-        field_effects: field -> mean change of the probability over validation when the field is left out; empty if
-            that wasn't measured.
+        field_effects: field -> mean change of the probability over validation when the field is left out; empty if that
+            wasn't measured.
     """
 
     classes: tuple[str, ...]

@@ -49,8 +49,8 @@ class Inference:
 
     Attributes:
         state: `ready`, or why not.
-        given_up: accepted requests that were cancelled when the service stopped.
-        limiter, explain_limiter: admission of predictions and of explanations.
+        given_up: accepted requests that were cancelled when the service stopped. limiter, explain_limiter: admission of
+            predictions and of explanations.
     """
 
     def __init__(

@@ -31,8 +31,8 @@ class RayService(BaseModel):
         variant: of a bundle.
         device: `cpu`, or `cuda` for a GPU a replica.
         settings: limits of each replica.
-        api_key_file: keys, one a line; every replica reads it, so that no key goes through Ray.
-        min_replicas, max_replicas: bounds of their number.
+        api_key_file: keys, one a line; every replica reads it, so that no key goes through Ray. min_replicas,
+            max_replicas: bounds of their number.
         cpus: of one replica.
         ongoing: requests per replica beyond which another one is started.
         most_ongoing: most requests that a replica is given at once.

@@ -24,8 +24,8 @@ NOTICE = "Not a medical device and not a diagnosis: for research only. A physici
 
 
 class Refusal(Exception):
-    """A request that is refused: an HTTP status, a code for programs, and a message for people without any value of
-    the metadata. `retry` adds Retry-After.
+    """A request that is refused: an HTTP status, a code for programs, and a message for people without any value of the
+    metadata. `retry` adds Retry-After.
     """
 
     def __init__(

@@ -106,7 +106,8 @@ def bind(host: str, port: int) -> socket.socket:
 
 def uvicorn_options(served: Served) -> dict[str, Any]:
     """Return uvicorn's settings. What it doesn't bound - slow headers, silent connections - is a reverse proxy's work:
-    see deployment/nginx.conf.
+    see
+    deployment/nginx.conf.
     """
     return {
         # The parser and the loop of every install, so that limits and errors are the same everywhere.

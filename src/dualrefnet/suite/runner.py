@@ -1,7 +1,7 @@
 """Train a suite: what is finished is skipped, what was cut short resumes, what fails is recorded and the rest goes on.
 
-The suite folder holds `suite.yaml`, `cells.csv`, `runs/<run>/`, `failures/<run>.json`, `logs/<run>.log`, `splits/`
-and, for a smoke test, `data/`.
+The suite folder holds `suite.yaml`, `cells.csv`, `runs/<run>/`, `failures/<run>.json`, `logs/<run>.log`, `splits/` and,
+for a smoke test, `data/`.
 """
 
 from __future__ import annotations
