@@ -283,7 +283,7 @@ def test_the_command_leaves_tables_and_pictures(tiny_run: Run, tmp_path: Path) -
     tables = {f"{name}.csv" for name in ("shortcuts", "availability", "patterns", "subgroups", "out_of_scope")}
     assert {path.name for path in tmp_path.iterdir()} == tables | {"shortcuts.json", "pictures"}
     assert set(pd.read_csv(tmp_path / "subgroups.csv")["field"]) == {"age", "gender", "fitspatrick", "region"}
-    assert "test photographs of lesions" in set(pd.read_csv(tmp_path / "out_of_scope.csv")["group"])
+    assert "test images of lesions" in set(pd.read_csv(tmp_path / "out_of_scope.csv")["group"])
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 3
     table = pd.read_csv(tmp_path / "shortcuts.csv")
     written = json.loads((tmp_path / "shortcuts.json").read_text())

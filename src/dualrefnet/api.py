@@ -12,7 +12,7 @@ import pandas as pd
 from dualrefnet.data.csv_table import DEFAULT_DESCRIPTION, TableDescription, describe
 from dualrefnet.errors import DataError
 from dualrefnet.files import write_csv, write_yaml
-from dualrefnet.progress import remark
+from dualrefnet.progress import note
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import Run
 from dualrefnet.training.train import train_recipe
@@ -85,7 +85,7 @@ def fit(
         )
     fields = describe(dataframe, list(metadata))
     for field in fields:
-        remark(f"{field.name}: {field.kind}")
+        note(f"{field.name}: {field.kind}")
     paths = [os.path.abspath(path) for path in dataframe[image]]
     folder = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else "."
     columns = [column for column in dict.fromkeys([label, group, *metadata]) if column is not None]
@@ -117,7 +117,7 @@ def fit(
     }
     chosen = load_recipe(recipe, {key.replace("__", "."): value for key, value in overrides.items()})
     apart = f"no {group} in two splits" if group else "images divided one by one, since no group was given"
-    remark(
+    note(
         f"{len(description.classes)} classes; {apart}; {chosen.model.backbone} at {chosen.image.size} px, {chosen.training.epochs} epochs"
     )
     return train_recipe(chosen, out, resume)

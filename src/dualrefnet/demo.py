@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dualrefnet.data.synthetic import make_synthetic
 from dualrefnet.errors import RunError
-from dualrefnet.progress import progress_bar, remark
+from dualrefnet.progress import note, progress_bar
 from dualrefnet.recipe import load_recipe
 from dualrefnet.report import ReportOptions
 from dualrefnet.report.run_report import write_report
@@ -34,11 +34,11 @@ def run_demo(out: Path) -> tuple[Run, Path]:
     import_module("dualrefnet.report.explanations")
     if out.is_dir() and any(child.name not in ("data", "run", "cache") for child in out.iterdir()):
         raise RunError(f"{out} holds other things; name another folder with --out")
-    remark("making the synthetic sample: invented images, not clinical ones")
+    note("making the synthetic sample: invented images, not clinical ones")
     with progress_bar("drawing") as show:
         make_synthetic(out / "data", images=IMAGES, progress=show)
     recipe = load_recipe("sample", {"data.root": str(out / "data")})
     run = train_recipe(recipe, out / "run", resume=True, cache=out / "cache")
-    remark("writing the report")
+    note("writing the report")
     # Enough for a look; `dualrefnet report` takes more images.
     return run, write_report(run, options=ReportOptions(shap_images=40), cache=out / "cache")

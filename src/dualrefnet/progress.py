@@ -20,7 +20,7 @@ class ShowProgress(Protocol):
         """Show that `done` of `total` are done."""
 
 
-def remark(message: str) -> None:
+def note(message: str) -> None:
     """Say something that the user should know."""
     console.print(f"[dim]·[/dim] {message}", soft_wrap=True)
 

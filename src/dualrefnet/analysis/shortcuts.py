@@ -283,7 +283,7 @@ class _Probe:
         return read
 
     def _permute(self, groups: NDArray[np.object_], stream: int) -> list[NDArray[np.int64]]:
-        """Draw permutations across patients; none, with a remark, if there can't be any."""
+        """Draw permutations across patients; none, with a note, if there can't be any."""
         generator = np.random.default_rng([self.seed, stream])
         try:
             return [permute_across_groups(groups, generator) for _ in range(self.permutations)]

@@ -112,7 +112,7 @@ def split(
     from dualrefnet.data.adapters import load_dataset
     from dualrefnet.data.protocols import leakage, missing_classes, split_counts, split_dataset
     from dualrefnet.files import write_csv
-    from dualrefnet.progress import remark, warn
+    from dualrefnet.progress import note, warn
 
     loaded = load_dataset(dataset, root, description)
     for message in loaded.warnings:
@@ -126,7 +126,7 @@ def split(
         warn(message)
     for name, shares in leakage(loaded, rows).items():
         if shares is None:
-            remark(f"the data set names no {name}, so whether a {name} is in two splits can't be seen")
+            note(f"the data set names no {name}, so whether a {name} is in two splits can't be seen")
         elif shares["train"] or shares["train_or_val"]:
             worst = max(shares["per_class"], key=shares["per_class"].get)
             warn(
@@ -134,7 +134,7 @@ def split(
                 f"({shares['train_or_val']:.1%} with validation); worst class: {worst} {shares['per_class'][worst]:.1%}"
             )
         else:
-            remark(f"no test image shows a {name} of train or validation")
+            note(f"no test image shows a {name} of train or validation")
     if out:
         write_csv(out, rows)
         typer.echo(out)

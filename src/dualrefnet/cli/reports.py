@@ -175,7 +175,7 @@ def suite(
     A run that fails is reported at the end, doesn't stop the others, and is tried again by the next call. Exit status 1
     if one failed. `dualrefnet tables DIR` makes the tables.
     """
-    from dualrefnet.progress import remark
+    from dualrefnet.progress import note
     from dualrefnet.recipe import parse_overrides
     from dualrefnet.suite.grid import check_names, expand, load_suite, override
     from dualrefnet.suite.grid import smoke as smoke_of
@@ -189,7 +189,7 @@ def suite(
         remarks += [f"{key} is ignored: a smoke test has its own data" for key in ignored]
         values = {key: value for key, value in values.items() if key not in ignored}
         for message in remarks:
-            remark(message)
+            note(message)
     chosen = override(chosen, values)
     cells = expand(chosen)
     check_names(cells)

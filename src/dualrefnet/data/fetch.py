@@ -25,7 +25,7 @@ from dualrefnet.data import isic_2019, pad_ufes_20
 from dualrefnet.data.schema import DatasetSchema
 from dualrefnet.errors import DataError
 from dualrefnet.files import read_json, sha256_of_file, write_json
-from dualrefnet.progress import console, remark, warn
+from dualrefnet.progress import console, note, warn
 
 ATTEMPTS = 6
 BACKOFF_SECONDS = 2.0
@@ -123,7 +123,7 @@ def fetch_dataset(
     terms = f"{schema.title} is published under {schema.licence} ({release.page}); cite: {schema.citation}"
     if not accept_licence:
         raise DataError(f"{terms}. If you accept this licence, run it again with --accept-licence")
-    remark(escape(terms))
+    note(escape(terms))
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     files = _read_record(root)
@@ -162,7 +162,7 @@ def _fetch(source: Source, root: Path, release: Release, progress: bool) -> dict
     """Get one file, verify it and unpack it; return its entry in the record."""
     path, partial = root / source.filename, root / f"{source.filename}.partial"
     if path.exists():
-        remark(escape(f"{path} is already there and is verified"))
+        note(escape(f"{path} is already there and is verified"))
         sha256 = _verify(path, source, f"{path} isn't the published file; move it away and run again")
     else:
 
@@ -184,10 +184,10 @@ def _fetch(source: Source, root: Path, release: Release, progress: bool) -> dict
         _forget(partial)
     if source.sha256 is None:
         done = "only its size was compared" if source.size else "it is taken as it is"
-        remark(escape(f"no checksum of {source.filename} is published: {done}"))
+        note(escape(f"no checksum of {source.filename} is published: {done}"))
     made = [path]
     if source.folder:
-        remark(escape(f"unpacking {path}"))
+        note(escape(f"unpacking {path}"))
         made = unpack(path, root / source.folder)
     return {
         "filename": source.filename,

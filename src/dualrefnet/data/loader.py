@@ -24,7 +24,7 @@ from dualrefnet.data.protocols import SPLITS, leakage, missing_classes, split_da
 from dualrefnet.data.schema import Dataset
 from dualrefnet.data.store import DerivedStore, ImageStore, fill_store, map_ahead
 from dualrefnet.errors import SplitError
-from dualrefnet.progress import progress_bar, remark, warn
+from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import AugmentationSection, Recipe
 
 
@@ -118,7 +118,7 @@ def recipe_split(recipe: Recipe, dataset: Dataset, store: ImageStore | None) -> 
     if store is not None:
         usable = split["image_id"].isin(set(store.image_ids) - set(store.broken))
         if not usable.all():
-            remark(f"{int((~usable).sum())} of {len(split)} rows have no readable image here and are left out")
+            note(f"{int((~usable).sum())} of {len(split)} rows have no readable image here and are left out")
         split = split[usable].reset_index(drop=True)
     for name in SPLITS:
         if not (split["split"] == name).any():

@@ -32,7 +32,7 @@ from dualrefnet.data.csv_table import IMAGE_SUFFIXES
 from dualrefnet.deploy.predictor import Predictor
 from dualrefnet.errors import DataError, ImageError
 from dualrefnet.files import atomic_path, read_json, sha256_of_file, sha256_of_json, write_json
-from dualrefnet.progress import ShowProgress, console, progress_bar, remark, warn
+from dualrefnet.progress import ShowProgress, console, note, progress_bar, warn
 from dualrefnet.runtime.prediction import Prediction
 
 BATCH = 32
@@ -476,6 +476,6 @@ def show_progress(description: str) -> Iterator[ShowProgress]:
                 noted = now
                 speed = (done - first) / (now - start)
                 left = timedelta(seconds=round((total - done) / speed))
-                remark(f"{description}: {done:,} of {total:,}, {speed:,.1f} images/s, {left} left")
+                note(f"{description}: {done:,} of {total:,}, {speed:,.1f} images/s, {left} left")
 
         yield update

@@ -42,7 +42,7 @@ from dualrefnet.errors import DataError, RunError
 from dualrefnet.files import sha256_of_file, write_json, write_text
 from dualrefnet.models.base import Architecture
 from dualrefnet.models.registry import load_model
-from dualrefnet.progress import progress_bar, remark, warn
+from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import ImageSection
 from dualrefnet.run import Run
 from dualrefnet.runtime.availability import missingness_shortcut
@@ -155,7 +155,7 @@ def export_run(
         write_text(folder / "README.md", model_card(bundle, run, [*names, hub.DESCRIPTION, f"{hub.RUNTIME}/"]))
         # Written last: a folder is a bundle if it has one.
         write_json(folder / hub.DESCRIPTION, bundle)
-    remark(f"the bundle is in {out}")
+    note(f"the bundle is in {out}")
     return bundle
 
 
@@ -256,7 +256,7 @@ def _write_float32(
         RunError: one of them predicts otherwise.
     """
     onnx_file, program_file = folder / "model.onnx", folder / "model.pt2"
-    remark("tracing the network and writing it as ONNX; half a minute, of large encoders some minutes")
+    note("tracing the network and writing it as ONNX; half a minute, of large encoders some minutes")
     program = trace(model)
     write_onnx(program, model, onnx_file, {"dualrefnet": dualrefnet.__version__, "notice": NOTICE})
     write_program(program, program_file)
@@ -271,9 +271,7 @@ def _write_float32(
                 f"{found['max_probability_difference']:.2g}, and {LIMIT:g} is the limit. Nothing was written. Please "
                 "report this, with the recipe and the versions of `dualrefnet doctor`"
             )
-    remark(
-        f"parity with torch: probabilities differ by {parity['max_probability_difference']:.1e} at most, {checked_on}"
-    )
+    note(f"parity with torch: probabilities differ by {parity['max_probability_difference']:.1e} at most, {checked_on}")
     return {
         **_file(onnx_file),
         "parity": {**parity, "limit": LIMIT, "checked_on": checked_on},
@@ -293,7 +291,7 @@ def _write_int8(folder: Path, run: Run, validation: Cases, training: Cases) -> d
         measured, verdict, recommended = measure_int8(
             OnnxNetwork(float32), OnnxNetwork(file), validation, classes, score, show
         )
-    (remark if recommended else warn)(f"int8: {verdict}")
+    (note if recommended else warn)(f"int8: {verdict}")
     return {
         **_file(file),
         "setting": SETTING,

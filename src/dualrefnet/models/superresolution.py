@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dualrefnet.data.store import DerivedStore, ImageStore, Part, fill_derived_store
 from dualrefnet.models.superresolution_networks import NETWORKS, enlarge, load_network
-from dualrefnet.progress import progress_bar, remark
+from dualrefnet.progress import note, progress_bar
 from dualrefnet.recipe import Recipe
 
 
@@ -148,7 +148,7 @@ def fill_targets(
         return None, None
     network, source = load_network(name, recipe.model.target_weights)
     network.to(device)
-    remark(f"targets of the auxiliary task: {NETWORKS[name].title}, {source.description}")
+    note(f"targets of the auxiliary task: {NETWORKS[name].title}, {source.description}")
     side = 2 * store.side
     with progress_bar(f"targets of {name}") as show:
         targets = fill_derived_store(

@@ -24,7 +24,7 @@ from dualrefnet.display.figure import ReportFigure
 from dualrefnet.display.format import Cell
 from dualrefnet.display.page import Section
 from dualrefnet.errors import DataError
-from dualrefnet.progress import progress_bar, remark
+from dualrefnet.progress import note, progress_bar
 from dualrefnet.report import ReportOptions
 from dualrefnet.report.provenance import run_names
 
@@ -67,11 +67,11 @@ def _sections(opened: OpenedRun, options: ReportOptions, masks: dict[str, Path])
     if opened.model.reads_image:
         yield _gradcam_section(opened, options, shown, bool(masks))
     else:
-        remark("this method reads no image: no Grad-CAM, no gallery")
+        note("this method reads no image: no Grad-CAM, no gallery")
     if opened.reads_metadata:
         yield _shap_section(opened, options, gallery_shap)
     else:
-        remark("this method reads no metadata: no SHAP")
+        note("this method reads no metadata: no SHAP")
     with progress_bar("features") as show:
         found = embed(opened, options.images, SAMPLES, options.seed, opened.run.path.resolve().name, show)
     intro = [

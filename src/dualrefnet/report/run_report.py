@@ -37,7 +37,7 @@ from dualrefnet.display.format import PrintedTable
 from dualrefnet.display.page import Section, render_page
 from dualrefnet.errors import DependencyError, RunError
 from dualrefnet.files import write_csv, write_json, write_text
-from dualrefnet.progress import progress_bar, progress_steps, remark
+from dualrefnet.progress import note, progress_bar, progress_steps
 from dualrefnet.report import ReportOptions
 from dualrefnet.report.performance import (
     class_section,
@@ -102,7 +102,7 @@ def write_explanations(
     for section in _model_sections(run, against, options, root, cache, device):
         files += [path for picture in section.pictures for path in save_figure(picture, out)]
         if section.pictures:
-            remark(f"{section.title}: {', '.join(picture.name for picture in section.pictures)}")
+            note(f"{section.title}: {', '.join(picture.name for picture in section.pictures)}")
     return files
 
 
@@ -154,7 +154,7 @@ def write_report(
         if run.calibration_file.is_file():
             yield conformal_section(measured, samples, seed)
         else:
-            remark(f"the run has no calibration; `dualrefnet evaluate {run.path}` adds it")
+            note(f"the run has no calibration; `dualrefnet evaluate {run.path}` adds it")
         yield history_section(measured)
         yield from of_model
         yield provenance_section(run)
@@ -164,7 +164,7 @@ def write_report(
         for picture in section.pictures:
             save_figure(picture, out / "pictures")
         done.append(section)
-        remark(f"done: {section.title}")
+        note(f"done: {section.title}")
     title, subtitle = run_title(run)
     notes, shortcut = run_notes(run), missingness_shortcut(measured.metrics)
     if shortcut is not None:
@@ -215,7 +215,7 @@ def _model_sections(
     second = _open(against, root, cache, device) if against is not None else None
     explanations = explanation_sections(opened, options)
     if not opened.dataset.schema.synthetic and options.photographs:
-        remark("the result shows images of patients: treat it as patient data, or use --no-photographs")
+        note("the result shows images of patients: treat it as patient data, or use --no-photographs")
 
     def sections() -> Iterator[Section]:
         yield from explanations
@@ -265,7 +265,7 @@ def _examination_sections(opened: OpenedRun, options: ReportOptions) -> Iterator
 def _subgroups(opened: OpenedRun, samples: int, seed: int) -> Subgroups | None:
     if any(field.subgroup for field in opened.dataset.schema.fields):
         return subgroups_of_run(opened, samples, seed)
-    remark("no field of the data set is marked `subgroup: true`: no subgroup results")
+    note("no field of the data set is marked `subgroup: true`: no subgroup results")
     return None
 
 
@@ -275,7 +275,7 @@ def _out_of_distribution(
     if not opened.model.reads_image:
         return None
     if not opened.run.out_of_scope_file.is_file():
-        remark(f"the run has no out-of-distribution score; `dualrefnet evaluate {opened.run.path}` adds it")
+        note(f"the run has no out-of-distribution score; `dualrefnet evaluate {opened.run.path}` adds it")
         return None
     with progress_bar("images without a lesion") as show:
         return measure_out_of_distribution(opened, masks, images, samples, seed, show)
@@ -322,16 +322,16 @@ def write_probes(
     shortcuts = probe_shortcuts(opened, masks, permutations, samples, seed)
     write_csv(out / "shortcuts.csv", shortcuts.table)
     write_json(out / "shortcuts.json", _shortcuts_json(shortcuts))
-    remark("done: shortcut probes")
+    note("done: shortcut probes")
     subgroups = _subgroups(opened, samples, seed)
     if subgroups is not None:
         write_csv(out / "subgroups.csv", subgroups.frame())
         count, expected = subgroups.flagged, subgroups.by_chance
-        remark(f"subgroups: {count} of {subgroups.looked_at} gaps exclude 0, about {expected:.0f} expected by chance")
+        note(f"subgroups: {count} of {subgroups.looked_at} gaps exclude 0, about {expected:.0f} expected by chance")
     scores = _out_of_distribution(opened, masks, samples, seed)
     if scores is not None:
         write_csv(out / "out_of_scope.csv", scores.table)
-        remark("done: out-of-distribution")
+        note("done: out-of-distribution")
     runs = [opened, *(open_run(other, root, cache=cache, device=opened.device) for other in against)]
     names = [one.run.path.resolve().name for one in runs]
     if len(set(names)) < len(names):
@@ -339,7 +339,7 @@ def write_probes(
     found = []
     for name, one in zip(names, runs, strict=True):
         found.append(measure_missing_metadata(one, draws=draws, samples=samples, seed=seed, name=name))
-        remark(f"done: missing metadata, {name}")
+        note(f"done: missing metadata, {name}")
     write_csv(out / "availability.csv", pd.concat([one.curve.assign(run=one.name) for one in found], ignore_index=True))
     write_csv(out / "patterns.csv", pd.concat([one.patterns.assign(run=one.name) for one in found], ignore_index=True))
     tables = [shortcut_table(shortcuts), missing_metadata_table(found[0]), missing_pattern_table(found[0])]
@@ -387,4 +387,4 @@ def _draw_probes(shortcuts: Shortcuts, found: list[MissingMetadata], folder: Pat
         for picture in (draw_shortcuts(shortcuts), draw_missing_metadata(found), draw_missing_patterns(found)):
             save_figure(picture, folder)
     except DependencyError as error:
-        remark(f"no figures: {error}")
+        note(f"no figures: {error}")

@@ -22,7 +22,7 @@ from dualrefnet.display.page import Section, render_page
 from dualrefnet.errors import DataError, RecipeError, RunError
 from dualrefnet.files import write_text
 from dualrefnet.models.registry import METHODS
-from dualrefnet.progress import progress_bar, remark, warn
+from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import load_recipe
 from dualrefnet.report import provenance
 from dualrefnet.report.suite_figures import by_flag, describe, draw_ablation, draw_systems, names, sizes, units
@@ -148,7 +148,7 @@ def write_suite_report(
     shows = any(figure.name.startswith(CASE_FIGURES) for figure in figures)
     shows = shows and not all(SYNTHETIC in system.flags for system in found.members if system.runs)
     if shows:
-        remark("the report shows images of patients: treat it as patient data, or leave them out with --no-photographs")
+        note("the report shows images of patients: treat it as patient data, or leave them out with --no-photographs")
     write_text(
         out / "report.html",
         render_page(found.suite.title, found.suite.description, suite_notes(found), sections, shows),
@@ -248,8 +248,8 @@ def _verdict(found: SuiteResults, rows: pd.DataFrame) -> Iterator[str]:
         )
     else:
         yield "No difference from a reference was tested."
-    for note, some in pairs[pairs["note"] != ""].groupby("note", sort=False):
-        yield sentence(f"{note} ({names(some, most=LISTED)})")
+    for text, some in pairs[pairs["note"] != ""].groupby("note", sort=False):
+        yield sentence(f"{text} ({names(some, most=LISTED)})")
     if len(valid) > 1:
         best = valid.sort_values("pooled", ascending=less, kind="stable").to_dict("records")[0]
         yield f"{'Lowest' if less else 'Highest'} {name}: {best['name']}, {_value(best)}."

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from dualrefnet.errors import DataError, DependencyError, DualRefNetError
-from dualrefnet.progress import console, remark, warn
+from dualrefnet.progress import console, note, warn
 from dualrefnet.service.observability import FOLDER_VARIABLE, log_to_stderr, traceback_of
 from dualrefnet.service.settings import ServiceSettings, read_keys
 
@@ -74,7 +74,7 @@ def serve(served: Served) -> int:
     listener = bind(served.host, served.port)
     port = listener.getsockname()[1]
     host = f"[{served.host}]" if ":" in served.host else served.host
-    remark(f"serving {served.source} on http://{host}:{port}{served.settings.root_path}/ (stop with Ctrl+C)")
+    note(f"serving {served.source} on http://{host}:{port}{served.settings.root_path}/ (stop with Ctrl+C)")
     if served.workers > 1:
         listener.close()
         return _serve_workers(served.model_copy(update={"port": port}))

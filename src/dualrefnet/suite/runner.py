@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 
 from dualrefnet.errors import DualRefNetError, RunError
 from dualrefnet.files import remove_partial, write_csv, write_json, write_yaml
-from dualrefnet.progress import console, progress_bar, remark, warn
+from dualrefnet.progress import console, note, progress_bar, warn
 from dualrefnet.recipe import Recipe, differences
 from dualrefnet.run import Run
 from dualrefnet.suite.grid import Cell, Key, Suite, expand, load_suite, with_recipes
@@ -128,7 +128,7 @@ def run_suite(
         pending = {run: recipe for run, recipe in runs.items() if not _finished(out, run)}
         outcome = Outcome(len(runs), len(runs) - len(pending))
         if outcome.skipped:
-            remark(f"{outcome.skipped} of {outcome.total} runs are finished already and are skipped")
+            note(f"{outcome.skipped} of {outcome.total} runs are finished already and are skipped")
         for run, failure in _fill_stores(pending, cache).items():
             del pending[run]
             _record(out, outcome, run, failure)
@@ -140,7 +140,7 @@ def run_suite(
             for event in events:
                 if not event.ended:
                     starts[event.run] = time.monotonic()
-                    remark(f"started {event.run}")
+                    note(f"started {event.run}")
                     continue
                 _record(out, outcome, event.run, event.failure)
                 if event.failure is None and not keep_models:
@@ -149,7 +149,7 @@ def run_suite(
                 show(done, outcome.total)
                 took = timedelta(seconds=round(time.monotonic() - starts.get(event.run, time.monotonic())))
                 if event.failure is None:
-                    remark(f"finished {event.run} in {took}; {done}/{outcome.total} done")
+                    note(f"finished {event.run} in {took}; {done}/{outcome.total} done")
                 else:
                     warn(f"{event.run} failed after {took}: {event.failure.error}")
     return outcome
@@ -220,7 +220,7 @@ def _draw_sample(root: Path) -> None:
     if (root / "metadata.csv").is_file():
         return
     remove_partial(root)
-    remark("writing the sample data set: synthetic images, not clinical ones")
+    note("writing the sample data set: synthetic images, not clinical ones")
     with progress_bar("images") as show:
         make_synthetic(root, images=SMOKE_IMAGES, side=SMOKE_SIZE, progress=show)
 

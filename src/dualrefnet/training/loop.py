@@ -32,7 +32,7 @@ from dualrefnet.models.components import DecisionFusion
 from dualrefnet.models.encoders import Encoded
 from dualrefnet.models.inference import Normalisation, autocast, encoded, normalise, predict_logits, resolve_precision
 from dualrefnet.models.superresolution import input_and_target, psnr, ssim
-from dualrefnet.progress import progress_bar, remark, warn
+from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import Recipe, TrainingSection
 from dualrefnet.run import Run
 from dualrefnet.runtime.metadata import Span
@@ -243,7 +243,7 @@ class Trainer:
             if schedule is not None:
                 schedule.load_state_dict(progress["schedule"])
             if accelerator.is_main_process:
-                remark(f"resumed after epoch {progress['epoch']}")
+                note(f"resumed after epoch {progress['epoch']}")
         # The targets of the few images that are rebuilt, not those of the whole split.
         first = np.arange(min(REBUILT_IMAGES, len(val)))
         rebuilt = replace(val, targets=train.targets).batch(first) if self.recipe.rebuilds_image else None
@@ -406,7 +406,7 @@ class Trainer:
                 save_checkpoint(self.run.checkpoint_file, self.model, self.optimizer, progress)
             self._write_history(progress["history"])
             if not self.frozen or last:
-                remark(_line(row, self.recipe.training.epochs) + (" [green]best[/green]" if better else ""))
+                note(_line(row, self.recipe.training.epochs) + (" [green]best[/green]" if better else ""))
             before = collapse(history[-1], progress["norms"]) if history else []
             for message in collapse(row, progress["norms"]) if not before else []:
                 warn(f"{message}; see loss.frequency, loss.reduction, loss.penalty_strength and training.learning_rate")

@@ -18,7 +18,7 @@ from dualrefnet.models.base import Architecture
 from dualrefnet.models.inference import fill_features
 from dualrefnet.models.registry import check_method, count_parameters, new_model
 from dualrefnet.models.superresolution import fill_targets
-from dualrefnet.progress import remark, warn
+from dualrefnet.progress import note, warn
 from dualrefnet.recipe import Recipe
 from dualrefnet.run import Run, fingerprint, save_fingerprint, start_run, write_split
 from dualrefnet.training.loop import Trainer
@@ -50,7 +50,7 @@ def train_recipe(
     with state.main_process_first():
         run = start_run(out, recipe, resume or not state.is_main_process)
         if run.finished and resume:
-            remark(f"{out} is finished already")
+            note(f"{out} is finished already")
             _tidy(run)
             return run
         dataset = read_dataset(recipe)
@@ -72,7 +72,7 @@ def train_recipe(
         and state.is_main_process
         and not (method.reads_image and method.reads_metadata and encoder.width)
     ):
-        remark(f"{recipe.model.method} reads one modality: the shares of modality_dropout have no part in its training")
+        note(f"{recipe.model.method} reads one modality: the shares of modality_dropout have no part in its training")
     torch.manual_seed(recipe.seed)
     model, architecture, sources = new_model(recipe, encoder.width, len(dataset.schema.classes))
     frozen = recipe.training.encoder == "frozen" and method.reads_image
@@ -84,12 +84,12 @@ def train_recipe(
     if state.is_main_process:
         write_json(run.path / "model.json", model_description(recipe, architecture, encoder, dataset.schema, sources))
         start = "; ".join(dict.fromkeys(str(source["description"]) for source in sources))
-        remark(f"{recipe.model.method}: {count_parameters(model) / 1e6:.2f} M parameters; encoder starts from: {start}")
+        note(f"{recipe.model.method}: {count_parameters(model) / 1e6:.2f} M parameters; encoder starts from: {start}")
         if frozen:
-            remark(
+            note(
                 "the encoder is frozen: the rest is trained on its features, without augmentation and without the auxiliary task"
             )
-        remark(
+        note(
             f"{len(train)} training and {len(val)} validation images; metadata {recipe.metadata.tier}, {encoder.width} columns"
         )
     counts = torch.bincount(torch.tensor(train.labels), minlength=len(dataset.schema.classes))
