@@ -388,9 +388,15 @@ def _join_chunks(files: Sequence[Path], out: Path, columns: Sequence[str]) -> in
 
 def csv_lines(rows: Iterable[Sequence[str]]) -> bytes:
     """Return rows as CSV; names that aren't UTF-8 are written with escapes."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode("utf-8", errors="backslashreplace")
+    text = io.StringIO(newline="")
+    # The writer quotes what is part of its line end: with \r\n a carriage return within a name is quoted too.
+    writer, lines = csv.writer(text, lineterminator="\r\n"), []
+    for row in rows:
+        text.seek(0)
+        text.truncate()
+        writer.writerow(row)
+        lines.append(text.getvalue().removesuffix("\r\n") + "\n")
+    return "".join(lines).encode("utf-8", errors="backslashreplace")
 
 
 def predict_chunks(
