@@ -80,7 +80,8 @@ def main(
     record(
         f"floors-{recipe}",
         pd.DataFrame(rows),
-        f"frozen {backbone} at {base.image.size} px, logistic regression, test balanced accuracy, grouped-cv, {folds} folds",
+        f"frozen {backbone} at {base.image.size} px, logistic regression, test balanced accuracy, grouped-cv, "
+        f"{folds} folds",
         out,
     )
 

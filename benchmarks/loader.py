@@ -1,4 +1,4 @@
-"""How fast do batches come? `Examples.shuffled` over a filled store, against decoding and preprocessing in every epoch."""
+"""How fast are batches? `Examples.shuffled` over a filled store, against decoding and preprocessing in every epoch."""
 
 from __future__ import annotations
 
@@ -64,7 +64,10 @@ def main(
     speeds = compare(seconds, "images/s", plain, given)
     # A time, which has no counterpart in the other case.
     overhead = compare(start, "s", next(iter(start))).assign(ratio=float("nan"), ratio_to="")
-    note = f"{given} images of {SECTION.size} px a round, batches of {batch_size}, store in the system's cache; {how(rounds, plain)}"
+    note = (
+        f"{given} images of {SECTION.size} px a round, batches of {batch_size}, store in the system's cache; "
+        f"{how(rounds, plain)}"
+    )
     record("loader", pd.concat([speeds, overhead], ignore_index=True), note, out)
 
 

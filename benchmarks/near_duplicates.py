@@ -67,7 +67,10 @@ def main(
     # The check was the warm-up.
     seconds = interleaved(cases, rounds, warmup=0)
     pairs = count * (count - 1) // 2
-    note = f"{count:,} random fingerprints in eight orientations, {pairs:,} pairs, {COPIES} copies found by both; {how(rounds, BASE)}"
+    note = (
+        f"{count:,} random fingerprints in eight orientations, {pairs:,} pairs, {COPIES} copies found by both; "
+        f"{how(rounds, BASE)}"
+    )
     record("near_duplicates", compare(seconds, "s", BASE), note, out)
 
 

@@ -109,7 +109,8 @@ def main(
     table = pd.DataFrame(rows)
     table.insert(2, "above_imports", table["value"] - table["value"].iloc[0])
     note = (
-        f"each part in a process of its own; {count:,} images of 224 px from JPEGs of {side} px; batches of {batch_size}; "
+        f"each part in a process of its own; {count:,} images of 224 px from JPEGs of {side} px; batches of "
+        f"{batch_size}; "
         f"{steps} steps of mobilenet_v2, recipe pad_ufes_20"
     )
     record("peak_memory", table, note, out or RESULTS)

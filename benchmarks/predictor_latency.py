@@ -191,7 +191,8 @@ def main(
             row |= {f"ratio_p{number}": row[f"p{number}_ms"] / row[f"encoder_p{number}_ms"] for number in (50, 95)}
         rows.append(row | {"rounds": len(times)})
     note = (
-        f"{exported.name}, {exported.size} px, {len(form)} answers; {image.shape[1]} x {image.shape[0]} JPEG of {len(data):,} "
+        f"{exported.name}, {exported.size} px, {len(form)} answers; {image.shape[1]} x {image.shape[0]} JPEG of "
+        f"{len(data):,} "
         f"bytes; onnxruntime {onnxruntime.__version__}; encoder: {BASE}; each in a process of its "
         f"own, {BLOCK} calls of the one, then of the other, {1000 * PAUSE:g} ms apart; ratios of percentiles"
     )

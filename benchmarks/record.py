@@ -53,7 +53,10 @@ def interleaved(cases: Mapping[str, Callable[[], object]], rounds: int, warmup: 
 
 def how(rounds: int, base: str) -> str:
     """Return the sentence that stands below every table of compared cases."""
-    return f"all cases in one run, in turn in each of {rounds} rounds; value: median; ratio: to {base!r}, median of the rounds' ratios"
+    return (
+        f"all cases in one run, in turn in each of {rounds} rounds; value: median; ratio: to {base!r}, median "
+        "of the rounds' ratios"
+    )
 
 
 def compare(

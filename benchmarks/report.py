@@ -113,7 +113,8 @@ def main(
     from record import RESULTS, record
 
     note = (
-        f"{count:,} synthetic images, a fifth of them test images; recipe sample with mobilenet_v2 at 64 px, one epoch; at most 500 images "
+        f"{count:,} synthetic images, a fifth of them test images; recipe sample with mobilenet_v2 at 64 px, one "
+        "epoch; at most 500 images "
         "looked at, 200 for SHAP"
     )
     record("report", pd.DataFrame(rows), note, out or RESULTS)

@@ -178,7 +178,8 @@ def main(
             if images
             else f"drawn, {width} x {height}"
         )
-        + f", empty form, clients on the same {os.cpu_count()} cores; memory: median of each half; exit status after SIGTERM: {status}"
+        + f", empty form, clients on the same {os.cpu_count()} cores; memory: median of each half; exit status "
+        + f"after SIGTERM: {status}"
     )
     record("service_load" + ("-soak" if soak else ""), pd.DataFrame(rows), note, out)
 

@@ -107,9 +107,11 @@ def main(
     )
     what = "synthetic images" if images is None else f"images of {images.resolve().parent.name}/{images.name}"
     note = (
-        f"{len(files)} {what}, central squares of at most {crop} px, halved by the mean of 2 x 2 pixels, enlarged one at a time; "
+        f"{len(files)} {what}, central squares of at most {crop} px, halved by the mean of 2 x 2 pixels, enlarged "
+        "one at a time; "
         "value: mean PSNR of RGB bytes; gain: mean difference from bicubic; better: share of images with a gain; "
-        f"seconds: median of an image; weights: {', '.join(loaded) or 'none'}; not at hand: {', '.join(absent) or 'none'}"
+        f"seconds: median of an image; weights: {', '.join(loaded) or 'none'}; not at hand: "
+        f"{', '.join(absent) or 'none'}"
     )
     record("superresolution_psnr", table, note, out)
 

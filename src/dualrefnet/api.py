@@ -118,6 +118,7 @@ def fit(
     chosen = load_recipe(recipe, {key.replace("__", "."): value for key, value in overrides.items()})
     apart = f"no {group} in two splits" if group else "images divided one by one, since no group was given"
     note(
-        f"{len(description.classes)} classes; {apart}; {chosen.model.backbone} at {chosen.image.size} px, {chosen.training.epochs} epochs"
+        f"{len(description.classes)} classes; {apart}; {chosen.model.backbone} at {chosen.image.size} px, "
+        f"{chosen.training.epochs} epochs"
     )
     return train_recipe(chosen, out, resume)

@@ -103,7 +103,8 @@ def _weights() -> Iterator[Finding]:
         yield Finding(
             "WARN",
             "ImageNet weights to download",
-            f"{', '.join(missing)}: fetched from timm's hub at first use; without a network put <name>.safetensors into a folder "
+            f"{', '.join(missing)}: fetched from timm's hub at first use; without a network put "
+            "<name>.safetensors into a folder "
             "and set DUALREFNET_WEIGHTS to it",
         )
     from dualrefnet.models.superresolution_networks import NETWORKS, find_network_file
@@ -128,7 +129,8 @@ def _data() -> Iterator[Finding]:
         yield Finding(
             "WARN",
             "data",
-            f"{DATA_VARIABLE} isn't set; set it to the folder that holds pad_ufes_20/ and isic_2019/, or give --root / data.root",
+            f"{DATA_VARIABLE} isn't set; set it to the folder that holds pad_ufes_20/ and isic_2019/, or give "
+            "--root / data.root",
         )
         return
     for name in ("pad_ufes_20", "isic_2019"):
@@ -164,7 +166,8 @@ def _disk() -> Iterator[Finding]:
         yield Finding(
             "WARN",
             "cache",
-            f"{free:.1f} GiB are free at {cache}; ISIC-2019 at 224 px takes 3.6 GiB: set DUALREFNET_CACHE to a larger disk",
+            f"{free:.1f} GiB are free at {cache}; ISIC-2019 at 224 px takes 3.6 GiB: set DUALREFNET_CACHE to a "
+            "larger disk",
         )
     else:
         yield Finding("PASS", "cache", f"{cache}, {free:.0f} GiB free")

@@ -60,7 +60,8 @@ class MetadataSection(Section):
     )
     imputation: Literal["neural", "zero", "token", "label_leaking"] = Field(
         "neural",
-        description="missing fields: predicted without labels; zero (which shows that they are missing); a learned token (which shows it "
+        description="missing fields: predicted without labels; zero (which shows that they are missing); a "
+        "learned token (which shows it "
         "too, and lets images be missing: see modality_dropout); "
         "label_leaking: predicted from the diagnosis, only to demonstrate that leak: such a model can't be used",
     )
@@ -169,19 +170,22 @@ class ModelSection(Section):
     )
     members: tuple[str, ...] = Field(
         (),
-        description="ensemble: its image encoders; as published efficientnet_b4, densenet121, resnet50; empty: three of `backbone`",
+        description="ensemble: its image encoders; as published efficientnet_b4, densenet121, resnet50; empty: "
+        "three of `backbone`",
     )
     weights: str = Field(
         "auto", description="auto: local file, installed package, then hub; hub; none (from scratch); or a file"
     )
     metadata_encoder: Literal["mlp", "attention", "transformer"] = Field(
         "mlp",
-        description="dualrefnet, auxnet: the four-layer network; the same on columns weighted by attention; or a transformer",
+        description="dualrefnet, auxnet: the four-layer network; the same on columns weighted by attention; or a "
+        "transformer",
     )
     metadata_widths: tuple[int, ...] = Field((64, 128, 256, 512), description="layers of the metadata network")
     fusion: Literal["concat", "hadamard", "cross_attention"] = Field(
         "concat",
-        description="dualrefnet, auxnet: concatenation; product; or four heads of attention from the metadata to the image",
+        description="dualrefnet, auxnet: concatenation; product; or four heads of attention from the metadata to "
+        "the image",
     )
     combination_factor: float = Field(
         0.8, gt=0, lt=1, description="concat: share of image features in the fused vector"
@@ -236,7 +240,8 @@ class TrainingSection(Section):
 
     encoder: Literal["fine_tuned", "frozen"] = Field(
         "fine_tuned",
-        description="frozen: image features are computed once and the rest is trained on them: seconds a run, no augmentation",
+        description="frozen: image features are computed once and the rest is trained on them: seconds a run, no "
+        "augmentation",
     )
     epochs: int = Field(12, ge=1)
     batch_size: int = Field(32, ge=2)
@@ -255,7 +260,8 @@ class TrainingSection(Section):
     )
     selection: Literal["balanced_accuracy", "accuracy", "loss", "last"] = Field(
         "balanced_accuracy",
-        description="best epoch by this value on validation; last: the last epoch, so that validation serves calibration alone",
+        description="best epoch by this value on validation; last: the last epoch, so that validation serves "
+        "calibration alone",
     )
     gradient_clip: float | None = Field(None, gt=0, description="largest norm of the gradient; empty: no limit")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
@@ -315,11 +321,13 @@ class Recipe(Section):
             raise ValueError("model.method metadata_only needs metadata: set metadata.tier to M1, M2 or M3")
         if self.modality_dropout.enabled and self.metadata.imputation != "token":
             raise ValueError(
-                "modality_dropout needs something in place of what it takes away: set metadata.imputation to token, or modality_dropout={}"
+                "modality_dropout needs something in place of what it takes away: set metadata.imputation to "
+                "token, or modality_dropout={}"
             )
         if self.training.selection == "last" and self.training.early_stopping is not None:
             raise ValueError(
-                "training.early_stopping waits for a better epoch, and training.selection last takes the last one: choose one"
+                "training.early_stopping waits for a better epoch, and training.selection last takes the last "
+                "one: choose one"
             )
         if self.model.members and self.model.method != "ensemble":
             raise ValueError(f"model.members is for model.method ensemble, not {self.model.method}")

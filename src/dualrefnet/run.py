@@ -153,7 +153,8 @@ class Run:
         path = self.path / name
         if not path.is_file():
             raise RunError(
-                f"{self.path} has no {name}: it isn't a run folder, or its training was cut short (`dualrefnet train ... --resume`)"
+                f"{self.path} has no {name}: it isn't a run folder, or its training was cut short (`dualrefnet "
+                "train ... --resume`)"
             )
         return path
 
@@ -199,7 +200,8 @@ def write_split(run: Run, split: pd.DataFrame) -> None:
     if (run.path / "split.csv").is_file():
         if not run.split.equals(split.reset_index(drop=True)):
             raise RunError(
-                f"the data have changed since {run.path} was started: its split.csv doesn't fit any more; start anew with --out"
+                f"the data have changed since {run.path} was started: its split.csv doesn't fit any more; start "
+                "anew with --out"
             )
         return
     write_csv(run.path / "split.csv", split)

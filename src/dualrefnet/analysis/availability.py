@@ -67,7 +67,7 @@ class InputPredictions:
         return len(self.probabilities)
 
     def flat(self, values: NDArray[Any]) -> NDArray[Any]:
-        """Return an attribute (N,) of the split's rows for every prediction, (D * P,), in the order of `probabilities`."""
+        """Return an attribute (N,) of the split's rows for every prediction, (D * P,), ordered as `probabilities`."""
         return np.tile(values[self.places], self.draws)
 
 

@@ -305,7 +305,7 @@ def bottleneck_decoder(in_features: int, stride: int) -> nn.Sequential:
 
 
 class _Block(nn.Sequential):
-    """Convolution, batch normalisation, ReLU and, if it enlarges, a pixel shuffle: (B,before,h,w) -> (B,after,h u,w u)."""
+    """Convolution, batch norm, ReLU and, if it enlarges, a pixel shuffle: (B,before,h,w) -> (B,after,h u,w u)."""
 
     def __init__(self, before: int, after: int, kernel: int = 3, upscale: int = 1) -> None:
         convolution = nn.Conv2d(before, after * upscale**2, kernel, padding=kernel // 2, bias=False)

@@ -570,7 +570,8 @@ def _check_size(name: str, image_size: int) -> None:
     if image_size < stride or image_size % stride:
         nearest = max(stride, round(image_size / stride) * stride)
         raise RecipeError(
-            f"{name} takes square images whose side is a multiple of {stride}, not {image_size}; the nearest is {nearest}"
+            f"{name} takes square images whose side is a multiple of {stride}, not {image_size}; the nearest is "
+            f"{nearest}"
         )
 
 

@@ -1,4 +1,4 @@
-"""HMFB, the hyperparametric metadata fusion block: after MetaBlock, by the group that made DualRefNet's preprocessing."""
+"""HMFB, the hyperparametric metadata fusion block: after MetaBlock, by the authors of DualRefNet's preprocessing."""
 
 from __future__ import annotations
 

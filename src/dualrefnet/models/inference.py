@@ -1,4 +1,4 @@
-"""From bytes to logits: the same few steps in validation, evaluation and prediction; and features of frozen encoders."""
+"""From bytes to logits: the same steps in validation, evaluation and prediction; and features of frozen encoders."""
 
 from __future__ import annotations
 

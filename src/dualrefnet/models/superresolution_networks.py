@@ -314,7 +314,8 @@ def network_spec(name: str) -> NetworkSpec:
     """
     if name not in NETWORKS:
         raise RecipeError(
-            f"no super-resolution network is called {name!r}{suggestion(name, NETWORKS)} (there are: {', '.join(NETWORKS)})"
+            f"no super-resolution network is called {name!r}{suggestion(name, NETWORKS)} (there are: "
+            f"{', '.join(NETWORKS)})"
         )
     return NETWORKS[name]
 

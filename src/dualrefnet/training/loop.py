@@ -194,7 +194,8 @@ class Trainer:
         self.device = self.accelerator.device
         if section.device not in ("auto", "cpu", self.device.type):
             raise RunError(
-                f"training.device is {section.device}, and this machine offers {self.device.type}; use training.device=auto"
+                f"training.device is {section.device}, and this machine offers {self.device.type}; use "
+                "training.device=auto"
             )
         self.frozen = section.encoder == "frozen"
         # Small layers on stored features gain nothing from half precision.

@@ -87,10 +87,12 @@ def train_recipe(
         note(f"{recipe.model.method}: {count_parameters(model) / 1e6:.2f} M parameters; encoder starts from: {start}")
         if frozen:
             note(
-                "the encoder is frozen: the rest is trained on its features, without augmentation and without the auxiliary task"
+                "the encoder is frozen: the rest is trained on its features, without augmentation and without "
+                "the auxiliary task"
             )
         note(
-            f"{len(train)} training and {len(val)} validation images; metadata {recipe.metadata.tier}, {encoder.width} columns"
+            f"{len(train)} training and {len(val)} validation images; metadata {recipe.metadata.tier}, "
+            f"{encoder.width} columns"
         )
     counts = torch.bincount(torch.tensor(train.labels), minlength=len(dataset.schema.classes))
     trainer = Trainer(model, recipe, run, counts, (tuple(sources[0]["mean"]), tuple(sources[0]["std"])), encoder.spans)
