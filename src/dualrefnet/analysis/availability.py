@@ -45,21 +45,13 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class InputPredictions:
-    """A run's predictions with one kind of input.
+    """A run's predictions with one kind of input, for the P rows of a split for which there is such an input."""
 
-    Attributes:
-        group: of availability; None for a named input, whose cases may belong to several.
-        image: whether there is an image.
-        places: (P,) rows of the split for which there is such an input.
-        share: (D, P) of the fields with a value, in each draw.
-        probabilities: (D, P, C), as the model gives them.
-    """
-
-    group: Availability | None
-    image: bool
-    places: NDArray[np.int64]
-    share: Floats
-    probabilities: Floats
+    group: Availability | None  # None for a named input, whose cases may belong to several
+    image: bool  # whether there is one
+    places: NDArray[np.int64]  # (P,) rows of the split
+    share: Floats  # (D, P) of the fields with a value, in each of D draws
+    probabilities: Floats  # (D, P, C), as the model gives them
 
     @property
     def draws(self) -> int:
@@ -73,23 +65,15 @@ class InputPredictions:
 
 @dataclass(frozen=True)
 class SplitPredictions:
-    """All predictions of a run for one split.
+    """All predictions of a run for one split."""
 
-    Attributes:
-        recorded: (N, C) probabilities of the inputs as they were recorded.
-        vectors: (N, D) of the images; None if none is read.
-        groups: of each group of availability.
-        named: of each named input but `as_recorded`.
-        share: (N,) of the fields with a recorded value.
-        field_effects: field -> how much of the probability moves when it is left out, on average over the rows where it
-            is recorded; of validation alone.
-    """
-
-    recorded: Floats
-    vectors: NDArray[np.float32] | None
-    groups: list[InputPredictions]
-    named: dict[str, InputPredictions]
-    share: Floats
+    recorded: Floats  # (N, C) probabilities of the inputs as they were recorded
+    vectors: NDArray[np.float32] | None  # (N, D) of the images; None if none is read
+    groups: list[InputPredictions]  # of each group of availability
+    named: dict[str, InputPredictions]  # of each named input but `as_recorded`
+    share: Floats  # (N,) of the fields with a recorded value
+    # Of validation alone: field -> how much of the probability moves when it is left out, on average over the rows
+    # where it is recorded.
     field_effects: dict[str, float]
 
 
@@ -172,17 +156,10 @@ def draw_present(
     group: Availability,
     generator: np.random.Generator,
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Draw for each case which of its recorded fields are left, so that it belongs to a group.
+    """Draw for each case which of its recorded fields, (N, F), are left, so that it belongs to a group.
 
-    Args:
-        recorded: (N, F), which fields have a value.
-        patterns: (F,) each, fields that are known together somewhere.
-        group: of availability.
-        generator: draws.
-
-    Returns:
-        (N, F) what is left, and (N,) whether the case has enough recorded fields for the group; what is left of the
-        others is nothing.
+    `patterns`, (F,) each, are fields that are known together somewhere. Return (N, F) what is left, and (N,) whether
+    the case has enough recorded fields for the group; what is left of the others is nothing.
     """
     count, fields = recorded.shape
     amounts = np.arange(fields + 1)
@@ -216,14 +193,7 @@ def measure_availability(
 ) -> dict[str, Any]:
     """Measure a calibrated run by what is given. Intervals are 95%, over patients, given the calibration.
 
-    Args:
-        calibration: with the thresholds of each group.
-        predictions: of the test split.
-        labels: (N,) of its rows.
-        groups: (N,) their patients.
-        samples: bootstrap samples; 0: no intervals.
-        seed: of the bootstrap.
-        progress: called with (inputs done, all).
+    Predictions, labels (N,) and groups (N,) are of the test split; `progress` is called with (inputs done, all).
 
     Returns:
         `inputs`: named input -> measures; `groups`: of each group of availability its `name`, `group`, `temperature`,
@@ -233,12 +203,11 @@ def measure_availability(
             of the inputs as recorded, `mean_malignancy` over all cases and `cancers_at_recorded_threshold`: what a
             missingness shortcut takes away.
     """
-    everything, of_group, named = np.arange(len(labels)), predictions.groups, predictions.named
-    reads_image = predictions.vectors is not None
+    of_group, named = predictions.groups, predictions.named
+    share, recorded = predictions.share[None], predictions.recorded[None]
+    as_recorded = InputPredictions(None, predictions.vectors is not None, np.arange(len(labels)), share, recorded)
     inputs: dict[str, InputPredictions | None] = {
-        AS_RECORDED: InputPredictions(
-            None, reads_image, everything, predictions.share[None], predictions.recorded[None]
-        ),
+        AS_RECORDED: as_recorded,
         ALWAYS_RECORDED: named.get(ALWAYS_RECORDED),
         IMAGE_ONLY: next((one for one in of_group if one.group and one.group.image and one.group.to == 0), None),
         METADATA_ONLY: named.get(METADATA_ONLY),
@@ -253,8 +222,8 @@ def measure_availability(
     fitted = {thresholds.group: thresholds for thresholds in calibration.availability}
     by_group = []
     for one, values in zip(of_group, measured[len(given) :], strict=True):
-        thresholds = fitted.get(one.group) if one.group is not None else None
-        if one.group is not None and thresholds is not None:
+        if one.group in fitted:
+            thresholds = fitted[one.group]
             row = {"name": one.group.name, "group": one.group._asdict(), "temperature": thresholds.temperature}
             row |= {"referral_threshold": thresholds.referral, "remarks": list(thresholds.notes)}
             by_group.append(row | values)
@@ -270,23 +239,15 @@ def _measure(
     seed: int,
 ) -> dict[str, Any]:
     truth, patients = one.flat(labels), one.flat(codes)
-    scores = one.probabilities.reshape(-1, one.probabilities.shape[2])
+    scores = one.probabilities.reshape(len(truth), -1)
     result: dict[str, Any] = {"images": len(one.places), "fields": float(one.share.mean()) if one.share.size else None}
     if len(np.unique(patients)) < 2:
         return result
     # Patients without such an input aren't resampled.
     bootstrap = Bootstrap(patients, len(truth), samples, seed, LEVEL)
-    cases = len(one.places)
-    drawn = pooled_bootstrap(
-        truth[:cases],
-        {"run": list(one.probabilities)},
-        patients[:cases],
-        calibration.classes,
-        samples,
-        seed,
-        LEVEL,
-        calibration.malignant,
-    )
+    own, known, malignant = labels[one.places], codes[one.places], calibration.malignant
+    systems = {"run": list(one.probabilities)}
+    drawn = pooled_bootstrap(own, systems, known, calibration.classes, samples, seed, LEVEL, malignant)
     for measure in ("balanced_accuracy", "auc_macro_ovr", *(["malignant.auc"] if calibration.malignant else [])):
         result |= drawn.value("run", measure).to_json(measure.replace(".", "_"), LEVEL)
     decided = calibration.decide(scores, np.full(len(scores), one.image), one.share.ravel())

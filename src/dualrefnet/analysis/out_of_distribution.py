@@ -28,7 +28,7 @@ from dualrefnet.analysis.non_lesion_images import (
 from dualrefnet.analysis.opened_run import OpenedRun, sample_rows
 from dualrefnet.display.figure import INK, PRIMARY, SECONDARY, ReportFigure, beeswarm_offsets, new_figure, styled
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.bootstrap import NAN, Bootstrap, Floats, draw_counts, group_codes, percentile_interval
+from dualrefnet.evaluation.bootstrap import NAN, Bootstrap, Floats, group_codes, percentile_interval
 from dualrefnet.evaluation.metrics import Ranking
 from dualrefnet.files import write_tensors
 from dualrefnet.models.inference import joined_vectors, normalise, to_unit
@@ -51,15 +51,10 @@ SKIN, CLOSE_LESION = "healthy skin beside the lesion", "lesion, crop of the same
 
 
 def fit_score(training: NDArray[np.floating], validation: NDArray[np.floating]) -> OutOfDistributionScore:
-    """Fit the score.
+    """Fit the score on vectors of training images, (N, D), and of images that weren't trained on, (V, D).
 
-    Args:
-        training: (N, D) vectors of training images; rows that aren't finite are left out.
-        validation: (V, D) of images that weren't trained on; they set scales and limit, since the network has adapted
-            to those that it was trained on.
-
-    Raises:
-        ValueError: fewer than 2 rows are finite in a split, or the splits differ in D.
+    The latter set scales and limit, since the network has adapted to those that it was trained on. Rows that aren't
+    finite are left out; fewer than 2 in a split, or splits that differ in D, are a ValueError.
     """
     train, held_out = (
         np.asarray(rows, dtype=np.float64)[np.isfinite(rows).all(axis=1)] for rows in (training, validation)
@@ -127,15 +122,7 @@ def fit_run(
 ) -> dict[str, Any]:
     """Fit the score on the training images, write `out_of_scope.safetensors`, return its part of metrics.json.
 
-    Args:
-        opened: the run; its method reads images.
-        validation: vectors of the validation split, in its order.
-        test: of the test split.
-        progress: called with (training images read, in all).
-
-    Returns:
-        `training` and `validation` (images), `intended_false_alarm_rate`, and of the test split `images`,
-        `false_alarms` and `false_alarm_rate` with its interval over patients.
+    `validation` and `test` are vectors of these splits, in their order; `progress` counts training images.
     """
     examples, seed = opened.examples("train"), opened.recipe.seed
     rows = np.arange(len(examples))
@@ -162,24 +149,17 @@ def fit_run(
 class OutOfDistributionMeasured:
     """How well the score separates other images from test images of lesions.
 
-    Attributes:
-        scores: a row an image: `group`, `source` (patient or file), `score` (more than 1 warns).
-        table: a row a group: `group`, `pictures`, `sources`, `auroc` against the test images (NaN for these), `flagged`
-            (share beyond the limit), and both with `_low` and `_high` (NaN for fewer than `FEW_SOURCES` sources).
-        skin_auroc: of healthy skin against equally large crops of the lesion, with its interval; None without masks.
-        training: images that the score was fitted on.
-        validation: images that set the limit.
-        images: test images, all or a sample.
-        samples: resamples.
-        seed: of sample, images and resamples.
+    `scores` has a row an image: `group`, `source` (patient or file), `score` (more than 1 warns). `table` has a row a
+    group: `group`, `pictures`, `sources`, `auroc` against the test images (NaN for these), `flagged` (share beyond the
+    limit), and both with `_low` and `_high` (NaN for fewer than `FEW_SOURCES` sources).
     """
 
     scores: pd.DataFrame
     table: pd.DataFrame
-    skin_auroc: tuple[float, float, float] | None
-    training: int
-    validation: int
-    images: int
+    skin_auroc: tuple[float, float, float] | None  # healthy skin, equally large crops of the lesion; None: no masks
+    training: int  # images that the score was fitted on
+    validation: int  # images that set the limit
+    images: int  # test images, all or a sample
     samples: int
     seed: int
 
@@ -195,16 +175,12 @@ def measure_out_of_distribution(
     """Measure the run's score against the half of the everyday images that it was not chosen with, and harder groups.
 
     Args:
-        opened: the run; its method reads images.
+        opened: the run; a method that reads no image is a DataError, a run without a score a RunError.
         masks: folder of lesion masks; None: `masks` in the data set's folder, and no skin if there is none.
         images: test images to look at, each class in proportion.
         samples: bootstrap samples, of patients and of the other images' sources.
         seed: of all that is drawn.
         progress: called with (images read, in all).
-
-    Raises:
-        RunError: the run has no out-of-distribution score.
-        DataError: `masks` was named and isn't a folder of masks; the method reads no image.
     """
     if not opened.model.reads_image:
         raise DataError("this method reads no image, so there is nothing to score")
@@ -304,9 +280,9 @@ def _auroc(lesions: pd.DataFrame, others: pd.DataFrame, samples: int, seed: int)
     value = float(ranking.auc(np.ones((1, patients + sources)))[0])
     if min(patients, sources or patients) < FEW_SOURCES:
         return value, NAN, NAN
-    draws = [draw_counts(patients, samples, seed)] + ([draw_counts(sources, samples, seed + 1)] if sources else [])
-    drawn = np.concatenate([ranking.auc(np.hstack(weights)) for weights in zip(*draws, strict=True)])
-    return value, *(percentile_interval(drawn, 0.95) or (NAN, NAN))
+    parts = [(patients, seed)] + [(sources, seed + 1)] * (sources > 0)
+    weights = [Bootstrap(np.arange(size), size, samples, of).resample(lambda drawn: drawn) for size, of in parts]
+    return value, *(percentile_interval(ranking.auc(np.hstack(weights)), 0.95) or (NAN, NAN))
 
 
 # Values at which the scale may have a tick, and the width of a column of dots in powers of ten, as a share of the axis.
