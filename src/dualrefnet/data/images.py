@@ -19,6 +19,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TILEL
 from PIL.WebPImagePlugin import WebPImageFile
 
 from dualrefnet.errors import DataError, ImageError
+from dualrefnet.runtime.image_structure import excess
 from dualrefnet.runtime.preprocessing import to_square
 
 MAX_BYTES = 100 * 2**20
@@ -73,6 +74,9 @@ def decode_image(
     opener = _opener(data)
     if opener is None:
         raise ImageError(f"{name} isn't a JPEG, PNG, BMP, TIFF or WebP image, whatever its name says")
+    too_many = excess(data)
+    if too_many is not None:
+        raise ImageError(f"{name} has {too_many}; save it anew")
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise ImageError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: truncated images would pass; set it to False")
     _silence_pillow()
@@ -138,9 +142,10 @@ def _check_size(name: str, image: ImageFile.ImageFile, max_pixels: int, min_side
         raise ImageError(f"{name} has {width} x {height} pixels; no side may be shorter than {min_side}")
     if isinstance(image, TiffImageFile):
         # All of a tile is decoded, even where it reaches far beyond the image.
-        tile = int(image.tag_v2.get(TILEWIDTH, 1)) * int(image.tag_v2.get(TILELENGTH, 1))
-        if tile > max_pixels:
-            raise ImageError(f"{name} is cut into tiles of {tile:,} pixels; the limit is {max_pixels:,}")
+        across, down = (max(1, int(image.tag_v2.get(tag, 1))) for tag in (TILEWIDTH, TILELENGTH))
+        tiles = -(-width // across) * -(-height // down) * across * down
+        if tiles > max_pixels:
+            raise ImageError(f"{name} is cut into tiles of {tiles:,} pixels in all; the limit is {max_pixels:,}")
 
 
 def _to_rgb(name: str, file: ImageFile.ImageFile) -> NDArray[np.uint8]:
