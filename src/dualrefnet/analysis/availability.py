@@ -191,7 +191,7 @@ def measure_availability(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure a calibrated run by what is given. Intervals are 95%, over patients, given the calibration.
+    """Measure a calibrated run's test split by what is given. Intervals are 95%, over patients, given the calibration.
 
     Predictions, labels (N,) and groups (N,) are of the test split; `progress` is called with (inputs done, all).
 

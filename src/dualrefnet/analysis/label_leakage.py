@@ -225,12 +225,9 @@ def find_blocks(rows: AuditedRows) -> list[Block]:
 def missingness(rows: AuditedRows) -> tuple[pd.DataFrame, pd.DataFrame, list[Finding]]:
     """Measure which fields are missing together, for which classes, and what missingness alone predicts.
 
-    The model is logistic regression (classes balanced) on one column a mask, in patient-disjoint folds.
-
-    Returns:
-        Table of blocks: `block`, `rows`, `share`, one column a class (the share of its rows), `malignant_missing`,
-        `malignant_present` (share of cancers among the rows with and without). Table of models: `mask` (a block, `all
-        empty cells`, `all`), `rows`, and `MEASURES`, each with `_low` and `_high`. And the findings.
+    Return a table of blocks: `block`, `rows`, `share`, one column a class (the share of its rows), `malignant_missing`,
+    `malignant_present` (share of cancers among the rows with and without); a table of models: `mask` (a block, `all
+    empty cells`, `all`), `rows`, and `MEASURES`, each with `_low` and `_high`; and the findings.
     """
     blocks = find_blocks(rows)
     if not blocks:
@@ -328,10 +325,9 @@ FREE_TEXT = 200
 def label_leaking_columns(rows: AuditedRows) -> tuple[pd.DataFrame, list[Finding]]:
     """Measure how well every metadata field and every other published column alone predicts the class.
 
-    Returns:
-        Table `column`, `feature` (whether models see it), `rows` (recorded), `MEASURES` with `_low` and `_high`,
-        `settles` (how many rows hold a value that determines malignancy or class) and `verdict`; the strongest first.
-        And the findings: one for each column that isn't PASS, and one for the rest.
+    Return a table `column`, `feature` (whether models see it), `rows` (recorded), `MEASURES` with `_low` and `_high`,
+    `settles` (how many rows hold a value that determines malignancy or class) and `verdict`, the strongest first; and a
+    finding for each column that isn't PASS, and one for the rest.
     """
     fields = [(field.name, rows.table[field.name], True) for field in rows.schema.fields]
     examined, findings = [], []
@@ -554,8 +550,7 @@ def _alone_finding(measured: list[dict[str, Any]], rows: AuditedRows) -> Finding
 def reidentification(rows: AuditedRows) -> tuple[pd.DataFrame, list[Finding]]:
     """Measure how often the nearest metadata, as a vector of standardised columns, are of the same patient.
 
-    Returns:
-        Table `question`, `value`, `low`, `high` (NaN where there is no interval). And the findings.
+    Return a table `question`, `value`, `low`, `high` (NaN where there is no interval), and the findings.
     """
     if not rows.schema.fields:
         return pd.DataFrame(), [Finding("PASS", "reidentification", "there is no metadata")]

@@ -185,10 +185,8 @@ def _input(share: float = 1, removed: str = "") -> str:
 
 
 def draw_orders(opened: OpenedRun, draws: int, seed: int) -> NDArray[np.float64]:
-    """Draw in which order each test row loses its values, and how a part of a value is rounded: (draws, N, F + 1) in
-    0..1.
-
-    Drawn for all rows of the data set, so that every run of it gets the same.
+    """Draw in which order each row of the data set loses its values, the same for every run: (draws, N, F + 1) in 0..1;
+    the last number says how a part of a value is rounded.
     """
     table = opened.dataset.table
     numbers = np.random.default_rng(seed).random((draws, len(table), len(opened.dataset.schema.fields) + 1))

@@ -34,7 +34,7 @@ CROPS = 8
 
 
 def crop_skin(image: Path, mask: Path) -> tuple[Pixels, Pixels] | None:
-    """Crop the largest square beside the lesion, and one of the same size around it, each (Q, Q, 3) RGB.
+    """Crop the largest square beside the lesion, and one of the same size around it, each (Q, Q, 3) RGB; None: no room.
 
     Healthy skin is the hardest of all: camera, light and patient are the same. A crop is also an enlargement, so each
     has its counterpart around the lesion for comparison. None if no lesion is marked, or there is no room beside it.

@@ -268,9 +268,8 @@ def share_interval(flagged: NDArray[np.bool_], groups: ArrayLike, samples: int, 
 
 
 def _auroc(lesions: pd.DataFrame, others: pd.DataFrame, samples: int, seed: int) -> tuple[float, float, float]:
-    """Return how often another image scores higher than a lesion, and the interval over patients and sources.
-
-    Patients are drawn from patients and sources from sources; crops of patients' images are drawn with their patient.
+    """Return how often another image scores higher than a lesion, and the interval over patients and sources: patients
+    are drawn from patients and sources from sources; crops of patients' images are drawn with their patient.
     """
     both = pd.concat([lesions, others])
     codes = group_codes(both["source"])

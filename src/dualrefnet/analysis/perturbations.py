@@ -212,8 +212,7 @@ def predict_perturbed(
 ) -> dict[str, list[Floats]]:
     """Predict P outlined images with the lesion blurred, filled, and all but the lesion filled.
 
-    Return for each of `CHANGES` the probabilities (P, C) with each of the versions of the metadata, (P, M); `progress`
-    counts images.
+    Return for each of `CHANGES` the probabilities (P, C) with each of the versions of the metadata (P, M).
     """
     size, count = opened.recipe.evaluation.batch_size, len(outlines.places)
     parts: dict[str, list[list[Floats]]] = {change: [[] for _ in versions] for change in CHANGES}
