@@ -171,10 +171,10 @@ def test_a_planted_gap_is_found_and_where_there_is_none_few_are_flagged() -> Non
     assert row(found, "f", "balanced_accuracy")["gap_high"] < -0.2
     assert row(found, "f", "balanced_accuracy")["flagged"]
     flagged = looked_at = 0
-    for seed in range(15):
+    for seed in range(25):
         one = measure_subgroups(**a_test_split(100 + seed), samples=100)
         flagged, looked_at = flagged + one.flagged, looked_at + one.looked_at
-    # 5% were promised; 210 gaps, dependent in sevens.
+    # 5% were promised; 350 gaps, dependent in sevens.
     assert 0.01 < flagged / looked_at < 0.12
 
 

@@ -36,8 +36,6 @@ SAMPLES = 200
 # A near-duplicate in training can raise a measure by no more than its share: one in a hundred is less than what any
 # interval here spans. ISIC-2019 split by its lesion ids has .5%, lesions published twice under two ids.
 TOLERATED_SHARE = 0.01
-# What is being done, and how far it is: (step, done, in all).
-StepProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,6 @@ def audit_dataset(
     images: bool = True,
     forests: bool = True,
     workers: int | None = None,
-    progress: StepProgress | None = None,
 ) -> Audit:
     """Split a data set by a protocol and audit it.
 
@@ -103,10 +100,8 @@ def audit_dataset(
     fingerprints = None
     if images:
         used = dataset.with_image[dataset.with_image["image_id"].isin(split["image_id"])]
-        fingerprints = fingerprint_files(used, workers, _step(progress, "reading images"))
-    return audit_split(
-        dataset, split, fingerprints, forests=forests, workers=workers, progress=progress, protocol=protocol
-    )
+        fingerprints = fingerprint_files(used, workers)
+    return audit_split(dataset, split, fingerprints, forests=forests, workers=workers, protocol=protocol)
 
 
 def audit_split(
@@ -118,7 +113,6 @@ def audit_split(
     samples: int = SAMPLES,
     seed: int = 0,
     workers: int | None = None,
-    progress: StepProgress | None = None,
     protocol: str = "",
 ) -> Audit:
     """Audit any division (`image_id`, `split`) of a data set into train, val and test; labels and patients are the data
@@ -131,7 +125,7 @@ def audit_split(
     tables["shared"], findings = shared_ids(dataset, split)
     if fingerprints is not None:
         label = dict(zip(rows.table["image_id"], rows.table["label"], strict=True))
-        pairs = near_pairs(fingerprints, workers, _step(progress, "comparing images"))
+        pairs = near_pairs(fingerprints, workers)
         tables["near_duplicate_pairs"], tables["near_duplicates"], found = near_duplicate_findings(
             rows, pairs, fingerprints.image_ids
         )
@@ -141,15 +135,11 @@ def audit_split(
     tables["missing_blocks"], tables["missing_models"], masks = missingness(rows)
     tables["proxies"], columns = label_leaking_columns(rows)
     tables["reidentification"], nearest = reidentification(rows)
-    tables["form_alone"], alone = metadata_alone(rows, forests, _step(progress, "metadata alone"))
+    tables["form_alone"], alone = metadata_alone(rows, forests)
     counts = {name: int((rows.splits == name).sum()) for name in ("train", "val", "test")}
     examined = {name: table for name, table in tables.items() if len(table)}
     findings += [*masks, *columns, *nearest, *alone]
     return Audit(dataset.schema.title, protocol, rows.schema.unit, counts, findings, examined)
-
-
-def _step(progress: StepProgress | None, step: str) -> Callable[[int, int], None] | None:
-    return None if progress is None else lambda done, total: progress(step, done, total)
 
 
 def shared_ids(dataset: Dataset, split: pd.DataFrame) -> tuple[pd.DataFrame, list[Finding]]:

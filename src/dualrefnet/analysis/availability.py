@@ -5,7 +5,7 @@ Every run is calibrated and measured with the same groups of inputs (see `runtim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from dualrefnet.data.metadata import EncodedMetadata
 from dualrefnet.evaluation.bootstrap import Bootstrap, group_codes
 from dualrefnet.evaluation.calibration import Calibration
 from dualrefnet.evaluation.comparison import pooled_bootstrap
+from dualrefnet.progress import progress_bar, track
 from dualrefnet.runtime.availability import (
     ALWAYS_RECORDED,
     AS_RECORDED,
@@ -85,13 +86,8 @@ class _Input:
     places: NDArray[np.int64]
 
 
-def predict_split(
-    opened: OpenedRun, split: str, examples: Examples, progress: Callable[[int, int], None] | None = None
-) -> SplitPredictions:
-    """Predict the examples of a split (`val` or `test`) as recorded and with less; every image is encoded once.
-
-    `progress` is called with (images done, images in all).
-    """
+def predict_split(opened: OpenedRun, split: str, examples: Examples) -> SplitPredictions:
+    """Predict the examples of a split (`val` or `test`) as recorded and with less; every image is encoded once."""
     rows, encoder = opened.rows(split), opened.metadata
     recorded = encoder.encode(rows)
     share = share_given(recorded.missing, opened.reads_metadata)
@@ -103,7 +99,8 @@ def predict_split(
     beside = [one for one in drawn if one.image or not opened.model.reads_image]
     alone = [one for one in drawn if opened.model.reads_image and not one.image]
     versions = [examples.metadata, *without, *(one.metadata.values for one in beside)]
-    (full, *others), vectors = predict_with_metadata(opened, examples, versions, progress)
+    with progress_bar(f"predicting {split}") as show:
+        (full, *others), vectors = predict_with_metadata(opened, examples, versions, show)
     blank = predict_without_image(opened, [one.metadata.values for one in alone])
     effects = {}
     for index, (field, probabilities) in enumerate(zip(left_out, others, strict=False)):
@@ -189,11 +186,10 @@ def measure_availability(
     groups: NDArray[Any],
     samples: int,
     seed: int,
-    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure a calibrated run's test split by what is given. Intervals are 95%, over patients, given the calibration.
 
-    Predictions, labels (N,) and groups (N,) are of the test split; `progress` is called with (inputs done, all).
+    Predictions, labels (N,) and groups (N,) are of the test split.
 
     Returns:
         `inputs`: named input -> measures; `groups`: of each group of availability its `name`, `group`, `temperature`,
@@ -214,11 +210,10 @@ def measure_availability(
     }
     given = {name: one for name, one in inputs.items() if one is not None}
     codes = group_codes(groups)
-    measured: list[dict[str, Any]] = []
-    for one in (all_inputs := [*given.values(), *of_group]):
-        measured.append(_measure(calibration, one, labels, codes, samples, seed))
-        if progress:
-            progress(len(measured), len(all_inputs))
+    measured = [
+        _measure(calibration, one, labels, codes, samples, seed)
+        for one in track([*given.values(), *of_group], "with missing inputs")
+    ]
     fitted = {thresholds.group: thresholds for thresholds in calibration.availability}
     by_group = []
     for one, values in zip(of_group, measured[len(given) :], strict=True):

@@ -39,8 +39,7 @@ def evaluate_run(
     tables, predicted, arrays, measured = [], {}, {}, {}
     for split in ("val", "test"):
         examples = opened.examples(split)
-        with progress_bar(f"predicting {split}") as show:
-            predicted[split] = predict_split(opened, split, examples, show)
+        predicted[split] = predict_split(opened, split, examples)
         table = prediction_table(examples.image_ids, split, examples.labels, predicted[split].recorded, classes)
         tables.append(table)
         probabilities = table[[f"prob_{name}" for name in classes]].to_numpy(dtype=float)
@@ -68,12 +67,10 @@ def evaluate_run(
     write_json(run.calibration_file, calibration.to_json())
     calibrated = measure_calibrated(calibration, *arrays["test"], wanted.bootstrap, seed)
     labels, _, patients = arrays["test"]
-    with progress_bar("with missing inputs") as show:
-        availability = measure_availability(calibration, test, labels, patients, wanted.bootstrap, seed, show)
     metrics = {
         **measured["test"],
         "calibrated": calibrated,
-        "availability": availability,
+        "availability": measure_availability(calibration, test, labels, patients, wanted.bootstrap, seed),
         "split": "test",
         "protocol": recipe.data.protocol,
         "dataset": schema.title,
@@ -84,8 +81,7 @@ def evaluate_run(
         "validation": measured["val"],
     }
     if validation.vectors is not None and test.vectors is not None:
-        with progress_bar("out-of-distribution score") as show:
-            metrics["out_of_scope"] = fit_run(opened, validation.vectors, test.vectors, show)
+        metrics["out_of_scope"] = fit_run(opened, validation.vectors, test.vectors)
     write_json(run.metrics_file, metrics)
     return metrics
 

@@ -7,9 +7,9 @@ lesions, where the data set names no patients; see `DatasetSchema.unit`).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from dualrefnet.data.schema import Dataset, DatasetSchema, groups
 from dualrefnet.display.format import interval
 from dualrefnet.evaluation.bootstrap import NAN, Bootstrap, Estimate, Floats
 from dualrefnet.evaluation.metrics import WeightedMetrics, confusion_metrics
+from dualrefnet.progress import track
 from dualrefnet.recipe import MetadataSection
 
 Integers = NDArray[np.int64]
@@ -471,12 +472,10 @@ REGRESSION = make_pipeline(StandardScaler(), LogisticRegression(class_weight="ba
 NEAREST = make_pipeline(StandardScaler(), KNeighborsClassifier(1))
 
 
-def metadata_alone(
-    rows: AuditedRows, forests: bool, progress: Callable[[int, int], None] | None = None
-) -> tuple[pd.DataFrame, list[Finding]]:
+def metadata_alone(rows: AuditedRows, forests: bool) -> tuple[pd.DataFrame, list[Finding]]:
     """Measure what models predict without the image: every learner on every set of columns, in four ways.
 
-    Random `forests` need most of the time; `progress` is called with (models measured, models in all).
+    Random `forests` need most of the time.
 
     Returns:
         Table `features`, `learner`, `measured`, `balanced_accuracy`, `low`, `high`, and `patients_recognised` (folds of
@@ -496,7 +495,7 @@ def metadata_alone(
         )
         learners = {LINEAR: REGRESSION, FOREST: forest, NEIGHBOUR: NEAREST}
     measured: list[dict[str, Any]] = []
-    for number, (features, learner) in enumerate((features, learner) for features in sets for learner in learners):
+    for features, learner in track(list(product(sets, learners)), "metadata alone"):
         images, disjoint, difference = _image_and_group_folds(learners[learner], sets[features], rows)
         estimates = _test_estimates(learners[learner], sets[features], rows) | {IMAGES: images, grouped: disjoint}
         for way, one in estimates.items():
@@ -505,8 +504,6 @@ def metadata_alone(
             if way == IMAGES:
                 row |= _columns(difference, "patients_recognised")  # type: ignore[arg-type]
             measured.append(row)
-        if progress is not None:
-            progress(number + 1, len(sets) * len(learners))
     return pd.DataFrame(measured), [_alone_finding(measured, rows)]
 
 

@@ -6,7 +6,7 @@ vector from those of the training images, over a limit that a known share of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,9 @@ from dualrefnet.evaluation.bootstrap import NAN, Bootstrap, Floats, group_codes,
 from dualrefnet.evaluation.metrics import Ranking
 from dualrefnet.files import write_tensors
 from dualrefnet.models.inference import joined_vectors, normalise, to_unit
+from dualrefnet.progress import progress_bar, track
 from dualrefnet.runtime.out_of_distribution import FORMAT, QUANTILES, Distance, OutOfDistributionScore, root_shares
 from dualrefnet.runtime.preprocessing import preprocess
-
-Progress = Callable[[int, int], None]
 
 # Directions kept of each distance, at most; with few images at most half as many as there are.
 DIRECTIONS = 64
@@ -117,18 +116,17 @@ def save_score(score: OutOfDistributionScore, path: Path) -> None:
     write_tensors(path, contiguous, header)
 
 
-def fit_run(
-    opened: OpenedRun, validation: NDArray[np.float32], test: NDArray[np.float32], progress: Progress | None = None
-) -> dict[str, Any]:
+def fit_run(opened: OpenedRun, validation: NDArray[np.float32], test: NDArray[np.float32]) -> dict[str, Any]:
     """Fit the score on the training images, write `out_of_scope.safetensors`, return its part of metrics.json.
 
-    `validation` and `test` are vectors of these splits, in their order; `progress` counts training images.
+    `validation` and `test` are vectors of these splits, in their order.
     """
     examples, seed = opened.examples("train"), opened.recipe.seed
     rows = np.arange(len(examples))
     if len(rows) > AT_MOST:
         rows = np.sort(np.random.default_rng(seed).choice(len(rows), AT_MOST, replace=False))
-    score = fit_score(opened.vectors(examples, rows, progress), validation)
+    with progress_bar("out-of-distribution score") as show:
+        score = fit_score(opened.vectors(examples, rows, show), validation)
     save_score(score, opened.run.out_of_scope_file)
     flagged, samples = score.score(test) > 1, opened.recipe.evaluation.bootstrap
     result: dict[str, Any] = {
@@ -165,12 +163,7 @@ class OutOfDistributionMeasured:
 
 
 def measure_out_of_distribution(
-    opened: OpenedRun,
-    masks: Path | None = None,
-    images: int = 500,
-    samples: int = 1000,
-    seed: int = 0,
-    progress: Progress | None = None,
+    opened: OpenedRun, masks: Path | None = None, images: int = 500, samples: int = 1000, seed: int = 0
 ) -> OutOfDistributionMeasured:
     """Measure the run's score against the half of the everyday images that it was not chosen with, and harder groups.
 
@@ -180,7 +173,6 @@ def measure_out_of_distribution(
         images: test images to look at, each class in proportion.
         samples: bootstrap samples, of patients and of the other images' sources.
         seed: of all that is drawn.
-        progress: called with (images read, in all).
     """
     if not opened.model.reads_image:
         raise DataError("this method reads no image, so there is nothing to score")
@@ -191,23 +183,21 @@ def measure_out_of_distribution(
     files = dict(zip(rows["image_id"].iloc[chosen], rows["image_path"].iloc[chosen], strict=True))
     with_mask = [image_id for image_id in files if image_id in found]
     others = [*everyday_images("reporting", seed), *medical_images(seed)]
-    total = len(chosen) + len(others) + len(with_mask)
-
-    def show(before: int) -> Progress:
-        return lambda done, _: progress(before + done, total) if progress is not None else None
 
     def table(group: str | list[str], source: Sequence[str] | pd.Series, vectors: NDArray[np.float32]) -> pd.DataFrame:
         return pd.DataFrame({"group": group, "source": list(source), "score": score.score(vectors)})
 
     groups = opened.groups
-    parts = [table(LESIONS, groups.loc[list(files)], opened.vectors(examples, chosen, show(0)))]
-    vectors = _encode(opened, [item.pixels for item in others], show(len(chosen)))
-    parts.append(table([item.group for item in others], [item.source for item in others], vectors))
-    for number, image_id in enumerate(with_mask, 1):
+    with progress_bar("test images") as show:
+        parts = [table(LESIONS, groups.loc[list(files)], opened.vectors(examples, chosen, show))]
+    for start in track(range(0, len(others), BATCH), "images without a lesion"):
+        part = others[start : start + BATCH]
+        vectors = _encode(opened, [item.pixels for item in part])
+        parts.append(table([item.group for item in part], [item.source for item in part], vectors))
+    for image_id in track(with_mask, "skin beside lesions"):
         crops = crop_skin(Path(files[image_id]), found[image_id])
         if crops is not None:
             parts.append(table([SKIN, CLOSE_LESION], [groups[image_id]] * 2, _encode(opened, crops)))
-        show(len(chosen) + len(others))(number, total)
     scores = pd.concat(parts, ignore_index=True)
     skin, close = (scores[scores["group"] == name] for name in (SKIN, CLOSE_LESION))
     return OutOfDistributionMeasured(
@@ -223,20 +213,12 @@ def measure_out_of_distribution(
 
 
 @torch.inference_mode()
-def _encode(
-    opened: OpenedRun, images: Sequence[NDArray[np.uint8]], progress: Progress | None = None
-) -> NDArray[np.float32]:
+def _encode(opened: OpenedRun, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
     """Preprocess images as uploads are and return their vectors, (N, D)."""
-    section, vectors = opened.recipe.image, []
-    for start in range(0, len(images), BATCH):
-        ready = np.stack([preprocess(image, section) for image in images[start : start + BATCH]])
-        batch = torch.from_numpy(ready).permute(0, 3, 1, 2).to(opened.device)
-        vectors.append(
-            joined_vectors(opened.model.encode(normalise(to_unit(batch, section.size), opened.normalisation)))
-        )
-        if progress is not None:
-            progress(min(start + BATCH, len(images)), len(images))
-    return np.concatenate(vectors)
+    section = opened.recipe.image
+    ready = np.stack([preprocess(image, section) for image in images])
+    batch = torch.from_numpy(ready).permute(0, 3, 1, 2).to(opened.device)
+    return joined_vectors(opened.model.encode(normalise(to_unit(batch, section.size), opened.normalisation)))
 
 
 def summarise(scores: pd.DataFrame, samples: int, seed: int) -> pd.DataFrame:

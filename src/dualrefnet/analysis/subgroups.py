@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -244,7 +243,6 @@ def measure_subgroups(
     schema: DatasetSchema,
     samples: int = 1000,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Subgroups:
     """Measure every category of every field with `subgroup`, and how far it is from the others.
 
@@ -255,7 +253,6 @@ def measure_subgroups(
         schema: of the lesion table.
         samples: bootstrap samples.
         seed: of the resamples.
-        progress: called with (samples done, samples in all).
 
     Raises:
         DataError: no field is marked with `subgroup`, or rows or groups of images are missing.
@@ -272,8 +269,8 @@ def measure_subgroups(
     rows = rows.set_index("image_id").loc[ids]
     labels = predictions["label"].map({name: index for index, name in enumerate(schema.classes)})
     columns = predictions[[f"prob_{name}" for name in schema.classes]]
+    bootstrap = Bootstrap(groups.loc[ids].to_numpy(), len(ids), samples, seed, LEVEL)
     target, scores = check_predictions(labels.to_numpy(dtype=np.int64), columns.to_numpy(dtype=float))
-    bootstrap = Bootstrap(groups.loc[ids].to_numpy(), len(ids), samples, seed, LEVEL, progress)
 
     def part(mask: NDArray[np.bool_]) -> _Part:
         return _Part(mask, target, scores, bootstrap, schema)
@@ -293,7 +290,8 @@ def measure_subgroups(
                 seen.add(pair)
     parts = [one for pair in pairs for one in pair[2:4] if isinstance(one, _Part)]
     models = {index: one.metrics() for index, one in enumerate(parts)}
-    drawn = bootstrap.resample_each({index: model.measure for index, model in models.items()})
+    with progress_bar("subgroups") as bootstrap.progress:
+        drawn = bootstrap.resample_each({index: model.measure for index, model in models.items()})
     for index, one in enumerate(parts):
         one.point, one.drawn = models[index].measure(bootstrap.unit_weights), drawn[index]
     total = part(np.ones(len(ids), dtype=bool)).metrics().measure(bootstrap.unit_weights)
@@ -315,9 +313,7 @@ def measure_subgroups(
 def subgroups_of_run(opened: OpenedRun, samples: int = 1000, seed: int = 0) -> Subgroups:
     """Measure the subgroups of a run's test split; see `measure_subgroups`."""
     test = opened.run.predictions.query("split == 'test'")
-    rows, schema = opened.rows("test"), opened.dataset.schema
-    with progress_bar("subgroups") as show:
-        return measure_subgroups(test, rows, opened.groups, schema, samples, seed, progress=show)
+    return measure_subgroups(test, opened.rows("test"), opened.groups, opened.dataset.schema, samples, seed)
 
 
 # Inches: a line of a panel, its title, and what stands above and below the panels.
