@@ -19,6 +19,7 @@ from dualrefnet.data.synthetic import make_synthetic
 from dualrefnet.deploy.export import export_run
 from dualrefnet.deploy.predictor import Predictor, refuse_shortcut, shortcut_of
 from dualrefnet.errors import RunError
+from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.evaluation.calibration import Calibration, fit_calibration, fit_thresholds
 from dualrefnet.files import read_json, write_json
 from dualrefnet.recipe import MetadataSection, load_recipe
@@ -131,7 +132,7 @@ def test_a_calibration_of_an_earlier_version_is_read_and_careful() -> None:
     labels, scores = validation(4)
     thresholds = fit_thresholds(EVERYTHING, labels, scores, CLASSES, MALIGNANT, 0.9, 0.95)
     calibration = fit_calibration(
-        labels, scores, np.arange(400), CLASSES, MALIGNANT, samples=0, availability=[thresholds]
+        labels, scores, Bootstrap(np.arange(400), 0), CLASSES, MALIGNANT, availability=[thresholds]
     )
     text = json.loads(json.dumps(calibration.to_json(), allow_nan=False))
     assert Calibration.from_json(text) == calibration
