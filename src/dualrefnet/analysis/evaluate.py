@@ -31,17 +31,7 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Predict validation and test, write `predictions.csv`, `calibration.json` and `metrics.json`, return the metrics.
 
-    The calibration is fitted on the validation split alone.
-
-    Args:
-        run: a trained run.
-        root: folder of the data, if it isn't the recipe's.
-        dataset: the data set, if it has been read already.
-        cache: folder of the image stores.
-        device: where to compute; None: a GPU if there is one.
-
-    Raises:
-        RunError: images of the split are missing, or the run holds no trained model.
+    The calibration is fitted on the validation split alone. Arguments and errors are those of `open_run`.
     """
     opened = open_run(run, root, dataset, cache, device)
     recipe, schema, groups = opened.recipe, opened.dataset.schema, opened.groups

@@ -123,14 +123,7 @@ def escape_markdown(text: str) -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a table.
-
-    Attributes:
-        text: its content.
-        small: in smaller type behind it, such as an interval.
-        bold: set `text` in bold type.
-        mark: of a footnote, behind `text`.
-    """
+    """One cell of a table: text, what follows in smaller type (such as an interval), bold, the mark of a footnote."""
 
     text: str
     small: str = ""
@@ -171,15 +164,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class PrintedTable:
-    """A table to be printed.
-
-    Attributes:
-        title: heading, or caption.
-        columns: head.
-        rows: cells, one a column.
-        notes: sentences below the table.
-        left: number of columns, from the first, that are text and left-aligned.
-    """
+    """A table to be printed; the first `left` columns are text and left-aligned, `notes` are sentences below it."""
 
     title: str
     columns: tuple[str, ...]
@@ -217,12 +202,7 @@ def _row(cells: list[str]) -> str:
 
 
 def metrics_tables(metrics: Values, title: str = "Test set") -> list[PrintedTable]:
-    """Return the headline measures and those of each class.
-
-    Args:
-        metrics: content of metrics.json, or of `compute_metrics` or `metrics_from_confusion`.
-        title: of the first table.
-    """
+    """Return the headline measures and those of each class from the content of metrics.json."""
     level = metrics.get("bootstrap", {}).get("level", 0.95)
 
     def cell(values: Values, key: str) -> Cell:
@@ -248,11 +228,7 @@ def metrics_tables(metrics: Values, title: str = "Test set") -> list[PrintedTabl
 
 
 def availability_table(measured: Values) -> PrintedTable:
-    """Return what the measures are when less is given.
-
-    Args:
-        measured: `availability` of metrics.json.
-    """
+    """Return what the measures (`availability` of metrics.json) are when less is given."""
     given = {AVAILABILITY_NAMES[name]: values for name, values in measured["inputs"].items()}
     if len(measured["groups"]) > 1:
         given |= {group["name"]: group for group in measured["groups"] if group["group"]["to"] > 0}
@@ -275,11 +251,7 @@ def availability_table(measured: Values) -> PrintedTable:
 
 
 def availability_line(measured: Values) -> str:
-    """Return which cancers are referred when metadata or the image are missing; empty if that was not measured.
-
-    Args:
-        measured: `availability` of metrics.json.
-    """
+    """Return which cancers are referred when metadata or the image are missing; empty if that was not measured."""
     parts = [
         f"{AVAILABILITY_NAMES[name]} {values['cancers_referred']:.0%} (benign {values['benign_referred']:.0%})"
         for name, values in measured["inputs"].items()
@@ -289,11 +261,7 @@ def availability_line(measured: Values) -> str:
 
 
 def calibration_line(calibrated: Values) -> str:
-    """Return what temperature, conformal sets and referral achieve on the test split.
-
-    Args:
-        calibrated: `calibrated` of metrics.json.
-    """
+    """Return what temperature, conformal sets and referral (`calibrated` of metrics.json) achieve on the test split."""
     sets, referral = calibrated["conformal"]["marginal"], calibrated["referral"]
     before, after = calibrated["before"]["ece"], calibrated["after"]["ece"]
     parts = [

@@ -19,15 +19,8 @@ EMBEDDED_BYTES = 100_000
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the page.
-
-    Attributes:
-        key: its anchor.
-        title: its heading.
-        intro: sentences before the items.
-        items: tables and figures.
-        preformatted: text in a monospaced font below the items.
-        folded: collapsed until it is opened.
+    """A section of the page: anchor, heading, sentences before its tables and figures, monospaced text below them;
+    `folded` is collapsed until it is opened.
     """
 
     key: str
@@ -44,14 +37,8 @@ class Section:
 
 
 def render_page(title: str, subtitle: str, notes: Sequence[str], sections: Sequence[Section], photographs: bool) -> str:
-    """Return the page.
-
-    Args:
-        title: of the page.
-        subtitle: one line below it.
-        notes: what limits the results; in a box at the top.
-        sections: in order.
-        photographs: the page shows images of patients, and says so.
+    """Return the page: `notes` on what limits the results stand in a box at the top; `photographs` says that it shows
+    images of patients.
     """
     try:
         import jinja2

@@ -8,16 +8,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Options of explanations and reports.
-
-    Attributes:
-        images: test images at most, a stratified sample.
-        shap_images: the same for SHAP.
-        each: correct and incorrect predictions a class in the gallery.
-        label: also show the Grad-CAM of this class, and only its SHAP values.
-        masks: folder of lesion masks; None: `masks` in the data set's folder, if there is one.
-        photographs: show images of patients and values of single patients.
-        seed: of all sampling.
+    """Options of explanations and reports: at most `images` (`shap_images`) test images, a stratified sample; `each`
+    correct and incorrect predictions a class in the gallery; `label`, also show the Grad-CAM of this class, and only
+    its SHAP values; `masks`, see `OpenedRun.masks`; `photographs`, show images of patients and values of single
+    patients.
     """
 
     images: int = 500

@@ -36,8 +36,8 @@ def explanation_sections(opened: OpenedRun, options: ReportOptions) -> Iterator[
     """Return the sections, each computed when it is requested; invalid options are refused at once.
 
     Raises:
-        DataError: `options.label` is no class, fewer images are requested than there are classes, or `options.masks`
-            isn't a folder with masks of test images.
+        DataError: `options.label` is no class, fewer images are requested than there are classes, or
+            `options.masks` isn't a folder with masks of test images.
     """
     if options.label is not None and options.label not in opened.classes:
         raise DataError(f"there is no class {options.label}; the classes are {', '.join(opened.classes)}")
@@ -167,11 +167,7 @@ def _super_resolution_section(opened: OpenedRun, options: ReportOptions) -> Sect
 
 
 def comparison_section(first: OpenedRun, second: OpenedRun, options: ReportOptions) -> Section:
-    """Compare two runs on the test images they share: accuracy, disagreement, separation of the classes.
-
-    Raises:
-        RunError: they share no test image, or differ in labels, classes or patients.
-    """
+    """Compare two runs on the test images they share: accuracy, disagreement, separation of the classes."""
     names = run_names(first.run, second.run)
     found = find_disagreement(first.run, second.run, CASES, SAMPLES, options.seed)
     with progress_bar("features of both") as show:

@@ -64,16 +64,8 @@ FEW_IMAGES = 20
 
 @dataclass(frozen=True)
 class Measured:
-    """The test split of a run, read from its folder.
-
-    Attributes:
-        run: the folder.
-        metrics: content of metrics.json.
-        classes: labels in the order of the outputs.
-        malignant: the malignant ones.
-        labels: (N,) of the test images.
-        probabilities: (N, C).
-        groups: (N,) the patient or lesion of each.
+    """The test split of a run, read from its folder: labels (N,), probabilities (N, C), and the group (patient or
+    lesion) of each image.
     """
 
     run: Run
@@ -223,17 +215,9 @@ LEVEL = 40
 def draw_confusion(
     metrics: Mapping[str, Any], shares: bool = False, malignant: Sequence[str] = (), unit: str = "patients"
 ) -> ReportFigure:
-    """Draw the confusion matrix: rows are true classes, columns predicted ones.
+    """Draw the confusion matrix of metrics.json: rows are true classes, columns predicted ones.
 
-    Args:
-        metrics: from `compute_metrics`, with or without intervals; the content of metrics.json.
-        shares: of the true class (each row sums to 1) instead of numbers of images.
-        malignant: the malignant classes, for the caption.
-        unit: `patients` or `lesions`, for the caption.
-
-    Returns:
-        `confusion_counts` or `confusion_shares`; `data` has one row a cell: `true`, `predicted`, `images`, `share` (NaN
-        for a class without images).
+    `shares`: of the true class (each row sums to 1; NaN for a class without images) instead of numbers of images.
     """
     import matplotlib
 
@@ -304,15 +288,10 @@ TERMS = {"train_total": "total loss", "train_reconstruction": "reconstruction lo
 
 
 def selected_epoch(history: pd.DataFrame, selection: str) -> int:
-    """Return the epoch whose parameters were kept, as training chose it.
+    """Return the epoch whose parameters were kept, as training chose it by `training.selection`.
 
-    Args:
-        history: of the run, one row an epoch.
-        selection: `balanced_accuracy`, `accuracy` (the highest on validation; a tie goes to the lower loss) or `loss`
-            (the lowest); the earliest of equal epochs. `last`: the last one.
-
-    Raises:
-        ValueError: the history has no such value.
+    The highest validation accuracy wins (a tie goes to the lower loss), or the lowest loss; the earliest of equal
+    epochs.
     """
     if selection == "last":
         return int(history["epoch"].iloc[-1])
@@ -330,18 +309,7 @@ def selected_epoch(history: pd.DataFrame, selection: str) -> int:
 
 @styled
 def draw_history(history: pd.DataFrame, selected: int) -> ReportFigure:
-    """Draw the losses, the balanced accuracy on validation and, if recorded, the norms of the penalised layers.
-
-    Args:
-        history: of the run, one row an epoch.
-        selected: the epoch whose parameters were kept; see `selected_epoch`.
-
-    Returns:
-        The figure; `data` has one row a point: `panel`, `series`, `epoch`, `value`, `kept` (the epoch is `selected`).
-
-    Raises:
-        ValueError: `selected` isn't in the history.
-    """
+    """Draw the losses, the balanced accuracy on validation and, if recorded, the norms of the penalised layers."""
     if selected not in set(history["epoch"]):
         raise ValueError(f"the history has no epoch {selected}")
     panels = _panels(history)

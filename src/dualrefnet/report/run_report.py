@@ -77,23 +77,13 @@ def write_explanations(
     cache: Path | None = None,
     device: str | None = None,
 ) -> list[Path]:
-    """Explain the predictions of a run's model: figures and their numbers as files.
-
-    Args:
-        run: a finished run.
-        out: folder; None: `explanations` in the run folder.
-        against: a second run to compare it with.
-        options: how many images, which class, which masks.
-        root: folder of the data set, if it has moved since training.
-        cache: folder of the image stores.
-        device: where to compute; None: a GPU if there is one.
-
-    Returns:
-        The files.
+    """Explain the predictions of a run's model: figures and their numbers as files in `out` (None: `explanations` in
+    the run folder), which are returned. `against` is a second run to compare it with; `root` the data's folder, if it
+    has moved.
 
     Raises:
-        RunError: a run isn't finished, the two can't be compared, or images of patients are to be left out and are in
-            `out` already.
+        RunError: a run isn't finished, the two can't be compared, or images of patients are to be left out and are
+            in `out` already.
         DataError: an option is invalid for these data.
     """
     options, out = options or ReportOptions(), out or run.path / "explanations"
@@ -116,25 +106,11 @@ def write_report(
     cache: Path | None = None,
     device: str | None = None,
 ) -> Path:
-    """Write the report of a run, one HTML page, and its figures and their numbers in `pictures/` beside it.
+    """Write the report of a run, one HTML page, and its figures and their numbers in `pictures/` beside it; return the
+    page.
 
-    Args:
-        run: a finished run.
-        out: folder; None: `report` in the run folder.
-        against: a second run to compare it with.
-        options: how many images, which class, which masks.
-        explained: include the sections that need the model and the data; without them the extra `explain` isn't needed.
-        root: folder of the data set, if it has moved since training.
-        cache: folder of the image stores.
-        device: where to compute; None: a GPU if there is one.
-
-    Returns:
-        The page.
-
-    Raises:
-        RunError: a run isn't finished, the two can't be compared, or images of patients are to be left out and are in
-            `out` already.
-        DataError: an option is invalid for these data.
+    `out` is a folder (None: `report` in the run folder). `explained` includes the sections that need the model and the
+    data; without them the extra `explain` isn't needed. The rest and the errors are as in `write_explanations`.
     """
     options, out = options or ReportOptions(), out or run.path / "report"
     _check(run, against, options, out / "pictures")
@@ -294,27 +270,14 @@ def write_probes(
     cache: Path | None = None,
     device: str | None = None,
 ) -> list[PrintedTable]:
-    """Probe a run: tables as CSV, settings as JSON, and figures if matplotlib is installed.
+    """Probe a run: tables as CSV, settings as JSON, and figures if matplotlib is installed; return the tables to print.
 
-    Args:
-        run: a finished run.
-        against: up to three others with the same test images.
-        out: folder; None: `probes` in the run folder.
-        masks: folder of lesion masks; None: `masks` in the data set's folder, if there is one.
-        permutations: across patients.
-        draws: random selections of fields for each share.
-        samples: bootstrap samples.
-        seed: of all draws.
-        root: folder of the data set, if it has moved since training.
-        cache: folder of the image stores.
-        device: where to compute; None: a GPU if there is one.
+    `against`: up to three others with the same test images; `out`: folder (None: `probes` in the run folder);
+    `permutations` across patients, `draws` random selections of fields for each share.
 
     Raises:
         RunError: a run isn't finished, is given twice or has other test images, or there are too many.
         DataError: `masks` isn't a folder with masks of test images.
-
-    Returns:
-        The tables to print.
     """
     out = out or run.path / "probes"
     _check_probes(run, against)

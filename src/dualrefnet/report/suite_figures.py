@@ -59,17 +59,9 @@ class Panel(NamedTuple):
 def describe(systems: pd.DataFrame, comparisons: pd.DataFrame, measure: str) -> pd.DataFrame:
     """Return the systems' rows of one measure with their names.
 
-    Args:
-        systems: `SuiteResults.systems`.
-        comparisons: `SuiteResults.comparisons`; names the references.
-        measure: one of the suite's.
-
-    Returns:
-        The rows with `panel`, `label` (of a line of the panel), `series` (which of several marks in a line; empty if
-        every line has one) and its number `place`, `name` (for captions), and `is_reference`.
-
-    Raises:
-        RunError: the suite doesn't have the measure.
+    Columns are added: `panel`, `label` (of a line of the panel), `series` (which of several marks in a line; empty if
+    every line has one) and its number `place`, `name` (for captions), and `is_reference`. RunError: the suite doesn't
+    have the measure.
     """
     if systems.empty or not (systems["measure"] == measure).any():
         measures = ", ".join(dict.fromkeys(systems.get("measure", [])))
@@ -144,11 +136,7 @@ def by_flag(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 @styled
 def draw_systems(systems: pd.DataFrame, comparisons: pd.DataFrame, measure: str) -> ReportFigure:
-    """Draw a measure of every system with its 95% interval, and the paper's number where there is one.
-
-    Raises:
-        RunError: the suite doesn't have the measure, or no system has a value of it.
-    """
+    """Draw a measure of every system with its 95% interval, and the paper's number where there is one."""
     from matplotlib.lines import Line2D
 
     rows = describe(systems, comparisons, measure).assign(filled=True)
@@ -187,11 +175,7 @@ def draw_systems(systems: pd.DataFrame, comparisons: pd.DataFrame, measure: str)
 
 @styled
 def draw_ablation(systems: pd.DataFrame, comparisons: pd.DataFrame, measure: str) -> ReportFigure:
-    """Draw the difference of every system from the reference, with its 95% interval and a line at zero.
-
-    Raises:
-        RunError: the suite doesn't have the measure, or nothing is compared by it.
-    """
+    """Draw the difference of every system from the reference, with its 95% interval and a line at zero."""
     every = describe(systems, comparisons, measure)
     compared = comparisons[comparisons["measure"] == measure]
     others = every.drop(columns=["measure", "low", "high", "difference"])

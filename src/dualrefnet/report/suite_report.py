@@ -104,20 +104,10 @@ def write_suite_report(
     cache: Path | None = None,
     samples: int = 1000,
 ) -> Path:
-    """Write the report of a suite, and its figures with their data in `pictures/` beside it.
+    """Write the report of a suite, and its figures with their data in `pictures/` beside it; return the page.
 
-    Only what the runs left is read, and the data for a few images; so `--discard-models` does not matter.
-
-    Args:
-        folder: of the suite, whether all its runs are finished or not.
-        out: folder; None: `report` in the suite folder.
-        photographs: show images on which two systems differ; without them the data are not needed.
-        root: where the data are now, if not where the recipes say.
-        cache: where prepared images are; None: the user's cache folder.
-        samples: bootstrap samples.
-
-    Returns:
-        The page.
+    Only what the runs left is read, and with `photographs` the data for a few images on which two systems differ; so
+    `--discard-models` does not matter.
 
     Raises:
         RunError: it is not the folder of a suite, or nothing of it is finished.
@@ -372,11 +362,7 @@ def _common_runs(one: System, other: System) -> list[tuple[FinishedRun, Finished
 
 
 def read_images(run: Run, image_ids: Sequence[str], source: ImageSource) -> dict[str, NDArray[np.uint8]]:
-    """Return image id -> (S, S, 3), S at most `SIZE`, prepared as the run's model reads them.
-
-    Raises:
-        DataError: the data set, or one of the images, is missing or cannot be read.
-    """
+    """Return image id -> (S, S, 3), S at most `SIZE`, prepared as the run's model reads them."""
     recipe = load_recipe(run.recipe, {"data.root": str(source.root)} if source.root is not None else {})
     dataset = read_dataset(recipe)
     wanted = dataset.with_image[dataset.with_image["image_id"].isin(image_ids)]
@@ -418,12 +404,8 @@ def draw_cases(
 ) -> ReportFigure:
     """Draw images that one system classifies correctly and the other not, each below what both predicted.
 
-    Args:
-        cases: `image_id`, `label`, and of both systems (`_a`, `_b`) `predicted`, `p_predicted` and `p_true`, the
-            probabilities of the predicted and of the true class; at least one, all of one kind.
-        images: image id -> (S, S, 3).
-        names: of the two systems.
-        stem: of the figure's files.
+    `cases`: `image_id`, `label`, and of both systems (`_a`, `_b`) `predicted`, `p_predicted` and `p_true`, the
+    probabilities of the predicted and of the true class; at least one, all of one kind.
     """
     rows, titles, texts = [], [], []
     for case in cases.to_dict("records"):

@@ -64,13 +64,7 @@ ERRORS = {
 
 
 def calibration_section(measured: Measured, samples: int, seed: int) -> Section:
-    """Return reliability diagram and calibration errors, without and with the temperature if the run has one.
-
-    Args:
-        measured: a run.
-        samples: bootstrap samples of the bands in the figures.
-        seed: of their draw.
-    """
+    """Return reliability diagram and calibration errors, without and with the temperature if the run has one."""
 
     def reliability(probabilities: Any) -> ReportFigure:
         bootstrap = Bootstrap(measured.groups, samples, seed)
@@ -219,12 +213,7 @@ GAP_MEASURES = ("balanced_accuracy", "malignant.sensitivity", "overconfidence")
 
 
 def subgroups_section(subgroups: Subgroups, unit: str = "patients") -> Section:
-    """Return the results by category of each subgroup field.
-
-    Args:
-        subgroups: from `measure_subgroups`.
-        unit: what was resampled, `patients` or `lesions`.
-    """
+    """Return the results by category of each subgroup field."""
     table = subgroups.table
     flagged = table[table["flagged"] & table["counted"]]
     where = [
@@ -285,12 +274,7 @@ def _gap_table(flagged: pd.DataFrame) -> PrintedTable:
 
 
 def out_of_distribution_section(measured: OutOfDistributionMeasured, unit: str = "patient") -> Section:
-    """Return how well images without a lesion are detected.
-
-    Args:
-        measured: from `measure_out_of_distribution`.
-        unit: `patient` or `lesion`.
-    """
+    """Return how well images without a lesion are detected."""
     rows: dict[str, Row] = {row["group"]: row for row in measured.table.to_dict("records")}
     lesions, everyday = rows[LESIONS], rows[EVERYDAY]
     intro = [

@@ -27,11 +27,7 @@ MAX_LISTED = 16
 
 
 class MetadataError(ValueError):
-    """Metadata that the model can't read; the message names fields and never repeats a value.
-
-    Attributes:
-        rows: number of rows with the fault.
-    """
+    """Metadata that the model can't read, in `rows` rows; the message names fields and never repeats a value."""
 
     rows: int = 1
 
@@ -169,13 +165,11 @@ class Span:
 
 @dataclass(frozen=True)
 class NeuralImputer:
-    """A fitted imputer: plain arrays.
+    """A fitted imputer: the columns of the F fields in order (`spans`), and two layers, (K + F, HIDDEN), (HIDDEN,),
+    (HIDDEN, K), (K,) with K columns.
 
-    Attributes:
-        spans: the columns of the F fields, in order.
-        weights: two layers, (K + F, HIDDEN), (HIDDEN,), (HIDDEN, K), (K,) with K columns.
-        values: for every numeric field the standardised numbers that were observed; an imputed number is one of them,
-            since a value that nobody ever recorded would give away that it was imputed.
+    An imputed number is one of the observed standardised `values` of its field, since one that nobody ever recorded
+    would give away that it was imputed.
     """
 
     spans: tuple[Span, ...]
@@ -248,16 +242,12 @@ class EncodedRecords(NamedTuple):
 
 @dataclass(frozen=True)
 class MetadataTransform:
-    """A fitted encoder of F fields into M columns.
+    """A fitted encoder of F fields (of the tier, in the schema's order) into M columns.
 
-    Attributes:
-        section: how values are encoded.
-        fields: the fields of the tier, in the schema's order.
-        categories: for every field its categories in column order (empty for a number).
-        mean: for every field the mean of the training rows (0 for a category).
-        std: for every field their standard deviation (1 for a category).
-        imputer: fills missing fields; None: they are zero, or NaN where the model has a learned token for them.
-        leaked_classes: the diagnoses that the imputer reads; empty but for the demonstration of that leak.
+    `categories` of every field are in column order (empty for a number); `mean` and `std` are those of the training
+    rows (0 and 1 for a category). Without an `imputer` missing fields are zero, or NaN where the model has a learned
+    token for them. `leaked_classes` are the diagnoses that the imputer reads; empty but for the demonstration of that
+    leak.
     """
 
     section: EncodingSettings
@@ -298,14 +288,11 @@ class MetadataTransform:
         return spans
 
     def encode_records(self, records: Sequence[Mapping[str, Any]]) -> EncodedRecords:
-        """Encode records; a field that is left out, None, NaN or empty is missing.
-
-        Args:
-            records: of each patient any subset of the fields, such as `{"age": 61, "region": "FACE"}`.
+        """Encode records, each any subset of the fields; one that is left out, None, NaN or empty is missing.
 
         Raises:
-            MetadataError: a field is unknown, a value isn't a category of its field or a plausible number; or missing
-                fields were imputed from the diagnosis in training.
+            MetadataError: a field is unknown, a value isn't a category of its field or a plausible number; or
+                missing fields were imputed from the diagnosis in training.
         """
         self.check_names(records)
         if self.leaked_classes:
@@ -332,14 +319,8 @@ class MetadataTransform:
             raise MetadataError(f"unknown metadata fields: {shown}; this model knows: {', '.join(names)}")
 
     def observe(self, values: Sequence[Sequence[object] | None], number: int) -> Observed:
-        """Parse the values of N patients.
-
-        Args:
-            values: for every field its N values; None: the whole column is missing.
-            number: N.
-
-        Raises:
-            MetadataError: text stands where a number should.
+        """Parse the N values of every field (None: the whole column is missing); MetadataError: text where a number
+        should be.
         """
         columns = np.zeros((number, self.spans[-1].stop if self.spans else 0), dtype=np.float32)
         missing = np.ones((number, len(self.fields)), dtype=bool)

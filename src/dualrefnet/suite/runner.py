@@ -73,13 +73,8 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What a call has done.
-
-    Attributes:
-        total: runs of the suite.
-        skipped: runs that an earlier call had finished.
-        finished: runs that this call finished.
-        failed: run -> why.
+    """What a call has done: runs of the suite, those that an earlier call had finished, those that this one finished,
+    and why others failed.
     """
 
     total: int
@@ -99,14 +94,9 @@ def run_suite(
 ) -> Outcome:
     """Train what a suite folder lacks.
 
-    Args:
-        suite: a checked suite, overrides included.
-        out: the suite folder; new, or begun with the same suite.
-        workers: runs at the same time on this machine.
-        cache: where image stores are; None: the user's cache folder.
-        ray_address: run on a Ray cluster instead: its address, or `local`.
-        cores: CPU cores of one run; None: the machine's, shared by the workers (on Ray: 1).
-        keep_models: keep the parameters of finished runs; the tables need only their predictions.
+    `workers` runs at the same time on this machine, or as Ray has room at `ray_address` (a cluster's, or `local`), each
+    with `cores` (None: the machine's, shared by the workers; on Ray: 1). Without `keep_models` the parameters of
+    finished runs are removed: the tables need only their predictions.
 
     Raises:
         DualRefNetError: the folder is in use or holds something else; Ray is not available; nothing can be read.
