@@ -19,6 +19,7 @@ from dualrefnet.data.synthetic import make_synthetic
 from dualrefnet.deploy.export import export_run
 from dualrefnet.deploy.predictor import Predictor, refuse_shortcut
 from dualrefnet.errors import RunError
+from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.evaluation.calibration import Calibration, fit_calibration, fit_thresholds
 from dualrefnet.files import read_json
 from dualrefnet.recipe import MetadataSection, load_recipe

@@ -36,6 +36,7 @@ from dualrefnet.evaluation.comparison import paired_difference
 from dualrefnet.evaluation.metrics import compute_metrics
 from hand_made import FormOnly, PictureOnly, hand_made
 from readable import assert_readable
+from resampling import paired_difference
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +174,7 @@ def test_the_interval_of_a_difference_is_that_of_the_paired_bootstrap(
     groups = opened.groups.loc[list(opened.rows("test")["image_id"])].to_numpy()
     # What stands for no photograph has the red of the fifth class.
     right, constant = np.eye(6)[labels], np.eye(6)[np.full(len(labels), 4)]
-    pair = paired_difference(labels, right, constant, groups, opened.classes, samples=40)
+    pair = paired_difference(labels, right, constant, Bootstrap(groups, 40), opened.classes, "balanced_accuracy")
     row = compare_missing_metadata(made["form"], made["centre"]).query(
         "share == 1 and photograph == @WITHOUT_IMAGE and measure == 'balanced_accuracy'"
     )

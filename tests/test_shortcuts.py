@@ -25,12 +25,13 @@ from dualrefnet.analysis.shortcuts import (
 from dualrefnet.cli import app, runs  # noqa: F401 (the module registers the commands)
 from dualrefnet.display.figure import save_figure
 from dualrefnet.errors import DataError, RunError
-from dualrefnet.evaluation.comparison import paired_difference
+from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.evaluation.metrics import compute_metrics
 from dualrefnet.report.run_report import write_probes
 from dualrefnet.run import Run
 from hand_made import FormOnly, PictureOnly, hand_made
 from readable import assert_readable
+from resampling import paired_difference
 
 CHANCE = 1 / 6
 
