@@ -243,7 +243,7 @@ def test_linear_models_on_the_metadata_of_isic(isic):
     columns, test = feature_sets(rows)[ALL], rows.splits == "test"
     assert columns.shape[1] == 11
     fitted = clone(REGRESSION).fit(columns[rows.splits == "train"], rows.labels[rows.splits == "train"])
-    bootstrap = Bootstrap(rows.groups[test], int(test.sum()), 1)
+    bootstrap = Bootstrap(rows.groups[test], 1)
     preds = fitted.predict(columns[test])
     assert balanced_accuracy(rows.labels[test], preds, rows.classes, bootstrap)[0] == pytest.approx(0.323, abs=0.01)
 

@@ -131,7 +131,7 @@ def test_a_calibration_of_an_earlier_version_is_read_and_careful() -> None:
     labels, scores = validation(4)
     thresholds = [fitted(labels, scores)]
     calibration = fit_calibration(
-        labels, scores, np.arange(400), CLASSES, MALIGNANT, samples=0, availability=thresholds
+        labels, scores, Bootstrap(np.arange(400), 0), CLASSES, MALIGNANT, availability=thresholds
     )
     text = json.loads(json.dumps(calibration.to_json(), allow_nan=False))
     assert Calibration.from_json(text) == calibration

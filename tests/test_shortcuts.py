@@ -125,7 +125,7 @@ def test_the_whole_is_what_the_run_predicted_and_differences_are_paired(opened: 
     # An independent road to the same interval.
     groups = opened.groups.loc[list(opened.rows("test")["image_id"])].to_numpy()
     pair = paired_difference(
-        examples.labels, *asked.probabilities[::-1], groups, opened.classes, "auc_macro_ovr", samples=50
+        examples.labels, *asked.probabilities[::-1], Bootstrap(groups, 50), opened.classes, "auc_macro_ovr"
     )
     row = values.loc[("no_form", "auc_macro_ovr")]
     assert row["difference"] == pytest.approx(pair.value)

@@ -24,7 +24,7 @@ from dualrefnet.analysis.perturbations import (
 )
 from dualrefnet.data.loader import Examples
 from dualrefnet.data.metadata import EncodedMetadata
-from dualrefnet.evaluation.bootstrap import Bootstrap, group_codes
+from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.evaluation.calibration import Calibration
 from dualrefnet.evaluation.comparison import pooled_bootstrap
 from dualrefnet.progress import progress_bar, track
@@ -41,7 +41,6 @@ from dualrefnet.runtime.calibration import malignancy
 
 # Random inputs of a group that are drawn of each case; a group without metadata has one.
 DRAWS = 4
-LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -183,13 +182,11 @@ def measure_availability(
     calibration: Calibration,
     predictions: SplitPredictions,
     labels: NDArray[np.int64],
-    groups: NDArray[Any],
-    samples: int,
-    seed: int,
+    bootstrap: Bootstrap,
 ) -> dict[str, Any]:
     """Measure a calibrated run's test split by what is given. Intervals are 95%, over patients, given the calibration.
 
-    Predictions, labels (N,) and groups (N,) are of the test split.
+    Predictions, labels (N,) and resamples are of the test split.
 
     Returns:
         `inputs`: named input -> measures; `groups`: of each group of availability its `name`, `group`, `temperature`,
@@ -209,9 +206,8 @@ def measure_availability(
         METADATA_ONLY: named.get(METADATA_ONLY),
     }
     given = {name: one for name, one in inputs.items() if one is not None}
-    codes = group_codes(groups)
     measured = [
-        _measure(calibration, one, labels, codes, samples, seed)
+        _measure(calibration, one, labels, bootstrap)
         for one in track([*given.values(), *of_group], "with missing inputs")
     ]
     fitted = {thresholds.group: thresholds for thresholds in calibration.availability}
@@ -226,25 +222,20 @@ def measure_availability(
 
 
 def _measure(
-    calibration: Calibration,
-    one: InputPredictions,
-    labels: NDArray[np.int64],
-    codes: NDArray[np.int64],
-    samples: int,
-    seed: int,
+    calibration: Calibration, one: InputPredictions, labels: NDArray[np.int64], every: Bootstrap
 ) -> dict[str, Any]:
-    truth, patients = one.flat(labels), one.flat(codes)
+    truth, patients = one.flat(labels), one.flat(every.codes)
     scores = one.probabilities.reshape(len(truth), -1)
     result: dict[str, Any] = {"images": len(one.places), "fields": float(one.share.mean()) if one.share.size else None}
     if len(np.unique(patients)) < 2:
         return result
     # Patients without such an input aren't resampled.
-    bootstrap = Bootstrap(patients, len(truth), samples, seed, LEVEL)
-    own, known, malignant = labels[one.places], codes[one.places], calibration.malignant
+    bootstrap = Bootstrap(patients, every.samples, every.seed)
+    once = Bootstrap(every.codes[one.places], every.samples, every.seed)
     systems = {"run": list(one.probabilities)}
-    drawn = pooled_bootstrap(own, systems, known, calibration.classes, samples, seed, LEVEL, malignant)
+    drawn = pooled_bootstrap(labels[one.places], systems, once, calibration.classes, calibration.malignant)
     for measure in ("balanced_accuracy", "auc_macro_ovr", *(["malignant.auc"] if calibration.malignant else [])):
-        result |= drawn.value("run", measure).to_json(measure.replace(".", "_"), LEVEL)
+        result |= drawn.value("run", measure).to_json(measure.replace(".", "_"), bootstrap.level)
     decided = calibration.decide(scores, np.full(len(scores), one.image), one.share.ravel())
     everyone, ill = np.ones(len(truth), dtype=bool), calibration.cancer[truth]
     score = malignancy(calibration.probabilities(scores), calibration.cancer)
@@ -254,9 +245,9 @@ def _measure(
     ratios = bootstrap.ratios(amounts, np.stack([everyone, ill, ~ill, ill], axis=1))
     names = ("coverage", "cancers_referred", "benign_referred", "cancers_at_recorded_threshold")
     for name, ratio in zip(names, ratios, strict=True):
-        result |= ratio.to_json(name, LEVEL)
+        result |= ratio.to_json(name, bootstrap.level)
     amounts = np.stack([decided.sets.sum(axis=1), score], axis=1)
     means = bootstrap.ratios(amounts, np.ones(amounts.shape, dtype=bool), proportions=False)
     for name, mean in zip(("mean_size", "mean_malignancy"), means, strict=True):
-        result |= mean.to_json(name, LEVEL)
+        result |= mean.to_json(name, bootstrap.level)
     return result

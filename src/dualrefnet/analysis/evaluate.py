@@ -66,12 +66,11 @@ def evaluate_run(
     ]
     calibration = fit_calibration(*arrays["val"], classes, malignant, *targets, thresholds, validation.field_effects)
     write_json(run.calibration_file, calibration.to_json())
-    calibrated = measure_calibrated(calibration, *arrays["test"], wanted.bootstrap, seed)
-    labels, _, patients = arrays["test"]
+    labels, _, resampled = arrays["test"]
     metrics = {
         **measured["test"],
-        "calibrated": calibrated,
-        "availability": measure_availability(calibration, test, labels, patients, wanted.bootstrap, seed),
+        "calibrated": measure_calibrated(calibration, *arrays["test"]),
+        "availability": measure_availability(calibration, test, labels, resampled),
         "split": "test",
         "protocol": recipe.data.protocol,
         "dataset": schema.title,

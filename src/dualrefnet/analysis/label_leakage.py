@@ -92,7 +92,7 @@ class AuditedRows:
     @cached_property
     def bootstrap(self) -> Bootstrap:
         """Resamples of the patients."""
-        return Bootstrap(self.groups, len(self.groups), self.samples, self.seed)
+        return Bootstrap(self.groups, self.samples, self.seed)
 
     @property
     def enough_for_folds(self) -> bool:

@@ -112,6 +112,7 @@ class MissingMetadata:
     groups: tuple[str, ...]  # their patients
     fields: int  # of the schema, of which shares are kept, also those that the run doesn't read
     unit: str  # what was resampled, `patient` or `lesion`
+    samples: int
     draws: int  # random choices of which the mean is taken
     seed: int  # of choices and bootstrap
 
@@ -174,6 +175,7 @@ def measure_missing_metadata(
         tuple(map(str, groups)),
         len(names),
         schema.unit,
+        samples,
         draws,
         seed,
     )
@@ -256,13 +258,9 @@ def compare_missing_metadata(first: MissingMetadata, second: MissingMetadata) ->
     Raises:
         DataError: they weren't measured on the same images, or with other draws, samples or seed.
     """
-    for what, attribute in (("test images", "image_ids"), ("patients", "groups"), ("draws", "draws"), ("seed", "seed")):
+    for attribute in ("image_ids", "groups", "samples", "draws", "seed"):
         if getattr(first, attribute) != getattr(second, attribute):
-            raise DataError(
-                f"{first.name} and {second.name} don't have the same {what}: they can't be compared in pairs"
-            )
-    if first.bootstrap.samples != second.bootstrap.samples:
-        raise DataError(f"{first.name} and {second.name} were measured with different numbers of bootstrap samples")
+            raise DataError(f"{first.name} and {second.name} can't be compared in pairs: their {attribute} differ")
     inputs = [(_input(share), share, "", "") for share in SHARES]
     named = first.patterns.drop_duplicates("removed")
     inputs += [
@@ -387,7 +385,7 @@ def draw_missing_metadata(runs: Sequence[MissingMetadata]) -> ReportFigure:
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=2)
     caption = (
         f"{_images(first)}: a random share of the recorded values is kept (mean of {first.draws} choices, the same for "
-        f"all runs, seed {first.seed}). Bands: 95% intervals from {first.bootstrap.samples:,} resamples of the "
+        f"all runs, seed {first.seed}). Bands: 95% intervals from {first.samples:,} resamples of the "
         f"{first.unit}s; dotted: chance. In practice fields are missing together, see the patterns."
     )
     columns = ["run", "photograph", "share", "answers_kept", "draws", "measure", "value", "low", "high"]
@@ -425,7 +423,7 @@ def draw_missing_patterns(runs: Sequence[MissingMetadata]) -> ReportFigure:
     known = patterns[patterns["training_share"].notna()]
     shares = zip(known["training_share"], known["pattern"], strict=True)
     caption = (
-        f"{_images(first)}, without the fields of a pattern; lines: 95% intervals from {first.bootstrap.samples:,} "
+        f"{_images(first)}, without the fields of a pattern; lines: 95% intervals from {first.samples:,} "
         f"resamples of the {first.unit}s (seed {first.seed}); dotted: chance. Share of the training rows: "
         f"{'; '.join(f'{share:.0%}: {name}' for share, name in shares)}."
     )

@@ -262,7 +262,7 @@ def _auroc(lesions: pd.DataFrame, others: pd.DataFrame, samples: int, seed: int)
     if min(patients, sources or patients) < FEW_SOURCES:
         return value, NAN, NAN
     parts = [(patients, seed)] + [(sources, seed + 1)] * (sources > 0)
-    weights = [Bootstrap(np.arange(size), size, samples, of).resample(lambda drawn: drawn) for size, of in parts]
+    weights = [Bootstrap(np.arange(size), samples, of).resample(lambda drawn: drawn) for size, of in parts]
     return value, *(percentile_interval(ranking.auc(np.hstack(weights)), 0.95) or (NAN, NAN))
 
 

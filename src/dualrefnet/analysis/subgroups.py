@@ -269,7 +269,7 @@ def measure_subgroups(
     rows = rows.set_index("image_id").loc[ids]
     labels = predictions["label"].map({name: index for index, name in enumerate(schema.classes)})
     columns = predictions[[f"prob_{name}" for name in schema.classes]]
-    bootstrap = Bootstrap(groups.loc[ids].to_numpy(), len(ids), samples, seed, LEVEL)
+    bootstrap = Bootstrap(groups.loc[ids].to_numpy(), samples, seed, LEVEL)
     target, scores = check_predictions(labels.to_numpy(dtype=np.int64), columns.to_numpy(dtype=float))
 
     def part(mask: NDArray[np.bool_]) -> _Part:
