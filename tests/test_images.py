@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dualrefnet.data.images import decode_image, find_masks, image_size, read_mask
+from dualrefnet.data.images import decode_image, find_masks, read_mask
 from dualrefnet.errors import DataError, ImageError
 from dualrefnet.recipe import ImageSection
 from dualrefnet.runtime.preprocessing import preprocess
@@ -375,25 +375,6 @@ def test_a_mask_of_zeros_and_ones_is_refused_and_not_called_empty(tmp_path):
     path = save(tmp_path / "mask.png", np.eye(20, dtype=np.uint8))
     with pytest.raises(DataError, match=r"brightest pixel of the mask mask\.png is 1.*write 0 and 255"):
         read_mask(path, path, 8, "squash")
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_image_is_measured_as_it_is_decoded(tmp_path, suffix, orientation):
-    path, exif = tmp_path / f"photo.{suffix}", Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(np.zeros((20, 40, 3), np.uint8)).save(path, exif=exif)
-    assert image_size(path) == decode_image(path).shape[:2] == ((20, 40) if orientation < 5 else (40, 20))
-
-
-@pytest.mark.parametrize("content", [b"", b"GIF89a" + bytes(100), b"\x89PNG\r\n\x1a\n" + bytes(30), b"\xff\xd8\xff"])
-def test_what_is_no_image_is_refused_in_one_line(tmp_path, content):
-    path = tmp_path / "photo.jpg"
-    path.write_bytes(content)
-    with pytest.raises(ImageError, match=r"^photo\.jpg can't be measured .*get the file again or remove it$"):
-        image_size(path)
-    with pytest.raises(ImageError, match=r"gone\.jpg can't be measured \(FileNotFoundError\)"):
-        image_size(tmp_path / "gone.jpg")
 
 
 def test_masks_are_found_in_the_data_sets_folder_or_where_one_says(tmp_path):

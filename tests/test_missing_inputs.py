@@ -163,7 +163,7 @@ def test_no_service_of_a_shortcut_is_made_unless_it_is_accepted() -> None:
     with pytest.raises(RunError, match="accept-missingness-shortcut"):
         create_app(predictor, ServiceSettings(page=False))  # type: ignore[arg-type]
     accepted = create_app(predictor, ServiceSettings(page=False, accept_missingness_shortcut=True))  # type: ignore[arg-type]
-    with TestClient(accepted) as client:
+    with TestClient(accepted, base_url="http://localhost") as client:
         assert client.get("/v1/model").json()["warning"] == predictor.shortcut
 
 

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import dualrefnet
-from dualrefnet.data.csv_table import IMAGE_SUFFIXES
+from dualrefnet.data.images import IMAGE_SUFFIXES
 from dualrefnet.deploy.predictor import Predictor
 from dualrefnet.errors import DataError, ImageError
 from dualrefnet.files import atomic_path, read_json, sha256_of_file, sha256_of_json, write_json

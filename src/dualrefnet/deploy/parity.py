@@ -21,7 +21,7 @@ from dualrefnet.analysis.opened_run import sample_rows
 from dualrefnet.data.loader import Examples
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.schema import BOOLEAN_VALUES
-from dualrefnet.data.synthetic_lesions import STYLES, draw_lesion, render_lesion
+from dualrefnet.data.synthetic import STYLES, draw_lesion, render_lesion
 from dualrefnet.errors import DependencyError, RunError
 from dualrefnet.evaluation.metrics import compute_metrics
 from dualrefnet.runtime.calibration import softmax

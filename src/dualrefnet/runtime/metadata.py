@@ -7,7 +7,9 @@ fits what is applied here.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+import unicodedata
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import SimpleNamespace
@@ -20,7 +22,16 @@ Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 Key = TypeVar("Key", bound=int | str)
 
-BLANKS = ("", "nan", "NaN")
+# What an empty cell is called by spreadsheets, R, pandas, SQL and SAS; without case.
+MISSING_WORDS = frozenset(
+    ("", "na", "n/a", "n.a.", "#n/a", "<na>", "nan", "nat", "null", "none", "-", "--", "\u2013", "\u2014", ".", "?")
+)
+# What can't be seen and is no space: byte-order marks, zero-width spaces, soft hyphens.
+INVISIBLE = dict.fromkeys(map(ord, "\ufeff\u200b\u200c\u200d\u2060\u00ad"))
+# 1,234 may be a thousand or one and a bit: it is no number.
+DECIMAL_COMMA = re.compile(r"[+-]?(0,\d+|\d+,\d{1,2}|\d+,\d{4,})")
+# No measure of a patient is larger; what is would overflow in the network.
+LARGEST = 1e15
 TRUE, FALSE = ("true", "yes", "y", "1", "1.0"), ("false", "no", "n", "0", "0.0")
 # Categories that an error lists.
 MAX_LISTED = 16
@@ -95,15 +106,27 @@ class ParsedValue(NamedTuple):
     invalid: str | None = None  # why a given value counts as missing: infinite, outside (the range) or unknown
 
 
-def normalise_value(value: object, field: Field) -> str:
-    """Write a value as a category: 3.0 -> `3`, yes/1/true -> `True`; empty if it is blank."""
-    text = str(value).strip()
-    if field.kind == "boolean" and text.lower() in TRUE + FALSE:
-        return str(text.lower() in TRUE)
+def read_cell(value: object, declared: Collection[str] = ()) -> str | None:
+    """Return a cell as text without space around it, None if it says nothing; all cells are read by this.
+
+    A word that means an empty cell (`NA`) counts as a word where it is `declared`, as a class for instance.
+    """
+    if _is_none(value):
+        return None
+    text = unicodedata.normalize("NFC", " ".join(str(value).translate(INVISIBLE).split()))
+    # A column of whole numbers with gaps is read as floats: `3.0` is `3`.
+    whole = text[:-2] if text.endswith(".0") and text[:-2].lstrip("-").isdigit() else text
     if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    # A column of whole numbers with gaps is read as floats: `3.0` is the category `3`.
-    return text[:-2] if text.endswith(".0") and text[:-2].isdigit() else text
+        whole = str(int(value))
+    return None if whole.casefold() in MISSING_WORDS and whole not in declared else whole
+
+
+def normalise_value(value: object, field: Field, declared: Collection[str] = ()) -> str | None:
+    """Write a value as a category: 3.0 -> `3`, yes/1/true -> `True`; None if it is missing."""
+    text = read_cell(value, declared)
+    if text is not None and field.kind == "boolean" and text.lower() in TRUE + FALSE:
+        return str(text.lower() in TRUE)
+    return text
 
 
 def fold(word: str) -> str:
@@ -130,24 +153,32 @@ def explain_invalid(field: Field, categories: Sequence[str], invalid: str) -> st
 
 
 def parse_number(value: object, field: Field) -> ParsedValue:
-    if _is_none(value) or str(value).strip() in (*BLANKS, *field.missing_codes):
+    word = read_cell(value)
+    if word is None or word in field.missing_codes:
         return ParsedValue(None)
     try:
-        # Python reads 1_000 as a thousand, and no table means that; yes isn't the number 1.
-        if isinstance(value, bool) or (isinstance(value, str) and "_" in value):
-            raise ValueError
-        number = float(value)  # type: ignore[arg-type]
+        number = read_number(value)
     except OverflowError:
         return ParsedValue(None, "infinite")
     except (TypeError, ValueError):
         raise MetadataError(f"{field.name} must be a number") from None
     if math.isnan(number):
         raise MetadataError(f"{field.name} must be a number")
-    if math.isinf(number):
+    if abs(number) > LARGEST:
         return ParsedValue(None, "infinite")
     too_small = field.minimum is not None and number < field.minimum
     too_large = field.maximum is not None and number > field.maximum
     return ParsedValue(None, "outside") if too_small or too_large else ParsedValue(number)
+
+
+def read_number(value: object) -> float:
+    """Return a number that is written with a decimal point or an unmistakable decimal comma; else a ValueError."""
+    # Python reads 1_000 as a thousand, and no table means that; yes isn't the number 1.
+    if isinstance(value, bool) or (isinstance(value, str) and "_" in value):
+        raise ValueError
+    if isinstance(value, str) and DECIMAL_COMMA.fullmatch(value.strip()):
+        value = value.replace(",", ".")
+    return float(value)  # type: ignore[arg-type]
 
 
 def _is_none(value: object) -> bool:
@@ -354,14 +385,12 @@ class MetadataTransform:
 
     def parse(self, index: int, value: object) -> ParsedValue:
         one = self.fields[index]
-        if _is_none(value):
-            return ParsedValue(None)
         if one.kind == "numeric":
             return parse_number(value, one)
-        word = normalise_value(value, one)
-        if word == "" or (self.section.unknown == "missing" and fold(word) in map(fold, one.missing_codes)):
-            return ParsedValue(None)
         exact, folded = self._lookup[index]
+        word = normalise_value(value, one, (*exact, *one.missing_codes))
+        if word is None or (self.section.unknown == "missing" and fold(word) in map(fold, one.missing_codes)):
+            return ParsedValue(None)
         place = exact.get(word, folded.get(fold(word)))
         return ParsedValue(place, None if place is not None else "unknown")
 
