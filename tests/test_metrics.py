@@ -35,7 +35,7 @@ def test_the_examples_in_the_docstrings_are_true() -> None:
     assert (result.failed, result.attempted) == (0, 2)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), count=st.integers(2, 6), images=st.integers(12, 80))
 def test_every_metric_agrees_with_scikit_learn(seed: int, count: int, images: int) -> None:
     labels, scores = predictions(seed, images, count)
@@ -68,7 +68,7 @@ def test_every_metric_agrees_with_scikit_learn(seed: int, count: int, images: in
     assert measured["confusion_matrix"] == sk.confusion_matrix(labels, predicted, labels=range(count)).tolist()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), images=st.integers(2, 40), patients=st.integers(2, 8))
 def test_a_weighted_resample_measures_what_the_laid_out_resample_measures(
     seed: int, images: int, patients: int
@@ -90,7 +90,7 @@ def test_a_weighted_resample_measures_what_the_laid_out_resample_measures(
         assert errors[key][0] == pytest.approx(expected[key])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), count=st.integers(2, 6), images=st.integers(1, 40))
 def test_identities_hold_and_the_result_is_strict_json_whatever_classes_are_missing(
     seed: int, count: int, images: int

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -19,6 +19,7 @@ from dualrefnet.data.synthetic import make_synthetic
 from dualrefnet.deploy.export import export_run
 from dualrefnet.deploy.predictor import Predictor, refuse_shortcut, shortcut_of
 from dualrefnet.errors import RunError
+from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.evaluation.calibration import Calibration, fit_calibration, fit_thresholds
 from dualrefnet.recipe import MetadataSection, load_recipe
 from dualrefnet.run import Run
@@ -39,7 +40,6 @@ def test_every_input_is_in_one_group(image: bool, known: int, fields: int) -> No
     assert len({group.name for group in groups}) == len(groups)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(0, 2**32 - 1), st.floats(0, 1), st.sampled_from([0, 1, 2, 3]))
 def test_what_is_left_was_recorded_and_belongs_to_the_group(
     fields: int, seed: int, recorded_share: float, number: int
@@ -110,7 +110,7 @@ def test_a_calibration_of_an_earlier_version_is_read_and_careful() -> None:
     labels, scores = validation(4)
     thresholds = fit_thresholds(EVERYTHING, labels, scores, CLASSES, MALIGNANT, 0.9, 0.95)
     calibration = fit_calibration(
-        labels, scores, np.arange(400), CLASSES, MALIGNANT, samples=0, availability=[thresholds]
+        labels, scores, Bootstrap(np.arange(400), 0), CLASSES, MALIGNANT, availability=[thresholds]
     )
     text = json.loads(json.dumps(calibration.to_json(), allow_nan=False))
     assert Calibration.from_json(text) == calibration

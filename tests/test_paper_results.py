@@ -56,7 +56,7 @@ def printed_value(name: str, measure: str) -> float:
     return TABLE_2A[measure][CLASSES.index(name)]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(matrix=fillings())
 def test_table_2a_is_reproduced_to_its_two_decimals_by_any_table_of_these_margins(matrix: NDArray[np.int64]) -> None:
     assert (matrix.sum(axis=1).tolist(), matrix.sum(axis=0).tolist()) == (SUPPORT, PREDICTED)

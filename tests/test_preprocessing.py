@@ -31,7 +31,6 @@ def reference(image, p, gamma=None):
     return 255 * (pixels if gamma is None else pixels ** (1 / gamma))
 
 
-@settings(deadline=None)
 @given(image=images, p=st.sampled_from([1.0, 2.0, 6.0, 12.5]), gamma=st.sampled_from([None, 2.2]))
 def test_shades_of_gray_is_the_formula_to_one_level(image, p, gamma):
     assert np.abs(shades_of_gray(image, p, gamma) - reference(image, p, gamma)).max() <= 1
@@ -57,7 +56,7 @@ def test_the_channel_order_of_the_lineage_differs_and_keeps_the_colours():
     np.testing.assert_array_equal(other, clahe_lightness(np.ascontiguousarray(image[..., ::-1]))[..., ::-1])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     height=st.integers(1, 300),
     width=st.integers(1, 300),

@@ -83,7 +83,7 @@ def test_the_tables_have_the_paper_s_cells_and_every_lookup_finds_its_number() -
             assert reported(*place, cell.paper.metrics.get("balanced_accuracy")), cell.name
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     methods=st.lists(
         st.sampled_from(["dualrefnet", "no_metadata", "metadata_only"]), min_size=1, max_size=3, unique=True

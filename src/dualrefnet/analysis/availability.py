@@ -248,16 +248,13 @@ def _measure(
     if len(np.unique(patients)) < 2:
         return result
     # Patients without such an input aren't resampled.
-    bootstrap = Bootstrap(patients, len(truth), samples, seed, LEVEL)
+    bootstrap = Bootstrap(patients, samples, seed, LEVEL)
     cases = len(one.places)
     drawn = pooled_bootstrap(
         truth[:cases],
         {"run": list(one.probabilities)},
-        patients[:cases],
+        Bootstrap(patients[:cases], samples, seed, LEVEL),
         calibration.classes,
-        samples,
-        seed,
-        LEVEL,
         calibration.malignant,
     )
     for measure in ("balanced_accuracy", "auc_macro_ovr", *(["malignant.auc"] if calibration.malignant else [])):

@@ -122,7 +122,7 @@ def _measure(
     seed: int,
 ) -> dict[str, float]:
     """Return the `MEASURES`, each with `_low` and `_high`; NaN where undefined."""
-    bootstrap = Bootstrap(groups, len(labels), samples, seed, LEVEL)
+    bootstrap = Bootstrap(groups, samples, seed, LEVEL)
     model = WeightedMetrics(labels, probabilities, bootstrap.codes, classes, malignant)
     point, drawn = model.measure(bootstrap.unit_weights), bootstrap.resample_each({"": model.measure})[""]
     result: dict[str, float] = {}
@@ -515,7 +515,7 @@ def metadata_alone(
             trees, class_weight="balanced_subsample", min_samples_leaf=2, random_state=0, n_jobs=-1
         )
     learners[NEIGHBOUR] = _nearest_neighbour
-    bootstrap = Bootstrap(rows.groups, len(rows.labels), samples, seed, LEVEL)
+    bootstrap = Bootstrap(rows.groups, samples, seed, LEVEL)
     measured: list[dict[str, Any]] = []
     for number, (features, learner) in enumerate((features, learner) for features in sets for learner in learners):
         estimates = _test_estimates(learners[learner], sets[features], rows, samples, seed)
@@ -548,7 +548,7 @@ def _test_estimates(
             continue
         with _one_thread():
             preds = learner().fit(features[chosen], rows.labels[chosen]).predict(features[test])
-        bootstrap = Bootstrap(rows.groups[test], int(test.sum()), samples, seed, LEVEL)
+        bootstrap = Bootstrap(rows.groups[test], samples, seed, LEVEL)
         estimates[way] = _estimate(balanced_accuracy(rows.labels[test], preds, rows.classes, bootstrap), bootstrap)
     return estimates
 
@@ -601,7 +601,7 @@ def reidentification(rows: AuditedRows, samples: int, seed: int) -> tuple[pd.Dat
         measured.append((question, float(same.mean()), NAN, NAN))
     if not _enough_for_folds(rows.labels, rows.groups):
         return pd.DataFrame(measured, columns=columns), findings
-    bootstrap = Bootstrap(rows.groups, len(rows.labels), samples, seed, LEVEL)
+    bootstrap = Bootstrap(rows.groups, samples, seed, LEVEL)
     images, grouped, difference = _image_and_group_folds(_nearest_neighbour, metadata, rows, bootstrap, seed)
     for way, one in ((IMAGES, images), (group_folds(unit), grouped)):
         question = f"balanced accuracy of the class of the nearest metadata, {way}"

@@ -27,7 +27,7 @@ from dualrefnet.data.schema import DatasetSchema
 from dualrefnet.display.figure import COLOURS, INK, MARKERS, ReportFigure, new_figure, styled
 from dualrefnet.display.format import MEASURE_NAMES, Cell, PrintedTable, interval, number
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.bootstrap import percentile_interval
+from dualrefnet.evaluation.bootstrap import Bootstrap, percentile_interval
 from dualrefnet.evaluation.comparison import PooledBootstrap, pooled_bootstrap
 from dualrefnet.progress import progress_bar
 
@@ -158,7 +158,7 @@ def measure_missing_metadata(
     groups = opened.groups.loc[list(image_ids)].to_numpy(dtype=object)
     labels = rows["label"].map({label: index for index, label in enumerate(opened.classes)}).to_numpy(dtype=np.int64)
     with progress_bar("intervals") as show:
-        full = pooled_bootstrap(labels, predictions, groups, opened.classes, samples, seed, LEVEL, progress=show)
+        full = pooled_bootstrap(labels, predictions, Bootstrap(groups, samples, seed, LEVEL, show), opened.classes)
     # Only the measures that are looked at are kept in memory for comparisons.
     bootstrap = replace(full, points=_slim(full.points), drawn=_slim(full.drawn))
     counts = {key: float(np.mean([part.sum(axis=1).mean() for part in parts])) for key, parts in kept.items()}

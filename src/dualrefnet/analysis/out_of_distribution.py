@@ -264,7 +264,7 @@ def share_interval(flagged: NDArray[np.bool_], groups: ArrayLike, samples: int, 
     """Return the 95% interval of a share over resampled groups; NaN for fewer than `FEW_SOURCES` groups."""
     if len(pd.unique(np.asarray(groups))) < FEW_SOURCES:
         return NAN, NAN
-    bootstrap = Bootstrap(groups, len(flagged), samples, seed)
+    bootstrap = Bootstrap(groups, samples, seed)
     (share,) = bootstrap.ratios(flagged[:, None], np.ones((len(flagged), 1)))
     return share.low, share.high
 

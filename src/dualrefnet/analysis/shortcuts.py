@@ -38,7 +38,7 @@ from dualrefnet.analysis.perturbations import (
 from dualrefnet.display.figure import FAINT, INK, PAPER, PRIMARY, SECONDARY, ReportFigure, new_figure, styled
 from dualrefnet.display.format import MEASURE_NAMES, Cell, PrintedTable, interval, number, sentence
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.bootstrap import percentile_interval
+from dualrefnet.evaluation.bootstrap import Bootstrap, percentile_interval
 from dualrefnet.evaluation.comparison import PooledBootstrap, pooled_bootstrap
 from dualrefnet.progress import progress_bar
 
@@ -309,7 +309,8 @@ def measure_probes(
     """
     malignant = opened.dataset.schema.malignant
     with progress_bar("intervals") as show:
-        bootstrap = pooled_bootstrap(labels, predictions, groups, opened.classes, samples, seed, LEVEL, malignant, show)
+        resamples = Bootstrap(groups, samples, seed, LEVEL, show)
+        bootstrap = pooled_bootstrap(labels, predictions, resamples, opened.classes, malignant)
     # A resample without any image of a class is one of fewer classes.
     sensitivities = [bootstrap.drawn[full][f"per_class.{name}.sensitivity"] for name in opened.classes]
     present = (~np.isnan(sensitivities)).sum(axis=0)

@@ -273,7 +273,7 @@ def measure_subgroups(
     labels = predictions["label"].map({name: index for index, name in enumerate(schema.classes)})
     columns = predictions[[f"prob_{name}" for name in schema.classes]]
     target, scores = check_predictions(labels.to_numpy(dtype=np.int64), columns.to_numpy(dtype=float))
-    bootstrap = Bootstrap(groups.loc[ids].to_numpy(), len(ids), samples, seed, level, progress)
+    bootstrap = Bootstrap(groups.loc[ids].to_numpy(), samples, seed, level, progress)
 
     def part(mask: NDArray[np.bool_]) -> _Part:
         return _Part(mask, target, scores, bootstrap, schema)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from dualrefnet.data.protocols import split_counts
 from dualrefnet.errors import DualRefNetError, RunError
-from dualrefnet.evaluation.bootstrap import NAN, holm
+from dualrefnet.evaluation.bootstrap import NAN, Bootstrap, holm
 from dualrefnet.evaluation.comparison import PooledBootstrap, flat_measures, pooled_bootstrap
 from dualrefnet.files import read_json, sha256_of_json
 from dualrefnet.models.registry import METHODS
@@ -302,10 +302,8 @@ def _bootstraps(
         assert pool is not None
         labels = np.array([first.classes.index(label) for label in pool.test["label"]])
         seeds = {system.key.name: system.pool.seeds for system in members if system.pool}
-        groups = pool.test["group"].to_numpy()
-        drawn = pooled_bootstrap(
-            labels, seeds, groups, first.classes, samples, malignant=first.malignant, progress=progress
-        )
+        bootstrap = Bootstrap(pool.test["group"].to_numpy(), samples, progress=progress)
+        drawn = pooled_bootstrap(labels, seeds, bootstrap, first.classes, first.malignant)
         result |= {system.key: drawn for system in members}
     return result
 
