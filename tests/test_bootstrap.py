@@ -36,13 +36,6 @@ def test_ratios_have_the_intervals_of_laid_out_resamples() -> None:
     assert seen == [(64, 150), (128, 150), (150, 150)]
 
 
-def test_without_resamples_there_are_values_and_no_intervals() -> None:
-    bootstrap = Bootstrap([1, 1, 2], 0)
-    (one,) = bootstrap.ratios(np.array([[1], [0], [1]]), np.ones((3, 1)))
-    assert one.to_json("share", 0.95) == {"share": pytest.approx(2 / 3)}
-    assert bootstrap.resample(lambda weights: weights @ np.ones((2, 5))).shape == (0, 5)
-
-
 def test_the_json_of_a_value_holds_its_interval_and_none_for_what_is_undefined() -> None:
     assert Estimate(0.5, 0.4, 0.6).to_json("auc", 0.9) == {"auc": 0.5, "auc_ci90": [0.4, 0.6]}
     assert Estimate(float("nan"), 0.4, 0.6).to_json("auc", 0.9) == {"auc": None}
@@ -70,12 +63,6 @@ def test_wilson_stays_in_the_unit_interval_around_the_proportion(total: int, dat
     assert 0 <= low <= successes / total <= high <= 1
     mirrored = wilson_interval(total - successes, total)
     assert (1 - mirrored[1], 1 - mirrored[0]) == pytest.approx((low, high))
-
-
-def test_wilson_refuses_what_is_no_proportion() -> None:
-    for successes, total in ((0, 0), (3, 2), (-1, 2)):
-        with pytest.raises(ValueError, match="no proportion"):
-            wilson_interval(successes, total)
 
 
 def test_holm_by_hand() -> None:

@@ -53,7 +53,7 @@ def test_the_examples_in_the_docstrings_are_true() -> None:
         assert (result.failed, result.attempted) == (0, count)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), images=st.integers(20, 60), count=st.integers(2, 8))
 def test_the_temperature_is_the_minimum_that_scipy_finds_and_keeps_the_top_class(
     seed: int, images: int, count: int
@@ -146,7 +146,7 @@ def test_thresholds_by_class_cover_a_rare_hard_class_where_one_threshold_does_no
         assert (abs(held[truth == 1].mean() - 0.9) < 0.03) == expected
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 10**6), threshold=st.floats(0, 1))
 def test_a_set_is_never_empty_and_grows_as_the_threshold_falls(seed: int, threshold: float) -> None:
     scores = np.random.default_rng(seed).dirichlet(np.ones(4), 20)
@@ -181,7 +181,7 @@ def test_the_coverage_is_judged_by_the_interval_over_patients() -> None:
     assert everything["per_class"]["B"] == {"coverage": None, "mean_size": None, "images": 0}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), images=st.integers(2, 60), wanted=st.sampled_from([0.5, 0.8, 0.9, 0.95, 1.0]))
 def test_the_referral_threshold_is_the_largest_that_reaches_the_sensitivity(
     seed: int, images: int, wanted: float

@@ -50,7 +50,7 @@ def expected_precision(positive: NDArray[np.bool_], score: Floats) -> Floats:
     return np.array([precision[np.flatnonzero((recall >= goal - 1e-12) & (recall > 0))[-1]] for goal in GRID])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=st.integers(0, 10**6), images=st.integers(4, 120), levels=st.sampled_from([2, 6, 10**6]))
 def test_the_point_curves_are_those_of_scikit_learn(seed: int, images: int, levels: int) -> None:
     labels, scores = predictions(seed, images, levels=levels)
@@ -65,7 +65,7 @@ def test_the_point_curves_are_those_of_scikit_learn(seed: int, images: int, leve
         assert (one.positives, one.prevalence) == (truth.sum(), truth.mean())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=st.integers(0, 10**6), levels=st.sampled_from([2, 5, 40]))
 def test_a_weighted_resample_has_the_curves_of_the_laid_out_sample(seed: int, levels: int) -> None:
     generator = np.random.default_rng(seed)

@@ -58,7 +58,7 @@ def test_selective_prediction_by_hand() -> None:
     assert np.isnan([result.aurc.low, *result.table["accuracy_low"]]).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10**6))
 def test_every_coverage_equals_measuring_the_predicted_images_alone(seed: int) -> None:
     labels, scores, groups = example(seed)
