@@ -37,7 +37,7 @@ from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.evaluation.curves import KINDS, class_curves, draw_curves
 from dualrefnet.progress import progress_bar
 from dualrefnet.run import Run
-from dualrefnet.suite.paper import caveats, reported, reported_class
+from dualrefnet.suite.results import caveats, reported, reported_class
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
