@@ -328,7 +328,7 @@ def test_a_csv_that_could_be_misread_is_refused(tmp_path, content, message):
         read_csv(tmp_path / "t.csv")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.binary(max_size=60) | st.text(alphabet='a,"\n;1\r\0', max_size=40).map(str.encode))
 def test_any_bytes_are_a_table_or_a_data_error(tmp_path_factory, content):
     file = tmp_path_factory.getbasetemp() / "any.csv"

@@ -399,7 +399,7 @@ MUTABLE = archive_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_damaged_bytes_unpack_or_are_a_data_error_and_leave_nothing_else(data):
     file = bytearray(MUTABLE)

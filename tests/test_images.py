@@ -274,7 +274,7 @@ def test_a_missing_file_or_a_folder_is_an_image_error(tmp_path):
     assert str(tmp_path) not in str(caught.value)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(kind=st.sampled_from(sorted(FILES)), cut=st.floats(0, 1))
 def test_a_cut_file_is_refused_or_gives_the_whole_image(kind, cut):
     whole = decode_image(FILES[kind])
@@ -285,7 +285,7 @@ def test_a_cut_file_is_refused_or_gives_the_whole_image(kind, cut):
         np.testing.assert_array_equal(array, whole)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(data=st.data())
 def test_damaged_bytes_give_an_array_or_an_image_error_and_nothing_else(data):
     file = bytearray(FILES[data.draw(st.sampled_from(sorted(FILES)))])
@@ -304,7 +304,7 @@ def test_damaged_bytes_give_an_array_or_an_image_error_and_nothing_else(data):
         assert array.shape[0] * array.shape[1] <= 1_000_000
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     magic=st.sampled_from([b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*", b"RIFF\0\0\0\0WEBP"]),
     rest=st.binary(max_size=200),

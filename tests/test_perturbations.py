@@ -5,12 +5,12 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualrefnet.analysis.opened_run import OpenedRun, open_run
+from dualrefnet.analysis.opened_run import OpenedRun
 from dualrefnet.analysis.perturbations import (
     BORDER,
     CHANGES,
@@ -28,13 +28,7 @@ from dualrefnet.analysis.perturbations import (
 )
 from dualrefnet.data.schema import Dataset
 from dualrefnet.errors import DataError
-from dualrefnet.run import Run
 from hand_made import CENTRE, RADIUS, SIDE, SKIN, hand_made
-
-
-@pytest.fixture(scope="module")
-def opened(tiny_run: Run) -> OpenedRun:
-    return open_run(tiny_run, device=torch.device("cpu"))
 
 
 def disc(side: int, radius: int, centre: tuple[int, int] | None = None) -> np.ndarray:
@@ -135,10 +129,6 @@ def test_masks_are_looked_for_where_they_are_and_a_wrong_folder_is_refused(opene
         opened.masks(tmp_path / "other")
 
 
-def groups_of(opened: OpenedRun) -> np.ndarray:
-    return opened.groups.loc[list(opened.rows("test")["image_id"])].to_numpy()
-
-
 @given(st.lists(st.integers(0, 5), min_size=2, max_size=40), st.integers(0, 100))
 def test_strangers_are_of_another_patient_each_and_all_are_given_once(groups: list[int], seed: int) -> None:
     largest = max(groups.count(group) for group in groups)
@@ -153,14 +143,9 @@ def test_strangers_are_of_another_patient_each_and_all_are_given_once(groups: li
     assert all(groups[row] != groups[other] for row, other in enumerate(given_rows))
 
 
-def test_strangers_come_from_everywhere() -> None:
-    drawn = np.stack([permute_across_groups([0, 0, 1, 2, 3], np.random.default_rng(seed)) for seed in range(300)])
-    assert set(drawn[:, 0].tolist()) == {2, 3, 4}
-    assert set(drawn[:, 3].tolist()) == {0, 1, 2, 4}
-
-
 def test_replaced_answers_are_those_of_others_and_gaps_stay(opened: OpenedRun) -> None:
-    rows, metadata, groups = opened.rows("test"), opened.metadata, groups_of(opened)
+    rows, metadata = opened.rows("test"), opened.metadata
+    groups = opened.groups.loc[rows["image_id"]].to_numpy()
     # Each row's age is its own, so that the donor is known.
     rows = rows.assign(age=np.arange(len(rows), dtype=float))
     replaced = replace_values(rows, metadata, groups, np.random.default_rng(0))
@@ -172,18 +157,12 @@ def test_replaced_answers_are_those_of_others_and_gaps_stay(opened: OpenedRun) -
     assert missing.any()
     assert not_known.any()
     for index, field in enumerate(metadata.fields):
-        answers = rows[field.name][~missing[:, index] & ~not_known[:, index]]
-        given_answers = replaced[field.name][~missing[:, index] & ~not_known[:, index]]
-        assert set(given_answers) <= set(answers)
+        known = ~missing[:, index] & ~not_known[:, index]
+        assert set(replaced[field.name][known]) <= set(rows[field.name][known])
     assert replaced["label"].equals(rows["label"])
-
-
-def test_an_answer_that_only_one_patient_gave_is_taken_away(opened: OpenedRun) -> None:
-    rows = opened.rows("test").assign(smoke=np.nan)
-    rows["smoke"] = rows["smoke"].astype(object)
-    rows.loc[0, "smoke"] = "True"
-    replaced = replace_values(rows, opened.metadata, groups_of(opened), np.random.default_rng(0))
-    assert replaced["smoke"].isna().all()
+    # A value that only one patient has is taken away.
+    rows = rows.assign(smoke=pd.Series({0: "True"}, rows.index, dtype=object))
+    assert replace_values(rows, metadata, groups, np.random.default_rng(0))["smoke"].isna().all()
 
 
 def test_hidden_flags_change_nothing_but_the_flags(opened: OpenedRun) -> None:

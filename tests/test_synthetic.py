@@ -213,7 +213,7 @@ def test_a_smaller_sample_is_the_beginning_of_a_larger_one(tmp_path):
     assert sum(name.startswith("images/") for name in large) == sum(name.startswith("masks/") for name in large) == 90
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(st.integers(min_value=0, max_value=2**64))
 def test_the_smallest_sample_of_any_seed_can_be_split_by_patient(seed):
     with tempfile.TemporaryDirectory() as folder:
