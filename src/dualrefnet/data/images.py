@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from dualrefnet.errors import DataError, ImageError
 from dualrefnet.runtime import images
-from dualrefnet.runtime.images import MAX_BYTES, MAX_PIXELS, MIN_SIDE
 from dualrefnet.runtime.preprocessing import to_square
 
 MASK_FOLDER = "masks"
@@ -84,12 +83,10 @@ class ImageIndex:
         return [("path", path), ("any case", path.casefold()), ("id", stem), ("id in any case", stem.casefold())]
 
 
-def decode_image(
-    source: Path | str | bytes, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE
-) -> NDArray[np.uint8]:
+def decode_image(source: Path | str | bytes, **limits: int) -> NDArray[np.uint8]:
     """Decode an image of unknown origin to (H, W, 3); see `dualrefnet.runtime.images.decode_image`."""
     try:
-        return images.decode_image(source, max_bytes=max_bytes, max_pixels=max_pixels, min_side=min_side)
+        return images.decode_image(source, **limits)
     except images.DecodingError as error:
         raise ImageError(str(error)) from None
 
