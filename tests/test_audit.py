@@ -77,15 +77,6 @@ def test_a_near_duplicate_of_another_patient_in_another_split_fails(copied: Path
     assert only(audit.findings, "near_duplicates_other").level == "WARN"
 
 
-def test_equal_bytes_under_two_labels_are_found(copied: Path) -> None:
-    table = load_dataset("sample", copied).table
-    one, two = (table.loc[table["label"] == label, "image_id"].iloc[0] for label in ("MEL", "NEV"))
-    shutil.copy(copied / "images" / f"{one}.png", copied / "images" / f"{two}.png")
-    finding = only(audit_dataset("sample", copied, forests=False).findings, "identical_other_label")
-    assert finding.level == "WARN"
-    assert set(finding.examples[0].split(" = ")) == {f"{one} (MEL)", f"{two} (NEV)"}
-
-
 def test_only_the_rows_of_the_split_are_looked_at(sample: Dataset) -> None:
     split = split_dataset(sample).sample(frac=0.5, random_state=0).reset_index(drop=True)
     rows = AuditedRows.of(sample, split)

@@ -1,4 +1,3 @@
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +8,10 @@ from dualrefnet.analysis import non_lesion_images as module
 from dualrefnet.analysis.non_lesion_images import (
     CROPS,
     DOCUMENTS,
-    MEDICAL,
     PHOTOGRAPHS,
     PLAIN,
     crop_skin,
     everyday_images,
-    medical_images,
 )
 
 SKIN, LESION = (200, 150, 120), (60, 30, 20)
@@ -44,14 +41,6 @@ def test_the_seed_fixes_them_and_another_draws_others(monkeypatch: pytest.Monkey
     assert all((a.pixels == b.pixels).all() for a, b in zip(first, again, strict=True))
     drawn = [place for place, item in enumerate(first) if item.source == "draw_table"]
     assert not any(np.array_equal(first[place].pixels, other[place].pixels) for place in drawn)
-
-
-def test_nothing_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a connection was opened")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    assert {item.group for item in medical_images()} == {MEDICAL}
 
 
 def _photograph(

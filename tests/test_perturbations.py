@@ -17,7 +17,6 @@ from dualrefnet.analysis.perturbations import (
     GROWN,
     count_flags,
     find_missing,
-    grow,
     hide_flags,
     permute_across_groups,
     perturb_image,
@@ -26,7 +25,6 @@ from dualrefnet.analysis.perturbations import (
     read_outlines,
     replace_values,
 )
-from dualrefnet.data.schema import Dataset
 from dualrefnet.errors import DataError
 from hand_made import CENTRE, RADIUS, SIDE, SKIN, hand_made
 
@@ -75,18 +73,6 @@ def test_what_fills_is_the_mean_of_the_ring_of_skin_and_not_of_the_picture() -> 
     assert lesion[2, 2].tolist() == [180, 120, 100]
 
 
-@given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 12))
-def test_an_outline_grows_on_all_sides_and_holds_itself(x: int, y: int, radius: int) -> None:
-    mask = disc(50, radius, (x, y))
-    grown = grow(mask)
-    assert grown[mask].all()
-    rows, columns = np.nonzero(mask)
-    for row, column in ((rows.min() - 2, columns[rows.argmin()]), (rows[columns.argmax()], columns.max() + 2)):
-        if 0 <= row < 50 and 0 <= column < 50:
-            assert grown[row, column]
-    assert grown.sum() < (np.sqrt(mask.sum()) + 2 * 4) ** 2
-
-
 def test_outlines_are_read_as_the_model_sees_the_pictures_and_useless_ones_are_counted(
     opened: OpenedRun, tmp_path: Path
 ) -> None:
@@ -98,6 +84,8 @@ def test_outlines_are_read_as_the_model_sees_the_pictures_and_useless_ones_are_c
     (folder / f"{ids[3]}.png").unlink()
     examples, masks = run.pictures("test"), run.masks()
     assert set(masks) == set(ids) - {ids[3]}
+    with pytest.raises(DataError, match="holds no mask"):
+        run.masks(tmp_path)
     outlines = read_outlines(run, examples, masks)
     assert outlines.places.tolist() == [place for place in range(len(ids)) if place not in (1, 2, 3)]
     assert outlines.left_out == 2
@@ -113,20 +101,6 @@ def test_outlines_are_read_as_the_model_sees_the_pictures_and_useless_ones_are_c
     # The skin's colour is nearest to the colour of the last class.
     assert SKIN > 180
     assert (answers["background_only"][0].argmax(axis=1) == len(run.classes) - 1).all()
-
-
-def test_masks_are_looked_for_where_they_are_and_a_wrong_folder_is_refused(opened: OpenedRun, tmp_path: Path) -> None:
-    wanted = set(opened.rows("test")["image_id"])
-    assert set(opened.masks()) == wanted
-    (tmp_path / "root").mkdir()
-    bare = replace(opened, dataset=Dataset(opened.dataset.table, opened.dataset.schema, tmp_path / "root"))
-    assert bare.masks() == {}
-    with pytest.raises(DataError, match="there is no folder of masks"):
-        opened.masks(tmp_path / "nowhere")
-    (tmp_path / "other").mkdir()
-    cv2.imwrite(str(tmp_path / "other" / "stranger.png"), np.zeros((4, 4), np.uint8))
-    with pytest.raises(DataError, match="no mask of a test image"):
-        opened.masks(tmp_path / "other")
 
 
 @given(st.lists(st.integers(0, 5), min_size=2, max_size=40), st.integers(0, 100))
