@@ -9,16 +9,14 @@ from hypothesis import strategies as st
 from dualrefnet.data import isic_2019, pad_ufes_20
 from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.protocols import leakage, refuse_crossing, split_counts, split_dataset
-from dualrefnet.data.schema import BOOLEAN_VALUES, Dataset, DatasetSchema, groups, normalise
+from dualrefnet.data.schema import Dataset, DatasetSchema, groups, normalise
 from dualrefnet.data.synthetic import MISSING_TOGETHER
 from dualrefnet.errors import SplitError
 
 pytestmark = pytest.mark.filterwarnings("ignore:The least populated class:UserWarning")
 
 
-some_tables = settings(
-    max_examples=25, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow], deadline=None
-)
+some_tables = settings(max_examples=25, suppress_health_check=[HealthCheck.filter_too_much])
 
 
 def dataset(rows, group_by="patient_id"):
@@ -79,13 +77,6 @@ def test_over_the_folds_each_row_is_test_once_and_validation_once(rows, folds, s
         assert counts == dict.fromkeys(data.table["image_id"], 1)
 
 
-def test_the_same_seed_gives_the_same_split_and_another_seed_another():
-    data = even(patients=30)
-    first, again, other = (split_dataset(data, seed=seed) for seed in (3, 3, 4))
-    pd.testing.assert_frame_equal(first, again)
-    assert (first["split"] != other["split"]).any()
-
-
 def test_classes_are_even_over_the_splits():
     counts = split_counts(split_dataset(even(patients=20, images=1)), ("A", "B", "C"))
     assert counts.loc[["A", "B", "C"]].to_numpy().tolist() == [[12, 4, 4]] * 3
@@ -112,14 +103,6 @@ def test_rows_without_an_image_are_split_too_so_that_a_patient_is_in_one_split_e
     data = even()
     here = data.table.assign(image_path=["/x.png" if row % 3 else None for row in range(len(data.table))])
     pd.testing.assert_frame_equal(split_dataset(data), split_dataset(Dataset(here, data.schema, Path())))
-
-
-def test_a_class_of_too_few_patients_is_refused_by_name():
-    rows = [("NEV", f"n{person}") for person in range(10)] + [("MEL", f"m{person}") for person in (0, 0, 0, 1, 1)]
-    with pytest.raises(SplitError, match=r"class MEL has 2 patients; .* share no patient need at least 3"):
-        split_dataset(dataset(rows))
-    with pytest.raises(SplitError, match=r"class MEL has 2 lesions; .* share no lesion"):
-        split_dataset(dataset(rows, "lesion_id"))
 
 
 def test_a_class_that_the_folds_leave_without_training_rows_is_named():
@@ -244,25 +227,3 @@ def test_thirteen_columns_of_pad_are_missing_together_and_never_for_a_cancer(pad
     shares = gap.groupby(pad.table["label"]).mean().mul(100).round(1)
     assert shares.to_dict() == {"ACK": 61.2, "BCC": 0, "MEL": 0, "NEV": 69.3, "SCC": 0, "SEK": 80.0}
     assert pad.table["label"][~gap].isin(pad.schema.malignant).mean() == pytest.approx(0.729, abs=5e-4)
-
-
-def test_every_category_of_pad_and_isic_is_in_the_schema(pad, isic):
-    for field, table in [(field, data.table) for data in (pad, isic) for field in data.schema.fields]:
-        if field.kind != "numeric":
-            legal = {*(field.categories or BOOLEAN_VALUES), *field.missing_codes}
-            assert set(table[field.name].dropna()) <= legal, field.name
-
-
-def test_the_papers_split_is_refused_for_a_table_in_another_order(pad):
-    table = pad.table.sort_values("image_id").reset_index(drop=True)
-    with pytest.raises(SplitError, match="published order"):
-        split_dataset(Dataset(table, pad.schema, pad.root), "paper")
-
-
-def test_the_default_protocol_is_patient_disjoint(pad):
-    split = split_dataset(pad)
-    assert len(split) == 2298
-    shares = leakage(pad, split)
-    assert shares["patient"]["train_or_val"] == shares["lesion"]["train_or_val"] == 0
-    counts = split_counts(split, pad.schema.classes)
-    assert (counts.loc["MEL"] >= 5).all()

@@ -1,4 +1,3 @@
-import hashlib
 import tempfile
 from pathlib import Path
 
@@ -96,17 +95,6 @@ def test_it_loads_as_a_synthetic_data_set_with_every_image(root):
             assert values <= {*field.categories, *field.missing_codes, *field.aliases}, field.name
 
 
-def test_patients_have_several_lesions_and_lesions_several_images(raw):
-    patients = raw.groupby("patient_id")
-    assert patients.size().max() <= 5
-    assert 0.2 < (patients.size() > 1).mean() < 0.7
-    assert (patients["diagnostic"].nunique() > 1).sum() >= 10
-    assert (raw.groupby("lesion_id").size() > 1).sum() >= 30
-    # What is true of a person or a lesion is the same in all its rows.
-    assert (patients["age"].nunique() == 1).all()
-    assert (raw.drop(columns="img_id").groupby("lesion_id").nunique() == 1).all(axis=None)
-
-
 def test_thirteen_columns_are_missing_together_and_never_for_a_cancer(raw):
     missing = raw[list(MISSING_TOGETHER)] == ""
     assert len(MISSING_TOGETHER) == 13
@@ -165,7 +153,7 @@ def test_a_seed_gives_the_same_bytes_again_and_a_larger_sample_begins_with_them(
     assert sum(name.startswith("images/") for name in large) == sum(name.startswith("masks/") for name in large) == 90
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(st.integers(min_value=0, max_value=2**64))
 def test_the_smallest_sample_of_any_seed_can_be_split_by_patient(seed):
     with tempfile.TemporaryDirectory() as folder:
@@ -187,35 +175,6 @@ def test_a_folder_that_holds_something_else_is_refused_and_left_alone(tmp_path):
         make_synthetic(tmp_path / "metadata.csv", **SMALL)
 
 
-def test_a_synthetic_sample_is_replaced_but_files_of_other_names_stay(tmp_path):
-    make_synthetic(tmp_path / "made", images=90, side=64, seed=1)
-    (tmp_path / "made" / "images" / "notes.txt").write_text("mine")
-    (tmp_path / "made" / "masks" / "mine.png").write_text("mine")
-    make_synthetic(tmp_path / "made", **SMALL)
-    again = contents(tmp_path / "made")
-    assert again.pop("images/notes.txt") == again.pop("masks/mine.png") == b"mine"
-    assert again == contents(make_synthetic(tmp_path / "fresh", **SMALL))
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"), [({"images": 59}, "at least 60"), ({"side": 63}, "at least 64"), ({"seed": -1}, "negative")]
-)
-def test_numbers_that_make_no_sample_are_refused_before_anything_is_written(tmp_path, wrong, message):
-    with pytest.raises(DataError, match=message):
-        make_synthetic(tmp_path / "new", **wrong)
-    assert not (tmp_path / "new").exists()
-
-
-def test_masks_took_nothing_from_the_random_streams_of_images_and_table(tmp_path):
-    root = make_synthetic(tmp_path, seed=7, **SMALL)
-    assert hashlib.sha256((root / "metadata.csv").read_bytes()).hexdigest() == TABLE_WITHOUT_MASKS
-    for name, means in IMAGES_WITHOUT_MASKS.items():
-        # Means, since another version of OpenCV may round otherwise; another draw of skin, light or place moves them by
-        # far more.
-        quarters = cv2.imread(str(root / "images" / name)).astype(float).reshape(2, 32, 2, 32, 3).mean(axis=(1, 3))
-        np.testing.assert_allclose(quarters[..., 2].ravel(), means, atol=0.5)
-
-
 @pytest.mark.parametrize(("label", "side"), [("BCC", 100), ("MEL", 192), ("NEV", 450), ("SEK", 192)])
 def test_a_mask_lies_where_the_image_changes(label, side):
     for seed in range(4):
@@ -231,22 +190,3 @@ def test_a_mask_lies_where_the_image_changes(label, side):
         assert (seen & mask).sum() / (seen | mask).sum() > 0.75, seed
         centre = [np.mean(np.nonzero(what), axis=1) for what in (seen, mask)]
         np.testing.assert_allclose(*centre, atol=0.01 * side)
-
-
-@pytest.mark.parametrize("side", [75, 300, 900])
-def test_a_mask_follows_the_outline_to_half_a_pixel(side):
-    # A disc of half the canvas's side: depth is a plain cone, and the framing a turn with a known zoom and shift.
-    axis = (np.arange(128) - 64) / 64
-    cone = (0.5 - np.hypot(axis[:, None], axis[None, :])).astype(np.float32)
-    lesion = draw_lesion("NEV", np.random.default_rng(0))._replace(depth=cone)
-    rng = np.random.default_rng(3)
-    zoom = np.clip(0.2 * rng.lognormal(0, 0.18), 0.10, 0.33)
-    rng.uniform(0, 2 * np.pi, 2)
-    squeeze = rng.uniform(0.88, 1)
-    centre = 0.5 + rng.normal(0, 0.05, 2).clip(-0.12, 0.12)
-    mask = lesion_mask(lesion, 0.2, np.random.default_rng(3), side)
-    # Radius in sides: half of the canvas's half, which spans 1.6 mean radii.
-    assert mask.mean() == pytest.approx(np.pi * squeeze * (0.5 * 1.6 * zoom) ** 2, rel=0.02)
-    # Of the image's pixel n the middle lies at (n + .5) / side.
-    expected = (centre * side + 0.5) / side
-    np.testing.assert_allclose((np.mean(np.nonzero(mask), axis=1)[::-1] + 0.5) / 300, expected, atol=0.5 / 300)
