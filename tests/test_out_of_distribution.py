@@ -28,9 +28,9 @@ from dualrefnet.analysis.out_of_distribution import (
     share_interval,
     summarise,
 )
+from dualrefnet.deploy.network import TorchNetwork
 from dualrefnet.errors import DataError, RunError
 from dualrefnet.evaluation.bootstrap import wilson_interval
-from dualrefnet.models.inference import VectorKeeper, predict_logits
 from dualrefnet.run import Run
 from dualrefnet.runtime.out_of_distribution import OutOfDistributionScore
 
@@ -175,18 +175,14 @@ def opened(tiny_run: Run) -> OpenedRun:
     return open_run(tiny_run)
 
 
-def test_vectors_are_kept_of_what_is_classified_and_the_answer_stays(opened: OpenedRun) -> None:
+def test_vectors_of_the_predictor_are_those_of_the_run(opened: OpenedRun) -> None:
     examples = opened.pictures("test")
-    keeper = VectorKeeper(opened.model)
-    arguments = (opened.recipe.image.size, opened.normalisation, opened.device)
-    kept = predict_logits(keeper, examples.in_order(7), *arguments).logits
-    assert torch.equal(kept, predict_logits(opened.model, examples.in_order(7), *arguments).logits)
-    found = keeper.take()
-    assert found is not None
-    np.testing.assert_allclose(found, opened.vectors(examples, np.arange(len(examples))), atol=1e-5)
-    assert found.shape == (len(examples), 1280)
-    assert keeper.take() is None
-    assert not opened.model.training
+    network = TorchNetwork(opened.model, opened.recipe.image.size, opened.normalisation, opened.device)
+    images = examples.batch(np.arange(7)).images.permute(0, 2, 3, 1).numpy()
+    output = network(images, None, examples.metadata[:7])
+    np.testing.assert_allclose(output.vectors, opened.vectors(examples, np.arange(7)), atol=1e-5)
+    expected = opened.model(opened.encode(examples.batch(np.arange(7))), torch.from_numpy(examples.metadata[:7]))
+    np.testing.assert_allclose(output.logits, expected.logits.detach(), atol=1e-5)
 
 
 def test_evaluation_fits_the_score_and_counts_false_alarms(opened: OpenedRun) -> None:
