@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -138,7 +138,6 @@ def test_an_override_that_cannot_be_read_is_named(text):
         parse_overrides([text])
 
 
-@settings(deadline=None)
 @given(st.lists(st.text(max_size=30), max_size=3))
 def test_overrides_of_any_text_are_read_or_refused(arguments):
     with contextlib.suppress(RecipeError):

@@ -378,7 +378,7 @@ GENERATE = {"derandomize": True, "phases": [Phase.explicit, Phase.generate], "su
 
 
 @schema.parametrize()
-@examples(max_examples=25, deadline=None, **GENERATE)
+@examples(max_examples=25, **GENERATE)
 def test_programs_that_follow_the_description_meet_nothing_else(case: Any, client: httpx.Client) -> None:
     wanted = [check for check in schemathesis.checks.CHECKS.get_all() if check.__name__ in CHECKS]
     assert len(wanted) == len(CHECKS)

@@ -13,10 +13,10 @@ from dualrefnet.analysis.availability import measure_availability, predict_split
 from dualrefnet.analysis.opened_run import open_run
 from dualrefnet.analysis.out_of_distribution import fit_run
 from dualrefnet.data.protocols import leakage
-from dualrefnet.data.schema import Dataset, DatasetSchema
+from dualrefnet.data.schema import Dataset
+from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.evaluation.calibration import fit_calibration, fit_thresholds, measure_calibrated
-from dualrefnet.evaluation.comparison import bootstrap_intervals, with_intervals
-from dualrefnet.evaluation.metrics import compute_metrics
+from dualrefnet.evaluation.comparison import metrics_with_intervals
 from dualrefnet.files import write_csv, write_json
 from dualrefnet.progress import progress_bar
 from dualrefnet.run import Run
@@ -39,13 +39,15 @@ def evaluate_run(
     tables, predicted, arrays, measured = [], {}, {}, {}
     for split in ("val", "test"):
         examples = opened.examples(split)
-        with progress_bar(f"predicting {split}") as show:
-            predicted[split] = predict_split(opened, split, examples, show)
+        predicted[split] = predict_split(opened, split, examples)
         table = prediction_table(examples.image_ids, split, examples.labels, predicted[split].recorded, classes)
         tables.append(table)
         probabilities = table[[f"prob_{name}" for name in classes]].to_numpy(dtype=float)
-        arrays[split] = (examples.labels, probabilities, groups.loc[table["image_id"]].to_numpy())
-        measured[split] = _measure(*arrays[split], schema, wanted.bootstrap, seed)
+        patients = groups.loc[table["image_id"]].to_numpy()
+        arrays[split] = (examples.labels, probabilities, Bootstrap(patients, wanted.bootstrap, seed))
+        with progress_bar("bootstrap") as show:
+            bootstrap = Bootstrap(patients, wanted.bootstrap, seed, progress=show)
+            measured[split] = metrics_with_intervals(examples.labels, probabilities, bootstrap, classes, malignant)
     write_csv(run.path / "predictions.csv", pd.concat(tables, ignore_index=True))
     validation, test = predicted["val"], predicted["test"]
     targets = wanted.coverage, wanted.referral_sensitivity
@@ -62,18 +64,13 @@ def evaluate_run(
         for one in validation.groups
         if one.group is not None
     ]
-    calibration = fit_calibration(
-        *arrays["val"], classes, malignant, *targets, wanted.bootstrap, seed, thresholds, validation.field_effects
-    )
+    calibration = fit_calibration(*arrays["val"], classes, malignant, *targets, thresholds, validation.field_effects)
     write_json(run.calibration_file, calibration.to_json())
-    calibrated = measure_calibrated(calibration, *arrays["test"], wanted.bootstrap, seed)
-    labels, _, patients = arrays["test"]
-    with progress_bar("with missing inputs") as show:
-        availability = measure_availability(calibration, test, labels, patients, wanted.bootstrap, seed, show)
+    labels, _, resampled = arrays["test"]
     metrics = {
         **measured["test"],
-        "calibrated": calibrated,
-        "availability": availability,
+        "calibrated": measure_calibrated(calibration, *arrays["test"]),
+        "availability": measure_availability(calibration, test, labels, resampled),
         "split": "test",
         "protocol": recipe.data.protocol,
         "dataset": schema.title,
@@ -84,8 +81,7 @@ def evaluate_run(
         "validation": measured["val"],
     }
     if validation.vectors is not None and test.vectors is not None:
-        with progress_bar("out-of-distribution score") as show:
-            metrics["out_of_scope"] = fit_run(opened, validation.vectors, test.vectors, show)
+        metrics["out_of_scope"] = fit_run(opened, validation.vectors, test.vectors)
     write_json(run.metrics_file, metrics)
     return metrics
 
@@ -98,17 +94,3 @@ def prediction_table(
     preds = names[probabilities.argmax(axis=1)]
     table = pd.DataFrame({"image_id": image_ids, "split": split, "label": names[labels], "predicted": preds})
     return pd.concat([table, pd.DataFrame(probabilities, columns=[f"prob_{name}" for name in classes])], axis=1)
-
-
-def _measure(
-    labels: np.ndarray, probabilities: np.ndarray, groups: np.ndarray, schema: DatasetSchema, samples: int, seed: int
-) -> dict[str, Any]:
-    """Return the metrics of one split, with intervals over resampled groups unless `samples` is 0."""
-    metrics = compute_metrics(labels, probabilities, schema.classes, schema.malignant)
-    if not samples:
-        return metrics
-    with progress_bar("bootstrap") as show:
-        intervals = bootstrap_intervals(
-            labels, probabilities, groups, schema.classes, samples, seed, progress=show, malignant=schema.malignant
-        )
-    return with_intervals(metrics, intervals)
