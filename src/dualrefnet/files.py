@@ -29,6 +29,17 @@ os.umask(_UMASK)
 
 
 @contextmanager
+def enough_space(path: Path | str) -> Iterator[None]:
+    """Say in one line that `path` wasn't written because the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(f"the disk is full: {path} was not written; free some space and run again") from error
+        raise
+
+
+@contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Give a temporary neighbour of `path`, and rename it to `path` if the block ends without an error.
 
@@ -39,17 +50,14 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = None
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        # mkstemp makes the file private; an ordinary file has the rights that the user's umask leaves.
-        temporary.chmod(0o666 & ~_UMASK)
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(f"the disk is full: {path} was not written; free some space and run again") from error
-        raise
+        with enough_space(path):
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+            os.close(handle)
+            temporary = Path(name)
+            yield temporary
+            # mkstemp makes the file private; an ordinary file has the rights that the user's umask leaves.
+            temporary.chmod(0o666 & ~_UMASK)
+            os.replace(temporary, path)
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
