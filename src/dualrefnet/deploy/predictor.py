@@ -226,6 +226,6 @@ def _bundle_parts(folder: Path, device: str, variant: str) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise RunError(f"{folder} can't be loaded: {error}") from None
     if parts["reads_image"] and parts["out_of_scope"] is None:
-        warn(f"{folder} has no out-of-distribution score, so images without a lesion get no warning of their own")
+        warn(f"{folder} has no out-of-distribution score, so images without a lesion get no warning; export it again")
     names = ("name", "dualrefnet", "dataset", "classes", "class_names", "malignant", "measured")
     return {"description": {name: description.get(name) for name in names} | {"variant": variant}, **parts}

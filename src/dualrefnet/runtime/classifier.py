@@ -218,7 +218,7 @@ class Classifier:
         if self.reads_image and images[0] is None:
             warnings.append("predicted without an image")
         elif self.reads_image and self.out_of_scope is None:
-            warnings.append("this model has no out-of-distribution score: an image without a lesion gets no warning")
+            warnings.append("not checked whether the image looks like those this model was trained on: no score for it")
         return warnings
 
     def _threshold_warnings(self, label: str, thresholds: Thresholds, refer: bool | None) -> list[str]:
