@@ -98,8 +98,8 @@ def serve(
         typer.Option(
             "--allow-origin",
             metavar="ORIGIN",
-            help="A web site, such as https://lesions.example.org, whose pages may use the service too; without API keys "
-            "also a name under which it may be used. Can be repeated.",
+            help="A web site, such as https://lesions.example.org, whose pages may use the service. Without API keys "
+            "also a name of the service. Can be repeated.",
         ),
     ] = None,
     page: Annotated[bool, typer.Option("--page/--no-page", help="The web page at /.")] = True,
