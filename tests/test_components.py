@@ -102,7 +102,7 @@ def test_the_choice_is_by_balanced_accuracy_and_absent_classes_dont_count():
     torch.testing.assert_close(fusion.weights, torch.tensor([0.5, 0.5]))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(heads=st.integers(1, 3), images=st.integers(1, 12), classes=st.integers(2, 4), seed=st.integers(0, 2**31 - 1))
 def test_chosen_weights_are_a_mean_and_no_worse_than_the_best_head(heads, images, classes, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -118,7 +118,7 @@ VALUES = st.recursive(
 TEXTS = st.text().map(lambda text: text.encode("utf-8", "surrogatepass"))
 
 
-@examples(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(max_examples=300, suppress_health_check=list(HealthCheck))
 @given(st.binary(max_size=200) | TEXTS | VALUES.map(lambda value: json.dumps(value).encode()))
 def test_metadata_are_parsed_or_refused_and_nothing_else(raw: bytes) -> None:
     refused, metadata = None, {}
@@ -135,7 +135,7 @@ def test_metadata_are_parsed_or_refused_and_nothing_else(raw: bytes) -> None:
     assert all(isinstance(value, str | int | float | bool | None) for value in metadata.values())
 
 
-@examples(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(max_examples=200, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_damaged_bodies_of_every_kind(served: httpx.Client, data: st.DataObject) -> None:
     chance = data.draw(st.randoms(use_true_random=False))

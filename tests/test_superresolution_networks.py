@@ -24,7 +24,6 @@ from dualrefnet.models.superresolution_networks import (
 )
 
 REAL_FOLDER = os.environ.get(WEIGHTS_VARIABLE)
-MEAN = torch.tensor([0.4488, 0.4371, 0.4040])
 
 every_network = pytest.mark.parametrize("name", NETWORKS)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -80,8 +81,8 @@ def run_parts(run: Path | str | Run, device: str) -> dict[str, Any]:
         "malignant": about["malignant"],
         "encoder": MetadataEncoder.from_json(about["metadata"]),
         "image": image,
-        "reads_image": model.reads_image,
-        "reads_metadata": model.reads_metadata,
+        "reads_image": bool(model.reads_image),
+        "reads_metadata": bool(model.reads_metadata),
         "learned_tokens": not model.needs_image,
         "out_of_scope": _find_score(run, model) if model.reads_image else None,
         "decision": run.calibration if run.calibration_file.is_file() else None,
@@ -228,16 +229,16 @@ def trace(model: ExportedModel) -> ExportedProgram:
 
 
 def write_program(program: ExportedProgram, file: Path) -> None:
-    """Write a program for `torch.export.load` without the pickle that torch would add: the inputs that it was traced
-    with.
-    """
-    given = program.example_inputs
+    """Write a program for `torch.export.load`, without the inputs that it was traced with, which would be a pickle."""
+    given, content = program.example_inputs, io.BytesIO()
     # The setter wants inputs; what is written in place of none is an empty file.
     program._example_inputs = None
     try:
-        torch.export.save(program, file)
+        # Torch's own writer of files ends the process when the disk is full.
+        torch.export.save(program, content)
     finally:
         program._example_inputs = given
+    file.write_bytes(content.getbuffer())
 
 
 def write_onnx(program: ExportedProgram, model: ExportedModel, file: Path, about: dict[str, str]) -> None:
