@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dualrefnet.display.figure import ReportFigure
 from dualrefnet.evaluation.metrics import compute_metrics, metrics_from_confusion
 from dualrefnet.report.performance import draw_confusion, draw_history, selected_epoch
 from dualrefnet.run import Run
@@ -75,14 +74,10 @@ def test_the_selected_epoch_is_the_one_whose_model_was_kept(tiny_run: Run) -> No
     row = table.set_index("epoch").loc[epoch]
     # The kept parameters give the validation measures of that epoch.
     assert row["val_balanced_accuracy"] == pytest.approx(run.metrics["validation"]["balanced_accuracy"], abs=1e-6)
-    picture = draw_history(table, epoch)
-    assert_readable(picture)
-    kept = picture.data[picture.data["kept"] & (picture.data["panel"] == "balanced accuracy")]
+    figure = draw_history(table, epoch)
+    assert_readable(figure)
+    kept = figure.data[figure.data["kept"] & (figure.data["panel"] == "balanced accuracy")]
     assert kept["value"].tolist() == pytest.approx([row["val_balanced_accuracy"]])
-
-
-def panels(picture: ReportFigure) -> list[str]:
-    return list(dict.fromkeys(picture.data["panel"]))
 
 
 def test_the_history_draws_what_the_method_has() -> None:
@@ -93,36 +88,25 @@ def test_the_history_draws_what_the_method_has() -> None:
         "l1_classifier": [10.0, 11.0, 12.0, 13.0],
         "val_psnr": [20.0] * 4,
     }
-    picture = draw_history(history(**full), 2)
-    assert_readable(picture)
-    assert panels(picture) == [
-        "classification loss",
-        "balanced accuracy",
-        "total loss",
-        "reconstruction loss",
-        "weight penalty",
-        "relative L1 norm",
-    ]
-    values = {key: part["value"].tolist() for key, part in picture.data.groupby(["panel", "series"])}
+    figure = draw_history(history(**full), 2)
+    assert_readable(figure)
+    values = {key: part["value"].tolist() for key, part in figure.data.groupby(["panel", "series"], sort=False)}
     assert values["relative L1 norm", "hidden"] == [1, 0.75, 0.5, 0.25]
     assert values["relative L1 norm", "classifier"] == pytest.approx([1, 1.1, 1.2, 1.3])
     assert values["classification loss", "training"] == [1.0, 0.8, 0.6, 0.5]
     assert values["classification loss", "validation"] == [0.9, 0.7, 0.75, 0.6]
     assert values["balanced accuracy", "validation"] == [0.4, 0.6, 0.6, 0.5]
-    assert picture.data.loc[picture.data["kept"], "epoch"].unique().tolist() == [2]
-    dot = picture.figure.axes[1].lines[1]
-    assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (2, 0.6)
+    assert {"total loss", "reconstruction loss", "weight penalty"} <= set(figure.data["panel"])
+    assert figure.data.loc[figure.data["kept"], "epoch"].unique().tolist() == [2]
 
     plain = draw_history(history(), 2)
-    assert panels(plain) == ["classification loss", "balanced accuracy"]
+    assert set(plain.data["panel"]) == {"classification loss", "balanced accuracy"}
     heads = draw_history(history(train_classification_image=[2.0] * 4, train_classification_metadata=[3.0] * 4), 4)
     assert_readable(heads)
-    assert panels(heads) == ["classification loss", "balanced accuracy", "loss of auxiliary heads", "total loss"]
     assert set(heads.data.loc[heads.data["panel"] == "loss of auxiliary heads", "series"]) == {"image", "metadata"}
 
 
 def test_the_history_of_a_single_epoch_can_be_drawn_and_an_unknown_epoch_is_refused() -> None:
-    picture = draw_history(history().head(1), 1)
-    assert_readable(picture)
+    assert_readable(draw_history(history().head(1), 1))
     with pytest.raises(ValueError, match="no epoch 5"):
         draw_history(history(), 5)

@@ -93,7 +93,7 @@ def test_a_measure_without_any_value_is_not_drawn() -> None:
     with pytest.raises(DataError, match="nothing to draw"):
         draw_subgroups(nobody, "accuracy")
     section = subgroups_section(nobody)
-    assert section.pictures == []
+    assert section.figures == []
 
 
 def test_the_section_on_subgroups_counts_the_gaps() -> None:
@@ -106,7 +106,7 @@ def test_the_section_on_subgroups_counts_the_gaps() -> None:
     first = tables[0].rows[0]
     values = found.table[(found.table["level"] == "FEMALE")].set_index("measure")["value"]
     assert [cell.text for cell in first[1:3]] == [f"{values[name]:.3f}" for name in ("balanced_accuracy", "accuracy")]
-    for picture in section.pictures:
+    for picture in section.figures:
         assert_readable(picture)
 
 
@@ -114,7 +114,7 @@ def test_the_sections_on_calibration_show_what_the_run_measured(tiny_run: Run) -
     measured = read_measured(tiny_run)
     values = measured.metrics["calibrated"]
     calibration, conformal = calibration_section(measured, 20, 0), conformal_section(measured, 20, 0)
-    pictures = [*calibration.pictures, *conformal.pictures]
+    pictures = [*calibration.figures, *conformal.figures]
     assert [one.name for one in pictures] == ["reliability", "reliability_calibrated", "selective", "referral"]
     for picture in pictures:
         assert_readable(picture)
@@ -147,5 +147,5 @@ def test_a_run_on_drawn_data_can_be_divided_into_subgroups(tiny_run: Run) -> Non
     groups = tiny_run.split.set_index("image_id")["patient_id"]
     found = measure_subgroups(test, split_rows(dataset, tiny_run.split, "test"), groups, dataset.schema, samples=20)
     assert found.levels.groupby("field")["images"].sum().tolist() == [len(test)] * 4
-    for picture in subgroups_section(found).pictures:
+    for picture in subgroups_section(found).figures:
         assert_readable(picture)

@@ -92,16 +92,7 @@ SMALL_BYTES = 8_000
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """A figure with all that goes beside it.
-
-    Attributes:
-        name: stem of its files.
-        title: what it shows, a few words.
-        caption: how to read it and how it was made, for a reader without statistics.
-        alt: what it says, in words and numbers, for a screen reader.
-        figure: the drawing.
-        data: the numbers that are drawn, one tidy table.
-    """
+    """A figure with all that goes beside it."""
 
     name: str
     title: str

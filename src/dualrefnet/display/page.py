@@ -19,16 +19,7 @@ EMBEDDED_BYTES = 100_000
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the page.
-
-    Attributes:
-        key: its anchor.
-        title: its heading.
-        intro: sentences before the items.
-        items: tables and figures.
-        preformatted: text in a monospaced font below the items.
-        folded: collapsed until it is opened.
-    """
+    """A section of the page."""
 
     key: str
     title: str
@@ -38,21 +29,13 @@ class Section:
     folded: bool = False
 
     @property
-    def pictures(self) -> list[ReportFigure]:
+    def figures(self) -> list[ReportFigure]:
         """The figures among the items."""
         return [item for item in self.items if isinstance(item, ReportFigure)]
 
 
 def render_page(title: str, subtitle: str, notes: Sequence[str], sections: Sequence[Section], photographs: bool) -> str:
-    """Return the page.
-
-    Args:
-        title: of the page.
-        subtitle: one line below it.
-        notes: what limits the results; in a box at the top.
-        sections: in order.
-        photographs: the page shows images of patients, and says so.
-    """
+    """Return the page."""
     try:
         import jinja2
     except ImportError:

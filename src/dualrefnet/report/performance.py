@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -63,17 +63,7 @@ FEW_IMAGES = 20
 
 @dataclass(frozen=True)
 class Measured:
-    """The test split of a run, read from its folder.
-
-    Attributes:
-        run: the folder.
-        metrics: content of metrics.json.
-        classes: labels in the order of the outputs.
-        malignant: the malignant ones.
-        labels: (N,) of the test images.
-        probabilities: (N, C).
-        groups: (N,) the patient or lesion of each.
-    """
+    """The test split of a run, read from its folder."""
 
     run: Run
     metrics: dict[str, Any]
@@ -90,11 +80,7 @@ class Measured:
 
 
 def read_measured(run: Run) -> Measured:
-    """Read a finished run.
-
-    Raises:
-        RunError: it isn't finished.
-    """
+    """Read a finished run."""
     metrics, description, predictions = run.metrics, run.model, run.predictions
     classes = tuple(description["classes"])
     test = predictions[predictions["split"] == "test"].reset_index(drop=True)
@@ -137,12 +123,11 @@ def _headline_table(measured: Measured) -> PrintedTable:
     values = metrics | {f"malignant_{key}": value for key, value in metrics.get("malignant", {}).items()}
     measures = [measure for measure in HEADLINE if measure in values]
     table = PAPER_TABLES.get(recipe.data.dataset, ("", ""))[0] if recipe.data.protocol == "paper" else ""
-    printed = {
-        measure: reported(recipe.data.dataset, table, recipe.model.method, recipe.model.backbone, measure)
-        for measure in measures
-        if table
-    }
-    paper = {measure: found.value for measure, found in printed.items() if found and found.comparable(measure)}
+    paper = {}
+    for measure in measures if table else ():
+        found = reported(recipe.data.dataset, table, recipe.model.method, recipe.model.backbone, measure)
+        if found and found.comparable(measure):
+            paper[measure] = found.value
     rows = [[Cell(MEASURE_NAMES[measure]), Cell.of(values, measure)] for measure in measures]
     notes = [
         f"In brackets: 95% interval from a bootstrap over {measured.unit}.",
@@ -185,24 +170,18 @@ def class_section(measured: Measured) -> Section:
     return Section("classes", "Per-class metrics", intro, tables)
 
 
-def curve_sections(measured: Measured, samples: int, seed: int) -> Iterator[Section]:
-    """Return the confusion matrix and the ROC and precision-recall curves."""
+def confusion_section(measured: Measured) -> Section:
     matrices = [draw_confusion(measured.metrics, shares, measured.malignant, measured.unit) for shares in (False, True)]
-    yield Section("confusion", "Confusion matrix", [], matrices)
+    return Section("confusion", "Confusion matrix", [], matrices)
+
+
+def curve_section(measured: Measured, samples: int, seed: int) -> Section:
+    """Return the ROC and precision-recall curves."""
     with progress_bar("curves") as show:
-        curves = class_curves(
-            measured.labels,
-            measured.probabilities,
-            measured.groups,
-            measured.classes,
-            samples=samples,
-            seed=seed,
-            progress=show,
-            malignant=measured.malignant,
-        )
-    yield Section(
-        "curves", "ROC and precision-recall", [], [draw_curves(curves, kind, measured.unit) for kind in KINDS]
-    )
+        data = (measured.labels, measured.probabilities, measured.groups, measured.classes)
+        curves = class_curves(*data, samples=samples, seed=seed, progress=show, malignant=measured.malignant)
+    figures = [draw_curves(curves, kind, measured.unit) for kind in KINDS]
+    return Section("curves", "ROC and precision-recall", [], figures)
 
 
 def history_section(measured: Measured) -> Section:
@@ -230,18 +209,7 @@ LEVEL = 40
 def draw_confusion(
     metrics: Mapping[str, Any], shares: bool = False, malignant: Sequence[str] = (), unit: str = "patients"
 ) -> ReportFigure:
-    """Draw the confusion matrix: rows are true classes, columns predicted ones.
-
-    Args:
-        metrics: from `compute_metrics`, with or without intervals; the content of metrics.json.
-        shares: of the true class (each row sums to 1) instead of numbers of images.
-        malignant: the malignant classes, for the caption.
-        unit: `patients` or `lesions`, for the caption.
-
-    Returns:
-        `confusion_counts` or `confusion_shares`; `data` has one row a cell: `true`, `predicted`, `images`, `share` (NaN
-        for a class without images).
-    """
+    """Draw the confusion matrix: rows are true classes, columns predicted ones."""
     import matplotlib
 
     classes = list(metrics["per_class"])
@@ -270,14 +238,8 @@ def draw_confusion(
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
 
-    data = pd.DataFrame(
-        {
-            "true": np.repeat(classes, len(classes)),
-            "predicted": np.tile(classes, len(classes)),
-            "images": counts.ravel(),
-            "share": portion.ravel(),
-        }
-    )
+    data = pd.DataFrame({"true": np.repeat(classes, len(classes)), "predicted": np.tile(classes, len(classes))})
+    data = data.assign(images=counts.ravel(), share=portion.ravel())
     caption = f"{metrics['support']} test images"
     caption += f" of {metrics['bootstrap']['groups']} {unit}" if "bootstrap" in metrics else ""
     caption += ". Rows: true class, with its number of images; columns: predicted class. Each cell is "
@@ -292,10 +254,8 @@ def draw_confusion(
         wrong = counts[index] * (np.arange(len(classes)) != index)
         text = f"{classes[index]}: {counts[index, index]} of {support[index]} correct"
         alt.append(text + f", most often taken for {classes[wrong.argmax()]} ({wrong.max()})" * bool(wrong.any()))
-    name, title = (
-        ("confusion_shares", "Normalised by true class") if shares else ("confusion_counts", "Number of images")
-    )
-    return ReportFigure(name, title, caption, "; ".join(alt), figure, data)
+    name, title = ("shares", "Normalised by true class") if shares else ("counts", "Number of images")
+    return ReportFigure(f"confusion_{name}", title, caption, "; ".join(alt), figure, data)
 
 
 def _text_colour(colour: Sequence[float]) -> str:
@@ -311,16 +271,7 @@ TERMS = {"train_total": "total loss", "train_reconstruction": "reconstruction lo
 
 
 def selected_epoch(history: pd.DataFrame, selection: str) -> int:
-    """Return the epoch whose parameters were kept, as training chose it.
-
-    Args:
-        history: of the run, one row an epoch.
-        selection: `balanced_accuracy`, `accuracy` (the highest on validation; a tie goes to the lower loss) or `loss`
-            (the lowest); the earliest of equal epochs. `last`: the last one.
-
-    Raises:
-        ValueError: the history has no such value.
-    """
+    """Return the epoch whose parameters were kept, as training chose it."""
     if selection == "last":
         return int(history["epoch"].iloc[-1])
     if f"val_{selection}" not in history:
@@ -337,18 +288,7 @@ def selected_epoch(history: pd.DataFrame, selection: str) -> int:
 
 @styled
 def draw_history(history: pd.DataFrame, selected: int) -> ReportFigure:
-    """Draw the losses, the balanced accuracy on validation and, if recorded, the norms of the penalised layers.
-
-    Args:
-        history: of the run, one row an epoch.
-        selected: the epoch whose parameters were kept; see `selected_epoch`.
-
-    Returns:
-        The figure; `data` has one row a point: `panel`, `series`, `epoch`, `value`, `kept` (the epoch is `selected`).
-
-    Raises:
-        ValueError: `selected` isn't in the history.
-    """
+    """Draw the losses, the balanced accuracy on validation and, if recorded, the norms of the penalised layers."""
     if selected not in set(history["epoch"]):
         raise ValueError(f"the history has no epoch {selected}")
     panels = _panels(history)
