@@ -8,11 +8,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from dualrefnet.data.synthetic import make_synthetic
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import Run
 from dualrefnet.suite.results import SuiteResults, aggregate
+
+# Machines are noisy: how long an example takes says nothing about the software.
+settings.register_profile("noisy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("noisy")
 
 # The smallest honest training: a real encoder from scratch on 32 px images, seconds on two cores.
 TINY = {

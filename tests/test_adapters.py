@@ -9,23 +9,13 @@ from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.csv_table import describe, read_csv, read_description
 from dualrefnet.errors import DataError
 
-BLANK = dict.fromkeys((field.name for field in pad_ufes_20.FIELDS), "")
-
-
 PAD = pd.DataFrame(
     [
-        BLANK | {"patient_id": "PAT_1", "lesion_id": "7", "img_id": "PAT_1_7_1.png", "diagnostic": "MEL", "age": "40"},
-        BLANK
-        | {"patient_id": "PAT_2", "lesion_id": "7", "img_id": "PAT_2_7_2.png", "diagnostic": "NEV", "itch": "UNK"},
-        BLANK
-        | {
-            "patient_id": "PAT_2",
-            "lesion_id": "8",
-            "img_id": "PAT_2_8_3.png",
-            "diagnostic": "BCC",
-            "fitspatrick": "3.0",
-        },
-    ]
+        {"patient_id": "PAT_1", "lesion_id": "7", "img_id": "PAT_1_7_1.png", "diagnostic": "MEL", "age": "40"},
+        {"patient_id": "PAT_2", "lesion_id": "7", "img_id": "PAT_2_7_2.png", "diagnostic": "NEV", "itch": "UNK"},
+        {"patient_id": "PAT_2", "lesion_id": "8", "img_id": "PAT_2_8_3.png", "diagnostic": "BCC", "fitspatrick": "3.0"},
+    ],
+    columns=["patient_id", "lesion_id", "img_id", "diagnostic", *(field.name for field in pad_ufes_20.FIELDS)],
 ).assign(biopsed="True")
 
 
@@ -70,23 +60,20 @@ def own(root, table, /, **description):
 
 
 @pytest.mark.parametrize(
-    "files",
+    ("folders", "suffix"),
     [
-        ["images/imgs_part_1/PAT_1_7_1.png", "images/imgs_part_2/PAT_2_7_2.png", "images/imgs_part_3/PAT_2_8_3.png"],
-        ["imgs_part_1/PAT_1_7_1.png", "imgs_part_2/PAT_2_7_2.png", "imgs_part_3/PAT_2_8_3.png"],
-        [
-            "imgs_part_1/imgs_part_1/PAT_1_7_1.png",
-            "images/imgs_part_2/imgs_part_2/PAT_2_7_2.png",
-            "images/imgs_part_3/PAT_2_8_3.png",
-        ],
-        ["images/PAT_1_7_1.jpg", "images/PAT_2_7_2.JPEG", "images/PAT_2_8_3.png"],
+        (["images/imgs_part_1", "images/imgs_part_2", "images/imgs_part_3"], ".png"),
+        (["imgs_part_1", "imgs_part_2", "imgs_part_3"], ".png"),
+        (["imgs_part_1/imgs_part_1", "images/imgs_part_2/imgs_part_2", "images/imgs_part_3"], ".png"),
+        (["images", "images", "images"], ".JPEG"),
     ],
 )
-def test_every_layout_of_pad_ufes_20_is_read(tmp_path, files):
+def test_every_layout_of_pad_ufes_20_is_read(tmp_path, folders, suffix):
+    ids = ["PAT_1_7_1", "PAT_2_7_2", "PAT_2_8_3"]
+    files = [f"{folder}/{image_id}{suffix}" for folder, image_id in zip(folders, ids, strict=True)]
     dataset = load_dataset("pad_ufes_20", pad(tmp_path, files=files))
-    assert list(dataset.table["image_id"]) == ["PAT_1_7_1", "PAT_2_7_2", "PAT_2_8_3"]
+    assert list(dataset.table["image_id"]) == ids
     assert [path.removeprefix(f"{tmp_path}/") for path in dataset.table["image_path"]] == files
-    assert len(dataset.with_image) == 3
 
 
 def test_pad_rows_without_an_image_stay_and_values_are_normalised(tmp_path):
@@ -101,8 +88,10 @@ def test_pad_rows_without_an_image_stay_and_values_are_normalised(tmp_path):
     assert "biopsed" not in dataset.table
 
 
-def test_one_lesion_number_of_two_patients_is_two_lesions(tmp_path):
+def test_one_lesion_number_of_two_patients_is_two_lesions_and_stays_known_without_a_patient(tmp_path):
     assert list(load_dataset("pad_ufes_20", pad(tmp_path)).table["lesion_id"]) == ["PAT_1/7", "PAT_2/7", "PAT_2/8"]
+    table = load_dataset("pad_ufes_20", pad(tmp_path, PAD.assign(patient_id=["NA", "PAT_2 ", ""]))).table
+    assert list(table["lesion_id"]) == ["7", "PAT_2/7", "8"]
 
 
 def test_two_files_of_one_stem_are_refused(tmp_path):
@@ -195,6 +184,46 @@ def test_a_table_without_a_patient_column_gets_a_warning_and_is_grouped_by_lesio
     assert dataset.table["patient_id"].isna().all()
 
 
+def test_a_class_is_called_by_its_most_frequent_spelling(tmp_path):
+    table = TABLE.assign(kind=["Mole", "mole", "mole "])
+    dataset = load_dataset("csv_table", own(tmp_path, table, image="photo", label="kind"))
+    assert dataset.schema.classes == ("mole",)
+    assert set(dataset.table["label"]) == {"mole"}
+    assert "'Mole' is mole" in dataset.warnings[0]
+
+
+NAMES = {
+    "as they are": ["sub/a.jpg", "b.PNG", "c"],
+    "without suffix": ["sub/a", "b", "c"],
+    "another suffix": ["sub/a.png", "b.jpeg", "c.jpg"],
+    "another case": ["SUB/A.JPG", "B.png", "C"],
+    "Windows": ["sub\\a.jpg", ".\\b.PNG", "c"],
+    "spaces": ["sub/a.jpg ", " b.PNG", "c\u00a0"],
+}
+
+
+@pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
+def test_images_are_found_however_a_table_writes_their_names(tmp_path, names):
+    root = own(tmp_path, TABLE.assign(photo=names), **COLUMNS, images="img")
+    files = [root / "img" / name for name in ("sub/a.jpg", "b.PNG", "c")]
+    for file in files:
+        touch(file)
+    (root / "img" / "loop").symlink_to(root / "img" / "loop")
+    (root / "img" / "sub" / "up").symlink_to(root / "img")
+    assert list(load_dataset("csv_table", root).table["image_path"]) == [str(file) for file in files]
+
+
+def test_a_name_that_means_two_images_is_refused_and_a_like_name_elsewhere_is_none(tmp_path):
+    root = own(tmp_path, TABLE.assign(photo=["p1/a", "p2/a", "b"]), **COLUMNS)
+    touch(root / "p1" / "a.jpg")
+    assert list(load_dataset("csv_table", root).table["image_path"].notna()) == [True, False, False]
+    touch(root / "p1" / "A.png")
+    assert load_dataset("csv_table", root).table["image_path"][0] == str(root / "p1" / "a.jpg")
+    touch(root / "p1" / "a.webp")
+    with pytest.raises(DataError, match=r"two images are called p1/a: .*a.jpg and .*a.webp"):
+        load_dataset("csv_table", root)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -234,24 +263,79 @@ def test_describe_guesses_the_kinds():
     table = pd.DataFrame(
         {
             "age": range(20, 60),
+            "size": [f"{number},5" for number in range(40)],
             "grew": ["yes", "no"] * 20,
             "smoker": [1.0, 0.0, None, 1.0] * 10,
-            "type": [1, 2, 3, 4] * 10,
+            "type": [1, 2, 3, "NA"] * 10,
             "site": ["arm", None] * 20,
         }
     )
     kinds = [field.kind for field in describe(table, list(table))]
-    assert kinds == ["numeric", "boolean", "boolean", "categorical", "categorical"]
+    assert kinds == ["numeric", "numeric", "boolean", "boolean", "categorical", "categorical"]
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("form", ["{} mm", "{}cm", "{},000", "~{}", "1.{}0,5"])
+def test_numbers_that_could_be_misread_are_refused_and_not_made_categories(form):
+    values = [form.format(100 + number) for number in range(20)]
+    with pytest.raises(DataError, match="20 values aren't plain ones"):
+        describe(pd.DataFrame({"size": values}), ["size"])
+    with pytest.raises(DataError, match="2 values aren't plain ones"):
+        describe(pd.DataFrame({"size": [*values[:1], "unclear", *range(20)]}), ["size"])
+
+
+WRITTEN = {
+    "commas": "a,b\n1,é\n",
+    "semicolons": "a;b\n1;é\n",
+    "tabs": "a\tb\r\n1\té\r\n",
+    "Excel": "sep=;\na;b\n1;é\n",
+    "Excel's empty columns": "a,b,,\n1,é,,\n,,,\n",
+    "a separator at each end": "a,b\n1,é,\n",
+    "old Mac": "a,b\r1,é\r",
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+@pytest.mark.parametrize("text", WRITTEN.values(), ids=WRITTEN)
+def test_a_csv_is_read_in_whatever_encoding_and_with_whatever_separator(tmp_path, capsys, text, encoding):
+    (tmp_path / "t.csv").write_bytes(text.encode(encoding))
+    table = read_csv(tmp_path / "t.csv")
+    assert table.to_dict("list") == {"a": ["1"], "b": ["é"]}
+    assert ("Windows-1252" in capsys.readouterr().err) == (encoding == "cp1252")
+
+
+def test_row_names_of_r_and_an_index_of_pandas_are_columns_without_a_name(tmp_path):
+    for text in ("a,b\n1,x,y\n2,z,w\n", ",a,b\n1,x,y\n2,z,w\n"):
+        (tmp_path / "t.csv").write_text(text)
+        table = read_csv(tmp_path / "t.csv")
+        assert table.to_dict("list") == {"Unnamed: 0": ["1", "2"], "a": ["x", "z"], "b": ["y", "w"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"a,b\n", "has no rows"),
+        (b"a,b,a\n1,2,3\n", "several columns called a"),
+        (b"a,b\n1,2\n1,2,3\n", "row 2 of .* has 3 cells, and the header 2"),
+        (b'a,b\n1,"2\n', "can't be read as CSV"),
+        (b"a,b\n1,\x002\n", "NUL bytes"),
+        ("a,b\n1,2\n".encode("utf-16-le"), "NUL bytes"),
+    ],
+)
+def test_a_csv_that_could_be_misread_is_refused(tmp_path, content, message):
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_csv(tmp_path / "t.csv")
+
+
+@settings(max_examples=60)
 @given(st.binary(max_size=60) | st.text(alphabet='a,"\n;1\r\0', max_size=40).map(str.encode))
 def test_any_bytes_are_a_table_or_a_data_error(tmp_path_factory, content):
     file = tmp_path_factory.getbasetemp() / "any.csv"
     file.write_bytes(content)
     said = ""
     try:
-        assert isinstance(read_csv(file, dtype=str), pd.DataFrame)
+        assert isinstance(read_csv(file), pd.DataFrame)
     except DataError as error:
         said = str(error)
     assert "\n" not in said

@@ -19,7 +19,6 @@ from dualrefnet.analysis.cases import (
     draw_disagreement,
     draw_gallery,
     find_disagreement,
-    shared_images,
     show_cases,
 )
 from dualrefnet.analysis.gradcam import draw_gradcam, gradcam, overlay
@@ -28,10 +27,11 @@ from dualrefnet.analysis.shap import MISSING_FLAGS
 from dualrefnet.data.images import find_masks
 from dualrefnet.display.figure import WIDTH, ReportFigure, inline_svg
 from dualrefnet.errors import RunError
-from dualrefnet.evaluation.comparison import paired_difference
+from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.files import write_csv, write_yaml
 from dualrefnet.recipe import load_recipe
 from dualrefnet.run import Run
+from resampling import paired_difference
 
 
 def _predictions(rows: list[tuple[str, str, float]]) -> pd.DataFrame:
@@ -55,27 +55,6 @@ def test_the_surest_of_each_class_are_chosen_right_before_wrong() -> None:
     ]
     assert cases[2].predicted == "B"
     assert cases[2].probabilities == {"A": 0.1, "B": 0.9}
-
-
-def test_a_patient_is_shown_once_for_each_class_and_kind() -> None:
-    table = _predictions([("a1", "A", 0.95), ("a2", "A", 0.9), ("a3", "A", 0.7), ("a4", "A", 0.1)])
-    cases = choose_cases(table, ["p", "p", "q", "p"], ["A", "B"], each=2)
-    assert [case.image_id for case in cases] == ["a1", "a3", "a4"]
-
-
-def test_the_order_of_the_rows_has_no_say() -> None:
-    table = _predictions([("a1", "A", 0.9), ("a2", "A", 0.9), ("a3", "A", 0.9)])
-    groups = pd.Series(["p", "q", "r"])
-    there = choose_cases(table, groups, ["A", "B"], each=1)
-    back = choose_cases(table[::-1], groups[::-1], ["A", "B"], each=1)
-    assert there == back
-    assert [case.image_id for case in there] == ["a1"]
-
-
-def test_of_equal_classes_the_second_is_the_next_in_their_order() -> None:
-    case = ChosenCase("a1", "A", "B", WRONG, {"A": 0.2, "B": 0.4, "C": 0.2, "D": 0.2})
-    assert case.second == "A"
-    assert ChosenCase("a1", "A", "A", RIGHT, {"A": 0.4, "B": 0.1, "C": 0.5}).second == "A"
 
 
 @pytest.fixture(scope="module")
@@ -135,14 +114,6 @@ def test_heat_is_asked_for_the_predicted_the_true_and_the_second_class(
             np.testing.assert_allclose(heat, alone, rtol=1e-3, atol=1e-5 * max(1.0, float(alone.max())))
     # Something to compare there was.
     assert max(float(heat.max()) for case in shown for heat in case.saliency.values()) > 0
-
-
-def test_progress_counts_the_images(opened: OpenedRun, cases: list[ChosenCase]) -> None:
-    steps: list[tuple[int, int]] = []
-    show_cases(opened, cases[:3], progress=lambda done, total: steps.append((done, total)))
-    assert steps == [(1, 3), (2, 3), (3, 3)]
-    with pytest.raises(KeyError):
-        show_cases(opened, [ChosenCase("nobody", "ACK", "ACK", RIGHT, dict.fromkeys(opened.classes, 0.1))])
 
 
 CLASSES = ["A", "B", "C"]
@@ -220,16 +191,10 @@ def test_the_difference_is_that_of_the_balanced_accuracies_over_patients(found: 
     # The same bootstrap on answers given with certainty.
     truth = np.array([CLASSES.index(label) for label in labels])
     certain = [np.eye(3)[[CLASSES.index(row[place]) for row in ROWS]] for place in (3, 5)]
-    expected = paired_difference(truth, *certain, [row[1] for row in ROWS], CLASSES, samples=200)
+    bootstrap = Bootstrap([row[1] for row in ROWS], 200)
+    expected = paired_difference(truth, *certain, bootstrap, CLASSES, "balanced_accuracy")
     assert [found.difference.low, found.difference.high] == pytest.approx([expected.low, expected.high])
     assert found.difference.p == pytest.approx(expected.p)
-
-
-def test_shown_are_the_largest_differences_of_every_class_and_each_patient_once(found: Disagreement) -> None:
-    # i2 gives way to i3 of the same patient, and i4 to the only one of class B.
-    assert found.chosen["image_id"].tolist() == ["i3", "i1", "i5", "i7", "i6"]
-    assert found.chosen["kind"].tolist() == ["only_a_right"] * 3 + ["only_b_right"] * 2
-    assert list(found.chosen.columns) == list(found.table.columns)
 
 
 def test_a_patient_is_shown_once_even_if_each_run_is_right_about_one_image(tmp_path: Path) -> None:
@@ -268,22 +233,6 @@ def test_runs_that_can_not_be_compared_are_refused_in_words(tmp_path: Path) -> N
         find_disagreement(a, run_of(tmp_path / "patients", regrouped, 5))
     with pytest.raises(RunError, match=r"has no predictions.csv"):
         find_disagreement(a, Run(tmp_path / "nothing"))
-
-
-def test_patients_may_be_called_otherwise_but_there_must_be_two() -> None:
-    a = pd.DataFrame({"image_id": ["1", "2", "3"], "label": "A", "group": ["p", "p", "q"]})
-    assert shared_images(a, a.assign(group=["x", "x", "y"]))["group"].tolist() == ["p", "p", "q"]
-    with pytest.raises(RunError, match="of one patient"):
-        shared_images(a.iloc[:2], a)
-
-
-def test_a_real_run_agrees_with_itself(tiny_run: Run) -> None:
-    found = find_disagreement(tiny_run, tiny_run, samples=20)
-    assert found.counts["only_a_right"] == found.counts["only_b_right"] == 0
-    assert found.chosen.empty
-    assert found.balanced_accuracy_a == pytest.approx(tiny_run.metrics["balanced_accuracy"])
-    assert (found.difference.low, found.difference.high) == (0, 0)
-    assert sum(found.counts.values()) == len(found.table) == (tiny_run.split["split"] == "test").sum()
 
 
 LONG = ("squamous cell carcinoma", "BASAL CELL CARCINOMA", "actinic keratosis", "melanocytic nevus", "x")

@@ -90,7 +90,7 @@ def test_readers_never_see_half_a_file(tmp_path):
     assert seen <= {100_000, 200_000}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(value=json_values)
 def test_json_comes_back_as_it_was(tmp_path_factory, value):
     file = tmp_path_factory.getbasetemp() / "round_trip.json"

@@ -268,7 +268,7 @@ def test_linear_models_on_the_metadata_of_isic(isic):
     columns = feature_sets(rows)[ALL]
     assert columns.shape[1] == 11
     fitted = linear().fit(columns[rows.splits == "train"], rows.labels[rows.splits == "train"])
-    bootstrap = Bootstrap(rows.groups[rows.test], int(rows.test.sum()), 1)
+    bootstrap = Bootstrap(rows.groups[rows.test], 1)
     preds = fitted.predict(columns[rows.test])
     assert balanced_accuracy(rows.labels[rows.test], preds, rows.classes, bootstrap)[0] == pytest.approx(
         0.323, abs=0.01

@@ -39,7 +39,7 @@ def images(tmp_path_factory):
     return fill_store(table, section, cache=tmp_path_factory.mktemp("cache"))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(count=st.integers(0, 40), size=st.integers(1, 12), world=st.integers(1, 4))
 def test_in_order_every_row_comes_once_over_all_ranks(count, size, world):
     shares = [
@@ -53,7 +53,7 @@ def test_in_order_every_row_comes_once_over_all_ranks(count, size, world):
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     count=st.integers(2, 60),
     size=st.integers(2, 16),
@@ -159,7 +159,7 @@ def test_a_flip_is_exact_in_bytes(name, axis):
     assert torch.equal(warp(images / 255, draws.geometry).mul(255).round(), images.flip(axis))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10**6), rotation=st.sampled_from([0.0, 45.0, 180.0]))
 def test_warping_the_image_and_its_target_of_twice_the_size_commute(seed, rotation):
     geometry = draw(3, AugmentationSection(rotation=rotation, scale=(0.5, 1.0)), seed, 0).geometry
@@ -176,7 +176,7 @@ def test_warping_the_image_and_its_target_of_twice_the_size_commute(seed, rotati
     assert ((small - warp(image, geometry)).abs() * inside).max() < 0.02
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(section=sections, seed=st.integers(0, 2**31 - 1), epoch=st.integers(0, 500))
 def test_without_rotation_the_crop_stays_inside_and_every_choice_in_its_range(section, seed, epoch):
     draws = draw(20, section, seed, epoch)
@@ -238,7 +238,7 @@ def test_brightness_multiplies_and_contrast_stretches_about_the_mean():
     )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(section=sections, seed=st.integers(0, 10**6))
 def test_the_result_stays_in_range(section, seed):
     draws = draw(4, section, seed, 0)

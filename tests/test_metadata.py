@@ -161,7 +161,7 @@ def test_plain_json_gives_the_same_encoder_to_the_bit(section):
     assert same(rebuilt, encoder)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(labels=st.permutations(["A", "B", "A", "B"]))
 def test_the_label_is_never_looked_at(labels):
     assert same(fit(ROWS.assign(label=labels)), fit())
@@ -184,7 +184,7 @@ values = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=st.lists(st.fixed_dictionaries({}, optional=values), min_size=1, max_size=5))
 def test_any_record_is_encoded_to_finite_numbers_that_say_what_was_missing(rows):
     encoder = fit(imputation="zero")

@@ -7,8 +7,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from dualrefnet.errors import RecipeError
-from dualrefnet.models import metablock
 from dualrefnet.models.base import Architecture
 from dualrefnet.models.concat import reduced_features
 from dualrefnet.models.deepmetaforge import DeepMetadataFusion, MetadataConvolution
@@ -21,7 +19,7 @@ from dualrefnet.models.encoders import (
     EncoderOutput,
     WeightsSource,
 )
-from dualrefnet.models.ensemble import EfficientChannelAttention, Ensemble, Member
+from dualrefnet.models.ensemble import EfficientChannelAttention, Ensemble
 from dualrefnet.models.hmfb import HyperparametricBlock
 from dualrefnet.models.jif_mmfa import MutualAttention
 from dualrefnet.models.metablock import MetaBlock
@@ -36,13 +34,6 @@ def test_the_share_is_right_to_half_a_feature(width, factor):
     assert reduced >= 1
     # A fused vector of n + d has (n + d) c_f image features.
     assert abs(reduced - factor * (reduced + width)) <= 0.5 * (1 - factor) + 1e-9 or reduced == 1
-
-
-def test_the_factor_of_the_recipe_sets_the_widths():
-    model = build("concat", features=4, metadata_width=81)
-    assert (model.reducer[0].out_features, model.classifier.in_features) == (324, 405)
-    model = build("concat", features=4, metadata_width=6, combination_factor=0.25)
-    assert (model.reducer[0].out_features, model.classifier.in_features) == (2, 8)
 
 
 def test_the_reduced_vector_stands_beside_the_form_as_it_is():
@@ -68,13 +59,6 @@ def test_the_form_gates_every_channel():
     torch.testing.assert_close(output.logits, torch.tensor([[-2.023188, 2.0]]))
 
 
-def test_gating_the_map_before_the_mean_gives_the_same():
-    model = build("metanet", features=3, metadata_width=4)
-    last_map, form = torch.randn(1, 3, 2, 2), torch.randn(1, 4)
-    gated = (last_map * model.gate(form)[:, :, None, None]).mean(dim=(2, 3))
-    torch.testing.assert_close(model(given(last_map.mean(dim=(2, 3))[0].tolist()), form).features, gated)
-
-
 def test_in_the_reimplementation_one_gate_of_two_layers_belongs_to_64_channels():
     model = build("metanet", features=128, metadata_width=1, metanet_variant="mb_compat")
     set_linear(model.gate[0], [[1.0]] + [[0.0]] * 63)
@@ -95,23 +79,6 @@ def test_the_block_gives_the_numbers_of_the_formula():
     out = block(torch.tensor([[[0.0, 1.0], [2.0, -0.5]]]), torch.tensor([[3.0, -1.0]]))
     # sigmoid(tanh(0) + .5), sigmoid(tanh(1) + .5); sigmoid(tanh(-2) - .5), sigmoid(tanh(.5) - .5)
     torch.testing.assert_close(out, torch.tensor([[[0.622459, 0.779299], [0.187852, 0.490530]]]), atol=2e-6, rtol=0)
-
-
-def test_one_pair_of_numbers_belongs_to_32_neighbours_of_the_vector():
-    model = build("metablock", features=64, metadata_width=1)
-    set_linear(model.block.scale[0], [[0.0], [0.0]])
-    set_norm(model.block.scale[1], [0, 0])
-    set_linear(model.block.shift[0], [[0.0], [1.0]])
-    set_norm(model.block.shift[1], [0, 0])
-    features = model(given([1.0] * 64), torch.tensor([[2.0]])).features
-    # tanh(0) + (0, 2) through the sigmoid: .5 for the first 32, .880797 for the others.
-    torch.testing.assert_close(features, torch.tensor([[0.5] * 32 + [0.880797] * 32]), atol=1e-6, rtol=0)
-
-
-def test_every_encoder_fits_and_another_is_refused():
-    assert all(spec.features % metablock.GROUP == 0 for spec in BACKBONES.values())
-    with pytest.raises(RecipeError, match="groups of 32; mobilenet_v2 has 48"):
-        build("metablock", features=48, metadata_width=1)
 
 
 # The released code's, of the encoders that it has.
@@ -154,26 +121,6 @@ def test_mutual_attention_gives_the_numbers_of_the_formula():
     torch.testing.assert_close(out, torch.tensor([[2.083545, -1.032059]]), atol=1e-6, rtol=0)
 
 
-def test_branches_are_those_of_the_earlier_code():
-    model = build("jif_mmfa", features=2048, metadata_width=9)
-    for branch, before in ((model.image_branch, 2048), (model.metadata_branch, 9)):
-        linear = [layer for layer in branch if isinstance(layer, nn.Linear)]
-        assert [(layer.in_features, layer.out_features) for layer in linear] == [(before, 512), (512, 128)]
-        assert [type(layer) for layer in branch[:4]] == [nn.Linear, nn.BatchNorm1d, nn.SiLU, nn.Dropout]
-        assert branch[3].p == 0.3
-
-
-def test_individual_heads_see_one_side_and_the_joint_head_both():
-    torch.manual_seed(0)
-    model = build("jif_mmfa", features=4, metadata_width=3)
-    vector, form = [1.0, -1.0, 2.0, 0.5], torch.tensor([[1.0, 0.0, -1.0]])
-    heads = model(given(vector), form).heads
-    other_form = model(given(vector), -form).heads
-    other_image = model(given([-value for value in vector]), form).heads
-    assert {name for name in heads if torch.equal(heads[name], other_form[name])} == {"image"}
-    assert {name for name in heads if torch.equal(heads[name], other_image[name])} == {"metadata"}
-
-
 def test_in_training_the_joint_head_is_the_answer_and_each_head_has_a_loss():
     torch.manual_seed(0)
     model = build("jif_mmfa", features=4, metadata_width=3)
@@ -202,18 +149,6 @@ def test_the_module_gives_the_numbers_of_the_formula():
     torch.testing.assert_close(out, torch.tensor([[1.229129, -0.388367, -1.416615, 0.575854]]), atol=1e-5, rtol=0)
 
 
-def test_the_form_opens_the_gates_of_the_image():
-    fusion = fusion_by_hand()
-    seen = []
-    fusion.norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    for first in (-1.0, 1.0):
-        fusion(torch.tensor([[3.0, 1.0]]), torch.tensor([[first, 2.0]]))
-    # sigmoid(GELU(2)) and sigmoid(GELU(4)) of 3, and 3 itself.
-    torch.testing.assert_close(
-        torch.stack([values[0, 0] for values in seen]), torch.tensor([5.627809, 5.946035]), atol=1e-5, rtol=0
-    )
-
-
 def test_the_form_is_convolved_with_zeros_at_its_ends():
     network = MetadataConvolution(metadata_width=3, features=3)
     with torch.no_grad():
@@ -226,16 +161,6 @@ def test_the_form_is_convolved_with_zeros_at_its_ends():
     # (2 + 6, 1 + 4 + 9, 2 + 6); below zero nothing passes.
     torch.testing.assert_close(network(torch.tensor([[1.0, 2.0, 3.0]])), torch.tensor([[8.0, 14.0, 8.0]]))
     torch.testing.assert_close(network(torch.tensor([[-1.0, -2.0, -3.0]])), torch.zeros(1, 3))
-
-
-def test_image_and_form_are_equally_long_and_go_through_512_to_the_classes():
-    model = build("deepmetaforge", features=6, metadata_width=5)
-    assert model(given([1.0] * 6), torch.zeros(1, 5)).features.shape == (1, 12)
-    set_linear(model.hidden, [[0.0] * 12] * 512, [2.0] + [0.0] * 511)
-    set_linear(model.classifier, [[1.0] + [0.0] * 511, [0.0] * 512])
-    # GELU(2) and nothing else.
-    torch.testing.assert_close(model(given([1.0] * 6), torch.zeros(1, 5)).logits, torch.tensor([[1.954500, 0.0]]))
-    assert [layer.p for layer in model.modules() if isinstance(layer, nn.Dropout)] == [0.2]
 
 
 # Widths of the released code: of the form's network, and from the concatenation to the classifier.
@@ -256,16 +181,6 @@ def test_attention_on_two_by_two_places_by_hand():
     torch.testing.assert_close(attention, torch.tensor([[[0.1, 0.2], [0.3, 0.4]]]))
     # .2 ln 2 + .3 ln 3 + .4 ln 4, and .1 + .4 + .9 + 1.6.
     torch.testing.assert_close(looked, torch.tensor([[1.022731, 3.0]]))
-
-
-def test_a_tap_of_other_channels_is_projected_first():
-    block = PlaceAttention(1, 2)
-    set_linear(block.projector, [[1], [2]])
-    # L = (T, 2 T) and g = (1, 1): the score is 3 T.
-    tap = torch.tensor([[[[0.0, math.log(2) / 3], [math.log(3) / 3, math.log(4) / 3]]]])
-    looked, attention = block(tap, torch.tensor([[1.0, 1.0]]))
-    torch.testing.assert_close(attention, torch.tensor([[[0.1, 0.2], [0.3, 0.4]]]))
-    torch.testing.assert_close(looked, torch.tensor([[0.340910, 0.681821]]))
 
 
 def test_projecting_the_question_is_projecting_the_map():
@@ -356,28 +271,9 @@ def test_the_answer_is_the_weighted_mean_of_the_members():
     assert output.features.shape == (1, 3 * 256)
 
 
-def test_members_read_their_own_encoder():
-    torch.manual_seed(0)
-    model, vectors = ensemble(), [torch.randn(1, 3) for _ in range(3)]
-    form = torch.ones(1, 5)
-    heads = model(Encoded(tuple(EncoderOutput(None, vector) for vector in vectors)), form).heads
-    vectors[1] = -vectors[1]
-    others = model(Encoded(tuple(EncoderOutput(None, vector) for vector in vectors)), form).heads
-    assert [name for name in heads if not torch.equal(heads[name], others[name])] == ["member_2"]
-
-
 def test_a_channel_is_gated_by_its_neighbours():
     attention = EfficientChannelAttention()
     with torch.no_grad():
         attention.convolution.weight.copy_(torch.tensor([[[0.0, 0.0, 1.0, 1.0, 0.0]]]))
     # Gates: sigmoid(1 + 2), sigmoid(2 - 2), sigmoid(-2 + 0).
     torch.testing.assert_close(attention(torch.tensor([[1.0, 2.0, -2.0]])), torch.tensor([[0.952574, 1.0, -0.238406]]))
-
-
-def test_a_member_has_128_numbers_of_a_form_however_short():
-    for width in (1, 2, 81):
-        member = Member(3, 2, 0.0).eval()
-        assert member.metadata_network(torch.randn(4, 1, width)).shape == (4, 128)
-        logits, hidden = member(torch.randn(4, 3), torch.randn(4, width))
-        assert (logits.shape, hidden.shape) == ((4, 2), (4, 256))
-        assert (hidden >= 0).all()

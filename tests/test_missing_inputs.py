@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -19,8 +19,8 @@ from dualrefnet.data.synthetic import make_synthetic
 from dualrefnet.deploy.export import export_run
 from dualrefnet.deploy.predictor import Predictor, refuse_shortcut, shortcut_of
 from dualrefnet.errors import RunError
+from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.evaluation.calibration import Calibration, fit_calibration, fit_thresholds
-from dualrefnet.files import read_json, write_json
 from dualrefnet.recipe import MetadataSection, load_recipe
 from dualrefnet.run import Run
 from dualrefnet.runtime.availability import Availability, availability_groups, missingness_shortcut
@@ -40,16 +40,6 @@ def test_every_input_is_in_one_group(image: bool, known: int, fields: int) -> No
     assert len({group.name for group in groups}) == len(groups)
 
 
-def test_a_model_has_the_groups_that_it_can_answer() -> None:
-    assert all(group.image for group in availability_groups(reads_image=True, needs_image=True, reads_metadata=True))
-    assert not any(
-        group.image for group in availability_groups(reads_image=False, needs_image=False, reads_metadata=True)
-    )
-    [alone] = availability_groups(reads_image=True, needs_image=True, reads_metadata=False)
-    assert alone.contains([True, False], [1, 1]).tolist() == [True, False]
-
-
-@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(0, 2**32 - 1), st.floats(0, 1), st.sampled_from([0, 1, 2, 3]))
 def test_what_is_left_was_recorded_and_belongs_to_the_group(
     fields: int, seed: int, recorded_share: float, number: int
@@ -88,17 +78,6 @@ def test_the_thresholds_keep_their_promises_on_new_cases() -> None:
     assert (fitted.images, fitted.cancers) == (3000, int((labels[:3000] == 2).sum()))
 
 
-def test_several_draws_of_a_case_count_as_one() -> None:
-    labels, scores = validation(1, 100)
-    once = fit_thresholds(EVERYTHING, labels, scores, CLASSES, MALIGNANT, 0.9, 0.95)
-    often = fit_thresholds(
-        EVERYTHING, np.tile(labels, 4), np.tile(scores, (4, 1)), CLASSES, MALIGNANT, 0.9, 0.95, draws=4
-    )
-    assert once.referral
-    for name in ("temperature", "threshold", "referral", "class_thresholds", "images", "cancers"):
-        assert getattr(often, name) == pytest.approx(getattr(once, name)), name
-
-
 def test_too_few_cases_give_the_careful_answer() -> None:
     labels, scores = validation(2, 8)
     fitted = fit_thresholds(ALONE, labels, scores, CLASSES, MALIGNANT, 0.9, 0.95)
@@ -131,7 +110,7 @@ def test_a_calibration_of_an_earlier_version_is_read_and_careful() -> None:
     labels, scores = validation(4)
     thresholds = fit_thresholds(EVERYTHING, labels, scores, CLASSES, MALIGNANT, 0.9, 0.95)
     calibration = fit_calibration(
-        labels, scores, np.arange(400), CLASSES, MALIGNANT, samples=0, availability=[thresholds]
+        labels, scores, Bootstrap(np.arange(400), 0), CLASSES, MALIGNANT, availability=[thresholds]
     )
     text = json.loads(json.dumps(calibration.to_json(), allow_nan=False))
     assert Calibration.from_json(text) == calibration
@@ -171,20 +150,6 @@ def test_the_gate_compares_the_same_cases_with_and_without_metadata(
             refuse_shortcut(shortcut, "run", accepted=False)
 
 
-def test_a_model_that_was_never_measured_is_refused_and_one_without_metadata_is_not(
-    tiny_run: Run, tmp_path: Path
-) -> None:
-    assert missingness_shortcut({"availability": {"inputs": {"as_recorded": {}}}}) is None
-    with pytest.raises(RunError, match="never measured"):
-        refuse_shortcut(missingness_shortcut({}), "run", accepted=False)
-    metrics = read_json(tiny_run.metrics_file)
-    assert [one["name"] for one in metrics["availability"]["groups"]][-1] == "image, 67-100% of fields"
-    assert set(tiny_run.calibration.field_effects) == {field["name"] for field in tiny_run.model["metadata"]["fields"]}
-    del metrics["availability"]
-    write_json(tmp_path / "metrics.json", metrics)
-    assert "dualrefnet evaluate" in (shortcut_of(tmp_path) or "")
-
-
 def test_no_service_of_a_shortcut_is_made_unless_it_is_accepted() -> None:
     pytest.importorskip("fastapi")
     from fastapi.testclient import TestClient
@@ -198,7 +163,7 @@ def test_no_service_of_a_shortcut_is_made_unless_it_is_accepted() -> None:
     with pytest.raises(RunError, match="accept-missingness-shortcut"):
         create_app(predictor, ServiceSettings(page=False))  # type: ignore[arg-type]
     accepted = create_app(predictor, ServiceSettings(page=False, accept_missingness_shortcut=True))  # type: ignore[arg-type]
-    with TestClient(accepted) as client:
+    with TestClient(accepted, base_url="http://localhost") as client:
         assert client.get("/v1/model").json()["warning"] == predictor.shortcut
 
 

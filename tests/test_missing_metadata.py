@@ -33,11 +33,13 @@ from dualrefnet.analysis.missing_metadata import (
 from dualrefnet.analysis.opened_run import OpenedRun, open_run
 from dualrefnet.data.schema import DatasetSchema, MetadataField
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.comparison import PooledBootstrap, paired_difference
+from dualrefnet.evaluation.bootstrap import Bootstrap
+from dualrefnet.evaluation.comparison import PooledBootstrap
 from dualrefnet.evaluation.metrics import compute_metrics
 from dualrefnet.run import Run
 from hand_made import FormOnly, PictureOnly, hand_made
 from readable import assert_readable
+from resampling import paired_difference
 
 SHARES = (0.0, 0.5, 1.0)
 
@@ -182,7 +184,7 @@ def test_the_interval_of_a_difference_is_that_of_the_paired_bootstrap(
     groups = opened.groups.loc[list(opened.rows("test")["image_id"])].to_numpy()
     # What stands for no photograph has the red of the fifth class.
     right, constant = np.eye(6)[labels], np.eye(6)[np.full(len(labels), 4)]
-    pair = paired_difference(labels, right, constant, groups, opened.classes, samples=40)
+    pair = paired_difference(labels, right, constant, Bootstrap(groups, 40), opened.classes, "balanced_accuracy")
     row = compare_missing_metadata(made["form"], made["centre"]).query(
         "share == 1 and photograph == @WITHOUT_IMAGE and measure == 'balanced_accuracy'"
     )
@@ -290,7 +292,7 @@ def availability(name: str, photographs: tuple[str, ...] = (WITH_IMAGE, WITHOUT_
         for pattern, removed, share in patterns
         for measure in MEASURES[:2]
     ]
-    bootstrap = PooledBootstrap({}, {}, 3, 4, 100, 0.95)
+    bootstrap = PooledBootstrap({}, {}, 3, 4, 0.95)
     return MissingMetadata(
         name,
         pd.DataFrame(curve),

@@ -2,12 +2,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dualrefnet.errors import RecipeError, RunError
+from dualrefnet.errors import RunError
 from dualrefnet.files import write_tensors
 from dualrefnet.models.base import Method, Output, mark_missing
 from dualrefnet.models.components import DecisionFusion
 from dualrefnet.models.encoders import BACKBONES, Encoded, EncoderOutput
-from dualrefnet.models.registry import METHODS, count_parameters, load_model, new_model
+from dualrefnet.models.registry import METHODS, load_model, new_model
 from dualrefnet.recipe import WITH_DECODER, Recipe, load_recipe
 
 # With transformers only methods that are special there are always tested: a decoder, taps, the encoder of the
@@ -135,27 +135,6 @@ def test_in_every_ablation_every_parameter_gets_a_gradient(backbone: str, key: s
     assert without_gradient(model) == set()
 
 
-def test_cross_attention_learns_from_kept_maps_and_asks_for_them() -> None:
-    overrides = {"model.fusion": "cross_attention", "training.encoder": "frozen"}
-    recipe = recipe_of("dualrefnet", "mobilenet_v2", **overrides)
-    model = new_model(recipe, WIDTH, CLASSES)[0].eval()
-    assert model.maps(recipe.model)
-    assert not model.maps(recipe_of("dualrefnet", "mobilenet_v2").model)
-    image, form = torch.randn(2, 3, 32, 32), torch.randn(2, WIDTH)
-    with torch.no_grad():
-        assert torch.equal(model(Encoded((model.encoder(image),)), form).logits, model(image, form).logits)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_only_the_image_baseline_ignores_the_form(method: str) -> None:
-    torch.manual_seed(0)
-    model = new_model(recipe_of(method, "mobilenet_v2"), 5, CLASSES)[0].eval()
-    image = torch.randn(1, 3, 32, 32)
-    with torch.no_grad():
-        answers = [model(image, torch.full((1, 5), value)).logits for value in (0.0, 1.0)]
-    assert torch.equal(*answers) is (method == "no_metadata")
-
-
 def test_every_method_says_what_it_is() -> None:
     for name, method in METHODS.items():
         assert method.title, name
@@ -167,11 +146,6 @@ def test_every_method_says_what_it_is() -> None:
             assert any(word in str(method.__doc__) for word in ("reconstruction", "our reading", "Not faithful")), (
                 method.title
             )
-
-
-def test_the_penalty_acts_on_the_heads_of_dualrefnet_and_of_its_metadata_alone() -> None:
-    heads = {name: new_model(recipe_of(name, "mobilenet_v2"), 5, CLASSES)[0].penalised for name in METHODS}
-    assert {name for name, head in heads.items() if head is not None} == {"dualrefnet", "metadata_only"}
 
 
 @pytest.mark.parametrize(("backbone", "fused"), FUSED.items())
@@ -192,23 +166,6 @@ def test_without_metadata_the_image_vector_is_classified_alone(method: str) -> N
     assert output.reconstruction is None
 
 
-@pytest.mark.parametrize(
-    "method", [name for name, method in METHODS.items() if method.needs_metadata and method.reads_image]
-)
-def test_a_method_that_needs_a_form_refuses_to_go_without(method: str) -> None:
-    with pytest.raises(RecipeError, match=f"{method} needs metadata"):
-        new_model(recipe_of(method, "mobilenet_v2", **{"metadata.tier": "M0"}), 0, CLASSES)
-
-
-def test_an_ensemble_without_members_has_three_encoders_of_one_backbone() -> None:
-    three, architecture, sources = new_model(recipe_of("ensemble", "mobilenet_v2", **{"model.members": ()}), 5, CLASSES)
-    assert architecture.backbones == ("mobilenet_v2",) * 3
-    assert [encoder.position for encoder in three.encoders] == [0, 1, 2]
-    assert len(sources) == 3
-    one = new_model(recipe_of("no_metadata", "mobilenet_v2"), 5, CLASSES)[0]
-    assert count_parameters(three.encoders) == 3 * count_parameters(one.encoder)
-
-
 def test_a_model_that_is_loaded_expects_the_images_of_the_one_that_was_saved(tmp_path) -> None:
     model, architecture, sources = new_model(recipe_of("ensemble", "mobilenet_v2"), 5, CLASSES)
     model.scales[1] = 3.0
@@ -219,13 +176,6 @@ def test_a_model_that_is_loaded_expects_the_images_of_the_one_that_was_saved(tmp
     )
     assert (again.encoders[2].mean, again.encoders[2].std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert torch.equal(again.scales, model.scales)
-
-
-def test_unknown_names_are_refused_with_the_names_there_are() -> None:
-    with pytest.raises(RecipeError, match=r"dualrefnt.*did you mean 'dualrefnet'.*dualrefnet, auxnet, no_metadata"):
-        new_model(recipe_of("dualrefnt", "mobilenet_v2"), 5, CLASSES)
-    with pytest.raises(RecipeError, match="resnet50"):
-        new_model(recipe_of("dualrefnet", "resnet-50"), 5, CLASSES)
 
 
 def test_missing_or_foreign_parameters_are_refused(tmp_path) -> None:
@@ -305,27 +255,6 @@ def test_a_gap_is_answered_as_the_token_written_in_its_place() -> None:
     assert not torch.allclose(model(images, gap).logits[1], model(images, forms).logits[1])
 
 
-def test_a_photograph_that_is_not_there_is_answered_as_the_token() -> None:
-    model = tiny().eval()
-    images, forms = some_input(model)
-    with torch.no_grad():
-        nn.init.normal_(model.missing.places[0])
-    images[1:3] = NAN
-    token = model.missing.places[0].detach()
-    vector = model(images, forms).features[:, : len(token)]
-    assert torch.equal(vector[1], token)
-    assert torch.equal(vector[2], token)
-    assert not torch.allclose(vector[0], token)
-
-
-def test_without_tokens_a_gap_is_not_filled_in_silence() -> None:
-    model = new_model(load_recipe("pad_ufes_20_m3", {"model.weights": "none", "image.size": 32}), 5, 3)[0].eval()
-    images, forms = some_input(model)
-    forms[0, 0] = NAN
-    assert model.missing is None
-    assert model(images, forms).logits[0].isnan().all()
-
-
 def test_the_tokens_learn_and_what_they_replace_does_not() -> None:
     model = tiny().train()
     images, forms = some_input(model)
@@ -340,14 +269,6 @@ def test_the_tokens_learn_and_what_they_replace_does_not() -> None:
     assert forms.grad[1, 4] == 0
     assert (images.grad[0] == 0).all()
     assert images.grad[1].abs().sum() > 0
-
-
-def test_a_map_and_taps_are_marked_with_their_vector() -> None:
-    read = Encoded((EncoderOutput(torch.ones(2, 3, 2, 2), torch.ones(2, 3), (torch.ones(2, 1, 4, 4),)),))
-    marked = mark_missing(read, torch.tensor([False, True]))
-    for values in (marked.first.map, marked.first.vector, marked.first.taps[0]):
-        assert values[1].isnan().all()
-        assert (values[0] == 1).all()
 
 
 def test_without_a_token_for_images_one_must_be_there() -> None:

@@ -3,14 +3,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dualrefnet.analysis.opened_run import OpenedRun, open_run, sample_rows
-from dualrefnet.data.schema import Dataset
 from dualrefnet.data.synthetic import make_synthetic
 from dualrefnet.errors import DataError, RunError
 from dualrefnet.files import read_json, write_json
@@ -63,14 +61,6 @@ def test_a_sample_has_its_size_and_every_class_in_proportion(counts: list[int], 
     # The larger class never gets fewer.
     order = np.argsort(amounts, kind="stable")
     assert (np.diff(found[order])[np.diff(amounts[order]) > 0] >= 0).all()
-
-
-def test_one_of_each_is_the_smallest_sample_and_fewer_are_refused() -> None:
-    labels = np.array(["a", "b", "b", "b", "c"])
-    assert sorted(labels[sample_rows(labels, 3, 0)]) == ["a", "b", "c"]
-    with pytest.raises(ValueError, match="2 rows can't show 3 classes"):
-        sample_rows(labels, 2, 0)
-    assert sample_rows(labels, 5, 0).tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("side", ["train", "val", "test"])
@@ -136,15 +126,3 @@ def test_data_whose_classes_have_changed_are_refused(opened: OpenedRun, copied: 
     # Every output would be called by another class's name.
     with pytest.raises(RunError, match=r"knows the classes SEK, .*, ACK, but the data in .* have ACK, .*--root"):
         open_run(run)
-
-
-def test_data_that_were_read_already_are_not_read_again(
-    tiny_run: Run, opened: OpenedRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(recipe: object) -> Dataset:
-        raise AssertionError
-
-    monkeypatch.setattr("dualrefnet.analysis.opened_run.read_dataset", refuse)
-    again = open_run(tiny_run, dataset=opened.dataset)
-    assert again.dataset is opened.dataset
-    pd.testing.assert_frame_equal(again.split, opened.split)

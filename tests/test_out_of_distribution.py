@@ -111,7 +111,7 @@ def test_a_vector_that_is_not_finite_has_no_score_and_disturbs_no_other(fitted: 
     np.testing.assert_allclose(fit_score(*with_gaps).score(rows[:1]), fit_score(train, held_out).score(rows[:1]))
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(st.integers(0, 1000), st.floats(0.01, 100))
 def test_neither_the_order_of_the_numbers_nor_their_unit_matters(seed: int, unit: float) -> None:
     train, held_out, new = (vectors(number, 30, seed + place) for place, number in enumerate((40, 30, 10)))

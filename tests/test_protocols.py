@@ -50,7 +50,7 @@ def split_or_reject(data, *arguments, **options):
     assume(False)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow], deadline=None)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(rows=tables(), folds=st.integers(3, 6), seed=st.integers(0, 1000))
 def test_a_grouped_split_has_every_row_once_and_no_group_in_two_splits(rows, folds, seed):
     data = dataset(rows)
@@ -63,7 +63,7 @@ def test_a_grouped_split_has_every_row_once_and_no_group_in_two_splits(rows, fol
     assert set(split["label"][split["split"] == "train"]) == set(data.schema.classes)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow], deadline=None)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(rows=tables(), folds=st.integers(3, 5), seed=st.integers(0, 1000))
 def test_over_the_folds_each_row_is_test_once_and_validation_once(rows, folds, seed):
     data = dataset(rows)
@@ -170,7 +170,7 @@ def test_leakage_of_a_table_by_hand():
     }
 
 
-@settings(max_examples=20, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow], deadline=None)
+@settings(max_examples=20, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(rows=tables(), seed=st.integers(0, 99))
 def test_a_grouped_split_leaks_nothing(rows, seed):
     data = dataset(rows)

@@ -16,7 +16,6 @@ from dualrefnet.analysis.reconstruction import (
     draw_reconstruction_history,
     reconstruct,
 )
-from dualrefnet.errors import RunError
 from dualrefnet.run import Run
 
 MEASURES = ["psnr", "ssim", "psnr_flat", "ssim_flat"]
@@ -122,14 +121,6 @@ def test_shown_are_the_images_at_a_tenth_half_and_nine_tenths_of_the_ranks(
         assert (case.image == opened.store.read(opened.store.rows_of([case.image_id]))[0]).all()
         # Eight bits lose little.
         assert psnr(case.reconstruction / 255, case.target / 255) == pytest.approx(row["psnr"], abs=0.05)
-
-
-def test_a_run_without_a_decoder_has_nothing_to_show(opened: OpenedRun) -> None:
-    recipe = opened.recipe
-    without = recipe.model_copy(update={"model": recipe.model.model_copy(update={"decoder": "none"})})
-    assert not without.rebuilds_image
-    with pytest.raises(RunError, match="without the auxiliary task"):
-        reconstruct(dataclasses.replace(opened, recipe=without))
 
 
 def test_figures_show_the_images_and_the_history(opened: OpenedRun, result: Reconstruction) -> None:

@@ -1,8 +1,6 @@
 """Shapley values: of known models, of a run, of every kind of method; feature groups; figures."""
 
 import copy
-import importlib
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import permutations
@@ -12,11 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from dualrefnet.analysis import shap as shapley
 from dualrefnet.analysis.opened_run import OpenedRun, open_run
 from dualrefnet.analysis.shap import (
     MISSING_FLAGS,
@@ -34,13 +29,11 @@ from dualrefnet.analysis.shap import (
 )
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.schema import DatasetSchema, MetadataField
-from dualrefnet.errors import DependencyError, RunError
 from dualrefnet.models.base import Method
 from dualrefnet.models.registry import new_model
 from dualrefnet.recipe import MetadataSection, Recipe, load_recipe
 from dualrefnet.run import Run
 from dualrefnet.training.train import train_recipe
-from readable import assert_readable
 
 Floats = NDArray[np.float64]
 
@@ -71,21 +64,6 @@ def all_orders(
     return np.asarray(total / len(orders))
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(1, 4), st.integers(1, 5))
-def test_of_a_linear_model_each_value_is_the_weight_times_the_distance_from_the_mean(
-    seed: int, width: int, classes: int, others: int
-) -> None:
-    generator = np.random.default_rng(seed)
-    weights, form = generator.normal(size=(width, classes)), generator.normal(size=width).astype(np.float32)
-    background = generator.normal(size=(others, width)).astype(np.float32)
-    result = attribute_prediction(lambda forms: forms @ weights, form, background, alone(width), 1, 0)
-    np.testing.assert_allclose(result.values, weights * (form - background.mean(axis=0))[:, None], atol=1e-5)
-    np.testing.assert_allclose(result.base, background.mean(axis=0) @ weights, atol=1e-5)
-    np.testing.assert_allclose(result.prediction, form @ weights, atol=1e-5)
-    np.testing.assert_allclose(result.errors, 0, atol=1e-5)
-
-
 def test_two_answers_that_multiply_share_their_product_as_computed_by_hand() -> None:
     def classify(forms: Any) -> Floats:
         return np.stack([forms[:, 0] * forms[:, 1], forms[:, 0] - forms[:, 1]], axis=1).astype(float)
@@ -96,19 +74,6 @@ def test_two_answers_that_multiply_share_their_product_as_computed_by_hand() -> 
     np.testing.assert_allclose(result.values[:, 0], [((6 - 2) + (15 - 5)) / 2, ((5 - 2) + (15 - 6)) / 2])
     np.testing.assert_allclose(result.values[:, 1], [2, -3])
     np.testing.assert_allclose(result.base, [2, -1])
-
-
-def test_one_order_is_enough_where_no_more_than_two_answers_act_on_each_other() -> None:
-    generator = np.random.default_rng(2)
-    form, background = generator.normal(size=7).astype(np.float32), generator.normal(size=(4, 7)).astype(np.float32)
-    square = generator.normal(size=(3, 7, 7))
-    players = columns((0, 1), (2,), (3, 6), (4,), (5,))
-
-    def classify(forms: Any) -> Floats:
-        return np.asarray(np.einsum("ri,cij,rj->rc", forms, square, forms))
-
-    exact = all_orders(classify, form, background, players)
-    np.testing.assert_allclose(attribute_prediction(classify, form, background, players, 1, 3).values, exact, atol=1e-5)
 
 
 def test_where_more_answers_act_together_the_estimate_nears_the_definition_and_its_error_is_told() -> None:
@@ -130,18 +95,6 @@ def test_where_more_answers_act_together_the_estimate_nears_the_definition_and_i
     assert gaps[400].max() < 0.005
 
 
-def test_a_player_whose_answer_is_that_of_all_others_is_worth_nothing() -> None:
-    form = np.array([1, 0, 2], np.float32)
-    background = np.array([[1, 0, 5], [1, 0, 7]], np.float32)
-    classify = lambda forms: (forms.prod(axis=1, keepdims=True) + forms).astype(float)  # noqa: E731
-    result = attribute_prediction(classify, form, background, columns((0, 1), (2,)), 2, 0)
-    np.testing.assert_allclose(result.values[0], 0)
-    np.testing.assert_allclose(result.values[1], [0, 0, -4])
-    nothing = attribute_prediction(classify, form, np.tile(form, (3, 1)), columns((0, 1), (2,)), 2, 0)
-    np.testing.assert_allclose(nothing.values, 0)
-    np.testing.assert_allclose(nothing.base, nothing.prediction)
-
-
 def test_a_model_that_changes_its_mind_is_refused_and_so_is_nan() -> None:
     form, background = np.ones(3, np.float32), np.zeros((2, 3), np.float32)
     generator = np.random.default_rng(0)
@@ -149,14 +102,6 @@ def test_a_model_that_changes_its_mind_is_refused_and_so_is_nan() -> None:
         attribute_prediction(lambda forms: generator.random((len(forms), 2)), form, background, alone(3), 1, 0)
     with pytest.raises(ArithmeticError, match="nan"):
         attribute_prediction(lambda forms: np.full((len(forms), 2), np.nan), form, background, alone(3), 1, 0)
-
-
-@pytest.mark.parametrize("groups", [[(0,), (1,)], [(0,), (1, 2), (2,)], [(0, 1), (2, 3)]])
-def test_every_column_must_belong_to_one_player(groups: list[tuple[int, ...]]) -> None:
-    with pytest.raises(ValueError, match="each of the 3 columns must belong to one group"):
-        attribute_prediction(
-            lambda forms: forms, np.ones(3, np.float32), np.zeros((2, 3), np.float32), columns(*groups), 1, 0
-        )
 
 
 def test_the_seed_fixes_the_orders_and_the_callers_random_numbers_stay_as_they_were() -> None:
@@ -172,14 +117,6 @@ def test_the_seed_fixes_the_orders_and_the_callers_random_numbers_stay_as_they_w
     np.testing.assert_array_equal(np.random.random(3), expected)  # noqa: NPY002
     np.testing.assert_array_equal(one, other)
     assert np.abs(one - third).max() > 1e-6
-
-
-def test_without_shap_the_message_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "shap", None)
-    monkeypatch.delitem(sys.modules, "dualrefnet.analysis.shap")
-    with pytest.raises(DependencyError, match=r"pip install 'dualrefnet\[explain\]'"):
-        importlib.import_module("dualrefnet.analysis.shap")
-    assert shapley.attribute_prediction is attribute_prediction
 
 
 # A form in small: two numbers, a yes-or-no question, a category with an alias and a code for "asked, not known".
@@ -246,15 +183,6 @@ def test_by_field_there_is_a_player_for_each_question_and_one_for_all_flags() ->
     ]
 
 
-def test_by_column_there_is_a_player_for_each_column_under_its_own_name() -> None:
-    encoder = fit(tier="M3")
-    players = make_feature_groups(encoder, "column")
-    assert [player.name for player in players] == encoder.names
-    assert [player.columns for player in players] == [(number,) for number in range(encoder.width)]
-    assert players[4] == FeatureGroup("origin_ITALY", "origin", "categorical", (4,))
-    assert players[7] == FeatureGroup("missing_smoke", "smoke", "missing", (7,))
-
-
 def test_answers_are_told_in_words_and_what_was_imputed_is_told_apart() -> None:
     encoder = fit(tier="M3", imputation="neural")
     answers = read_field_values(make_feature_groups(encoder, "field"), encoder, ROWS)
@@ -279,17 +207,6 @@ def test_answers_are_told_in_words_and_what_was_imputed_is_told_apart() -> None:
         ("60 years", "yes", "unknown to the model", "not recorded"),
         ("40 years", "not recorded", "not recorded", "4"),
     )
-
-
-def test_a_column_of_a_category_says_yes_or_no_only_where_there_is_an_answer() -> None:
-    encoder = fit(tier="M3", imputation="neural")
-    answers = read_field_values(make_feature_groups(encoder, "column"), encoder, ROWS)
-    assert answers.texts[0][:7] == ("60 years", "no", "yes", "yes", "no", "no", "not recorded, imputed")
-    assert answers.texts[1][1:7] == (*["not recorded, imputed"] * 2, "no", "no", "yes", "4")
-    assert answers.texts[1][7:] == ("yes", "no", "no", "yes")
-    np.testing.assert_array_equal(answers.colours[1, 1:6], [np.nan, np.nan, 0, 0, 1])
-    np.testing.assert_array_equal(answers.colours[1, 7:], [1, 0, 0, 1])
-    assert answers.known[1].tolist() == [True, False, False] + [True] * 8
 
 
 @torch.inference_mode()
@@ -327,16 +244,6 @@ def test_base_and_values_add_up_to_what_the_run_predicted(tiny_run: Run) -> None
     assert [result.classes[label] for label in result.labels] == written["label"].tolist()
 
 
-def test_what_one_class_gains_the_others_lose(opened: OpenedRun, by_field: MetadataShap) -> None:
-    np.testing.assert_allclose(by_field.base + by_field.values.sum(axis=1), by_field.prediction, atol=1e-5)
-    np.testing.assert_allclose(by_field.values.sum(axis=2), 0, atol=1e-5)
-    assert by_field.values.shape == by_field.errors.shape == (10, 22, 6)
-    assert by_field.values.dtype == np.float32
-    assert np.abs(by_field.values).max() > 0.01
-    assert np.ptp(by_field.prediction, axis=0).max() > 0.01
-    assert (by_field.split, by_field.total_images, by_field.background) == ("test", len(opened.examples("test")), 8)
-
-
 @torch.inference_mode()
 def test_the_base_is_the_mean_of_this_photograph_with_the_forms_of_training_patients(opened: OpenedRun) -> None:
     result = explain_metadata(opened, images=6, background=10_000, permutations=1)
@@ -349,14 +256,6 @@ def test_the_base_is_the_mean_of_this_photograph_with_the_forms_of_training_pati
         probabilities = opened.model(image.expand(len(train), -1, -1, -1), train).logits.softmax(dim=1)
         np.testing.assert_allclose(result.base[row], probabilities.mean(dim=0), atol=1e-5)
     assert np.abs(result.base[0] - result.base[1]).max() > 1e-3
-
-
-def test_columns_share_out_the_same_difference_as_fields(opened: OpenedRun, by_field: MetadataShap) -> None:
-    by_column = explain_metadata(opened, images=10, background=8, by="column", permutations=1)
-    assert by_column.values.shape == (10, opened.metadata.width, 6)
-    assert [player.name for player in by_column.groups] == opened.metadata.names
-    np.testing.assert_allclose(by_column.base, by_field.base, atol=1e-6)
-    np.testing.assert_allclose(by_column.values.sum(axis=1), by_field.values.sum(axis=1), atol=1e-5)
 
 
 def test_the_seed_fixes_all_and_an_image_has_the_same_values_in_any_choice(
@@ -376,16 +275,6 @@ def test_the_seed_fixes_all_and_an_image_has_the_same_values_in_any_choice(
     assert other.image_ids != by_field.image_ids
     np.testing.assert_array_equal(
         other.image_ids, [image_id for image_id in whole.image_ids if image_id in other.image_ids]
-    )
-
-
-def test_asking_a_few_forms_at_once_gives_the_same_values(
-    opened: OpenedRun, by_field: MetadataShap, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shapley, "MOST_ROWS", 7)
-    monkeypatch.setattr(shapley, "BATCH", 3)
-    np.testing.assert_allclose(
-        explain_metadata(opened, images=10, background=8, permutations=2).values, by_field.values, atol=1e-6
     )
 
 
@@ -439,14 +328,6 @@ def test_without_a_photograph_all_images_have_the_same_base(
     )
 
 
-def test_a_model_that_reads_no_metadata_is_refused(opened: OpenedRun, tiny_recipe: Recipe) -> None:
-    model, _, _ = new_model(load_recipe(tiny_recipe, {"model.method": "no_metadata"}), opened.metadata.width, 6)
-    without = MetadataEncoder.fit(opened.rows("train"), opened.dataset.schema, MetadataSection(tier="M0"))
-    for blind in (replace(opened, model=model), replace(opened, metadata=without)):
-        with pytest.raises(RunError, match="reads no metadata"):
-            explain_metadata(blind)
-
-
 def test_colours_go_from_the_fifth_to_the_ninetyfifth_percentile_and_keep_what_is_unknown_unknown() -> None:
     amount = np.append(np.arange(101), np.nan).astype(np.float32)
     result = scale_colours(amount)
@@ -457,13 +338,6 @@ def test_colours_go_from_the_fifth_to_the_ninetyfifth_percentile_and_keep_what_i
     assert scale_colours(rare).tolist() == rare.tolist()
     assert scale_colours(np.array([7, 7, np.nan], np.float32))[:2].tolist() == [0.5, 0.5]
     assert np.isnan(scale_colours(np.full(3, np.nan, np.float32))).all()
-
-
-def test_top_groups_move_the_probability_most(by_field: MetadataShap) -> None:
-    values = by_field.values[4, :, by_field.classes.index("MEL")]
-    order = np.argsort(-np.abs(values), kind="stable")
-    expected = [(by_field.groups[one].name, by_field.fields.texts[4][one], float(values[one])) for one in order[:3]]
-    assert by_field.top_groups(4, "MEL") == expected
 
 
 def made_up(classes: int, groups: int, images: int = 120) -> MetadataShap:
@@ -502,16 +376,6 @@ def made_up(classes: int, groups: int, images: int = 120) -> MetadataShap:
         seed=0,
         reads_image=True,
     )
-
-
-@pytest.mark.parametrize(("classes", "groups"), [(2, 3), (8, 22), (8, 93)])
-def test_figures_are_readable_with_few_and_many_classes_and_groups(classes: int, groups: int) -> None:
-    result = made_up(classes, groups)
-    figures = [draw_importance(result), draw_beeswarm(result, result.classes[-1])]
-    figures += [draw_waterfall(result, result.image_ids[0], label) for label in (result.classes[0], result.classes[-1])]
-    for figure in figures:
-        assert_readable(figure)
-    assert len({figure.name for figure in figures}) == len(figures)
 
 
 def test_figures_hold_the_values_in_percentage_points_and_add_up_the_small_ones() -> None:

@@ -30,12 +30,13 @@ from dualrefnet.analysis.shortcuts import (
 from dualrefnet.cli import app, runs  # noqa: F401 (the module registers the commands)
 from dualrefnet.display.figure import save_figure
 from dualrefnet.errors import DataError, RunError
-from dualrefnet.evaluation.comparison import paired_difference
+from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.evaluation.metrics import compute_metrics
 from dualrefnet.report.run_report import write_probes
 from dualrefnet.run import Run
 from hand_made import FormOnly, PictureOnly, hand_made
 from readable import assert_readable
+from resampling import paired_difference
 
 CHANCE = 1 / 6
 
@@ -147,10 +148,9 @@ def test_the_whole_is_what_the_run_predicted_and_differences_are_paired(opened: 
         examples.labels,
         asked.probabilities[1],
         asked.probabilities[0],
-        groups_of(opened),
+        Bootstrap(groups_of(opened), 50),
         opened.classes,
         "auc_macro_ovr",
-        samples=50,
     )
     row = values.loc[("no_form", "auc_macro_ovr")]
     assert row["difference"] == pytest.approx(pair.value)

@@ -276,9 +276,7 @@ def test_a_damaged_store_is_reported_with_what_to_do(table, cache, damage):
     assert right(fill_store(table, SECTION, cache=cache), table)
 
 
-def test_a_table_without_images_and_a_vanished_image_are_told(table, cache):
-    with pytest.raises(DataError, match="no image to prepare"):
-        fill_store(table.iloc[:0], SECTION, cache=cache)
+def test_a_vanished_image_is_told(table, cache):
     Path(table["image_path"][7]).unlink()
     with pytest.raises(DataError, match="the image of i7 has vanished"):
         fill_store(table, SECTION, cache=cache)

@@ -1,18 +1,16 @@
 import shutil
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import Rectangle
 
 from dualrefnet.display.figure import PAPER
 from dualrefnet.errors import RunError
 from dualrefnet.report.suite_figures import draw_ablation, draw_systems
-from dualrefnet.suite.results import FROZEN, LABEL_LEAKING, LEAKING_SPLIT, SuiteResults, aggregate
+from dualrefnet.suite.results import SuiteResults, aggregate
 from suite_folder import paper_suite
 
 
@@ -103,22 +101,6 @@ def test_unfinished_systems_are_hatched_and_those_without_a_value_named(small: P
         draw_ablation(found.systems, found.comparisons, "accuracy")
 
 
-def test_flags_are_named_once_with_their_systems() -> None:
-    rows = [
-        system("dualrefnet", flags=(LEAKING_SPLIT, FROZEN)),
-        system("concat", flags=(LABEL_LEAKING, LEAKING_SPLIT, FROZEN)),
-        system("metadata_only", flags=(LEAKING_SPLIT,)),
-    ]
-    figure = draw_systems(pd.DataFrame(rows), compared(), "accuracy")
-    for flag, who in (
-        (LEAKING_SPLIT, "all systems"),
-        (FROZEN, "all systems that read images"),
-        (LABEL_LEAKING, "Concat (LABEL-LEAKING IMPUTATION)"),
-    ):
-        assert f"{flag[1:]} ({who})." in figure.caption
-    assert figure.data["flags"].tolist() == ["; ".join(row["flags"]) for row in rows]
-
-
 def test_the_paper_s_number_is_a_hollow_mark_unless_it_is_averaged_differently(tmp_path: Path) -> None:
     found = paper_suite(tmp_path, ["dualrefnet", "visual"], ["accuracy"])
     (axis,) = draw_systems(found.systems, found.comparisons, "accuracy").figure.axes
@@ -169,31 +151,3 @@ def test_backbones_are_panels_and_tiers_are_marks_in_a_line() -> None:
     # Only M3's half of the line.
     assert hatched(axes[2]) == pytest.approx([axes[2].get_yticks()[0] + 0.5])
     assert "Metadata only M3: 1 of 2" in figure.caption
-
-
-def test_one_method_on_several_encoders_and_data_sets_has_a_line_for_each_encoder() -> None:
-    isic = {"dataset": "isic_2019", "unit": "lesion", "images": 4936, "groups": 2800}
-    rows = [system("dualrefnet/vgg13"), system("dualrefnet/swin_b")]
-    rows += [system("dualrefnet/densenet121", **isic), system("dualrefnet/swin_b", **isic)]
-    figure = draw_systems(pd.DataFrame(rows), compared(), "accuracy")
-    assert [labels(axis) for axis in figure.figure.axes] == [["VGG-13", "Swin-B"], ["DenseNet-121", "Swin-B"]]
-    assert "383 images of 320 patients or 4936 images of 2800 lesions" in figure.caption
-    assert "Swin-B (isic_2019, protocol paper, DualRefNet) 0.700" in figure.alt
-
-
-def test_forty_systems_fit_without_touching_each_other() -> None:
-    methods = ("no_metadata", "concat", "metanet", "metablock", "hmfb", "visual", "auxnet", "dualrefnet")
-    backbones = ("vgg13", "resnet50", "efficientnet_b4", "mobilenet_v2", "densenet121")
-    rows = [
-        system(f"{method}/{backbone}", flags=(LABEL_LEAKING,) if method == "concat" else ())
-        for backbone in backbones
-        for method in methods
-    ]
-    figure = draw_systems(pd.DataFrame(rows), compared(), "accuracy").figure
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    renderer = canvas.get_renderer()
-    boxes = [text.get_window_extent(renderer) for axis in figure.axes for text in axis.get_yticklabels()]
-    assert len(boxes) == 40
-    assert all(lower.y1 <= upper.y0 + 0.5 for upper, lower in pairwise(boxes))
-    assert all(box.x0 >= 0 for box in boxes)

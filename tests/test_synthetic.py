@@ -19,8 +19,14 @@ from dualrefnet.data import pad_ufes_20
 from dualrefnet.data.adapters import DATA_VARIABLE, load_dataset
 from dualrefnet.data.protocols import split_dataset
 from dualrefnet.data.schema import Dataset
-from dualrefnet.data.synthetic import MISSING_TOGETHER, SYMPTOMS, load, make_synthetic
-from dualrefnet.data.synthetic_lesions import draw_lesion, lesion_mask, render_lesion
+from dualrefnet.data.synthetic import (
+    MISSING_TOGETHER,
+    SYMPTOMS,
+    draw_lesion,
+    lesion_mask,
+    make_synthetic,
+    render_lesion,
+)
 from dualrefnet.errors import DataError
 
 OFFICIAL_HEADER = (
@@ -207,11 +213,11 @@ def test_a_smaller_sample_is_the_beginning_of_a_larger_one(tmp_path):
     assert sum(name.startswith("images/") for name in large) == sum(name.startswith("masks/") for name in large) == 90
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(st.integers(min_value=0, max_value=2**64))
 def test_the_smallest_sample_of_any_seed_can_be_split_by_patient(seed):
     with tempfile.TemporaryDirectory() as folder:
-        dataset = load(make_synthetic(Path(folder), seed=seed, **SMALL))
+        dataset = load_dataset("sample", make_synthetic(Path(folder), seed=seed, **SMALL))
     assert (
         dataset.table.groupby("label")["patient_id"].nunique().reindex(list(pad_ufes_20.CLASSES), fill_value=0).min()
         >= 3

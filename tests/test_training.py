@@ -15,40 +15,15 @@ from dualrefnet.errors import RunError, SplitError
 from dualrefnet.files import write_yaml
 from dualrefnet.models.registry import new_model
 from dualrefnet.recipe import Recipe, load_recipe
-from dualrefnet.run import Run, start_run
+from dualrefnet.run import Run
 from dualrefnet.training.loop import (
     Trainer,
-    collapse,
     create_optimizer,
     create_schedule,
     load_checkpoint,
     save_checkpoint,
 )
 from dualrefnet.training.train import train_recipe
-
-# Page faults of a fresh process that allocates and frees 64 MB twenty times over.
-CODE = """
-import resource, sys, torch
-from dualrefnet.training.loop import keep_freed_memory
-told = keep_freed_memory() if sys.argv[1] == "keep" else None
-for _ in range(20):  # Until the heap has grown.
-    torch.ones(1 << 24)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
-    torch.ones(1 << 24)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-assert told is not False
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is what is told")
-def test_freed_memory_is_used_again_without_page_faults() -> None:
-    faults = {}
-    for mode in ("keep", "default"):
-        done = subprocess.run([sys.executable, "-c", CODE, mode], capture_output=True, text=True, check=True)
-        faults[mode] = int(done.stdout)
-    assert faults["keep"] < 0.1 * faults["default"]
-
 
 FILES = {
     "recipe.yaml",
@@ -218,19 +193,6 @@ def test_a_checkpoint_holds_the_whole_state_without_pickle(tmp_path: Path) -> No
         load_checkpoint(tmp_path / "c.safetensors", models[1], optimizers[1])
 
 
-def test_a_collapse_is_said() -> None:
-    first = {"hidden": 100.0, "classifier": 10.0}
-    assert collapse({"l1_hidden": 90, "l1_classifier": 9, "val_spread": 0.2}, first) == []
-    assert (
-        "hidden layer has collapsed to 5.0%"
-        in collapse({"l1_hidden": 5, "l1_classifier": 9, "val_spread": 0.2}, first)[0]
-    )
-    assert "same prediction" in collapse({"l1_hidden": 40, "l1_classifier": 9, "val_spread": 0.0001}, first)[0]
-    assert collapse({"l1_hidden": 90, "l1_classifier": 9, "val_spread": 0.0001}, first) == [], (
-        "an untrained model hasn't collapsed"
-    )
-
-
 def test_a_strong_penalty_collapses_a_real_run_and_the_run_says_so(tiny_recipe: Recipe, tmp_path: Path, capsys) -> None:
     recipe = load_recipe(
         tiny_recipe,
@@ -288,19 +250,6 @@ def test_a_plateau_cuts_the_rate_after_the_patience() -> None:
     assert rates == pytest.approx([1, 1, 1, 1, 0.1, 0.1])
 
 
-def test_one_cycle_ends_near_zero() -> None:
-    recipe = load_recipe({"name": "x"}, {"model.method": "metadata_only"})
-    optimizer = create_optimizer(new_model(recipe, 4, 3)[0], recipe.training)
-    schedule = create_schedule(optimizer, recipe.training, 40)
-    rates = []
-    for _ in range(40):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    assert max(rates) == pytest.approx(recipe.training.learning_rate, rel=1e-3)
-    assert rates[-1] < 0.01 * max(rates)
-
-
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -342,25 +291,6 @@ def test_a_folder_in_use_is_not_overwritten(tiny_recipe: Recipe, tmp_path: Path)
         train_recipe(tiny_recipe, tmp_path)
     with pytest.raises(RunError, match="is a file"):
         train_recipe(tiny_recipe, tmp_path / "notes.txt")
-
-
-@pytest.mark.parametrize("resume", [False, True])
-def test_a_folder_with_nothing_but_the_leftovers_of_a_kill_counts_as_empty(
-    resume: bool, tiny_recipe: Recipe, tmp_path: Path
-) -> None:
-    # As a kill leaves it in the middle of the first write of a run.
-    (tmp_path / ".recipe.yaml.abc.partial").write_text("na")
-    run = start_run(tmp_path, tiny_recipe, resume)
-    assert run.recipe == tiny_recipe
-    assert [file.name for file in tmp_path.iterdir()] == ["recipe.yaml"]
-
-
-def test_leftovers_do_not_make_a_run_folder_of_another_one(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    (tmp_path / ".recipe.yaml.abc.partial").write_text("na")
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(RunError, match="isn't a run folder"):
-        start_run(tmp_path, tiny_recipe, resume=True)
-    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_train_in_python_takes_overrides(sample_root: Path, tmp_path: Path) -> None:

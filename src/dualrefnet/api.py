@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from dualrefnet.data.csv_table import DEFAULT_DESCRIPTION, TableDescription, describe
+from dualrefnet.data.csv_table import DEFAULT_DESCRIPTION, TableDescription, classes_of, describe
 from dualrefnet.errors import DataError
 from dualrefnet.files import write_csv, write_yaml
 from dualrefnet.progress import note
@@ -98,7 +98,7 @@ def fit(
         patient=group,
         malignant=tuple(malignant),
         metadata=fields,
-        classes=tuple(sorted(dataframe[label].dropna().astype(str).unique())),
+        classes=classes_of(dataframe[label]),
     )
     data = out.with_name(out.name + "-data")
     write_csv(data / description.table, table)

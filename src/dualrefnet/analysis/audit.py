@@ -42,16 +42,9 @@ StepProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Audit:
-    """The result of an audit.
-
-    Attributes:
-        dataset: title of the data set.
-        protocol: how it was split; empty if the split was given.
-        group: what the data set keeps together: patient or lesion.
-        images: number of images in each split.
-        findings: in the order of the examinations.
-        tables: `shared`, `near_duplicates`, `near_duplicate_pairs`, `missing_blocks`, `missing_models`, `proxies`,
-            `reidentification`, `form_alone`: tidy, each described where it is made; what wasn't examined is missing.
+    """The result of an audit: findings in the order of the examinations, images in each split, and tidy tables
+    (`shared`, `near_duplicates`, `near_duplicate_pairs`, `missing_blocks`, `missing_models`, `proxies`,
+    `reidentification`, `form_alone`), each described where it is made; what wasn't examined is missing.
     """
 
     dataset: str
@@ -110,22 +103,9 @@ def audit_dataset(
 ) -> Audit:
     """Split a data set by a protocol and audit it.
 
-    Args:
-        name: the adapter's name.
-        root: the data set's folder; None: the folder of that name under `$DUALREFNET_DATA`.
-        description: for `csv_table`, the YAML file that describes the columns.
-        protocol: paper, grouped or grouped-cv.
-        fold: grouped-cv: which fold is the test split.
-        folds: number of folds.
-        seed: shuffles the grouped protocols.
-        images: whether the images are read and compared.
-        forests: whether random forests are fitted on the metadata.
-        workers: threads that read images; None: one a core, at most 16.
-        progress: called with (step, done, in all).
-
-    Raises:
-        DataError: the table can't be read; see `dualrefnet.data.adapters.load_dataset`.
-        SplitError: see `dualrefnet.data.protocols.split_dataset`.
+    `images`: they are read and compared, by `workers` threads (None: one a core, at most 16); `forests`: random forests
+    are fitted on the metadata. `progress` is called with (step, done, in all). Errors are those of `load_dataset` and
+    `split_dataset`.
     """
     dataset = load_dataset(name, root, description)
     split = split_dataset(dataset, protocol, fold, folds, seed)
@@ -150,18 +130,10 @@ def audit_split(
     progress: StepProgress | None = None,
     protocol: str = "",
 ) -> Audit:
-    """Audit any division of a data set into train, val and test.
+    """Audit any division (`image_id`, `split`) of a data set into train, val and test; labels and patients are the data
+    set's.
 
-    Args:
-        dataset: the data set; labels and patients are taken from it.
-        split: `image_id` and `split`; only its rows are looked at.
-        fingerprints: of the images; None: images aren't compared.
-        forests: whether random forests are fitted on the metadata; they take most of the time.
-        samples: bootstrap samples of patients for the intervals.
-        seed: of folds and resamples.
-        workers: threads that compare images.
-        progress: called with (step, done, in all).
-        protocol: what the split is called.
+    Without `fingerprints` images aren't compared; `forests` take most of the time.
     """
     rows = AuditedRows.of(dataset, split)
     tables: dict[str, pd.DataFrame] = {}
@@ -195,9 +167,8 @@ def _step(progress: StepProgress | None, step: str) -> Callable[[int, int], None
 def shared_ids(dataset: Dataset, split: pd.DataFrame) -> tuple[pd.DataFrame, list[Finding]]:
     """Count the test images whose patient or lesion is also in train, or in train or validation.
 
-    Returns:
-        Table `what` (patient, lesion), `class` (`all` or a label), `images` (of the test split), `train` and
-        `train_or_val` (shares); only of what the data set names. And a finding for each of the two.
+    Return a table `what` (patient, lesion), `class` (`all` or a label), `images` (of the test split), `train` and
+    `train_or_val` (shares), only of what the data set names; and a finding for each of the two.
     """
     strict = leakage(dataset, split)
     # Validation counted as seen: then the shares by class count it too.
@@ -234,17 +205,12 @@ def shared_ids(dataset: Dataset, split: pd.DataFrame) -> tuple[pd.DataFrame, lis
 def near_duplicate_findings(
     rows: AuditedRows, pairs: pd.DataFrame, compared: Sequence[str]
 ) -> tuple[pd.DataFrame, pd.DataFrame, list[Finding]]:
-    """Find the near-duplicates that cross a split, and those that show one image as two patients or lesions.
+    """Find the near-duplicates (of `near_pairs`) that cross a split, and those that show one image as two patients or
+    lesions.
 
-    Args:
-        rows: of the split.
-        pairs: as `near_pairs` returns them; pairs of which an image isn't in the split are left out.
-        compared: ids of the images that have a fingerprint.
-
-    Returns:
-        The pairs with `group` (number), `sides` (splits), `labels` and `other` (what differs by the ids: `patient`,
-        `lesion`, `unnamed` or empty); a table `class` (`all` or a label), `images` (of the test split, compared),
-        `copies` (those with a near-duplicate in train or validation) and `share`; and the findings.
+    Return the pairs with `group` (number), `sides` (splits), `labels` and `other` (what differs by the ids: `patient`,
+    `lesion`, `unnamed` or empty); a table `class` (`all` or a label), `images` (of the test split, compared), `copies`
+    (those with a near-duplicate in train or validation) and `share`; and the findings.
     """
     table = rows.table.assign(side=rows.splits, unit=rows.groups).set_index("image_id")
     pairs = pairs[pairs["first"].isin(table.index) & pairs["second"].isin(table.index)].reset_index(drop=True)

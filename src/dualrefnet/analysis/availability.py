@@ -45,14 +45,10 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class InputPredictions:
-    """A run's predictions with one kind of input.
+    """Predictions (D draws, P cases, C) with one kind of input, for the rows `places` of the split for which there is
+    one.
 
-    Attributes:
-        group: of availability; None for a named input, whose cases may belong to several.
-        image: whether there is an image.
-        places: (P,) rows of the split for which there is such an input.
-        share: (D, P) of the fields with a value, in each draw.
-        probabilities: (D, P, C), as the model gives them.
+    `share` (D, P): of the fields with a value. `group` is None for a named input, whose cases may belong to several.
     """
 
     group: Availability | None
@@ -73,16 +69,10 @@ class InputPredictions:
 
 @dataclass(frozen=True)
 class SplitPredictions:
-    """All predictions of a run for one split.
+    """All predictions of a run for one split: as `recorded` (N, C), by group of availability and by named input.
 
-    Attributes:
-        recorded: (N, C) probabilities of the inputs as they were recorded.
-        vectors: (N, D) of the images; None if none is read.
-        groups: of each group of availability.
-        named: of each named input but `as_recorded`.
-        share: (N,) of the fields with a recorded value.
-        field_effects: field -> how much of the probability moves when it is left out, on average over the rows where it
-            is recorded; of validation alone.
+    `vectors` (N, D) of the images, None if none is read; `share` (N,) of the fields with a recorded value;
+    `field_effects`, of validation alone: how much of the probability moves when a recorded field is left out.
     """
 
     recorded: Floats
@@ -172,17 +162,10 @@ def draw_present(
     group: Availability,
     generator: np.random.Generator,
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Draw for each case which of its recorded fields are left, so that it belongs to a group.
+    """Draw for each case which of its `recorded` fields (N, F) are left, so that it belongs to a group of availability.
 
-    Args:
-        recorded: (N, F), which fields have a value.
-        patterns: (F,) each, fields that are known together somewhere.
-        group: of availability.
-        generator: draws.
-
-    Returns:
-        (N, F) what is left, and (N,) whether the case has enough recorded fields for the group; what is left of the
-        others is nothing.
+    `patterns` (F,) are fields that are known together somewhere. Return (N, F) what is left, and (N,) whether the case
+    has enough recorded fields for the group; what is left of the others is nothing.
     """
     count, fields = recorded.shape
     amounts = np.arange(fields + 1)
@@ -214,24 +197,14 @@ def measure_availability(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure a calibrated run by what is given. Intervals are 95%, over patients, given the calibration.
+    """Measure a calibrated run's test split by what is given. Intervals are 95%, over patients, given the calibration.
 
-    Args:
-        calibration: with the thresholds of each group.
-        predictions: of the test split.
-        labels: (N,) of its rows.
-        groups: (N,) their patients.
-        samples: bootstrap samples; 0: no intervals.
-        seed: of the bootstrap.
-        progress: called with (inputs done, all).
-
-    Returns:
-        `inputs`: named input -> measures; `groups`: of each group of availability its `name`, `group`, `temperature`,
-            `referral_threshold`, `remarks` and measures. The measures are `images`, `fields` (mean share with a value),
-            `balanced_accuracy`, `auc_macro_ovr`, `malignant_auc`; by the thresholds of each input's group `coverage`
-            and `mean_size` of the sets, `cancers_referred` and `benign_referred`; and, at the temperature and threshold
-            of the inputs as recorded, `mean_malignancy` over all cases and `cancers_at_recorded_threshold`: what a
-            missingness shortcut takes away.
+    Return `inputs`: named input -> measures; `groups`: of each group of availability its `name`, `group`,
+    `temperature`, `referral_threshold`, `remarks` and measures. The measures are `images`, `fields` (mean share with a
+    value), `balanced_accuracy`, `auc_macro_ovr`, `malignant_auc`; by the thresholds of each input's group `coverage`
+    and `mean_size` of the sets, `cancers_referred` and `benign_referred`; and, at the temperature and threshold of the
+    inputs as recorded, `mean_malignancy` over all cases and `cancers_at_recorded_threshold`: what a missingness
+    shortcut takes away.
     """
     everything, of_group, named = np.arange(len(labels)), predictions.groups, predictions.named
     reads_image = predictions.vectors is not None
@@ -275,16 +248,13 @@ def _measure(
     if len(np.unique(patients)) < 2:
         return result
     # Patients without such an input aren't resampled.
-    bootstrap = Bootstrap(patients, len(truth), samples, seed, LEVEL)
+    bootstrap = Bootstrap(patients, samples, seed, LEVEL)
     cases = len(one.places)
     drawn = pooled_bootstrap(
         truth[:cases],
         {"run": list(one.probabilities)},
-        patients[:cases],
+        Bootstrap(patients[:cases], samples, seed, LEVEL),
         calibration.classes,
-        samples,
-        seed,
-        LEVEL,
         calibration.malignant,
     )
     for measure in ("balanced_accuracy", "auc_macro_ovr", *(["malignant.auc"] if calibration.malignant else [])):

@@ -34,7 +34,7 @@ from dualrefnet.display.figure import (
     truncate,
 )
 from dualrefnet.errors import RunError
-from dualrefnet.evaluation.bootstrap import Difference
+from dualrefnet.evaluation.bootstrap import Bootstrap, Difference
 from dualrefnet.evaluation.comparison import pooled_bootstrap
 from dualrefnet.models.inference import to_unit
 from dualrefnet.run import Run
@@ -54,15 +54,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class ChosenCase:
-    """A test image that the gallery shows.
-
-    Attributes:
-        image_id: its id.
-        label: its class.
-        predicted: the most probable class.
-        kind: `RIGHT` or `WRONG`.
-        probabilities: class -> probability.
-    """
+    """A test image that the gallery shows; `kind` is `RIGHT` or `WRONG`."""
 
     image_id: str
     label: str
@@ -78,14 +70,8 @@ class ChosenCase:
 
 @dataclass(frozen=True)
 class ShownCase:
-    """A chosen image with all that is shown of it.
-
-    Attributes:
-        chosen: which one, and what was predicted.
-        image: (S, S, 3) uint8, as the model sees it.
-        saliency: class -> (S, S) Grad-CAM.
-        mask: (S, S) True in the lesion, or None.
-        attributions: (field, its value, SHAP value) of the fields that moved the predicted class most; may be empty.
+    """A chosen image (S, S, 3) as the model sees it, with Grad-CAM (S, S) by class, its mask (S, S), and the (field,
+    value, SHAP value) of the fields that moved the predicted class most.
     """
 
     chosen: ChosenCase
@@ -98,16 +84,8 @@ class ShownCase:
 def choose_cases(
     predictions: pd.DataFrame, groups: ArrayLike, classes: Sequence[str], each: int = 2
 ) -> list[ChosenCase]:
-    """Choose, of every class, the most confident right and the most confident wrong predictions.
-
-    Args:
-        predictions: rows of predictions.csv: `image_id`, `label`, `predicted`, `prob_<CLASS>`.
-        groups: the patient of every row; a patient is shown once for each class and kind.
-        classes: in the order in which they are shown.
-        each: right ones and wrong ones a class; fewer where there are no more.
-
-    Returns:
-        The cases: class by class, right before wrong, the most confident first.
+    """Choose, of every class, the most confident right and the most confident wrong predictions of predictions.csv,
+    `each` of them where there are so many, and each group (patient) once for each class and kind.
     """
     columns = [f"prob_{name}" for name in classes]
     table = predictions.assign(group=np.asarray(groups), confidence=predictions[columns].max(axis=1))
@@ -134,13 +112,7 @@ def show_cases(
 ) -> list[ShownCase]:
     """Compute Grad-CAM of the predicted, the true and the second class of test images, and of `label` if given.
 
-    Args:
-        opened: a run of a method that reads images.
-        cases: of its test split.
-        label: one more class.
-        attributions: image id -> what moved the prediction.
-        masks: image id -> mask file.
-        progress: called with (images done, images in all).
+    `attributions`: image id -> what moved the prediction; `masks`: image id -> mask file.
     """
     examples, shown = opened.pictures("test"), []
     places = {image_id: row for row, image_id in enumerate(examples.image_ids)}
@@ -241,18 +213,11 @@ def _top(chosen: ChosenCase) -> list[tuple[str, float]]:
 class Disagreement:
     """How two runs predicted the same test images.
 
-    Attributes:
-        table: image_id, label, predicted_a, predicted_b, p_true_a, p_true_b (probability of the true class) and kind
-            (one of `KINDS`), one row a test image of both, in the order of A.
-        chosen: rows of `table` to be shown, first those that only A gets right, then those that only B does; the
-            largest difference in the probability of the true class first.
-        counts: kind -> number of images.
-        balanced_accuracy_a: of A on these images.
-        balanced_accuracy_b: of B.
-        difference: A - B in balanced accuracy, its interval over patients.
-        patients: how many patients (of ISIC-2019: lesions) the images show.
-        only_a: test images of A that B wasn't tested on, and which are therefore left out.
-        only_b: test images of B that A wasn't tested on.
+    `table`: image_id, label, predicted_a, predicted_b, p_true_a, p_true_b (probability of the true class) and kind (one
+    of `KINDS`), in the order of A. `chosen`: rows of it to be shown, first those that only A gets right, then those
+    that only B does; the largest difference in the probability of the true class first. `difference`: A - B in balanced
+    accuracy, its interval over patients. `only_a`, `only_b`: test images of one that the other wasn't tested on, and
+    which are left out.
     """
 
     table: pd.DataFrame
@@ -267,14 +232,7 @@ class Disagreement:
 
 
 def find_disagreement(a: Run, b: Run, cases: int = 6, samples: int = 1000, seed: int = 0) -> Disagreement:
-    """Compare what two finished runs predicted for the test images that both have.
-
-    Args:
-        a: a run.
-        b: another one, tested on some of the same images.
-        cases: how many to choose of each kind of disagreement.
-        samples: bootstrap samples of patients for the difference in balanced accuracy.
-        seed: of the bootstrap.
+    """Compare what two finished runs predicted for the test images that both have; choose `cases` of each kind.
 
     Raises:
         RunError: a run isn't finished; they share no test image, or differ in labels, classes or patients.
@@ -301,7 +259,8 @@ def find_disagreement(a: Run, b: Run, cases: int = 6, samples: int = 1000, seed:
             "kind": [KINDS[pair] for pair in zip(predicted[0] == labels, predicted[1] == labels, strict=True)],
         }
     )
-    found = pooled_bootstrap(truth, {"a": [scores[0]], "b": [scores[1]]}, patients, classes, samples, seed)
+    systems, bootstrap = {"a": [scores[0]], "b": [scores[1]]}, Bootstrap(patients, samples, seed)
+    found = pooled_bootstrap(truth, systems, bootstrap, classes)
     return Disagreement(
         table,
         _choose_disagreements(table, patients, cases),
@@ -318,13 +277,10 @@ def find_disagreement(a: Run, b: Run, cases: int = 6, samples: int = 1000, seed:
 def shared_images(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
     """Return image_id, label and group of the test images that two runs share, in the order of the first.
 
-    Args:
-        a: image_id, label and group (the patient), one row a test image; further columns are ignored.
-        b: the same of the other run.
-
     Raises:
-        RunError: there is none; an image has another label in the other run, or is grouped with other images; or all
-            are of one patient.
+        RunError: there is none; an image has another label in the other run, or is grouped with other images; or
+            all are
+            of one patient.
     """
     columns = ["image_id", "label", "group"]
     both = a[columns].merge(b[columns], on="image_id", how="inner", suffixes=("", "_b"), validate="one_to_one")
@@ -371,12 +327,8 @@ LINE, CLASS_NAME = 20, 13
 def draw_disagreement(
     found: Disagreement, cases: Sequence[tuple[ShownCase, ShownCase | None]], names: tuple[str, str]
 ) -> ReportFigure:
-    """Draw one case a row: the image, and Grad-CAM of what each of two runs predicted.
-
-    Args:
-        found: what the cases were chosen from.
-        cases: what each run makes of the same image; None for the second if it reads no image.
-        names: of the two runs.
+    """Draw one case a row: the image, and Grad-CAM of what each of two runs predicted (None: the second reads no
+    image).
     """
     chosen: dict[str, dict[str, Any]] = {row["image_id"]: row for row in found.chosen.to_dict("records")}  # type: ignore[misc]
     rows: list[tuple[str, str, str, str, float]] = []

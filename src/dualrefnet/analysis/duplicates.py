@@ -53,14 +53,8 @@ BLOCK = 16
 
 @dataclass(frozen=True)
 class Fingerprints:
-    """What is kept of N images: 1.3 KB each.
-
-    Attributes:
-        image_ids: (N,).
-        hashes: (N, 8, 4) the 256 bits of each orientation, the image's own first.
-        small: (N, 32, 32) grey.
-        sha256: (N,) hash of the bytes of the file.
-        unreadable: image id -> why it has no fingerprint.
+    """What is kept of N images, 1.3 KB each: 256-bit `hashes` (N, 8, 4) of each orientation, the image's own first;
+    `small` (N, 32, 32) grey; `sha256` of the file; and why an `unreadable` one has no fingerprint.
     """
 
     image_ids: tuple[str, ...]
@@ -88,12 +82,8 @@ def fingerprint(image: NDArray[np.uint8]) -> tuple[NDArray[np.uint64], NDArray[n
 def fingerprint_files(
     table: pd.DataFrame, workers: int | None = None, progress: Progress | None = None
 ) -> Fingerprints:
-    """Read every image of a table once.
-
-    Args:
-        table: rows with `image_id` and `image_path`.
-        workers: threads; None: one a core, at most 16.
-        progress: called with (images done, images in all).
+    """Read every image of a table (`image_id`, `image_path`) once, with `workers` threads; None: one a core, at most
+    16.
     """
     ids, paths = [str(value) for value in table["image_id"]], list(table["image_path"])
     kept, unreadable, threads = [], {}, _threads(workers)
@@ -135,14 +125,8 @@ def near_pairs(
 ) -> pd.DataFrame:
     """Compare all pairs of images: 25,331 images take about six seconds on two cores, and memory stays flat.
 
-    Args:
-        fingerprints: of N images.
-        workers: threads; None: one a core, at most 16.
-        progress: called with (images compared, images in all).
-
-    Returns:
-        `first`, `second` (image ids), `distance` (bits), `correlation`, `turned` (mirrored or turned); the nearest
-        first.
+    Return `first`, `second` (image ids), `distance` (bits), `correlation`, `turned` (mirrored or turned); the nearest
+    first.
     """
     count, small = len(fingerprints.image_ids), fingerprints.small
     # (8, 4, N): each word of a hash in one run of memory.

@@ -60,16 +60,8 @@ ROUNDING = 1e-5
 
 @dataclass(frozen=True)
 class Features:
-    """The fused features of N test images.
-
-    Attributes:
-        name: of the run.
-        classes: C names.
-        image_ids: N ids.
-        labels: (N,), indices into `classes`.
-        groups: (N,), the patient of every image.
-        values: (N, D), the vector that is classified.
-        unit: what the groups are, `patient` or `lesion`.
+    """The fused features (N, D) of N test images, the vector that is classified; `groups` are patients or lesions
+    (`unit`).
     """
 
     name: str
@@ -85,16 +77,9 @@ class Features:
 class Embedding:
     """A map of test images, and how well the classes are apart in the features that it was made from.
 
-    Attributes:
-        name: of the run.
-        classes: in the order of the outputs.
-        table: image_id, class, x, y, run; one row an image of the sample.
-        separation: `MEASURES` of the run, and of the other one in a comparison; the intervals resample patients, and an
-            image keeps its neighbours in them.
-        dimensions: of the features, without those that are constant.
-        images: in the test split (in a comparison: in both), of which the table is a sample.
-        seed: of the sample, the map and the intervals.
-        unit: what is resampled, `patient` or `lesion`.
+    `table`: image_id, class, x, y, run; a sample of the test `images` (in a comparison: of those in both).
+    `separation`: `MEASURES` of the run, and of the other one in a comparison; intervals resample the `unit`, and an
+    image keeps its neighbours in them. `dimensions`: of the features, without constant ones.
     """
 
     name: str
@@ -146,15 +131,8 @@ def embed(
     name: str | None = None,
     progress: Progress | None = None,
 ) -> Embedding:
-    """Map a run's test images and measure how well its features separate their classes.
-
-    Args:
-        opened: the run.
-        images: at most so many, each class in proportion.
-        samples: bootstrap samples of patients.
-        seed: of the sample, the map and the intervals.
-        name: of the run in the table and in figures; None: its folder's.
-        progress: called with (images read, images in all).
+    """Map at most `images` test images of a run, each class in proportion, and measure how well its features separate
+    them.
 
     Raises:
         RunError: there are too few images, classes or patients; or the features are constant or not finite.
@@ -176,15 +154,6 @@ def compare_embeddings(
 ) -> EmbeddingComparison:
     """Map the images that two runs were both tested on, and compare how well they separate the classes.
 
-    Args:
-        first: a run.
-        second: another one; its labels must be the same.
-        images: at most so many, each class in proportion.
-        samples: bootstrap samples of patients, the same for both.
-        seed: of the sample, the maps and the intervals.
-        names: of the two runs in tables and figures; None: their folders'.
-        progress: called with (images read, images in all), of both runs together.
-
     Raises:
         RunError: see `embed`; they share no test image, or differ in labels or patients, or both are the same run.
     """
@@ -205,16 +174,8 @@ def compare_embeddings(
 
 
 def embed_features(runs: Sequence[Features], images: int, samples: int = 1000, seed: int = 0) -> list[Embedding]:
-    """Map and measure features; of several runs on the same images all with the same resamples of patients.
-
-    Args:
-        runs: the features, of the same images in the same order; their names differ.
-        images: how many there are, of which these are a sample.
-        samples: bootstrap samples of patients.
-        seed: of maps and intervals.
-
-    Raises:
-        RunError: see `embed`.
+    """Map and measure features, a sample of `images`; several runs of other names on the same images with the same
+    resamples.
     """
     labels, groups = runs[0].labels, runs[0].groups
     counts = np.unique(labels, return_counts=True)[1]
@@ -289,21 +250,12 @@ def _map(points: Floats, seed: int) -> Floats:
 def measure_separation(
     spaces: Mapping[str, Floats], labels: NDArray[np.int64], groups: ArrayLike, samples: int = 1000, seed: int = 0
 ) -> PooledBootstrap:
-    """Measure how well the classes are apart in one or more spaces, each with the same resamples of patients.
+    """Measure how well the classes are apart in spaces (name -> (N, D)), each with the same resamples of patients.
 
     The silhouette (Rousseeuw 1987) of an image says whether it is nearer to its own class than to the nearest other
     one, from -1 to 1, by the mean Euclidean distance; that of a class's only image is 0. It and `neighbours_right` are
     computed once for every image, and the intervals resample these numbers by patient: an image keeps its neighbours.
-
-    Args:
-        spaces: name -> (N, D), one point an image, the same images in the same order in all.
-        labels: (N,), class indices: at least two classes, one with two images.
-        groups: (N,), the patient of every image; at least two.
-        samples: bootstrap samples of patients.
-        seed: of the draw.
-
-    Returns:
-        `MEASURES` of every space. A class of which no image was drawn is left out of that sample.
+    Return `MEASURES` of every space; a class of which no image was drawn is left out of that sample.
     """
     codes = group_codes(groups)
     patients, classes = int(codes.max()) + 1, int(labels.max()) + 1
@@ -323,7 +275,7 @@ def measure_separation(
         sums = [by_patient(one) for one in values]
         points[name] = {measure: float(value[0]) for measure, value in _measure(sums, np.ones((1, patients))).items()}
         drawn[name] = _measure(sums, weights.astype(np.float64))
-    return PooledBootstrap(points, drawn, patients, len(labels), samples, LEVEL)
+    return PooledBootstrap(points, drawn, patients, len(labels), LEVEL)
 
 
 def _measure(sums: list[Floats], weights: Floats) -> dict[str, Floats]:
@@ -343,9 +295,8 @@ def _measure(sums: list[Floats], weights: Floats) -> dict[str, Floats]:
 
 
 def neighbours_right(points: Floats, labels: NDArray[np.int64], groups: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return (N,) whether most of an image's nearest images from other patients have its class; of classes with the
-    same
-    number of neighbours, that of the nearest one counts.
+    """Return (N,) whether most of an image's nearest images from other patients have its class; of a tie the nearest
+    counts.
     """
     count = min(NEIGHBOURS, len(points) - 1)
 

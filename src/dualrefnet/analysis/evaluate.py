@@ -13,10 +13,10 @@ from dualrefnet.analysis.availability import measure_availability, predict_split
 from dualrefnet.analysis.opened_run import open_run
 from dualrefnet.analysis.out_of_distribution import fit_run
 from dualrefnet.data.protocols import leakage
-from dualrefnet.data.schema import Dataset, DatasetSchema
+from dualrefnet.data.schema import Dataset
+from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.evaluation.calibration import fit_calibration, fit_thresholds, measure_calibrated
-from dualrefnet.evaluation.comparison import bootstrap_intervals, with_intervals
-from dualrefnet.evaluation.metrics import compute_metrics
+from dualrefnet.evaluation.comparison import metrics_with_intervals
 from dualrefnet.files import write_csv, write_json
 from dualrefnet.progress import progress_bar
 from dualrefnet.run import Run
@@ -31,17 +31,7 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Predict validation and test, write `predictions.csv`, `calibration.json` and `metrics.json`, return the metrics.
 
-    The calibration is fitted on the validation split alone.
-
-    Args:
-        run: a trained run.
-        root: folder of the data, if it isn't the recipe's.
-        dataset: the data set, if it has been read already.
-        cache: folder of the image stores.
-        device: where to compute; None: a GPU if there is one.
-
-    Raises:
-        RunError: images of the split are missing, or the run holds no trained model.
+    The calibration is fitted on the validation split alone. Arguments and errors are those of `open_run`.
     """
     opened = open_run(run, root, dataset, cache, device)
     recipe, schema, groups = opened.recipe, opened.dataset.schema, opened.groups
@@ -54,8 +44,11 @@ def evaluate_run(
         table = prediction_table(examples.image_ids, split, examples.labels, predicted[split].recorded, classes)
         tables.append(table)
         probabilities = table[[f"prob_{name}" for name in classes]].to_numpy(dtype=float)
-        arrays[split] = (examples.labels, probabilities, groups.loc[table["image_id"]].to_numpy())
-        measured[split] = _measure(*arrays[split], schema, wanted.bootstrap, seed)
+        patients = groups.loc[table["image_id"]].to_numpy()
+        arrays[split] = (examples.labels, probabilities, Bootstrap(patients, wanted.bootstrap, seed))
+        with progress_bar("bootstrap") as show:
+            bootstrap = Bootstrap(patients, wanted.bootstrap, seed, progress=show)
+            measured[split] = metrics_with_intervals(examples.labels, probabilities, bootstrap, classes, malignant)
     write_csv(run.path / "predictions.csv", pd.concat(tables, ignore_index=True))
     validation, test = predicted["val"], predicted["test"]
     targets = wanted.coverage, wanted.referral_sensitivity
@@ -72,14 +65,11 @@ def evaluate_run(
         for one in validation.groups
         if one.group is not None
     ]
-    calibration = fit_calibration(
-        *arrays["val"], classes, malignant, *targets, wanted.bootstrap, seed, thresholds, validation.field_effects
-    )
+    calibration = fit_calibration(*arrays["val"], classes, malignant, *targets, thresholds, validation.field_effects)
     write_json(run.calibration_file, calibration.to_json())
-    calibrated = measure_calibrated(calibration, *arrays["test"], wanted.bootstrap, seed)
-    labels, _, patients = arrays["test"]
+    calibrated = measure_calibrated(calibration, *arrays["test"])
     with progress_bar("with missing inputs") as show:
-        availability = measure_availability(calibration, test, labels, patients, wanted.bootstrap, seed, show)
+        availability = measure_availability(calibration, test, examples.labels, patients, wanted.bootstrap, seed, show)
     metrics = {
         **measured["test"],
         "calibrated": calibrated,
@@ -108,17 +98,3 @@ def prediction_table(
     preds = names[probabilities.argmax(axis=1)]
     table = pd.DataFrame({"image_id": image_ids, "split": split, "label": names[labels], "predicted": preds})
     return pd.concat([table, pd.DataFrame(probabilities, columns=[f"prob_{name}" for name in classes])], axis=1)
-
-
-def _measure(
-    labels: np.ndarray, probabilities: np.ndarray, groups: np.ndarray, schema: DatasetSchema, samples: int, seed: int
-) -> dict[str, Any]:
-    """Return the metrics of one split, with intervals over resampled groups unless `samples` is 0."""
-    metrics = compute_metrics(labels, probabilities, schema.classes, schema.malignant)
-    if not samples:
-        return metrics
-    with progress_bar("bootstrap") as show:
-        intervals = bootstrap_intervals(
-            labels, probabilities, groups, schema.classes, samples, seed, progress=show, malignant=schema.malignant
-        )
-    return with_intervals(metrics, intervals)

@@ -74,13 +74,11 @@ _TIE = 1e-6
 
 
 class SaliencyMaps(NamedTuple):
-    """Grad-CAM of a batch.
+    """Grad-CAM of a batch, not negative.
 
-    Attributes:
-        saliency: (B, S, S) float32, not negative, as large as the images. Of one encoder it is in units of the class's
-            score; of several it is the mean over the encoders of saliency / its maximum, in 0..1. Zero everywhere:
-            nothing in the image speaks for the class.
-        maps: of each encoder (B, h, w) float32, not negative: the same before it was enlarged.
+    `saliency` (B, S, S) is as large as the images. Of one encoder it is in units of the class's score; of several it is
+    the mean over the encoders of saliency / its maximum, in 0..1. Zero everywhere: nothing in the image speaks for the
+    class. `maps`: of each encoder (B, h, w), before it was enlarged.
     """
 
     saliency: Tensor
@@ -88,19 +86,11 @@ class SaliencyMaps(NamedTuple):
 
 
 def gradcam(model: Method, images: Tensor, metadata: Tensor, targets: Tensor) -> SaliencyMaps:
-    """Return where images speak for a class.
+    """Return where images (B, 3, S, S), normalised for the first encoder, with metadata (B, M) speak for `targets`
+    (B,).
 
     The model computes as in evaluation and is left as it was: modes, hooks, `requires_grad`, and no gradient on a
-    parameter.
-
-    Args:
-        model: of any method that reads images.
-        images: (B, 3, S, S), normalised for the first encoder.
-        metadata: (B, M), encoded.
-        targets: (B,) class of each image.
-
-    Raises:
-        RunError: the method reads no image.
+    parameter. RunError: the method reads no image.
     """
     if not model.reads_image:
         raise RunError(f"{model.title} reads no image, so there is no Grad-CAM of it")
@@ -128,9 +118,8 @@ def gradcam(model: Method, images: Tensor, metadata: Tensor, targets: Tensor) ->
 
 @contextmanager
 def _frozen_evaluation(model: Method) -> Iterator[None]:
-    """Put a model into evaluation with no parameter that asks for a gradient, and bring all back afterwards.
-
-    captum asks for the gradient of the layer alone; without those of the parameters nothing before it has to be kept.
+    """Evaluate a model with no parameter that asks for a gradient: captum asks for that of the layer alone, and nothing
+    before the layer has to be kept.
     """
     modes = [(module, module.training) for module in model.modules()]
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -175,20 +164,16 @@ def _share_of_maximum(saliency: Tensor) -> Tensor:
 class Localisation:
     """How much of the saliency lies in lesions, beside a centred Gaussian that looks at no image.
 
-    Attributes:
-        table: one row an image: image_id, label, predicted; energy (NaN if there is no saliency) and pointing of
-            Grad-CAM; energy_baseline and pointing_baseline of the Gaussian; area, the lesion's share of the image.
-        summary: one row a measure and class (of the label; first `all images`): class, measure; for Grad-CAM value,
-            low, high; for the Gaussian baseline, baseline_low, baseline_high; difference, difference_low,
-            difference_high of the two; for uniform saliency area, area_low, area_high; images, patients. All of a row
-            are means over the same images. A bound is NaN if fewer than two patients are behind it.
-        images: in the test split.
-        with_mask: how many of them have a mask; the table has a stated sample of these.
-        empty_masks: how many masks of the sample mark nothing; their images were left out.
-        empty_maps: how many images of the table have no saliency: without energy, and a miss in the pointing game.
-        map_sides: side of the map that was enlarged, in places, one an encoder: the resolution of the measurement.
-        samples: of the bootstrap.
-        seed: of the sample and of the bootstrap.
+    `table`, one row an image: image_id, label, predicted; energy (NaN if there is no saliency) and pointing of
+    Grad-CAM; energy_baseline and pointing_baseline of the Gaussian; area, the lesion's share of the image.
+
+    `summary`, one row a measure and class (first `all images`): value, low, high of Grad-CAM; baseline and difference
+    alike; area for uniform saliency; images, patients. All of a row are means over the same images. A bound is NaN if
+    fewer than two patients are behind it.
+
+    `with_mask` of the test `images` have a mask, and the table a stated sample of these without the `empty_masks`,
+    which mark nothing; `empty_maps` have no saliency: no energy, and a miss in the pointing game. `map_sides`:
+    resolution of each encoder's map.
     """
 
     table: pd.DataFrame
@@ -210,15 +195,9 @@ def localise(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Localisation:
-    """Measure where Grad-CAM of the predicted class looks on test images that have a mask.
+    """Measure where Grad-CAM of the predicted class looks on at most `images` test images that have a mask.
 
-    Args:
-        opened: a run of a method that reads images.
-        masks: folder of `<image id>.png`; None: `masks` in the data set's folder.
-        images: at most so many, each class in proportion; at least the number of classes.
-        samples: bootstrap samples, drawn over patients.
-        seed: of the choice of images and of the bootstrap.
-        progress: called with (images done, images in all).
+    `masks` is a folder of `<image id>.png`; None: `masks` in the data set's folder.
 
     Raises:
         RunError: the method reads no image.
@@ -271,8 +250,8 @@ def energy_inside(saliency: Floats, masks: NDArray[np.bool_]) -> Floats:
 
 
 def pointing_game(saliency: Floats, masks: NDArray[np.bool_]) -> Floats:
-    """Return 1 where the maximum of the saliency (B, S, S) lies in the mask (B, S, S), 0 where not or where there is no
-    saliency; (B,).
+    """Return (B,) 1 where the maximum of the saliency (B, S, S) lies in the mask (B, S, S), 0 where not or without
+    saliency.
 
     Of several maxima the share in the mask counts, so that uniform saliency scores the lesion's share of the image.
     """
@@ -292,14 +271,10 @@ def centred_gaussian(side: int) -> Floats:
 def summarise(
     table: pd.DataFrame, patients: NDArray[np.object_], classes: tuple[str, ...], samples: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
-    """Average the measures of `Localisation.table` over all images and over those of each class, with percentile
-    intervals
-    from a bootstrap over patients; see `Localisation.summary`.
+    """Average `Localisation.table` over all images and each class, with intervals over patients:
+    `Localisation.summary`.
 
     A class without an image gets no row; a resample without any image of a class is left out for that class.
-
-    Raises:
-        ValueError: `samples` is below 1.
     """
     if samples < 1:
         raise ValueError(f"samples must be at least 1, not {samples}")
@@ -365,17 +340,8 @@ _LETTERS = 18
 
 
 def overlay(image: NDArray[np.uint8], saliency: NDArray[Any]) -> NDArray[np.uint8]:
-    """Blend saliency, divided by its maximum, over an image; where it is low the skin stays visible.
-
-    Args:
-        image: (S, S, 3).
-        saliency: (S, S), not negative; where it is zero everywhere the image stays as it is.
-
-    Returns:
-        (S, S, 3).
-
-    Raises:
-        ValueError: the shapes don't fit, or saliency is negative or not finite.
+    """Blend saliency (S, S), divided by its maximum, over an image (S, S, 3); where it is low the skin stays
+    visible.
     """
     from matplotlib import colormaps
 
@@ -392,13 +358,10 @@ def overlay(image: NDArray[np.uint8], saliency: NDArray[Any]) -> NDArray[np.uint
 
 @styled
 def draw_gradcam(cases: Sequence[ShownCase], choice: str, label: str | None = None, encoders: int = 1) -> ReportFigure:
-    """Draw images beside the saliency of the predicted and of another class.
+    """Draw images, one a row, beside the saliency of the predicted and of another class.
 
-    Args:
-        cases: one a row.
-        choice: one sentence that says how they were chosen.
-        label: class of the last column; None: the true class, or the second likeliest where the prediction is right.
-        encoders: how many image encoders the model has.
+    `choice` is one sentence that says how they were chosen; `label` the class of the last column (None: the true class,
+    or the second likeliest where the prediction is right).
     """
     rows = len(cases)
     figure, axes = new_figure(rows * (WIDTH / 3 + 0.3) + 0.6, rows, 3)

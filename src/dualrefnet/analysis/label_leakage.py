@@ -43,17 +43,9 @@ MEASURES = {"balanced_accuracy": "balanced_accuracy", "auc": "auc_macro_ovr", "m
 
 @dataclass(frozen=True)
 class AuditedRows:
-    """The rows of a split, in its order.
-
-    Attributes:
-        table: (N rows) of the lesion table, index 0..N-1.
-        others: (N rows) the published columns that aren't features.
-        schema: what the columns mean.
-        classes: the classes that have a row.
-        malignant: those of them that are cancer; empty if that would be none or all.
-        labels: (N,) indices into `classes`.
-        groups: (N,) patient or lesion, see `DatasetSchema.unit`.
-        splits: (N,) train, val or test.
+    """The N rows of a split, in its order: the lesion `table`, the `others` (published columns that aren't features),
+    labels as indices into the `classes` that have a row, and `groups` (see `DatasetSchema.unit`). `malignant` is empty
+    if none or all of the classes are.
     """
 
     table: pd.DataFrame
@@ -130,7 +122,7 @@ def _measure(
     seed: int,
 ) -> dict[str, float]:
     """Return the `MEASURES`, each with `_low` and `_high`; NaN where undefined."""
-    bootstrap = Bootstrap(groups, len(labels), samples, seed, LEVEL)
+    bootstrap = Bootstrap(groups, samples, seed, LEVEL)
     model = WeightedMetrics(labels, probabilities, bootstrap.codes, classes, malignant)
     point, drawn = model.measure(bootstrap.unit_weights), bootstrap.resample_each({"": model.measure})[""]
     result: dict[str, float] = {}
@@ -158,9 +150,8 @@ def _estimate(values: Floats, bootstrap: Bootstrap) -> Estimate:
 def _image_and_group_folds(
     learner: Learner, features: Floats, rows: AuditedRows, bootstrap: Bootstrap, seed: int
 ) -> tuple[Estimate, Estimate, Estimate]:
-    """Return the balanced accuracy in folds of images, in folds of patients, and the paired difference.
-
-    A model that recognises patients by their metadata is better in folds of images.
+    """Return the balanced accuracy in folds of images, in folds of patients, and the paired difference: a model that
+    recognises patients by their metadata is better in folds of images.
     """
     images, grouped = (
         balanced_accuracy(
@@ -191,12 +182,8 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class Block:
-    """Columns that are missing together.
-
-    Attributes:
-        fields: their names.
-        code: the code that stands for missing, such as UNK; empty: the cells are empty.
-        mask: (N,) rows in which all of them are missing.
+    """Fields that are missing together in the rows of `mask` (N,); `code` stands for missing, such as UNK (empty: empty
+    cells).
     """
 
     fields: tuple[str, ...]
@@ -232,14 +219,12 @@ def find_blocks(rows: AuditedRows) -> list[Block]:
 
 
 def missingness(rows: AuditedRows, samples: int, seed: int) -> tuple[pd.DataFrame, pd.DataFrame, list[Finding]]:
-    """Measure which fields are missing together, for which classes, and what missingness alone predicts.
+    """Measure which fields are missing together, for which classes, and what missingness alone predicts (logistic
+    regression on one column a mask, classes balanced, in patient-disjoint folds).
 
-    The model is logistic regression (classes balanced) on one column a mask, in patient-disjoint folds.
-
-    Returns:
-        Table of blocks: `block`, `rows`, `share`, one column a class (the share of its rows), `malignant_missing`,
-        `malignant_present` (share of cancers among the rows with and without). Table of models: `mask` (a block, `all
-        empty cells`, `all`), `rows`, and `MEASURES`, each with `_low` and `_high`. And the findings.
+    Return a table of blocks: `block`, `rows`, `share`, one column a class (the share of its rows), `malignant_missing`,
+    `malignant_present` (share of cancers among the rows with and without); a table of models: `mask` (a block, `all
+    empty cells`, `all`), `rows`, and `MEASURES`, each with `_low` and `_high`; and the findings.
     """
     blocks = find_blocks(rows)
     if not blocks:
@@ -347,10 +332,9 @@ FREE_TEXT = 200
 def label_leaking_columns(rows: AuditedRows, samples: int, seed: int) -> tuple[pd.DataFrame, list[Finding]]:
     """Measure how well every metadata field and every other published column alone predicts the class.
 
-    Returns:
-        Table `column`, `feature` (whether models see it), `rows` (recorded), `MEASURES` with `_low` and `_high`,
-        `settles` (how many rows hold a value that determines malignancy or class) and `verdict`; the strongest first.
-        And the findings: one for each column that isn't PASS, and one for the rest.
+    Return a table `column`, `feature` (whether models see it), `rows` (recorded), `MEASURES` with `_low` and `_high`,
+    `settles` (how many rows hold a value that determines malignancy or class) and `verdict`, the strongest first; and a
+    finding for each column that isn't PASS, and one for the rest.
     """
     fields = [(field.name, rows.table[field.name], True) for field in rows.schema.fields]
     examined, findings = [], []
@@ -514,16 +498,9 @@ def metadata_alone(
 ) -> tuple[pd.DataFrame, list[Finding]]:
     """Measure what models predict without the image: every learner on every set of columns, in four ways.
 
-    Args:
-        rows: of the split.
-        forests: whether random forests take part, which need most of the time.
-        samples: bootstrap samples of patients.
-        seed: of folds and resamples.
-        progress: called with (models measured, models in all).
-
-    Returns:
-        Table `features`, `learner`, `measured`, `balanced_accuracy`, `low`, `high`, and `patients_recognised` (folds of
-        images minus folds of patients, in the rows of the former) with `_low` and `_high`. And a finding.
+    Return a table `features`, `learner`, `measured`, `balanced_accuracy`, `low`, `high`, and `patients_recognised`
+    (folds of images minus folds of patients, in the rows of the former) with `_low` and `_high`; and a finding. Forests
+    need most of the time.
     """
     sets, grouped = feature_sets(rows), group_folds(rows.schema.unit)
     if not sets:
@@ -538,7 +515,7 @@ def metadata_alone(
             trees, class_weight="balanced_subsample", min_samples_leaf=2, random_state=0, n_jobs=-1
         )
     learners[NEIGHBOUR] = _nearest_neighbour
-    bootstrap = Bootstrap(rows.groups, len(rows.labels), samples, seed, LEVEL)
+    bootstrap = Bootstrap(rows.groups, samples, seed, LEVEL)
     measured: list[dict[str, Any]] = []
     for number, (features, learner) in enumerate((features, learner) for features in sets for learner in learners):
         estimates = _test_estimates(learners[learner], sets[features], rows, samples, seed)
@@ -571,7 +548,7 @@ def _test_estimates(
             continue
         with _one_thread():
             preds = learner().fit(features[chosen], rows.labels[chosen]).predict(features[test])
-        bootstrap = Bootstrap(rows.groups[test], int(test.sum()), samples, seed, LEVEL)
+        bootstrap = Bootstrap(rows.groups[test], samples, seed, LEVEL)
         estimates[way] = _estimate(balanced_accuracy(rows.labels[test], preds, rows.classes, bootstrap), bootstrap)
     return estimates
 
@@ -601,8 +578,7 @@ def _alone_finding(measured: list[dict[str, Any]], rows: AuditedRows) -> Finding
 def reidentification(rows: AuditedRows, samples: int, seed: int) -> tuple[pd.DataFrame, list[Finding]]:
     """Measure how often the nearest metadata, as a vector of standardised columns, are of the same patient.
 
-    Returns:
-        Table `question`, `value`, `low`, `high` (NaN where there is no interval). And the findings.
+    Return a table `question`, `value`, `low`, `high` (NaN where there is no interval), and the findings.
     """
     columns, unit = ["question", "value", "low", "high"], rows.schema.unit
     if not rows.schema.fields:
@@ -625,7 +601,7 @@ def reidentification(rows: AuditedRows, samples: int, seed: int) -> tuple[pd.Dat
         measured.append((question, float(same.mean()), NAN, NAN))
     if not _enough_for_folds(rows.labels, rows.groups):
         return pd.DataFrame(measured, columns=columns), findings
-    bootstrap = Bootstrap(rows.groups, len(rows.labels), samples, seed, LEVEL)
+    bootstrap = Bootstrap(rows.groups, samples, seed, LEVEL)
     images, grouped, difference = _image_and_group_folds(_nearest_neighbour, metadata, rows, bootstrap, seed)
     for way, one in ((IMAGES, images), (group_folds(unit), grouped)):
         question = f"balanced accuracy of the class of the nearest metadata, {way}"

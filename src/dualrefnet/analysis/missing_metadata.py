@@ -27,7 +27,7 @@ from dualrefnet.data.schema import DatasetSchema
 from dualrefnet.display.figure import COLOURS, INK, MARKERS, ReportFigure, new_figure, styled
 from dualrefnet.display.format import MEASURE_NAMES, Cell, PrintedTable, interval, number
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.bootstrap import percentile_interval
+from dualrefnet.evaluation.bootstrap import Bootstrap, percentile_interval
 from dualrefnet.evaluation.comparison import PooledBootstrap, pooled_bootstrap
 from dualrefnet.progress import progress_bar
 
@@ -44,12 +44,8 @@ NAMED = 3
 
 @dataclass(frozen=True)
 class Pattern:
-    """Fields that are missing together.
-
-    Attributes:
-        name: for people.
-        removed: the fields, in the schema's order.
-        training_share: of the training rows that miss exactly these; NaN for a pattern that isn't one of theirs.
+    """Fields that are missing together; `training_share` of the training rows miss exactly these (NaN: not one of
+    theirs).
     """
 
     name: str
@@ -104,23 +100,12 @@ def _list_missing(removed: tuple[str, ...], named: int = NAMED) -> str:
 class MissingMetadata:
     """How a run does with missing metadata.
 
-    Attributes:
-        name: of the run.
-        curve: one row an input (`photograph`: `with image`, `without image`), share and measure: photograph, share (of
-            the recorded values that were kept), answers_kept (on average), draws, measure, value (mean over draws),
-            low, high; difference, difference_low, difference_high from all fields with the same input.
-        patterns: one row an input, pattern and measure: photograph, pattern (its name), removed (the fields, with `; `
-            between), training_share (of the training rows that show it; NaN if it isn't one of theirs), answers_kept,
-            measure, value and so on.
-        chance: balanced accuracy of guessing.
-        bootstrap: what the tables were made from: the value of every input in every resample.
-        image_ids: (N,) of the test images.
-        groups: (N,) their patients.
-        fields: of the schema, of which shares are kept, also those that the run doesn't read.
-        unit: what was resampled, `patient` or `lesion`.
-        draws: random choices of which the mean is taken.
-        samples: of the bootstrap.
-        seed: of choices and bootstrap.
+    `curve`, one row an input (`photograph`: `with image`, `without image`), share and measure: photograph, share (of
+    the recorded values that were kept), answers_kept (on average), draws, measure, value (mean over draws), low, high;
+    difference, difference_low, difference_high from all fields with the same input. `patterns`, one row an input,
+    pattern and measure: the same with pattern (its name), removed (the fields, with `; ` between) and training_share in
+    place of share and draws. `bootstrap`: the value of every input in every resample. `fields`: of the schema, of which
+    shares are kept, also those that the run doesn't read.
     """
 
     name: str
@@ -147,16 +132,8 @@ def measure_missing_metadata(
 ) -> MissingMetadata:
     """Measure a trained run on its test split with fewer and fewer fields, with and without the image.
 
-    Args:
-        opened: the run. Of a single-modality method only what it reads is removed.
-        shares: of the recorded values that are kept; ascending, the last is 1.
-        draws: random choices for each share between 0 and 1.
-        samples: bootstrap samples, drawn over patients.
-        seed: of choices and bootstrap.
-        name: of the run; None: its method's.
-
-    Raises:
-        ValueError: `shares` aren't ascending within 0..1 or don't end with 1, or `draws` or `samples` is below 1.
+    `shares` of the recorded values are kept (ascending, the last is 1), in `draws` random choices. Of a single-modality
+    method only what it reads is removed.
     """
     shares = list(shares)
     if not shares or shares[-1] != 1 or shares[0] < 0 or any(one >= other for one, other in pairwise(shares)):
@@ -181,7 +158,7 @@ def measure_missing_metadata(
     groups = opened.groups.loc[list(image_ids)].to_numpy(dtype=object)
     labels = rows["label"].map({label: index for index, label in enumerate(opened.classes)}).to_numpy(dtype=np.int64)
     with progress_bar("intervals") as show:
-        full = pooled_bootstrap(labels, predictions, groups, opened.classes, samples, seed, LEVEL, progress=show)
+        full = pooled_bootstrap(labels, predictions, Bootstrap(groups, samples, seed, LEVEL, show), opened.classes)
     # Only the measures that are looked at are kept in memory for comparisons.
     bootstrap = replace(full, points=_slim(full.points), drawn=_slim(full.drawn))
     counts = {key: float(np.mean([part.sum(axis=1).mean() for part in parts])) for key, parts in kept.items()}
@@ -215,10 +192,8 @@ def measure_missing_metadata(
 
 
 def draw_orders(opened: OpenedRun, draws: int, seed: int) -> NDArray[np.float64]:
-    """Draw in which order each test row loses its values, and how a part of a value is rounded: (draws, N, F + 1) in
-    0..1.
-
-    Drawn for all rows of the data set, so that every run of it gets the same.
+    """Draw in which order each row of the data set loses its values, the same for every run: (draws, N, F + 1) in 0..1;
+    the last number says how a part of a value is rounded.
     """
     table = opened.dataset.table
     numbers = np.random.default_rng(seed).random((draws, len(table), len(opened.dataset.schema.fields) + 1))
@@ -227,13 +202,10 @@ def draw_orders(opened: OpenedRun, draws: int, seed: int) -> NDArray[np.float64]
 
 
 def keep_share(recorded: NDArray[np.bool_], order: NDArray[np.float64], share: float) -> NDArray[np.bool_]:
-    """Return which of the recorded values are kept; a larger share keeps those of a smaller one.
+    """Return (N, F), which of the recorded values are kept; a larger share keeps those of a smaller one.
 
-    Args:
-        recorded: (N, F).
-        order: (N, F + 1) of `draw_orders`: of each row the values with the smallest numbers are kept longest, and the
-            last number rounds: half a value is one for half of the rows, so that on average exactly the share is kept.
-        share: in 0..1.
+    By `draw_orders`, the values with the smallest numbers are kept longest, and the last number rounds: half a value is
+    one for half of the rows, so that on average exactly the share is kept.
     """
     rank = np.where(recorded, order[:, :-1], np.inf).argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
     wanted = np.floor(share * recorded.sum(axis=1) + order[:, -1])
@@ -302,10 +274,8 @@ def compare_missing_metadata(first: MissingMetadata, second: MissingMetadata) ->
     """Compare two runs at every share and pattern, on the same images, with the same values and the same resamples.
 
     A run that reads no image predicts the same with one as without: that is compared with the other's with an image.
-
-    Returns:
-        One row an input and measure: photograph, share (NaN for a pattern), pattern and removed (empty for a share),
-        measure, first, second, difference (first - second), low, high.
+    Return one row an input and measure: photograph, share (NaN for a pattern), pattern and removed (empty for a share),
+    measure, first, second, difference (first - second), low, high.
 
     Raises:
         DataError: they weren't measured on the same images, or with other draws, samples or seed.
@@ -420,14 +390,8 @@ MOST = 4
 def draw_missing_metadata(runs: Sequence[MissingMetadata], measure: str = "balanced_accuracy") -> ReportFigure:
     """Draw a measure against the share of the recorded values that are kept, with 95% bands.
 
-    One run is one panel with a line with and one without image; of several runs there is a panel for each of the two.
-
-    Args:
-        runs: from `measure_missing_metadata`, at most four, of the same test images.
-        measure: `balanced_accuracy` or `auc_macro_ovr`.
-
-    Raises:
-        ValueError: there are no runs, or too many.
+    One run is one panel with a line with and one without image; of several runs, at most four on the same test images,
+    there is a panel for each of the two.
     """
     from matplotlib.ticker import PercentFormatter
 
@@ -470,10 +434,7 @@ def draw_missing_metadata(runs: Sequence[MissingMetadata], measure: str = "balan
 
 @styled
 def draw_missing_patterns(runs: Sequence[MissingMetadata], measure: str = "balanced_accuracy") -> ReportFigure:
-    """Draw a measure for patterns of missing fields, with and without image, with 95% intervals.
-
-    Arguments and errors are those of `draw_missing_metadata`.
-    """
+    """Draw a measure of runs for patterns of missing fields, with and without image, with 95% intervals."""
     data, chance = _to_draw(runs, [run.patterns for run in runs], measure)
     series = list(data[["run", "photograph"]].drop_duplicates().itertuples(index=False, name=None))
     patterns = data.drop_duplicates("removed").sort_values("answers_kept", ascending=False, kind="stable")

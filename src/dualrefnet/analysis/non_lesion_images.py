@@ -34,21 +34,10 @@ CROPS = 8
 
 
 def crop_skin(image: Path, mask: Path) -> tuple[Pixels, Pixels] | None:
-    """Crop the largest square beside the lesion, and one of the same size around it, each (Q, Q, 3) RGB.
+    """Crop the largest square beside the lesion, and one of the same size around it, each (Q, Q, 3) RGB; None: no room.
 
     Healthy skin is the hardest of all: camera, light and patient are the same. A crop is also an enlargement, so each
     has its counterpart around the lesion for comparison.
-
-    Args:
-        image: the file.
-        mask: of its lesion, see `dualrefnet.data.images`.
-
-    Returns:
-        None if no lesion is marked, or there is no room beside it.
-
-    Raises:
-        ImageError: a file can't be read.
-        DataError: the mask isn't black and white.
     """
     marked = read_mask(mask, image, GRID, "squash")
     if marked is None:
@@ -78,12 +67,8 @@ def crop_skin(image: Path, mask: Path) -> tuple[Pixels, Pixels] | None:
 
 @dataclass(frozen=True)
 class NonLesionImage:
-    """An image without a lesion.
-
-    Attributes:
-        pixels: (H, W, 3) RGB of uint8, of the size of a photograph; to be preprocessed as one.
-        group: `PHOTOGRAPHS`, `DOCUMENTS`, `PLAIN` or `MEDICAL`.
-        source: the file or the drawing function; images of one source resemble each other.
+    """An image without a lesion, (H, W, 3) uint8 RGB, to be preprocessed as a photograph. Images of one `source` (file
+    or drawing function) resemble each other; `group` is `PHOTOGRAPHS`, `DOCUMENTS`, `PLAIN` or `MEDICAL`.
     """
 
     pixels: Pixels
@@ -92,12 +77,7 @@ class NonLesionImage:
 
 
 def everyday_images(half: Half, seed: int = 0) -> Iterator[NonLesionImage]:
-    """Yield one half of the images, `CROPS` of each source; a score is chosen with one and reported with the other.
-
-    Args:
-        half: `choosing` or `reporting`.
-        seed: of the crops and of what is drawn.
-    """
+    """Yield one half of the images, `CROPS` of each source; a score is chosen with one and reported with the other."""
     random = np.random.default_rng([seed, ("choosing", "reporting").index(half)])
     for group, names in _BUNDLED[half].items():
         for name in names:

@@ -31,17 +31,9 @@ from dualrefnet.run import Run
 class OpenedRun:
     """What predicting again, measuring and explaining need; make one with `open_run`.
 
-    Attributes:
-        run: the folder.
-        recipe: the run's, with the present location of the data.
-        dataset: the data set.
-        split: of its rows.
-        model: the best epoch, in evaluation mode, on `device`.
-        metadata: the fitted metadata encoder.
-        normalisation: mean and std that the (first) image encoder expects.
-        store: the images; None for a method that reads no image.
-        device: where to compute.
-        cache: folder of the image stores; None: the user's cache folder.
+    `recipe` has the present location of the data; `model` is the best epoch, in evaluation mode, on `device`;
+    `normalisation` is the mean and std that the (first) image encoder expects; `store` is None for a method that reads
+    no image; `cache` holds the image stores (None: the user's cache folder).
     """
 
     run: Run
@@ -116,10 +108,7 @@ class OpenedRun:
         return np.concatenate(kept)
 
     def masks(self, folder: Path | None = None) -> dict[str, Path]:
-        """Return test image id -> mask of the lesion; none if no folder was named and the data set has none.
-
-        Args:
-            folder: of the masks; None: `masks` in the data set's folder, if it exists.
+        """Return test image id -> mask of the lesion; none if no folder was named and the data set has none in `masks`.
 
         Raises:
             DataError: `folder` doesn't exist, or holds no mask of a test image.
@@ -134,9 +123,8 @@ class OpenedRun:
 
     @torch.inference_mode()
     def blank(self, count: int) -> Encoded:
-        """Return what stands for `count` missing images.
-
-        It is the model's learned token, or the encoders' output for an image in the mean colour of their normalisation.
+        """Return what stands for missing images: the model's learned token, or the encoders' output for their mean
+        colour.
         """
         size, pixel = self.recipe.image.size, torch.nan if self.model.missing is not None else 0.0
         read = self.model.encode(torch.full((1, 3, size, size), pixel, device=self.device))
@@ -152,14 +140,7 @@ def open_run(
     cache: Path | None = None,
     device: torch.device | None = None,
 ) -> OpenedRun:
-    """Open a trained run.
-
-    Args:
-        run: its folder.
-        root: folder of the data, if it isn't the recipe's.
-        dataset: the data set, if it has been read already.
-        cache: folder of the image stores.
-        device: where to compute; None: a GPU if there is one.
+    """Open a trained run; `root` is the folder of the data, if it isn't the recipe's.
 
     Raises:
         RunError: images of the split are missing, the classes have changed, or the run holds no trained model.
@@ -189,21 +170,10 @@ def open_run(
 
 
 def sample_rows(labels: np.ndarray, at_most: int, seed: int) -> np.ndarray:
-    """Choose all rows, or `at_most` with each class in proportion, but at least one of each.
+    """Return the places of all rows, or of `at_most` with each class of `labels` (N,) in proportion, ascending.
 
     Every class gets its share, rounded up or down (largest remainder); classes whose share is less than one row get
-    one, and the others share what is left.
-
-    Args:
-        labels: (N,) class of every row.
-        at_most: how many; at least the number of classes.
-        seed: of the choice.
-
-    Returns:
-        The chosen rows, ascending.
-
-    Raises:
-        ValueError: `at_most` is less than the number of classes.
+    one, and the others share what is left. ValueError: `at_most` is less than the number of classes.
     """
     names, counts = np.unique(labels, return_counts=True)
     if len(labels) <= at_most:

@@ -51,15 +51,10 @@ SKIN, CLOSE_LESION = "healthy skin beside the lesion", "lesion, crop of the same
 
 
 def fit_score(training: NDArray[np.floating], validation: NDArray[np.floating]) -> OutOfDistributionScore:
-    """Fit the score.
+    """Fit the score on vectors (N, D) of training images; rows that aren't finite are left out.
 
-    Args:
-        training: (N, D) vectors of training images; rows that aren't finite are left out.
-        validation: (V, D) of images that weren't trained on; they set scales and limit, since the network has adapted
-            to those that it was trained on.
-
-    Raises:
-        ValueError: fewer than 2 rows are finite in a split, or the splits differ in D.
+    `validation` (V, D) sets scales and limit, since the network has adapted to the images that it was trained on.
+    ValueError: fewer than 2 rows are finite in a split, or the splits differ in D.
     """
     train, held_out = (
         np.asarray(rows, dtype=np.float64)[np.isfinite(rows).all(axis=1)] for rows in (training, validation)
@@ -127,15 +122,9 @@ def fit_run(
 ) -> dict[str, Any]:
     """Fit the score on the training images, write `out_of_scope.safetensors`, return its part of metrics.json.
 
-    Args:
-        opened: the run; its method reads images.
-        validation: vectors of the validation split, in its order.
-        test: of the test split.
-        progress: called with (training images read, in all).
-
-    Returns:
-        `training` and `validation` (images), `intended_false_alarm_rate`, and of the test split `images`,
-        `false_alarms` and `false_alarm_rate` with its interval over patients.
+    `validation` and `test` are vectors of these splits, in their order. The result is `training` and `validation`
+    (images), `intended_false_alarm_rate`, and of the test split `images`, `false_alarms` and `false_alarm_rate` with
+    its interval over patients.
     """
     examples, seed = opened.examples("train"), opened.recipe.seed
     rows = np.arange(len(examples))
@@ -162,16 +151,11 @@ def fit_run(
 class OutOfDistributionMeasured:
     """How well the score separates other images from test images of lesions.
 
-    Attributes:
-        scores: a row an image: `group`, `source` (patient or file), `score` (more than 1 warns).
-        table: a row a group: `group`, `pictures`, `sources`, `auroc` against the test images (NaN for these), `flagged`
-            (share beyond the limit), and both with `_low` and `_high` (NaN for fewer than `FEW_SOURCES` sources).
-        skin_auroc: of healthy skin against equally large crops of the lesion, with its interval; None without masks.
-        training: images that the score was fitted on.
-        validation: images that set the limit.
-        images: test images, all or a sample.
-        samples: resamples.
-        seed: of sample, images and resamples.
+    `scores`, a row an image: `group`, `source` (patient or file), `score` (more than 1 warns). `table`, a row a group:
+    `group`, `pictures`, `sources`, `auroc` against the test images (NaN for these), `flagged` (share beyond the limit),
+    and both with `_low` and `_high` (NaN for fewer than `FEW_SOURCES` sources). `skin_auroc`: of healthy skin against
+    equally large crops of the lesion; None without masks. The score was fitted on `training` images, `validation`
+    images set the limit.
     """
 
     scores: pd.DataFrame
@@ -194,13 +178,7 @@ def measure_out_of_distribution(
 ) -> OutOfDistributionMeasured:
     """Measure the run's score against the half of the everyday images that it was not chosen with, and harder groups.
 
-    Args:
-        opened: the run; its method reads images.
-        masks: folder of lesion masks; None: `masks` in the data set's folder, and no skin if there is none.
-        images: test images to look at, each class in proportion.
-        samples: bootstrap samples, of patients and of the other images' sources.
-        seed: of all that is drawn.
-        progress: called with (images read, in all).
+    At most `images` test images are looked at; `masks` as in `OpenedRun.masks`: no healthy skin if there is none.
 
     Raises:
         RunError: the run has no out-of-distribution score.
@@ -286,15 +264,14 @@ def share_interval(flagged: NDArray[np.bool_], groups: ArrayLike, samples: int, 
     """Return the 95% interval of a share over resampled groups; NaN for fewer than `FEW_SOURCES` groups."""
     if len(pd.unique(np.asarray(groups))) < FEW_SOURCES:
         return NAN, NAN
-    bootstrap = Bootstrap(groups, len(flagged), samples, seed)
+    bootstrap = Bootstrap(groups, samples, seed)
     (share,) = bootstrap.ratios(flagged[:, None], np.ones((len(flagged), 1)))
     return share.low, share.high
 
 
 def _auroc(lesions: pd.DataFrame, others: pd.DataFrame, samples: int, seed: int) -> tuple[float, float, float]:
-    """Return how often another image scores higher than a lesion, and the interval over patients and sources.
-
-    Patients are drawn from patients and sources from sources; crops of patients' images are drawn with their patient.
+    """Return how often another image scores higher than a lesion, and the interval over patients and sources: patients
+    are drawn from patients and sources from sources; crops of patients' images are drawn with their patient.
     """
     both = pd.concat([lesions, others])
     codes = group_codes(both["source"])

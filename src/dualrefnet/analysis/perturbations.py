@@ -40,11 +40,8 @@ GROWN, BORDER, BLUR, RING = 0.04, 0.015, 0.1, 0.1
 
 
 class Predictions(NamedTuple):
-    """Probabilities with several versions of the metadata.
-
-    Attributes:
-        probabilities: one (N, C) array a version.
-        vectors: (N, D) of the image encoders, side by side; D is 0 where no image was read.
+    """Probabilities (N, C) of each version of the metadata, and vectors (N, D) of the image encoders; D is 0 without
+    image.
     """
 
     probabilities: list[Floats]
@@ -74,9 +71,8 @@ def predict_with_metadata(
 def predict_without_image(
     opened: OpenedRun, versions: Sequence[Metadata], progress: Progress | None = None
 ) -> list[Floats]:
-    """Predict with metadata (N, M) alone: of a method that reads images, with what stands for a missing image in this
-    run.
-    Return (N, C) probabilities a version; `progress` counts versions.
+    """Predict with versions of the metadata (N, M) alone, and what stands for a missing image in this run: (N, C) a
+    version.
     """
     size = opened.recipe.evaluation.batch_size
     blank = opened.blank(size) if opened.model.reads_image else None
@@ -105,9 +101,7 @@ def _predict(opened: OpenedRun, encoded: Encoded | None, metadata: Metadata) -> 
 def permute_across_groups(groups: ArrayLike, generator: np.random.Generator) -> NDArray[np.int64]:
     """Permute N rows so that each gets a row of another group (patient); every row is given once.
 
-    Raises:
-        DataError: one group has more than half of the rows, so there is no such permutation.
-        ValueError: see `group_codes`.
+    DataError: one group has more than half of the rows, so there is no such permutation.
     """
     codes = group_codes(groups)
     if 2 * np.bincount(codes).max() > len(codes):
@@ -184,13 +178,8 @@ def hide_flags(encoder: MetadataEncoder, metadata: Metadata) -> Metadata:
 
 @dataclass(frozen=True)
 class Outlines:
-    """Outlines of test images, as the model sees them.
-
-    Attributes:
-        places: (P,) of the examples that have one.
-        packed: their masks, a bit a pixel: those of thousands of images are kept until their turn comes.
-        side: S, of a mask.
-        left_out: how many outlines cover the whole image, or mark nothing in it.
+    """Outlines of the test images `places`, as the model sees them: `packed` masks of side S, a bit a pixel, since
+    thousands are kept; `left_out` cover the whole image, or mark nothing in it.
     """
 
     places: NDArray[np.int64]
@@ -230,8 +219,7 @@ def predict_perturbed(
 ) -> dict[str, list[Floats]]:
     """Predict P outlined images with the lesion blurred, filled, and all but the lesion filled.
 
-    Return for each of `CHANGES` the probabilities (P, C) with each of the versions of the metadata, (P, M); `progress`
-    counts images.
+    Return for each of `CHANGES` the probabilities (P, C) with each of the versions of the metadata (P, M).
     """
     size, count = opened.recipe.evaluation.batch_size, len(outlines.places)
     parts: dict[str, list[list[Floats]]] = {change: [[] for _ in versions] for change in CHANGES}

@@ -28,15 +28,8 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class ReconstructedImage:
-    """One image of the auxiliary task; images are uint8.
-
-    Attributes:
-        image_id: its id.
-        image: (S, S, 3), the encoder's input.
-        target: (2S, 2S, 3).
-        reconstruction: (2S, 2S, 3), the decoder's output.
-        measures: `psnr` in dB and `ssim` of the reconstruction; `psnr_flat` and `ssim_flat` of a uniform area of the
-            target's mean colour, the baseline.
+    """One image (S, S, 3) of the auxiliary task, with target and reconstruction (2S, 2S, 3), all uint8. `measures`:
+    `psnr` in dB and `ssim`; `psnr_flat` and `ssim_flat` of a uniform area of the target's mean colour, the baseline.
     """
 
     image_id: str
@@ -48,13 +41,8 @@ class ReconstructedImage:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How well test images are reconstructed.
-
-    Attributes:
-        table: image_id and the measures of `ReconstructedImage`, one row an image of the sample.
-        shown: images at equal steps of rank by PSNR, from the 10th to the 90th percentile.
-        images: in the test split; the table has a sample of them.
-        kind: of the target (`model.target`).
+    """How well test images are reconstructed: a `table` of the measures of a sample, and images `shown` at equal steps
+    of rank by PSNR, from the 10th to the 90th percentile. `kind` is the target (`model.target`).
     """
 
     table: pd.DataFrame
@@ -70,17 +58,8 @@ def reconstruct(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Reconstruction:
-    """Reconstruct test images and measure them.
-
-    Args:
-        opened: a run with the auxiliary task.
-        images: at most so many, each class in proportion.
-        show: how many to return as images.
-        seed: of the choice.
-        progress: called with (images done, images in all).
-
-    Raises:
-        RunError: the run has no decoder.
+    """Reconstruct and measure at most `images` test images, each class in proportion; RunError: the run has no
+    decoder.
     """
     recipe = opened.recipe
     if not recipe.rebuilds_image or opened.store is None:

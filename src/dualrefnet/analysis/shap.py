@@ -67,13 +67,8 @@ BATCH, MOST_ROWS, MOST_NUMBERS = 16, 4096, 2**26
 
 
 class FeatureGroup(NamedTuple):
-    """Columns that come and go together.
-
-    Attributes:
-        name: of the field; of a column, its name in `MetadataEncoder.names`.
-        field: that it belongs to; of all flags together, the group's name.
-        kind: as the field's; missing: flags that say what is missing.
-        columns: which of the M columns.
+    """Some of the M columns, which come and go together: a field's, all flags', or one column (with the name of
+    `MetadataEncoder.names`) of `field`.
     """
 
     name: str
@@ -85,11 +80,9 @@ class FeatureGroup(NamedTuple):
 class FieldValues(NamedTuple):
     """The metadata of N images, for each of P groups.
 
-    Attributes:
-        texts: N rows of P; `66 years`, `yes`, `FACE`, or why there is no value: `not recorded, imputed`.
-        colours: (N, P) float32, low to high: numbers as the model reads them, 0 and 1 of no and yes, how many flags are
-            set. NaN for other categories and where there is no value, also if one was imputed.
-        known: (N, P), False where there is no value.
+    `texts`: N rows of P; `66 years`, `yes`, `FACE`, or why there is no value: `not recorded, imputed`. `colours` (N,
+    P), low to high: numbers as the model reads them, 0 and 1 of no and yes, how many flags are set; NaN for other
+    categories and where there is no value, also if one was imputed. `known` (N, P): whether there is a value.
     """
 
     texts: tuple[tuple[str, ...], ...]
@@ -180,13 +173,8 @@ def _yes_or_no(value: object) -> str:
 
 
 class Attribution(NamedTuple):
-    """The Shapley values of one prediction.
-
-    Attributes:
-        values: (P, C), what each group adds to the probability of each class.
-        errors: (P, C), standard errors of the values, from how they differ between the orders.
-        base: (C,), mean probability with the background's metadata.
-        prediction: (C,), with the own metadata.
+    """The Shapley values (P, C) of one prediction with their standard errors, from how they differ between the orders;
+    `base` (C,) is the mean probability with the background's metadata, `prediction` (C,) that with the own.
     """
 
     values: NDArray[np.float64]
@@ -203,15 +191,10 @@ def attribute_prediction(
     permutations: int,
     seed: int,
 ) -> Attribution:
-    """Attribute the prediction for one row of metadata to groups of its columns.
+    """Attribute the prediction for one encoded row (M,) to groups of its columns; absent groups come from `background`
+    (B, M).
 
-    Args:
-        classify: what is explained.
-        row: (M,), encoded.
-        background: (B, M) rows from which the values of absent groups are taken.
-        groups: each of the M columns belongs to one of them.
-        permutations: orders of the groups, each of them forwards and backwards; at least 1.
-        seed: of the orders.
+    `permutations` orders of the groups are tried, each of them forwards and backwards.
 
     Raises:
         ValueError: the groups don't cover all columns once, or there is no permutation.
@@ -245,11 +228,8 @@ def attribute_prediction(
 
 
 class _Masker:
-    """shap's masker: the row's values where a group is present, those of every background row where not.
-
-    Attributes:
-        shape: (B, P): rows that a call returns, and groups.
-        immutable_outputs: shap need not copy what a call returns.
+    """shap's masker: the row's values where a group is present, those of every background row where not. `shape` is (B,
+    P).
     """
 
     immutable_outputs = True
@@ -289,25 +269,11 @@ def _numpy_state_kept() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class MetadataShap:
-    """Shapley values of the metadata beside N images, for P groups and C classes; in probabilities.
+    """Shapley values (N, P, C) of the metadata beside N images, for P groups and C classes; in probabilities.
 
-    Attributes:
-        values: (N, P, C) float32.
-        errors: (N, P, C) float32, the values' standard errors: other orders would have given about as different ones.
-        base: (N, C) float32, of each image with the background's metadata.
-        prediction: (N, C) float32, with its own metadata.
-        groups: P.
-        classes: C labels.
-        image_ids: N.
-        labels: (N,) the true class.
-        fields: the metadata of the N images.
-        by: what the groups are.
-        split: of the images.
-        total_images: of that split, of which N were chosen, each class in proportion.
-        background: training rows that stand in for absent groups.
-        permutations: orders of the groups, each of them forwards and backwards.
-        seed: of the choice, of the background and of the orders.
-        reads_image: False if there is no image, and the base is the same for all.
+    `errors` are standard errors: other orders would have given about as different values. `base` (N, C): of each image
+    with the background's metadata; `prediction` (N, C): with its own. The N images are chosen from `total_images` of
+    the split, each class in proportion.
     """
 
     values: NDArray[np.float32]
@@ -348,21 +314,10 @@ def explain_metadata(
     image_ids: Sequence[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> MetadataShap:
-    """Attribute the predictions for images of one split to their metadata.
+    """Attribute the predictions for at most `images` images of one split, or for `image_ids`, to their metadata.
 
     Each image is encoded once and then predicted with some ten thousand rows of metadata. Most methods are done with an
     image in a fifth of a second on two cores; `visual`, which reads maps for every row, and `ensemble` take seconds.
-
-    Args:
-        opened: the run.
-        split: train, val or test.
-        images: at most so many, each class in proportion.
-        background: at most so many training rows stand in for absent groups.
-        by: what a group is: a field, or a column of its encoding.
-        permutations: orders of the groups; None: 10 of fields, 2 of columns.
-        seed: of the choice, of the background and of the orders.
-        image_ids: explain these images of the split instead of a sample.
-        progress: called with (images done, images in all).
 
     Raises:
         RunError: the model reads no metadata.
@@ -584,8 +539,7 @@ def draw_beeswarm(result: MetadataShap, label: str, count: int = 10) -> ReportFi
 @styled
 def draw_waterfall(result: MetadataShap, image_id: str, label: str, count: int = 9) -> ReportFigure:
     """Draw how one image's probability of one class comes about, from the mean over other metadata to its own; all but
-    the
-    first `count` groups are added up.
+    the first `count` groups are added up.
     """
     row, column = result.image_ids.index(image_id), result.classes.index(label)
     values, errors = 100 * result.values[row, :, column].astype(float), 100 * result.errors[row, :, column]

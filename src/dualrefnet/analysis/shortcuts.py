@@ -38,7 +38,7 @@ from dualrefnet.analysis.perturbations import (
 from dualrefnet.display.figure import FAINT, INK, PAPER, PRIMARY, SECONDARY, ReportFigure, new_figure, styled
 from dualrefnet.display.format import MEASURE_NAMES, Cell, PrintedTable, interval, number, sentence
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.bootstrap import percentile_interval
+from dualrefnet.evaluation.bootstrap import Bootstrap, percentile_interval
 from dualrefnet.evaluation.comparison import PooledBootstrap, pooled_bootstrap
 from dualrefnet.progress import progress_bar
 
@@ -81,19 +81,12 @@ _SUMMARY = ("gaps", "background_alone", "other_photographs", "other_forms", "pho
 class Shortcuts:
     """What a run's score depends on.
 
-    Attributes:
-        table: one row a probe and measure: probe, input (in words), trained (True for the single-modality baselines),
-            trained_probe (name of the input's baseline), compared_with; measure, chance, value, low, high; difference,
-            difference_low, difference_high from `compared_with` on the same images and resamples; lead, lead_low,
-            lead_high, the share of its gain over chance that is left (NaN where that gain isn't significant); images,
-            patients, repeats (of which the value is the mean).
-        remarks: what was left out and what must be known, one sentence each.
-        title: the method.
-        unit: what was resampled and permuted, `patient` or `lesion`.
-        permutations: of which the mean is taken.
-        train_images: training images that the regression on image features was fitted on.
-        samples: of the bootstrap.
-        seed: of permutations and bootstrap.
+    `table`, one row a probe and measure: probe, input (in words), trained (True for the single-modality baselines),
+    trained_probe (name of the input's baseline), compared_with; measure, chance, value, low, high; difference,
+    difference_low, difference_high from `compared_with` on the same images and resamples; lead, lead_low, lead_high,
+    the share of its gain over chance that is left (NaN where that gain isn't significant); images, patients, repeats
+    (of which the value is the mean). `remarks`: what was left out and what must be known. `train_images` fitted the
+    regression on image features.
     """
 
     table: pd.DataFrame
@@ -116,16 +109,10 @@ def probe_shortcuts(
 ) -> Shortcuts:
     """Predict a trained run's test split with changed inputs.
 
-    Args:
-        opened: the run.
-        masks: folder of outlines `<image id>.png`; None: `masks` in the data set's folder, if it is there.
-        permutations: how often inputs are permuted across patients; the mean is reported.
-        samples: bootstrap samples, drawn over patients.
-        seed: of permutations, choice of training images and bootstrap.
-        train_images: at most so many training images are read, each class in proportion.
+    `masks`: folder of outlines, see `OpenedRun.masks`; `permutations`: how often inputs are permuted across patients
+    (the mean is reported); `train_images`: at most so many are read, each class in proportion.
 
     Raises:
-        ValueError: `permutations` or `samples` is below 1, `train_images` is below the number of classes.
         DataError: `masks` isn't there or has none of the test images.
         ImageError: a mask can't be read.
     """
@@ -155,14 +142,8 @@ def probe_shortcuts(
 
 
 class _Probe:
-    """Predicts with changed inputs, and gathers predictions and remarks.
-
-    Attributes:
-        examples: the test split, with its images.
-        groups: (N,) patients.
-        predictions: probe -> one (N, C) array of probabilities a repeat.
-        remarks: what was left out.
-        incomplete: whether a field of the test split is missing.
+    """Predicts the test split with changed inputs, and gathers predictions (probe -> one (N, C) array a repeat) and
+    remarks.
     """
 
     def __init__(self, opened: OpenedRun, seed: int, permutations: int) -> None:
@@ -237,8 +218,7 @@ class _Probe:
 
     def predict_outlined(self, masks: dict[str, Path]) -> tuple[NDArray[np.int64], dict[str, list[Floats]]]:
         """Return the places (P,) of the examples that have an outline, and the predictions without the lesion, or
-        without
-        all but the lesion, by probe; none if there are too few.
+        without all but the lesion, by probe; none if there are too few.
         """
         outlines = read_outlines(self.opened, self.examples, masks)
         places = outlines.places
@@ -295,9 +275,8 @@ class _Probe:
 def fit_baseline(
     train: NDArray[np.float32], labels: NDArray[np.int64], test: NDArray[np.float32], classes: int
 ) -> Floats:
-    """Fit a logistic regression to (N, D), classes balanced and columns standardised, and return its probabilities for
-    (T,
-    D): (T, C), 0 for a class without a training row.
+    """Fit a logistic regression to (N, D), classes balanced and columns standardised; return its probabilities for (T,
+    D).
     """
     regression = LogisticRegression(class_weight="balanced", max_iter=ITERATIONS)
     fitted = make_pipeline(StandardScaler(), regression).fit(train.astype(np.float64), labels)
@@ -330,7 +309,8 @@ def measure_probes(
     """
     malignant = opened.dataset.schema.malignant
     with progress_bar("intervals") as show:
-        bootstrap = pooled_bootstrap(labels, predictions, groups, opened.classes, samples, seed, LEVEL, malignant, show)
+        resamples = Bootstrap(groups, samples, seed, LEVEL, show)
+        bootstrap = pooled_bootstrap(labels, predictions, resamples, opened.classes, malignant)
     # A resample without any image of a class is one of fewer classes.
     sensitivities = [bootstrap.drawn[full][f"per_class.{name}.sensitivity"] for name in opened.classes]
     present = (~np.isnan(sensitivities)).sum(axis=0)
@@ -359,9 +339,8 @@ def measure_probes(
 def _share_of_gain(
     bootstrap: PooledBootstrap, name: str, full: str, measure: str, chance: float, drawn_chance: Floats
 ) -> tuple[float, float, float]:
-    """Return the share of the full model's gain over chance that a probe keeps, with its interval; NaN if that gain
-    isn't
-    significant.
+    """Return the share of the full model's gain over chance that a probe keeps, with its interval; NaN without such a
+    gain.
     """
     gain = bootstrap.drawn[full][measure] - drawn_chance
     bounds = percentile_interval(gain, LEVEL)
@@ -436,14 +415,8 @@ LINE, GAP, REST, LETTERS = 0.125, 0.09, 0.95, 27
 
 @styled
 def draw_shortcuts(shortcuts: Shortcuts, measure: str = "balanced_accuracy") -> ReportFigure:
-    """Draw what the model reaches with each input, with 95% intervals, chance, and single-modality baselines.
-
-    Args:
-        shortcuts: from `probe_shortcuts`.
-        measure: `balanced_accuracy`, `auc_macro_ovr` or `malignant.auc`.
-
-    Raises:
-        ValueError: the measure is not available.
+    """Draw what the model reaches with each input (`balanced_accuracy`, `auc_macro_ovr` or `malignant.auc`), with 95%
+    intervals, chance, and single-modality baselines.
     """
     from matplotlib.lines import Line2D
 

@@ -87,22 +87,16 @@ def _bands(known: pd.Series, field: MetadataField) -> tuple[list[float], list[st
 class Subgroups:
     """Results by category.
 
-    Attributes:
-        levels: one row a category: `field`, `level` (the category), `images`, `patients`, `malignant` (images; NaN if
-            no class is), `measured` (whether it has results), `missing` (classes of the test split that it lacks,
-            separated by commas). Categories that the schema names and no image has are there with 0 images.
-        table: one row a measured category and measure: `field`, `level`, `measure`, `value`, `low`, `high`, `others`
-            (the value of the images that it is compared with), `gap` (value - others), `gap_low`, `gap_high`, `flagged`
-            (0 lies outside the gap's interval), `counted` (False: a comparison of the same images stands above, such as
-            women with men for men with women), `classes` (over which the measure runs). NaN: undefined, too few
-            patients, or no interval.
-        overall: measure -> value of the whole test split.
-        descriptions: field -> what it means, in plain words.
-        images: number in the test split.
-        groups: number of patients.
-        samples: bootstrap samples.
-        seed: of the resamples.
-        level: coverage of the intervals.
+    `levels`, one row a category: `field`, `level` (the category), `images`, `patients`, `malignant` (images; NaN if no
+    class is), `measured` (whether it has results), `missing` (classes of the test split that it lacks, separated by
+    commas). Categories that the schema names and no image has are there with 0 images.
+
+    `table`, one row a measured category and measure: `field`, `level`, `measure`, `value`, `low`, `high`, `others` (the
+    value of the images that it is compared with), `gap` (value - others), `gap_low`, `gap_high`, `flagged` (0 lies
+    outside the gap's interval), `counted` (False: a comparison of the same images stands above, such as women with men
+    for men with women), `classes` (over which the measure runs). NaN: undefined, too few patients, or no interval.
+
+    `overall`: measure -> value of the whole test split; `descriptions`: field -> what it means.
     """
 
     levels: pd.DataFrame
@@ -143,14 +137,8 @@ class _Metrics(WeightedMetrics):
 
 
 class _Part:
-    """Some images of the test split.
-
-    Attributes:
-        total: number of their patients.
-        of_class: number of patients of each class.
-        patients: measure -> number of patients that it is about; of the rarer kind if there are two.
-        point: metrics of these images; see `_Metrics`.
-        drawn: the same of every resample of all patients.
+    """Some images of the test split: numbers of their patients, in all, of each class, and by measure of those that it
+    is about (of the rarer kind if there are two); their metrics, and the same in every resample of all patients.
     """
 
     point: dict[str, Floats]
@@ -207,12 +195,8 @@ class _Part:
 
 
 def _compare(one: _Part, other: _Part | None, measure: str) -> dict[str, object]:
-    """Return value, interval and gap of one measure of one category, as columns of `Subgroups.table`.
-
-    Args:
-        one: the category.
-        other: the images with which it is compared; None: there are none.
-        measure: a key of `NAMES`.
+    """Return value, interval and gap of one measure of one category, as columns of `Subgroups.table`; None: nothing to
+    compare with.
     """
     result: dict[str, object] = dict.fromkeys(("value", "low", "high", "others", "gap", "gap_low", "gap_high"), NAN)
     result |= {"flagged": False, "classes": ""}
@@ -270,19 +254,11 @@ def measure_subgroups(
 ) -> Subgroups:
     """Measure every category of every field with `subgroup`, and how far it is from the others.
 
-    Args:
-        predictions: rows of `predictions.csv`, of the test split: `image_id`, `label` and `prob_<CLASS>`.
-        rows: the lesion table's rows; those of other images don't matter.
-        groups: image id -> patient or lesion (`schema.unit`).
-        schema: of the lesion table.
-        samples: bootstrap samples.
-        seed: of the resamples.
-        level: coverage of the intervals.
-        progress: called with (samples done, samples in all).
+    `predictions` are the test rows of predictions.csv, `rows` those of the lesion table, `groups` image id -> patient
+    or lesion.
 
     Raises:
         DataError: no field is marked with `subgroup`, or rows or groups of images are missing.
-        ValueError: see `check_predictions` and `group_codes`.
     """
     fields = [field for field in schema.fields if field.subgroup]
     if not fields:
@@ -297,7 +273,7 @@ def measure_subgroups(
     labels = predictions["label"].map({name: index for index, name in enumerate(schema.classes)})
     columns = predictions[[f"prob_{name}" for name in schema.classes]]
     target, scores = check_predictions(labels.to_numpy(dtype=np.int64), columns.to_numpy(dtype=float))
-    bootstrap = Bootstrap(groups.loc[ids].to_numpy(), len(ids), samples, seed, level, progress)
+    bootstrap = Bootstrap(groups.loc[ids].to_numpy(), samples, seed, level, progress)
 
     def part(mask: NDArray[np.bool_]) -> _Part:
         return _Part(mask, target, scores, bootstrap, schema)
@@ -353,16 +329,7 @@ NAMED = 3
 
 
 def draw_subgroups(subgroups: Subgroups, measure: str, unit: str = "patients") -> ReportFigure:
-    """Draw a measure of every category with its interval, and a line at that of the whole test split.
-
-    Args:
-        subgroups: from `measure_subgroups`.
-        measure: a key of `NAMES`.
-        unit: what was resampled, in the plural, for the caption.
-
-    Raises:
-        DataError: no category has a value of it.
-    """
+    """Draw a measure (of `NAMES`) of every category with its interval, and a line at that of the whole test split."""
     name = NAMES[measure]
     text = "Dot: {0} of the category (in brackets: its test images); line: {1}. {2}Dashed: the whole test split."
     return _draw(subgroups, measure, unit, "value", f"Subgroups: {name}", text)

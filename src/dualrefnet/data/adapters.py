@@ -14,9 +14,9 @@ DATA_VARIABLE = "DUALREFNET_DATA"
 
 # Name -> what reads (root, description file or None).
 ADAPTERS: dict[str, Callable[[Path, Path | None], Dataset]] = {
-    "pad_ufes_20": lambda root, description: pad_ufes_20.load(root),
-    "isic_2019": lambda root, description: isic_2019.load(root),
-    "sample": lambda root, description: synthetic.load(root),
+    "pad_ufes_20": lambda root, _: pad_ufes_20.load(root),
+    "isic_2019": lambda root, _: isic_2019.load(root),
+    "sample": lambda root, _: pad_ufes_20.load(root, synthetic.SCHEMA),
     "csv_table": csv_table.load,
 }
 

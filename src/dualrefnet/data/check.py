@@ -13,8 +13,7 @@ from typing import Any, Literal, NamedTuple
 import pandas as pd
 
 from dualrefnet.data.adapters import load_dataset
-from dualrefnet.data.csv_table import IMAGE_SUFFIXES
-from dualrefnet.data.images import MAX_BYTES, decode_image
+from dualrefnet.data.images import IMAGE_SUFFIXES, MAX_BYTES, decode_image, list_files
 from dualrefnet.data.schema import BOOLEAN_VALUES, Dataset, MetadataField
 from dualrefnet.data.store import map_ahead
 from dualrefnet.errors import ImageError
@@ -32,8 +31,6 @@ OFFICIAL_CLASS_COUNTS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check."""
-
     level: Level  # PASS; WARN: known and worth knowing; FAIL: fix it before training
     check: str  # short id, the same in every release
     message: str  # one sentence for people
@@ -41,7 +38,6 @@ class Finding:
     count: int = 0  # of rows, images or values
 
     def to_json(self) -> dict[str, Any]:
-        """Return the finding as plain JSON values."""
         return {**asdict(self), "examples": list(self.examples)}
 
 
@@ -67,7 +63,9 @@ def identical_images(images: Iterable[tuple[str, str, str]]) -> Iterator[Finding
     problem = "byte-identical images under different labels (at least one label is wrong), groups"
     otherwise = "no images of different labels are identical"
     yield finding_or_pass("WARN", "identical_other_label", other_label, problem, otherwise)
-    problem = "byte-identical images under one label (they may be in several splits), groups"
+    problem = (
+        "byte-identical images under one label (give them one lesion id, or they may be in several splits), groups"
+    )
     yield finding_or_pass("WARN", "identical_same_label", same_label, problem, "no images of one label are identical")
 
 
@@ -81,11 +79,9 @@ class CheckReport:
 
     @property
     def failed(self) -> bool:
-        """Whether a finding is FAIL."""
         return any(finding.level == "FAIL" for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as plain JSON values."""
         findings = [finding.to_json() for finding in self.findings]
         return {"dataset": self.dataset, "root": str(self.root), "failed": self.failed, "findings": findings}
 
@@ -97,11 +93,7 @@ def check_dataset(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
-    """Check the table, the metadata and every image of a data set; nothing is written.
-
-    `name`, `root` and `description` as in `dualrefnet.data.adapters.load_dataset`, whose DataErrors are raised if the
-    table can't be read at all. `progress` is called with (images done, images in all).
-    """
+    """Check the table, the metadata and every image of a data set; `progress` is called with (images done, in all)."""
     dataset = load_dataset(name, root, description)
     table = dataset.with_image
     rows = list(zip(table["image_id"], table["label"], table["image_path"], strict=True))
@@ -142,7 +134,7 @@ def _patients(dataset: Dataset) -> Iterator[Finding]:
         yield Finding("WARN", "patients", message, count=len(unnamed))
         return
     otherwise = f"{table['patient_id'].nunique():,} patients, named in every row"
-    problem = "rows without a patient (each counts as a patient of its own)"
+    problem = "rows without a patient (only a lesion keeps them with others)"
     yield finding_or_pass("WARN", "patients", unnamed, problem, otherwise)
     if table["lesion_id"].notna().any():
         problem = "lesion ids used by several patients (a lesion id alone is no key)"
@@ -156,8 +148,9 @@ def _metadata(dataset: Dataset) -> Iterator[Finding]:
     yield from unusual
     if not any(finding.check == "unknown_codes" for finding in unusual):
         yield Finding("PASS", "unknown_codes", "every value is one that its field knows")
-    for warning in dataset.value_warnings:
-        yield Finding("WARN", "numbers", warning)
+    for check, sentence in dataset.notes:
+        if check in ("numbers", "labels"):  # The others are found above.
+            yield Finding("WARN", check, sentence)
     missing, total = [], 0
     for field in fields:
         values = dataset.table[field.name]
@@ -195,14 +188,17 @@ def _unusual_values(table: pd.DataFrame, field: MetadataField) -> Iterator[Findi
 
 def _missing_images(dataset: Dataset) -> Iterator[Finding]:
     missing = dataset.table.loc[dataset.table["image_path"].isna(), "image_id"].tolist()
-    problem = "rows without an image (methods that read images leave them out)"
-    yield finding_or_pass("WARN", "rows_without_image", missing, problem, "every row has its image")
+    if len(missing) == len(dataset.table):
+        yield finding_or_pass("FAIL", "rows_without_image", missing, dataset.no_image, "")
+    else:
+        problem = "rows without an image (methods that read images leave them out)"
+        yield finding_or_pass("WARN", "rows_without_image", missing, problem, "every row has its image")
     used = set(dataset.with_image["image_path"])
     files = {
-        str(file): file.relative_to(folder).as_posix()
+        file: Path(file).relative_to(folder).as_posix()
         for folder in dataset.image_folders
-        for file in sorted(folder.rglob("[!.]*"))
-        if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
+        for file in list_files(folder)
+        if Path(file).suffix.lower() in IMAGE_SUFFIXES
     }
     spare = [name for path, name in files.items() if path not in used]
     problem = "image files that belong to no row (never read)"

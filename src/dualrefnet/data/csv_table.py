@@ -1,20 +1,24 @@
 """Any data set of your own: one CSV, a folder of images, and a small YAML file that says what the columns mean.
 
-The other adapters read their CSV and list their images with the functions of this module.
+The other adapters read their CSV with the functions of this module.
 """
 
 from __future__ import annotations
 
+import csv
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dualrefnet.data.images import ImageIndex, image_id, list_files
 from dualrefnet.data.schema import (
     Dataset,
     DatasetSchema,
@@ -23,14 +27,18 @@ from dualrefnet.data.schema import (
     normalise,
     refuse_forbidden_features,
     require_columns,
+    usual_spelling,
 )
 from dualrefnet.errors import DataError
+from dualrefnet.progress import warn
+from dualrefnet.runtime.metadata import read_cell, read_number
 
 DEFAULT_DESCRIPTION = "dataset.yaml"
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+SEPARATORS = ",;\t|"
 # Columns between whose values results are compared.
 _SUBGROUPS = re.compile(r"age|sex|gender|race|ethnicity|skin_?(type|tone)|fit[zs]patrick|site|region", re.IGNORECASE)
-_BOOLEANS = {"true", "false", "yes", "no", "y", "n", "0", "1", "0.0", "1.0"}
+_BOOLEANS = {"true", "false", "yes", "no", "y", "n", "0", "1"}
+_WITH_UNIT = re.compile(r"[<>~]? ?[+-]?\d[\d.,' ]*[^\W\d_]{0,5}\.?")
 
 
 class TableDescription(BaseModel):
@@ -54,7 +62,6 @@ class TableDescription(BaseModel):
 
 
 def read_description(path: Path) -> TableDescription:
-    """Read the YAML file; raise a DataError if it is missing, isn't YAML, or has unknown keys or wrong values."""
     try:
         values: Any = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
@@ -77,14 +84,10 @@ def read_description(path: Path) -> TableDescription:
 
 
 def load(root: Path, description_file: Path | None = None) -> Dataset:
-    """Read the table in `root` that the YAML file (default: `dataset.yaml` in `root`) describes.
-
-    Raises:
-        DataError: the description or the table is not what it must be.
-    """
+    """Read the table in `root` that the YAML file (default: `dataset.yaml` in `root`) describes."""
     description = read_description(description_file or root / DEFAULT_DESCRIPTION)
     file, folder = root / description.table, (root / description.images).resolve()
-    raw = read_text_csv(file)
+    raw = read_csv(file)
     optional = [column for column in (description.patient, description.lesion) if column]
     ids, fields = [description.image, description.label, *optional], [field.name for field in description.metadata]
     used = [name for name in fields if name in ids]
@@ -93,101 +96,155 @@ def load(root: Path, description_file: Path | None = None) -> Dataset:
             f"{', '.join(used)} can't be a metadata field: it is the image, label, patient or lesion column"
         )
     require_columns(raw, ids + fields, str(file))
-    if len(raw) == 0:
-        raise DataError(f"{file} has no rows")
-    images = raw[description.image]
-    if images.isna().any():
-        raise DataError(f"{int(images.isna().sum())} rows of {file} name no image")
+    names = raw[description.image].map(read_cell)
+    if names.isna().any():
+        raise DataError(f"{int(names.isna().sum())} rows of {file} name no image")
     schema = DatasetSchema(
         name="csv_table",
         title=description.title,
-        classes=description.classes or tuple(sorted(raw[description.label].dropna().unique())),
+        classes=description.classes or classes_of(raw[description.label]),
         malignant=description.malignant,
         class_names=description.class_names,
         fields=description.metadata,
         group_by="lesion_id" if description.lesion and not description.patient else "patient_id",
         licence=description.licence,
     )
-    table, value_warnings = normalise(
+    table, notes = normalise(
         raw.assign(
-            image_id=images.str.replace(r"\.\w+$", "", regex=True),
-            image_path=images.map(lambda name: str(folder / name) if (folder / name).is_file() else None),
+            image_id=names.map(image_id),
+            image_path=find_images(raw[description.image], folder),
             label=raw[description.label],
             patient_id=raw[description.patient] if description.patient else None,
             lesion_id=raw[description.lesion] if description.lesion else None,
         ),
         schema,
     )
-    notes = []
     if not description.patient:
-        notes.append("no column names the patient: images of one person may be in several splits")
+        notes.append(("patients", "no column names the patient: images of one person may be in several splits"))
+    shared = shared_lesions(table)
+    if shared:
+        advice = (
+            "their patients are kept in one split; if each patient's lesions are counted anew, name no lesion column"
+        )
+        notes.append(("shared_lesions", f"{len(shared)} lesion ids are used by several patients: {advice}"))
     others = other_columns(raw, ids + fields)
-    return Dataset(table, schema, root, value_warnings, notes, others, (folder,), shared_lesions(table))
+    return Dataset(table, schema, root, notes, others, (folder,), shared)
+
+
+def classes_of(labels: pd.Series) -> tuple[str, ...]:
+    """Return the classes of a column of labels, sorted, each in its most frequent spelling."""
+    return tuple(sorted(usual_spelling(labels.map(read_cell)).dropna().unique()))
+
+
+def find_images(names: pd.Series, folder: Path) -> pd.Series:
+    """Return the file that each name means, a path below `folder`; None if there is none."""
+    index, paths = None, []
+    for name in names:
+        path: str | None = str(folder / name)
+        if not os.path.isfile(folder / name):
+            index = index or ImageIndex((os.path.relpath(file, folder), file) for file in list_files(folder))
+            path = index.find(name)
+        paths.append(path)
+    return pd.Series(paths, index=names.index, dtype=object)
 
 
 def describe(table: pd.DataFrame, columns: list[str]) -> tuple[MetadataField, ...]:
-    """Guess the metadata fields of a table.
+    """Guess the metadata fields of a table; refuse a column of free text (over 50 values) or of unclear numbers.
 
     A column with only yes/no values is boolean; one of numbers with more than ten values is numeric; others are
     categorical, their values learned from the training rows. Results are compared between the values of age, sex, skin
     type, ethnicity and body site, if a column is called so.
-
-    Raises:
-        DataError: a column is missing, holds the label, identifies the patient, or is free text (over 50 values).
     """
     refuse_forbidden_features(columns)
     require_columns(table, columns, "the table")
     fields = []
     for name in columns:
-        values = table[name].dropna()
-        words = {str(value).strip().lower() for value in values}
-        numeric = len(values) > 0 and bool(pd.to_numeric(values, errors="coerce").notna().all())
+        values = table[name].map(read_cell).dropna().astype(str)
+        numbers, different = values.map(_is_number).astype(bool), values.nunique()
         kind: Kind = "categorical"
-        if words and words <= _BOOLEANS:
+        if different and set(values.str.lower()) <= _BOOLEANS:
             kind = "boolean"
-        elif numeric and values.nunique() > 10:
+        elif different > 10 and numbers.all():
             kind = "numeric"
-        elif values.nunique() > 50:
-            raise DataError(f"{name!r} has {values.nunique()} different values: free text or an id, no metadata field")
+        elif different > 10 and 2 * (numbers | values.map(lambda text: bool(_WITH_UNIT.fullmatch(text)))).sum() > len(
+            values
+        ):
+            raise DataError(
+                f"{name!r} holds numbers, but {int((~numbers).sum())} values aren't plain ones: write them without "
+                "unit and thousands separator, and leave empty what isn't known"
+            )
+        elif different > 50:
+            raise DataError(f"{name!r} has {different} different values: free text or an id, no metadata field")
         fields.append(MetadataField(name=name, kind=kind, subgroup=_SUBGROUPS.fullmatch(name) is not None))
     return tuple(fields)
 
 
-def read_csv(path: Path, **options: object) -> pd.DataFrame:
-    """Read a user's CSV; a DataError says what is wrong with it."""
+def _is_number(text: str) -> bool:
     try:
-        return pd.read_csv(path, **options)  # type: ignore[call-overload, no-any-return]
+        read_number(text)
+    except ValueError:
+        return False
+    return True
+
+
+@contextmanager
+def open_csv(path: Path) -> Iterator[Iterator[list[str]]]:
+    """Give the rows of a user's CSV in UTF-8, UTF-16 or (aloud) Windows-1252, with any of the usual separators."""
+    try:
+        encoding = _encoding(path)
+        with path.open(encoding=encoding, newline="") as file:
+            first = file.readline()
+            chosen = re.match("sep=(.)", first)  # A line of Excel's own.
+            if chosen is None:
+                file.seek(0)
+            separator = chosen[1] if chosen else max(SEPARATORS, key=re.sub('"[^"]*"', "", first).count)
+            yield csv.reader(file, delimiter=separator, strict=True)
     except FileNotFoundError:
         raise DataError(f"there is no file {path}") from None
-    except pd.errors.EmptyDataError:
-        raise DataError(f"{path} is empty") from None
-    except (pd.errors.ParserError, UnicodeDecodeError, OSError) as error:
-        raise DataError(f"{path} can't be read as CSV: {str(error).strip().splitlines()[-1]}") from None
+    except (csv.Error, UnicodeError, OSError) as error:
+        raise DataError(f"{path} can't be read as CSV: {getattr(error, 'strerror', None) or error}") from None
 
 
-def read_text_csv(path: Path) -> pd.DataFrame:
-    """Read a CSV whose cells are all text, or missing where they are empty: `NA` may be a category."""
-    return read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
+def _encoding(path: Path) -> str:
+    with path.open("rb") as file:
+        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            return "utf-16"
+    try:
+        with path.open(encoding="utf-8-sig") as text:
+            if any("\0" in line for line in text):
+                raise csv.Error("it holds NUL bytes; save it as UTF-8 CSV")
+    except UnicodeDecodeError:
+        warn(f"{path.name} isn't UTF-8 and is read as Windows-1252: look at letters such as é, or save it as UTF-8")
+        return "cp1252"
+    return "utf-8-sig"
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """Read a CSV whose cells are text, NaN where they are empty."""
+    with open_csv(path) as reader:
+        rows = [row for row in reader if any(cell.strip() for cell in row)]
+    if not rows:
+        raise DataError(f"{path} is empty")
+    if len(rows) == 1:
+        raise DataError(f"{path} has no rows")
+    header, *body = rows
+    if all(len(row) == len(header) + 1 for row in body):
+        # R writes row names without a header; other programs end every row with a separator.
+        header = [*header, ""] if not any(row[-1] for row in body) else ["", *header]
+    long = next((number for number, row in enumerate(body, start=1) if len(row) > len(header)), None)
+    if long is not None:
+        raise DataError(f"row {long} of {path} has {len(body[long - 1])} cells, and the header {len(header)}")
+    names = [name.strip() or f"Unnamed: {number}" for number, name in enumerate(header)]
+    cells = [[cell or np.nan for cell in row] + [np.nan] * (len(header) - len(row)) for row in body]
+    table = pd.DataFrame(cells, columns=names, dtype=object)
+    empty = [name for name in names if name.startswith("Unnamed: ") and table[name].isna().all()]
+    require_columns(table, names, str(path))
+    return table.drop(columns=empty)
 
 
 def other_columns(published: pd.DataFrame, known: Iterable[str]) -> pd.DataFrame:
     """Return the columns of a published table that aren't among the `known` ones; index 0..n-1."""
     return published.drop(columns=list(known), errors="ignore").reset_index(drop=True)
-
-
-def index_images(folders: Iterable[Path]) -> dict[str, str]:
-    """Map the stem of every image file in `folders` (not below them) to its path; refuse two files of one stem."""
-    paths: dict[str, str] = {}
-    for folder in folders:
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            stem, suffix = os.path.splitext(entry.name)
-            # A folder, or a link that leads nowhere, is no image.
-            if suffix.lower() not in IMAGE_SUFFIXES or entry.name.startswith(".") or not entry.is_file():
-                continue
-            if stem in paths:
-                raise DataError(f"two images are called {stem}: {paths[stem]} and {entry.path}; keep one of them")
-            paths[stem] = entry.path
-    return paths
 
 
 def shared_lesions(table: pd.DataFrame) -> tuple[str, ...]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import queue
 import re
 import shutil
 import stat
 import tempfile
+import threading
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import chain
@@ -18,18 +20,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import requests
-from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from dualrefnet.data import isic_2019, pad_ufes_20
 from dualrefnet.data.schema import DatasetSchema
 from dualrefnet.errors import DataError
-from dualrefnet.files import read_json, sha256_of_file, write_json
-from dualrefnet.progress import console, note, warn
+from dualrefnet.files import read_json, sha256_of_file, write_json, write_text
+from dualrefnet.progress import note, progress_bar, warn
 
 ATTEMPTS = 6
 BACKOFF_SECONDS = 2.0
-TIMEOUT_SECONDS = (15.0, 60.0)  # to connect; between two packets
+FIRST_ANSWER_SECONDS = 9.0
+PACKET_SECONDS = 60.0
 CHUNK = 64 * 1024
 # Images hardly shrink in an archive: one that unpacks to ten times its size is not what was published.
 MAX_EXPANSION = 10
@@ -99,21 +100,23 @@ RELEASES = {
 # fmt: on
 
 
-def fetch_dataset(
-    name: str, root: Path, *, accept_licence: bool, sources: Sequence[Source] | None = None, progress: bool = True
-) -> list[Path]:
+class _TryAgainError(Exception):
+    """The server may answer better in a while."""
+
+
+class _NoAnswerError(_TryAgainError):
+    """The server can't be reached."""
+
+
+class _NotTheFileError(Exception):
+    """There is no answer, or one that isn't the file: a person with a browser may get it."""
+
+
+def fetch_dataset(name: str, root: Path, *, accept_licence: bool) -> list[Path]:
     """Download and unpack a data set; running it again resumes, and repeats only what isn't done.
 
     A file that already lies in `root` under its own name is verified and used. Archives stay after unpacking. What was
-    fetched is recorded in `fetched.json`. `sources` are other locations of the files than the official ones.
-
-    Returns:
-        The files and folders that make up the data set.
-
-    Raises:
-        DataError: the licence isn't accepted; there is no release of that name; the disk is too small; a server doesn't
-            answer, or answers with something else (the message says what to do in a browser); a file isn't the
-            published one; an archive is damaged or isn't safe to unpack.
+    fetched is recorded in `fetched.json`. Returns the files and folders that make up the data set.
     """
     if name not in RELEASES:
         hint = "; `dualrefnet sample DIR` makes it" if name == "sample" else ""
@@ -123,14 +126,11 @@ def fetch_dataset(
     terms = f"{schema.title} is published under {schema.licence} ({release.page}); cite: {schema.citation}"
     if not accept_licence:
         raise DataError(f"{terms}. If you accept this licence, run it again with --accept-licence")
-    note(escape(terms))
-    root = Path(root)
+    note(terms)
     root.mkdir(parents=True, exist_ok=True)
-    files = _read_record(root)
-    if sources is None:
-        sources = release.sources
-        if release.archive and (release.archive in files or (root / release.archive).is_file()):
-            sources = (Source(release.page, release.archive, None, 0, "."),)
+    files, sources = _read_record(root), release.sources
+    if release.archive and (release.archive in files or (root / release.archive).is_file()):
+        sources = (Source(release.page, release.archive, None, 0, "."),)
     todo = []
     for source in sources:
         entry = files.get(source.filename, {"url": None, "made": []})
@@ -142,7 +142,7 @@ def fetch_dataset(
         needed += max(0, source.size - have) + (source.size if source.folder else 0)
     _require_space(needed, root)
     for source in todo:
-        files[source.filename] = _fetch(source, root, release, progress)
+        files[source.filename] = _fetch(source, root, release)
         head = {"dataset": name, "licence": schema.licence, "citation": schema.citation}
         write_json(root / RECORD, {**head, "files": list(files.values())})
     return sorted({root / made for source in sources for made in files[source.filename]["made"]})
@@ -158,25 +158,23 @@ def _read_record(root: Path) -> dict[str, dict[str, Any]]:
         raise DataError(f"{root / RECORD} can't be read; delete it and run again") from None
 
 
-def _fetch(source: Source, root: Path, release: Release, progress: bool) -> dict[str, Any]:
+def _fetch(source: Source, root: Path, release: Release) -> dict[str, Any]:
     """Get one file, verify it and unpack it; return its entry in the record."""
     path, partial = root / source.filename, root / f"{source.filename}.partial"
     if path.exists():
-        note(escape(f"{path} is already there and is verified"))
+        note(f"{path} is already there and is verified")
         sha256 = _verify(path, source, f"{path} isn't the published file; move it away and run again")
     else:
-
-        def refused(reason: str) -> DataError:
-            command = f"dualrefnet fetch {release.schema.name} --root {root} --accept-licence"
-            return DataError(
-                f"{source.filename} can't be downloaded by a program ({reason}, {source.url}). Open {release.page} in "
-                f"a browser, {release.by_hand.format(root=root)}; then run `{command}` again"
-            )
-
-        download(source, partial, refused, progress)
-        wrong = f"what {source.url} sent isn't the published file; it was deleted: run again"
         try:
-            sha256 = _verify(partial, source, wrong)
+            _download(source, partial)
+        except _NotTheFileError as error:
+            command = f"dualrefnet fetch {release.schema.name} --root {root} --accept-licence"
+            raise DataError(
+                f"{source.filename} can't be downloaded by a program ({error}, {source.url}). Open {release.page} in a "
+                f"browser, {release.by_hand.format(root=root)}; then run `{command}` again"
+            ) from None
+        try:
+            sha256 = _verify(partial, source, f"{source.url} didn't send the published file; it was deleted: run again")
         except DataError:
             _forget(partial)
             raise
@@ -184,10 +182,10 @@ def _fetch(source: Source, root: Path, release: Release, progress: bool) -> dict
         _forget(partial)
     if source.sha256 is None:
         done = "only its size was compared" if source.size else "it is taken as it is"
-        note(escape(f"no checksum of {source.filename} is published: {done}"))
+        note(f"no checksum of {source.filename} is published: {done}")
     made = [path]
     if source.folder:
-        note(escape(f"unpacking {path}"))
+        note(f"unpacking {path}")
         made = unpack(path, root / source.folder)
     return {
         "filename": source.filename,
@@ -218,42 +216,28 @@ def _require_space(needed: int, folder: Path) -> None:
         )
 
 
-# Download: every byte that has arrived is kept in FILE.partial and never requested again; FILE.partial.json says of
-# which version of which file it is a part.
-
-
-class _RetryError(Exception):
-    """The server may answer better in a while."""
-
-
-def download(source: Source, partial: Path, refused: Callable[[str], DataError], progress: bool = True) -> None:
-    """Complete `partial`; a broken connection is resumed where it broke off. Nothing is verified but the size.
-
-    `refused` makes the error for an answer that isn't the file (a web page, 403), given what was answered instead. A
-    DataError, too, if the server can't be reached or the disk is full. What has arrived is kept.
-    """
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    hidden = not progress or not console.is_terminal
-    bar = Progress(TextColumn("{task.description}"), *columns, console=console, transient=True, disable=hidden)
-    task = bar.add_task(escape(source.filename), total=source.size or None)
-    failures = 0
+def _download(source: Source, partial: Path) -> None:
+    """Complete `partial`; a broken connection is resumed where it broke off. Nothing is verified but the size."""
+    failures, begun_with = 0, _size(partial)
     try:
-        with bar:
+        with progress_bar(f"{source.filename}, MB") as show:
             while True:
                 before = _size(partial)
                 try:
-                    return _request(source, partial, refused, lambda done: bar.update(task, completed=done))
-                except (_RetryError, requests.RequestException) as error:
+                    return _request(source, partial, lambda done: show(done // 10**6, source.size // 10**6))
+                except (_TryAgainError, requests.RequestException) as error:
+                    if isinstance(error, _NoAnswerError) and _size(partial) == begun_with:
+                        raise _NotTheFileError(str(error)) from None
                     # As long as every connection brings something, it is worth going on.
                     failures = 1 if _size(partial) > before else failures + 1
                     reason, kept = " ".join(str(error).split())[:200], f"{_size(partial):,} bytes are kept"
                 if failures >= ATTEMPTS:
                     raise DataError(f"{source.url} failed {failures} times ({reason}); {kept}: run it again to resume")
                 pause = min(60.0, BACKOFF_SECONDS * 2 ** (failures - 1))
-                warn(escape(f"{source.filename}: {reason}; trying again in {pause:.0f} s, {kept}"))
+                warn(f"{source.filename}: {reason}; trying again in {pause:.0f} s, {kept}")
                 time.sleep(pause)
     except KeyboardInterrupt:
-        warn(escape(f"interrupted: {_size(partial):,} bytes of {source.filename} are kept; run it again to resume"))
+        warn(f"interrupted: {_size(partial):,} bytes of {source.filename} are kept; run it again to resume")
         raise
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -261,73 +245,95 @@ def download(source: Source, partial: Path, refused: Callable[[str], DataError],
         raise DataError(f"the disk is full; {partial} is kept: free some space and run it again to resume") from None
 
 
-def _request(source: Source, partial: Path, refused: Callable[[str], DataError], show: Callable[[int], None]) -> None:
-    """Request once what is missing of `partial`, and append it."""
-    known = _known_version(source, partial)
+def _ask(url: str, headers: dict[str, str]) -> requests.Response:
+    """Return the server's answer, or say soon that there is none."""
+    answers: queue.SimpleQueue[requests.Response | requests.RequestException] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(requests.get(url, headers=headers, stream=True, timeout=(FIRST_ANSWER_SECONDS, PACKET_SECONDS)))
+        except requests.RequestException as error:
+            answers.put(error)
+
+    # In a thread: without a network it may take minutes to look up a name, and no timeout bounds that.
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=FIRST_ANSWER_SECONDS)
+    except queue.Empty:
+        raise _NoAnswerError(f"no answer within {FIRST_ANSWER_SECONDS:.0f} seconds; is there a network?") from None
+    if isinstance(answer, requests.ConnectionError | requests.Timeout):
+        raise _NoAnswerError("the server can't be reached; is there a network?")
+    if isinstance(answer, requests.RequestException):
+        raise answer
+    return answer
+
+
+def _request(source: Source, partial: Path, show: Callable[[int], None]) -> None:
+    """Request once what is missing of `partial`, and append it.
+
+    Beside it lies the validator (RFC 9110, 8.8) of the version that was begun; without one nothing can be resumed.
+    """
+    version = _version_of(partial)
+    if not version.is_file():
+        partial.unlink(missing_ok=True)
     have = _size(partial)
     if have and have == source.size:
         return
     # Without `identity` a server may compress, and offsets would count other bytes.
     headers = {"Accept-Encoding": "identity", "User-Agent": "dualrefnet"}
     if have:
-        headers["Range"] = f"bytes={have}-"
-        if known["validator"]:
-            headers["If-Range"] = known["validator"]
-    with requests.get(source.url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
+        headers |= {"Range": f"bytes={have}-", "If-Range": version.read_text(encoding="utf-8")}
+    with _ask(source.url, headers) as response:
         status = response.status_code
         if status in (408, 425, 429) or status >= 500:
-            raise _RetryError(f"the server answered {status}")
-        span = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", response.headers.get("Content-Range", ""))
-        offered = int(span[2]) if span is not None else None
-        if status == 416 and offered == have:
+            raise _TryAgainError(f"the server answered {status}")
+        offered = response.headers.get("Content-Range", "")
+        if status == 416 and offered == f"bytes */{have}":
             return
-        resumes = span is not None and span[1] == str(have) and known["total"] in (None, offered)
-        if status == 416 or (status == 206 and not resumes):
+        if status == 416 or (status == 206 and not offered.startswith(f"bytes {have}-")):
             _forget(partial)
-            raise _RetryError("the server's file isn't the one that was begun, so it starts from zero")
+            raise _TryAgainError("the server's file isn't the one that was begun, so it starts from zero")
         if status not in (200, 206):
-            raise refused(f"the server answered {status}")
+            raise _NotTheFileError(f"the server answered {status}")
         if "html" in response.headers.get("Content-Type", ""):
-            raise refused("the server sent a web page")
+            raise _NotTheFileError("the server sent a web page")
         if have and status == 200:
-            warn(escape(f"{source.filename}: the server can't resume or its file has changed, so it starts from zero"))
+            warn(f"{source.filename}: the server can't resume or its file has changed, so it starts from zero")
+            _forget(partial)
             have = 0
         length = response.headers.get("Content-Length")
-        total = offered if status == 206 else int(length) if length and length.isdigit() else None
+        total = have + int(length) if length else None
         if source.size and total not in (None, source.size):
-            raise refused(f"the server offers {total:,} bytes instead of {source.size:,}")
-        etag = response.headers.get("ETag", "")
-        # If-Range takes no weak ETag (RFC 9110, 13.1.5).
-        validator = etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified")
+            raise _NotTheFileError(f"the server offers {total:,} bytes instead of {source.size:,}")
         chunks = response.iter_content(CHUNK)
         first = next(chunks, b"")
         if source.folder and have == 0 and not first.startswith(b"PK"):
-            raise refused("the server sent something that isn't a zip")
-        write_json(f"{partial}.json", {"url": source.url, "validator": validator, "total": total})
+            raise _NotTheFileError("the server sent something that isn't a zip")
+        etag = response.headers.get("ETag", "")
+        # If-Range takes no weak ETag (RFC 9110, 13.1.5).
+        validator = etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified", "")
+        if validator:
+            write_text(version, validator)
         with partial.open("ab" if have else "wb") as file:
             for chunk in chain([first], chunks):
-                file.write(chunk)
                 have += len(chunk)
+                # A server that names no length may send without end.
+                if source.size and have > source.size:
+                    _forget(partial)
+                    raise _NotTheFileError(f"the server sends more than the published {source.size:,} bytes")
+                file.write(chunk)
                 show(have)
     if total is not None and have != total:
-        raise _RetryError(f"the connection ended after {have:,} of {total:,} bytes")
+        raise _TryAgainError(f"the connection ended after {have:,} of {total:,} bytes")
 
 
-def _known_version(source: Source, partial: Path) -> dict[str, Any]:
-    """Return what is known of the version that was begun; a part of something unknown is deleted."""
-    try:
-        known = read_json(f"{partial}.json")
-        if known["url"] == source.url and _size(partial) <= (source.size or _size(partial)):
-            return {"validator": known["validator"], "total": known["total"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    _forget(partial)
-    return {"validator": None, "total": None}
+def _version_of(partial: Path) -> Path:
+    return partial.with_name(f"{partial.name}.version")
 
 
 def _forget(partial: Path) -> None:
     partial.unlink(missing_ok=True)
-    Path(f"{partial}.json").unlink(missing_ok=True)
+    _version_of(partial).unlink(missing_ok=True)
 
 
 def _size(path: Path) -> int:
@@ -335,14 +341,10 @@ def _size(path: Path) -> int:
 
 
 def unpack(archive: Path, folder: Path) -> list[Path]:
-    """Unpack a zip of unknown origin, and the zips in it one level deep: all of it, or an error is raised.
+    """Unpack a zip of unknown origin, and the zips in it one level deep: all of it, or a DataError is raised.
 
     One folder that wraps a whole release (it holds `metadata.csv`) is taken off. What macOS adds is left out. Returns
     the top-level files and folders that were written.
-
-    Raises:
-        DataError: the archive is damaged, encrypted, holds links or paths that lead out of the folder, or unpacks to
-            far more than images can; or the disk is too small.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # On the same disk, so that moving is renaming.

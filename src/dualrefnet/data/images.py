@@ -1,10 +1,12 @@
-"""Decode image files of unknown origin into 8-bit RGB arrays, or say in one line why not; and read lesion masks."""
+"""Find image files by their ids; decode files of unknown origin into 8-bit RGB arrays; read lesion masks."""
 
 from __future__ import annotations
 
 import io
 import os
+import unicodedata
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import cv2
@@ -19,6 +21,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TILEL
 from PIL.WebPImagePlugin import WebPImageFile
 
 from dualrefnet.errors import DataError, ImageError
+from dualrefnet.runtime.image_structure import excess
 from dualrefnet.runtime.preprocessing import to_square
 
 MAX_BYTES = 100 * 2**20
@@ -26,6 +29,11 @@ MAX_PIXELS = 100_000_000
 MIN_SIDE = 16
 MASK_FOLDER = "masks"
 
+# What is listed as an image; whether it can be decoded is seen when it is read.
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff", ".webp"),
+    *(".heic", ".heif", ".avif", ".gif", ".jp2"),
+)
 # EXIF orientation -> what brings the image upright (EXIF 2.32, tag 0x0112; 1 is upright).
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -45,34 +53,83 @@ _OPENERS = {
 _MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK")
 
 
+def image_path(name: str) -> str:
+    """Return a path as one writes it here, whichever system the table came from."""
+    return unicodedata.normalize("NFC", name.strip()).replace("\\", "/").removeprefix("./")
+
+
+def image_id(name: str) -> str:
+    """Return the path that names an image, without its suffix."""
+    stem, suffix = os.path.splitext(image_path(name))
+    return stem if suffix.lower() in IMAGE_SUFFIXES else stem + suffix
+
+
+def list_files(folder: Path) -> Iterator[str]:
+    """Yield the paths of all files below a folder, links followed, hidden ones left out."""
+    seen = set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        # A link may lead back to where it came from.
+        real = os.path.realpath(where)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths = (os.path.join(where, name) for name in sorted(names) if not name.startswith("."))
+        yield from filter(os.path.isfile, paths)
+
+
+def files_in(folders: Iterable[Path]) -> Iterator[tuple[str, str]]:
+    """Yield name and path of the files in some folders, not of those below."""
+    for folder in folders:
+        for name in sorted(os.listdir(folder)):
+            # A folder, or a link that leads nowhere, is no file.
+            if not name.startswith(".") and os.path.isfile(folder / name):
+                yield name, str(folder / name)
+
+
+class ImageIndex:
+    """Image files by the names that tables give them: with or without suffix, in any case, with either slash."""
+
+    def __init__(self, files: Iterable[tuple[str, str]]) -> None:
+        """Take the name of each file, such as its path below a folder, and its path."""
+        self._paths: dict[tuple[str, str], list[str]] = {}
+        for name, path in files:
+            for key in self._keys(name):
+                self._paths.setdefault(key, []).append(path)
+
+    def find(self, name: str) -> str | None:
+        """Return the path of the file that `name` means, None if there is none; refuse a name that means two."""
+        found = next((self._paths[key] for key in self._keys(name) if key in self._paths), [None])
+        if len(found) > 1:
+            raise DataError(f"two images are called {name}: {found[0]} and {found[1]}; keep one of them")
+        return found[0]
+
+    @staticmethod
+    def _keys(name: str) -> list[tuple[str, str]]:
+        """From what means one file to what may mean several."""
+        path, stem = image_path(name), image_id(name)
+        return [("path", path), ("any case", path.casefold()), ("id", stem), ("id in any case", stem.casefold())]
+
+
 def decode_image(
     source: Path | str | bytes, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE
 ) -> NDArray[np.uint8]:
-    """Decode a JPEG, PNG, BMP, TIFF or WebP image; safe for untrusted input and for several threads.
+    """Decode a JPEG, PNG, BMP, TIFF or WebP image to (H, W, 3) RGB; safe for untrusted input and for several threads.
 
     The content decides the type, not the name. The EXIF orientation is applied (damaged EXIF counts as none),
     transparent pixels are put on white, grey and palette images become RGB, 16-bit samples are scaled to 8 bits, and of
     an animation or a multi-page file the first image is taken. Embedded colour profiles are ignored: the numbers in the
-    file are taken as sRGB.
-
-    Args:
-        source: a file, or the bytes of one.
-        max_bytes: largest file that is read.
-        max_pixels: largest width x height that is decoded, by the file's header. TIFF and WebP are also bound by
-            Pillow's own limit, `PIL.Image.MAX_IMAGE_PIXELS`.
-        min_side: shortest side of an image, pixels.
-
-    Returns:
-        (H, W, 3) RGB, 0..255, writable and in C order.
-
-    Raises:
-        ImageError: the file is missing, too large, of another type, truncated, damaged, too small, or its pixels are
-            floats or of a colour space without one reading as RGB.
+    file are taken as sRGB. `max_pixels` bounds width x height by the file's header; TIFF and WebP are also bound by
+    Pillow's own limit, `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     name, data = _read(source, max_bytes)
     opener = _opener(data)
     if opener is None:
         raise ImageError(f"{name} isn't a JPEG, PNG, BMP, TIFF or WebP image, whatever its name says")
+    too_many = excess(data)
+    if too_many is not None:
+        raise ImageError(f"{name} has {too_many}; save it anew")
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise ImageError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: truncated images would pass; set it to False")
     _silence_pillow()
@@ -87,8 +144,9 @@ def decode_image(
     except Exception as error:
         # A decoder given hostile bytes raises nearly anything: OSError, SyntaxError, struct.error, KeyError,
         # MemoryError.
-        reason = _one_line(error)
-        raise ImageError(f"{name} is damaged or truncated ({reason}); get the file again or remove it") from None
+        raise ImageError(
+            f"{name} is damaged or truncated ({_one_line(error)}); get the file again or remove it"
+        ) from None
 
 
 def _read(source: Path | str | bytes, max_bytes: int) -> tuple[str, bytes]:
@@ -138,9 +196,10 @@ def _check_size(name: str, image: ImageFile.ImageFile, max_pixels: int, min_side
         raise ImageError(f"{name} has {width} x {height} pixels; no side may be shorter than {min_side}")
     if isinstance(image, TiffImageFile):
         # All of a tile is decoded, even where it reaches far beyond the image.
-        tile = int(image.tag_v2.get(TILEWIDTH, 1)) * int(image.tag_v2.get(TILELENGTH, 1))
-        if tile > max_pixels:
-            raise ImageError(f"{name} is cut into tiles of {tile:,} pixels; the limit is {max_pixels:,}")
+        across, down = (max(1, int(image.tag_v2.get(tag, 1))) for tag in (TILEWIDTH, TILELENGTH))
+        tiles = -(-width // across) * -(-height // down) * across * down
+        if tiles > max_pixels:
+            raise ImageError(f"{name} is cut into tiles of {tiles:,} pixels in all; the limit is {max_pixels:,}")
 
 
 def _to_rgb(name: str, file: ImageFile.ImageFile) -> NDArray[np.uint8]:
@@ -204,11 +263,9 @@ def find_masks(root: Path, folder: Path | None = None) -> dict[str, Path]:
 
 
 def read_mask(path: Path, image: Path, side: int, fit: str) -> NDArray[np.bool_] | None:
-    """Read a mask (a pixel over 127 is lesion) and bring it to the S x S square that the model sees.
+    """Read a mask (a pixel over 127 is lesion) and bring it to the (S, S) square that the model sees.
 
-    `fit` (`squash` or `crop`) is how the image became that square; only its size is read, and only to crop. Returns (S,
-    S), True in the lesion, or None if no lesion is marked there. An ImageError if a file can't be read, a DataError if
-    the mask isn't black and white: all of it is dark, but not black.
+    `fit` (`squash` or `crop`) is how the image became that square. None if no lesion is marked there.
     """
     values = decode_image(path, min_side=1).max(axis=2)
     if 0 < values.max() <= 127:
@@ -217,23 +274,7 @@ def read_mask(path: Path, image: Path, side: int, fit: str) -> NDArray[np.bool_]
     marked = np.where(values > 127, np.uint8(255), np.uint8(0))
     if fit == "crop":
         # The middle is cut out of the image, so the mask must have its shape first.
-        height, width = image_size(image)
+        height, width = decode_image(image).shape[:2]
         marked = np.asarray(cv2.resize(marked, (width, height), interpolation=cv2.INTER_NEAREST), dtype=np.uint8)
     mask = to_square(marked, side, fit) > 127
     return mask if mask.any() else None
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Return height and width of an upright image, from its file's header alone (of a TIFF: from its pixels)."""
-    try:
-        with Image.open(path, formats=("JPEG", "PNG", "BMP", "TIFF", "WEBP")) as image:
-            if not isinstance(image, TiffImageFile):
-                width, height = image.size
-                return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
-    except Exception as error:
-        # A hostile header makes Pillow raise nearly anything.
-        kind = type(error).__name__
-        raise ImageError(f"{path.name} can't be measured ({kind}); get the file again or remove it") from None
-    # Whether Pillow swaps a TIFF's sides before its pixels are read depends on the version.
-    height, width = decode_image(path).shape[:2]
-    return height, width

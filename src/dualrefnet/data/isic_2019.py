@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from dualrefnet.data.csv_table import index_images, other_columns, read_csv, read_text_csv
+from dualrefnet.data.csv_table import other_columns, read_csv
+from dualrefnet.data.images import ImageIndex, files_in
 from dualrefnet.data.schema import (
     ID_COLUMNS,
     Dataset,
@@ -71,14 +72,9 @@ def image_folders(root: Path) -> tuple[Path, ...]:
 
 
 def load(root: Path) -> Dataset:
-    """Read ISIC-2019: the two CSVs joined, in the order of the ground truth.
-
-    Raises:
-        DataError: a file is missing or has other columns; an image has no or several labels; the two files name
-            different images; two image files have one name.
-    """
+    """Read ISIC-2019: the two CSVs joined, in the order of the ground truth."""
     truth = read_csv(root / GROUND_TRUTH)
-    metadata = read_text_csv(root / METADATA)
+    metadata = read_csv(root / METADATA)
     require_columns(truth, ["image", *CLASSES], str(root / GROUND_TRUTH))
     require_columns(metadata, ["image", "age_approx", "anatom_site_general", "lesion_id", "sex"], str(root / METADATA))
     # Text among the scores becomes NaN, which is no label.
@@ -92,9 +88,9 @@ def load(root: Path) -> Dataset:
     truth = truth.assign(label=[CLASSES[index] for index in scores.argmax(axis=1)])
     raw = truth[["image", "label"]].merge(metadata, on="image", how="left").rename(columns={"image": "image_id"})
     folders = image_folders(root)
-    paths = index_images(folders)
-    raw["image_path"] = [paths.get(image_id) for image_id in raw["image_id"]]
+    images = ImageIndex(files_in(folders))
+    raw["image_path"] = [images.find(image_id) for image_id in raw["image_id"]]
     raw["patient_id"] = None
-    table, value_warnings = normalise(raw, SCHEMA)
+    table, notes = normalise(raw, SCHEMA)
     others = other_columns(raw, (*ID_COLUMNS, *(field.name for field in SCHEMA.fields)))
-    return Dataset(table, SCHEMA, root, value_warnings, other_columns=others, image_folders=folders)
+    return Dataset(table, SCHEMA, root, notes, other_columns=others, image_folders=folders)

@@ -23,15 +23,13 @@ from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.protocols import SPLITS, leakage, missing_classes, split_dataset
 from dualrefnet.data.schema import Dataset
 from dualrefnet.data.store import DerivedStore, ImageStore, fill_store, map_ahead
-from dualrefnet.errors import SplitError
+from dualrefnet.errors import DataError, SplitError
 from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import AugmentationSection, Recipe
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch."""
-
     rows: NDArray[np.int64]  # (B,) positions in the examples, for looking up draws of the augmentation
     images: Tensor | None  # (B, 3, S, S) uint8; None for methods that read no image, or features in its place
     metadata: Tensor  # (B, M) float32
@@ -57,7 +55,6 @@ class Examples:
         return len(self.image_ids)
 
     def batch(self, rows: NDArray[np.int64]) -> Batch:
-        """Read the examples at `rows`."""
         metadata, labels = torch.from_numpy(self.metadata[rows]), torch.from_numpy(self.labels[rows])
         if self.store is None or self.store_rows is None:
             return Batch(rows, None, metadata, labels)
@@ -79,17 +76,14 @@ class Examples:
         return self._read([rows[start : start + batch_size] for start in range(0, len(rows), batch_size)])
 
     def shuffled(self, batch_size: int, seed: int, epoch: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """Yield shuffled batches of `batch_size` over all processes together; this process gets its share of each.
-
-        The last, incomplete batch is left out (batch normalisation can't work on one image); other images are left out
-        in the next epoch.
-        """
+        """Yield shuffled batches of `batch_size` over all processes together; this process gets its share of each."""
+        # The last, incomplete batch is left out (batch normalisation can't work on one image); other images are left
+        # out in the next epoch.
         order = np.random.default_rng([seed, epoch]).permutation(len(self))
         size = min(batch_size, len(self))
         return self._read([order[k * size : (k + 1) * size][rank::world] for k in range(self.steps(batch_size))])
 
     def steps(self, batch_size: int) -> int:
-        """Return the number of batches of one epoch of `shuffled`."""
         return max(1, len(self) // batch_size)
 
     def _read(self, batches: list[NDArray[np.int64]]) -> Iterator[Batch]:
@@ -112,9 +106,8 @@ def recipe_split(recipe: Recipe, dataset: Dataset, store: ImageStore | None) -> 
     if data.protocol == "paper":
         for unit, shares in leakage(dataset, split).items():
             if shares is not None:
-                warn(
-                    f"the paper's split leaks: {shares['train']:.1%} of the test images show a {unit} seen in training"
-                )
+                share = f"{shares['train']:.1%}"
+                warn(f"the paper's split leaks: {share} of the test images show a {unit} seen in training")
     if store is not None:
         usable = split["image_id"].isin(set(store.image_ids) - set(store.broken))
         if not usable.all():
@@ -141,7 +134,6 @@ def split_rows(dataset: Dataset, split: pd.DataFrame, name: str) -> pd.DataFrame
 
 
 def stored_size(recipe: Recipe) -> int:
-    """Return the side of the stored images of a recipe, pixels."""
     # A native x2 target is the image itself at twice the input's side.
     return recipe.image.size * (2 if recipe.rebuilds_image and recipe.model.target == "native" else 1)
 
@@ -150,6 +142,8 @@ def fill_recipe_store(
     recipe: Recipe, dataset: Dataset, cache: Path | None = None, workers: int | None = None
 ) -> ImageStore:
     """Fill the image store that a recipe needs, and warn of broken images."""
+    if len(dataset.with_image) == 0:
+        raise DataError(f"{dataset.no_image}; `dualrefnet check {recipe.data.dataset}` says more")
     with progress_bar("preparing images") as show:
         store = fill_store(dataset.with_image, recipe.image, stored_size(recipe), cache, workers, show)
     if store.broken:
@@ -168,7 +162,6 @@ def make_examples(
     features: tuple[DerivedStore, ...] = (),
     targets: DerivedStore | None = None,
 ) -> Examples:
-    """Encode the rows of the split `name`."""
     rows = split_rows(dataset, split, name)
     position = {label: index for index, label in enumerate(dataset.schema.classes)}
     encoded = encoder.encode(rows)
@@ -181,13 +174,10 @@ def make_examples(
 
 @dataclass(frozen=True)
 class AugmentationDraw:
-    """Random choices for N images."""
-
     geometry: Tensor  # (N, 2, 3) affine map from output to input coordinates, both -1..1 (as in `affine_grid`)
     photometry: Tensor  # (N, 4) factors of brightness, contrast and saturation, and standard deviation of the noise
 
     def of(self, rows: NDArray[np.int64]) -> AugmentationDraw:
-        """Return the draws of some images."""
         index = torch.from_numpy(rows)
         return AugmentationDraw(self.geometry[index], self.photometry[index])
 

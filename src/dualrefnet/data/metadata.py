@@ -40,8 +40,6 @@ _cache: dict[str, NeuralImputer] = {}
 
 @dataclass(frozen=True)
 class EncodedMetadata:
-    """Encoded rows."""
-
     values: Array  # (N, M); NaN where a field is missing for which the model has a learned token
     missing: Mask  # (N, F) which fields of the tier were missing before imputation
     invalid: Mask  # (N, F) which of these were given, but as an unknown category or an implausible number
@@ -59,14 +57,7 @@ class MetadataEncoder(MetadataTransform):
     def fit(cls, rows: pd.DataFrame, schema: DatasetSchema, section: MetadataSection, seed: int = 0) -> MetadataEncoder:
         """Learn categories, means, standard deviations and the imputer from training rows.
 
-        Args:
-            rows: training rows of a lesion table; the label isn't read (but by the imputation `label_leaking`).
-            schema: what the columns mean.
-            section: tier, imputation, scale and so on.
-            seed: of the imputer.
-
-        Raises:
-            DataError: the tier has no field.
+        The label isn't read (but by the imputation `label_leaking`); `seed` is the imputer's.
         """
         tiers = {"M0": (), "M1": ("M1",), "M2": ("M1", "M2"), "M3": ("M1", "M2")}[section.tier]
         fields = tuple(field for field in schema.fields if field.tier in tiers)
@@ -94,14 +85,7 @@ class MetadataEncoder(MetadataTransform):
         return replace(encoder, imputer=imputer, leaked_classes=schema.classes)
 
     def encode(self, rows: pd.DataFrame) -> EncodedMetadata:
-        """Encode rows; columns may be absent, values may be unknown: both count as missing, with a warning.
-
-        Args:
-            rows: table with any of the fields' columns; raw values are fine (`yes`, 3.0).
-
-        Raises:
-            DataError: a numeric column holds text; or the imputer reads the diagnosis, and the rows have none.
-        """
+        """Encode rows; columns may be absent, values raw or unknown: both count as missing, with a warning."""
         observed, warnings = self._observe(rows)
         columns, missing = observed.columns, observed.missing
         if self.imputer is not None and self.leaked_classes:
@@ -112,7 +96,6 @@ class MetadataEncoder(MetadataTransform):
         return EncodedMetadata(self.finalise(columns, missing), missing, observed.rejected, warnings)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fitted state as plain JSON values."""
         return {
             "section": self.section.model_dump(mode="json"),
             "fields": [field.model_dump(mode="json", exclude_defaults=True) for field in self.fields],
@@ -126,12 +109,10 @@ class MetadataEncoder(MetadataTransform):
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> MetadataEncoder:
-        """Rebuild from `to_json`."""
         fields = tuple(MetadataField.model_validate(field) for field in state["fields"])
         return cls(MetadataSection.model_validate(state["section"]), fields, *runtime.fitted_state(state))
 
     def _observe(self, rows: pd.DataFrame) -> tuple[Observed, list[str]]:
-        """Parse a table's values; return them with warnings."""
         absent = [field.name for field in self.fields if field.name not in rows.columns]
         warnings = [f"columns absent, treated as missing: {', '.join(absent)}"] if absent else []
         cells = [
@@ -174,11 +155,8 @@ def _with_diagnosis(columns: Array, missing: Mask, rows: pd.DataFrame, classes: 
 
 
 def missingness_warning(encoder: MetadataEncoder, rows: pd.DataFrame, schema: DatasetSchema) -> str | None:
-    """Warn of an encoding that shows the model which fields are missing, where that separates the training rows.
-
-    None if the encoding doesn't show it (a learned token with `modality_dropout` may be anywhere) or it separates
-    nothing.
-    """
+    """Warn of an encoding that shows the model which fields are missing, where that separates the training rows."""
+    # A learned token with `modality_dropout` may be anywhere.
     if not encoder.shows_missing or not schema.malignant:
         return None
     incomplete = encoder.encode(rows).missing.any(axis=1)
@@ -233,9 +211,8 @@ def _train(columns: Array, missing: Mask, spans: list[Span], seed: int) -> tuple
             # A row hides between none and all of its fields, so that training meets any pattern of missing fields.
             share = torch.rand(len(rows), 1, generator=generator)
             hide = is_missing[rows] | (torch.rand(len(rows), fields, generator=generator) < share)
-            output = runtime.network(
-                torch.cat([x[rows] * (1 - hide.float() @ owner), hide.float()], dim=1), weights, torch
-            )
+            seen = torch.cat([x[rows] * (1 - hide.float() @ owner), hide.float()], dim=1)
+            output = runtime.network(seen, weights, torch)
             loss = 0 * output.sum()  # A batch may hold rows without a single value.
             for index, span in enumerate(spans):
                 known = ~is_missing[rows, index]

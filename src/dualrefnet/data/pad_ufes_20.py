@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dualrefnet.data.csv_table import index_images, other_columns, read_text_csv, shared_lesions
+from dualrefnet.data.csv_table import other_columns, read_csv, shared_lesions
+from dualrefnet.data.images import ImageIndex, files_in
 from dualrefnet.data.schema import (
     ID_COLUMNS,
     Dataset,
@@ -20,6 +21,7 @@ from dualrefnet.data.schema import (
     numeric_field,
     require_columns,
 )
+from dualrefnet.runtime.metadata import read_cell
 
 MALIGNANT = ("BCC", "MEL", "SCC")
 CLASS_NAMES = {
@@ -102,24 +104,18 @@ def image_folders(root: Path) -> tuple[Path, ...]:
 
 
 def load(root: Path, schema: DatasetSchema = SCHEMA) -> Dataset:
-    """Read PAD-UFES-20, or a data set in its layout (`schema`).
-
-    Raises:
-        DataError: the table is missing, or isn't what it must be (see `dualrefnet.data.schema.normalise`); or two
-            images have one name.
-    """
-    raw = read_text_csv(root / "metadata.csv")
+    """Read PAD-UFES-20, or a data set in its layout (`schema`)."""
+    raw = read_csv(root / "metadata.csv")
     require_columns(raw, ["img_id", "patient_id", "lesion_id", "diagnostic"], str(root / "metadata.csv"))
-    shared = shared_lesions(raw)
     folders = image_folders(root)
-    paths = index_images(folders)
+    images = ImageIndex(files_in(folders))
     # The suffix is not part of the id: the same image is .png in the release and .jpg in a re-encoded copy.
+    shared = shared_lesions(raw)
     raw = raw.assign(image_id=raw["img_id"].str.replace(r"\.\w+$", "", regex=True), label=raw["diagnostic"])
-    raw["image_path"] = [paths.get(image_id) for image_id in raw["image_id"].fillna("")]
+    raw["image_path"] = [images.find(image_id) for image_id in raw["image_id"].fillna("")]
     # A lesion id alone is not a key: 250 of them are used by two patients.
-    raw["lesion_id"] = raw["patient_id"] + "/" + raw["lesion_id"]
-    table, value_warnings = normalise(raw, schema)
+    patient, lesion = raw["patient_id"].map(read_cell), raw["lesion_id"].map(read_cell)
+    raw["lesion_id"] = (patient + "/" + lesion).fillna(lesion)
+    table, notes = normalise(raw, schema)
     others = other_columns(raw, ("img_id", "diagnostic", *ID_COLUMNS, *(field.name for field in schema.fields)))
-    return Dataset(
-        table, schema, root, value_warnings, other_columns=others, image_folders=folders, shared_lesions=shared
-    )
+    return Dataset(table, schema, root, notes, other_columns=others, image_folders=folders, shared_lesions=shared)

@@ -42,9 +42,8 @@ def split_dataset(
         seed: shuffles the grouped protocols; the paper's have the paper's seeds.
 
     Returns:
-        Table with the columns `image_id, patient_id, label, split`, in the order of the lesion table; `patient_id`
-        holds the group that the protocol keeps together (a patient, or a lesion). Rows that the protocol drops are left
-        out.
+        Table `image_id, patient_id, label, split` in the order of the lesion table, without the rows that the protocol
+        drops; `patient_id` holds the group that is kept together (see `dualrefnet.data.schema.groups`).
 
     Raises:
         SplitError: the protocol doesn't exist for the data set, or a class has too few groups to be in every split.
@@ -110,10 +109,8 @@ def _grouped_split(dataset: Dataset, fold: int, folds: int, seed: int) -> pd.Ser
                 f"class {label} has {count} {unit}s; train, validation and test that share no {unit} need at least 3: "
                 "add data of this class, or leave the class out of the table"
             )
-    if group.nunique() < folds:
-        raise SplitError(f"{group.nunique()} {unit}s can't make {folds} folds")
-    if table["label"].value_counts().max() < folds:
-        raise SplitError(f"no class has {folds} images, so there can't be {folds} folds; try fewer folds")
+    if min(group.nunique(), table["label"].value_counts().max()) < folds:
+        raise SplitError(f"there are too few {unit}s, or images of any class, for {folds} folds; try fewer folds")
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         # Classes with fewer images than folds; `missing_classes` tells the user.
@@ -157,12 +154,10 @@ def missing_classes(split: pd.DataFrame, classes: tuple[str, ...]) -> list[str]:
 
 
 def leakage(dataset: Dataset, split: pd.DataFrame) -> dict[str, Any]:
-    """Measure which share of the test images the training split gives away.
+    """Measure which share of the test images shows a patient, and which a lesion, that is also in train.
 
-    Returns:
-        `patient` and `lesion`, each None if the data set doesn't name them, else the share of test images whose patient
-        or lesion is also in train, overall, with validation counted as seen, and by class: `{"train": .493,
-        "train_or_val": .554, "per_class": {"MEL": .78, ...}}`.
+    `{"patient": {"train": .493, "train_or_val": .554, "per_class": {"MEL": .78, ...}}, "lesion": ...}`, with validation
+    counted as seen in the second; None for what the data set doesn't name.
     """
     table = split[["image_id", "split"]].merge(dataset.table, on="image_id", how="left", validate="one_to_one")
     in_test, in_train = table["split"] == "test", table["split"] == "train"

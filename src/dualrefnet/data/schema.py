@@ -13,7 +13,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dualrefnet.errors import DataError
-from dualrefnet.runtime.metadata import MetadataError, by_fold, fold, normalise_value, parse_number
+from dualrefnet.runtime.metadata import MetadataError, by_fold, fold, normalise_value, parse_number, read_cell
 
 Kind = Literal["numeric", "boolean", "categorical"]
 FieldTier = Literal["M1", "M2"]
@@ -31,8 +31,6 @@ IDENTIFIER_NAMES = frozenset(["patient_id", "lesion_id", "image_id", "img_id", "
 
 
 class MetadataField(BaseModel):
-    """One metadata field."""
-
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str  # column of the lesion table
@@ -97,7 +95,6 @@ class DatasetSchema(BaseModel):
         return "lesion" if self.group_by == "lesion_id" else "patient"
 
     def field(self, name: str) -> MetadataField:
-        """Return the field of that name; KeyError if there is none."""
         return {field.name: field for field in self.fields}[name]
 
 
@@ -108,11 +105,10 @@ class Dataset:
     # the lesion table, one row an image, in the order of the published file; `image_path` is None for a row whose image
     # isn't on this disk
     table: pd.DataFrame
-    schema: DatasetSchema  # what the columns mean
+    schema: DatasetSchema
     root: Path  # the folder that was read
-    # metadata values that were made missing, one sentence a field and reason
-    value_warnings: list[str] = dataclasses.field(default_factory=list)
-    notes: list[str] = dataclasses.field(default_factory=list)  # what else the user should know, one sentence each
+    # what the user should know: id of the check that finds it, and one sentence
+    notes: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     # the published columns that are neither ids nor label nor metadata field, as text, with the index of `table`: never
     # features, but an audit looks at them
     other_columns: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
@@ -121,13 +117,21 @@ class Dataset:
 
     @property
     def warnings(self) -> list[str]:
-        """All that the user should know."""
-        return self.value_warnings + self.notes
+        return [sentence for _, sentence in self.notes]
 
     @property
     def with_image(self) -> pd.DataFrame:
         """The rows whose image is on this disk."""
         return self.table[self.table["image_path"].notna()]
+
+    @property
+    def no_image(self) -> str:
+        """What to say where no row has its image."""
+        folder = next(iter(self.image_folders), self.root / "images")
+        tried = folder / f"{self.table['image_id'].iloc[0]}.jpg"
+        return (
+            f"no image of the {len(self.table):,} rows is there; the first was looked for at {tried} and other suffixes"
+        )
 
 
 def refuse_forbidden_features(names: list[str]) -> None:
@@ -144,66 +148,93 @@ def refuse_forbidden_features(names: list[str]) -> None:
 
 
 def require_columns(table: pd.DataFrame, columns: list[str], what: str) -> None:
-    """Raise a DataError that names the `columns` that `what`, a table, lacks."""
+    """Raise a DataError that names the `columns` that `what`, a table, lacks or has twice."""
     missing = [column for column in columns if column not in table.columns]
     if missing:
         raise DataError(f"{what} has no column {', '.join(missing)}; it has: {', '.join(map(str, table.columns))}")
+    repeated = [column for column in columns if (table.columns == column).sum() > 1]
+    if repeated:
+        raise DataError(f"{what} has several columns called {', '.join(repeated)}; keep one, or rename them")
 
 
 def groups(table: pd.DataFrame, schema: DatasetSchema) -> pd.Series:
-    """Return the group of every row that must stay within one split.
+    """Return the group of every row that must stay within one split: all that a patient or a lesion joins.
 
-    Rows without an id in `schema.group_by` are groups of their own (`image:<image_id>`).
+    A group is called after its (first) patient, else after its lesion, else `image:<image_id>`.
     """
-    ids = table[schema.group_by]
-    return ids.where(ids.notna(), "image:" + table["image_id"].astype(str)).astype(str).rename("group")
+    group = pd.Series(np.arange(len(table), dtype=float), index=table.index)
+    while True:
+        joined = group
+        for column in ("patient_id", "lesion_id"):
+            joined = joined.groupby(table[column]).transform("min").fillna(joined)
+        if joined.equals(group):
+            break
+        group = joined
+    patient, lesion = (table[column].groupby(group).transform("first") for column in ("patient_id", "lesion_id"))
+    prefix = "" if schema.group_by == "lesion_id" else "lesion:"
+    lesion = lesion.map(lambda name: f"{prefix}{name}", na_action="ignore")
+    image = "image:" + table["image_id"].astype(str)
+    return patient.where(patient.notna(), lesion.where(lesion.notna(), image)).astype(str).rename("group")
 
 
-def normalise(table: pd.DataFrame, schema: DatasetSchema) -> tuple[pd.DataFrame, list[str]]:
-    """Bring a raw table to the lesion table's types, and check it.
+def usual_spelling(words: pd.Series) -> pd.Series:
+    """Return the words, each in the most frequent of the spellings that differ in case alone."""
+    usual: dict[str, str] = {}
+    for word, _ in sorted(words.value_counts().items(), key=lambda item: (-item[1], item[0])):
+        usual.setdefault(str(word).casefold(), str(word))
+    return words.map({word: usual[word.casefold()] for word in words.dropna().unique()})
 
-    Numbers become float64 with NaN for missing; booleans and categories become strings with NaN for missing. Missing
-    codes (`UNK`) are kept, since the metadata encoder decides what they mean.
 
-    Returns:
-        The lesion table (columns in the schema's order, index 0..n-1), and warnings about values that were made missing
-        (infinite, outside the range).
+def normalise(table: pd.DataFrame, schema: DatasetSchema) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
+    """Bring a raw table to the lesion table's types, and check it; return it with notes (see `Dataset`).
 
-    Raises:
-        DataError: a column is missing, the table is empty, an image_id or label is missing, repeated or unknown, or a
-            numeric column holds text.
+    Numbers become float64 with NaN for missing; all else becomes text with NaN for missing. Missing codes (`UNK`) are
+    kept, since the metadata encoder decides what they mean. Columns are in the schema's order, the index is 0..n-1.
     """
     wanted = [*ID_COLUMNS, *(field.name for field in schema.fields)]
     require_columns(table, wanted, f"the table of {schema.title}")
     if len(table) == 0:
         raise DataError(f"the table of {schema.title} has no rows")
     result = table[wanted].reset_index(drop=True).copy()
+    published = result["label"].astype(str)
+    result["label"] = result["label"].map(lambda value: read_cell(value, schema.classes))
     for column in ("image_id", "label"):
         if result[column].isna().any():
-            raise DataError(f"{int(result[column].isna().sum())} rows of {schema.title} have no {column}")
-        result[column] = result[column].astype(str)
+            raise DataError(
+                f"{int(result[column].isna().sum())} rows of {schema.title} have no {column}, the first is row "
+                f"{result[column].isna().argmax() + 1}; give it one, or take these rows out"
+            )
     for column in ("patient_id", "lesion_id"):
-        # `P1` and `P1 ` are one person: read as two, they could be in two splits.
-        ids = result[column].map(lambda value: str(value).strip(), na_action="ignore")
-        result[column] = ids.where(ids != "", other=np.nan)
-    repeated = result.loc[result["image_id"].duplicated(), "image_id"]
-    if len(repeated):
-        raise DataError(
-            f"{len(repeated)} image ids are in more than one row, the first: {repeated.iloc[0]}; remove the duplicates"
-        )
+        # `P1` and `p1 ` are one person: read as two, they could be in two splits.
+        result[column] = usual_spelling(result[column].map(read_cell).astype(object))
+    for column, what in (("image_id", "image ids"), ("image_path", "image files")):
+        repeated = result.loc[result[column].duplicated() & result[column].notna(), column]
+        if len(repeated):
+            raise DataError(
+                f"{len(repeated)} {what} are in more than one row, the first: {repeated.iloc[0]}; remove the duplicates"
+            )
+    spellings = by_fold({name: name for name in schema.classes})
+    result["label"] = [
+        label if label in schema.classes else spellings.get(fold(label), label) for label in result["label"]
+    ]
     unknown = sorted(set(result["label"]) - set(schema.classes))
     if unknown:
         classes = ", ".join(schema.classes)
         raise DataError(f"unknown labels: {', '.join(unknown[:8])}; the classes of {schema.title} are {classes}")
-    warnings: list[str] = []
+    notes = []
+    changed = published != result["label"]
+    if changed.any():
+        pairs = sorted(set(zip(published[changed], result["label"][changed], strict=True)))
+        listed = ", ".join(f"{word!r} is {label}" for word, label in pairs[:8])
+        notes.append(("labels", f"{int(changed.sum())} labels are spelt in another way than their class: {listed}"))
     for field in schema.fields:
-        result[field.name], about_field = normalise_field(result[field.name], field)
-        warnings.extend(about_field)
-    return result, warnings
+        result[field.name], warnings = normalise_field(result[field.name], field)
+        notes += [("numbers", warning) for warning in warnings]
+    return result, notes
 
 
 def normalise_field(values: pd.Series, field: MetadataField) -> tuple[pd.Series, list[str]]:
-    """Bring one metadata column to its type; see `normalise`."""
+    """Bring one metadata column to its type; return warnings of values that were made missing."""
     cells = values.astype(object).where(values.notna(), None)
     if field.kind == "numeric":
         return _normalise_numbers(cells, field)
@@ -212,11 +243,12 @@ def normalise_field(values: pd.Series, field: MetadataField) -> tuple[pd.Series,
     spellings = by_fold({word: word for word in known})
 
     def category(value: object) -> str | None:
-        word = normalise_value(value, field)
-        return (word if word in known else spellings.get(fold(word), word)) or None
+        word = normalise_value(value, field, known)
+        return word if word is None or word in known else spellings.get(fold(word), word)
 
-    text = cells.map(lambda value: None if value is None else category(value))
-    return text.astype(object).where(text.notna(), np.nan), []
+    text = cells.map(category)
+    text = text.astype(object).where(text.notna(), np.nan)
+    return text if field.categories or field.kind == "boolean" else usual_spelling(text), []
 
 
 def _normalise_numbers(cells: pd.Series, field: MetadataField) -> tuple[pd.Series, list[str]]:
@@ -227,7 +259,10 @@ def _normalise_numbers(cells: pd.Series, field: MetadataField) -> tuple[pd.Serie
         except MetadataError:
             text += 1
     if text:
-        raise DataError(f"{field.name} must be a number, and {text} rows hold text; is it the right column?")
+        raise DataError(
+            f"{field.name} must be a number, and {text} rows hold text (a unit, a thousands separator?); "
+            "is it the right column?"
+        )
     numbers = pd.Series([np.nan if one.value is None else one.value for one in parsed], index=cells.index, dtype=float)
     invalid = Counter(one.invalid for one in parsed if one.invalid)
     return numbers, [invalid_warning(field, reason, count) for reason, count in sorted(invalid.items())]
@@ -236,5 +271,5 @@ def _normalise_numbers(cells: pd.Series, field: MetadataField) -> tuple[pd.Serie
 def invalid_warning(field: MetadataField, reason: str, count: int) -> str:
     """Say how many values of a field are treated as missing, and why: `infinite`, `outside` or `unknown`."""
     low, high = ("" if bound is None else f"{bound:g}" for bound in (field.minimum, field.maximum))
-    what = {"infinite": "infinite values", "outside": f"values outside {low}..{high}"}
+    what = {"infinite": "infinite or absurdly large values", "outside": f"values outside {low}..{high}"}
     return f"{field.name}: {count} {what.get(reason, 'values of no known category')} are treated as missing"

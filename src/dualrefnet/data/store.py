@@ -11,15 +11,16 @@ import errno
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from dualrefnet.data.images import decode_image
@@ -47,25 +48,18 @@ def default_cache() -> Path:
 
 @dataclass(frozen=True)
 class ImageStore:
-    """A filled image store."""
-
     path: Path
     image_ids: tuple[str, ...]  # in row order
     side: int  # S, pixels
     broken: dict[str, str]  # image id -> why it could not be read
 
     def rows_of(self, image_ids: Sequence[str]) -> NDArray[np.int64]:
-        """Return the row of every id; KeyError if one isn't in the store."""
         position = {image_id: row for row, image_id in enumerate(self.image_ids)}
         return np.array([position[image_id] for image_id in image_ids], dtype=np.int64)
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Return the images of `rows` as (len(rows), S, S, 3)."""
-        # Mapped for this call only: pages of a long-lived map count as this process's memory, and a data set has more
-        # of them than a small machine has RAM. Mapping costs microseconds, and the bytes stay in the system's cache.
-        shape = (len(self.image_ids), self.side, self.side, 3)
-        images = np.memmap(self.path / "images.u8", dtype=np.uint8, mode="r", shape=shape)
-        return np.asarray(images[rows])
+        """Return (len(rows), S, S, 3)."""
+        return _read(self.path / "images.u8", "uint8", (len(self.image_ids), self.side, self.side, 3), rows)
 
 
 @dataclass(frozen=True)
@@ -77,25 +71,27 @@ class Part:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row."""
         return int(np.dtype(self.dtype).itemsize * np.prod(self.shape, dtype=np.int64))
 
 
 @dataclass(frozen=True)
 class DerivedStore:
-    """A filled derived store."""
-
     path: Path
     count: int  # rows, as many as the image store has
     parts: dict[str, Part]
 
     def read(self, rows: NDArray[np.int64]) -> Arrays:
         """Return every part's `rows`, each (len(rows), *shape)."""
-        # Mapped for one call only, as in the image store.
         return {
-            name: np.memmap(self.path / name, dtype=part.dtype, mode="r", shape=(self.count, *part.shape))[rows]
+            name: _read(self.path / name, part.dtype, (self.count, *part.shape), rows)
             for name, part in self.parts.items()
         }
+
+
+def _read(path: Path, dtype: str, shape: tuple[int, ...], rows: NDArray[np.int64]) -> NDArray[Any]:
+    # Mapped for this call only: pages of a long-lived map count as this process's memory, and a data set has more of
+    # them than a small machine has RAM. Mapping costs microseconds, and the bytes stay in the system's cache.
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r", shape=shape)[rows])
 
 
 def fill_store(
@@ -108,12 +104,8 @@ def fill_store(
 ) -> ImageStore:
     """Return the store of the table's images (`image_id`, existing `image_path`), filling what is missing.
 
-    The side is `section.size` unless given. Stores lie in `cache`, or `default_cache()`. `progress` is called with
-    (images done, images in all). A DataError if there are no rows, a file has vanished, the disk has no room, or the
-    store is damaged.
+    The side is `section.size` unless given; `progress` is called with (images done, images in all).
     """
-    if len(table) == 0:
-        raise DataError("there is no image to prepare: no row of the table has its image on this disk")
     size = side or section.size
     folder = (cache or default_cache()) / "stores" / f"{_fingerprint(table, section, size)}-{size}px"
 
@@ -158,7 +150,7 @@ def _fingerprint(table: pd.DataFrame, section: ImageSection, side: int) -> str:
 def _fill_images(
     partial: Path, table: pd.DataFrame, section: ImageSection, side: int, workers: int, progress: Progress | None
 ) -> dict[str, str]:
-    """Fill the rows that an earlier, interrupted filling has left; return image id -> reason for the broken ones."""
+    """Fill the rows that an interrupted filling has left; return image id -> reason for the broken ones."""
     ids, paths = table["image_id"].astype(str).tolist(), table["image_path"].tolist()
     count, row_bytes, marks = len(ids), side * side * 3, partial / "status.u8"
     if _reserve(partial / "images.u8", count * row_bytes, extra=count):
@@ -205,10 +197,9 @@ def fill_derived_store(
     batch: int = 32,
     progress: Progress | None = None,
 ) -> DerivedStore:
-    """Return the store of what `compute` makes of the source's images, computing what is missing.
+    """Return the store of what `compute` makes of (B, S, S, 3) images, computing what is missing.
 
-    `compute` maps (B, S, S, 3) images to the `parts`, each (B, *shape). `settings` are the plain JSON values on which
-    they depend, besides the images. A DataError if the disk has no room, or an earlier store is damaged.
+    The `parts` are (B, *shape) each; `settings` are the plain JSON values on which they depend, besides the images.
     """
     count = len(source.image_ids)
     key = sha256_of_json({"format": FORMAT, "source": source.path.name, "settings": dict(settings)})[:20]
@@ -247,7 +238,7 @@ def _fill_once(folder: Path, fill: Callable[[Path], None]) -> None:
         return
     partial = folder.with_name(folder.name + ".partial")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.with_name(folder.name + ".lock")):
+    with FileLock(folder.with_name(folder.name + ".lock")):
         if folder.is_dir():
             return  # Another process has filled it meanwhile.
         partial.mkdir(exist_ok=True)
@@ -259,17 +250,6 @@ def _fill_once(folder: Path, fill: Callable[[Path], None]) -> None:
             kept = "what is done is kept, free some space and run again"
             raise DataError(f"the disk is full: {folder.parent} has no room for the store; {kept}") from error
         os.replace(partial, folder)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        # Windows has no flock; two fillings at once then write the same bytes twice.
-        with suppress(ImportError):
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _reserve(path: Path, size: int, extra: int = 0) -> bool:

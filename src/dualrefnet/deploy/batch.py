@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import dualrefnet
-from dualrefnet.data.csv_table import IMAGE_SUFFIXES
+from dualrefnet.data.images import IMAGE_SUFFIXES
 from dualrefnet.deploy.predictor import Predictor
 from dualrefnet.errors import DataError, ImageError
 from dualrefnet.files import atomic_path, read_json, sha256_of_file, sha256_of_json, write_json
@@ -82,8 +82,7 @@ class MetadataTable:
     def __init__(self, path: Path, fields: Sequence[str], image_columns: Sequence[str]) -> None:
         """Read the header, and warn of columns that the model doesn't read.
 
-        Raises:
-            DataError: the file is missing, empty, not UTF-8 text, has two columns of one name, or none of the fields.
+        DataError: the file is missing, empty, not UTF-8 text, has two columns of one name, or none of the fields.
         """
         self.path = path
         self.columns = next(self._read(), [])
@@ -101,11 +100,7 @@ class MetadataTable:
             warn(f"columns of {path} that the model doesn't read: {', '.join(ignored)}")
 
     def rows(self) -> Iterator[tuple[str, dict[str, str], str]]:
-        """Give each row's image ("" if it has none), its values (an empty cell is missing), and its error.
-
-        Raises:
-            DataError: the file is no CSV, or not UTF-8.
-        """
+        """Give each row's image ("" if it has none), its values (an empty cell is missing), and its error."""
         place = self.columns.index(self.image_column) if self.image_column else len(self.columns)
         for cells in islice(self._read(), 1, None):
             image = cells[place] if place < len(cells) else ""
@@ -138,11 +133,7 @@ class ImageCases:
     """
 
     def __init__(self, sources: Sequence[Path], metadata: Path | None, predictor: Predictor) -> None:
-        """List the images of files and folders; none of them is opened.
-
-        Raises:
-            DataError: there is no image, a source doesn't exist, or the CSV is invalid.
-        """
+        """List the images of files and folders; none of them is opened."""
         self._sources = sources
         self._fields: tuple[str, ...] = ()
         self._metadata: dict[str, tuple[str, ...]] = {}
@@ -185,11 +176,7 @@ class TableCases:
     """A CSV with a row a case: the column `image` is a path (absolute, or relative to the CSV), others are metadata."""
 
     def __init__(self, path: Path, predictor: Predictor) -> None:
-        """Read the CSV once, to count its rows and to check that all of it can be read.
-
-        Raises:
-            DataError: the CSV is invalid, has no rows, or has no column `image` and the model needs images.
-        """
+        """Read the CSV once, to count its rows and to check that all of it can be read."""
         self._table = MetadataTable(path, [field.name for field in predictor.fields], IMAGE_COLUMNS[:1])
         self._reads, self._needs = predictor.reads_image, predictor.needs_image
         if self._table.image_column is None and self._needs:
@@ -215,9 +202,6 @@ def walk_images(sources: Iterable[Path]) -> Iterator[Path]:
     """Go through image files: sorted within each folder, then those of the folders in it.
 
     Hidden files and folders are left out, and links to folders aren't followed.
-
-    Raises:
-        DataError: a source doesn't exist, or a folder can't be read.
     """
     for source in sources:
         if not source.is_dir():
@@ -286,17 +270,11 @@ def predict_to_csv(
     resume: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
-    """Classify every row.
+    """Classify every case and write image, predicted, likely, prob_<CLASS>..., malignancy, refer, out_of_scope,
+    warnings, error.
 
-    Args:
-        model: predicts; a result is only resumed with the same.
-        classes: of the model.
-        cases: the rows.
-        out: CSV to write: image, predicted, likely, prob_<CLASS>..., malignancy, refer, out_of_scope, warnings, error.
-        work: predicts chunks: `predict_chunks`, or `dualrefnet.deploy.ray_batch.ray_work`.
-        batch: rows that the model sees at once.
-        resume: skip chunks that an interrupted call with the same arguments finished.
-        progress: called with (rows done, rows in all).
+    `work` predicts chunks: `predict_chunks`, or `ray_work`. `resume` skips chunks that an interrupted call with the
+    same model and arguments finished.
 
     Raises:
         DataError: an interrupted call left chunks and `resume` is False, they were made of something else, another

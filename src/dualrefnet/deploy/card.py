@@ -46,12 +46,8 @@ FILES = {
 
 
 def model_card(bundle: Mapping[str, Any], run: Run, files: Sequence[str]) -> str:
-    """Return the bundle's README.md.
-
-    Args:
-        bundle: content of `bundle.json`.
-        run: that was exported.
-        files: names of what lies in the bundle.
+    """Return the bundle's README.md, from the content of `bundle.json`, its run, and the names of the bundle's
+    files.
     """
     try:
         import jinja2

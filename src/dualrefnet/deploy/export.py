@@ -63,23 +63,15 @@ def export_run(
     cache: Path | None = None,
     accept_missingness_shortcut: bool = False,
 ) -> dict[str, Any]:
-    """Write the bundle of a finished run.
+    """Write the bundle of a finished run's best epoch, and return the content of `bundle.json`.
 
-    Args:
-        run: the run; its best epoch is exported.
-        out: the bundle's folder; replaced if it is a bundle already.
-        int8: write the int8 network too; None: if the run's images are available.
-        root: where the data lie now, if not where the recipe says.
-        cache: where image stores lie.
-        accept_missingness_shortcut: export it though missing metadata keep it from referring cancers; the bundle then
-            warns of it.
-
-    Returns:
-        The content of `bundle.json`.
+    `out` is replaced if it is a bundle already. `int8`: the int8 network too; None: if the run's images are available.
+    `accept_missingness_shortcut`: export it though missing metadata keep it from referring cancers; the bundle warns of
+    it.
 
     Raises:
-        RunError: the run isn't finished or must not be used (see `refuse_shortcut`), `out` holds something else, or the
-            exported network doesn't predict as the trained one does.
+        RunError: the run isn't finished or must not be used (see `refuse_shortcut`), `out` holds something else, or
+            the exported network doesn't predict as the trained one does.
         DataError: `root` doesn't hold the run's data, or int8 was asked for and they aren't available.
         DependencyError: an optional library is missing.
     """
@@ -190,11 +182,7 @@ def metadata_schema(metadata: MetadataEncoder, name: str, reads_metadata: bool =
 
 
 def check_target(out: Path) -> None:
-    """Refuse to replace anything but a bundle.
-
-    Raises:
-        RunError: it is a file, or a folder that holds something else.
-    """
+    """Refuse to replace anything but a bundle."""
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file; name a folder for the bundle with --out")
     if out.is_dir() and any(out.iterdir()) and not hub.is_bundle(out):
@@ -226,9 +214,8 @@ def new_folder(out: Path) -> Iterator[Path]:
 def _cases(
     run: Run, root: Path | None, cache: Path | None, image: ImageSection | None, metadata: MetadataEncoder, int8: bool
 ) -> tuple[Cases, Cases | None, str]:
-    """Return validation cases, training cases for int8, and what the former are.
-
-    If the run's data aren't available, the former are synthetic, with a warning, and the latter None.
+    """Return validation cases, training cases for int8, and what the former are; without the run's data synthetic ones,
+    with a warning, and None.
     """
     try:
         opened = open_run(run, root, cache=cache, device=torch.device("cpu"))
@@ -250,11 +237,7 @@ def _cases(
 def _write_float32(
     folder: Path, model: ExportedModel, trained: Network, cases: Cases, checked_on: str
 ) -> dict[str, Any]:
-    """Write the ONNX file and torch's program, compare both with the trained network, and describe the former.
-
-    Raises:
-        RunError: one of them predicts otherwise.
-    """
+    """Write the ONNX file and torch's program, compare both with the trained network, and describe the former."""
     onnx_file, program_file = folder / "model.onnx", folder / "model.pt2"
     note("tracing the network and writing it as ONNX; half a minute, of large encoders some minutes")
     program = trace(model)

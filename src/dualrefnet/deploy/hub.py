@@ -37,10 +37,8 @@ _REFUSALS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)
 
 
 class BundleMixin(ModelHubMixin, ABC, library_name="dualrefnet", tags=["dualrefnet"]):
-    """The Hub's standard methods for a class that is loaded from a bundle's folder.
-
-    Attributes:
-        bundle: the folder that it was loaded from; None if that was no bundle.
+    """The Hub's standard methods for a class that is loaded from `bundle`, a folder (None: it was loaded from something
+    else).
     """
 
     bundle: Path | None = None
@@ -116,13 +114,10 @@ class _Folder(BundleMixin):
 
 
 def push_bundle(folder: Path, repository: str, **options: Any) -> str:
-    """Push a bundle to the repository `ORG/NAME` of the Hub, with options of `ModelHubMixin.push_to_hub`.
+    """Push a bundle to the repository `ORG/NAME` of the Hub, with options of `ModelHubMixin.push_to_hub`; return the
+    commit's URL.
 
-    Returns:
-        The URL of the commit.
-
-    Raises:
-        RunError: it is no bundle, the name isn't one, or the Hub refuses it.
+    RunError: it is no bundle, the name isn't one, or the Hub refuses it.
     """
     bundle = _Folder.from_pretrained(folder)
     try:
@@ -142,11 +137,7 @@ def is_bundle(folder: Path) -> bool:
 
 
 def check_bundle(folder: Path) -> None:
-    """Check that a bundle's networks are the ones that it describes.
-
-    Raises:
-        RunError: it is no bundle, a network is missing, has another name than networks have, or another content.
-    """
+    """Check that a bundle's networks are the ones that it describes."""
     file, again = folder / DESCRIPTION, "fetch or export the bundle again"
     if not is_bundle(folder):
         raise RunError(f"{folder} is no bundle: it has no {DESCRIPTION}; `dualrefnet export RUN --out DIR` makes one")
@@ -164,9 +155,8 @@ def check_bundle(folder: Path) -> None:
 
 
 def copy_bundle(source: Path, target: Path) -> None:
-    """Copy a bundle's own files, and nothing else that lies in its folder.
-
-    A bundle that was fetched has no `runtime/`; its copy gets that of this version.
+    """Copy a bundle's own files, and nothing else that lies in its folder; a fetched one gets the `runtime/` of this
+    version.
     """
     if source.resolve() == target.resolve():
         return
@@ -178,10 +168,8 @@ def copy_bundle(source: Path, target: Path) -> None:
 
 
 def copy_runtime(target: Path, source: Path | None = None) -> None:
-    """Copy the package `dualrefnet.runtime` (or that of another bundle) into a bundle, which then needs no dualrefnet.
-
-    Raises:
-        RunError: this installation lacks it.
+    """Copy the package `dualrefnet.runtime` (or that of another bundle) into a bundle, which then needs no
+    dualrefnet.
     """
     source = source or Path(str(resources.files("dualrefnet"))) / RUNTIME
     if not (source / "__main__.py").is_file():

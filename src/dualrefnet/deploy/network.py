@@ -56,8 +56,7 @@ class TorchNetwork:
 def run_parts(run: Path | str | Run, device: str) -> dict[str, Any]:
     """Return the arguments of `dualrefnet.deploy.predictor.Predictor` for a run.
 
-    Raises:
-        RunError: the folder holds no trained model, or its out-of-distribution score is damaged or of another model.
+    RunError: the folder holds no trained model, or its out-of-distribution score is damaged or of another model.
     """
     run = run if isinstance(run, Run) else Run(Path(run))
     about = run.model
@@ -94,9 +93,8 @@ def normalisation_of(about: Mapping[str, Any]) -> Normalisation:
 
 
 def describe_dataset(about: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the data set of a run's `model.json`, and the names of its classes.
-
-    Runs of the first versions have no citation and no names; the schemas complete them.
+    """Return the data set of a run's `model.json`, and the names of its classes; the schemas complete what first
+    versions lack.
     """
     schemas = {schema.name: schema for schema in (pad_ufes_20.SCHEMA, isic_2019.SCHEMA, synthetic.SCHEMA)}
     schema = schemas.get(about["name"])
@@ -126,10 +124,8 @@ def _find_score(run: Run, model: Method) -> OutOfDistributionScore | None:
 class ExportedModel(nn.Module):
     """A method with its normalisation inside and without its decoder, in evaluation mode.
 
-    Attributes:
-        inputs: names of the arguments of `forward` that it reads: `image` if the method reads images, `absent` if it
-            has learned tokens too, `metadata` if M > 0.
-        outputs: `logits`, and `vector` if it reads images.
+    `inputs` of `forward` that it reads: `image` if the method reads images, `absent` if it has learned tokens too,
+    `metadata` if M > 0. `outputs`: `logits`, and `vector` if it reads images.
     """
 
     def __init__(self, method: Method, architecture: Architecture, normalisation: Normalisation) -> None:
@@ -158,16 +154,10 @@ class ExportedModel(nn.Module):
     def forward(
         self, image: Tensor | None = None, absent: Tensor | None = None, metadata: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """Classify.
+        """Classify images (N, S, S, 3) uint8 RGB, preprocessed, with metadata (N, M) float32 (NaN is missing).
 
-        Args:
-            image: (N, S, S, 3) uint8 RGB, preprocessed.
-            absent: (N,) bool, which images are missing, whatever `image` holds.
-            metadata: (N, M) float32, encoded; NaN is missing, for models with learned tokens.
-
-        Returns:
-            Logits (N, C), and the encoders' vectors side by side (N, D), NaN where the image is missing; the logits
-            alone if no image is read.
+        `absent` (N,) says which images are missing, whatever `image` holds. Return logits (N, C), and the encoders'
+        vectors side by side (N, D), NaN where the image is missing; the logits alone if no image is read.
         """
         if metadata is None:
             assert image is not None
@@ -235,9 +225,8 @@ def trace(model: ExportedModel) -> ExportedProgram:
 
 
 def write_program(program: ExportedProgram, file: Path) -> None:
-    """Write a program for `torch.export.load`, without a pickle in the archive.
-
-    Torch would add the inputs that it was traced with as one.
+    """Write a program for `torch.export.load` without the pickle that torch would add: the inputs that it was traced
+    with.
     """
     given = program.example_inputs
     # The setter wants inputs; what is written in place of none is an empty file.

@@ -21,7 +21,7 @@ from dualrefnet.analysis.opened_run import sample_rows
 from dualrefnet.data.loader import Examples
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.schema import BOOLEAN_VALUES
-from dualrefnet.data.synthetic_lesions import STYLES, draw_lesion, render_lesion
+from dualrefnet.data.synthetic import STYLES, draw_lesion, render_lesion
 from dualrefnet.errors import DependencyError, RunError
 from dualrefnet.evaluation.metrics import compute_metrics
 from dualrefnet.runtime.calibration import softmax
@@ -186,12 +186,7 @@ def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
 
 
 def quantise(file: Path, out: Path, training: Cases, progress: Progress | None = None) -> None:
-    """Write a copy of an ONNX file whose image encoders compute with 8-bit integers, calibrated on training images.
-
-    Raises:
-        ValueError: there is no image.
-        RunError: the model has nothing that could be quantised.
-    """
+    """Write a copy of an ONNX file whose image encoders compute with 8-bit integers, calibrated on training images."""
     if training.images is None or not len(training):
         raise ValueError("ranges are calibrated on images, and there are none")
     with tempfile.TemporaryDirectory(prefix="dualrefnet-int8-") as folder, _quiet():
@@ -263,18 +258,10 @@ def measure_int8(
     score: OutOfDistributionScore | None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], str, bool]:
-    """Measure an int8 network beside the float32 network that it was made from.
+    """Measure an int8 network beside the float32 network that it was made from, on cases of the validation split.
 
-    Args:
-        float32: the original.
-        int8: the copy.
-        cases: of the validation split, with labels.
-        classes: in the order of the outputs.
-        score: out-of-distribution score, whose false alarms are counted.
-        progress: called with (predictions done, in all).
-
-    Returns:
-        The measures, a sentence about them, and whether int8 is recommended.
+    `score` is the out-of-distribution score, whose false alarms are counted. Return the measures, a sentence about
+    them, and whether int8 is recommended.
     """
     if cases.labels is None:
         raise ValueError("synthetic images have no labels to compare with")

@@ -203,15 +203,8 @@ class Predictor(BundleMixin, Classifier):
 
 
 def refuse_shortcut(shortcut: str | None, model: Path | str, accepted: bool) -> None:
-    """Refuse to export or serve a model to which missing metadata mean "benign".
-
-    Args:
-        shortcut: from `dualrefnet.runtime.availability.missingness_shortcut`.
-        model: its folder or name, for the message.
-        accepted: only warn.
-
-    Raises:
-        RunError: it is such a model, or this was never measured.
+    """Refuse to export or serve a model to which missing metadata mean "benign" (see `missingness_shortcut`), or of
+    which this was never measured; only warn if `accepted`.
     """
     if shortcut is not None and not accepted:
         raise RunError(

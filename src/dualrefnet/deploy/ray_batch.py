@@ -36,13 +36,8 @@ class _Actor:
 
 
 def ray_work(model: ModelFolder, address: str, batch: int = BATCH, workers: int | None = None) -> Work:
-    """Return the `work` of `dualrefnet.deploy.batch.predict_to_csv` on Ray.
-
-    Args:
-        model: loaded by every actor.
-        address: of a cluster (`auto`, `ray://...`, `host:port`), or `local` to start Ray on this machine.
-        batch: rows that a model sees at once.
-        workers: CPUs of one actor, which decode; None: one.
+    """Return the `work` of `dualrefnet.deploy.batch.predict_to_csv` on Ray: a cluster (`auto`, `ray://...`,
+    `host:port`), or `local`. Every actor loads the model and decodes with `workers` CPUs (None: one).
     """
     # A remote machine has another working directory.
     model, cpus = replace(model, path=model.path.resolve()), workers or 1

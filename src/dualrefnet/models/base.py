@@ -16,14 +16,9 @@ from dualrefnet.recipe import ModelSection
 
 
 class Output(NamedTuple):
-    """Result of a forward pass.
-
-    Attributes:
-        logits: (B, C) class scores before the softmax.
-        features: (B, D) the vector that is classified, fused from image and metadata.
-        reconstruction: (B, 3, 2H, 2W) rebuilt image in about 0..1; None without an auxiliary task, and outside
-            training.
-        heads: (B, C) logits of additional heads, by name; each gets a cross-entropy term of its own.
+    """Result of a forward pass: `logits` (B, C) before the softmax; `features` (B, D), the vector that is classified,
+    fused from image and metadata; `reconstruction` (B, 3, 2H, 2W) in about 0..1, None without an auxiliary task and
+    outside training; `heads`, logits of additional heads, by name, each with a cross-entropy term of its own.
     """
 
     logits: Tensor
@@ -33,11 +28,8 @@ class Output(NamedTuple):
 
 
 class Head(nn.Module):
-    """Features -> 256 hidden units -> class scores (the two layers in the sum of equation 4).
-
-    Attributes:
-        hidden: the first layer; its rows are W_before.
-        classifier: the second layer; its rows are W_cls.
+    """Features -> 256 hidden units -> class scores, the two layers in the sum of equation 4: the rows of `hidden` are
+    W_before, those of `classifier` W_cls.
     """
 
     def __init__(self, features: int, hidden: int, classes: int, dropout: float) -> None:
@@ -53,15 +45,12 @@ class Head(nn.Module):
 
 
 class MissingInputs(nn.Module):
-    """What a method reads in place of what is missing.
+    """What a method reads in place of what is missing: learned tokens, all zero at first (for a standardised number its
+    mean, for categories none).
 
-    All tokens start at zero: for a standardised number its mean, for categories none.
-
-    Attributes:
-        columns: (M,) one number for each column of the encoded metadata; none if the method reads none.
-        places: for each encoder (D,), in place of its vector and of every place of its map; none if an image is never
-            missing.
-        taps: for each tap of each encoder (C_k,), in place of every place of that map.
+    `columns` (M,): one number for each column of the encoded metadata. `places`: for each encoder (D,), in place of its
+    vector and of every place of its map; none if an image is never missing. `taps`: for each tap (C_k,), in place of
+    every place of that map.
     """
 
     def __init__(self, metadata_width: int, encoders: Sequence[Encoder]) -> None:
@@ -96,12 +85,7 @@ class MissingInputs(nn.Module):
 
 
 def mark_missing(encoded: Encoded, missing: Tensor) -> Encoded:
-    """Set what was encoded of missing images to NaN.
-
-    Args:
-        encoded: of B images.
-        missing: (B,) which of them are missing.
-    """
+    """Set what was encoded of the images that are missing, (B,), to NaN."""
     nan = torch.tensor(float("nan"))
     return encoded.each(lambda values: _fill(values, nan, missing))
 
@@ -114,15 +98,8 @@ def _fill(values: Tensor, token: Tensor, missing: Tensor) -> Tensor:
 
 
 class Architecture(BaseModel):
-    """All that is needed to build a model again, weights apart; stands in `model.json`.
-
-    Attributes:
-        image_size: side of the input, pixels.
-        metadata_width: M, length of encoded metadata.
-        classes: C.
-        section: method, backbone and their settings.
-        missing_tokens: learned tokens stand for what is missing.
-        missing_image: one of them stands for an image, so that the model answers without one.
+    """All that is needed to build a model again, weights apart; stands in `model.json`. `missing_image`: one of the
+    learned tokens stands for an image, so that the model answers without one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -143,17 +120,9 @@ class Architecture(BaseModel):
 
 
 class Method(nn.Module, ABC):
-    """Base of all methods.
-
-    A method is built from its `Architecture` and its encoders, and says in `classify` what it does with image and
-    metadata.
-
-    Attributes:
-        title: name in tables; like the next two, of `METHODS`.
-        reads_image: False for a method of the metadata alone.
-        reads_metadata: False for a method of the image alone.
-        encoders: the image encoders; `reads_image` says whether there are any.
-        missing: learned tokens for what is missing; None: every image and every column must be there.
+    """Base of all methods: built from its `Architecture` and its encoders, it says in `classify` what it does with
+    image and metadata. `title`, `reads_image` and `reads_metadata` are those of `METHODS`; `missing` is None where
+    every image and every column must be there.
     """
 
     title: ClassVar[str]
@@ -194,12 +163,11 @@ class Method(nn.Module, ABC):
         return False
 
     def forward(self, image: Tensor | Encoded | None, metadata: Tensor) -> Output:
-        """Classify images with their metadata.
+        """Classify images (B, 3, H, W), normalised for the first encoder, or what the encoders have made of them, with
+        metadata (B, M).
 
-        Args:
-            image: (B, 3, H, W), normalised for the first encoder, or what the encoders have made of them; None for a
-                method that reads no image. With `missing`, an image of NaN is missing.
-            metadata: (B, M) encoded metadata; with `missing`, NaN is a missing value.
+        With `missing`, NaN in metadata is a missing value and an image of NaN a missing image. `image` is None for a
+        method that reads none.
         """
         images = Encoded(()) if image is None else self.encode(image)
         output = self.answer(images, metadata)
@@ -214,19 +182,13 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
-        """Do what the method does with images that were read and metadata in which nothing is missing; see `forward`.
-
-        Args:
-            images: what each encoder gave; empty for a method that reads no image.
-            metadata: (B, M).
+        """Do what the method does with images that were read and metadata (B, M) in which nothing is missing; see
+        `forward`.
         """
 
     def encode(self, image: Tensor | Encoded) -> Encoded:
-        """Read (B, 3, H, W) images, normalised for the first encoder, with all encoders; `forward` takes the result in
-        their place.
-
-        What depends on the metadata alone can then be computed many times for one encoding. What was encoded before
-        passes through.
+        """Read images (B, 3, H, W) with all encoders; `forward` takes the result in their place, so that what depends
+        on the metadata alone can be computed many times. What was encoded before passes through.
         """
         if isinstance(image, Encoded):
             return image
@@ -249,8 +211,7 @@ class Method(nn.Module, ABC):
         return Encoded(tuple(encoder(image) for encoder in self.encoders))
 
     def reconstruct(self, image: Tensor | Encoded) -> Tensor | None:
-        """Return the (B, 3, 2H, 2W) image that the auxiliary task's decoder rebuilds, in about 0..1; None if there is
-        no
+        """Return the (B, 3, 2H, 2W) image, in about 0..1, that the auxiliary task's decoder rebuilds; None without
         decoder.
         """
         return None

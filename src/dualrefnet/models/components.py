@@ -22,15 +22,8 @@ TOKEN_WIDTH, TOKEN_HEADS, TOKEN_LAYERS = 64, 4, 2
 
 
 def create_metadata_network(kind: str, metadata_width: int, widths: Sequence[int]) -> nn.Module:
-    """Return a network (B, M) -> (B, widths[-1]).
-
-    Args:
-        kind: `mlp` (the paper's), `attention` or `transformer` (its ablations).
-        metadata_width: M.
-        widths: layers of the four-layer network; the transformer takes the last one alone.
-
-    Raises:
-        ValueError: there is no such kind.
+    """Return a network (B, M) -> (B, widths[-1]): `mlp` (the paper's), `attention` or `transformer` (its ablations).
+    The transformer takes the last width alone.
     """
     if kind == "mlp":
         return metadata_mlp(metadata_width, widths)
@@ -42,9 +35,8 @@ def create_metadata_network(kind: str, metadata_width: int, widths: Sequence[int
 
 
 def metadata_mlp(metadata_width: int, widths: Sequence[int]) -> nn.Sequential:
-    """Build phi_meta of the paper: fully connected layers of `widths`, ReLU after every layer but the last.
-
-    Maps (B, M) to (B, widths[-1]).
+    """Build phi_meta of the paper, (B, M) -> (B, widths[-1]): fully connected layers, ReLU after every one but the
+    last.
     """
     layers: list[nn.Module] = []
     for number, (narrow, wide) in enumerate(zip([metadata_width, *widths[:-1]], widths, strict=True)):
@@ -101,15 +93,8 @@ ATTENTION_WIDTH, ATTENTION_HEADS = 512, 4
 
 
 def create_fusion(kind: str, image_features: int, metadata_features: int) -> Fusion:
-    """Return the fusion of an encoder's output (D) with a metadata vector (E).
-
-    Args:
-        kind: `concat` (equation 3), `hadamard` or `cross_attention`.
-        image_features: D.
-        metadata_features: E.
-
-    Raises:
-        ValueError: there is no such kind.
+    """Return the fusion of an encoder's output (D) with a metadata vector (E): `concat` (equation 3), `hadamard` or
+    `cross_attention`.
     """
     if kind not in FUSIONS:
         raise ValueError(f"there is no fusion {kind!r}; there are: {', '.join(FUSIONS)}")
@@ -117,11 +102,7 @@ def create_fusion(kind: str, image_features: int, metadata_features: int) -> Fus
 
 
 class Concatenation(nn.Module):
-    """FV = [FV_image || FV_meta], equation 3.
-
-    Attributes:
-        features: D + E.
-    """
+    """FV = [FV_image || FV_meta], equation 3; D + E long."""
 
     def __init__(self, image_features: int, metadata_features: int) -> None:
         super().__init__()
@@ -133,10 +114,8 @@ class Concatenation(nn.Module):
 
 
 class Hadamard(nn.Module):
-    """FV = (W FV_image) (.) FV_meta: the other reading of AuxNet's product; the projection makes both vectors E long.
-
-    Attributes:
-        features: E.
+    """FV = (W FV_image) (.) FV_meta: the other reading of AuxNet's product; the projection makes both vectors E
+    long.
     """
 
     def __init__(self, image_features: int, metadata_features: int) -> None:
@@ -156,9 +135,6 @@ class CrossAttention(nn.Module):
     image vector answer, and what they say stands beside the metadata vector: [MHA(W_q m, W_p [v || places]) || W_q m].
     (With the image vector alone attention would have no choice; without it the last normalisation of BEiT would have no
     part.)
-
-    Attributes:
-        features: 512 + 512.
     """
 
     def __init__(self, image_features: int, metadata_features: int) -> None:
@@ -185,11 +161,8 @@ STEPS = 12
 
 
 class DecisionFusion(nn.Module):
-    """p = sum_k w_k softmax(z_k), with weights that are chosen on validation and travel with the parameters.
-
-    Attributes:
-        names: the K heads, in order.
-        weights: (K,), a buffer; equal until `choose`.
+    """p = sum_k w_k softmax(z_k), with weights (K,) that are equal until chosen on validation, and travel with the
+    parameters.
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:
@@ -204,15 +177,10 @@ class DecisionFusion(nn.Module):
         return weighted.logsumexp(dim=0)
 
     def output(self, logits: dict[str, Tensor], features: Tensor, training: bool) -> Output:
-        """Return a model's output.
+        """Return a model's output for the logits (B, C) of every head, in the order of `names`.
 
         In training the first head's scores stand in `logits` and the others in `heads`, so that each has a
         cross-entropy of its own; afterwards `logits` is the fused answer and `heads` holds all of them.
-
-        Args:
-            logits: (B, C) of every head, in the order of `names`.
-            features: (B, D).
-            training: whether the model trains.
         """
         if training:
             first, *others = self.names
@@ -220,11 +188,8 @@ class DecisionFusion(nn.Module):
         return Output(self(torch.stack([logits[name] for name in self.names])), features, None, logits)
 
     def choose(self, logits: Tensor, labels: Tensor) -> None:
-        """Choose the weights with the best balanced accuracy on validation; of equals the most even ones.
-
-        Args:
-            logits: (K, N, C) of the heads on the validation images.
-            labels: (N,).
+        """Choose the weights with the best balanced accuracy for logits (K, N, C) of validation; of equals the most
+        even ones.
         """
         probabilities = logits.float().softmax(dim=2)
         truth = labels.cpu().numpy()
@@ -243,17 +208,11 @@ class DecisionFusion(nn.Module):
 
 
 def create_decoder(kind: str, in_features: int, stride: int) -> nn.Sequential:
-    """Return a decoder (B,D,h,w) -> (B,3, 2 h stride, 2 w stride) for targets in the range 0..1.
+    """Return a decoder (B,D,h,w) -> (B,3, 2 h stride, 2 w stride) for targets in the range 0..1, `plain` or
+    `bottleneck`.
 
-    The output is linear and not clamped: a clamp would have no gradient where it is needed.
-
-    Args:
-        kind: `plain` or `bottleneck`; see `plain_decoder` and `bottleneck_decoder` for what each costs.
-        in_features: D, channels of the encoder's map.
-        stride: side of the input image / side of the map, 32 or 16.
-
-    Raises:
-        ValueError: the kind or the stride is another.
+    `stride` is the side of the input image / side of the map, 32 or 16. The output is linear and not clamped: a clamp
+    would have no gradient where it is needed.
     """
     if stride not in (16, 32):
         raise ValueError(f"decoders are made for encoders of stride 16 or 32, not {stride}")

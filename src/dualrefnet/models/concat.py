@@ -10,21 +10,17 @@ from dualrefnet.models.encoders import Encoded, Encoder
 
 
 def reduced_features(metadata_width: int, combination_factor: float) -> int:
-    """Return n = c_f d / (1 - c_f): image features such that their share of the fused vector is c_f.
+    """Return n = c_f d / (1 - c_f): image features such that their share of the fused vector is c_f, for metadata of
+    width d.
 
     The rule is inferred from the one pair in public code: n = 324 for d = 81 and c_f = .8.
-
-    Args:
-        metadata_width: d.
-        combination_factor: c_f, between 0 and 1.
     """
     return max(1, round(combination_factor * metadata_width / (1 - combination_factor)))
 
 
 class Concat(Method, name="concat"):
-    """Image vector (D) -> Linear(D -> n), normalisation, ReLU, dropout .5; beside it the metadata (d) as it is ->
-    Linear(n
-    + d -> C).
+    """Image vector (D) -> Linear(D -> n), normalisation, ReLU, dropout .5; beside it the metadata (d) -> Linear(n + d
+    -> C).
 
     The layers are those of public code; the rule for n is our reading (`reduced_features`).
     """

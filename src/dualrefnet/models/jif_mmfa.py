@@ -15,8 +15,7 @@ WIDTHS, DROPOUT = (512, 128), 0.3
 
 
 class MutualAttention(nn.Module):
-    """a' = a + a * s_a * m_a, with the gates s_a = sigmoid(W1 a) from itself and m_a = sigmoid(W3 b) from the other; b'
-    alike.
+    """a' = a + a * s_a * m_a, gates s_a = sigmoid(W1 a) from itself and m_a = sigmoid(W3 b) from the other; b' alike.
 
     Our reading of "self- and mutual attention" of two vectors.
     """

@@ -15,8 +15,7 @@ GROUP = 32
 
 class MetaBlock(nn.Module):
     """out = sigmoid(tanh(V * t1) + t2), t_k = BN(A_k u + b_k): two numbers from the metadata u (d) for each of m maps
-    of n
-    values.
+    of n values.
     """
 
     def __init__(self, maps: int, metadata_width: int) -> None:

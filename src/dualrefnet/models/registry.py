@@ -24,16 +24,9 @@ NEUTRAL = (0.5, 0.5, 0.5)
 
 @dataclass
 class MethodInfo:
-    """A method of the comparison.
-
-    Attributes:
-        title: name in tables.
-        reference: where it was published.
-        home: module and class of the network.
-        reconstruction: what isn't known of the published system and was filled in here; None if it is known.
-        reads_image: False for a method of the metadata alone.
-        reads_metadata: False for a method of the image alone.
-        needs_metadata: False for a method that also works without metadata (tier M0).
+    """A method of the comparison: its name in tables, where it was published, module and class of the network;
+    `reconstruction`, what isn't known of the published system and was filled in here (None if it is known); what it
+    reads; and whether it also works without metadata (tier M0).
     """
 
     title: str
@@ -118,11 +111,7 @@ METHODS = {
 
 
 def check_method(recipe: Recipe) -> MethodInfo:
-    """Return the method of a recipe.
-
-    Raises:
-        RecipeError: there is none of that name, or it can't work without metadata.
-    """
+    """Return the method of a recipe; RecipeError: there is none of that name, or it can't work without metadata."""
     name = recipe.model.method
     if name not in METHODS:
         raise RecipeError(
@@ -134,20 +123,10 @@ def check_method(recipe: Recipe) -> MethodInfo:
 
 
 def new_model(recipe: Recipe, metadata_width: int, classes: int) -> tuple[Method, Architecture, list[dict[str, Any]]]:
-    """Build the model of a recipe with the weights it starts from.
+    """Build the model of a recipe with the weights it starts from, for metadata of M columns.
 
-    Args:
-        recipe: a checked recipe.
-        metadata_width: M.
-        classes: C.
-
-    Returns:
-        The model, its description, and the record of each encoder's weights (with `mean` and `std`); a method that
-        reads no image has one record that says so.
-
-    Raises:
-        RecipeError: unknown method or backbone.
-        WeightsError: the weights are not available.
+    Return the model, its description, and the record of each encoder's weights (with `mean` and `std`); a method that
+    reads no image has one record that says so.
     """
     from dualrefnet.models.base import Architecture
     from dualrefnet.models.encoders import WeightsSource, create_encoder
@@ -179,10 +158,8 @@ def new_model(recipe: Recipe, metadata_width: int, classes: int) -> tuple[Method
 
 
 def load_model(description: Mapping[str, Any], weights_file: Path) -> Method:
-    """Build a trained model from the run's `model.json` and its `model.safetensors`.
-
-    Raises:
-        RunError: the parameters aren't there, or don't fit.
+    """Build a trained model from the run's `model.json` and its `model.safetensors`; RunError: they aren't there, or
+    don't fit.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -22,17 +22,8 @@ from dualrefnet.recipe import Recipe
 
 
 def make_target(kind: str, image: Tensor) -> Tensor:
-    """Enlarge images by two, without antialiasing.
-
-    Args:
-        kind: `bilinear` or `bicubic`.
-        image: (B,3,H,W), range 0..1, before normalisation.
-
-    Returns:
-        (B,3,2H,2W), clamped to 0..1: bicubic interpolation overshoots at edges.
-
-    Raises:
-        ValueError: `kind` is no interpolation.
+    """Enlarge images (B,3,H,W) in 0..1 by two, `bilinear` or `bicubic`, without antialiasing; clamped to 0..1, since
+    bicubic interpolation overshoots at edges.
     """
     if kind not in ("bilinear", "bicubic"):
         raise ValueError(
@@ -42,16 +33,8 @@ def make_target(kind: str, image: Tensor) -> Tensor:
 
 
 def split_native(image: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide real images of twice the input's size into the model's input and its target.
-
-    Args:
-        image: (B,3,2H,2W), range 0..1.
-
-    Returns:
-        The input (B,3,H,W), each pixel the mean of 2x2, and the target (B,3,2H,2W), which is `image` itself.
-
-    Raises:
-        ValueError: a side is odd.
+    """Divide images (B,3,2H,2W) of twice the input's size into the model's input (B,3,H,W), each pixel the mean of 2x2,
+    and its target, which is the image itself; ValueError: a side is odd.
     """
     height, width = image.shape[-2:]
     if height % 2 or width % 2:
@@ -62,16 +45,10 @@ def split_native(image: Tensor) -> tuple[Tensor, Tensor]:
 def input_and_target(
     images: Tensor, stored: Tensor | None, kind: str | None, size: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Divide what is stored of an image into what the model reads and what it is to rebuild.
+    """Divide what is stored of an image, (B,3,S,S) in 0..1, into what the model reads and what it is to rebuild.
 
-    Args:
-        images: (B,3,S,S), range 0..1; S is `size`, or twice that for native targets.
-        stored: (B,3,2S,2S), range 0..1, a network's targets, or None.
-        kind: of the target (`model.target`); None: nothing is rebuilt.
-        size: side of the model's input.
-
-    Returns:
-        The input (B,3,size,size) and the target of twice its side, or None.
+    S is `size`, or twice that for native targets; `stored` (B,3,2S,2S) are a network's targets. Return the input
+    (B,3,size,size) and the target of twice its side; None if nothing is rebuilt (`kind` None).
     """
     if images.shape[-1] == 2 * size:
         return split_native(images)
@@ -81,19 +58,9 @@ def input_and_target(
 
 
 def psnr(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return the peak signal-to-noise ratio of each image, in dB, for the data range 0..1.
+    """Return (B,) the peak signal-to-noise ratio of each image (B,3,H,W), in dB, for the data range 0..1.
 
     PSNR = 10 log10(1 / MSE), MSE being the mean over the image's channels and pixels; infinite if they are equal.
-
-    Args:
-        prediction: (B,3,H,W).
-        target: (B,3,H,W).
-
-    Returns:
-        (B,) float32.
-
-    Raises:
-        ValueError: the shapes differ.
     """
     _check_shapes(prediction, target)
     # In half precision a small error squared would vanish.
@@ -102,19 +69,10 @@ def psnr(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def ssim(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return the structural similarity of each image (Wang et al. 2004), for the data range 0..1.
+    """Return (B,) the structural similarity of each image (B,3,H,W) (Wang et al. 2004), for the data range 0..1.
 
     As in that paper: Gaussian window of sd 1.5, K1 = .01, K2 = .03; the mean over the image's channels and pixels.
-
-    Args:
-        prediction: (B,3,H,W), sides of at least 11.
-        target: (B,3,H,W).
-
-    Returns:
-        (B,) float32; 1 if they are equal.
-
-    Raises:
-        ValueError: the shapes differ, or a side is too short.
+    Sides are at least 11 (else ValueError).
     """
     _check_shapes(prediction, target)
     pairs = zip(prediction.float().cpu().numpy(), target.float().cpu().numpy(), strict=True)
@@ -135,13 +93,8 @@ def _check_shapes(prediction: Tensor, target: Tensor) -> None:
 def fill_targets(
     recipe: Recipe, store: ImageStore, device: torch.device
 ) -> tuple[DerivedStore | None, dict[str, Any] | None]:
-    """Return the enlarged images (part `target`, (2S, 2S, 3) bytes) and the record of the network's weights.
-
-    Both None if the recipe's target isn't a network's, or nothing is rebuilt.
-
-    Raises:
-        WeightsError: the network's weights are not available.
-        DataError: the disk has no room.
+    """Return the enlarged images (part `target`, (2S, 2S, 3) bytes) and the record of the network's weights; both None
+    if the recipe's target isn't a network's, or nothing is rebuilt.
     """
     name = recipe.model.target
     if not recipe.rebuilds_image or name not in NETWORKS:

@@ -233,9 +233,7 @@ class _NinaBlock(Body):
 
 class _LocalAttention(Body):
     """Squeeze and excitation of 16x16 tiles: a tile's channels are weighted by the means of the 31x31 pixels about its
-    first.
-
-    Pixels outside the image don't count, so that the mean is one of fewer pixels at the border.
+    first; pixels outside the image don't count.
     """
 
     def __init__(self, features: int, reduction: int = 4, stride: int = 16) -> None:
@@ -260,17 +258,9 @@ _CARN = "https://github.com/nmhkahn/CARN-pytorch"
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """One published network.
-
-    Attributes:
-        title: its name in tables.
-        parameters: millions, as published.
-        filename: of the published state dict.
-        url: of that file.
-        page: of those who publish it.
-        licence: of the weights.
-        psnr: dB, of enlarging Set5 by two, as torchSR reports it: on luminance and without the border.
-        sha256: of the published file, where it is known.
+    """One published network: name in tables, millions of parameters, file name and address of the state dict, who
+    publishes it, licence of the weights, PSNR in dB of enlarging Set5 by two as torchSR reports it (on luminance and
+    without the border), and the file's SHA-256, where it is known.
     """
 
     title: str
@@ -307,11 +297,7 @@ NETWORKS: dict[str, NetworkSpec] = {
 
 
 def network_spec(name: str) -> NetworkSpec:
-    """Return the network of that name.
-
-    Raises:
-        RecipeError: there is none.
-    """
+    """Return the network of that name; RecipeError: there is none."""
     if name not in NETWORKS:
         raise RecipeError(
             f"no super-resolution network is called {name!r}{suggestion(name, NETWORKS)} (there are: "
@@ -321,17 +307,7 @@ def network_spec(name: str) -> NetworkSpec:
 
 
 def create_network(name: str) -> nn.Module:
-    """Build a network with random parameters.
-
-    Args:
-        name: a key of `NETWORKS`.
-
-    Returns:
-        (B,3,H,W) in 0..1 -> (B,3,2H,2W), not clamped.
-
-    Raises:
-        RecipeError: the name is unknown.
-    """
+    """Build a network (a key of `NETWORKS`) with random parameters: (B,3,H,W) in 0..1 -> (B,3,2H,2W), not clamped."""
     network_spec(name)
     if name == "edsr":
         return EDSR(blocks=16, features=64)
@@ -341,22 +317,16 @@ def create_network(name: str) -> nn.Module:
 
 
 def load_network(name: str, weights: str = "auto") -> tuple[nn.Module, WeightsSource]:
-    """Build a network and fill it with published weights; it is in evaluation mode, and its parameters have no
+    """Build a network and fill it with published weights; on the CPU, in evaluation mode, its parameters without
     gradients.
 
-    Args:
-        name: a key of `NETWORKS`.
-        weights: `auto` (a file in the folder $DUALREFNET_WEIGHTS, under the network's name or the published one; the
-            cache of downloads; the published address: the first that there is), `none` (random), or a file.
-
-    Returns:
-        The network, on the CPU, and what it was filled with. `mean` and `std` of the record change nothing: the network
-        takes images in 0..1 and subtracts its mean itself.
+    `weights` is `auto` (a file in the folder $DUALREFNET_WEIGHTS, under the network's name or the published one; the
+    cache of downloads; the published address: the first that there is), `none` (random), or a file. `mean` and `std` of
+    the record change nothing: the network takes images in 0..1 and subtracts its mean itself.
 
     Raises:
-        RecipeError: the name is unknown.
-        WeightsError: the weights are not available, or the file holds others; the message says what was tried and what
-            to do.
+        WeightsError: the weights are not available, or the file holds others; the message says what was tried and
+            what to do.
     """
     spec = network_spec(name)
     # Whether a teacher is loaded must not change what the caller draws next.
@@ -384,12 +354,7 @@ def load_network(name: str, weights: str = "auto") -> tuple[nn.Module, WeightsSo
 
 
 def find_network_file(name: str) -> Path | None:
-    """Return the file that `auto` would load now without downloading anything, or None.
-
-    Raises:
-        RecipeError: the name is unknown.
-        WeightsError: $DUALREFNET_WEIGHTS is no folder.
-    """
+    """Return the file that `auto` would load now without downloading anything, or None."""
     spec = network_spec(name)
     folder = weights_folder()
     if folder is not None and not folder.is_dir():
@@ -401,19 +366,10 @@ def find_network_file(name: str) -> Path | None:
 
 @torch.inference_mode()
 def enlarge(network: nn.Module, images: NDArray[np.uint8], batch_size: int | None = None) -> NDArray[np.uint8]:
-    """Enlarge images by two and round the result to bytes.
+    """Enlarge RGB bytes (B,H,W,3) by two, to the nearest bytes, (B,2H,2W,3).
 
-    Args:
-        network: as `load_network` returns it, on any device; or another module of its contract.
-        images: (B,H,W,3) RGB, 0..255.
-        batch_size: images at a time, about 0.2 GB each for CARN-M and 224 px; None: 1 on CPUs, where more take longer,
-            else 16.
-
-    Returns:
-        (B,2H,2W,3) RGB, the nearest bytes; what is outside 0..255 is clamped.
-
-    Raises:
-        ValueError: `images` are no such array.
+    `batch_size` images at a time take about 0.2 GB each for CARN-M and 224 px; None: 1 on CPUs, where more take longer,
+    else 16.
     """
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
         raise ValueError(f"images must be (B,H,W,3) uint8, not {images.shape} {images.dtype}")

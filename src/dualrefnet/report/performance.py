@@ -33,10 +33,11 @@ from dualrefnet.display.format import (
     percent,
 )
 from dualrefnet.display.page import Section
+from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.evaluation.curves import KINDS, class_curves, draw_curves
 from dualrefnet.progress import progress_bar
 from dualrefnet.run import Run
-from dualrefnet.suite.paper import caveats, reported, reported_class
+from dualrefnet.suite.results import caveats, reported, reported_class
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -178,8 +179,8 @@ def confusion_section(measured: Measured) -> Section:
 def curve_section(measured: Measured, samples: int, seed: int) -> Section:
     """Return the ROC and precision-recall curves."""
     with progress_bar("curves") as show:
-        data = (measured.labels, measured.probabilities, measured.groups, measured.classes)
-        curves = class_curves(*data, samples=samples, seed=seed, progress=show, malignant=measured.malignant)
+        bootstrap = Bootstrap(measured.groups, samples, seed, progress=show)
+        curves = class_curves(measured.labels, measured.probabilities, bootstrap, measured.classes, measured.malignant)
     figures = [draw_curves(curves, kind, measured.unit) for kind in KINDS]
     return Section("curves", "ROC and precision-recall", [], figures)
 

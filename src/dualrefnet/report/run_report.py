@@ -31,7 +31,7 @@ from dualrefnet.display.format import PrintedTable, sentence
 from dualrefnet.display.page import Section, render_page
 from dualrefnet.errors import DataError, DependencyError, RunError
 from dualrefnet.files import make_folder, write_csv, write_json, write_text
-from dualrefnet.progress import note, progress_bar, progress_steps, warn
+from dualrefnet.progress import note, warn
 from dualrefnet.report import ReportOptions
 from dualrefnet.report.performance import (
     class_section,
@@ -241,12 +241,10 @@ def _examination_parts(opened: OpenedRun, options: ReportOptions) -> list[Part]:
 def _audit(opened: OpenedRun) -> Audit:
     # Of the files, not of the stored images, which colour constancy and CLAHE have changed.
     used = opened.dataset.with_image[opened.dataset.with_image["image_id"].isin(opened.split["image_id"])]
-    fingerprints, protocol = None, opened.recipe.data.protocol
-    with progress_steps() as show:
-        if len(used):
-            fingerprints = fingerprint_files(used, progress=lambda done, total: show("reading images", done, total))
-        # Without the forests, which take minutes; the command `audit` has them.
-        return audit_split(opened.dataset, opened.split, fingerprints, forests=False, progress=show, protocol=protocol)
+    fingerprints = fingerprint_files(used) if len(used) else None
+    # Without the forests, which take minutes; the command `audit` has them.
+    protocol = opened.recipe.data.protocol
+    return audit_split(opened.dataset, opened.split, fingerprints, forests=False, protocol=protocol)
 
 
 def _has_subgroups(opened: OpenedRun) -> bool:
@@ -264,8 +262,7 @@ def _has_score(opened: OpenedRun) -> bool:
 
 
 def _out_of_distribution(opened: OpenedRun, options: ReportOptions) -> OutOfDistributionMeasured:
-    with progress_bar("images without a lesion") as show:
-        return measure_out_of_distribution(opened, options.masks, options.images, SAMPLES, options.seed, show)
+    return measure_out_of_distribution(opened, options.masks, options.images, SAMPLES, options.seed)
 
 
 def write_probes(

@@ -40,6 +40,7 @@ from dualrefnet.analysis.subgroups import (
 from dualrefnet.display.figure import ReportFigure
 from dualrefnet.display.format import Cell, PrintedTable, estimate, interval_of, listed, number, percent, sentence
 from dualrefnet.display.page import Section
+from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.evaluation.calibration import Calibration
 from dualrefnet.evaluation.curves import compute_reliability, draw_reliability
 from dualrefnet.evaluation.referral import draw_referral, draw_selective, measure_selective, referral_curve
@@ -60,8 +61,8 @@ def calibration_section(measured: Measured, samples: int, seed: int) -> Section:
     """Return reliability diagram and calibration errors, without and with the temperature if the run has one."""
 
     def reliability(probabilities: Any) -> ReportFigure:
-        found = compute_reliability(measured.labels, probabilities, measured.groups, samples=samples, seed=seed)
-        return draw_reliability(found, measured.unit)
+        bootstrap = Bootstrap(measured.groups, samples, seed)
+        return draw_reliability(compute_reliability(measured.labels, probabilities, bootstrap), measured.unit)
 
     before = reliability(measured.probabilities)
     if not measured.run.calibration_file.is_file():
@@ -108,14 +109,14 @@ def conformal_section(measured: Measured, samples: int, seed: int) -> Section:
     """Return what conformal sets, referral and selective prediction achieve on the test split."""
     calibration, values = measured.run.calibration, measured.metrics["calibrated"]
     calibrated = calibration.probabilities(measured.probabilities)
-    labels, groups, classes = measured.labels, measured.groups, measured.classes
-    selective = measure_selective(labels, calibrated, groups, classes, samples=samples, seed=seed)
+    bootstrap = Bootstrap(measured.groups, samples, seed)
+    selective = measure_selective(measured.labels, calibrated, bootstrap, measured.classes)
     figures = [draw_selective(selective, measured.unit)]
-    malignant = calibration.cancer[labels]
+    malignant = calibration.cancer[measured.labels]
     if calibration.referral is not None and 0 < malignant.sum() < len(malignant):
         threshold = (calibration.referral, calibration.sensitivity, calibration.referral_interval)
         scores = malignancy(calibrated, calibration.cancer)
-        curve = referral_curve(malignant, scores, groups, *threshold, samples, seed)
+        curve = referral_curve(malignant, scores, bootstrap, *threshold)
         figures.append(draw_referral(curve, measured.unit))
     tables = [_set_table(measured, calibration, values["conformal"]), _selective_table(values["selective"])]
     intro = [_sets(values["conformal"]), _referral(calibration, values["referral"])]

@@ -45,11 +45,8 @@ class Availability(NamedTuple):
         return f"{'an image' if self.image else 'no image'} and {some if self.to else 'no metadata'}"
 
     def contains(self, image: ArrayLike, share: ArrayLike) -> NDArray[np.bool_]:
-        """Return which inputs belong to the group, (N,).
-
-        Args:
-            image: (N,), whether there is an image.
-            share: (N,), of the fields with a value; 1 for a model that reads none.
+        """Return (N,) which inputs belong to the group, by whether there is an image and the share of the fields with a
+        value (1 for a model that reads none).
         """
         share = np.asarray(share, dtype=np.float64)
         inside = (share > self.above + TOLERANCE) & (share <= self.to + TOLERANCE)
@@ -73,19 +70,12 @@ def availability_groups(*, reads_image: bool, needs_image: bool, reads_metadata:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Temperature and thresholds of one group of inputs.
+    """Temperature and thresholds of one group of inputs, fitted on `images` validation images, `cancers` of them
+    malignant.
 
-    Attributes:
-        group: of inputs.
-        temperature: see `dualrefnet.runtime.calibration.apply_temperature`.
-        threshold: a class with at least this probability is in the set; 0: too few validation cases, so all classes
-            are.
-        class_thresholds: class -> the same for sets with the same coverage within every class.
-        referral: malignancy from which a case is referred; 0: too few cancers in validation, so all are; None: no class
-            is malignant.
-        images: validation images on which they were fitted.
-        cancers: how many of these show one.
-        notes: what is weak about the fit, in sentences.
+    A class with at least the probability `threshold` is in the set (0: too few validation cases, so all classes are);
+    `class_thresholds` are for sets with the same coverage within every class. `referral` is the malignancy from which a
+    case is referred (0: too few cancers in validation, so all are; None: no class is malignant).
     """
 
     group: Availability
@@ -125,15 +115,12 @@ class Thresholds:
 
 
 def missingness_shortcut(metrics: Mapping[str, Any]) -> str | None:
-    """Return why a model must not be used where metadata may be missing; None if it may.
+    """Return why a model must not be used where metadata may be missing, by the metrics of its run; None if it may.
 
     Without metadata fewer cancers reach a threshold that was fitted with them, for which the thresholds fitted without
     make up. But missing metadata must not lower the malignancy on average: over many patients the mean of calibrated
     probabilities is the share of cancers, whatever is known of each. A model whose mean falls takes missing for a sign
     of benign.
-
-    Args:
-        metrics: of the run, or of its bundle.
     """
     inputs = metrics.get("availability", {}).get("inputs")
     if inputs is None:

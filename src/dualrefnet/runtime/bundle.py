@@ -28,9 +28,8 @@ class OnnxNetwork:
     def __init__(self, file: Path, device: str = "cpu", threads: int | None = None) -> None:
         """Load an ONNX file on cpu or cuda, with that many threads for a prediction (None: one a core).
 
-        Raises:
-            ValueError: the device isn't one of these, or this onnxruntime can't use it.
-            OSError: there is no such file, or it isn't an ONNX model.
+        ValueError: the device isn't one of these, or this onnxruntime can't use it. OSError: it isn't there, or no ONNX
+        model.
         """
         provider, available = PROVIDERS.get(device.split(":")[0]), onnxruntime.get_available_providers()
         if provider not in available:
@@ -72,10 +71,8 @@ def read_description(folder: Path) -> dict[str, Any]:
 def bundle_parts(folder: Path, description: dict[str, Any], variant: str, device: str) -> dict[str, Any]:
     """Return the arguments of `Classifier` for a bundle of that description.
 
-    Raises:
-        ValueError, KeyError, TypeError: the variant isn't in the bundle, the device can't be used, or the description
-        is damaged.
-        OSError: a file is missing or damaged.
+    ValueError, KeyError, TypeError: the variant isn't in the bundle, the device can't be used, or the description is
+    damaged; OSError: a file is missing or damaged.
     """
     networks = description["networks"]
     if variant not in networks:

@@ -35,21 +35,10 @@ class Decisions(NamedTuple):
 class Decision:
     """Temperature and thresholds of a run.
 
-    `temperature`, `threshold`, `class_thresholds` and `referral` are of the validation split as it was recorded: they
-    describe the model. A prediction uses the thresholds of its group of availability (`decide`).
-
-    Attributes:
-        classes: names in the order of the columns.
-        malignant: the classes that are cancer.
-        temperature: see `apply_temperature`.
-        coverage: how often a set is to hold the right class.
-        threshold: a class with at least this probability is in the set; 0: all classes are.
-        class_thresholds: class -> the same for sets with that coverage within every class.
-        referral: an image with at least this malignancy is referred; None: there is no malignant class, or no
-            validation image of one.
-        availability: thresholds of each group of inputs.
-        field_effects: field -> mean change of the probability over validation when the field is left out; empty if that
-            wasn't measured.
+    `temperature`, `threshold`, `class_thresholds` and `referral` (see `Thresholds`) are of the validation split as it
+    was recorded: they describe the model. A prediction uses the thresholds of its group of `availability` (`decide`).
+    `coverage`: how often a set is to hold the right class. `field_effects`: field -> mean change of the probability
+    over validation when the field is left out; empty if that wasn't measured.
     """
 
     classes: tuple[str, ...]
@@ -71,19 +60,11 @@ class Decision:
         """Return the model's probabilities (N, C) at the temperature."""
         return apply_temperature(probabilities, self.temperature)
 
-    def prediction_sets(self, probabilities: ArrayLike, by_class: bool = False) -> NDArray[np.bool_]:
-        """Return the conformal sets of the model's probabilities (N, C); see `prediction_sets`."""
-        return prediction_sets(self.probabilities(probabilities), self.thresholds(by_class))
-
     def decide(self, probabilities: ArrayLike, image: ArrayLike, share: ArrayLike) -> Decisions:
-        """Decide about N inputs, each by the thresholds of its group.
+        """Decide about N inputs with the model's probabilities (N, C), each by the thresholds of its group; see
+        `Availability.contains`.
 
         An input of a group for which nothing was fitted has all classes in its set and is referred.
-
-        Args:
-            probabilities: (N, C), of the model.
-            image: (N,), whether there is an image.
-            share: (N,), of the fields with a value; 1 for a model that reads none.
         """
         scores = np.asarray(probabilities, dtype=np.float64)
         fitted = [*self.availability, self._unfitted]
@@ -149,14 +130,9 @@ def to_logits(probabilities: ArrayLike) -> Floats:
 
 
 def apply_temperature(probabilities: ArrayLike, temperature: float) -> Floats:
-    """Return probabilities at a temperature, (N, C); each row sums to 1 (Guo et al. 2017).
+    """Return probabilities (N, C) at a temperature above 0 (else ValueError); each row sums to 1 (Guo et al. 2017).
 
-    Args:
-        probabilities: (N, C), rows sum to 1; 0 counts as the smallest number of single precision.
-        temperature: above 0; 1 changes nothing.
-
-    Raises:
-        ValueError: `temperature` isn't above 0.
+    0 counts as the smallest number of single precision.
 
     >>> apply_temperature([[0.8, 0.2]], 2).round(4).tolist()  # .8^½ : .2^½ = 2 : 1
     [[0.6667, 0.3333]]
@@ -167,11 +143,8 @@ def apply_temperature(probabilities: ArrayLike, temperature: float) -> Floats:
 
 
 def prediction_sets(probabilities: ArrayLike, thresholds: float | Sequence[float]) -> NDArray[np.bool_]:
-    """Return which classes are in the set of each image, (N, C). A set that would be empty holds the likeliest class.
-
-    Args:
-        probabilities: (N, C).
-        thresholds: one for all classes, or one for each.
+    """Return which classes reach the threshold (one for all classes, or one for each), (N, C); in an empty set the
+    likeliest.
     """
     scores = np.asarray(probabilities, dtype=np.float64)
     sets = scores >= np.asarray(thresholds)

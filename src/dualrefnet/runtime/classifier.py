@@ -31,19 +31,8 @@ Network = Callable[[Image | None, NDArray[np.bool_] | None, NDArray[np.float32]]
 
 
 class Classifier:
-    """A trained model with its preprocessing.
-
-    Attributes:
-        network: computes the model.
-        classes: labels in the order of the outputs.
-        malignant: the classes that are cancer.
-        encoder: of metadata, fitted.
-        image: how images are preprocessed.
-        reads_image: False for a model of metadata alone.
-        reads_metadata: False for a model of the image alone.
-        learned_tokens: whether it predicts without an image.
-        out_of_scope: the out-of-distribution score; None if there is none.
-        decision: temperature, thresholds of sets and of referral; None if there are none.
+    """A trained model with its preprocessing, its fitted metadata encoder, the out-of-distribution score and the
+    thresholds of sets and referral (None: there are none). `learned_tokens`: it predicts without an image.
     """
 
     def __init__(
@@ -81,20 +70,12 @@ class Classifier:
         return self.encoder.fields if self.reads_metadata else ()
 
     def categories(self, name: str) -> tuple[str, ...]:
-        """Return the categories of a field; none for a number.
-
-        Raises:
-            MetadataError: there is no such field.
-        """
+        """Return the categories of a field; none for a number."""
         self.encoder.check_names([{name: None}])
         return self.encoder.categories[[field.name for field in self.encoder.fields].index(name)]
 
     def prepare_array(self, image: NDArray[np.uint8]) -> Image:
-        """Preprocess a decoded image (H, W, 3) RGB exactly as in training, to (S, S, 3).
-
-        Raises:
-            ValueError: it has another shape, or isn't uint8.
-        """
+        """Preprocess a decoded image (H, W, 3) uint8 RGB exactly as in training, to (S, S, 3)."""
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
             raise ValueError(f"an image array must be (height, width, 3) uint8 RGB, not {image.shape} {image.dtype}")
         return preprocess(image, self.image)
@@ -102,13 +83,10 @@ class Classifier:
     def classify(
         self, lesions: Sequence[Sequence[Image | None]], metadata: Sequence[Mapping[str, Any]]
     ) -> list[Prediction]:
-        """Classify lesions, each with one or several images and one record of metadata.
+        """Classify lesions, each with one or several images from `prepare_array` (None: missing) and any subset of the
+        fields.
 
         Probabilities are averaged over the images; temperature, set and referral then act on the mean.
-
-        Args:
-            lesions: of each lesion the images, from `prepare_array`; None: missing.
-            metadata: of each lesion any subset of the fields.
 
         Raises:
             MetadataError: a field is unknown, or a value is invalid.
@@ -159,12 +137,8 @@ class Classifier:
     def explain_prepared(
         self, image: Image | None, metadata: Mapping[str, Any], label: str | None = None
     ) -> Explanation:
-        """Explain a prediction: it is repeated with patches of the image occluded and with values left out.
-
-        Args:
-            image: from `prepare_array`; None: missing.
-            metadata: any subset of the fields.
-            label: the class to explain; None: the likeliest.
+        """Explain a class (None: the likeliest): its prediction is repeated with patches of the image occluded and
+        values left out.
 
         Raises:
             MetadataError: a field is unknown, or a value is invalid.

@@ -7,7 +7,9 @@ fits what is applied here.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+import unicodedata
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import SimpleNamespace
@@ -20,18 +22,23 @@ Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 Key = TypeVar("Key", bound=int | str)
 
-BLANKS = ("", "nan", "NaN")
+# What an empty cell is called by spreadsheets, R, pandas, SQL and SAS; without case.
+MISSING_WORDS = frozenset(
+    ("", "na", "n/a", "n.a.", "#n/a", "<na>", "nan", "nat", "null", "none", "-", "--", "\u2013", "\u2014", ".", "?")
+)
+# What can't be seen and is no space: byte-order marks, zero-width spaces, soft hyphens.
+INVISIBLE = dict.fromkeys(map(ord, "\ufeff\u200b\u200c\u200d\u2060\u00ad"))
+# 1,234 may be a thousand or one and a bit: it is no number.
+DECIMAL_COMMA = re.compile(r"[+-]?(0,\d+|\d+,\d{1,2}|\d+,\d{4,})")
+# No measure of a patient is larger; what is would overflow in the network.
+LARGEST = 1e15
 TRUE, FALSE = ("true", "yes", "y", "1", "1.0"), ("false", "no", "n", "0", "0.0")
 # Categories that an error lists.
 MAX_LISTED = 16
 
 
 class MetadataError(ValueError):
-    """Metadata that the model can't read; the message names fields and never repeats a value.
-
-    Attributes:
-        rows: number of rows with the fault.
-    """
+    """Metadata that the model can't read, in `rows` rows; the message names fields and never repeats a value."""
 
     rows: int = 1
 
@@ -99,15 +106,27 @@ class ParsedValue(NamedTuple):
     invalid: str | None = None  # why a given value counts as missing: infinite, outside (the range) or unknown
 
 
-def normalise_value(value: object, field: Field) -> str:
-    """Write a value as a category: 3.0 -> `3`, yes/1/true -> `True`; empty if it is blank."""
-    text = str(value).strip()
-    if field.kind == "boolean" and text.lower() in TRUE + FALSE:
-        return str(text.lower() in TRUE)
+def read_cell(value: object, declared: Collection[str] = ()) -> str | None:
+    """Return a cell as text without space around it, None if it says nothing; all cells are read by this.
+
+    A word that means an empty cell (`NA`) counts as a word where it is `declared`, as a class for instance.
+    """
+    if _is_none(value):
+        return None
+    text = unicodedata.normalize("NFC", " ".join(str(value).translate(INVISIBLE).split()))
+    # A column of whole numbers with gaps is read as floats: `3.0` is `3`.
+    whole = text[:-2] if text.endswith(".0") and text[:-2].lstrip("-").isdigit() else text
     if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    # A column of whole numbers with gaps is read as floats: `3.0` is the category `3`.
-    return text[:-2] if text.endswith(".0") and text[:-2].isdigit() else text
+        whole = str(int(value))
+    return None if whole.casefold() in MISSING_WORDS and whole not in declared else whole
+
+
+def normalise_value(value: object, field: Field, declared: Collection[str] = ()) -> str | None:
+    """Write a value as a category: 3.0 -> `3`, yes/1/true -> `True`; None if it is missing."""
+    text = read_cell(value, declared)
+    if text is not None and field.kind == "boolean" and text.lower() in TRUE + FALSE:
+        return str(text.lower() in TRUE)
+    return text
 
 
 def fold(word: str) -> str:
@@ -134,24 +153,32 @@ def explain_invalid(field: Field, categories: Sequence[str], invalid: str) -> st
 
 
 def parse_number(value: object, field: Field) -> ParsedValue:
-    if _is_none(value) or str(value).strip() in (*BLANKS, *field.missing_codes):
+    word = read_cell(value)
+    if word is None or word in field.missing_codes:
         return ParsedValue(None)
     try:
-        # Python reads 1_000 as a thousand, and no table means that; yes isn't the number 1.
-        if isinstance(value, bool) or (isinstance(value, str) and "_" in value):
-            raise ValueError
-        number = float(value)  # type: ignore[arg-type]
+        number = read_number(value)
     except OverflowError:
         return ParsedValue(None, "infinite")
     except (TypeError, ValueError):
         raise MetadataError(f"{field.name} must be a number") from None
     if math.isnan(number):
         raise MetadataError(f"{field.name} must be a number")
-    if math.isinf(number):
+    if abs(number) > LARGEST:
         return ParsedValue(None, "infinite")
     too_small = field.minimum is not None and number < field.minimum
     too_large = field.maximum is not None and number > field.maximum
     return ParsedValue(None, "outside") if too_small or too_large else ParsedValue(number)
+
+
+def read_number(value: object) -> float:
+    """Return a number that is written with a decimal point or an unmistakable decimal comma; else a ValueError."""
+    # Python reads 1_000 as a thousand, and no table means that; yes isn't the number 1.
+    if isinstance(value, bool) or (isinstance(value, str) and "_" in value):
+        raise ValueError
+    if isinstance(value, str) and DECIMAL_COMMA.fullmatch(value.strip()):
+        value = value.replace(",", ".")
+    return float(value)  # type: ignore[arg-type]
 
 
 def _is_none(value: object) -> bool:
@@ -169,13 +196,11 @@ class Span:
 
 @dataclass(frozen=True)
 class NeuralImputer:
-    """A fitted imputer: plain arrays.
+    """A fitted imputer: the columns of the F fields in order (`spans`), and two layers, (K + F, HIDDEN), (HIDDEN,),
+    (HIDDEN, K), (K,) with K columns.
 
-    Attributes:
-        spans: the columns of the F fields, in order.
-        weights: two layers, (K + F, HIDDEN), (HIDDEN,), (HIDDEN, K), (K,) with K columns.
-        values: for every numeric field the standardised numbers that were observed; an imputed number is one of them,
-            since a value that nobody ever recorded would give away that it was imputed.
+    An imputed number is one of the observed standardised `values` of its field, since one that nobody ever recorded
+    would give away that it was imputed.
     """
 
     spans: tuple[Span, ...]
@@ -248,16 +273,12 @@ class EncodedRecords(NamedTuple):
 
 @dataclass(frozen=True)
 class MetadataTransform:
-    """A fitted encoder of F fields into M columns.
+    """A fitted encoder of F fields (of the tier, in the schema's order) into M columns.
 
-    Attributes:
-        section: how values are encoded.
-        fields: the fields of the tier, in the schema's order.
-        categories: for every field its categories in column order (empty for a number).
-        mean: for every field the mean of the training rows (0 for a category).
-        std: for every field their standard deviation (1 for a category).
-        imputer: fills missing fields; None: they are zero, or NaN where the model has a learned token for them.
-        leaked_classes: the diagnoses that the imputer reads; empty but for the demonstration of that leak.
+    `categories` of every field are in column order (empty for a number); `mean` and `std` are those of the training
+    rows (0 and 1 for a category). Without an `imputer` missing fields are zero, or NaN where the model has a learned
+    token for them. `leaked_classes` are the diagnoses that the imputer reads; empty but for the demonstration of that
+    leak.
     """
 
     section: EncodingSettings
@@ -298,14 +319,11 @@ class MetadataTransform:
         return spans
 
     def encode_records(self, records: Sequence[Mapping[str, Any]]) -> EncodedRecords:
-        """Encode records; a field that is left out, None, NaN or empty is missing.
-
-        Args:
-            records: of each patient any subset of the fields, such as `{"age": 61, "region": "FACE"}`.
+        """Encode records, each any subset of the fields; one that is left out, None, NaN or empty is missing.
 
         Raises:
-            MetadataError: a field is unknown, a value isn't a category of its field or a plausible number; or missing
-                fields were imputed from the diagnosis in training.
+            MetadataError: a field is unknown, a value isn't a category of its field or a plausible number; or
+                missing fields were imputed from the diagnosis in training.
         """
         self.check_names(records)
         if self.leaked_classes:
@@ -332,14 +350,8 @@ class MetadataTransform:
             raise MetadataError(f"unknown metadata fields: {shown}; this model knows: {', '.join(names)}")
 
     def observe(self, values: Sequence[Sequence[object] | None], number: int) -> Observed:
-        """Parse the values of N patients.
-
-        Args:
-            values: for every field its N values; None: the whole column is missing.
-            number: N.
-
-        Raises:
-            MetadataError: text stands where a number should.
+        """Parse the N values of every field (None: the whole column is missing); MetadataError: text where a number
+        should be.
         """
         columns = np.zeros((number, self.spans[-1].stop if self.spans else 0), dtype=np.float32)
         missing = np.ones((number, len(self.fields)), dtype=bool)
@@ -373,14 +385,12 @@ class MetadataTransform:
 
     def parse(self, index: int, value: object) -> ParsedValue:
         one = self.fields[index]
-        if _is_none(value):
-            return ParsedValue(None)
         if one.kind == "numeric":
             return parse_number(value, one)
-        word = normalise_value(value, one)
-        if word == "" or (self.section.unknown == "missing" and fold(word) in map(fold, one.missing_codes)):
-            return ParsedValue(None)
         exact, folded = self._lookup[index]
+        word = normalise_value(value, one, (*exact, *one.missing_codes))
+        if word is None or (self.section.unknown == "missing" and fold(word) in map(fold, one.missing_codes)):
+            return ParsedValue(None)
         place = exact.get(word, folded.get(fold(word)))
         return ParsedValue(place, None if place is not None else "unknown")
 

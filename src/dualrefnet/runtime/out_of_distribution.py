@@ -27,14 +27,9 @@ TYPES = {"F64": "<f8", "F32": "<f4", "I64": "<i8", "I32": "<i4", "U8": "u1"}
 
 @dataclass(frozen=True)
 class Distance:
-    """A squared Mahalanobis distance.
-
-    Attributes:
-        mean: (D,) of the training images.
-        directions: (K, D) orthonormal, along which they vary most.
-        variances: (K,) along these.
-        rest: variance along every other direction.
-        scale: standard deviation of the distance over validation images.
+    """A squared Mahalanobis distance from the `mean` (D,) of the training images: `variances` (K,) along the
+    orthonormal `directions` (K, D) in which they vary most, `rest` along every other; `scale` is its std over
+    validation images.
     """
 
     mean: NDArray[np.float32]
@@ -68,15 +63,8 @@ class Distance:
 
 @dataclass(frozen=True)
 class OutOfDistributionScore:
-    """A fitted score.
-
-    Attributes:
-        vector: distance of the encoders' vector.
-        shares: distance of its `root_shares`.
-        limit: sum of the two beyond which an image counts as out-of-distribution.
-        quantiles: (101,) of the validation images' scores, ascending.
-        training: number of images that it was fitted on.
-        validation: number of images that limit and scales were set with.
+    """A fitted score: the distances of the encoders' vector and of its `root_shares`, and the `limit` of their sum
+    beyond which an image is out-of-distribution; `quantiles` (101,) of the validation images' scores, ascending.
     """
 
     vector: Distance
@@ -94,11 +82,7 @@ class OutOfDistributionScore:
     def score(self, vectors: NDArray[np.floating]) -> Floats:
         """Return the sum of the two distances over the limit, (N,): more than 1 is out-of-distribution.
 
-        Args:
-            vectors: (N, D), the encoders' vectors, concatenated; one that isn't finite (a missing image) scores NaN.
-
-        Raises:
-            ValueError: another D.
+        `vectors` (N, D) are the encoders', concatenated; one that isn't finite (a missing image) scores NaN.
         """
         if vectors.ndim != 2 or vectors.shape[1] != self.length:
             raise ValueError(f"vectors must have the shape (N, {self.length}), not {vectors.shape}")
@@ -114,12 +98,7 @@ class OutOfDistributionScore:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a fitted score.
-
-        Raises:
-            ValueError: the file is damaged or of another version.
-            OSError: it can't be read.
-        """
+        """Read a fitted score; ValueError: the file is damaged or of another version."""
         tensors, header = read_tensors(path)
         if header.get("format") != FORMAT:
             raise ValueError(f"format {header.get('format')}")
@@ -141,9 +120,7 @@ def root_shares(rows: Floats) -> Floats:
 def read_tensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     """Return the tensors of a safetensors file by name, and the strings of its header.
 
-    Raises:
-        ValueError: it isn't a safetensors file, is truncated, or has a type that isn't among `TYPES`.
-        OSError: it can't be read.
+    ValueError: it isn't a safetensors file, is truncated, or has a type that isn't among `TYPES`.
     """
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")

@@ -43,15 +43,8 @@ class ImageSettings(Protocol):
 
 
 def preprocess(image: Image, settings: ImageSettings, side: int | None = None) -> Image:
-    """Apply colour constancy and CLAHE at full resolution, then resize.
-
-    Args:
-        image: (H, W, 3) RGB.
-        settings: the recipe's choices.
-        side: of the result, pixels; None: `settings.size`.
-
-    Returns:
-        (side, side, 3) RGB.
+    """Apply colour constancy and CLAHE to an image (H, W, 3) RGB at full resolution, then resize to `side` (None:
+    `settings.size`).
     """
     if settings.colour_constancy == "shades_of_gray":
         image = shades_of_gray(image, settings.minkowski_p, settings.gamma)
@@ -61,18 +54,11 @@ def preprocess(image: Image, settings: ImageSettings, side: int | None = None) -
 
 
 def shades_of_gray(image: Image, p: float = 6.0, gamma: float | None = None) -> Image:
-    """Remove the colour of the illuminant (Finlayson and Trezzi 2004).
+    """Remove the colour of the illuminant of (H, W, 3) RGB (Finlayson and Trezzi 2004).
 
-    The illuminant of channel c is estimated as e_c = (mean_x I_c(x)^p)^(1/p); with e scaled to unit length every
-    channel is divided by sqrt(3) e_c, so that grey light changes nothing.
-
-    Args:
-        image: (H, W, 3) RGB.
-        p: Minkowski norm; 1 is Grey World, large values approach max-RGB.
-        gamma: decode the image with this exponent first and encode it again at the end; None: neither.
-
-    Returns:
-        (H, W, 3) RGB, clipped to 0..255.
+    The illuminant of channel c is estimated as e_c = (mean_x I_c(x)^p)^(1/p); p = 1 is Grey World, large values
+    approach max-RGB. With e scaled to unit length every channel is divided by sqrt(3) e_c, so that grey light changes
+    nothing. `gamma`: decode the image with this exponent first and encode it again at the end.
     """
     # An 8-bit channel has 256 values: powers of 256 numbers and a histogram replace powers of every pixel, exactly.
     values = np.arange(256, dtype=np.float64) / 255
@@ -96,16 +82,10 @@ def shades_of_gray(image: Image, p: float = 6.0, gamma: float | None = None) -> 
 
 
 def clahe_lightness(image: Image, clip: float = 1.0, grid: int = 12, channel_order: str = "correct") -> Image:
-    """Equalise the lightness in tiles with limited contrast; a and b of CIE LAB are untouched.
+    """Equalise the lightness of (H, W, 3) RGB in `grid` x `grid` tiles with limited contrast; a and b of CIE LAB are
+    untouched.
 
-    Args:
-        image: (H, W, 3) RGB.
-        clip: clip limit.
-        grid: number of tiles along each side.
-        channel_order: `hm_compat` computes LAB from swapped red and blue, as released code of the paper's lineage does.
-
-    Returns:
-        (H, W, 3) RGB.
+    `hm_compat` computes LAB from swapped red and blue, as released code of the paper's lineage does.
     """
     to_lab, from_lab = cv2.COLOR_RGB2LAB, cv2.COLOR_LAB2RGB
     if channel_order != "correct":

@@ -104,14 +104,9 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """One point of the grid: one training and test.
-
-    Attributes:
-        name: unique in the suite, and the name of the recipe.
-        run: folder under `runs/`: the cell's name, or that of an earlier cell with the same recipe.
-        key: its system.
-        recipe: resolved.
-        paper: where the paper prints its numbers; None: in the suite's table.
+    """One point of the grid: one training and test. `name` is unique in the suite; `run` is the folder under `runs/`,
+    the cell's own or that of an earlier cell with the same recipe; `paper` says where the paper prints its numbers
+    (None: in the suite's table).
     """
 
     name: str
@@ -136,20 +131,12 @@ def shipped_suites() -> list[str]:
 
 
 def suite_text(name_or_file: str | Path) -> str:
-    """Return the YAML text of a shipped suite or of a file; a file of that name wins.
-
-    Raises:
-        RecipeError: there is neither.
-    """
+    """Return the YAML text of a shipped suite or of a file; a file of that name wins."""
     return shipped_text("suite", name_or_file, "recipes/suites", shipped_suites())
 
 
 def load_suite(name_or_file: str | Path) -> Suite:
-    """Read and check a suite: a file, or the name of one that ships. Recipes that its blocks name are read into it.
-
-    Raises:
-        RecipeError: there is neither; it is not YAML; a key is unknown; a value is wrong; a recipe does not exist.
-    """
+    """Read and check a suite: a file, or the name of one that ships. Recipes that its blocks name are read into it."""
     values = parse_mapping(suite_text(name_or_file), name_or_file)
     try:
         suite = validate(Suite, values)
@@ -175,9 +162,6 @@ def override(suite: Suite, overrides: Mapping[str, Any]) -> Suite:
     """Return the suite with keys of its recipes changed in every run.
 
     An axis of the grid takes one value or a list: `{"seed": [0, 1, 2]}` trains everything three times.
-
-    Raises:
-        RecipeError: a value of an axis is wrong; one `data.root` for two data sets.
     """
     axes = {AXES[key]: value if isinstance(value, list) else [value] for key, value in overrides.items() if key in AXES}
     plain = {key: value for key, value in overrides.items() if key not in AXES}
@@ -204,11 +188,7 @@ def override(suite: Suite, overrides: Mapping[str, Any]) -> Suite:
 
 
 def expand(suite: Suite) -> list[Cell]:
-    """Return the cells of a suite, in the order of the file. Cells with equal recipes share a run.
-
-    Raises:
-        RecipeError: a recipe is wrong, or two different cells have the same name.
-    """
+    """Return the cells of a suite, in the order of the file. Cells with equal recipes share a run."""
     cells: dict[str, Cell] = {}
     runs: dict[str, str] = {}
     for block in suite.grid:
@@ -250,11 +230,7 @@ def _recipes(suite: Suite, block: Block) -> Iterator[tuple[Recipe, Variant]]:
 
 
 def check_names(cells: list[Cell]) -> None:
-    """Refuse data sets, methods and backbones that do not exist, before anything is trained.
-
-    Raises:
-        RecipeError: naming the cell, and those that exist.
-    """
+    """Refuse data sets, methods and backbones that do not exist, before anything is trained."""
     from dualrefnet.data.adapters import ADAPTERS
     from dualrefnet.models.encoders import backbone_spec
     from dualrefnet.models.registry import check_method
@@ -288,11 +264,8 @@ _NETWORK_TARGETS = ("carn_m", "ninasr_b0", "ninasr_b1", "edsr")
 def smoke(suite: Suite, root: Path) -> tuple[Suite, list[str]]:
     """Return the suite as a test of the machinery that takes minutes on a CPU, and notes on what it replaces.
 
-    Methods and variants stay; data set, recipe, CNNs, size and length become the cheapest; folds and seeds the first.
-
-    Args:
-        suite: any suite.
-        root: where the synthetic sample is, or will be written.
+    Methods and variants stay; data set (the synthetic sample at `root`), recipe, CNNs, size and length become the
+    cheapest; folds and seeds the first.
     """
     from dualrefnet.models.encoders import backbone_spec
 

@@ -45,15 +45,10 @@ def paper() -> dict[str, Any]:
 def reported(
     dataset: str, table: str, method: str, backbone: str, measure: str, metric: str | None = None
 ) -> Reported | None:
-    """Return the paper's number for a cell, or None if the paper has none.
+    """Return the paper's number for a cell of table `3a`, `3b`, `4` or `text`, or None if the paper has none.
 
-    Args:
-        dataset: `pad_ufes_20` or `isic_2019`.
-        table: `3a`, `3b`, `4` or `text`.
-        method: the system.
-        backbone: its image encoder; Table 4 does not name one, so there any fits.
-        measure: a key of metrics.json.
-        metric: the paper's name, where it isn't the one in `PAPER_METRICS`: the ablations of the text.
+    Table 4 does not name a backbone, so there any fits. `metric` is the paper's name where it isn't the one in
+    `PAPER_METRICS`: the ablations of the text.
     """
     metric = metric or PAPER_METRICS.get(measure, "")
     # Kappa is in no table.

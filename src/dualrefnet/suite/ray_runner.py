@@ -13,11 +13,7 @@ from dualrefnet.suite.runner import Event, Failure, Job, available_cores, perfor
 
 
 def require_ray() -> Any:
-    """Return the module `ray`.
-
-    Raises:
-        RunError: it is not installed.
-    """
+    """Return the module `ray`; RunError: it is not installed."""
     try:
         import ray
     except ImportError:
@@ -30,9 +26,8 @@ def require_ray() -> Any:
 def work_on_ray(jobs: list[Job], address: str) -> Generator[Event]:
     """Do jobs as Ray tasks, as many at a time as the cluster has room for; closing the iterator cancels them.
 
-    Args:
-        jobs: each takes `threads` CPUs, and a GPU if the cluster has any and the recipe may use it.
-        address: of a cluster (`auto`, `ray://...`, `host:port`), or `local` to start Ray on this machine.
+    A job takes `threads` CPUs, and a GPU if the cluster has any and the recipe may use it. `address` is that of a
+    cluster (`auto`, `ray://...`, `host:port`), or `local` to start Ray on this machine.
 
     Raises:
         RunError: no cluster answers, or it has too few CPUs for one run.

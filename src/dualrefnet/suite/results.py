@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from dualrefnet.data.protocols import split_counts
 from dualrefnet.errors import DualRefNetError, RunError
-from dualrefnet.evaluation.bootstrap import NAN, holm
+from dualrefnet.evaluation.bootstrap import NAN, Bootstrap, holm
 from dualrefnet.evaluation.comparison import PooledBootstrap, flat_measures, pooled_bootstrap
 from dualrefnet.files import read_json, sha256_of_json
 from dualrefnet.models.registry import METHODS
@@ -37,19 +37,8 @@ CLASS_MEASURES = ("sensitivity", "specificity", "ppv", "npv", "f1", "auc")
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run, with its test split in the order of the image ids.
-
-    Attributes:
-        run: its folder.
-        fold: which fold was the test set.
-        seed: of the training.
-        recipe: resolved.
-        metrics: content of metrics.json.
-        weights: what the encoders started from: `kind` and `description` of each.
-        classes: in the order of the columns of `probabilities`.
-        malignant: the classes that are cancer.
-        test: image_id, label, group; one row per test image.
-        probabilities: (N, C), rows as in `test`.
+    """A finished run, with its `test` split (image_id, label, group) in the order of the image ids and its
+    probabilities (N, C). `weights`: `kind` and `description` of what each encoder started from.
     """
 
     run: Run
@@ -66,12 +55,8 @@ class FinishedRun:
 
 @dataclass(frozen=True)
 class Pool:
-    """The test splits of all folds of a system put together.
-
-    Attributes:
-        test: image_id, label, group; one row per test image, in the order of the ids.
-        seeds: one (N, C) array of probabilities per seed.
-        runs: how many runs are in it.
+    """The test splits (image_id, label, group) of all folds of a system put together, in the order of the ids, with one
+    (N, C) array of probabilities a seed.
     """
 
     test: pd.DataFrame
@@ -128,16 +113,10 @@ class System:
 class SuiteResults:
     """Everything a suite folder holds, as tidy tables.
 
-    Attributes:
-        suite: what was planned.
-        members: the systems with their runs, in the order of the suite.
-        missing: cell, run, state (`failed`, `unfinished`, `not started`, `unreadable`) and error of every cell without
-            a result.
-        systems: one row per system and measure; `flags` is a tuple of texts.
-        comparisons: one row per system, reference and measure.
-        per_class: one row per system, class and measure; empty unless the suite asks for it.
-        splits: one row per counted split, part of it and class.
-        samples: bootstrap samples.
+    `missing`: cell, run, state (`failed`, `unfinished`, `not started`, `unreadable`) and error of every cell without a
+    result. `systems`: one row per system and measure; `flags` is a tuple of texts. `comparisons`: one row per system,
+    reference and measure. `per_class`: one row per system, class and measure; empty unless the suite asks for it.
+    `splits`: one row per counted split, part of it and class.
     """
 
     suite: Suite
@@ -156,12 +135,7 @@ def reads_image(method: str) -> bool:
 
 
 def aggregate(suite_dir: Path, samples: int = 1000, progress: Callable[[int, int], None] | None = None) -> SuiteResults:
-    """Read a suite folder and measure its systems.
-
-    Args:
-        suite_dir: the folder.
-        samples: bootstrap samples; more are drawn where the number of comparisons asks for it.
-        progress: called with (samples done, samples in all), for each test set anew.
+    """Read a suite folder and measure its systems; more samples are drawn where the number of comparisons asks for it.
 
     Raises:
         RunError: it is not a suite folder, or a measure of the suite does not exist.
@@ -266,9 +240,7 @@ def pool_runs(runs: Sequence[FinishedRun]) -> Pool:
     """Put the test splits of all folds together, once per seed.
 
     Where runs are missing, the seeds that have the most folds are taken: all seeds must be measured on the same images.
-
-    Raises:
-        RunError: folds share test images, or seeds have different ones.
+    RunError: folds share test images, or seeds have different ones.
     """
     seeds: dict[int, list[FinishedRun]] = {}
     for run in sorted(runs, key=lambda run: run.fold):
@@ -330,10 +302,8 @@ def _bootstraps(
         assert pool is not None
         labels = np.array([first.classes.index(label) for label in pool.test["label"]])
         seeds = {system.key.name: system.pool.seeds for system in members if system.pool}
-        groups = pool.test["group"].to_numpy()
-        drawn = pooled_bootstrap(
-            labels, seeds, groups, first.classes, samples, malignant=first.malignant, progress=progress
-        )
+        bootstrap = Bootstrap(pool.test["group"].to_numpy(), samples, progress=progress)
+        drawn = pooled_bootstrap(labels, seeds, bootstrap, first.classes, first.malignant)
         result |= {system.key: drawn for system in members}
     return result
 

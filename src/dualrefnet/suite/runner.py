@@ -28,9 +28,10 @@ from typing import NamedTuple
 import pandas as pd
 from filelock import FileLock, Timeout
 
+from dualrefnet import progress
 from dualrefnet.errors import DualRefNetError, RunError
 from dualrefnet.files import remove_partial, write_csv, write_json, write_yaml
-from dualrefnet.progress import console, note, progress_bar, warn
+from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import Recipe, differences
 from dualrefnet.run import Run
 from dualrefnet.suite.grid import Cell, Key, Suite, expand, load_suite, with_recipes
@@ -73,13 +74,8 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What a call has done.
-
-    Attributes:
-        total: runs of the suite.
-        skipped: runs that an earlier call had finished.
-        finished: runs that this call finished.
-        failed: run -> why.
+    """What a call has done: runs of the suite, those that an earlier call had finished, those that this one finished,
+    and why others failed.
     """
 
     total: int
@@ -99,14 +95,9 @@ def run_suite(
 ) -> Outcome:
     """Train what a suite folder lacks.
 
-    Args:
-        suite: a checked suite, overrides included.
-        out: the suite folder; new, or begun with the same suite.
-        workers: runs at the same time on this machine.
-        cache: where image stores are; None: the user's cache folder.
-        ray_address: run on a Ray cluster instead: its address, or `local`.
-        cores: CPU cores of one run; None: the machine's, shared by the workers (on Ray: 1).
-        keep_models: keep the parameters of finished runs; the tables need only their predictions.
+    `workers` runs at the same time on this machine, or as Ray has room at `ray_address` (a cluster's, or `local`), each
+    with `cores` (None: the machine's, shared by the workers; on Ray: 1). Without `keep_models` the parameters of
+    finished runs are removed: the tables need only their predictions.
 
     Raises:
         DualRefNetError: the folder is in use or holds something else; Ray is not available; nothing can be read.
@@ -276,7 +267,7 @@ def perform(job: Job) -> Failure | None:
         except Timeout:
             return Failure("a worker of another call still trains it; end that, then run the same command", "RunError")
         except DualRefNetError as error:
-            console.print(f"[bold red]error:[/bold red] {error}", soft_wrap=True)
+            progress.error(str(error))
             return Failure(" ".join(str(error).split()), type(error).__name__)
         except Exception as error:
             traceback.print_exc()

@@ -40,13 +40,7 @@ _CLASS_TABLES = {"pad_ufes_20": "2a", "isic_2019": "2b"}
 
 def write_tables(suite_dir: Path) -> list[Path]:
     """Write `SUITE_DIR/tables/`: systems, comparisons, per_class, splits and missing as CSV (each if it has rows),
-    table.md, table.tex.
-
-    Args:
-        suite_dir: folder of a suite, whether all its cells are finished or not.
-
-    Returns:
-        The files written.
+    table.md, table.tex; return these files. Not all cells need be finished.
 
     Raises:
         RunError: it isn't the folder of a suite, or the suite names a measure that doesn't exist.

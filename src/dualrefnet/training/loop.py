@@ -73,10 +73,8 @@ def create_schedule(
 
 
 def one_cycle(progress: float) -> float:
-    """Return the share of the highest learning rate: linear up in the first quarter, then a half cosine down to zero.
-
-    Args:
-        progress: share of the steps done, 0..1.
+    """Return the share of the highest learning rate at a share of the steps: linear up in the first quarter, then a
+    half cosine down to zero.
     """
     if progress < WARM_UP:
         # The first step isn't lost to a rate of zero.
@@ -88,14 +86,7 @@ FORMAT = 1
 
 
 def save_checkpoint(path: Path, model: nn.Module, optimizer: optim.Optimizer, progress: dict[str, Any]) -> None:
-    """Write the state after an epoch.
-
-    Args:
-        path: the file.
-        model: the bare model, not a wrapper.
-        optimizer: its optimizer.
-        progress: plain JSON values: the next epoch, the history, the scheduler's state.
-    """
+    """Write the state of a bare model after an epoch; `progress` (the next epoch, history, scheduler) is plain JSON."""
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {f"model/{name}": value for name, value in model.state_dict().items()}
     numbers: dict[str, dict[str, Any]] = {}
@@ -110,11 +101,7 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: optim.Optimizer, pr
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: optim.Optimizer) -> dict[str, Any]:
-    """Put a saved state into a model and an optimizer, and return the progress.
-
-    Raises:
-        RunError: the file is damaged or of another format.
-    """
+    """Put a saved state into a model and an optimizer, and return the progress; RunError: the file is damaged."""
     try:
         with safe_open(str(path), framework="pt") as file:
             header = json.loads(file.metadata()["state"])
@@ -142,9 +129,8 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to serve large blocks from its heap and not to shrink it; return whether it obeys (Linux, glibc).
-
-    The process keeps its peak memory until it ends.
+    """Tell glibc to serve large blocks from its heap and not to shrink it (the process keeps its peak memory until it
+    ends); return whether it obeys.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -167,13 +153,8 @@ REBUILT_IMAGES = 32
 
 
 class Trainer:
-    """Trains one model; `fit` does it all.
-
-    Attributes:
-        model: the bare model.
-        views: classifies each case of a batch with both modalities and with each alone; what a step calls.
-        recipe: what to do.
-        run: where to write.
+    """Trains one model; `fit` does it all. `views` is what a step calls: it classifies with both modalities and with
+    each alone.
     """
 
     def __init__(
@@ -407,7 +388,7 @@ class Trainer:
                 save_checkpoint(self.run.checkpoint_file, self.model, self.optimizer, progress)
             self._write_history(progress["history"])
             if not self.frozen or last:
-                note(_line(row, self.recipe.training.epochs) + (" [green]best[/green]" if better else ""))
+                note(_line(row, self.recipe.training.epochs) + (" best" if better else ""))
             before = collapse(history[-1], progress["norms"]) if history else []
             for message in collapse(row, progress["norms"]) if not before else []:
                 warn(f"{message}; see loss.frequency, loss.reduction, loss.penalty_strength and training.learning_rate")
@@ -432,12 +413,7 @@ def head_norms(model: Method) -> dict[str, float]:
 
 
 def collapse(row: dict[str, float], first: dict[str, float]) -> list[str]:
-    """Say in which way the last layers have collapsed, if they have.
-
-    Args:
-        row: an epoch of the history.
-        first: `head_norms` before training.
-    """
+    """Say in which way the last layers have collapsed since `first` (norms before training), if they have."""
     messages = [
         f"the {name} layer has collapsed to {row[f'l1_{name}'] / norm:.1%} of its first L1 norm"
         for name, norm in first.items()

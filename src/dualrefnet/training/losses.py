@@ -14,14 +14,9 @@ from dualrefnet.recipe import LossSection
 
 
 def class_weights(counts: Tensor, kind: Literal["inverse", "none", "logit_adjustment"]) -> Tensor:
-    """Return the weights w_c of the cross-entropy.
+    """Return the weights w_c of the cross-entropy, (C,), from the training images of each class (C,).
 
-    Args:
-        counts: (C,) training images of each class.
-        kind: `inverse`: N / n_c; otherwise ones.
-
-    Returns:
-        (C,) float32; a class without images gets 0.
+    `inverse`: N / n_c; otherwise ones. A class without images gets 0.
     """
     if kind != "inverse":
         return torch.ones(len(counts))
@@ -33,16 +28,11 @@ def class_coefficients(
     norm: Literal["raw", "sum1", "mean1", "balanced"] = "raw",
     direction: Literal["inverse", "constant", "proportional"] = "inverse",
 ) -> Tensor:
-    """Return the coefficients f_c of the penalty R (equation 4).
+    """Return the coefficients f_c of the penalty R (equation 4), (C,), from the training images of each class (C,).
 
-    Args:
-        counts: (C,) training images of each class.
-        norm: `raw`: 1/n_c (the literal reading); `sum1`, `mean1`: scaled to that sum or mean; `balanced`: N / (C n_c).
-        direction: `inverse`: rare classes are penalised most, as the paper has it; `constant`: all alike, with the mean
-            coefficient of `inverse`; `proportional`: frequent classes most, with that mean too.
-
-    Returns:
-        (C,) float32.
+    Norm `raw`: 1/n_c (the literal reading); `sum1`, `mean1`: scaled to that sum or mean; `balanced`: N / (C n_c).
+    Direction `inverse`: rare classes are penalised most, as the paper has it; `constant`: all alike, with the mean
+    coefficient of `inverse`; `proportional`: frequent classes most, with that mean too.
     """
     counts = counts.clamp(min=1).double()
     inverse = 1 / counts
@@ -80,12 +70,8 @@ class ClassFrequencyPenalty(nn.Module):
         self.strength, self.assignment, self.reduction = strength, assignment, reduction
 
     def hidden_coefficients(self, classifier: Tensor, hidden: int, labels: Tensor) -> Tensor:
-        """Return f_i of the hidden units, (hidden,).
-
-        Args:
-            classifier: (C, hidden) weights W_cls.
-            hidden: number of hidden units.
-            labels: (B,) of the batch.
+        """Return f_i of the hidden units, (hidden,), for the weights W_cls (C, hidden) and the labels (B,) of the
+        batch.
         """
         classes = len(self.f)
         unit = torch.arange(hidden, device=self.f.device)
@@ -101,12 +87,8 @@ class ClassFrequencyPenalty(nn.Module):
         return (self.f @ use) / use.sum(dim=0).clamp(min=torch.finfo(use.dtype).tiny)
 
     def forward(self, hidden: Tensor, classifier: Tensor, labels: Tensor) -> Tensor:
-        """Return R, a scalar.
-
-        Args:
-            hidden: (256, D) weights W_before.
-            classifier: (C, 256) weights W_cls.
-            labels: (B,) of the batch, used by the reading `batch` alone.
+        """Return R, a scalar, of W_before (256, D) and W_cls (C, 256); `labels` (B,) are used by the reading `batch`
+        alone.
         """
         per_unit = self.hidden_coefficients(classifier, len(hidden), labels) * hidden.abs().sum(dim=1)
         per_class = self.f * classifier.abs().sum(dim=1)
@@ -148,19 +130,12 @@ class DualRefNetLoss(nn.Module):
         head: Head | None,
         single: Mapping[str, Output] | None = None,
     ) -> dict[str, Tensor]:
-        """Return the named, unweighted terms and `total`.
+        """Return the named, unweighted terms and `total`, scalars.
 
-        Args:
-            output: of the model.
-            labels: (B,) class indices.
-            target: (B, 3, 2H, 2W) in 0..1, needed if the model rebuilt an image.
-            head: the model's last two layers (`hidden`, `classifier`), or None if it has none.
-            single: what the model makes of single modalities, by the names in `shares`.
-
-        Returns:
-            Scalars: `classification`, `classification_<head>` for additional heads, `classification_<modality>` for
-                single modalities, `reconstruction`, `penalty`, `total`; a term that the model has no part for is
-                absent.
+        `target` (B, 3, 2H, 2W) in 0..1 is needed if the model rebuilt an image; `head` holds the last two layers
+        (`hidden`, `classifier`), if there are any; `single` is what the model makes of single modalities, by the names
+        in `shares`. Terms are `classification`, `classification_<head>` for additional heads,
+        `classification_<modality>`, `reconstruction`, `penalty`; one that the model has no part for is absent.
         """
         section = self.section
         terms = self._classification(output, labels)

@@ -27,15 +27,7 @@ from dualrefnet.runtime.metadata import Span
 def draw_missing(
     metadata: NDArray[np.float32], spans: Sequence[Span], section: ModalityDropoutSection, seed: int, epoch: int
 ) -> NDArray[np.bool_]:
-    """Draw which columns of the metadata are hidden in one epoch, (N, M).
-
-    Args:
-        metadata: (N, M) encoded rows, NaN where a field is missing.
-        spans: the columns of each field.
-        section: the probabilities.
-        seed: of the run.
-        epoch: from 0.
-    """
+    """Draw which columns of encoded metadata (N, M; NaN where a field is missing) are hidden in one epoch, (N, M)."""
     count, fields = len(metadata), len(spans)
     # Each choice has its own stream, so changing one setting leaves the other choices as they were.
     streams = [np.random.default_rng([seed, epoch, 100 + number]) for number in range(4)]

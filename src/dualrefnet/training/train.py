@@ -29,20 +29,10 @@ MODEL_FORMAT = 2
 def train_recipe(
     recipe: Recipe, out: Path, resume: bool = False, cache: Path | None = None, workers: int | None = None
 ) -> Run:
-    """Train and evaluate a recipe.
+    """Train and evaluate a checked recipe into the folder `out`; return the finished run.
 
-    Args:
-        recipe: a checked recipe.
-        out: the run folder.
-        resume: go on with an unfinished run in `out`; a finished one is returned as it is.
-        cache: folder of the image stores; None: the user's cache folder.
-        workers: threads that prepare images; None: one a core.
-
-    Returns:
-        The finished run.
-
-    Raises:
-        DualRefNetError: with what to do about it; see the subclasses.
+    `resume` goes on with an unfinished run in `out`, and returns a finished one as it is. `cache` is the folder of the
+    image stores (None: the user's cache folder); `workers` threads prepare images (None: one a core).
     """
     method = check_method(recipe)
     state = PartialState(cpu=recipe.training.device == "cpu")
