@@ -35,7 +35,6 @@ from dualrefnet.evaluation.calibration import (
     threshold_interval,
 )
 from dualrefnet.files import read_json
-from dualrefnet.recipe import load_recipe
 from dualrefnet.run import Run
 from dualrefnet.runtime.calibration import FLOOR, apply_temperature, prediction_sets
 from resampling import Floats, adaptive_ece, brier, ece, lay_out, truthful
@@ -353,17 +352,6 @@ def test_an_older_run_says_how_to_get_its_calibration(tiny_run: Run, tmp_path) -
     with pytest.raises(RunError, match="dualrefnet evaluate"):
         _ = Run(tmp_path).calibration
     assert read_json(tiny_run.calibration_file)["fitted_on"]["split"] == "val"
-
-
-def test_the_recipe_refuses_coverages_and_sensitivities_that_nobody_can_guarantee() -> None:
-    for key, value in (
-        ("coverage", 1.0),
-        ("coverage", 0.0),
-        ("referral_sensitivity", 0.0),
-        ("referral_sensitivity", 2),
-    ):
-        with pytest.raises(Exception, match=key):
-            load_recipe("sample", {f"evaluation.{key}": value})
 
 
 def test_using_a_calibration_needs_neither_torch_nor_matplotlib() -> None:

@@ -130,26 +130,6 @@ def test_four_images_by_hand() -> None:
     assert ill.precision_recall.decision == (1, pytest.approx(2 / 3))
 
 
-def test_scores_that_are_all_alike_are_guessing() -> None:
-    curves = class_curves([0, 0, 0, 1], two_class([0.3] * 4), Bootstrap(np.arange(4), 1), ["A", "B"])
-    one = one_of(curves, "B")
-    assert one.roc.y == pytest.approx(GRID)
-    assert (one.roc.area.value, one.precision_recall.area.value, one.prevalence) == (0.5, 0.25, 0.25)
-    assert one.precision_recall.y.tolist() == [0.25] * 101
-
-
-@settings(max_examples=30)
-@given(seed=st.integers(0, 10**6))
-def test_the_areas_are_the_areas_of_the_curves(seed: int) -> None:
-    generator = np.random.default_rng(seed)
-    # 20 ill and 25 well: every step falls on the grid. No ties.
-    labels = generator.permutation(np.repeat([1, 0], [20, 25]))
-    scores = two_class((generator.permutation(45) / 45).tolist())
-    one = class_curves(labels, scores, Bootstrap(np.arange(45), 1), ["A", "B"]).of[1]
-    assert one.roc.y[:-1].mean() == pytest.approx(one.roc.area.value)
-    assert one.precision_recall.y[1:].mean() == pytest.approx(one.precision_recall.area.value)
-
-
 def test_curves_are_reproducible_and_ignore_the_order_of_rows_and_the_names_of_patients() -> None:
     labels, scores = predictions(2, 120)
     groups = np.arange(120) // 4

@@ -89,14 +89,6 @@ def test_the_bands_are_those_of_measuring_every_laid_out_resample() -> None:
     assert [*table["accuracy_high"], *table["balanced_accuracy_high"], result.aurc.high] == pytest.approx(high)
 
 
-def test_an_uninformative_confidence_gives_the_error_rate_everywhere() -> None:
-    scores = np.tile([0.6, 0.4], (100, 1))
-    result = measure_selective(np.array([0, 1] * 50), scores, Bootstrap(np.arange(100), 0), ["A", "B"])
-    assert (result.table["images"] == 100).all()
-    assert (result.table["accuracy"] == 0.5).all()
-    assert result.aurc.value == 0.5
-
-
 def test_the_json_is_strict_and_wrong_coverages_are_refused() -> None:
     labels, scores, groups = example(1)
     result = measure_selective(labels, scores, Bootstrap(groups, 20), CLASSES, TABLE)

@@ -20,7 +20,7 @@ from dualrefnet.suite.grid import (
     shipped_suites,
     smoke,
 )
-from dualrefnet.suite.paper import reported
+from dualrefnet.suite.results import reported
 
 # Suite -> cells, runs.
 SHIPPED = {

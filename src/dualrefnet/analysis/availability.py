@@ -5,7 +5,7 @@ Every run is calibrated and measured with the same groups of inputs (see `runtim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,10 @@ from dualrefnet.analysis.perturbations import (
 )
 from dualrefnet.data.loader import Examples
 from dualrefnet.data.metadata import EncodedMetadata
-from dualrefnet.evaluation.bootstrap import Bootstrap, group_codes
+from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.evaluation.calibration import Calibration
 from dualrefnet.evaluation.comparison import pooled_bootstrap
+from dualrefnet.progress import progress_bar, track
 from dualrefnet.runtime.availability import (
     ALWAYS_RECORDED,
     AS_RECORDED,
@@ -40,22 +41,17 @@ from dualrefnet.runtime.calibration import malignancy
 
 # Random inputs of a group that are drawn of each case; a group without metadata has one.
 DRAWS = 4
-LEVEL = 0.95
 
 
 @dataclass(frozen=True)
 class InputPredictions:
-    """Predictions (D draws, P cases, C) with one kind of input, for the rows `places` of the split for which there is
-    one.
+    """A run's predictions with one kind of input, for the P rows of a split for which there is such an input."""
 
-    `share` (D, P): of the fields with a value. `group` is None for a named input, whose cases may belong to several.
-    """
-
-    group: Availability | None
-    image: bool
-    places: NDArray[np.int64]
-    share: Floats
-    probabilities: Floats
+    group: Availability | None  # None for a named input, whose cases may belong to several
+    image: bool  # whether there is one
+    places: NDArray[np.int64]  # (P,) rows of the split
+    share: Floats  # (D, P) of the fields with a value, in each of D draws
+    probabilities: Floats  # (D, P, C), as the model gives them
 
     @property
     def draws(self) -> int:
@@ -69,17 +65,15 @@ class InputPredictions:
 
 @dataclass(frozen=True)
 class SplitPredictions:
-    """All predictions of a run for one split: as `recorded` (N, C), by group of availability and by named input.
+    """All predictions of a run for one split."""
 
-    `vectors` (N, D) of the images, None if none is read; `share` (N,) of the fields with a recorded value;
-    `field_effects`, of validation alone: how much of the probability moves when a recorded field is left out.
-    """
-
-    recorded: Floats
-    vectors: NDArray[np.float32] | None
-    groups: list[InputPredictions]
-    named: dict[str, InputPredictions]
-    share: Floats
+    recorded: Floats  # (N, C) probabilities of the inputs as they were recorded
+    vectors: NDArray[np.float32] | None  # (N, D) of the images; None if none is read
+    groups: list[InputPredictions]  # of each group of availability
+    named: dict[str, InputPredictions]  # of each named input but `as_recorded`
+    share: Floats  # (N,) of the fields with a recorded value
+    # Of validation alone: field -> how much of the probability moves when it is left out, on average over the rows
+    # where it is recorded.
     field_effects: dict[str, float]
 
 
@@ -91,13 +85,8 @@ class _Input:
     places: NDArray[np.int64]
 
 
-def predict_split(
-    opened: OpenedRun, split: str, examples: Examples, progress: Callable[[int, int], None] | None = None
-) -> SplitPredictions:
-    """Predict the examples of a split (`val` or `test`) as recorded and with less; every image is encoded once.
-
-    `progress` is called with (images done, images in all).
-    """
+def predict_split(opened: OpenedRun, split: str, examples: Examples) -> SplitPredictions:
+    """Predict the examples of a split (`val` or `test`) as recorded and with less; every image is encoded once."""
     rows, encoder = opened.rows(split), opened.metadata
     recorded = encoder.encode(rows)
     share = share_given(recorded.missing, opened.reads_metadata)
@@ -109,7 +98,8 @@ def predict_split(
     beside = [one for one in drawn if one.image or not opened.model.reads_image]
     alone = [one for one in drawn if opened.model.reads_image and not one.image]
     versions = [examples.metadata, *without, *(one.metadata.values for one in beside)]
-    (full, *others), vectors = predict_with_metadata(opened, examples, versions, progress)
+    with progress_bar(f"predicting {split}") as show:
+        (full, *others), vectors = predict_with_metadata(opened, examples, versions, show)
     blank = predict_without_image(opened, [one.metadata.values for one in alone])
     effects = {}
     for index, (field, probabilities) in enumerate(zip(left_out, others, strict=False)):
@@ -162,10 +152,10 @@ def draw_present(
     group: Availability,
     generator: np.random.Generator,
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Draw for each case which of its `recorded` fields (N, F) are left, so that it belongs to a group of availability.
+    """Draw for each case which of its recorded fields, (N, F), are left, so that it belongs to a group.
 
-    `patterns` (F,) are fields that are known together somewhere. Return (N, F) what is left, and (N,) whether the case
-    has enough recorded fields for the group; what is left of the others is nothing.
+    `patterns`, (F,) each, are fields that are known together somewhere. Return (N, F) what is left, and (N,) whether
+    the case has enough recorded fields for the group; what is left of the others is nothing.
     """
     count, fields = recorded.shape
     amounts = np.arange(fields + 1)
@@ -192,42 +182,39 @@ def measure_availability(
     calibration: Calibration,
     predictions: SplitPredictions,
     labels: NDArray[np.int64],
-    groups: NDArray[Any],
-    samples: int,
-    seed: int,
-    progress: Callable[[int, int], None] | None = None,
+    bootstrap: Bootstrap,
 ) -> dict[str, Any]:
     """Measure a calibrated run's test split by what is given. Intervals are 95%, over patients, given the calibration.
 
-    Return `inputs`: named input -> measures; `groups`: of each group of availability its `name`, `group`,
-    `temperature`, `referral_threshold`, `remarks` and measures. The measures are `images`, `fields` (mean share with a
-    value), `balanced_accuracy`, `auc_macro_ovr`, `malignant_auc`; by the thresholds of each input's group `coverage`
-    and `mean_size` of the sets, `cancers_referred` and `benign_referred`; and, at the temperature and threshold of the
-    inputs as recorded, `mean_malignancy` over all cases and `cancers_at_recorded_threshold`: what a missingness
-    shortcut takes away.
+    Predictions, labels (N,) and resamples are of the test split.
+
+    Returns:
+        `inputs`: named input -> measures; `groups`: of each group of availability its `name`, `group`, `temperature`,
+            `referral_threshold`, `remarks` and measures. The measures are `images`, `fields` (mean share with a value),
+            `balanced_accuracy`, `auc_macro_ovr`, `malignant_auc`; by the thresholds of each input's group `coverage`
+            and `mean_size` of the sets, `cancers_referred` and `benign_referred`; and, at the temperature and threshold
+            of the inputs as recorded, `mean_malignancy` over all cases and `cancers_at_recorded_threshold`: what a
+            missingness shortcut takes away.
     """
-    everything, of_group, named = np.arange(len(labels)), predictions.groups, predictions.named
-    reads_image = predictions.vectors is not None
+    of_group, named = predictions.groups, predictions.named
+    share, recorded = predictions.share[None], predictions.recorded[None]
+    as_recorded = InputPredictions(None, predictions.vectors is not None, np.arange(len(labels)), share, recorded)
     inputs: dict[str, InputPredictions | None] = {
-        AS_RECORDED: InputPredictions(
-            None, reads_image, everything, predictions.share[None], predictions.recorded[None]
-        ),
+        AS_RECORDED: as_recorded,
         ALWAYS_RECORDED: named.get(ALWAYS_RECORDED),
         IMAGE_ONLY: next((one for one in of_group if one.group and one.group.image and one.group.to == 0), None),
         METADATA_ONLY: named.get(METADATA_ONLY),
     }
     given = {name: one for name, one in inputs.items() if one is not None}
-    codes = group_codes(groups)
-    measured: list[dict[str, Any]] = []
-    for one in (all_inputs := [*given.values(), *of_group]):
-        measured.append(_measure(calibration, one, labels, codes, samples, seed))
-        if progress:
-            progress(len(measured), len(all_inputs))
+    measured = [
+        _measure(calibration, one, labels, bootstrap)
+        for one in track([*given.values(), *of_group], "with missing inputs")
+    ]
     fitted = {thresholds.group: thresholds for thresholds in calibration.availability}
     by_group = []
     for one, values in zip(of_group, measured[len(given) :], strict=True):
-        thresholds = fitted.get(one.group) if one.group is not None else None
-        if one.group is not None and thresholds is not None:
+        if one.group in fitted:
+            thresholds = fitted[one.group]
             row = {"name": one.group.name, "group": one.group._asdict(), "temperature": thresholds.temperature}
             row |= {"referral_threshold": thresholds.referral, "remarks": list(thresholds.notes)}
             by_group.append(row | values)
@@ -235,30 +222,20 @@ def measure_availability(
 
 
 def _measure(
-    calibration: Calibration,
-    one: InputPredictions,
-    labels: NDArray[np.int64],
-    codes: NDArray[np.int64],
-    samples: int,
-    seed: int,
+    calibration: Calibration, one: InputPredictions, labels: NDArray[np.int64], every: Bootstrap
 ) -> dict[str, Any]:
-    truth, patients = one.flat(labels), one.flat(codes)
-    scores = one.probabilities.reshape(-1, one.probabilities.shape[2])
+    truth, patients = one.flat(labels), one.flat(every.codes)
+    scores = one.probabilities.reshape(len(truth), -1)
     result: dict[str, Any] = {"images": len(one.places), "fields": float(one.share.mean()) if one.share.size else None}
     if len(np.unique(patients)) < 2:
         return result
     # Patients without such an input aren't resampled.
-    bootstrap = Bootstrap(patients, samples, seed, LEVEL)
-    cases = len(one.places)
-    drawn = pooled_bootstrap(
-        truth[:cases],
-        {"run": list(one.probabilities)},
-        Bootstrap(patients[:cases], samples, seed, LEVEL),
-        calibration.classes,
-        calibration.malignant,
-    )
+    bootstrap = Bootstrap(patients, every.samples, every.seed)
+    once = Bootstrap(every.codes[one.places], every.samples, every.seed)
+    systems = {"run": list(one.probabilities)}
+    drawn = pooled_bootstrap(labels[one.places], systems, once, calibration.classes, calibration.malignant)
     for measure in ("balanced_accuracy", "auc_macro_ovr", *(["malignant.auc"] if calibration.malignant else [])):
-        result |= drawn.value("run", measure).to_json(measure.replace(".", "_"), LEVEL)
+        result |= drawn.value("run", measure).to_json(measure.replace(".", "_"), bootstrap.level)
     decided = calibration.decide(scores, np.full(len(scores), one.image), one.share.ravel())
     everyone, ill = np.ones(len(truth), dtype=bool), calibration.cancer[truth]
     score = malignancy(calibration.probabilities(scores), calibration.cancer)
@@ -268,9 +245,9 @@ def _measure(
     ratios = bootstrap.ratios(amounts, np.stack([everyone, ill, ~ill, ill], axis=1))
     names = ("coverage", "cancers_referred", "benign_referred", "cancers_at_recorded_threshold")
     for name, ratio in zip(names, ratios, strict=True):
-        result |= ratio.to_json(name, LEVEL)
+        result |= ratio.to_json(name, bootstrap.level)
     amounts = np.stack([decided.sets.sum(axis=1), score], axis=1)
     means = bootstrap.ratios(amounts, np.ones(amounts.shape, dtype=bool), proportions=False)
     for name, mean in zip(("mean_size", "mean_malignancy"), means, strict=True):
-        result |= mean.to_json(name, LEVEL)
+        result |= mean.to_json(name, bootstrap.level)
     return result

@@ -39,8 +39,7 @@ def evaluate_run(
     tables, predicted, arrays, measured = [], {}, {}, {}
     for split in ("val", "test"):
         examples = opened.examples(split)
-        with progress_bar(f"predicting {split}") as show:
-            predicted[split] = predict_split(opened, split, examples, show)
+        predicted[split] = predict_split(opened, split, examples)
         table = prediction_table(examples.image_ids, split, examples.labels, predicted[split].recorded, classes)
         tables.append(table)
         probabilities = table[[f"prob_{name}" for name in classes]].to_numpy(dtype=float)
@@ -67,13 +66,11 @@ def evaluate_run(
     ]
     calibration = fit_calibration(*arrays["val"], classes, malignant, *targets, thresholds, validation.field_effects)
     write_json(run.calibration_file, calibration.to_json())
-    calibrated = measure_calibrated(calibration, *arrays["test"])
-    with progress_bar("with missing inputs") as show:
-        availability = measure_availability(calibration, test, examples.labels, patients, wanted.bootstrap, seed, show)
+    labels, _, resampled = arrays["test"]
     metrics = {
         **measured["test"],
-        "calibrated": calibrated,
-        "availability": availability,
+        "calibrated": measure_calibrated(calibration, *arrays["test"]),
+        "availability": measure_availability(calibration, test, labels, resampled),
         "split": "test",
         "protocol": recipe.data.protocol,
         "dataset": schema.title,
@@ -84,8 +81,7 @@ def evaluate_run(
         "validation": measured["val"],
     }
     if validation.vectors is not None and test.vectors is not None:
-        with progress_bar("out-of-distribution score") as show:
-            metrics["out_of_scope"] = fit_run(opened, validation.vectors, test.vectors, show)
+        metrics["out_of_scope"] = fit_run(opened, validation.vectors, test.vectors)
     write_json(run.metrics_file, metrics)
     return metrics
 

@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dualrefnet.data.images import MAX_BYTES, MAX_PIXELS, decode_image
-from dualrefnet.deploy.hub import DESCRIPTION, BundleMixin, is_bundle
+from dualrefnet.deploy.hub import BundleMixin, is_bundle
 from dualrefnet.errors import DataError, DependencyError, RunError
-from dualrefnet.files import read_json
 from dualrefnet.progress import warn
 from dualrefnet.runtime.availability import missingness_shortcut
 from dualrefnet.runtime.classifier import Classifier
@@ -214,14 +213,6 @@ def refuse_shortcut(shortcut: str | None, model: Path | str, accepted: bool) -> 
         )
     if shortcut is not None:
         warn(f"{model}: {shortcut}")
-
-
-def shortcut_of(folder: Path) -> str | None:
-    """Return `missingness_shortcut` of a run folder or a bundle from its measures alone; None if it holds none."""
-    if is_bundle(folder):
-        return missingness_shortcut(read_json(folder / DESCRIPTION).get("measured") or {})
-    file = folder / "metrics.json"
-    return missingness_shortcut(read_json(file)) if file.is_file() else None
 
 
 def _bundle_parts(folder: Path, device: str, variant: str) -> dict[str, Any]:
