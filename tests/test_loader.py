@@ -86,35 +86,12 @@ def test_a_batch_holds_what_belongs_to_its_rows():
         assert batch.metadata.dtype == torch.float32
 
 
-def test_the_images_are_those_of_the_rows_as_channels_last_bytes(images):
-    # The examples are some of the store's images, in another order.
-    ids = ["i7", "i2", "i10", "i0"]
-    data = examples(4, images, images.rows_of(ids))
-    for batches in (data.in_order(3), data.shuffled(2, 5, 0)):
-        for batch in batches:
-            assert batch.images.shape == (len(batch.rows), 3, SIDE, SIDE)
-            assert batch.images.dtype == torch.uint8
-            assert batch.images.is_contiguous(memory_format=torch.channels_last)
-            expected = [20 * int(ids[row][1:]) for row in batch.rows]
-            assert batch.images.amax(dim=(1, 2, 3)).tolist() == batch.images.amin(dim=(1, 2, 3)).tolist() == expected
-
-
-def test_an_error_in_reading_ahead_reaches_the_reader():
-    data = examples(6)
-    broken = Examples(data.image_ids, data.labels[:4], data.metadata, None, None)
-    with pytest.raises(IndexError):
-        list(broken.in_order(2))
-
-
 def test_a_reader_that_stops_early_leaves_no_thread():
     before = threading.active_count()
     batches = examples(100).in_order(2)
     next(batches)
     batches.close()
     assert threading.active_count() == before
-
-
-STILL = {"horizontal_flip": 0, "vertical_flip": 0, "scale": (1, 1), "rotation": 0}
 
 
 PLAIN = {"brightness": 0, "contrast": 0, "saturation": 0, "noise": 0}
@@ -142,21 +119,6 @@ def smooth_images(side, count=3):
     x = (torch.arange(side) + 0.5) / side
     waves = [torch.sin(2 * x[:, None] * k + 1.5 * x[None, :] + k) / 2 + 0.5 for k in range(1, 4)]
     return torch.stack(waves).expand(count, 3, side, side).clone()
-
-
-def test_an_identity_draw_leaves_the_image_unchanged():
-    draws = draw(4, AugmentationSection(**STILL, **PLAIN), seed=1, epoch=0)
-    assert torch.equal(draws.geometry, torch.tensor([[1.0, 0, 0], [0, 1, 0]]).expand(4, 2, 3))
-    assert torch.equal(draws.photometry, torch.tensor([1.0, 1, 1, 0]).expand(4, 4))
-    images = noise_images()
-    torch.testing.assert_close(shade(warp(images, draws.geometry), draws.photometry), images, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(("name", "axis"), [("horizontal_flip", 3), ("vertical_flip", 2)])
-def test_a_flip_is_exact_in_bytes(name, axis):
-    draws = draw(3, AugmentationSection(**(STILL | PLAIN | {name: 1})), 0, 0)
-    images = torch.randint(256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(0)).float()
-    assert torch.equal(warp(images / 255, draws.geometry).mul(255).round(), images.flip(axis))
 
 
 @settings(max_examples=20)
@@ -221,21 +183,6 @@ def test_the_draws_of_an_image_are_the_same_whatever_the_batch_and_differ_by_see
 
 def photometry(brightness=1.0, contrast=1.0, saturation=1.0, noise=0.0, count=4):
     return torch.tensor([[brightness, contrast, saturation, noise]]).expand(count, 4)
-
-
-def test_saturation_zero_gives_the_grey_of_bt_601():
-    images = noise_images()
-    grey = shade(images, photometry(saturation=0))
-    expected = (images * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
-    torch.testing.assert_close(grey, expected.expand_as(grey))
-
-
-def test_brightness_multiplies_and_contrast_stretches_about_the_mean():
-    images = noise_images() * 0.4 + 0.2
-    torch.testing.assert_close(shade(images, photometry(brightness=1.2)), images * 1.2)
-    torch.testing.assert_close(
-        shade(images, photometry(contrast=0)), images.mean(dim=(1, 2, 3), keepdim=True).expand_as(images)
-    )
 
 
 @settings(max_examples=30)

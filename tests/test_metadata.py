@@ -11,7 +11,7 @@ from sklearn.ensemble import RandomForestClassifier
 from dualrefnet.data import metadata as metadata_module
 from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.loader import split_rows
-from dualrefnet.data.metadata import MOST_VALUES, MetadataEncoder, fit_imputer
+from dualrefnet.data.metadata import MetadataEncoder, fit_imputer
 from dualrefnet.data.protocols import split_dataset
 from dualrefnet.data.schema import DatasetSchema, MetadataField
 from dualrefnet.errors import DataError
@@ -104,32 +104,6 @@ def test_unk_is_a_category_or_missing():
     assert not missing.invalid.any()
 
 
-def test_an_alias_is_one_category_or_two():
-    merged, apart = fit(imputation="zero"), fit(imputation="zero", merge_aliases=False)
-    assert "land_BRASIL" not in merged.names
-    assert "land_BRASIL" in apart.names
-    assert merged.encode(ROWS).values[1, merged.names.index("land_BRAZIL")] == 1
-    assert apart.encode(ROWS).values[1, apart.names.index("land_BRASIL")] == 1
-
-
-def test_the_mask_says_what_was_missing_also_when_it_was_filled():
-    zero, neural = fit(imputation="zero").encode(ROWS), fit().encode(ROWS)
-    np.testing.assert_array_equal(zero.values[:, 10:], neural.values[:, 10:])
-    assert neural.values[3, 10:].tolist() == [1, 1, 1]
-    # Filled categories are one of the categories; observed ones are as they were.
-    assert neural.values[3, 4:7].sum() == neural.values[3, 7:9].sum() == 1
-    np.testing.assert_array_equal(zero.values[:3], neural.values[:3])
-    one_gap = ROWS.iloc[[1]].assign(land=np.nan)
-    assert fit().encode(one_gap).values[0, 10:].tolist() == [1, 0, 0]
-
-
-def test_a_tier_without_fields_is_refused_with_what_to_choose():
-    with pytest.raises(DataError, match=r"choose metadata\.tier M2 or M3"):
-        fit(schema=SCHEMA.model_copy(update={"fields": (SITE,)}), tier="M1")
-    with pytest.raises(DataError, match=r"choose metadata\.tier M0"):
-        fit(schema=SCHEMA.model_copy(update={"fields": ()}), tier="M3")
-
-
 def test_an_unknown_category_and_an_implausible_number_are_missing_invalid_and_warned_of_without_the_value():
     rows = pd.DataFrame({"age": [300], "itch": ["maybe"], "land": ["ATLANTIS"], "site": ["UNK"], "size": [None]})
     encoded = fit(imputation="zero").encode(rows)
@@ -166,14 +140,6 @@ def test_plain_json_gives_the_same_encoder_to_the_bit(section):
 def test_the_label_is_never_looked_at(labels):
     assert same(fit(ROWS.assign(label=labels)), fit())
     assert same(fit(ROWS.drop(columns="label")), fit())
-
-
-def test_a_field_of_one_value_and_one_that_was_never_recorded():
-    rows = ROWS.assign(age=50.0, size=np.nan, site=np.nan)
-    for section in ({}, {"imputation": "zero"}, {"scale": "raw"}):
-        encoded = fit(rows, **section).encode(rows.assign(size=[1.0, 2.0, np.nan, np.nan]))
-        assert np.isfinite(encoded.values).all()
-        assert "site_arm" not in fit(rows, **section).names
 
 
 values = {
@@ -230,13 +196,6 @@ def test_the_encodings_of_pad_have_the_widths_of_the_literature(real_pad, sectio
             == 0
         ).all()
         np.testing.assert_allclose(encoded.values[:, encoder.names.index("age")], dataset.table["age"], rtol=1e-5)
-
-
-def test_the_encoding_of_isic_has_eleven_columns(real_isic):
-    dataset = load_dataset("isic_2019", real_isic)
-    encoder = fit(dataset.table, dataset.schema, tier="M2", imputation="zero")
-    assert encoder.width == len(set(encoder.names)) == 11
-    assert not encoder.encode(dataset.table).invalid.any()
 
 
 def test_the_label_leaking_imputation_reads_the_diagnosis_and_is_useless_without_it():
@@ -298,22 +257,6 @@ def test_a_number_that_follows_from_another_field_is_found_on_rows_never_seen(im
     assert error < 0.25 * np.abs(mean - truth[:, 4]).mean()
 
 
-def test_a_category_that_follows_from_another_field_is_found_on_rows_never_seen(imputer):
-    truth = linked_rows(300, 9)
-    for field, start, stop in ((0, 0, 4), (2, 5, 7)):
-        missing = one_missing(field)
-        right = (imputer.fill(hide(truth, missing), missing)[:, start:stop] == truth[:, start:stop]).all(axis=1).mean()
-        assert right > truth[:, start:stop].mean(axis=0).max() + 0.3
-
-
-def test_a_filled_number_is_one_that_was_observed(imputer, training):
-    missing = np.random.default_rng(3).random((300, 4)) < 0.5
-    filled = imputer.fill(hide(linked_rows(300, 9), missing), missing)
-    for field, column in ((1, 4), (3, 7)):
-        observed = training[0][~training[1][:, field], column]
-        assert np.isin(filled[missing[:, field], column], observed).all()
-
-
 def test_observed_cells_are_never_changed_and_the_input_neither(imputer):
     missing = np.random.default_rng(4).random((200, 4)) < 0.5
     given = hide(linked_rows(200, 5), missing)
@@ -339,24 +282,6 @@ def test_the_same_seed_gives_the_same_imputer_whatever_the_threads_and_leaves_th
     for one, other in zip(fits[0].weights, fits[1].weights, strict=True):
         np.testing.assert_array_equal(one, other)
     assert (fits[0].weights[0] != fits[2].weights[0]).any()
-
-
-def test_many_observed_numbers_are_thinned_to_quantiles_that_were_observed(monkeypatch):
-    monkeypatch.setattr("dualrefnet.data.metadata.STEPS", 1)
-    columns = np.random.default_rng(0).normal(size=(900, 1)).astype(np.float32)
-    imputer = fit_imputer(columns, np.zeros((900, 1), bool), [Span(0, 1, True)], 0)
-    values = imputer.values[0]
-    assert len(values) == MOST_VALUES
-    assert np.isin(values, columns).all()
-    assert (values.min(), values.max()) == (columns.min(), columns.max())
-
-
-def test_a_field_that_was_never_recorded_is_left_at_zero_or_has_no_column():
-    spans = [Span(0, 1, True), Span(1, 1, False), Span(1, 2, True)]
-    columns = np.array([[0, 1], [0, 2]] * 10, np.float32)
-    missing = np.tile([True, True, False], (20, 1))
-    filled = fit_imputer(columns, missing, spans, 0).fill(columns, missing)
-    np.testing.assert_array_equal(filled, columns)
 
 
 def test_the_same_rows_give_the_cached_imputer_and_the_cache_is_bounded(monkeypatch, training):

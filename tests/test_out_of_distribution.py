@@ -4,8 +4,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from sklearn.covariance import LedoitWolf
 from sklearn.metrics import roc_auc_score
@@ -24,11 +22,9 @@ from dualrefnet.analysis.out_of_distribution import (
     fit_score,
     measure_out_of_distribution,
     save_score,
-    share_interval,
     summarise,
 )
-from dualrefnet.errors import DataError, RunError
-from dualrefnet.evaluation.bootstrap import wilson_interval
+from dualrefnet.errors import RunError
 from dualrefnet.run import Run
 from dualrefnet.runtime.out_of_distribution import OutOfDistributionScore
 
@@ -97,36 +93,6 @@ def test_new_photographs_are_warned_of_as_rarely_as_meant_and_others_often(fitte
     other = vectors(200, 80, 7)
     assert (fitted.score(other[:, ::-1]) > 1).mean() > 0.99
     assert (fitted.score(3 * other) > 1).mean() > 0.99
-
-
-def test_a_vector_that_is_not_finite_has_no_score_and_disturbs_no_other(fitted: OutOfDistributionScore) -> None:
-    rows = vectors(6, 80, 8)
-    alone = fitted.score(rows)
-    rows[1, 3], rows[4, 0] = np.nan, np.inf
-    scores = fitted.score(rows)
-    assert np.isnan(scores[[1, 4]]).all()
-    np.testing.assert_array_equal(scores[[0, 2, 3, 5]], alone[[0, 2, 3, 5]])
-    train, held_out = vectors(60, 80, 1), vectors(30, 80, 2)
-    with_gaps = np.insert(train, 7, np.nan, axis=0), np.insert(held_out, 3, np.inf, axis=0)
-    np.testing.assert_allclose(fit_score(*with_gaps).score(rows[:1]), fit_score(train, held_out).score(rows[:1]))
-
-
-@settings(max_examples=15)
-@given(st.integers(0, 1000), st.floats(0.01, 100))
-def test_neither_the_order_of_the_numbers_nor_their_unit_matters(seed: int, unit: float) -> None:
-    train, held_out, new = (vectors(number, 30, seed + place) for place, number in enumerate((40, 30, 10)))
-    scores = fit_score(train, held_out).score(new)
-    order = np.random.default_rng(seed).permutation(30)
-    changed = fit_score(unit * train[:, order], unit * held_out[:, order])
-    np.testing.assert_allclose(changed.score(unit * new[:, order]), scores, rtol=1e-3)
-
-
-def test_equal_vectors_and_vectors_of_nothing_are_borne() -> None:
-    same = np.ones((30, 8))
-    fitted = fit_score(same, same[:10])
-    assert np.isfinite(fitted.score(np.vstack([same[:1], np.zeros((1, 8))]))).all()
-    assert fitted.score(np.zeros((1, 8)))[0] > 1
-    assert np.isfinite(fit_score(np.zeros((30, 8)), np.zeros((10, 8))).score(np.zeros((2, 8)))).all()
 
 
 def test_unfit_input_is_refused(fitted: OutOfDistributionScore) -> None:
@@ -243,18 +209,6 @@ def test_the_table_counts_and_ranks_each_group_against_the_lesions() -> None:
     assert table.loc[[PLAIN, MEDICAL], ["auroc_low", "auroc_high", "flagged_low", "flagged_high"]].isna().all(axis=None)
 
 
-def test_intervals_draw_sources_not_pictures() -> None:
-    # Ten sources of which half are flagged as wholes: as wide as for ten pictures, however many are cut of each.
-    flagged = np.repeat([True, False], 5)
-    low, high = share_interval(flagged, np.arange(10), 4000, 0)
-    assert share_interval(np.repeat(flagged, 100), np.repeat(np.arange(10), 100), 4000, 0) == (low, high)
-    # The binomial of ten: 2.5% and 97.5% points.
-    assert (low, high) == (0.2, 0.8)
-    assert share_interval(np.zeros(60, bool), np.repeat(np.arange(6), 10), 100, 0) == wilson_interval(0, 6)
-    assert share_interval(np.ones(60, bool), np.repeat(np.arange(6), 10), 100, 0) == wilson_interval(6, 6)
-    assert np.isnan(share_interval(flagged, np.repeat(np.arange(2), 5), 100, 0)).all()
-
-
 @pytest.fixture(scope="module")
 def measured(opened: OpenedRun) -> OutOfDistributionMeasured:
     with pytest.MonkeyPatch.context() as patch:
@@ -275,11 +229,6 @@ def test_a_run_is_measured_against_all_groups(opened: OpenedRun, measured: OutOf
     assert measured.skin_auroc[0] == pytest.approx(
         roc_auc_score(np.r_[np.ones(len(skin)), np.zeros(len(close))], np.r_[skin, close])
     )
-
-
-def test_without_masks_there_is_no_skin(opened: OpenedRun, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no folder of masks"):
-        measure_out_of_distribution(opened, masks=tmp_path / "none", images=10)
 
 
 def test_the_figure_shows_every_score_and_no_source(measured: OutOfDistributionMeasured) -> None:

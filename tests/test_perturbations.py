@@ -15,9 +15,7 @@ from dualrefnet.analysis.perturbations import (
     BORDER,
     CHANGES,
     GROWN,
-    count_flags,
     find_missing,
-    hide_flags,
     permute_across_groups,
     perturb_image,
     predict_perturbed,
@@ -60,17 +58,6 @@ def test_outside_of_the_border_a_picture_stays_as_it_was() -> None:
     # Nothing of the noise inside the outline survives where it is filled; its contrast is gone where it is blurred.
     assert len(np.unique(background[mask].reshape(-1, 3), axis=0)) == 1
     assert blurred[mask].std(axis=0).max() < 0.2 * picture[mask].std(axis=0).min()
-
-
-def test_what_fills_is_the_mean_of_the_ring_of_skin_and_not_of_the_picture() -> None:
-    mask = disc(100, 10)
-    away = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, 5)
-    picture = np.zeros((100, 100, 3), np.uint8)
-    picture[away <= 30] = [180, 120, 100]
-    picture[mask] = [10, 10, 10]
-    _, background, lesion = perturb_image(picture, mask)
-    assert background[50, 50].tolist() == [180, 120, 100]
-    assert lesion[2, 2].tolist() == [180, 120, 100]
 
 
 def test_outlines_are_read_as_the_model_sees_the_pictures_and_useless_ones_are_counted(
@@ -137,16 +124,6 @@ def test_replaced_answers_are_those_of_others_and_gaps_stay(opened: OpenedRun) -
     # A value that only one patient has is taken away.
     rows = rows.assign(smoke=pd.Series({0: "True"}, rows.index, dtype=object))
     assert replace_values(rows, metadata, groups, np.random.default_rng(0))["smoke"].isna().all()
-
-
-def test_hidden_flags_change_nothing_but_the_flags(opened: OpenedRun) -> None:
-    forms = opened.metadata.encode(opened.rows("test")).values
-    flags = [index for index, name in enumerate(opened.metadata.names) if name.startswith("missing_")]
-    hidden = hide_flags(opened.metadata, forms)
-    assert count_flags(opened.metadata) == len(flags) > 0
-    assert forms[:, flags].any()
-    assert not hidden[:, flags].any()
-    np.testing.assert_array_equal(np.delete(hidden, flags, axis=1), np.delete(forms, flags, axis=1))
 
 
 def test_without_photograph_is_one_answer_for_equal_forms_in_batches_of_any_size(opened: OpenedRun) -> None:

@@ -223,8 +223,3 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path, content, message):
     file.write_bytes(content)
     with pytest.raises(RecipeError, match=message):
         load_recipe(file)
-
-
-def test_a_recipe_that_is_not_there_is_told_with_those_that_ship():
-    with pytest.raises(RecipeError, match=r"no recipe file pad_ufes20.*shipped: isic_2019.*did you mean 'pad_ufes_20'"):
-        load_recipe("pad_ufes20")

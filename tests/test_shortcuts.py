@@ -20,14 +20,12 @@ from dualrefnet.analysis.shortcuts import (
     probe_shortcuts,
     shortcut_sentences,
     shortcut_table,
-    with_missing_indicators,
 )
 from dualrefnet.cli import app, runs  # noqa: F401 (the module registers the commands)
 from dualrefnet.display.figure import save_figure
-from dualrefnet.errors import DataError, RunError
+from dualrefnet.errors import DataError
 from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.evaluation.metrics import compute_metrics
-from dualrefnet.report.run_report import write_probes
 from dualrefnet.run import Run
 from hand_made import FormOnly, PictureOnly, hand_made
 from readable import assert_readable
@@ -182,13 +180,6 @@ def test_a_regression_learns_what_is_there_and_only_that() -> None:
     assert noise.max() < 0.9
 
 
-def test_gaps_of_encoded_forms_become_columns() -> None:
-    train, test = np.array([[1, np.nan], [2, 3]], np.float32), np.array([[np.nan, 5]], np.float32)
-    first, second = with_missing_indicators(train, test)
-    np.testing.assert_array_equal(first, [[1, 0, 0, 1], [2, 3, 0, 0]])
-    np.testing.assert_array_equal(second, [[0, 5, 1, 0]])
-
-
 def test_all_probes_are_drawn_and_can_be_read(real: Shortcuts, tmp_path: Path) -> None:
     figure = draw_shortcuts(real)
     assert_readable(figure)
@@ -221,15 +212,3 @@ def test_the_command_leaves_tables_and_pictures(tiny_run: Run, tmp_path: Path) -
     assert f"{whole['value']:.3f} [{whole['low']:.2f}, {whole['high']:.2f}]" in result.output
     assert written["permutations"] == 2
     assert set(pd.read_csv(tmp_path / "availability.csv")["run"]) == {"tiny"}
-
-
-def test_what_can_t_be_probed_is_refused_at_once(tiny_run: Run, tmp_path: Path) -> None:
-    unfinished = Run(tmp_path / "unfinished")
-    for run, against, why in (
-        (unfinished, [], "isn't a finished run"),
-        (tiny_run, [tiny_run], "compared with itself"),
-        (tiny_run, [unfinished] * 4, "at most 3 times"),
-        (tiny_run, [unfinished], "isn't a finished run"),
-    ):
-        with pytest.raises(RunError, match=why):
-            write_probes(run, against)

@@ -13,10 +13,11 @@ from typing import Any, Literal, NamedTuple
 import pandas as pd
 
 from dualrefnet.data.adapters import load_dataset
-from dualrefnet.data.images import IMAGE_SUFFIXES, MAX_BYTES, decode_image, list_files
+from dualrefnet.data.images import IMAGE_SUFFIXES, decode_image, list_files
 from dualrefnet.data.schema import BOOLEAN_VALUES, Dataset, MetadataField
 from dualrefnet.data.store import map_ahead
 from dualrefnet.errors import ImageError
+from dualrefnet.runtime.images import MAX_BYTES
 
 Level = Literal["PASS", "WARN", "FAIL"]
 

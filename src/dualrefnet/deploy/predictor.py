@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dualrefnet.data.images import MAX_BYTES, MAX_PIXELS, decode_image
+from dualrefnet.data.images import decode_image
 from dualrefnet.deploy.hub import BundleMixin, is_bundle
 from dualrefnet.errors import DataError, DependencyError, RunError
 from dualrefnet.progress import warn
 from dualrefnet.runtime.availability import missingness_shortcut
 from dualrefnet.runtime.classifier import Classifier
+from dualrefnet.runtime.images import MAX_BYTES, MAX_PIXELS
 from dualrefnet.runtime.metadata import MetadataError
 from dualrefnet.runtime.prediction import Explanation, Prediction
 from dualrefnet.runtime.preprocessing import Image
