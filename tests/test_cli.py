@@ -2,14 +2,14 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from dualrefnet.cli import app, data, deployment, reports, runs  # noqa: F401 (the modules register the commands)
+from dualrefnet.cli import app, data, deployment, main, reports, runs  # noqa: F401 (they register the commands)
 from dualrefnet.recipe import shipped_recipes
 from dualrefnet.run import Run
 
@@ -21,16 +21,20 @@ def call(*arguments: str | Path):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def error_of(*arguments: str | Path) -> str:
-    """Run the real program; return its one line of error."""
-    done = subprocess.run(
-        [sys.executable, "-m", "dualrefnet", *map(str, arguments)], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, done.stderr
-    return lines[0]
+@pytest.fixture
+def error_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run the program; return its one line of error."""
+
+    def run(*arguments: str | Path) -> str:
+        monkeypatch.setattr(sys, "argv", ["dualrefnet", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("·", "warning: "))]
+        assert stopped.value.code == 2
+        assert len(lines) == 1, lines
+        return lines[0].removeprefix("error: ")
+
+    return run
 
 
 def test_every_command_has_help_and_the_list_of_commands_is_complete() -> None:
@@ -92,7 +96,9 @@ def test_evaluate_again_gives_the_same_measures(tiny_run: Run) -> None:
     assert tiny_run.metrics == before
 
 
-def test_bad_input_is_one_clear_line(tiny_run: Run, sample_root: Path, tmp_path: Path) -> None:
+def test_bad_input_is_one_clear_line(
+    tiny_run: Run, sample_root: Path, tmp_path: Path, error_of: Callable[..., str]
+) -> None:
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "recipe.yaml").write_text("name: x\ntraining: {epoch: 3}\n")
     image, out = next((sample_root / "images").iterdir()), ("--out", tmp_path / "o.csv")
@@ -113,11 +119,8 @@ def test_bad_input_is_one_clear_line(tiny_run: Run, sample_root: Path, tmp_path:
         ("fetch", "pad_ufes_20", "--root", tmp_path / "pad"): "--accept-licence",
         ("export", tiny_run.path, "--out", sample_root): "isn't a bundle",
     }
-    # Each starts the program anew, and most of that is imports: two at a time.
-    with ThreadPoolExecutor(2) as pool:
-        errors = list(pool.map(lambda arguments: error_of(*arguments), expected))
-    for error, (arguments, words) in zip(errors, expected.items(), strict=True):
-        assert words in error, arguments
+    for arguments, words in expected.items():
+        assert words in error_of(*arguments), arguments
     assert not (tmp_path / "o.csv").exists()
 
 

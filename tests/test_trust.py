@@ -82,7 +82,7 @@ def test_the_sections_on_calibration_show_what_the_run_measured(tiny_run: Run) -
     measured = read_measured(tiny_run)
     values = measured.metrics["calibrated"]
     calibration, conformal = calibration_section(measured, 20, 0), conformal_section(measured, 20, 0)
-    pictures = [*calibration.figures, *conformal.pictures]
+    pictures = [*calibration.figures, *conformal.figures]
     assert [one.name for one in pictures] == ["reliability", "reliability_calibrated", "selective", "referral"]
     for picture in pictures:
         assert_readable(picture)
