@@ -1,18 +1,26 @@
+import csv
+import math
 import os
 import shutil
 import stat
 import subprocess
+import tempfile
 import threading
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dualrefnet.errors import DataError
 from dualrefnet.files import (
     atomic_path,
+    read_csv,
     read_json,
     remove_partial,
     write_csv,
@@ -161,3 +169,27 @@ def test_what_killed_writes_have_left_is_removed_and_nothing_else(tmp_path):
         (tmp_path / name).write_text("kept")
     remove_partial(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {".hidden", "b.partial", "a.csv"}
+
+
+@given(st.lists(st.text(st.sampled_from("'=+-@\t\ra1.e"), max_size=6), min_size=1), st.sampled_from(["x", "=x", "-1"]))
+def test_no_cell_of_a_csv_is_a_formula_and_every_text_is_read_again(texts: list[str], name: str) -> None:
+    table = pd.DataFrame({name: texts, "number": np.linspace(-1, 1, len(texts))})
+    with tempfile.TemporaryDirectory() as folder:
+        write_csv(Path(folder) / "a.csv", table)
+        rows = list(csv.reader((Path(folder) / "a.csv").open(newline="", encoding="utf-8")))
+        again = read_csv(Path(folder) / "a.csv", dtype={name: str}, keep_default_na=False)
+    for cell in (cell for row in rows for cell in row if cell.startswith(("=", "+", "-", "@", "\t", "\r"))):
+        assert math.isfinite(float(cell))
+    pd.testing.assert_frame_equal(again, table, check_dtype=False)
+
+
+def test_equal_tensors_give_equal_bytes(tmp_path: Path) -> None:
+    tensors = {"b": torch.ones(3), "a": torch.zeros(2, 2, dtype=torch.float64)}
+    header = {f"key {number}": "ä\n\x1f" for number in range(20)}
+    # Each process has its own order, and each mapping in it.
+    for number in range(5):
+        write_tensors(tmp_path / f"{number}", dict(sorted(tensors.items(), reverse=number % 2 > 0)), header)
+    assert len({(tmp_path / f"{number}").read_bytes() for number in range(5)}) == 1
+    with safe_open(tmp_path / "0", "pt") as file:
+        assert file.metadata() == header
+        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())

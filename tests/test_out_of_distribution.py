@@ -159,17 +159,17 @@ def test_the_predictor_warns_beyond_the_limit_and_only_there(
     assert predictor.predict(paths[0], {}).out_of_scope is None
 
 
-def test_an_older_run_says_once_that_it_has_no_check(
+def test_a_run_without_the_score_says_so_once_and_with_every_prediction(
     tiny_run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     older = Run(shutil.copytree(tiny_run.path, tmp_path / "older"))
     older.out_of_scope_file.unlink()
     predictor = Predictor.load(older)
-    picture = np.full((64, 64, 3), 99, np.uint8)
-    prediction = predictor.predict_many([picture, picture], [{}, {}])[1]
+    image = np.full((64, 64, 3), 99, np.uint8)
+    for prediction in predictor.predict_many([image, image], [{}, {}]):
+        assert prediction.out_of_scope is None
+        assert "not checked" in prediction.warnings[0]
     assert capfd.readouterr().err.count("no out-of-distribution score") == 1
-    assert prediction.out_of_scope is None
-    assert not any("doesn't look like" in warning for warning in prediction.warnings)
     with pytest.raises(RunError, match="dualrefnet evaluate"):
         _ = older.out_of_scope
     save_score(fit_score(vectors(9, 5, 0), vectors(9, 5, 1)), older.out_of_scope_file)

@@ -226,5 +226,7 @@ def _bundle_parts(folder: Path, device: str, variant: str) -> dict[str, Any]:
         parts = bundle_parts(folder, description, variant, device)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise RunError(f"{folder} can't be loaded: {error}") from None
+    if parts["reads_image"] and parts["out_of_scope"] is None:
+        warn(f"{folder} has no out-of-distribution score, so images without a lesion get no warning; export it again")
     names = ("name", "dualrefnet", "dataset", "classes", "class_names", "malignant", "measured")
     return {"description": {name: description.get(name) for name in names} | {"variant": variant}, **parts}

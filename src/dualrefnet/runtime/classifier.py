@@ -207,6 +207,8 @@ class Classifier:
                 )
         if self.reads_image and images[0] is None:
             warnings.append("predicted without an image")
+        elif self.reads_image and self.out_of_scope is None:
+            warnings.append("not checked whether the image looks like those this model was trained on: no score for it")
         return warnings
 
     def _threshold_warnings(self, label: str, thresholds: Thresholds, refer: bool | None) -> list[str]:
