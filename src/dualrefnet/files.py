@@ -34,6 +34,17 @@ YAML_LIMIT = 1_000_000
 
 
 @contextmanager
+def enough_space(path: Path | str) -> Iterator[None]:
+    """Say in one line that `path` wasn't written because the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise not_written(path, error) from error
+
+
+@contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Give a temporary neighbour of `path`, and rename it to `path` if the block ends without an error.
 
@@ -50,20 +61,16 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        # mkstemp makes the file private; an ordinary file has the rights that the user's umask leaves.
-        temporary.chmod(0o666 & ~_UMASK)
-        os.replace(temporary, path)
-    except OSError as error:
-        # Others are of what the block reads: another file, or the network.
-        if error.errno not in FULL and error.filename != name:
-            raise
-        raise not_written(path, error) from error
+        with enough_space(path):
+            yield temporary
+            # mkstemp makes the file private; an ordinary file has the rights that the user's umask leaves.
+            temporary.chmod(0o666 & ~_UMASK)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def not_written(path: Path, error: OSError) -> DataError:
+def not_written(path: Path | str, error: OSError) -> DataError:
     """Return the error to raise where the system refuses to write a file or to make a folder."""
     if error.errno in FULL:
         return DataError(f"the disk is full: {path} was not written; free some space and run again")

@@ -6,6 +6,7 @@ import os
 import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -83,7 +84,7 @@ class ImageIndex:
         return [("path", path), ("any case", path.casefold()), ("id", stem), ("id in any case", stem.casefold())]
 
 
-def decode_image(source: Path | str | bytes, **limits: int) -> NDArray[np.uint8]:
+def decode_image(source: Path | str | bytes, **limits: Any) -> NDArray[np.uint8]:
     """Decode an image of unknown origin to (H, W, 3); see `dualrefnet.runtime.images.decode_image`."""
     try:
         return images.decode_image(source, **limits)

@@ -7,6 +7,7 @@ import os
 import re
 import warnings
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 MAX_BYTES = 100 * 2**20
 MAX_PIXELS = 100_000_000
 MIN_SIDE = 16
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
 # A decoder may take minutes or gigabytes for a small file that repeats a scan of all pixels, or an empty header.
 # Cameras write up to a dozen scans, and a few dozen segments.
 MAX_SCANS = 100
@@ -59,9 +61,14 @@ class DecodingError(ValueError):
 
 
 def decode_image(
-    source: Path | str | bytes, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE
+    source: Path | str | bytes,
+    *,
+    max_bytes: int = MAX_BYTES,
+    max_pixels: int = MAX_PIXELS,
+    min_side: int = MIN_SIDE,
+    formats: Sequence[str] = FORMATS,
 ) -> NDArray[np.uint8]:
-    """Decode a JPEG, PNG, BMP, TIFF or WebP image to (H, W, 3) RGB; safe for untrusted input and for several threads.
+    """Decode an image of one of some formats to (H, W, 3) RGB; safe for untrusted input and for several threads.
 
     The content decides the type, not the name. The EXIF orientation is applied (damaged EXIF counts as none),
     transparent pixels are put on white, grey and palette images become RGB, 16-bit samples are scaled to 8 bits, and of
@@ -71,8 +78,9 @@ def decode_image(
     """
     name, data = _read(source, max_bytes)
     opener = _opener(data)
-    if opener is None:
-        raise DecodingError(f"{name} isn't a JPEG, PNG, BMP, TIFF or WebP image, whatever its name says")
+    if opener is None or opener.format not in formats:
+        known = f"{', '.join(formats[:-1])} or {formats[-1]}"
+        raise DecodingError(f"{name} isn't a {known} image, whatever its name says")
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise DecodingError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: truncated images would pass; set it to False")
     _silence_pillow()
@@ -192,10 +200,14 @@ def _check_scans(data: bytes, image: ImageFile.ImageFile, ends: list[int]) -> No
         raise EOFError("parts of its pixels are missing")
     if len(ends) == 1 and image.mode != "CMYK" and (pixels[-1, -1] != _FILL).any():
         return
-    for end in ends:
-        with JpegImageFile(io.BytesIO(data[:end] + _FURTHER + data[end:])) as changed:
-            if not np.array_equal(np.asarray(changed), pixels):
-                raise EOFError("its pixels end early")
+    # All scans at once: a large progressive JPEG would take seconds for each.
+    start, parts = 0, []
+    for end in (*ends, len(data)):
+        parts.append(data[start:end])
+        start = end
+    with JpegImageFile(io.BytesIO(_FURTHER.join(parts))) as changed:
+        if not np.array_equal(np.asarray(changed), pixels):
+            raise EOFError("its pixels end early")
 
 
 def _check_size(name: str, image: ImageFile.ImageFile, max_pixels: int, min_side: int) -> None:

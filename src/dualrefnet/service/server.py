@@ -16,21 +16,17 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import uvicorn
 from filelock import BaseFileLock, FileLock, Timeout
 from pydantic import BaseModel, ConfigDict
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.supervisors import Multiprocess
 
 from dualrefnet import progress
-from dualrefnet.errors import DataError, DependencyError, DualRefNetError
+from dualrefnet.errors import DataError, DualRefNetError
 from dualrefnet.progress import note, warn
 from dualrefnet.service.observability import FOLDER_VARIABLE, log_to_stderr, traceback_of
 from dualrefnet.service.settings import ServiceSettings, read_keys
-
-try:
-    import uvicorn
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-    from uvicorn.supervisors import Multiprocess
-except ImportError:
-    raise DependencyError("the web service needs uvicorn: pip install 'dualrefnet[deploy]'") from None
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
