@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -270,7 +269,7 @@ class Inference:
         image = np.zeros((size, size, 3), dtype=np.uint8) if self.predictor.reads_image else None
         try:
             await self._decoders.start()
-            await self._classify(Case([image], {}))
+            await self._compute(self._predictions, Case([image], {}))
         except Exception as error:
             log.critical("model failed", extra={"error": type(error).__name__, "where": traceback_of(error)})
             self.state = "broken"
@@ -282,7 +281,8 @@ class Inference:
         self._check(upload)
 
         async def work() -> Prediction:
-            return await self._classify(Case(await self._prepare(upload.images, reservation), upload.metadata))
+            case = Case(await self._prepare(upload.images, reservation), upload.metadata)
+            return await self._compute(self._predictions, case)
 
         return await self._within_timeout(work())
 
@@ -292,8 +292,8 @@ class Inference:
 
         async def work() -> tuple[Prediction, Explanation]:
             case = Case(await self._prepare(upload.images, reservation), upload.metadata)
-            prediction = await self._classify(case)
-            return prediction, await self._explanations.submit((case, upload.label or prediction.label))
+            prediction = await self._compute(self._predictions, case)
+            return prediction, await self._compute(self._explanations, (case, upload.label or prediction.label))
 
         return await self._within_timeout(work())
 
@@ -329,8 +329,9 @@ class Inference:
             for task in tasks:
                 task.cancel()
 
-    async def _classify(self, case: Case) -> Prediction:
-        prediction = await self._predictions.submit(case)
-        if not all(map(math.isfinite, prediction.probabilities.values())):
-            raise Refusal(500, "not_finite", "the model computed no numbers for this input, so there is no prediction")
-        return prediction
+    async def _compute(self, worker: Worker[Job, Result], job: Job) -> Result:
+        try:
+            return await worker.submit(job)
+        except DataError as error:
+            # The input has been checked, so the fault is the model's.
+            raise Refusal(500, "not_finite", str(error)) from None
