@@ -57,7 +57,7 @@ class Reservation:
 
     def __init__(self, limiter: Limiter, declared: int) -> None:
         limiter.change(1, declared)
-        self._limiter, self._held, self._received = limiter, declared, 0
+        self._limiter, self._held, self._expected = limiter, declared, declared
 
     def __enter__(self) -> Reservation:
         return self
@@ -67,10 +67,10 @@ class Reservation:
 
     def receive(self, size: int) -> None:
         """Count bytes of the body as they arrive, as far as they weren't declared."""
-        self._received += size
-        beyond = max(0, self._received - self._held)
-        self._limiter.change(0, beyond)
-        self._held += beyond
+        declared = min(size, self._expected)
+        self._expected -= declared
+        self._limiter.change(0, size - declared)
+        self._held += size - declared
 
     def release_body(self) -> None:
         """The body has been decoded and is no longer held."""
