@@ -17,7 +17,7 @@ from dualrefnet.analysis.out_of_distribution import measure_out_of_distribution
 from dualrefnet.analysis.perturbations import predict_with_metadata
 from dualrefnet.analysis.shortcuts import probe_shortcuts
 from dualrefnet.analysis.subgroups import subgroups_of_run
-from dualrefnet.errors import DataError, RunError
+from dualrefnet.errors import DataError, DualRefNetError, RunError
 from dualrefnet.files import write_csv
 from dualrefnet.report.trust import audit_section, missing_metadata_section, shortcuts_section, subgroups_section
 from dualrefnet.run import Run
@@ -99,5 +99,5 @@ def test_a_model_that_computes_no_numbers_isn_t_measured(opened: OpenedRun) -> N
     model, examples = copy.deepcopy(opened.model), opened.pictures("test")
     for parameter in model.parameters():
         parameter.data.fill_(torch.nan)
-    with pytest.raises(RunError, match="its training diverged"):
+    with pytest.raises(DualRefNetError, match="its training has diverged"):
         predict_with_metadata(replace(opened, model=model), examples, [examples.metadata])

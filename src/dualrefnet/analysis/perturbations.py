@@ -21,10 +21,10 @@ from dualrefnet.analysis.opened_run import OpenedRun
 from dualrefnet.data.images import read_mask
 from dualrefnet.data.loader import Examples
 from dualrefnet.data.metadata import MetadataEncoder
-from dualrefnet.errors import DataError, RunError
+from dualrefnet.errors import DataError
 from dualrefnet.evaluation.bootstrap import group_codes
 from dualrefnet.models.encoders import Encoded
-from dualrefnet.models.inference import joined_vectors
+from dualrefnet.models.inference import check_finite, joined_vectors
 
 Floats = NDArray[np.float64]
 # (N, M), encoded.
@@ -93,12 +93,7 @@ def predict_without_image(
 
 def _predict(opened: OpenedRun, encoded: Encoded | None, metadata: Metadata) -> Floats:
     logits = opened.model(encoded, torch.from_numpy(metadata).to(opened.device)).logits
-    probabilities: Floats = logits.double().softmax(dim=1).cpu().numpy()
-    if not np.isfinite(probabilities).all():
-        raise RunError(
-            f"the model in {opened.run.path} computes probabilities that aren't numbers: its training diverged; train "
-            "again with a smaller training.learning_rate"
-        )
+    probabilities: Floats = check_finite(logits).double().softmax(dim=1).cpu().numpy()
     return probabilities
 
 

@@ -50,6 +50,7 @@ FILES = {
     "out_of_scope.safetensors": "the out-of-distribution score",
     "form.schema.json": "JSON Schema (2020-12) of the metadata",
     "DATA_LICENCE.md": "the licence of the training data",
+    "SHA256SUMS": "the SHA-256 of every file, compared when the bundle is loaded, or by `sha256sum --check SHA256SUMS`",
     "runtime/": "the program above that needs no dualrefnet",
 }
 
