@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from safetensors.numpy import load_file
 from sklearn.covariance import LedoitWolf
 from sklearn.metrics import roc_auc_score
@@ -24,6 +25,7 @@ from dualrefnet.analysis.out_of_distribution import (
     save_score,
     summarise,
 )
+from dualrefnet.deploy.network import TorchNetwork
 from dualrefnet.errors import RunError
 from dualrefnet.run import Run
 from dualrefnet.runtime.out_of_distribution import OutOfDistributionScore
@@ -127,6 +129,16 @@ def test_a_damaged_or_foreign_file_says_what_to_do(tmp_path: Path, fitted: OutOf
         run.out_of_scope_file.write_bytes(bad)
         with pytest.raises(RunError, match="dualrefnet evaluate"):
             _ = run.out_of_scope
+
+
+def test_vectors_of_the_predictor_are_those_of_the_run(opened: OpenedRun) -> None:
+    examples = opened.pictures("test")
+    network = TorchNetwork(opened.model, opened.recipe.image.size, opened.normalisation, opened.device)
+    images = examples.batch(np.arange(7)).images.permute(0, 2, 3, 1).numpy()
+    output = network(images, None, examples.metadata[:7])
+    np.testing.assert_allclose(output.vectors, opened.vectors(examples, np.arange(7)), atol=1e-5)
+    expected = opened.model(opened.encode(examples.batch(np.arange(7))), torch.from_numpy(examples.metadata[:7]))
+    np.testing.assert_allclose(output.logits, expected.logits.detach(), atol=1e-5)
 
 
 def test_evaluation_fits_the_score_and_counts_false_alarms(opened: OpenedRun) -> None:

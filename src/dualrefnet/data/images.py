@@ -6,6 +6,7 @@ import os
 import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -33,6 +34,16 @@ def image_id(name: str) -> str:
     """Return the path that names an image, without its suffix."""
     stem, suffix = os.path.splitext(image_path(name))
     return stem if suffix.lower() in IMAGE_SUFFIXES else stem + suffix
+
+
+def is_image(path: Path | str) -> bool:
+    """Whether a file is listed as an image: by its suffix, or without one by its first bytes."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix or not os.path.isfile(path):
+        return suffix in IMAGE_SUFFIXES
+    with Path(path).open("rb") as file:
+        start = file.read(12)
+    return start[4:8] == b"ftyp" or start.startswith((*images.OPENERS, b"RIFF"))
 
 
 def list_files(folder: Path) -> Iterator[str]:
@@ -87,7 +98,7 @@ class ImageIndex:
         return [("path", path), ("any case", path.casefold()), ("id", stem), ("id in any case", stem.casefold())]
 
 
-def decode_image(source: Path | str | bytes, **limits: int) -> NDArray[np.uint8]:
+def decode_image(source: Path | str | bytes, **limits: Any) -> NDArray[np.uint8]:
     """Decode an image of unknown origin to (H, W, 3); see `dualrefnet.runtime.images.decode_image`."""
     try:
         return images.decode_image(source, **limits)

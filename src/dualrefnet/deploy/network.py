@@ -18,12 +18,11 @@ from torch.fx import GraphModule
 
 import dualrefnet
 from dualrefnet.data import isic_2019, pad_ufes_20, synthetic
-from dualrefnet.data.loader import Batch
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.errors import RunError
 from dualrefnet.models.base import Architecture, Method, mark_missing
 from dualrefnet.models.encoders import Encoded, Encoder
-from dualrefnet.models.inference import Normalisation, VectorKeeper, predict_logits
+from dualrefnet.models.inference import Normalisation, joined_vectors, normalise, to_unit
 from dualrefnet.models.registry import load_model
 from dualrefnet.progress import warn
 from dualrefnet.recipe import ImageSection
@@ -40,18 +39,21 @@ class TorchNetwork:
 
     def __init__(self, model: Method, size: int, normalisation: Normalisation, device: torch.device) -> None:
         self.model = model.to(device).eval()
-        self._keeper = VectorKeeper(self.model)
         self._size, self._normalisation, self._device = size, normalisation, device
 
+    @torch.inference_mode()
     def __call__(
         self, images: Image | None, missing: NDArray[np.bool_] | None, metadata: NDArray[np.float32]
     ) -> NetworkOutput:
-        pixels = None if images is None else torch.from_numpy(images).permute(0, 3, 1, 2)
-        absent = torch.from_numpy(missing) if missing is not None and missing.any() else None
-        unknown = torch.zeros(len(metadata), dtype=torch.int64)
-        batch = Batch(np.arange(len(metadata)), pixels, torch.from_numpy(metadata), unknown, absent=absent)
-        logits = predict_logits(self._keeper, [batch], self._size, self._normalisation, self._device).logits
-        return NetworkOutput(logits.numpy(), self._keeper.take())
+        read = None
+        if images is not None:
+            unit = to_unit(torch.from_numpy(images).permute(0, 3, 1, 2).to(self._device), self._size)
+            pixels = normalise(unit, self._normalisation)
+            if missing is not None:
+                pixels = pixels.masked_fill(torch.from_numpy(missing).to(self._device).view(-1, 1, 1, 1), torch.nan)
+            read = self.model.encode(pixels)
+        logits = self.model(read, torch.from_numpy(metadata).to(self._device)).logits.float().cpu().numpy()
+        return NetworkOutput(logits, None if read is None else joined_vectors(read))
 
 
 def run_parts(run: Path | str | Run, device: str) -> dict[str, Any]:
@@ -204,6 +206,7 @@ class ProgramNetwork:
         self._module, self._inputs = torch.export.load(file).module(), inputs
 
     @torch.inference_mode()
+    @torch.inference_mode()
     def __call__(
         self, images: Image | None, missing: NDArray[np.bool_] | None, metadata: NDArray[np.float32]
     ) -> NetworkOutput:
@@ -218,10 +221,17 @@ def trace(model: ExportedModel) -> ExportedProgram:
     shapes = {name: {0: Dim(BATCH_AXIS, min=1)} for name in model.inputs}
     # Strict mode reads the code; the other runs it, and would fix the batch size that the code asks for.
     program = torch.export.export(model.eval(), (), model.example(), dynamic_shapes=shapes, strict=True)
+    addresses: dict[str, str] = {}
     for part in program.graph_module.modules():
         for node in part.graph.nodes if isinstance(part, GraphModule) else ():
-            # Folders of this machine, and lines of the source.
+            # Folders of this machine and lines of the source.
             node.meta.pop("stack_trace", None)
+            # Addresses of memory, with which no two exports of a run would be equal.
+            node.meta.pop("from_node", None)
+            stack = node.meta.get("nn_module_stack", {})
+            node.meta["nn_module_stack"] = {
+                addresses.setdefault(key, f"module_{len(addresses)}"): where for key, where in stack.items()
+            }
     return program
 
 

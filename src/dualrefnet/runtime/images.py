@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import re
 import warnings
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 MAX_BYTES = 100 * 2**20
 MAX_PIXELS = 100_000_000
 MIN_SIDE = 16
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "HEIF", "AVIF")
 # A decoder may take minutes or gigabytes for a small file that repeats a scan of all pixels, or an empty header.
 # Cameras write up to a dozen scans, and a few dozen segments.
 MAX_SCANS = 100
@@ -38,12 +41,14 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_OPENERS = {
+OPENERS = {
     b"\xff\xd8\xff": JpegImageFile,
     b"\x89PNG\r\n\x1a\n": PngImageFile,
     b"BM": BmpImageFile,
     **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), TiffImageFile),
 }
+# ISO/IEC 23008-12: what phones write.
+_HEIF, _AVIF = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1"), (b"avif", b"avis")
 _MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK")
 # Markers of a JPEG that don't belong to the data of a scan.
 _MARKER = re.compile(rb"\xff([\xc0-\xcf\xd8-\xfe])")
@@ -59,9 +64,14 @@ class DecodingError(ValueError):
 
 
 def decode_image(
-    source: Path | str | bytes, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE
+    source: Path | str | bytes,
+    *,
+    max_bytes: int = MAX_BYTES,
+    max_pixels: int = MAX_PIXELS,
+    min_side: int = MIN_SIDE,
+    formats: Sequence[str] = FORMATS,
 ) -> NDArray[np.uint8]:
-    """Decode a JPEG, PNG, BMP, TIFF or WebP image to (H, W, 3) RGB; safe for untrusted input and for several threads.
+    """Decode an image of one of some formats to (H, W, 3) RGB; safe for untrusted input and for several threads.
 
     The content decides the type, not the name. The EXIF orientation is applied (damaged EXIF counts as none),
     transparent pixels are put on white, grey and palette images become RGB, 16-bit samples are scaled to 8 bits, and of
@@ -70,9 +80,10 @@ def decode_image(
     Pillow's own limit, `PIL.Image.MAX_IMAGE_PIXELS`. Raises DecodingError.
     """
     name, data = _read(source, max_bytes)
-    opener = _opener(data)
-    if opener is None:
-        raise DecodingError(f"{name} isn't a JPEG, PNG, BMP, TIFF or WebP image, whatever its name says")
+    opener = _opener(name, data)
+    if opener is None or opener.format not in formats:
+        known = f"{', '.join(formats[:-1])} or {formats[-1]}"
+        raise DecodingError(f"{name} isn't a {known} image, whatever its name says")
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise DecodingError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: truncated images would pass; set it to False")
     _silence_pillow()
@@ -117,10 +128,23 @@ def _read(source: Path | str | bytes, max_bytes: int) -> tuple[str, bytes]:
     return name, data
 
 
-def _opener(data: bytes) -> type[ImageFile.ImageFile] | None:
+def _opener(name: str, data: bytes) -> type[ImageFile.ImageFile] | None:
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return WebPImageFile
-    return next((opener for magic, opener in _OPENERS.items() if data.startswith(magic)), None)
+    if data[4:8] == b"ftyp" and data[8:12] in (*_HEIF, *_AVIF):
+        return _heif_opener(name, data[8:12] in _AVIF)
+    return next((opener for magic, opener in OPENERS.items() if data.startswith(magic)), None)
+
+
+def _heif_opener(name: str, avif: bool) -> type[ImageFile.ImageFile]:
+    """Return what opens the images of phones; both are optional."""
+    module, attribute = ("PIL.AvifImagePlugin", "AvifImageFile") if avif else ("pillow_heif.as_plugin", "HeifImageFile")
+    try:
+        return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
+    except ImportError:
+        needed = "pip install 'pillow>=11.3'" if avif else "pip install pillow-heif"
+        kind = "an AVIF" if avif else "a HEIC"
+        raise DecodingError(f"{name} is {kind} image: `{needed}` makes it readable, or save it as JPEG") from None
 
 
 def _silence_pillow() -> None:
@@ -192,10 +216,14 @@ def _check_scans(data: bytes, image: ImageFile.ImageFile, ends: list[int]) -> No
         raise EOFError("parts of its pixels are missing")
     if len(ends) == 1 and image.mode != "CMYK" and (pixels[-1, -1] != _FILL).any():
         return
-    for end in ends:
-        with JpegImageFile(io.BytesIO(data[:end] + _FURTHER + data[end:])) as changed:
-            if not np.array_equal(np.asarray(changed), pixels):
-                raise EOFError("its pixels end early")
+    # All scans at once: a large progressive JPEG would take seconds for each.
+    start, parts = 0, []
+    for end in (*ends, len(data)):
+        parts.append(data[start:end])
+        start = end
+    with JpegImageFile(io.BytesIO(_FURTHER.join(parts))) as changed:
+        if not np.array_equal(np.asarray(changed), pixels):
+            raise EOFError("its pixels end early")
 
 
 def _check_size(name: str, image: ImageFile.ImageFile, max_pixels: int, min_side: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +15,39 @@ from dualrefnet.analysis.evaluate import evaluate_run
 from dualrefnet.data.loader import fill_recipe_store, make_examples, read_dataset, recipe_split, split_rows
 from dualrefnet.data.metadata import MetadataEncoder, missingness_warning
 from dualrefnet.data.schema import DatasetSchema
+from dualrefnet.errors import RunError
 from dualrefnet.files import remove_partial, write_json
 from dualrefnet.models.base import Architecture
 from dualrefnet.models.inference import fill_features
-from dualrefnet.models.registry import check_method, count_parameters, new_model
+from dualrefnet.models.registry import check_method, new_model
 from dualrefnet.models.superresolution import fill_targets
 from dualrefnet.progress import note, warn
 from dualrefnet.recipe import Recipe
-from dualrefnet.run import Run, fingerprint, save_fingerprint, start_run, write_split
+from dualrefnet.run import Run, fingerprint, start_run, write_split
 from dualrefnet.training.loop import Trainer
 
 MODEL_FORMAT = 2
+# In errors of torch: its allocators, oneDNN, C++.
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "could not create a primitive", "bad_alloc")
 
 
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Say in one line that a limit of the machine ended the training, and what to set."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+            raise RunError(
+                "there isn't enough memory: lower training.batch_size, evaluation.batch_size or image.size, or raise "
+                "the limit of this process; then go on with --resume"
+            ) from error
+        if "can't start new thread" in str(error):
+            raise RunError("no more threads may be started: lower --workers and OMP_NUM_THREADS") from error
+        raise
+
+
+@enough_memory()
 def train_recipe(
     recipe: Recipe, out: Path, resume: bool = False, cache: Path | None = None, workers: int | None = None
 ) -> Run:
@@ -74,7 +96,8 @@ def train_recipe(
     if state.is_main_process:
         write_json(run.path / "model.json", model_description(recipe, architecture, encoder, dataset.schema, sources))
         start = "; ".join(dict.fromkeys(str(source["description"]) for source in sources))
-        note(f"{recipe.model.method}: {count_parameters(model) / 1e6:.2f} M parameters; encoder starts from: {start}")
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        note(f"{recipe.model.method}: {parameters / 1e6:.2f} M parameters; encoder starts from: {start}")
         if frozen:
             note(
                 "the encoder is frozen: the rest is trained on its features, without augmentation and without "
@@ -87,8 +110,9 @@ def train_recipe(
     counts = torch.bincount(torch.tensor(train.labels), minlength=len(dataset.schema.classes))
     trainer = Trainer(model, recipe, run, counts, (tuple(sources[0]["mean"]), tuple(sources[0]["std"])), encoder.spans)
     if state.is_main_process:
-        save_fingerprint(
-            run, fingerprint(recipe, dataset, split, sources, target_source, trainer.precision, state.num_processes)
+        write_json(
+            run.path / "fingerprint.json",
+            fingerprint(recipe, dataset, split, sources, target_source, trainer.precision, state.num_processes),
         )
     trainer.fit(train, val)
     if state.is_main_process:
