@@ -31,7 +31,7 @@ import dualrefnet
 from dualrefnet.data.images import IMAGE_SUFFIXES
 from dualrefnet.deploy.predictor import Predictor
 from dualrefnet.errors import DataError, ImageError
-from dualrefnet.files import atomic_path, escape_cell, read_json, sha256_of_file, sha256_of_json, write_json
+from dualrefnet.files import atomic_path, escape_cell, locked, read_json, sha256_of_file, sha256_of_json, write_json
 from dualrefnet.progress import ShowProgress, console, note, progress_bar, warn
 from dualrefnet.runtime.prediction import Prediction
 
@@ -329,15 +329,7 @@ def _open_folder(folder: Path, out: Path, fingerprint: Mapping[str, Any], resume
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    with (folder / "lock").open("w") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows has no flock; there the user must see to it.
-            pass
-        except BlockingIOError:
-            raise DataError(f"another process is writing {folder}; wait for it, or choose another --out") from None
+    with locked(folder / "lock", f"another process is writing {folder}; wait for it, or choose another --out"):
         yield
 
 
