@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
+from dualrefnet.analysis.opened_run import OpenedRun, open_run
 from dualrefnet.data.synthetic import make_synthetic
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import Run
@@ -60,6 +61,12 @@ def tiny_run(tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> R
     from dualrefnet.training.train import train_recipe
 
     return train_recipe(tiny_recipe, tmp_path_factory.mktemp("runs") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def opened(tiny_run: Run) -> OpenedRun:
+    """`tiny_run` with its model and data; don't change it."""
+    return open_run(tiny_run, device=torch.device("cpu"))
 
 
 def _shared(variable: str, name: str) -> Path:

@@ -176,7 +176,7 @@ def opened(tiny_run: Run) -> OpenedRun:
 
 
 def test_vectors_are_kept_of_what_is_classified_and_the_answer_stays(opened: OpenedRun) -> None:
-    examples = opened.pictures("test")
+    examples = opened.image_examples("test")
     keeper = VectorKeeper(opened.model)
     arguments = (opened.recipe.image.size, opened.normalisation, opened.device)
     kept = predict_logits(keeper, examples.in_order(7), *arguments).logits
@@ -191,7 +191,7 @@ def test_vectors_are_kept_of_what_is_classified_and_the_answer_stays(opened: Ope
 
 def test_evaluation_fits_the_score_and_counts_false_alarms(opened: OpenedRun) -> None:
     said = opened.run.metrics["out_of_scope"]
-    examples = opened.pictures("test")
+    examples = opened.image_examples("test")
     scores = opened.run.out_of_scope.score(opened.vectors(examples, np.arange(len(examples))))
     assert said["images"] == len(examples) == len(scores)
     assert said["false_alarms"] == (scores > 1).sum()
@@ -205,7 +205,7 @@ def test_evaluation_fits_the_score_and_counts_false_alarms(opened: OpenedRun) ->
 def test_the_predictor_gives_the_score_of_the_evaluation(opened: OpenedRun) -> None:
     predictor = Predictor.load(opened.run)
     rows = opened.rows("test").head(5)
-    scores = opened.run.out_of_scope.score(opened.vectors(opened.pictures("test"), np.arange(5)))
+    scores = opened.run.out_of_scope.score(opened.vectors(opened.image_examples("test"), np.arange(5)))
     predictions = predictor.predict_many(list(rows["image_path"]), [{}] * 5)
     np.testing.assert_allclose([prediction.out_of_scope for prediction in predictions], scores, rtol=1e-4)
 
@@ -306,7 +306,7 @@ def measured(opened: OpenedRun) -> OutOfDistributionMeasured:
 def test_a_run_is_measured_against_all_groups(opened: OpenedRun, measured: OutOfDistributionMeasured) -> None:
     scores = measured.scores
     counts = scores["group"].value_counts()
-    assert counts[LESIONS] == measured.images == min(20, len(opened.pictures("test")))
+    assert counts[LESIONS] == measured.images == min(20, len(opened.image_examples("test")))
     assert counts[SKIN] == counts[CLOSE_LESION] > 0
     assert set(scores.loc[scores["group"] == SKIN, "source"]) <= set(scores.loc[scores["group"] == LESIONS, "source"])
     assert measured.skin_auroc is not None

@@ -102,7 +102,7 @@ def test_outlines_are_read_as_the_model_sees_the_pictures_and_useless_ones_are_c
     cv2.imwrite(str(folder / f"{ids[1]}.png"), np.zeros((20, 20), np.uint8))
     cv2.imwrite(str(folder / f"{ids[2]}.png"), np.full((20, 20), 255, np.uint8))
     (folder / f"{ids[3]}.png").unlink()
-    examples, masks = run.pictures("test"), run.masks()
+    examples, masks = run.image_examples("test"), run.masks()
     assert set(masks) == set(ids) - {ids[3]}
     outlines = read_outlines(run, examples, masks)
     assert outlines.places.tolist() == [place for place in range(len(ids)) if place not in (1, 2, 3)]
@@ -197,7 +197,7 @@ def test_hidden_flags_change_nothing_but_the_flags(opened: OpenedRun) -> None:
 
 
 def test_without_photograph_is_one_answer_for_equal_forms_in_batches_of_any_size(opened: OpenedRun) -> None:
-    forms = opened.pictures("test").metadata
+    forms = opened.image_examples("test").metadata
     size = opened.recipe.evaluation.batch_size
     small = opened.recipe.model_copy(
         update={"evaluation": opened.recipe.evaluation.model_copy(update={"batch_size": 7})}

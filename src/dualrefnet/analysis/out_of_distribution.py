@@ -187,7 +187,7 @@ def measure_out_of_distribution(
     if not opened.model.reads_image:
         raise DataError("this method reads no image, so there is nothing to score")
     score = opened.run.out_of_scope
-    examples, rows = opened.pictures("test"), opened.rows("test")
+    examples, rows = opened.image_examples("test"), opened.rows("test")
     chosen = sample_rows(examples.labels, images, seed)
     found = opened.masks(masks)
     files = dict(zip(rows["image_id"].iloc[chosen], rows["image_path"].iloc[chosen], strict=True))

@@ -5,16 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dualrefnet.analysis.cases import (
-    ChosenCase,
-    Disagreement,
-    ShownCase,
-    choose_cases,
-    draw_disagreement,
-    draw_gallery,
-    find_disagreement,
-    show_cases,
-)
+from dualrefnet.analysis.cases import ChosenCase, ShownCase, choose_cases, draw_gallery, show_cases
+from dualrefnet.analysis.disagreement import Disagreement, draw_disagreement, find_disagreement
 from dualrefnet.analysis.embedding import MEASURES, compare_embeddings, draw_embedding, draw_separation, embed
 from dualrefnet.analysis.gradcam import ALL_IMAGES, draw_gradcam, draw_localisation, localise
 from dualrefnet.analysis.opened_run import OpenedRun
@@ -73,7 +65,7 @@ def _sections(opened: OpenedRun, options: ReportOptions, masks: dict[str, Path])
     else:
         note("this method reads no metadata: no SHAP")
     with progress_bar("features") as show:
-        found = embed(opened, options.images, SAMPLES, options.seed, opened.run.path.resolve().name, show)
+        found = embed(opened, options.images, SAMPLES, options.seed, show)
     intro = [
         "t-SNE of the fused features, the input of the classifier. The scores are measured on the features "
         "themselves, as distances in the figure are distorted."
@@ -84,9 +76,13 @@ def _sections(opened: OpenedRun, options: ReportOptions, masks: dict[str, Path])
 
 
 def _gallery_section(opened: OpenedRun, shown: Sequence[ShownCase]) -> Section:
-    names = opened.dataset.schema.class_names
+    schema = opened.dataset.schema
     by_class = {label: [case for case in shown if case.chosen.label == label] for label in opened.classes}
-    figures = [draw_gallery(cases, label, names.get(label, "")) for label, cases in by_class.items() if cases]
+    figures = [
+        draw_gallery(cases, label, names.get(label, ""), opened.dataset.schema.unit)
+        for label, cases in by_class.items()
+        if cases
+    ]
     values = ", and the metadata with the largest SHAP values, in percentage points" * any(
         case.attributions for case in shown
     )
@@ -171,7 +167,7 @@ def comparison_section(first: OpenedRun, second: OpenedRun, options: ReportOptio
     names = run_names(first.run, second.run)
     found = find_disagreement(first.run, second.run, CASES, SAMPLES, options.seed)
     with progress_bar("features of both") as show:
-        comparison = compare_embeddings(first, second, options.images, SAMPLES, options.seed, names, show)
+        comparison = compare_embeddings(first, second, names, options.images, SAMPLES, options.seed, show)
     figures: list[ReportFigure] = [draw_embedding(comparison.first, comparison.second), draw_separation(comparison)]
     if options.photographs and first.model.reads_image and len(found.chosen):
         ours = _shown(first, found, "predicted_a")
