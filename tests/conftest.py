@@ -8,12 +8,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from dualrefnet.analysis.opened_run import OpenedRun, open_run
+from dualrefnet.data.adapters import load_dataset
+from dualrefnet.data.schema import Dataset
 from dualrefnet.data.synthetic import make_synthetic
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import Run
 from dualrefnet.suite.results import SuiteResults, aggregate
+
+# Machines are noisy: how long an example takes says nothing about the software.
+settings.register_profile("noisy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("noisy")
 
 # The smallest honest training: a real encoder from scratch on 32 px images, seconds on two cores.
 TINY = {
@@ -50,6 +57,12 @@ def sample_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def large_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A synthetic data set large enough for statements about its metadata; don't change it."""
+    return make_synthetic(tmp_path_factory.mktemp("large") / "data", images=420, side=64)
+
+
+@pytest.fixture(scope="session")
 def tiny_recipe(sample_root: Path) -> Recipe:
     """The recipe of `tiny_run`."""
     return load_recipe("sample", {"data.root": str(sample_root), **TINY})
@@ -65,7 +78,7 @@ def tiny_run(tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> R
 
 @pytest.fixture(scope="session")
 def opened(tiny_run: Run) -> OpenedRun:
-    """`tiny_run` with its model and data; don't change it."""
+    """The shared run, opened."""
     return open_run(tiny_run, device=torch.device("cpu"))
 
 
@@ -86,6 +99,16 @@ def real_pad() -> Path:
 def real_isic() -> Path:
     """The real ISIC-2019 folder; the test is skipped where there is none."""
     return _shared("DUALREFNET_DATA", "isic_2019")
+
+
+@pytest.fixture(scope="session")
+def pad(real_pad: Path) -> Dataset:
+    return load_dataset("pad_ufes_20", real_pad)
+
+
+@pytest.fixture(scope="session")
+def isic(real_isic: Path) -> Dataset:
+    return load_dataset("isic_2019", real_isic)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,13 @@
 """Predictions with ties, and resamples laid out image by image, with which the weighted metrics are compared."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dualrefnet.evaluation.bootstrap import Bootstrap, Difference
+from dualrefnet.evaluation.comparison import pooled_bootstrap
 from dualrefnet.evaluation.metrics import DEFAULT_BINS, CalibrationErrors, compute_metrics
 
 Floats = NDArray[np.float64]
@@ -36,6 +41,25 @@ def lay_out(groups: ArrayLike, samples: int, seed: int = 0) -> list[NDArray[np.i
     rows = [np.flatnonzero(np.asarray(groups) == name) for name in names]
     drawn = [generator.integers(len(names), size=len(names)) for _ in range(samples)]
     return [np.concatenate([rows[index] for index in indices]) for indices in drawn]
+
+
+def intervals_of(metrics: Mapping[str, Any], suffix: str = "_ci95") -> dict[str, list[float]]:
+    """Every interval of metrics.json under keys like `accuracy` and `per_class.MEL.auc`."""
+    parts = {"": metrics, "malignant.": metrics.get("malignant", {})}
+    parts |= {f"per_class.{name}.": values for name, values in metrics["per_class"].items()}
+    return {
+        prefix + key.removesuffix(suffix): values[key]
+        for prefix, values in parts.items()
+        for key in values
+        if key.endswith(suffix)
+    }
+
+
+def paired_difference(
+    labels: ArrayLike, a: Floats, b: Floats, bootstrap: Bootstrap, classes: Sequence[str], measure: str
+) -> Difference:
+    """How far model A is above model B on the same resamples."""
+    return pooled_bootstrap(labels, {"a": [a], "b": [b]}, bootstrap, classes).difference("a", "b", measure)
 
 
 def ece(labels: ArrayLike, scores: ArrayLike, bins: int = DEFAULT_BINS) -> float:

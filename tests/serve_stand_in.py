@@ -1,4 +1,4 @@
-"""Serve a model that costs nothing, in a process of its own: `python serve_stand_in.py SERVED_AS_JSON [SECONDS_FOR_AN_ANSWER]`."""
+"""Serve a model that costs nothing, in a process of its own: `python serve_stand_in.py SERVED_AS_JSON [SECONDS]`."""
 
 import sys
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +16,6 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from dualrefnet.data.images import decode_image
 from dualrefnet.deploy import batch as module
@@ -137,16 +135,6 @@ def test_a_table_names_images_and_metadata_and_invalid_rows_fail_alone(tmp_path:
     assert [part in error and bool(part) == bool(error) for part, error in zip(words, result["error"], strict=True)]
     # The second batch had no row that could be predicted.
     assert model.batches == [2, 0]
-
-
-def test_a_model_without_images_takes_a_table_without(tmp_path: Path) -> None:
-    table = table_of(tmp_path / "table.csv", [("age",), ("61",), ("old",), ("62",)])
-    model = Redness(needs_image=False)
-    assert predict(model, TableCases(table, model), tmp_path / "out.csv") == Summary(2, 1, 0)
-    rows = pd.read_csv(tmp_path / "out.csv", keep_default_na=False)
-    assert rows[["image", "warnings"]].to_numpy().tolist() == [[1, "age 61"], [2, ""], [3, "age 62"]]
-    with pytest.raises(DataError, match="no column image, and this model needs images"):
-        TableCases(table, Redness())
 
 
 @pytest.mark.parametrize(
@@ -329,42 +317,6 @@ def test_two_processes_do_not_write_one_file_and_a_full_disk_is_an_error(
     with pytest.raises(DataError, match="the disk is full"):
         predict(Redness(), cases, tmp_path / "other.csv")
     assert not (tmp_path / "other.csv").exists()
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    rows=st.lists(st.tuples(st.text(max_size=6), st.text(max_size=6)), min_size=1, max_size=9),
-    kept=st.sets(st.integers(0, 4)),
-)
-def test_any_finished_chunks_are_kept_and_joined_in_order(
-    rows: list[tuple[str, str]], kept: set[int], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    class Listed:
-        total, fingerprint = len(rows), {}
-
-        def __iter__(self) -> Iterator[Case]:
-            return iter([Case(name, None, {}, error) for name, error in rows])
-
-    def work(chunks: Iterator[tuple[int, list[Case]]]) -> Iterator[tuple[int, bytes]]:
-        # In reverse: on a cluster chunks are finished in any order.
-        for number, part in reversed(list(chunks)):
-            if number in chosen:
-                yield number, csv_lines([(case.name, case.error) for case in part])
-
-    out = tmp_path_factory.mktemp("join") / "out.csv"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "CHUNK", 2)
-        predict_rows = partial(predict_to_csv, ModelFolder(out.parent), (), Listed(), out, work, batch=1)
-        chosen = kept
-        if kept.issuperset(range((len(rows) + 1) // 2)):
-            done = predict_rows()
-        else:
-            with pytest.raises(DataError, match="the list was changed meanwhile"):
-                predict_rows()
-            chosen = set(range(5)) - kept
-            done = predict_rows(resume=True)
-    assert out.read_bytes().split(b"\n", 1)[1] == csv_lines(rows)
-    assert done.failed == sum(bool(error) for _, error in rows)
 
 
 def test_a_killed_process_is_resumed_by_the_next(tmp_path: Path) -> None:

@@ -1,12 +1,7 @@
 import json
-import shutil
-from pathlib import Path
 from typing import Any
 
 import jsonschema
-import pandas as pd
-import yaml
-from huggingface_hub import ModelCard
 
 import dualrefnet
 from dualrefnet.data.isic_2019 import SCHEMA as ISIC
@@ -88,52 +83,15 @@ def test_the_card_has_the_measures_and_runs(tiny_run: Run) -> None:
         assert line.count("|") != 1
 
 
-def test_the_hub_reads_the_header(tiny_run: Run) -> None:
-    header = ModelCard(card(tiny_run)).data
-    found = (header.license, header.library_name, header.pipeline_tag)
-    assert found == ("apache-2.0", "dualrefnet", "image-classification")
-    assert {"multimodal", "synthetic-not-clinical", "research-only"} <= set(header.tags)
-    unknown = {**tiny_run.model["dataset"], "citation": "", "licence": "", "drawn": False}
-    other = yaml.safe_load(card(tiny_run, dataset=unknown).split("---")[1])
-    assert (other["license"], other["license_link"]) == ("other", "DATA_LICENCE.md")
-    assert "synthetic-not-clinical" not in other["tags"]
-
-
-def test_the_card_follows_the_inputs_of_the_model(tiny_run: Run) -> None:
-    metadata = card(tiny_run, reads_image=False, method="metadata_only")
-    assert "python -m runtime --metadata" in metadata
-    assert "--csv metadata.csv" in metadata
-    image = card(tiny_run, method="no_metadata")
-    assert "It reads an image of a skin lesion, and gives" in image
-    assert "Metadata fields" not in image
-    assert "without the image too" in card(tiny_run, learned_tokens=True)
-    assert "#b00020" in card(tiny_run, missingness_shortcut="missing means benign")
-
-
-def test_int8_and_subgroups_are_reported_where_they_were_measured(tiny_run: Run, tmp_path: Path) -> None:
-    assert "Not measured: `dualrefnet probe RUN`" in card(tiny_run)
-    shutil.copytree(tiny_run.path, tmp_path / "run")
-    (tmp_path / "run" / "probes").mkdir()
-    rows = [
-        ("gender", "FEMALE", 30, True, "accuracy", 0.8, 0.7, 0.9),
-        ("gender", "FEMALE", 30, True, "balanced_accuracy", 0.6, 0.5, 0.7),
-        ("region", "A|B", 25, True, "accuracy", 0.5, None, None),
-        ("fitspatrick", "6", 1, False, None, None, None, None),
-    ]
-    names = ["field", "level", "images", "measured", "measure", "value", "low", "high"]
-    pd.DataFrame(rows, columns=names).to_csv(tmp_path / "run" / "probes" / "subgroups.csv", index=False)
-    text = card(Run(tmp_path / "run"), int8=True)
-    for part in (
-        "| accuracy | 0.750 | 0.500 |",
-        "| milliseconds for a batch of 1 | 4.0 | 5.0 (0.80 times as fast) |",
-        "| megabytes | 2.0 | 0.5 |",
-        "The same class for 87.5% of the images",
-        "| gender | FEMALE | 30 | 0.800 [0.70, 0.90] |",
-        "| region | A\\|B | 25 | 0.500 |",
-        "fitspatrick 6 (1).",
-    ):
+def test_names_from_outside_are_text_in_the_card(tiny_run: Run) -> None:
+    dataset = {**tiny_run.model["dataset"], "title": "a\n# b | <img src=x>", "citation": "[me](javascript:x)"}
+    text = card(
+        tiny_run, dataset=dataset, class_names={"MEL": "**m** `x`"}, missingness_shortcut="it is *so* <b>bad</b>"
+    )
+    for part in (r"a # b \| \<img src=x>", r"[me\](javascript:x)", r"MEL (\*\*m\*\* \`x\`)", r"\*so\* \<b>bad"):
         assert part in text
-    assert "0.600" not in text.split("## Subgroups")[1].split("## Parity")[0]
+    assert r"- To cite: [me\](javascript:x)" in data_licence(dataset)
+    assert r"**a # b \| \<img src=x>**" in data_licence(dataset)
 
 
 def test_the_licence_of_the_data_is_stated_and_never_made_up() -> None:

@@ -17,10 +17,11 @@ from dualrefnet.analysis.shap import MISSING_FLAGS
 from dualrefnet.data.images import find_masks, read_mask
 from dualrefnet.display.figure import WIDTH, ReportFigure, inline_svg
 from dualrefnet.errors import RunError
-from dualrefnet.evaluation.comparison import paired_difference
+from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.files import write_csv, write_json, write_yaml
 from dualrefnet.recipe import load_recipe
 from dualrefnet.run import Run
+from resampling import paired_difference
 
 
 def predicted(*rows: tuple[str, str, float]) -> pd.DataFrame:
@@ -169,7 +170,8 @@ def test_the_difference_is_that_of_the_balanced_accuracies_over_patients(found: 
     # The same bootstrap on predictions with certainty.
     truth = np.array([CLASSES.index(label) for label in labels])
     certain = [np.eye(3)[[CLASSES.index(row[place]) for row in ROWS]] for place in (3, 5)]
-    expected = paired_difference(truth, *certain, [row[1] for row in ROWS], CLASSES, samples=200)
+    bootstrap = Bootstrap([row[1] for row in ROWS], 200)
+    expected = paired_difference(truth, *certain, bootstrap, CLASSES, "balanced_accuracy")
     assert [found.difference.low, found.difference.high] == pytest.approx([expected.low, expected.high])
     assert found.difference.p == pytest.approx(expected.p)
 

@@ -4,18 +4,13 @@ import time
 import numpy as np
 import pytest
 
-from dualrefnet.evaluation.bootstrap import wilson_interval
-from dualrefnet.evaluation.comparison import (
-    bootstrap_intervals,
-    flat_measures,
-    paired_difference,
-    pooled_bootstrap,
-    with_intervals,
-)
+from dualrefnet.evaluation.bootstrap import Bootstrap, wilson_interval
+from dualrefnet.evaluation.comparison import flat_measures, metrics_with_intervals, pooled_bootstrap
 from dualrefnet.evaluation.metrics import compute_metrics
-from resampling import CLASSES, lay_out, predictions
+from resampling import CLASSES, intervals_of, lay_out, paired_difference, predictions
 
 LABELS, GROUPS = predictions(0, 50)[0], np.arange(50) // 4
+MEASURES = ("accuracy", "balanced_accuracy", "auc_macro_ovr", "f1_macro", "per_class.B.ppv", "malignant.auc", "ece")
 
 
 def seeds_of(labels: np.ndarray, seeds: range, skill: int = 4) -> list[np.ndarray]:
@@ -27,9 +22,14 @@ def seeds_of(labels: np.ndarray, seeds: range, skill: int = 4) -> list[np.ndarra
     return [one / one.sum(axis=1, keepdims=True) for one in scores]
 
 
+def accuracy_interval(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray, samples: int = 500) -> list[float]:
+    interval: list[float] = metrics_with_intervals(labels, scores, Bootstrap(groups, samples), CLASSES)["accuracy_ci95"]
+    return interval
+
+
 def test_values_intervals_and_differences_are_those_of_laid_out_resamples() -> None:
     systems = {"a": seeds_of(LABELS, range(1, 4), 6), "b": seeds_of(LABELS, range(9, 12), 3)}
-    found = pooled_bootstrap(LABELS, systems, GROUPS, CLASSES, samples=30, malignant=["C"])
+    found = pooled_bootstrap(LABELS, systems, Bootstrap(GROUPS, 30), CLASSES, malignant=["C"])
 
     def measure(rows: np.ndarray) -> dict[str, dict[str, float]]:
         result = {}
@@ -39,15 +39,7 @@ def test_values_intervals_and_differences_are_those_of_laid_out_resamples() -> N
         return result
 
     point, drawn = measure(np.arange(50)), [measure(rows) for rows in lay_out(GROUPS, 30)]
-    for key in (
-        "accuracy",
-        "balanced_accuracy",
-        "auc_macro_ovr",
-        "f1_macro",
-        "per_class.B.ppv",
-        "malignant.auc",
-        "ece",
-    ):
+    for key in MEASURES:
         for name in systems:
             value = found.value(name, key)
             expected = np.nanquantile([one[name][key] for one in drawn], [0.025, 0.975])
@@ -58,24 +50,14 @@ def test_values_intervals_and_differences_are_those_of_laid_out_resamples() -> N
         assert [difference.value, difference.low, difference.high] == pytest.approx(expected)
         tail = min((differences <= 0).sum(), (differences >= 0).sum())
         assert (difference.p, difference.samples) == (pytest.approx(min(1, 2 * (tail + 1) / 31)), 30)
-    assert (found.images, found.groups, found.samples) == (50, 13, 30)
-
-
-def test_one_seed_gives_what_the_functions_for_one_and_two_models_give() -> None:
-    (a,), (b,) = seeds_of(LABELS, range(2, 3)), seeds_of(LABELS, range(3, 4))
-    found = pooled_bootstrap(LABELS, {"a": [a], "b": [b]}, GROUPS, CLASSES, samples=150)
-    for measure, interval in bootstrap_intervals(LABELS, a, GROUPS, CLASSES, samples=150).items():
-        value = found.value("a", measure)
-        assert (value.low, value.high) == interval
-    pair = paired_difference(LABELS, a, b, GROUPS, CLASSES, samples=150)
-    assert found.difference("a", "b", "balanced_accuracy") == pair
+    assert (found.images, found.groups) == (50, 13)
 
 
 def test_seeds_that_err_on_different_patients_narrow_the_interval_and_duplicates_of_a_seed_do_not() -> None:
     labels = np.random.default_rng(2).integers(3, size=300)
     seeds = seeds_of(labels, range(4))
     systems = {"one": seeds[:1], "duplicates": seeds[:1] * 4, "seeds": seeds}
-    found = pooled_bootstrap(labels, systems, np.arange(300), CLASSES, samples=400)
+    found = pooled_bootstrap(labels, systems, Bootstrap(np.arange(300), 400), CLASSES)
     one, duplicates, several = (found.value(name, "accuracy") for name in systems)
     assert (duplicates.low, duplicates.high) == pytest.approx((one.low, one.high))
     assert several.high - several.low < 0.85 * (one.high - one.low)
@@ -87,7 +69,8 @@ def test_a_system_does_not_differ_from_itself_and_a_known_difference_is_found() 
     # Each tenth image is one that only the first system gets right.
     wrong = right.copy()
     wrong[::10] = np.roll(right[::10], 1, axis=1)
-    found = pooled_bootstrap(labels, {"good": [right], "same": [right], "bad": [wrong]}, np.arange(300), CLASSES)
+    systems = {"good": [right], "same": [right], "bad": [wrong]}
+    found = pooled_bootstrap(labels, systems, Bootstrap(np.arange(300), 1000), CLASSES)
     same, good = found.difference("same", "good", "accuracy"), found.difference("good", "bad", "accuracy")
     assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)
     assert (good.value, good.p) == pytest.approx((0.1, 2 / 1001))
@@ -97,72 +80,72 @@ def test_a_system_does_not_differ_from_itself_and_a_known_difference_is_found() 
     assert (mirrored.value, mirrored.low, mirrored.high) == pytest.approx((-0.1, -good.high, -good.low))
 
 
-def test_a_metric_without_resamples_has_its_value_and_no_interval() -> None:
+def test_what_has_no_resamples_has_no_interval_and_what_is_undefined_for_a_seed_is_undefined() -> None:
     a, b = seeds_of(LABELS, range(2))
-    found = pooled_bootstrap(LABELS, {"a": [a], "b": [b]}, GROUPS, CLASSES, samples=20)
+    never_c = np.tile([0.6, 0.2, 0.2], (50, 1))
+    found = pooled_bootstrap(LABELS, {"a": [a], "b": [b], "never": [a, never_c]}, Bootstrap(GROUPS, 20), CLASSES)
     expected = [compute_metrics(LABELS, scores, CLASSES)["mcc"] for scores in (a, b)]
     value, difference = found.value("a", "mcc"), found.difference("a", "b", "mcc")
     assert (value.value, difference.value) == pytest.approx((expected[0], expected[0] - expected[1]))
     assert np.isnan([value.low, difference.low, difference.p]).all()
-
-
-def test_a_value_undefined_for_one_seed_is_undefined() -> None:
-    never_c = np.tile([0.6, 0.2, 0.2], (50, 1))
-    systems = {"a": [*seeds_of(LABELS, range(1)), never_c]}
-    found = pooled_bootstrap(LABELS, systems, GROUPS, CLASSES, samples=20)
-    assert np.isnan(found.value("a", "per_class.C.ppv").value)
-    assert found.value("a", "per_class.C.sensitivity").value > 0
+    assert np.isnan(found.value("never", "per_class.C.ppv").value)
+    assert found.value("never", "per_class.C.sensitivity").value > 0
 
 
 def test_wrong_input_is_refused_with_the_reason() -> None:
-    scores = seeds_of(LABELS, range(1))
+    (scores,) = seeds_of(LABELS, range(1))
     for systems, message in (
-        ({"a": scores, "b": []}, "no predictions of b"),
+        ({"a": [scores], "b": []}, "no predictions of b"),
         ({}, "no predictions of any system"),
-        ({"a": scores, "b": [scores[0][:-1]]}, "labels must have the shape"),
+        ({"a": [scores], "b": [scores[:-1]]}, "labels must have the shape"),
     ):
         with pytest.raises(ValueError, match=message):
-            pooled_bootstrap(LABELS, systems, GROUPS, CLASSES)
+            pooled_bootstrap(LABELS, systems, Bootstrap(GROUPS, 5), CLASSES)
     with pytest.raises(ValueError, match=r"unknown measure 'bacc'; known: accuracy"):
-        pooled_bootstrap(LABELS, {"a": scores}, GROUPS, CLASSES, samples=5).value("a", "bacc")
+        pooled_bootstrap(LABELS, {"a": [scores]}, Bootstrap(GROUPS, 5), CLASSES).value("a", "bacc")
 
 
 def test_the_p_value_of_two_equal_models_is_seldom_small() -> None:
     values = []
     for seed in range(60):
         labels, a = predictions(seed, 150)
-        b = seeds_of(labels, range(1000 + seed, 1001 + seed))[0]
-        values.append(paired_difference(labels, a, b, np.arange(150), CLASSES, "accuracy", 200, seed).p)
+        (b,) = seeds_of(labels, range(1000 + seed, 1001 + seed))
+        values.append(paired_difference(labels, a, b, Bootstrap(np.arange(150), 200, seed), CLASSES, "accuracy").p)
     assert np.mean(np.array(values) < 0.05) <= 0.15
 
 
-def test_intervals_hold_their_value_are_reproducible_and_ignore_the_names_of_patients() -> None:
+@pytest.mark.parametrize("level", [0.95, 0.9])
+def test_metrics_json_holds_every_interval_next_to_its_value(level: float) -> None:
     labels, scores = predictions(0, 300)
-    numbers = np.arange(300) // 2
-    intervals = bootstrap_intervals(labels, scores, numbers, CLASSES, samples=200, malignant=["B"])
-    values = flat_measures(compute_metrics(labels, scores, CLASSES, malignant=["B"]))
-    for key in (
-        "accuracy",
-        "auc_macro_ovr",
-        "f1_macro",
-        "precision_macro",
-        "kappa",
-        "per_class.A.npv",
-        "malignant.auc",
-    ):
-        assert intervals[key][0] < values[key] < intervals[key][1]
-    named = [f"patient {number}" for number in numbers]
-    assert intervals == bootstrap_intervals(labels, scores, named, CLASSES, samples=200, malignant=["B"])
-    assert intervals != bootstrap_intervals(labels, scores, numbers, CLASSES, samples=200, malignant=["B"], seed=1)
-    assert (intervals.groups, intervals.samples_without) == (150, {"A": 0, "B": 0, "C": 0})
+    numbers, suffix = np.arange(300) // 2, f"_ci{100 * level:g}"
+    metrics = metrics_with_intervals(labels, scores, Bootstrap(numbers, 200, level=level), CLASSES, ["B"])
+    plain = compute_metrics(labels, scores, CLASSES, ["B"])
+    found, values = intervals_of(metrics, suffix), flat_measures(plain)
+    pooled = pooled_bootstrap(labels, {"": [scores]}, Bootstrap(numbers, 200, level=level), CLASSES, ["B"])
+    assert set(found) == set(pooled.drawn[""])
+    for key in MEASURES:
+        expected = pooled.value("", key)
+        assert found[key] == [expected.low, expected.high]
+        assert found[key][0] < values[key] < found[key][1]
+    assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
+    keys = list(metrics)
+    assert keys[keys.index("accuracy") + 1] == f"accuracy{suffix}"
+    assert [key for key in keys if not key.endswith(suffix)] == [*plain, "bootstrap"]
+    without = {"A": 0, "B": 0, "C": 0}
+    assert metrics["bootstrap"] == {"samples": 200, "level": level, "groups": 150, "samples_without": without}
+    # Names instead of numbers change nothing, another seed does, and without resamples there is no interval.
+    named = Bootstrap([f"patient {number}" for number in numbers], 200, level=level)
+    assert metrics_with_intervals(labels, scores, named, CLASSES, ["B"]) == metrics
+    assert metrics_with_intervals(labels, scores, Bootstrap(numbers, 200, 1, level), CLASSES, ["B"]) != metrics
+    assert metrics_with_intervals(labels, scores, Bootstrap(numbers, 0), CLASSES, ["B"]) == plain
 
 
 def test_duplicates_of_one_patients_image_do_not_narrow_the_interval() -> None:
     labels, scores = predictions(2, 100)
     repeated = np.repeat(labels, 5), np.repeat(scores, 5, axis=0)
-    once = bootstrap_intervals(labels, scores, np.arange(100), CLASSES, samples=500)["accuracy"]
-    by_patient = bootstrap_intervals(*repeated, np.repeat(np.arange(100), 5), CLASSES, samples=500)["accuracy"]
-    by_image = bootstrap_intervals(*repeated, np.arange(500), CLASSES, samples=500)["accuracy"]
+    once = accuracy_interval(labels, scores, np.arange(100))
+    by_patient = accuracy_interval(*repeated, np.repeat(np.arange(100), 5))
+    by_image = accuracy_interval(*repeated, np.arange(500))
     assert by_patient == pytest.approx(once)
     assert by_image[1] - by_image[0] < 0.6 * (once[1] - once[0])
 
@@ -170,46 +153,25 @@ def test_duplicates_of_one_patients_image_do_not_narrow_the_interval() -> None:
 def test_the_interval_of_accuracy_is_near_wilsons_when_each_patient_has_one_image() -> None:
     labels, scores = predictions(3, 1000)
     hits = int((scores.argmax(axis=1) == labels).sum())
-    drawn = bootstrap_intervals(labels, scores, np.arange(1000), CLASSES, samples=2000)["accuracy"]
-    assert drawn == pytest.approx(wilson_interval(hits, 1000), abs=0.006)
+    assert accuracy_interval(labels, scores, np.arange(1000), 2000) == pytest.approx(
+        wilson_interval(hits, 1000), abs=0.006
+    )
 
 
 def test_a_class_missing_from_resamples_is_counted_and_named() -> None:
     labels, scores = predictions(4, 60)
     labels[labels == 2], labels[0] = 1, 2
-    intervals = bootstrap_intervals(labels, scores, np.arange(60), CLASSES, samples=300)
+    metrics = metrics_with_intervals(labels, scores, Bootstrap(np.arange(60), 300), CLASSES)
+    without = metrics["bootstrap"]["samples_without"]["C"]
     # One image among 60 patients is drawn not once in (1 - 1/60)^60 = 36% of the resamples.
-    assert 80 < intervals.samples_without["C"] < 140
-    assert intervals["per_class.C.sensitivity"][0] in (0, 1)
-    result = with_intervals(compute_metrics(labels, scores, CLASSES), intervals)
-    assert f"C ({intervals.samples_without['C']})" in result["remarks"][-1]
+    assert 80 < without < 140
+    assert metrics["per_class"]["C"]["sensitivity_ci95"][0] in (0, 1)
+    assert f"C ({without})" in metrics["remarks"][-1]
 
 
-def test_metrics_json_holds_every_interval_next_to_its_value() -> None:
-    labels, scores = predictions(5, 100)
-    metrics = compute_metrics(labels, scores, CLASSES, malignant=["A"])
-    before = json.dumps(metrics)
-    intervals = bootstrap_intervals(labels, scores, np.arange(100), CLASSES, samples=50, malignant=["A"], level=0.9)
-    result = with_intervals(metrics, intervals)
-    assert json.dumps(metrics) == before
-    assert json.loads(json.dumps(result, allow_nan=False)) == result
-    keys = list(result)
-    assert keys[keys.index("accuracy") + 1] == "accuracy_ci90"
-    parts = {"": result, "malignant.": result["malignant"]}
-    parts |= {f"per_class.{name}.": values for name, values in result["per_class"].items()}
-    beside = {
-        prefix + key[:-5]: value
-        for prefix, values in parts.items()
-        for key, value in values.items()
-        if key.endswith("_ci90")
-    }
-    assert beside == {key: list(interval) for key, interval in intervals.items()}
-
-
-def test_a_table_of_twelve_systems_and_a_thousand_resamples_of_five_thousand_images_take_seconds() -> None:
+def test_a_table_of_twelve_systems_and_a_thousand_resamples_takes_seconds() -> None:
     started = time.perf_counter()
     labels = np.random.default_rng(0).integers(3, size=1036)
     systems = {str(index): seeds_of(labels, range(3 * index, 3 * index + 3)) for index in range(12)}
-    pooled_bootstrap(labels, systems, np.arange(1036) // 2, CLASSES)
-    bootstrap_intervals(*predictions(7, 5000), np.arange(5000) // 2, CLASSES)
+    pooled_bootstrap(labels, systems, Bootstrap(np.arange(1036) // 2, 1000), CLASSES)
     assert time.perf_counter() - started < 60

@@ -88,7 +88,7 @@ def test_an_images_own_patient_is_no_neighbour() -> None:
     assert measured.value("run", "knn_balanced_accuracy").value == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), images=st.integers(3, 30), patients=st.integers(2, 8))
 def test_neighbours_are_those_of_a_plain_search(seed: int, images: int, patients: int) -> None:
     generator = np.random.default_rng(seed)

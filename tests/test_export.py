@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -30,7 +29,7 @@ from dualrefnet.deploy.network import (
     write_program,
 )
 from dualrefnet.deploy.parity import Cases, predict_cases
-from dualrefnet.errors import DataError, RunError
+from dualrefnet.errors import RunError
 from dualrefnet.files import sha256_of_file
 from dualrefnet.models.base import Architecture, Method
 from dualrefnet.models.encoders import BACKBONES, Encoder, WeightsSource
@@ -168,18 +167,6 @@ def test_files_hold_no_decoder_no_pickle_and_no_folder_of_this_machine(tmp_path:
 
 
 @pytest.mark.slow
-def test_a_model_without_form_reads_the_image_alone(tmp_path: Path) -> None:
-    method, architecture = tiny_method("no_metadata", width=0)
-    model, onnx_file, _ = written(method, architecture, tmp_path)
-    assert model.inputs == ("image",)
-    cases = random_cases(2, width=0)
-    trained = TorchNetwork(method, SIDE, NORMALISATION, torch.device("cpu"))
-    np.testing.assert_allclose(
-        predict_cases(OnnxNetwork(onnx_file), cases).logits, predict_cases(trained, cases).logits, atol=1e-4
-    )
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_backbone_is_exported(backbone: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -278,6 +265,18 @@ def test_a_bundle_predicts_as_its_run_does_and_without_dualrefnet(
         assert json.loads(done.stdout)["probabilities"] == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_bundle_without_its_score_says_so_once_and_with_every_prediction(
+    bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(bundle, tmp_path / "bundle")
+    (folder / "out_of_scope.safetensors").unlink()
+    image = np.full((64, 64, 3), 99, np.uint8)
+    for prediction in Predictor.load(folder).predict_many([image, image], [{}, {}]):
+        assert prediction.out_of_scope is None
+        assert "not checked" in prediction.warnings[0]
+    assert capfd.readouterr().err.count("no out-of-distribution score") == 1
+
+
 def test_without_data_parity_is_checked_on_synthetic_cases_and_a_bundle_is_replaced(
     form_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -324,22 +323,6 @@ def test_an_export_that_predicts_otherwise_fails_and_leaves_nothing(
     with pytest.raises(RunError, match=r"ONNX file doesn't predict as the trained model.*0\.001"), torch.no_grad():
         export_run(form_run, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_int8_without_images_is_refused_when_asked_for(
-    tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    moved = tmp_path / "run"
-    shutil.copytree(tiny_run.path, moved)
-    recipe = yaml.safe_load((moved / "recipe.yaml").read_text())
-    recipe["data"]["root"] = str(tmp_path / "nowhere")
-    (moved / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    with pytest.raises(DataError, match=r"int8.*--root DIR.*--no-int8"):
-        export_run(Run(moved), tmp_path / "bundle", int8=True)
-    assert "aren't available" in capsys.readouterr().err
-    with pytest.raises(DataError, match="no folder"):
-        export_run(Run(moved), tmp_path / "bundle", root=tmp_path / "elsewhere")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
 def test_runs_that_nobody_could_use_are_refused(tiny_run: Run, tmp_path: Path) -> None:

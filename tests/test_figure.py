@@ -7,7 +7,6 @@ import xml.etree.ElementTree as ET
 from itertools import combinations
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -23,7 +22,6 @@ from dualrefnet.display.figure import (
     PNG_DPI,
     WIDTH,
     ReportFigure,
-    beeswarm_offsets,
     inline_svg,
     new_figure,
     save_figure,
@@ -115,14 +113,6 @@ def test_a_reader_who_sees_nothing_hears_title_and_alt() -> None:
     )
 
 
-def test_the_same_picture_gives_the_same_bytes(tmp_path: Path) -> None:
-    assert inline_svg(drawn()) == inline_svg(drawn())
-    picture = drawn()
-    assert inline_svg(picture) == inline_svg(picture)
-    first, second = save_figure(picture, tmp_path / "first"), save_figure(drawn(), tmp_path / "second")
-    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
-
-
 def test_files_of_a_picture(tmp_path: Path) -> None:
     picture = drawn("some")
     paths = save_figure(picture, tmp_path / "new" / "folder")
@@ -172,29 +162,6 @@ def test_large_photographs_become_jpegs_in_the_page_and_look_the_same() -> None:
     assert (shown[..., :3] == even).all()
 
 
-def test_the_callers_settings_of_matplotlib_stay_and_have_no_say() -> None:
-    plain = inline_svg(drawn())
-    own = {
-        "font.size": 20,
-        "axes.grid": False,
-        "lines.linewidth": 9,
-        "savefig.bbox": "tight",
-        "savefig.dpi": 50,
-        "text.color": "red",
-        "legend.labelcolor": "green",
-        "axes.facecolor": "yellow",
-        "image.cmap": "gray",
-        "svg.fonttype": "path",
-    }
-    with matplotlib.rc_context(own):
-        before = dict(matplotlib.rcParams)
-        picture = drawn()
-        assert dict(matplotlib.rcParams) == before
-        svg = inline_svg(picture)
-        assert dict(matplotlib.rcParams) == before
-        assert svg == plain
-
-
 def lab(colours: tuple[str, ...], matrix: list[list[float]]) -> np.ndarray:
     """Return (N, 3) CIE Lab of sRGB colours as they look to somebody."""
     values = np.array([[int(colour[place : place + 2], 16) for place in (1, 3, 5)] for colour in colours]) / 255
@@ -213,17 +180,3 @@ def test_colours_stay_apart_for_colour_blind_eyes_and_markers_where_they_come_ne
             assert distance > APART, (COLOURS[one], COLOURS[other])
         if distance < NEAR:
             assert MARKERS[one] != MARKERS[other]
-
-
-@pytest.mark.parametrize("page", ["#fefefd", "#16181b"])
-def test_no_colour_vanishes_on_a_light_or_on_a_dark_page(page: str) -> None:
-    places = lab((page, *COLOURS), CONES["all cones"])
-    assert np.linalg.norm(places[1:] - places[0], axis=1).min() > 30
-
-
-def test_swarm_points_of_one_value_stand_side_by_side_from_the_middle_outwards() -> None:
-    heights = beeswarm_offsets(np.array([1, 1, 1, 5, 1], np.float32), 0.1)
-    assert heights.tolist() == pytest.approx([0, -0.09, 0.09, 0, -0.18])
-    crowd = beeswarm_offsets(np.zeros(301, np.float32), 0.1)
-    assert np.abs(crowd).max() == pytest.approx(0.4)
-    assert len(np.unique(crowd)) == 301

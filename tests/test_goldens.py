@@ -15,10 +15,12 @@ from dualrefnet.data.adapters import Dataset, load_dataset
 from dualrefnet.data.check import check_dataset
 from dualrefnet.data.protocols import split_counts, split_dataset
 from dualrefnet.data.synthetic import make_synthetic
+from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.evaluation.calibration import fit_calibration
-from dualrefnet.evaluation.comparison import bootstrap_intervals
+from dualrefnet.evaluation.comparison import metrics_with_intervals
 from dualrefnet.evaluation.metrics import compute_metrics
 from dualrefnet.files import sha256_of_json
+from resampling import intervals_of
 
 GOLDENS = Path(__file__).with_name("goldens.json")
 CLASSES, MALIGNANT = ("ACK", "BCC", "MEL", "NEV"), ("BCC", "MEL")
@@ -52,10 +54,10 @@ def measured(root: Path) -> dict[str, Any]:
     result["check"] = [[finding.level, finding.check, finding.count] for finding in findings]
     labels, probabilities, patients = predictions()
     result["metrics"] = compute_metrics(labels, probabilities, CLASSES, MALIGNANT)
-    result["intervals"] = bootstrap_intervals(labels, probabilities, patients, CLASSES, 200, 5, malignant=MALIGNANT)
-    result["calibration"] = fit_calibration(
-        labels, probabilities, patients, CLASSES, MALIGNANT, samples=100, seed=2
-    ).to_json()
+    with_intervals = metrics_with_intervals(labels, probabilities, Bootstrap(patients, 200, 5), CLASSES, MALIGNANT)
+    result["intervals"] = intervals_of(with_intervals)
+    bootstrap = Bootstrap(patients, 100, 2)
+    result["calibration"] = fit_calibration(labels, probabilities, bootstrap, CLASSES, MALIGNANT).to_json()
     return words_apart(json.loads(json.dumps(result)))  # type: ignore[no-any-return]
 
 

@@ -136,24 +136,6 @@ def test_a_bundle_goes_to_the_hub_and_comes_back(bundle: Path, server: Server, t
     ).read_text()
 
 
-def test_options_reach_the_hub(bundle: Path, server: Server, tmp_path: Path) -> None:
-    assert push_bundle(bundle, "org/name") == "https://hub/org/name/commit/1"
-    assert server.calls[1][1]["revision"] is None
-    assert "dualrefnet" in server.calls[1][1]["commit_message"]
-    Loaded.from_pretrained("org/name", token="hf_x", cache_dir=tmp_path, force_download=True, local_files_only=True)
-    options = server.calls[-1][1]
-    assert (options["revision"], options["token"], options["cache_dir"]) == (None, "hf_x", tmp_path)
-    assert (options["force_download"], options["local_files_only"]) == (True, True)
-
-
-def test_the_real_client_without_a_network_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"no folder org/name.*cache"):
-        Loaded.from_pretrained("org/name", cache_dir=tmp_path, local_files_only=True)
-    for name in ("not/a/name", "../elsewhere", str(tmp_path / "nowhere")):
-        with pytest.raises(RunError, match="ORG/NAME"):
-            Loaded.from_pretrained(name, cache_dir=tmp_path, local_files_only=True)
-
-
 def test_a_bundle_is_only_loaded_if_its_networks_are_those_it_describes(bundle: Path) -> None:
     about = json.loads((bundle / "bundle.json").read_text())
     (bundle / "model.int8.onnx").write_bytes(b"exchanged")
@@ -174,12 +156,6 @@ def test_a_bundle_is_only_loaded_if_its_networks_are_those_it_describes(bundle: 
     (bundle / "bundle.json").unlink()
     with pytest.raises(RunError, match="is no bundle"):
         Loaded.from_pretrained(bundle)
-
-
-def test_a_loaded_run_cannot_be_pushed(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="dualrefnet export"):
-        Loaded(tmp_path).push_to_hub("org/name")
-    assert not server.folder("org/name", None).exists()
 
 
 def test_a_refusal_of_the_hub_is_one_line(bundle: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.base import BaseEstimator, clone
 
 from dualrefnet.analysis.label_leakage import (
     ALL,
@@ -14,13 +15,13 @@ from dualrefnet.analysis.label_leakage import (
     LINEAR,
     NEIGHBOUR,
     OTHERS,
+    REGRESSION,
     TRAIN,
     TRAIN_VAL,
     AuditedRows,
     balanced_accuracy,
     feature_sets,
     label_leaking_columns,
-    linear,
     metadata_alone,
     missingness,
     predict_in_folds,
@@ -30,7 +31,6 @@ from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.check import Finding
 from dualrefnet.data.protocols import split_dataset
 from dualrefnet.data.schema import Dataset
-from dualrefnet.data.synthetic import make_synthetic
 from dualrefnet.evaluation.bootstrap import Bootstrap
 
 GROUPED = "5 folds of patients"
@@ -49,9 +49,8 @@ def write_table(root: Path, frame: pd.DataFrame, fields: list[str], malignant: s
 
 
 @pytest.fixture(scope="module")
-def sample(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """A synthetic data set large enough for statements about its metadata; its images aren't read."""
-    return load_dataset("sample", make_synthetic(tmp_path_factory.mktemp("audited") / "data", images=420, side=64))
+def sample(large_root: Path) -> Dataset:
+    return load_dataset("sample", large_root)
 
 
 def test_fields_missing_together_are_one_block_whose_classes_are_counted(tmp_path: Path) -> None:
@@ -63,7 +62,7 @@ def test_fields_missing_together_are_one_block_whose_classes_are_counted(tmp_pat
     frame["c"] = np.where(np.arange(count) % 10 == 0, None, "z")
     frame["operated"] = np.where(gap, "no", np.where(np.arange(count) % 3, "yes", "no"))
     dataset = write_table(tmp_path, frame, ["a", "b", "c"], "[ill]")
-    blocks, models, findings = missingness(AuditedRows.of(dataset, split_dataset(dataset)), 100, 0)
+    blocks, models, findings = missingness(AuditedRows.of(dataset, split_dataset(dataset), 100))
     assert blocks["block"].tolist() == ["a, b empty", "c empty"]
     first = blocks.iloc[0]
     assert (first["rows"], first["ill"], first["well"]) == (100, 0.0, 0.5)
@@ -80,7 +79,7 @@ def test_missingness_that_is_the_label_fails(tmp_path: Path) -> None:
     frame = pd.DataFrame({"label": ["ill", "well"] * 100, "patient": range(200)})
     frame["thickness"] = np.where(frame["label"] == "ill", "thin", None)
     dataset = write_table(tmp_path, frame, ["thickness"], "[ill]")
-    findings = missingness(AuditedRows.of(dataset, split_dataset(dataset)), 50, 0)[2]
+    findings = missingness(AuditedRows.of(dataset, split_dataset(dataset), 50))[2]
     assert only(findings, "missing_mask").level == "FAIL"
 
 
@@ -98,7 +97,7 @@ def test_a_column_derived_from_the_label_fails_as_a_feature_and_warns_otherwise(
     frame["site"] = generator.choice(["arm", "leg", "back"], 600)
     for fields, level in ((["stage", "site"], "FAIL"), (["site"], "WARN")):
         dataset = write_table(tmp_path, frame, fields, "[class 0]")
-        table, findings = label_leaking_columns(AuditedRows.of(dataset, split_dataset(dataset)), 50, 0)
+        table, findings = label_leaking_columns(AuditedRows.of(dataset, split_dataset(dataset), 50))
         told = {finding.message.split()[0]: finding.level for finding in findings if finding.level != "PASS"}
         assert told == {"stage": level}
         assert table.iloc[0]["column"] == "stage"
@@ -108,15 +107,13 @@ def test_a_column_derived_from_the_label_fails_as_a_feature_and_warns_otherwise(
 def test_biopsed_is_named_unprompted_and_would_fail_as_a_field_under_another_name(
     sample: Dataset, tmp_path: Path
 ) -> None:
-    findings = label_leaking_columns(AuditedRows.of(sample, split_dataset(sample)), 50, 0)[1]
+    findings = label_leaking_columns(AuditedRows.of(sample, split_dataset(sample), 50))[1]
     warned = [finding for finding in findings if finding.level != "PASS"]
     assert [finding.message.split(" ")[0] for finding in warned] == ["biopsed"]
     assert "rows with the value False none is malignant" in warned[0].message
     frame = sample.table[["label"]].assign(patient=sample.table["patient_id"], excised=sample.other_columns["biopsed"])
     dataset = write_table(tmp_path, frame, ["excised"], "[BCC, MEL, SCC]")
-    assert (
-        only(label_leaking_columns(AuditedRows.of(dataset, split_dataset(dataset)), 50, 0)[1], "proxy").level == "FAIL"
-    )
+    assert only(label_leaking_columns(AuditedRows.of(dataset, split_dataset(dataset), 50))[1], "proxy").level == "FAIL"
 
 
 def test_shuffled_labels_leave_nothing_to_be_known(sample: Dataset) -> None:
@@ -125,23 +122,23 @@ def test_shuffled_labels_leave_nothing_to_be_known(sample: Dataset) -> None:
     rows = AuditedRows.of(shuffled, split_dataset(sample))
     chance = 1 / 6
 
-    models, findings = missingness(rows, 200, 0)[1:]
+    models, findings = missingness(rows)[1:]
     # Only upwards: folds push a model that knows nothing a little below chance.
     assert models.iloc[-1]["balanced_accuracy_low"] <= chance
     assert models.iloc[-1]["auc_low"] <= 0.5
     assert only(findings, "missing_mask").level == "PASS"
 
-    columns, findings = label_leaking_columns(rows, 200, 0)
+    columns, findings = label_leaking_columns(rows)
     assert {finding.level for finding in findings} == {"PASS"}
     assert (columns["auc_low"] <= 0.5).mean() > 0.9
     assert (columns["balanced_accuracy_low"] <= chance).mean() > 0.9
 
-    nearest, findings = reidentification(rows, 200, 0)
+    nearest, findings = reidentification(rows)
     assert only(findings, "reidentification").level == "PASS"
     assert (nearest["low"].dropna() <= chance).all()
     assert (nearest["high"].dropna() >= chance).all()
 
-    measured, findings = metadata_alone(rows, False, 200, 0)
+    measured, findings = metadata_alone(rows, False)
     assert only(findings, "form_alone").level == "PASS"
     folds = measured[measured["measured"].str.startswith("5 folds")]
     # 16 values of learners that know nothing: at 95% about one interval may miss chance.
@@ -150,19 +147,14 @@ def test_shuffled_labels_leave_nothing_to_be_known(sample: Dataset) -> None:
 
 def test_metadata_identify_patients_where_images_share_them(sample: Dataset) -> None:
     rows = AuditedRows.of(sample, split_dataset(sample))
-    table, findings = metadata_alone(rows, False, 100, 0)
+    table, findings = metadata_alone(rows, False)
     assert only(findings, "form_alone").level == "WARN"
     images = table[(table["measured"] == IMAGES) & (table["learner"] == "1-nearest neighbour")]
     assert (images["patients_recognised_low"] > 0.1).all()
-    nearest, findings = reidentification(rows, 100, 0)
+    nearest, findings = reidentification(rows)
     assert nearest["value"].iloc[0] == 0.0, "no patient is on two sides"
     assert nearest["value"].iloc[1] > 0.5
     assert only(findings, "reidentification").level == "WARN"
-
-
-@pytest.fixture(scope="module")
-def pad(real_pad):
-    return load_dataset("pad_ufes_20", real_pad)
 
 
 @pytest.fixture(scope="module")
@@ -170,23 +162,12 @@ def pad_rows(pad):
     return AuditedRows.of(pad, split_dataset(pad, "paper"))
 
 
-@pytest.fixture(scope="module")
-def isic(real_isic):
-    return load_dataset("isic_2019", real_isic)
-
-
 def test_missingness_of_pad(pad, pad_rows):
-    blocks, models, findings = missingness(pad_rows, 200, 0)
+    blocks, models, findings = missingness(pad_rows)
     first = blocks.iloc[0]
     assert first["rows"] == 804
-    assert {label: round(100 * first[label], 1) for label in pad_rows.classes} == {
-        "ACK": 61.2,
-        "BCC": 0.0,
-        "MEL": 0.0,
-        "NEV": 69.3,
-        "SCC": 0.0,
-        "SEK": 80.0,
-    }
+    shares = dict(zip(pad_rows.classes, (61.2, 0.0, 0.0, 69.3, 0.0, 80.0), strict=True))
+    assert {label: round(100 * first[label], 1) for label in pad_rows.classes} == shares
     assert first["malignant_missing"] == 0.0
     assert round(first["malignant_present"], 3) == 0.729
     assert "804 of 804 are benign" in findings[0].message
@@ -197,21 +178,15 @@ def test_missingness_of_pad(pad, pad_rows):
     assert "348 of 394 (88.3%) are malignant" in findings[1].message
     assert findings[-1].check == "missing_mask"
     assert findings[-1].level == "WARN"
-    counts = {
-        name: int((pad.table[name] == "UNK").sum())
-        for name in ("grew", "changed", "background_father", "background_mother")
-    }
-    assert counts == {"grew": 402, "changed": 396, "background_father": 95, "background_mother": 84}
+    codes = {"grew": 402, "changed": 396, "background_father": 95, "background_mother": 84}
+    assert (pad.table[list(codes)] == "UNK").sum().to_dict() == codes
 
 
 def test_biopsed_is_the_only_label_leaking_column_of_pad(pad_rows):
     biopsed = pad_rows.others["biopsed"] == "True"
-    share = {
-        label: round(100 * float(biopsed[pad_rows.labels == index].mean()), 1)
-        for index, label in enumerate(pad_rows.classes)
-    }
+    share = biopsed.groupby(pad_rows.table["label"]).mean().mul(100).round(1).to_dict()
     assert share == {"ACK": 24.4, "BCC": 100.0, "MEL": 100.0, "NEV": 24.6, "SCC": 100.0, "SEK": 6.4}
-    table, findings = label_leaking_columns(pad_rows, 100, 0)
+    table, findings = label_leaking_columns(pad_rows)
     assert [finding.message.split(" ")[0] for finding in findings if finding.level != "PASS"] == ["biopsed"]
     first = table.iloc[0]
     assert first["column"] == "biopsed"
@@ -221,7 +196,7 @@ def test_biopsed_is_the_only_label_leaking_column_of_pad(pad_rows):
 
 
 def test_the_nearest_metadata_of_pad_are_often_the_patient_s(pad_rows):
-    table, findings = reidentification(pad_rows, 200, 0)
+    table, findings = reidentification(pad_rows)
     values = table["value"].tolist()
     assert values[2] == pytest.approx(0.674, abs=0.02)
     assert values[3] == pytest.approx(0.468, abs=0.02)
@@ -253,39 +228,37 @@ def compare(table, published):
 
 
 def test_metadata_of_pad_alone(pad_rows):
-    table, findings = metadata_alone(pad_rows, False, 100, 0)
+    table, findings = metadata_alone(pad_rows, False)
     compare(table, LINEAR_OF_PAD)
     assert [finding.level for finding in findings] == ["WARN"]
 
 
 @pytest.mark.slow
 def test_forests_on_the_metadata_of_pad(pad_rows):
-    compare(metadata_alone(pad_rows, True, 100, 0)[0], FORESTS_OF_PAD)
+    compare(metadata_alone(pad_rows, True)[0], FORESTS_OF_PAD)
 
 
 def test_linear_models_on_the_metadata_of_isic(isic):
     rows = AuditedRows.of(isic, split_dataset(isic, "paper"))
-    columns = feature_sets(rows)[ALL]
+    columns, test = feature_sets(rows)[ALL], rows.splits == "test"
     assert columns.shape[1] == 11
-    fitted = linear().fit(columns[rows.splits == "train"], rows.labels[rows.splits == "train"])
-    bootstrap = Bootstrap(rows.groups[rows.test], int(rows.test.sum()), 1)
-    preds = fitted.predict(columns[rows.test])
-    assert balanced_accuracy(rows.labels[rows.test], preds, rows.classes, bootstrap)[0] == pytest.approx(
-        0.323, abs=0.01
-    )
+    fitted = clone(REGRESSION).fit(columns[rows.splits == "train"], rows.labels[rows.splits == "train"])
+    bootstrap = Bootstrap(rows.groups[test], 1)
+    preds = fitted.predict(columns[test])
+    assert balanced_accuracy(rows.labels[test], preds, rows.classes, bootstrap)[0] == pytest.approx(0.323, abs=0.01)
 
 
 @pytest.mark.slow
 def test_forests_on_the_metadata_of_isic_lose_what_identifies_lesions(isic):
     rows = AuditedRows.of(isic, split_dataset(isic, "paper"))
-    table = metadata_alone(rows, True, 50, 0)[0].set_index(["learner", "measured"])["balanced_accuracy"]
+    table = metadata_alone(rows, True)[0].set_index(["learner", "measured"])["balanced_accuracy"]
     assert table[FOREST, TRAIN] == pytest.approx(0.375, abs=0.02)
     assert table[FOREST, "5 folds of lesions"] == pytest.approx(0.294, abs=0.02)
     assert table[LINEAR, "5 folds of lesions"] == pytest.approx(0.350, abs=0.04)
 
 
 def test_folds_of_patients_never_predict_a_patient_they_have_seen(pad_rows):
-    class Recalls:
+    class Recalls(BaseEstimator):
         """Knows the patients it was fitted on by the one feature."""
 
         def fit(self, features, labels):
@@ -297,6 +270,4 @@ def test_folds_of_patients_never_predict_a_patient_they_have_seen(pad_rows):
             return np.full((len(features), 6), 1 / 6)
 
     patients = np.unique(pad_rows.groups.astype(str), return_inverse=True)[1].astype(float)
-    assert predict_in_folds(Recalls, patients[:, None], pad_rows.labels, pad_rows.groups, 6, 0).sum() == pytest.approx(
-        2298
-    )
+    assert predict_in_folds(Recalls(), patients[:, None], pad_rows).sum() == pytest.approx(2298)

@@ -14,13 +14,12 @@ from dualrefnet.evaluation.metrics import (
     CLASS_MEASURES,
     HEADLINE_MEASURES,
     CalibrationErrors,
-    Ranking,
     WeightedMetrics,
     compute_metrics,
     equal_width_bins,
     metrics_from_confusion,
 )
-from resampling import CLASSES, Floats, adaptive_ece, brier, ece, predictions, truthful
+from resampling import CLASSES, Floats, adaptive_ece, ece, predictions, truthful
 
 
 def names(count: int) -> list[str]:
@@ -36,7 +35,7 @@ def test_the_examples_in_the_docstrings_are_true() -> None:
     assert (result.failed, result.attempted) == (0, 2)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), count=st.integers(2, 6), images=st.integers(12, 80))
 def test_every_metric_agrees_with_scikit_learn(seed: int, count: int, images: int) -> None:
     labels, scores = predictions(seed, images, count)
@@ -69,7 +68,7 @@ def test_every_metric_agrees_with_scikit_learn(seed: int, count: int, images: in
     assert measured["confusion_matrix"] == sk.confusion_matrix(labels, predicted, labels=range(count)).tolist()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), images=st.integers(2, 40), patients=st.integers(2, 8))
 def test_a_weighted_resample_measures_what_the_laid_out_resample_measures(
     seed: int, images: int, patients: int
@@ -91,19 +90,7 @@ def test_a_weighted_resample_measures_what_the_laid_out_resample_measures(
         assert errors[key][0] == pytest.approx(expected[key])
 
 
-@settings(max_examples=50, deadline=None)
-@given(seed=st.integers(0, 10**6), levels=st.integers(1, 50))
-def test_the_weighted_auc_is_exact_with_ties(seed: int, levels: int) -> None:
-    generator = np.random.default_rng(seed)
-    score, positive = generator.integers(levels, size=60) / levels, np.arange(60) % 3 == 0
-    groups, weights = generator.integers(12, size=60), generator.integers(0, 4, size=12)
-    groups[:12], weights[:4] = np.arange(12), 1
-    rows = np.repeat(np.arange(60), weights[groups])
-    measured = Ranking.of(score, positive, groups).auc(weights[None].astype(float))
-    assert measured[0] == pytest.approx(sk.roc_auc_score(positive[rows], score[rows]), abs=1e-12)
-
-
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), count=st.integers(2, 6), images=st.integers(1, 40))
 def test_identities_hold_and_the_result_is_strict_json_whatever_classes_are_missing(
     seed: int, count: int, images: int
@@ -152,13 +139,6 @@ def test_a_class_absent_from_the_test_set_is_none_and_leaves_the_averages() -> N
     assert len(measured["remarks"]) == 2
 
 
-def test_one_class_and_one_prediction_make_agreement_undefined_not_perfect() -> None:
-    measured = compute_metrics([0, 0], [[0.9, 0.1], [0.6, 0.4]], ["A", "B"])
-    assert measured["accuracy"] == 1
-    assert [measured[key] for key in ("kappa", "mcc", "auc_macro_ovr")] == [None] * 3
-    assert measured["per_class"]["A"]["npv"] is None
-
-
 def test_calibration_errors_by_hand() -> None:
     # Bins of .25: (.5, .75] holds .6 right and .7 wrong: |.5 - .65| = .15; (.75, 1] holds .8 right, .9 right, 1 wrong:
     # |2/3 - .9|.
@@ -177,19 +157,6 @@ def test_calibration_errors_by_hand() -> None:
     for measure in (ece, adaptive_ece):
         with pytest.raises(ValueError, match="bins must be at least 1"):
             measure([0, 1], two_class([0.9, 0.8]), bins=0)
-
-
-def test_a_certain_model_that_is_always_right_is_perfect_and_always_wrong_is_worst() -> None:
-    certain = np.eye(3)[[0, 1, 2, 0]]
-    assert [measure([0, 1, 2, 0], certain) for measure in (ece, brier)] == [0, 0]
-    assert [measure([1, 2, 0, 1], certain) for measure in (ece, brier)] == [1, 2]
-
-
-def test_true_probabilities_have_a_small_error_and_overconfident_ones_a_large_one() -> None:
-    labels, scores = truthful(0, 20_000)
-    assert ece(labels, scores) < 0.02
-    assert adaptive_ece(labels, scores) < 0.02
-    assert ece(*truthful(0, 20_000, overconfidence=4)) > 0.1
 
 
 def test_an_error_by_chance_is_what_true_probabilities_give() -> None:

@@ -30,7 +30,7 @@ def forms(count: int, missing: float = 0.0, seed: int = 0) -> np.ndarray:
     return values
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.builds(ModalityDropoutSection, fields=st.floats(0, 1), pattern=st.floats(0, 1)), st.integers(0, 50))
 def test_fields_go_as_a_whole(section: ModalityDropoutSection, epoch: int) -> None:
     hidden = draw_missing(forms(60, 0.2), SPANS, section, 3, epoch)

@@ -1,4 +1,3 @@
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +8,10 @@ from dualrefnet.analysis import non_lesion_images as module
 from dualrefnet.analysis.non_lesion_images import (
     CROPS,
     DOCUMENTS,
-    MEDICAL,
     PHOTOGRAPHS,
     PLAIN,
     crop_skin,
     everyday_images,
-    medical_images,
 )
 
 SKIN, LESION = (200, 150, 120), (60, 30, 20)
@@ -28,24 +25,14 @@ def halves() -> dict[str, list[module.NonLesionImage]]:
 def test_the_halves_share_no_source_and_no_image(halves: dict[str, list[module.NonLesionImage]]) -> None:
     choosing, reporting = ({item.source for item in half} for half in halves.values())
     assert not choosing & reporting
-    assert len(choosing) >= 15
-    assert len(reporting) >= 15
+    assert min(len(choosing), len(reporting)) >= 15
     assert not (choosing | reporting) & {"astronaut.png", "camera.png", "lfw_subset.npy"}, "people"
-    pixels = [item.pixels.tobytes() for half in halves.values() for item in half]
-    assert len(set(pixels)) == len(pixels)
-
-
-def test_both_halves_hold_photographs_documents_and_plain_areas_of_the_size_of_a_photograph(
-    halves: dict[str, list[module.NonLesionImage]],
-) -> None:
+    items = [item for half in halves.values() for item in half]
+    assert len({item.pixels.tobytes() for item in items}) == len(items)
+    assert all(min(item.pixels.shape[:2]) >= 190 and item.pixels.dtype == np.uint8 for item in items)
     for half in halves.values():
         assert {item.group for item in half} == {PHOTOGRAPHS, DOCUMENTS, PLAIN}
         assert len(half) == CROPS * len({item.source for item in half})
-        for item in half:
-            assert item.pixels.dtype == np.uint8
-            assert item.pixels.shape[2] == 3
-            assert min(item.pixels.shape[:2]) >= 190
-            assert item.pixels.flags.c_contiguous
 
 
 def test_the_seed_fixes_them_and_another_draws_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,14 +41,6 @@ def test_the_seed_fixes_them_and_another_draws_others(monkeypatch: pytest.Monkey
     assert all((a.pixels == b.pixels).all() for a, b in zip(first, again, strict=True))
     drawn = [place for place, item in enumerate(first) if item.source == "draw_table"]
     assert not any(np.array_equal(first[place].pixels, other[place].pixels) for place in drawn)
-
-
-def test_nothing_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a connection was opened")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    assert {item.group for item in medical_images()} == {MEDICAL}
 
 
 def _photograph(
@@ -85,24 +64,6 @@ def test_the_largest_square_beside_the_lesion_holds_none_of_it(tmp_path: Path) -
     assert lesion.shape == skin.shape
     # As large a square holds all of the lesion, which would have 20106 pixels.
     assert (lesion == LESION).all(axis=2).sum() == pytest.approx(np.pi * 80**2, rel=0.01)
-
-
-def test_the_lesions_square_is_centred_on_it_or_as_near_as_the_edge_allows(tmp_path: Path) -> None:
-    found = crop_skin(*_photograph(tmp_path, centre=(200, 300), radius=60))
-    assert found is not None
-    rows, columns = np.nonzero((found[1] == LESION).all(axis=2))
-    assert rows.mean() == pytest.approx(len(found[1]) / 2, abs=4)
-    assert columns.mean() == pytest.approx(len(found[1]) / 2, abs=4)
-    corner = crop_skin(*_photograph(tmp_path, centre=(30, 30), radius=25))
-    assert corner is not None
-    assert (corner[1][0, 30] == LESION).all() or (corner[1][10, 30] == LESION).all()
-
-
-def test_without_room_or_without_a_lesion_there_is_nothing_to_cut(tmp_path: Path) -> None:
-    assert crop_skin(*_photograph(tmp_path, centre=(200, 300), radius=400)) is None
-    assert crop_skin(*_photograph(tmp_path, centre=(200, 300), radius=255)) is None
-    photograph, mask = _photograph(tmp_path, centre=(-900, 0), radius=10)
-    assert crop_skin(photograph, mask) is None
 
 
 def test_real_photographs_give_skin_that_is_unlike_the_lesion(real_pad: Path) -> None:

@@ -11,12 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from dualrefnet.evaluation.comparison import bootstrap_intervals
-from dualrefnet.evaluation.metrics import compute_metrics, metrics_from_confusion
+from dualrefnet.evaluation.metrics import metrics_from_confusion
 
 CLASSES = ["ACK", "BCC", "MEL", "NEV", "SCC", "SEK"]
 SUPPORT = [122, 141, 9, 40, 32, 39]
-HITS = [107, 118, 8, 37, 19, 37]
 PREDICTED = [118, 135, 9, 42, 40, 39]
 # One of the many tables with those margins and hits.
 MATRIX = np.array(
@@ -54,18 +52,11 @@ def fillings(draw: st.DrawFn) -> NDArray[np.int64]:
     return matrix
 
 
-def test_the_matrix_has_the_margins_of_the_papers_test_set() -> None:
-    assert MATRIX.sum(axis=1).tolist() == SUPPORT
-    assert MATRIX.sum(axis=0).tolist() == PREDICTED
-    assert np.diag(MATRIX).tolist() == HITS
-    assert (MATRIX.sum(), np.trace(MATRIX)) == (383, 326)
-
-
 def printed_value(name: str, measure: str) -> float:
     return TABLE_2A[measure][CLASSES.index(name)]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(matrix=fillings())
 def test_table_2a_is_reproduced_to_its_two_decimals_by_any_table_of_these_margins(matrix: NDArray[np.int64]) -> None:
     assert (matrix.sum(axis=1).tolist(), matrix.sum(axis=0).tolist()) == (SUPPORT, PREDICTED)
@@ -79,13 +70,6 @@ def test_table_2a_is_reproduced_to_its_two_decimals_by_any_table_of_these_margin
     assert len(cells) == 25
     for name, measure in cells:
         assert f"{per_class[name][measure]:.2f}" == f"{printed_value(name, measure):.2f}", (name, measure)
-
-
-def test_two_printed_specificities_are_truncated_and_not_rounded() -> None:
-    per_class = metrics_from_confusion(MATRIX, CLASSES)["per_class"]
-    for (name, measure), exact in TRUNCATED.items():
-        assert per_class[name][measure] == pytest.approx(exact)
-        assert int(100 * exact) / 100 == printed_value(name, measure) != round(exact, 2)
 
 
 def test_three_printed_npvs_are_impossible_and_repeat_the_specificity() -> None:
@@ -144,26 +128,3 @@ def test_table_4_mixes_weighted_and_macro_averages() -> None:
     # Measured alike, the proposed system's precision is above the ensemble's .849, not below it.
     assert round(measured["precision_weighted"], 3) == 0.860
     assert measured["precision_weighted"] > weighted["ensemble"][1]
-
-
-def test_table_2b_prints_specificities_that_its_precisions_rule_out() -> None:
-    # class -> test images, sensitivity, precision, printed specificity (ISIC-2019, 4,496 test images).
-    for images, sensitivity, precision, printed, implied in (
-        (47, 0.77, 0.73, 0.98, 0.997),
-        (60, 0.95, 0.88, 0.98, 0.998),
-    ):
-        hits = sensitivity * images
-        specificity = 1 - (hits / precision - hits) / (4496 - images)
-        assert round(specificity, 3) == implied
-        assert specificity - printed > 0.015
-
-
-def test_the_reported_balanced_accuracy_is_known_to_five_points_only() -> None:
-    truth, predicted = np.repeat([divmod(cell, 6) for cell in range(36)], MATRIX.ravel(), axis=0).T
-    scores = np.full((383, 6), 0.02)
-    scores[np.arange(383), predicted] = 0.9
-    assert compute_metrics(truth, scores, CLASSES)["confusion_matrix"] == MATRIX.tolist()
-    # The paper doesn't say who the patients are: each image counts as one, which makes the interval too narrow if
-    # anything.
-    low, high = bootstrap_intervals(truth, scores, np.arange(383), CLASSES, samples=4000)["balanced_accuracy"]
-    assert (low, high) == pytest.approx((0.792, 0.892), abs=0.006)

@@ -1,27 +1,19 @@
-import logging
 import time
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 
-from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.deploy.parity import (
     Cases,
     check_parity,
     compare,
-    encoder_nodes,
     measure_int8,
     predict_cases,
     quantise,
-    real_cases,
-    synthetic_cases,
-    time_networks,
 )
-from dualrefnet.errors import RunError
-from dualrefnet.run import Run
 from dualrefnet.runtime.bundle import OnnxNetwork
 from dualrefnet.runtime.classifier import Network, NetworkOutput
 from test_export import CLASSES, random_cases, tiny_method, written
@@ -92,30 +84,6 @@ def test_ranges_come_from_the_photographs_given_and_from_all_of_them(float_file:
     assert first_scale(grey(*[0] * 32, 255)) == pytest.approx(5 / 255, rel=1e-3)
 
 
-def test_nothing_to_learn_from_or_to_quantise_is_said(float_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="images"):
-        quantise(float_file, tmp_path / "out.onnx", Cases(None, np.zeros((3, 6), dtype=np.float32)))
-    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", 2])
-    vector = helper.make_tensor_value_info("vector", TensorProto.FLOAT, ["N", 2])
-    graph = helper.make_graph([helper.make_node("Neg", ["image"], ["vector"], name="minus")], "g", [image], [vector])
-    onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "float.onnx"
-    )
-    with pytest.raises(RunError, match="--no-int8"):
-        quantise(tmp_path / "float.onnx", tmp_path / "out.onnx", random_cases(2))
-    assert logging.root.manager.disable == logging.NOTSET
-
-
-def test_encoder_nodes_are_those_that_the_vector_depends_on() -> None:
-    nodes = [
-        helper.make_node("Neg", ["image"], ["a"], name="first"),
-        helper.make_node("Add", ["a", "a"], ["vector"], name="last"),
-        helper.make_node("Neg", ["metadata"], ["b"], name="form"),
-        helper.make_node("Add", ["vector", "b"], ["logits"], name="head"),
-    ]
-    assert encoder_nodes(helper.make_graph(nodes, "g", [], [])) == {"first", "last"}
-
-
 class Answers:
     """A network that answers one row of logits a case, after a while."""
 
@@ -171,18 +139,6 @@ def test_the_verdict_says_whether_int8_is_worth_having(
     assert [one["batch"] for one in measured["speed"]] == [1, 8]
 
 
-def test_agreement_is_what_it_says() -> None:
-    first = np.log(np.array([[0.7, 0.2, 0.1], [0.3, 0.3, 0.4]]))
-    second = np.log(np.array([[0.6, 0.2, 0.2], [0.5, 0.3, 0.2]])) + 5
-    found = compare(first, second)
-    assert (found["cases"], found["same_label"]) == (2, 0.5)
-    assert found["max_probability_difference"] == pytest.approx(0.2)
-    assert found["mean_probability_difference"] == pytest.approx((0.1 + 0.1 + 0.2 + 0.2) / 6)
-    assert compare(first, np.full_like(first, np.nan))["max_probability_difference"] == float("inf")
-    with pytest.raises(ValueError, match="shapes"):
-        compare(first, second[:1])
-
-
 def logits_of(rows: NetworkOutput | np.ndarray, calls: list[int] | None = None, seconds: float = 0.0) -> Network:
     """A network that answers with the mean of the picture, or as it is told."""
 
@@ -207,39 +163,3 @@ def test_parity_of_models_with_tokens_is_checked_where_photographs_are_missing()
     check_parity(heeds, ignores, cases, learned_tokens=True, progress=lambda done, total: shown.append((done, total)))
     assert shown == sorted(shown)
     assert shown[-1] == (80, 80)
-
-
-def test_a_race_times_both_in_turn() -> None:
-    calls: list[int] = []
-    found = time_networks(logits_of(0.0, calls, 0.02), logits_of(0.0, calls, 0.005), random_cases(4), rounds=3)
-    assert calls == [4] * 10
-    assert found["batch"] == 4
-    assert found["float32_ms"] >= 20
-    assert 1 < found["times_as_fast"] < 5
-
-
-def test_synthetic_cases_have_answers_gaps_and_pictures_that_differ(tiny_run: Run) -> None:
-    encoder = MetadataEncoder.from_json(tiny_run.model["metadata"])
-    cases = synthetic_cases(12, tiny_run.recipe.image, encoder)
-    assert cases.images.shape == (12, 32, 32, 3)
-    assert len({picture.tobytes() for picture in cases.images}) == 12
-    assert cases.metadata.shape == (12, encoder.width)
-    assert cases.labels is None
-    assert np.isfinite(cases.metadata).all()
-    missing = cases.metadata[:, [name.startswith("missing_") for name in encoder.names]]
-    assert 0.1 < missing.mean() < 0.5
-    np.testing.assert_array_equal(synthetic_cases(12, tiny_run.recipe.image, encoder).images, cases.images)
-    assert synthetic_cases(3, None, encoder).images is None
-
-
-def test_pictures_kept_at_twice_the_size_are_halved() -> None:
-    class Store:
-        def read(self, rows: np.ndarray) -> np.ndarray:
-            return np.array([[[[0], [10]], [[20], [30]]]], dtype=np.uint8).repeat(len(rows), 0).repeat(3, 3)
-
-    class Kept:
-        store, store_rows = Store(), np.arange(4)
-        labels, metadata = np.array([0, 1, 0, 1]), np.zeros((4, 2), dtype=np.float32)
-
-    cases = real_cases(Kept(), size=1, at_most=10)
-    assert cases.images.tolist() == [[[[15, 15, 15]]]] * 4

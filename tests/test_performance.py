@@ -7,21 +7,11 @@ import pandas as pd
 import pytest
 
 from dualrefnet.display.figure import ReportFigure
-from dualrefnet.evaluation.metrics import compute_metrics, metrics_from_confusion
+from dualrefnet.evaluation.metrics import metrics_from_confusion
 from dualrefnet.report.performance import draw_confusion, draw_history, selected_epoch
-from dualrefnet.run import Run
 from readable import assert_readable
-from resampling import predictions
 
 NAMES = ["MEL", "NV", "background_father = BRAZIL", "AK", "seborrhoeic keratosis", "DF", "melanoma, invasive", "VASC"]
-
-
-@pytest.mark.parametrize("count", [2, 8])
-def test_confusion_matrices_are_readable(count: int) -> None:
-    for labels, scores in (predictions(count, 400, count), predictions(0, 3, count)):
-        metrics = compute_metrics(labels, scores, NAMES[:count], NAMES[:1])
-        for shares in (False, True):
-            assert_readable(draw_confusion(metrics, shares=shares, malignant=NAMES[:1]))
 
 
 def test_the_confusion_matrices_hold_the_counts_and_shares_of_each_true_class() -> None:
@@ -69,18 +59,6 @@ def test_the_selected_epoch_is_the_best_and_a_tie_goes_to_the_lower_loss_then_to
         selected_epoch(table, "f1")
 
 
-def test_the_selected_epoch_is_the_one_whose_model_was_kept(tiny_run: Run) -> None:
-    table, run = tiny_run.history, tiny_run
-    epoch = selected_epoch(table, run.recipe.training.selection)
-    row = table.set_index("epoch").loc[epoch]
-    # The kept parameters give the validation measures of that epoch.
-    assert row["val_balanced_accuracy"] == pytest.approx(run.metrics["validation"]["balanced_accuracy"], abs=1e-6)
-    picture = draw_history(table, epoch)
-    assert_readable(picture)
-    kept = picture.data[picture.data["kept"] & (picture.data["panel"] == "balanced accuracy")]
-    assert kept["value"].tolist() == pytest.approx([row["val_balanced_accuracy"]])
-
-
 def panels(picture: ReportFigure) -> list[str]:
     return list(dict.fromkeys(picture.data["panel"]))
 
@@ -119,10 +97,3 @@ def test_the_history_draws_what_the_method_has() -> None:
     assert_readable(heads)
     assert panels(heads) == ["classification loss", "balanced accuracy", "loss of auxiliary heads", "total loss"]
     assert set(heads.data.loc[heads.data["panel"] == "loss of auxiliary heads", "series"]) == {"image", "metadata"}
-
-
-def test_the_history_of_a_single_epoch_can_be_drawn_and_an_unknown_epoch_is_refused() -> None:
-    picture = draw_history(history().head(1), 1)
-    assert_readable(picture)
-    with pytest.raises(ValueError, match="no epoch 5"):
-        draw_history(history(), 5)

@@ -31,48 +31,9 @@ def reference(image, p, gamma=None):
     return 255 * (pixels if gamma is None else pixels ** (1 / gamma))
 
 
-@settings(deadline=None)
 @given(image=images, p=st.sampled_from([1.0, 2.0, 6.0, 12.5]), gamma=st.sampled_from([None, 2.2]))
 def test_shades_of_gray_is_the_formula_to_one_level(image, p, gamma):
     assert np.abs(shades_of_gray(image, p, gamma) - reference(image, p, gamma)).max() <= 1
-
-
-@pytest.mark.parametrize("p", [1000, 1e6])
-def test_large_p_is_max_rgb(p):
-    image = smooth(seed=2, low=10, high=60)
-    peak = image.reshape(-1, 3).max(axis=0) + np.array([0, 30, 60], np.uint8)
-    image[0, 0] = peak
-    max_rgb = np.clip(image * (np.linalg.norm(peak.astype(float)) / np.sqrt(3) / peak), 0, 255)
-    np.testing.assert_allclose(shades_of_gray(image, p), max_rgb, atol=2)
-
-
-def test_grey_light_changes_nothing_and_black_stays_black():
-    grey = np.repeat(smooth(seed=3)[..., :1], 3, axis=2)
-    np.testing.assert_array_equal(shades_of_gray(grey), grey)
-    black = np.zeros((5, 5, 3), np.uint8)
-    np.testing.assert_array_equal(shades_of_gray(black), black)
-    image = smooth(seed=4)
-    image[..., 2] = 0
-    assert shades_of_gray(image)[..., 2].max() == 0
-
-
-def test_the_illuminant_hardly_matters():
-    # Division by the light undoes a von Kries change of it, as long as nothing was clipped.
-    image = smooth(seed=5, low=60, high=140)
-    warm = np.rint(image * np.array([1.2, 1.0, 0.8])).astype(np.uint8)
-    before = np.abs(warm.astype(int) - image).mean()
-    first, second = (shades_of_gray(one).astype(float) for one in (image, warm))
-    # What is left is the brightness, which differs by one factor for all channels.
-    assert np.abs(first * (second.mean() / first.mean()) - second).mean() < before / 10
-
-
-def test_the_input_is_not_changed_and_views_are_read():
-    image = smooth(seed=6)
-    copy, view = image.copy(), image[::-2, ::3]
-    for function in (shades_of_gray, clahe_lightness):
-        np.testing.assert_array_equal(function(view), function(np.ascontiguousarray(view)))
-        function(image)
-        np.testing.assert_array_equal(image, copy)
 
 
 @pytest.mark.parametrize("clip", [1.0, 2.0])
@@ -95,15 +56,7 @@ def test_the_channel_order_of_the_lineage_differs_and_keeps_the_colours():
     np.testing.assert_array_equal(other, clahe_lightness(np.ascontiguousarray(image[..., ::-1]))[..., ::-1])
 
 
-@pytest.mark.parametrize(("side", "grid"), [(16, 64), (17, 12), (50, 1)])
-def test_clahe_takes_any_image_and_grid_and_keeps_no_setting(side, grid):
-    image = smooth(side, side, seed=10)
-    first = clahe_lightness(image)
-    assert clahe_lightness(image, 4.0, grid).shape == image.shape
-    np.testing.assert_array_equal(clahe_lightness(image), first)
-
-
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     height=st.integers(1, 300),
     width=st.integers(1, 300),
@@ -123,14 +76,6 @@ def test_squash_keeps_the_whole_image_and_crop_its_middle():
     middle = np.broadcast_to((0, 200, 0), (30, 30, 3))
     np.testing.assert_array_equal(to_square(image, 30, "crop"), middle)
     np.testing.assert_array_equal(to_square(image.transpose(1, 0, 2), 30, "crop"), middle)
-
-
-def test_shrinking_averages_and_the_right_size_is_left_alone():
-    board = np.zeros((448, 448, 3), np.uint8)
-    board[::2, ::2] = board[1::2, 1::2] = 200
-    assert (to_square(board, 224, "squash") == 100).all()
-    for fit in ("squash", "crop"):
-        np.testing.assert_array_equal(to_square(board, 448, fit), board)
 
 
 def test_every_setting_of_the_recipe_arrives_in_the_papers_order():

@@ -16,11 +16,7 @@ from sklearn.metrics import balanced_accuracy_score
 
 import dualrefnet
 from conftest import TINY
-from dualrefnet.analysis.audit import audit_split
-from dualrefnet.analysis.duplicates import fingerprint_files
 from dualrefnet.analysis.opened_run import open_run
-from dualrefnet.data.adapters import load_dataset
-from dualrefnet.data.protocols import split_dataset
 from dualrefnet.display.format import MEASURE_NAMES, PrintedTable
 from dualrefnet.errors import DataError, RunError
 from dualrefnet.files import read_json, write_json, write_yaml
@@ -35,7 +31,6 @@ from dualrefnet.report import ReportOptions
 from dualrefnet.report.explanations import comparison_section
 from dualrefnet.report.performance import CLASS_MEASURES, HEADLINE, class_section, read_measured, summary_section
 from dualrefnet.report.run_report import PERSONAL, write_explanations, write_report
-from dualrefnet.report.trust import CHECKS, audit_section
 
 SMALL = ReportOptions(images=40, shap_images=6, each=1)
 CANCERS = ["BCC", "MEL", "SCC"]
@@ -224,20 +219,6 @@ def test_tables_and_sentences_hold_the_measures(full: Page, tiny_run: Run) -> No
     assert numbers == [str(mask.sum()) for mask in (cancer, cancer & called, ~cancer, ~cancer & ~called)]
 
 
-def test_sentences_of_explanations_hold_the_numbers_of_their_figures(full: Page) -> None:
-    table = pd.read_csv(full.pictures / "localisation.csv").set_index(["class", "measure"])
-    energy, text = table.loc[("all images", "energy")], full.intro("gradcam")[1]
-    assert f"{energy['value']:.0%} [{energy['low']:.0%}, {energy['high']:.0%}]" in text
-    assert f"({energy['baseline']:.0%})" in text
-    assert f"{energy['area']:.0%}." in text
-    mean = pd.read_csv(full.pictures / "reconstruction.csv")[["psnr", "psnr_flat"]].mean()
-    better = "is better" if mean["psnr"] > mean["psnr_flat"] else "is no better"
-    (text,) = full.intro("super-resolution")
-    assert better in text
-    assert f"{mean['psnr']:.1f} dB" in text
-    assert f"{mean['psnr_flat']:.1f} dB" in text
-
-
 def test_sections_of_a_run_that_has_everything(full: Page, tiny_run: Run) -> None:
     explained = ["gallery", "gradcam", "shap", "tsne", "super-resolution"]
     assert list(full.sections) == [*MEASURED, *explained, *EXAMINED, "comparison", "provenance"]
@@ -338,18 +319,6 @@ def test_a_run_that_reads_no_image(metadata_page: Page, metadata_run: Run) -> No
     # One class was requested.
     assert [stem for stem in metadata_page.stems if "beeswarm" in stem] == ["shap_beeswarm_field_MEL"]
     assert "ImageNet" not in metadata_page.root.words()
-
-
-def test_explanations_of_a_run_that_reads_no_metadata_are_files(image_run: Run, folder: Path) -> None:
-    out = folder / "explanations"
-    files = write_explanations(image_run, out, options=ReportOptions(20, 6, 1, label="MEL"))
-    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in files)
-    stems = [path.stem for path in files[::3]]
-    assert [stem for stem in stems if not stem.startswith("gallery")] == ["gradcam", "localisation", "embedding"]
-    assert pd.concat([pd.read_csv(path) for path in out.glob("gallery_*.csv")])["answers"].isna().all()
-    maps = pd.read_csv(out / "gradcam.csv")
-    assert set(maps.loc[maps["column"] == "other", "class"]) == {"MEL"}
-    assert "image_id" in pd.read_csv(out / "embedding.csv")
 
 
 ELSEWHERE = """
@@ -472,61 +441,3 @@ def test_invalid_options_are_refused_before_anything_is_written(
         with pytest.raises(DataError, match=message):
             write(tiny_run, tmp_path / "page", options=options)
     assert not (tmp_path / "page").exists()
-
-
-def test_masks_of_other_images_are_refused(tiny_run: Run, tmp_path: Path) -> None:
-    masks = tmp_path / "masks"
-    masks.mkdir()
-    with pytest.raises(DataError, match="holds no mask; name them"):
-        write_report(tiny_run, tmp_path / "page", options=ReportOptions(masks=masks))
-    train = tiny_run.split.query("split == 'train'")["image_id"].iloc[0]
-    shutil.copy(Path(str(tiny_run.recipe.data.root)) / "masks" / f"{train}.png", masks)
-    with pytest.raises(DataError, match="holds no mask of a test image"):
-        write_report(tiny_run, tmp_path / "page", options=ReportOptions(masks=masks))
-    assert not (tmp_path / "page").exists()
-
-
-def test_runs_that_cant_be_compared_are_refused(tiny_run: Run, metadata_run: Run, tmp_path: Path) -> None:
-    out = tmp_path / "page"
-    for same in (tiny_run, Run(tiny_run.path / ".." / tiny_run.path.name)):
-        with pytest.raises(RunError, match="can't be compared with itself"):
-            write_report(tiny_run, out, against=same)
-    with pytest.raises(RunError, match="--against needs the explanations"):
-        write_report(tiny_run, out, against=metadata_run, explained=False)
-    other = copied(metadata_run, tmp_path / "other")
-    predictions = other.predictions
-    predictions["image_id"] = "other_" + predictions["image_id"]
-    predictions.to_csv(other.path / "predictions.csv", index=False)
-    with pytest.raises(RunError, match="share no test image"):
-        write_report(tiny_run, out, against=other)
-    (other.path / "metrics.json").unlink()
-    for runs in ((other, None), (tiny_run, other)):
-        with pytest.raises(RunError, match="isn't a finished run"):
-            write_report(runs[0], out, against=runs[1])
-    assert not out.exists()
-
-
-def test_the_section_of_the_audit_has_every_finding_and_its_worst_verdict(sample_root: Path) -> None:
-    dataset = load_dataset("sample", sample_root)
-    split, fingerprints = split_dataset(dataset), fingerprint_files(dataset.with_image)
-    audit = audit_split(dataset, split, fingerprints, forests=False, samples=20)
-    known = {check for _, checks in CHECKS for check in checks}
-    assert {finding.check for finding in audit.findings} <= {*known, "images_compared"}
-    verdicts = audit_section(audit).items[0]
-    assert isinstance(verdicts, PrintedTable)
-    found = {row[0].text: row[1].text for row in verdicts.rows}
-    assert len(found) == len(CHECKS)
-    assert found["No patient crosses the split"] == "passed"
-    assert found["No single column reveals the class"] == "warning"
-
-    split["split"] = ["train", "test", "val"] * 40
-    section = audit_section(audit_split(dataset, split, forests=False, samples=20))
-    assert "test images show a patient that is also in train" in section.intro[1]
-    verdicts = section.items[0]
-    assert isinstance(verdicts, PrintedTable)
-    failed = {row[0].text: row[1] for row in verdicts.rows}
-    assert (failed["No patient crosses the split"].text, failed["No patient crosses the split"].bold) == (
-        "failed",
-        True,
-    )
-    assert "No near-duplicate crosses the split" not in failed

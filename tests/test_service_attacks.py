@@ -2,17 +2,19 @@
 
 import io
 import json
-import os
+import math
 import random
 import re
+import resource
+import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -23,19 +25,36 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from PIL import Image
 
+from dualrefnet.runtime.prediction import Prediction
 from dualrefnet.service.schemas import PREDICTION_ROUTE, Refusal
-from dualrefnet.service.server import Served
-from dualrefnet.service.settings import ServiceSettings
 from dualrefnet.service.uploads import parse_metadata
-from live_service import QUICK, converse, live, multipart, picture, question, read_all, status_of, wait_for
+from live_service import (
+    BEGUN,
+    QUICK,
+    StandInPredictor,
+    connect,
+    converse,
+    live,
+    metric,
+    multipart,
+    picture,
+    post_head,
+    question,
+    read_all,
+    running,
+    status_of,
+    wait_for,
+)
 
 DOCUMENTED = {200, *PREDICTION_ROUTE}
 GOOD = ("images", picture())
+MULTIPART = {"Content-Type": "multipart/form-data; boundary=x"}
 
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[httpx.Client]:
-    with live(settings=QUICK.model_copy(update={"max_upload": 2**20, "max_pixels": 1_000_000})) as client:
+    limits = {"max_upload": 2**20, "max_pixels": 1_000_000, "decode_timeout": 0.5}
+    with live(settings=QUICK.model_copy(update=limits)) as client:
         yield client
 
 
@@ -49,9 +68,8 @@ def still_answers(client: httpx.Client) -> None:
     body = client.post("/v1/predict", **question(51, age=61)).json()
     assert body["malignancy"] == pytest.approx(0.2)
     assert body["warnings"] == ["age 61"]
-    held = [line for line in client.get("/metrics").text.splitlines() if line.startswith("dualrefnet_queue_")]
-    assert held
-    assert all(float(line.split()[-1]) == 0 for line in held)
+    for name in ("dualrefnet_queue_requests", "dualrefnet_queue_bytes"):
+        assert metric(client.base_url, name) == 0
 
 
 def send(client: httpx.Client, *parts: tuple[str, bytes], path: str = "/v1/predict") -> int:
@@ -76,9 +94,8 @@ def mutated(seed: bytes, chance: random.Random) -> bytes:
             start = chance.randrange(len(seed))
             data[place:place] = seed[start : start + chance.randint(1, 64)]
         else:
-            data[place : place + chance.randint(1, 16)] = chance.choice(
-                [b"\0" * 8, b"\xff" * 8, b"\x7f\xff\xff\xff", b"\r\n--xyz"]
-            )
+            blocks = [b"\0" * 8, b"\xff" * 8, b"\x7f\xff\xff\xff", b"\r\n--xyz"]
+            data[place : place + chance.randint(1, 16)] = chance.choice(blocks)
     return bytes(data)
 
 
@@ -98,35 +115,33 @@ VALUES = st.recursive(
     ),
     max_leaves=12,
 )
-
-
 TEXTS = st.text().map(lambda text: text.encode("utf-8", "surrogatepass"))
 
 
-@examples(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(max_examples=300, suppress_health_check=list(HealthCheck))
 @given(st.binary(max_size=200) | TEXTS | VALUES.map(lambda value: json.dumps(value).encode()))
 def test_metadata_are_parsed_or_refused_and_nothing_else(raw: bytes) -> None:
-    form = refused = None
+    refused, metadata = None, {}
     try:
-        form = parse_metadata(raw)
+        metadata = parse_metadata(raw)
     except Refusal as refusal:
         refused = refusal.status
-    if form is None:
+    if refused is not None:
         assert refused in (400, 422)
         return
     # What was taken is what strict JSON says.
-    assert form == json.loads(raw)
-    json.dumps(form, allow_nan=False).encode("ascii")
-    assert all(isinstance(value, str | int | float | bool | None) for value in form.values())
+    assert metadata == json.loads(raw)
+    json.dumps(metadata, allow_nan=False).encode("ascii")
+    assert all(isinstance(value, str | int | float | bool | None) for value in metadata.values())
 
 
-@examples(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(max_examples=200, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_damaged_bodies_of_every_kind(served: httpx.Client, data: st.DataObject) -> None:
     chance = data.draw(st.randoms(use_true_random=False))
     content, headers = multipart([GOOD, ("metadata", b'{"age": 61, "region": "FACE"}')])
     response = served.post("/v1/predict", content=mutated(content, chance), headers=headers)
-    assert response.status_code in DOCUMENTED - {500, 503}
+    assert response.status_code in DOCUMENTED - {403, 500, 503}
 
 
 METADATA = {
@@ -145,7 +160,7 @@ METADATA = {
     "nothing": (b"", 400),
     "null": (b"null", 422),
     "two values": (b"{} {}", 400),
-    "a mark of bytes": (b"\xef\xbb\xbf{}", 400),
+    "a byte order mark": (b"\xef\xbb\xbf{}", 400),
     "UTF-16": ('{"age": 1}'.encode("utf-16"), 400),
     "half a character": (b'{"region": "\\ud800"}', 400),
     "half a character in a name": (b'{"\\udfff": 1}', 400),
@@ -164,35 +179,24 @@ METADATA = {
 
 @pytest.mark.parametrize("name", METADATA)
 def test_hostile_metadata(client: httpx.Client, name: str) -> None:
-    form, status = METADATA[name]
-    assert send(client, GOOD, ("metadata", form)) == status
-    assert send(client, GOOD, ("metadata", form), path="/v1/explain") == status
+    metadata, status = METADATA[name]
+    for path in ("/v1/predict", "/v1/explain"):
+        assert send(client, GOOD, ("metadata", metadata), path=path) == status
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def png(width: int, height: int, *middle: bytes, depth: int = 8, colour: int = 2) -> bytes:
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+def png(width: int, height: int, *middle: bytes) -> bytes:
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + b"".join(middle) + chunk(b"IEND", b"")
 
 
 def tiff(width: int, height: int, tile: int) -> bytes:
-    entries = [
-        (256, 4, width),
-        (257, 4, height),
-        (258, 3, 8),
-        (259, 3, 1),
-        (262, 3, 1),
-        (277, 3, 1),
-        (322, 4, tile),
-        (323, 4, tile),
-        (324, 4, 200),
-        (325, 4, 64),
-    ]
-    lines = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries)
-    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + lines + struct.pack("<I", 0) + b"\0" * 200
+    tags = {256: width, 257: height, 258: 8, 259: 1, 262: 1, 277: 1, 322: tile, 323: tile, 324: 200, 325: 64}
+    lines = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + lines + struct.pack("<I", 0) + b"\0" * 200
 
 
 def animated() -> bytes:
@@ -202,186 +206,206 @@ def animated() -> bytes:
     return stream.getvalue()
 
 
-def bombs() -> dict[str, tuple[bytes, int]]:
-    zeros = zlib.compress(bytes(200_000_000), 9)
-    return {
-        "50,000 x 50,000": (png(50_000, 50_000, chunk(b"IDAT", zlib.compress(bytes(1000)))), 422),
-        "2^31 x 2^31": (png(2**31 - 1, 2**31 - 1, chunk(b"IDAT", b"")), 422),
-        "no pixels": (png(0, 0, chunk(b"IDAT", b"")), 422),
-        "more pixels than its size": (png(64, 64, chunk(b"IDAT", zeros)), 200),
-        "a text of 200 MB": (
-            png(64, 64, chunk(b"iTXt", b"x\0\1\0\0\0" + zeros), chunk(b"IDAT", zlib.compress(bytes(64 * 193)))),
-            422,
-        ),
-        "a profile of 200 MB": (
-            png(64, 64, chunk(b"iCCP", b"x\0\0" + zeros), chunk(b"IDAT", zlib.compress(bytes(64 * 193)))),
-            422,
-        ),
-        "a tile of 60,000 x 60,000": (tiff(64, 64, 60_000), 422),
-        "a TIFF of 65,000 x 65,000": (tiff(65_000, 65_000, 64), 422),
-        "an animation": (animated(), 200),
-        "0 bytes": (b"", 422),
-        "one byte": (b"\xff", 422),
-        "only a beginning": (b"\x89PNG\r\n\x1a\n", 422),
-        "a script": (b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>", 422),
-        "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n", 422),
-    }
+def jpeg_of_scans(side: int, scans: int) -> bytes:
+    """A progressive JPEG that refines the same coefficients again and again."""
+
+    def segment(marker: int, content: bytes) -> bytes:
+        return struct.pack(">BBH", 255, marker, len(content) + 2) + content
+
+    runs = math.ceil(math.ceil(side / 8) ** 2 / 32767)
+    size = math.ceil(15 * runs / 8)
+    data = int((("0" + "1" * 14) * runs).ljust(8 * size, "1"), 2).to_bytes(size, "big")
+    scan = segment(0xDA, b"\x01\x01\x00\x01\x3f\x10") + data.replace(b"\xff", b"\xff\0")
+    head = segment(0xDB, b"\0" + b"\1" * 64) + segment(0xC2, struct.pack(">BHHB", 8, side, side, 1) + b"\x01\x11\x00")
+    return b"\xff\xd8" + head + segment(0xC4, b"\x10\1" + bytes(15) + b"\xe0") + scan * scans + b"\xff\xd9"
 
 
-def test_bombs_are_told_by_their_first_bytes_and_take_no_memory(client: httpx.Client) -> None:
-    process = psutil.Process()
-    send(client, GOOD)
-    for name, (data, status) in bombs().items():
-        before, started = process.memory_info().rss, time.perf_counter()
-        assert send(client, ("images", data)) == status, name
-        assert time.perf_counter() - started < 5, name
-        assert process.memory_info().rss - before < 150 * 2**20, name
+ZEROS = zlib.compress(bytes(200_000_000), 9)
+PIXELS = chunk(b"IDAT", zlib.compress(bytes(64 * 193)))
+BOMBS = {
+    "50,000 x 50,000": (png(50_000, 50_000, chunk(b"IDAT", zlib.compress(bytes(1000)))), 422),
+    "2^31 x 2^31": (png(2**31 - 1, 2**31 - 1, chunk(b"IDAT", b"")), 422),
+    "no pixels": (png(0, 0, chunk(b"IDAT", b"")), 422),
+    "more pixels than its size": (png(64, 64, chunk(b"IDAT", ZEROS)), 200),
+    "a text of 200 MB": (png(64, 64, chunk(b"iTXt", b"x\0\1\0\0\0" + ZEROS), PIXELS), 422),
+    "a profile of 200 MB": (png(64, 64, chunk(b"iCCP", b"x\0\0" + ZEROS), PIXELS), 422),
+    "80,000 chunks": (png(64, 64, chunk(b"tEXt", b"") * 80_000, PIXELS), 422),
+    "200,000 segments": (picture(kind="JPEG").replace(b"\xff\xd8", b"\xff\xd8" + b"\xff\xe5\0\2" * 200_000, 1), 422),
+    "20,000 scans": (jpeg_of_scans(900, 20_000), 422),
+    "a tile of 60,000 x 60,000": (tiff(64, 64, 60_000), 422),
+    "an animation": (animated(), 200),
+    "0 bytes": (b"", 422),
+    "one byte": (b"\xff", 422),
+    "only a beginning": (b"\x89PNG\r\n\x1a\n", 422),
+    "a script": (b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>", 422),
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n", 422),
+}
+
+
+def memory_of(process: psutil.Process) -> int:
+    """Return the bytes that a server and its decoders hold."""
+    found = 0
+    for one in (process, *process.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            found += one.memory_info().rss
+    return found
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs_take_neither_time_nor_memory(client: httpx.Client, name: str) -> None:
+    data, status = BOMBS[name]
+    before, started = memory_of(psutil.Process()), time.perf_counter()
+    assert send(client, ("images", data)) == status
+    assert time.perf_counter() - started < 2
+    assert memory_of(psutil.Process()) - before < 150 * 2**20
+
+
+def decoders(parent: int | None = None) -> list[psutil.Process]:
+    children = psutil.Process(parent).children(recursive=True)
+    return [child for child in children if "dualrefnet.service.decoder" in child.cmdline()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_decoders_that_end_are_replaced_and_the_next_image_is_decoded(client: httpx.Client, number: int) -> None:
+    for process in decoders():
+        process.send_signal(number)
+    # Until the service has noticed.
+    time.sleep(0.3)
+    for _ in range(4):
+        still_answers(client)
+
+
+def test_others_are_answered_while_bombs_end_every_decoder() -> None:
+    found: list[int] = []
+    # Few scans of many pixels: nothing but time tells that something is wrong.
+    bomb = ("images", jpeg_of_scans(7000, 90))
+    with live(settings=QUICK.model_copy(update={"decode_timeout": 0.5})) as client:
+        threads = [threading.Thread(target=lambda: found.append(send(client, bomb))) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.2)
+        assert send(client, GOOD) == 200
+        for thread in threads:
+            thread.join()
+        assert found == [422] * 4
+        still_answers(client)
 
 
 def test_a_body_that_says_it_is_too_large_is_refused_before_it_comes(client: httpx.Client) -> None:
-    head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n"
     for length in (2**20 + 1, 2 * 2**30, 10**18):
         started = time.perf_counter()
-        assert status_of(converse(client, head + f"Content-Length: {length}\r\n\r\n".encode())) == 413
+        assert status_of(converse(client, post_head(length=length))) == 413
         assert time.perf_counter() - started < 0.2 + QUICK.linger
     # A client that asks before it sends is told no, and not "100 Continue".
-    expecting = head + b"Content-Length: 2000000\r\nExpect: 100-continue\r\n\r\n"
-    assert status_of(converse(client, expecting)) == 413
+    assert status_of(converse(client, post_head("Expect: 100-continue", length=2_000_000))) == 413
 
 
 def test_a_body_without_a_length_is_cut_when_it_is_too_large(client: httpx.Client) -> None:
-    def endless() -> Iterator[bytes]:
-        yield b'--x\r\nContent-Disposition: form-data; name="images"\r\n\r\n'
-        while True:
-            yield b"x" * 65536
+    def send_blocks(connection: socket.socket, most: int) -> None:
+        connection.sendall(post_head("Transfer-Encoding: chunked"))
+        for block in (BEGUN, *[b"x" * 65536] * most):
+            connection.sendall(f"{len(block):x}\r\n".encode() + block + b"\r\n")
 
-    head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\nTransfer-Encoding: chunked\r\n\r\n"
-    address = (client.base_url.host, client.base_url.port)
-    with socket.create_connection(address, timeout=10) as connection:
-        connection.sendall(head)
-        cut = False
-        started = time.perf_counter()
-        for piece in endless():
-            try:
-                connection.sendall(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
-            except (BrokenPipeError, ConnectionResetError):
-                cut = True
-                break
-            assert time.perf_counter() - started < 5
-        assert cut
+    with connect(client) as connection, pytest.raises((BrokenPipeError, ConnectionResetError)):
+        send_blocks(connection, 20_000)
     # A client that looks is told why.
-    with socket.create_connection(address, timeout=10) as connection:
-        connection.sendall(head)
-        for _, piece in zip(range(20), endless(), strict=False):
-            connection.sendall(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
+    with connect(client) as connection:
+        send_blocks(connection, 20)
         assert status_of(read_all(connection)) == 413
 
 
+METADATA_BEGUN = b'--xyz\r\nContent-Disposition: form-data; name="metadata"\r\n\r\n{"age": '
+SLOW = {
+    "no body": (b"", b""),
+    "an image a byte": (BEGUN, b"x"),
+    "metadata a byte": (METADATA_BEGUN, b"1"),
+    "a boundary a byte": (b"--xyz\r\n", b"x"),
+    "a whole body, and more to come": (multipart([GOOD])[0], b"x"),
+}
+
+
 def test_slow_clients_are_cut_off(client: httpx.Client) -> None:
-    head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 1000\r\n\r\n"
     found: dict[str, tuple[float, bytes]] = {}
 
-    def attack(name: str, begin: bytes, drop: bytes, every: float) -> None:
-        started = time.perf_counter()
-        with socket.create_connection((client.base_url.host, client.base_url.port), timeout=0.01) as connection:
-            connection.sendall(begin)
-            answer, last = b"", started
+    def attack(name: str) -> None:
+        begun, drop = SLOW[name]
+        started, answer = time.perf_counter(), b""
+        with connect(client, 0.2) as connection, suppress(BrokenPipeError, ConnectionResetError):
+            connection.sendall(post_head(length=1000) + begun)
             while time.perf_counter() - started < 12:
-                try:
-                    if every and time.perf_counter() - last > every:
-                        last = time.perf_counter()
-                        connection.sendall(drop)
+                with suppress(TimeoutError):
                     piece = connection.recv(65536)
                     if not piece:
                         break
                     answer += piece
-                except TimeoutError:
-                    continue
-                except (BrokenPipeError, ConnectionResetError):
-                    break
+                connection.sendall(drop)
         found[name] = (time.perf_counter() - started, answer)
 
-    attacks = {
-        "no body": (head, b"", 0),
-        "a body a byte": (head, b"x", 0.2),
-        "a part a byte": (head + b'--x\r\nContent-Disposition: form-data; name="images"\r\n\r\n', b"x", 0.2),
-    }
-    threads = [threading.Thread(target=attack, args=(name, *values)) for name, values in attacks.items()]
+    threads = [threading.Thread(target=attack, args=(name,)) for name in SLOW]
     for thread in threads:
         thread.start()
-    still_served = time.perf_counter()
+    started = time.perf_counter()
     assert client.post("/v1/predict", **question()).status_code == 200
-    assert time.perf_counter() - still_served < 2
+    assert time.perf_counter() - started < 2
     for thread in threads:
         thread.join()
     for name, (seconds, answer) in found.items():
         assert seconds < QUICK.body_timeout + QUICK.linger + 2, name
-        # Or the bytes so far can't be multipart.
-        assert status_of(answer) in (400, 408), name
-    assert status_of(found["no body"][1]) == 408
+        assert status_of(answer) == 408, name
+
+
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
+def test_a_client_that_closes_its_side_after_a_request_is_answered(version: bytes) -> None:
+    body, _ = multipart([GOOD])
+    with live(StandInPredictor(delay=0.3)) as client:
+        with connect(client) as connection:
+            connection.sendall(post_head(length=len(body)).replace(b"1.1", version) + body)
+            connection.shutdown(socket.SHUT_WR)
+            answer = read_all(connection)
+        final = answer.replace(b"HTTP/1.1 100 Continue\r\n\r\n", b"")
+        assert status_of(final) == 200
+        assert (final == answer) == (version == b"1.0")
+        still_answers(client)
 
 
 def raw(first: bytes, *lines: bytes, body: bytes = b"") -> bytes:
-    return b"\r\n".join([first, b"Host: x", *lines, b"Connection: close", b"", b""]) + body
+    return b"\r\n".join([first, b"Host: localhost", *lines, b"Connection: close", b"", b""]) + body
 
 
+GET, POST = b"GET /healthz HTTP/1.1", b"POST /v1/predict HTTP/1.1"
 REQUESTS = {
-    "huge header": (raw(b"GET /healthz HTTP/1.1", b"X: " + b"a" * 100_000), {431}),
-    "many headers": (raw(b"GET /healthz HTTP/1.1", *[b"X%d: a" % number for number in range(5000)]), {431}),
+    "huge header": (raw(GET, b"X: " + b"a" * 100_000), {431}),
+    "many headers": (raw(GET, *[b"X%d: a" % number for number in range(5000)]), {431}),
     "huge path": (raw(b"GET /" + b"a" * 100_000 + b" HTTP/1.1"), {431}),
-    "no host": (b"GET /healthz HTTP/1.1\r\n\r\n", {400}),
-    "two hosts": (raw(b"GET /healthz HTTP/1.1", b"Host: y"), {400}),
+    "no host": (GET + b"\r\n\r\n", {400}),
+    "two hosts": (raw(GET, b"Host: y"), {400}),
     "no HTTP": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\r\n\r\n", {400}),
     "HTTP/2 begins": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", {400}),
-    "two lengths": (
-        raw(b"POST /v1/predict HTTP/1.1", b"Content-Length: 5", b"Content-Length: 6", body=b"hello"),
-        {400},
-    ),
+    "two lengths": (raw(POST, b"Content-Length: 5", b"Content-Length: 6", body=b"hello"), {400}),
     "length and chunks": (
-        raw(
-            b"POST /v1/predict HTTP/1.1",
-            b"Content-Length: 5",
-            b"Transfer-Encoding: chunked",
-            body=b"0\r\n\r\nGET / HTTP/1.1\r\n\r\n",
-        ),
+        raw(POST, b"Content-Length: 5", b"Transfer-Encoding: chunked", body=b"0\r\n\r\nGET / HTTP/1.1\r\n\r\n"),
         {400, 415},
     ),
-    "negative length": (raw(b"POST /v1/predict HTTP/1.1", b"Content-Length: -1"), {400}),
-    "length of letters": (raw(b"POST /v1/predict HTTP/1.1", b"Content-Length: abc"), {400}),
-    "other coding": (raw(b"POST /v1/predict HTTP/1.1", b"Transfer-Encoding: gzip, chunked"), {400}),
+    "negative length": (raw(POST, b"Content-Length: -1"), {400}),
+    "length of letters": (raw(POST, b"Content-Length: abc"), {400}),
+    "length of 5,000 digits": (raw(POST, b"Content-Length: " + b"9" * 5000), {400}),
+    "other coding": (raw(POST, b"Transfer-Encoding: gzip, chunked"), {400}),
     "chunks that aren't": (
-        raw(
-            b"POST /v1/predict HTTP/1.1",
-            b"Transfer-Encoding: chunked",
-            b"Content-Type: multipart/form-data; boundary=x",
-            body=b"zz\r\n",
-        ),
+        raw(POST, b"Transfer-Encoding: chunked", b"Content-Type: multipart/form-data; boundary=x", body=b"zz\r\n"),
         {400},
     ),
-    "folded header": (raw(b"GET /healthz HTTP/1.1", b"X: a", b" Y: b"), {200, 400}),
-    "zero in a header": (raw(b"GET /healthz HTTP/1.1", b"X: a\0b"), {400}),
-    "space before the colon": (raw(b"GET /healthz HTTP/1.1", b"X : a"), {400}),
-    "a web socket": (
-        raw(
-            b"GET / HTTP/1.1",
-            b"Upgrade: websocket",
-            b"Connection: Upgrade",
-            b"Sec-WebSocket-Key: eA==",
-            b"Sec-WebSocket-Version: 13",
-        ),
-        {404},
-    ),
-    "h2c": (
-        raw(b"GET / HTTP/1.1", b"Upgrade: h2c", b"Connection: Upgrade, HTTP2-Settings", b"HTTP2-Settings: AAMA"),
-        {404},
-    ),
+    "folded header": (raw(GET, b"X: a", b" Y: b"), {200, 400}),
+    "zero in a header": (raw(GET, b"X: a\0b"), {400}),
+    "space before the colon": (raw(GET, b"X : a"), {400}),
+    "a web socket": (raw(b"GET / HTTP/1.1", b"Upgrade: websocket", b"Connection: Upgrade"), {404}),
+    "h2c": (raw(b"GET / HTTP/1.1", b"Upgrade: h2c", b"Connection: Upgrade, HTTP2-Settings"), {404}),
     "a method of its own": (raw(b"DESTROY /v1/predict HTTP/1.1"), {405}),
     "a proxy's request": (raw(b"GET http://elsewhere.example/ HTTP/1.1"), {404}),
     "CONNECT": (raw(b"CONNECT elsewhere.example:443 HTTP/1.1"), {404, 405}),
     "TRACE": (raw(b"TRACE /v1/predict HTTP/1.1"), {405}),
-    "a type of 10,000 letters": (raw(b"POST /v1/predict HTTP/1.1", b"Content-Type: " + b"a" * 10_000), {415}),
+    "a type of 10,000 letters": (raw(POST, b"Content-Type: " + b"a" * 10_000), {415}),
     "a boundary of 10,000 letters": (
-        raw(b"POST /v1/predict HTTP/1.1", b"Content-Type: multipart/form-data; boundary=" + b"a" * 10_000),
+        raw(POST, b"Content-Type: multipart/form-data; boundary=" + b"a" * 10_000),
         {400},
     ),
 }
@@ -392,63 +416,37 @@ def test_requests_that_are_not_as_they_should_be(client: httpx.Client, name: str
     sent, statuses = REQUESTS[name]
     answer = converse(client, sent)
     assert status_of(answer) in statuses, answer
-    # One request, one answer: nothing of the body is taken for another.
+    # One request, one response: nothing of the body is taken for another.
     assert len(re.findall(rb"HTTP/1\.1 \d{3} ", answer)) == 1
 
 
 def test_requests_in_a_row_on_one_connection_are_answered_in_order(client: httpx.Client) -> None:
-    body, headers = multipart([("images", picture(255))])
-    one = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: {headers['Content-Type']}\r\nContent-Length: {len(body)}\r\n"
-    first = one.encode() + b"X-Request-ID: one\r\n\r\n" + body
+    body, _ = multipart([("images", picture(255))])
+    first = post_head("X-Request-ID: one", length=len(body)) + body
     rows = first + b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Request-ID: two\r\n\r\nrubbish that is no request\r\n\r\n"
     answer = converse(client, rows)
     assert re.findall(rb"HTTP/1\.1 (\d{3}) ", answer) == [b"200", b"200", b"400"]
     assert answer.index(b"x-request-id: one") < answer.index(b"x-request-id: two")
 
 
-PATHS = (
-    *(
-        "/../../etc/passwd",
-        "/%2e%2e/%2e%2e/etc/passwd",
-        "/v1/%2e%2e/v1/model",
-        "/%00",
-        "/v1/predict%00",
-        "/..%5c..%5cwindows",
-        "//healthz",
-    ),
-    *(
-        "/\\\\host\\share",
-        "/%c0%ae%c0%ae/",
-        "/%ff%fe",
-        "/%F0%9F%A7%91",
-        "/file:///etc/passwd",
-        "/v1/model/../../docs",
-        "/%u0041",
-        "/%",
-    ),
-)
+PATHS = [
+    *("/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/v1/%2e%2e/v1/model", "/%00", "/v1/predict%00", "//healthz"),
+    *("/..%5c..%5cwindows", r"/\\host\share", "/%c0%ae%c0%ae/", "/%ff%fe", "/file:///etc/passwd", "/%F0%9F%A7%91"),
+    *("/v1/model/../../docs", "/%u0041", "/%"),
+]
 
 
-def test_paths_lead_nowhere(client: httpx.Client) -> None:
-    for path in PATHS:
-        answer = converse(client, raw(f"GET {path} HTTP/1.1".encode()))
-        assert status_of(answer) in (400, 404), path
-        assert b"root:" not in answer
+@pytest.mark.parametrize("path", PATHS)
+def test_paths_lead_nowhere(client: httpx.Client, path: str) -> None:
+    answer = converse(client, raw(f"GET {path} HTTP/1.1".encode()))
+    assert status_of(answer) in (400, 404)
+    assert b"root:" not in answer
 
 
-NAMES = (
-    *(
-        "../../../../etc/passwd",
-        "/etc/passwd",
-        "..\\..\\boot.ini",
-        "C:\\x.jpg",
-        "\\\\host\\share\\x",
-        "a\0.jpg",
-        "%2e%2e%2fx",
-        "\u202egpj.exe",
-    ),
-    *("\U0001f9d1.jpg", "", "." * 5000, "con", '"; name="metadata', "x.jpg;type=text/html", "=?utf-8?q?x?="),
-)
+NAMES = [
+    *("../../../../etc/passwd", "/etc/passwd", r"..\..\boot.ini", r"C:\x.jpg", r"\\host\share\x", "a\0.jpg", "con"),
+    *("\u202egpj.exe", "\U0001f9d1.jpg", "", "." * 5000, '"; name="metadata', "x.jpg;type=text/html", "%2e%2e%2fx"),
+]
 
 
 def test_names_of_files_are_not_looked_at(
@@ -456,13 +454,10 @@ def test_names_of_files_are_not_looked_at(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name in NAMES:
-        lines = f'--x\r\nContent-Disposition: form-data; name="images"; filename="{name}"\r\nContent-Type: text/html\r\n\r\n'
-        content = lines.encode("utf-8") + picture() + b"\r\n--x--\r\n"
-        response = client.post(
-            "/v1/predict", content=content, headers={"Content-Type": "multipart/form-data; boundary=x"}
-        )
+        content = part(f'Content-Disposition: form-data; name="images"; filename="{name}"', value=picture())
+        response = client.post("/v1/predict", content=content + b"--x--\r\n", headers=MULTIPART)
         assert response.status_code in (200, 400), name
-        assert not name or len(name) < 4 or name not in response.text
+        assert len(name) < 4 or name not in response.text
     assert not list(tmp_path.iterdir())
 
 
@@ -485,7 +480,7 @@ PARTS = {
     "10,000 parts": part(NAMED) * 10_000,
     "10,000 nameless parts": part() * 10_000,
     "parts in a part": part(
-        NAMED, "Content-Type: multipart/mixed; boundary=y", value=b'--y\r\n\r\n{"age": 1}\r\n--y--\r\n'
+        NAMED, "Content-Type: multipart/mixed; boundary=y", value=b'--y\r\n\r\n{"age": 1}\r\n--y--'
     ),
 }
 
@@ -493,17 +488,10 @@ PARTS = {
 @pytest.mark.parametrize("name", PARTS)
 def test_parts_that_are_not_as_they_should_be(client: httpx.Client, name: str) -> None:
     started = time.perf_counter()
-    content = PARTS[name] + b"--x--\r\n"
-    response = client.post("/v1/predict", content=content, headers={"Content-Type": "multipart/form-data; boundary=x"})
+    response = client.post("/v1/predict", content=PARTS[name] + b"--x--\r\n", headers=MULTIPART)
     # What isn't form-data is ignored, and then there is no image.
     assert response.status_code in (400, 422)
     assert time.perf_counter() - started < 1
-
-
-def test_wrong_keys_tell_nothing(client: httpx.Client) -> None:
-    for key in (b"x" * 8000, b"\xff" * 100, b"' OR 1=1 --", b"Bearer Bearer"):
-        for header in (b"X-API-Key: ", b"Authorization: Bearer ", b"Authorization: "):
-            assert status_of(converse(client, raw(b"GET /v1/model HTTP/1.1", header + key))) == 200
 
 
 def test_images_never_touch_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -518,60 +506,155 @@ def test_images_never_touch_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert client.post("/v1/predict", files={"images": ("x", large.getvalue())}).status_code == 200
 
 
-def serve_apart(settings: ServiceSettings, log: Path) -> subprocess.Popen[bytes]:
-    script = Path(__file__).with_name("serve_stand_in.py")
-    chosen = Served(source=Path(), settings=settings, port=free_port())
-    with log.open("wb") as file:
-        return subprocess.Popen(
-            [sys.executable, str(script), chosen.model_dump_json()], stdout=file, stderr=file, env={**os.environ}
-        )
+SITE = "https://lesions.example.org"
+ALLOWED = QUICK.model_copy(update={"allow_origins": (SITE,)})
 
 
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "evil.example:8000", "Origin": "http://evil.example:8000", "Sec-Fetch-Site": "same-origin"}, 403),
+        ({"Host": "127.0.0.1.evil.example"}, 403),
+        ({"Host": "localhost.evil.example"}, 403),
+        ({"Host": "localhost:9999"}, 200),
+        ({"Host": "[::1]:9999"}, 200),
+        ({"Host": "192.168.0.7"}, 200),
+        ({"Host": "lesions.example.org"}, 403),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": "localhost:80", "Origin": "http://localhost:3000"}, 403),
+        ({"Host": "localhost:80", "Origin": "http://localhost:80"}, 200),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Sec-Fetch-Site": "none"}, 200),
+        ({"Sec-Fetch-Site": "same-origin", "Origin": "http://127.0.0.1"}, 200),
+        ({"Origin": SITE, "Sec-Fetch-Site": "cross-site"}, 403),
+    ],
+)
+def test_other_web_sites_are_refused(client: httpx.Client, headers: dict[str, str], status: int) -> None:
+    assert client.get("/v1/model", headers=headers).status_code == status
+    response = client.post("/v1/predict", **question(), headers=headers)
+    assert response.status_code == status
+    assert "access-control-allow-origin" not in response.headers
+    assert client.get("/healthz", headers=headers).status_code == 200
+
+
+def test_allowed_web_sites_are_answered_and_others_are_not() -> None:
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-api-key"}
+    browser = {"Origin": SITE, "Sec-Fetch-Site": "cross-site"}
+    with live(settings=ALLOWED) as client:
+        preflight = client.options("/v1/predict", headers={**browser, **asks})
+        assert preflight.status_code == 200
+        assert preflight.headers["access-control-allow-origin"] == SITE
+        assert "x-api-key" in preflight.headers["access-control-allow-headers"].lower()
+        for response in (client.post("/v1/predict", **question(), headers=browser), client.get("/no", headers=browser)):
+            assert response.status_code in (200, 404)
+            assert response.headers["access-control-allow-origin"] == SITE
+        assert client.get("/v1/model", headers={"Host": "lesions.example.org"}).status_code == 200
+        other = {"Origin": "https://evil.example"}
+        assert client.post("/v1/predict", **question(), headers=other).status_code == 403
+        assert "access-control-allow-origin" not in client.options("/v1/predict", headers={**other, **asks}).headers
+
+
+def test_a_network_that_computes_no_numbers_is_not_answered_as_if_it_did() -> None:
+    class Overflowing(StandInPredictor):
+        def answer(self, lesion: list, form: dict) -> Prediction:
+            prediction = super().answer(lesion, form)
+            return replace(prediction, probabilities={"BCC": math.nan, "NEV": math.nan}) if form else prediction
+
+    with live(Overflowing()) as client:
+        for path in ("/v1/predict", "/v1/explain"):
+            response = client.post(path, **question(51, age=61))
+            assert response.status_code == 500
+            assert response.json()["error"]["code"] == "not_finite"
+        assert client.post("/v1/predict", **question(51)).status_code == 200
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_the_service_stops_whatever_its_decoders_do_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    settings = QUICK.model_copy(update={"decode_timeout": 60.0, "grace": 2.0})
+    body, _ = multipart([("images", jpeg_of_scans(7000, 90))])
+    with running(tmp_path, settings=settings) as process, httpx.Client(base_url=process.base) as client:
+        children = decoders(process.popen.pid)
+        connections = [connect(client) for _ in children]
+        for connection in connections:
+            connection.sendall(post_head(length=len(body)) + body)
+        time.sleep(0.5)
+        process.popen.send_signal(number)
+        # The whole group gets the signal of a terminal or of systemd.
+        for child in children:
+            child.send_signal(number)
+        assert process.popen.wait(10) == 1
+        assert [status_of(read_all(connection)) for connection in connections] == [503] * len(children)
+        assert not psutil.wait_procs(children, timeout=5)[1]
+    assert not list(folder.iterdir())
+
+
+def test_killed_decoders_and_files_do_not_outlive_a_killed_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    settings = QUICK.model_copy(update={"decode_timeout": 2.0})
+    body, _ = multipart([("images", jpeg_of_scans(7000, 90))])
+    with running(tmp_path, settings=settings) as process, httpx.Client(base_url=process.base) as client:
+        children = decoders(process.popen.pid)
+        with connect(client) as connection:
+            connection.sendall(post_head(length=len(body)) + body)
+            time.sleep(0.3)
+            process.popen.kill()
+            assert not psutil.wait_procs(children, timeout=5)[1]
+    assert not list(folder.iterdir())
+
+
+def test_few_file_descriptors_do_not_fill_the_log(tmp_path: Path) -> None:
+    with running(tmp_path) as process, httpx.Client(base_url=process.base) as client:
+        resource.prlimit(process.popen.pid, resource.RLIMIT_NOFILE, (40, 40))
+        idle = [connect(client) for _ in range(60)]
+        time.sleep(3)
+        for connection in idle:
+            connection.close()
+        wait_for(lambda: process.ready)
+        still_answers(client)
+        assert len(process.log.read_bytes()) < 20_000
 
 
 @pytest.mark.slow  # About 6 s.
 def test_two_gigabytes_take_no_memory(tmp_path: Path) -> None:
-    process = serve_apart(QUICK, tmp_path / "log")
-    try:
-        port = json.loads(process.args[-1])["port"]  # type: ignore[index]
-        base = f"http://127.0.0.1:{port}"
-        wait_for(lambda: _ready(base), 60)
-        with httpx.Client(base_url=base, timeout=60) as client:
-            assert client.post("/v1/predict", **question()).status_code == 200
-            memory = psutil.Process(process.pid)
-            highest = before = memory.memory_info().rss
-            for length in (f"Content-Length: {2 * 2**30}", "Transfer-Encoding: chunked"):
-                sent = 0
-                with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
-                    kind = "Content-Type: multipart/form-data; boundary=x"
-                    connection.sendall(f"POST /v1/predict HTTP/1.1\r\nHost: x\r\n{kind}\r\n{length}\r\n\r\n".encode())
-                    block = b"x" * 2**20
-                    begin = b'--x\r\nContent-Disposition: form-data; name="images"\r\n\r\n'
-                    try:
-                        while sent < 2 * 2**30:
-                            piece = begin + block if sent == 0 else block
-                            connection.sendall(
-                                f"{len(piece):x}\r\n".encode() + piece + b"\r\n" if "chunked" in length else piece
-                            )
-                            sent += len(piece)
-                            highest = max(highest, memory.memory_info().rss)
-                    except (BrokenPipeError, ConnectionResetError):
-                        pass
-                assert sent < 2 * 2**30, "it took all of it"
-            # A body up to the limit (64 MB) is held while it comes.
-            assert highest - before < 200 * 2**20
-            assert client.post("/v1/predict", **question()).status_code == 200
-    finally:
-        process.terminate()
-        assert process.wait(30) == 0
+    block = b"x" * 2**20
+    with running(tmp_path) as process, httpx.Client(base_url=process.base, timeout=60) as client:
+        still_answers(client)
+        memory = psutil.Process(process.popen.pid)
+        highest = before = memory_of(memory)
+        for length in (f"Content-Length: {2 * 2**30}", "Transfer-Encoding: chunked"):
+            sent = 0
+            with connect(client) as connection, suppress(BrokenPipeError, ConnectionResetError):
+                connection.sendall(post_head(length))
+                for sent in range(2048):
+                    piece = block if sent else BEGUN + block
+                    head = f"{len(piece):x}\r\n".encode()
+                    connection.sendall(head + piece + b"\r\n" if "chunked" in length else piece)
+                    highest = max(highest, memory_of(memory))
+            assert sent < 2047, "it took all of it"
+        # A body up to the limit (64 MB) is held while it comes.
+        assert highest - before < 200 * 2**20
+        still_answers(client)
 
 
-def _ready(base: str) -> bool:
-    try:
-        return httpx.get(f"{base}/readyz").status_code == 200
-    except httpx.TransportError:
-        return False
+@pytest.mark.slow  # About 30 s.
+def test_memory_of_large_images_is_given_back(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    Image.effect_noise((7000, 7000), 20).convert("RGB").save(stream, "JPEG", quality=60)
+    with running(tmp_path) as process, httpx.Client(base_url=process.base, timeout=60) as client:
+        before = memory_of(psutil.Process(process.popen.pid))
+        for _ in range(20):
+            assert send(client, ("images", stream.getvalue())) == 200
+        time.sleep(1)
+        assert memory_of(psutil.Process(process.popen.pid)) - before < 300 * 2**20

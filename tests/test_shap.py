@@ -75,7 +75,7 @@ def all_orders(
     return np.asarray(np.mean(total, axis=0))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(1, 4), st.integers(1, 5))
 def test_of_a_linear_model_each_value_is_the_weight_times_the_distance_from_the_mean(
     seed: int, width: int, classes: int, others: int

@@ -1,18 +1,16 @@
 import shutil
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import Rectangle
 
 from dualrefnet.display.figure import PAPER
 from dualrefnet.errors import RunError
 from dualrefnet.report.suite_figures import draw_ablation, draw_systems
-from dualrefnet.suite.results import FROZEN, LABEL_LEAKING, LEAKING_SPLIT, SuiteResults, aggregate
+from dualrefnet.suite.results import SuiteResults, aggregate
 from suite_folder import paper_suite
 
 
@@ -74,15 +72,11 @@ def test_values_and_intervals_are_those_of_the_table(small_results: SuiteResults
     columns = ["pooled", "low", "high"]
     assert figure.data[columns].to_numpy().tolist() == rows[columns].to_numpy().tolist()
     assert figure.data["is_reference"].tolist() == [True, False]
-    assert f"DualRefNet {rows['pooled'].iloc[0]:.3f} [" in figure.alt
-    figure = draw_ablation(systems, comparisons, "accuracy")
-    (axis,) = figure.figure.axes
+    (axis,) = draw_ablation(systems, comparisons, "accuracy").figure.axes
     rows = comparisons[comparisons["measure"] == "accuracy"]
     assert labels(axis) == ["Concat"]
     assert marks(axis) == rows["difference"].tolist() == [pytest.approx((37 - 46) / 48)]
     assert intervals(axis) == rows[["low", "high"]].to_numpy().tolist()
-    assert any(set(line.get_xdata()) == {0} for line in axis.lines)
-    assert axis.get_xlabel().endswith("← worse     better →")
 
 
 def test_unfinished_systems_are_hatched_and_those_without_a_value_named(small: Path, tmp_path: Path) -> None:
@@ -98,39 +92,23 @@ def test_unfinished_systems_are_hatched_and_those_without_a_value_named(small: P
     found = aggregate(folder, 100)
     figure = draw_systems(found.systems, found.comparisons, "accuracy")
     assert labels(figure.figure.axes[0]) == ["DualRefNet"]
-    assert figure.caption.endswith("Without a value: Concat.")
+    assert "Concat" in figure.caption
     with pytest.raises(RunError, match="no system of the suite is compared"):
         draw_ablation(found.systems, found.comparisons, "accuracy")
 
 
-def test_flags_are_named_once_with_their_systems() -> None:
-    rows = [
-        system("dualrefnet", flags=(LEAKING_SPLIT, FROZEN)),
-        system("concat", flags=(LABEL_LEAKING, LEAKING_SPLIT, FROZEN)),
-        system("metadata_only", flags=(LEAKING_SPLIT,)),
-    ]
-    figure = draw_systems(pd.DataFrame(rows), compared(), "accuracy")
-    for flag, who in (
-        (LEAKING_SPLIT, "all systems"),
-        (FROZEN, "all systems that read images"),
-        (LABEL_LEAKING, "Concat (LABEL-LEAKING IMPUTATION)"),
-    ):
-        assert f"{flag[1:]} ({who})." in figure.caption
-    assert figure.data["flags"].tolist() == ["; ".join(row["flags"]) for row in rows]
-
-
 def test_the_paper_s_number_is_a_hollow_mark_unless_it_is_averaged_differently(tmp_path: Path) -> None:
     found = paper_suite(tmp_path, ["dualrefnet", "visual"], ["accuracy"])
-    (axis,) = draw_systems(found.systems, found.comparisons, "accuracy").figure.axes
-    (diamonds,) = [line for line in axis.lines if line.get_marker() == "D"]
-    assert list(diamonds.get_xdata()) == found.systems["paper"].tolist() == [0.851, 0.807]
-    assert list(diamonds.get_ydata()) == list(axis.get_yticks())
     f1 = {"measure": "f1_macro", "paper": 0.8}
     rows = [system("dualrefnet", **f1, paper_average="macro"), system("metablock", **f1, paper_average="weighted")]
-    figure = draw_systems(pd.DataFrame(rows), compared(), "f1_macro")
-    (diamonds,) = [line for line in figure.figure.axes[0].lines if line.get_marker() == "D"]
-    assert np.asarray(diamonds.get_xdata()) == pytest.approx([0.8, np.nan], nan_ok=True)
-    assert "the paper's number of MetaBlock." in figure.caption
+    for systems, comparisons, expected in (
+        (found.systems, found.comparisons, [0.851, 0.807]),
+        (pd.DataFrame(rows), compared(), [0.8, np.nan]),
+    ):
+        (axis,) = draw_systems(systems, comparisons, systems["measure"].iloc[0]).figure.axes
+        (diamonds,) = [line for line in axis.lines if line.get_marker() == "D"]
+        assert np.asarray(diamonds.get_xdata()) == pytest.approx(expected, nan_ok=True)
+        assert list(diamonds.get_ydata()) == list(axis.get_yticks())
 
 
 def test_filled_marks_differ_after_correction_and_less_may_be_better() -> None:
@@ -142,58 +120,23 @@ def test_filled_marks_differ_after_correction_and_less_may_be_better() -> None:
         comparison("visual", measure="ece", **missing),
     )
     figure = draw_ablation(systems, comparisons, "ece")
-    dots = [line for line in figure.figure.axes[0].lines if line.get_marker() == "o"]
-    assert [line.get_markerfacecolor() == PAPER for line in dots] == [False, True]
-    assert figure.figure.axes[0].get_xlabel().endswith("← better     worse →")
+    (axis,) = figure.figure.axes
+    assert [line.get_markerfacecolor() == PAPER for line in axis.lines if line.get_marker() == "o"] == [False, True]
+    assert axis.get_xlabel().index("better") < axis.get_xlabel().index("worse")
     assert figure.caption.endswith("Not compared: Visual.")
-    assert "MetaNet +0.020 [−0.010, +0.050], p 0.200" in figure.alt
     with pytest.raises(RunError, match="doesn't measure kappa; it measures: ece"):
         draw_systems(systems, comparisons, "kappa")
 
 
 def test_backbones_are_panels_and_tiers_are_marks_in_a_line() -> None:
-    backbones, methods, tiers = (
-        ("vgg13", "efficientnet_lite0+efficientnet_lite1"),
-        ("concat", "dualrefnet"),
-        ("M1", "M3"),
-    )
-    names = [f"{method}/{backbone}/{tier}" for backbone in backbones for method in methods for tier in tiers]
+    backbones, methods = ("vgg13", "efficientnet_lite0+efficientnet_lite1"), ("concat", "dualrefnet")
+    names = [f"{method}/{backbone}/{tier}" for backbone in backbones for method in methods for tier in ("M1", "M3")]
     rows = [system(name, pooled=0.5 + 0.01 * place) for place, name in enumerate(names)]
     rows += [system("metadata_only/vgg13/M1"), system("metadata_only/vgg13/M3", planned=2)]
-    figure = draw_systems(pd.DataFrame(rows), compared(), "accuracy")
-    axes = figure.figure.axes
+    axes = draw_systems(pd.DataFrame(rows), compared(), "accuracy").figure.axes
     titles = ["VGG-13", "EfficientNet-Lite0 + EfficientNet-Lite1", "no image encoder"]
     assert [axis.get_title(loc="left") for axis in axes] == titles
     assert [labels(axis) for axis in axes] == [["Concat", "DualRefNet"]] * 2 + [["Metadata only"]]
     assert marks(axes[1]) == pytest.approx([0.54, 0.55, 0.56, 0.57])
     # Only M3's half of the line.
     assert hatched(axes[2]) == pytest.approx([axes[2].get_yticks()[0] + 0.5])
-    assert "Metadata only M3: 1 of 2" in figure.caption
-
-
-def test_one_method_on_several_encoders_and_data_sets_has_a_line_for_each_encoder() -> None:
-    isic = {"dataset": "isic_2019", "unit": "lesion", "images": 4936, "groups": 2800}
-    rows = [system("dualrefnet/vgg13"), system("dualrefnet/swin_b")]
-    rows += [system("dualrefnet/densenet121", **isic), system("dualrefnet/swin_b", **isic)]
-    figure = draw_systems(pd.DataFrame(rows), compared(), "accuracy")
-    assert [labels(axis) for axis in figure.figure.axes] == [["VGG-13", "Swin-B"], ["DenseNet-121", "Swin-B"]]
-    assert "383 images of 320 patients or 4936 images of 2800 lesions" in figure.caption
-    assert "Swin-B (isic_2019, protocol paper, DualRefNet) 0.700" in figure.alt
-
-
-def test_forty_systems_fit_without_touching_each_other() -> None:
-    methods = ("no_metadata", "concat", "metanet", "metablock", "hmfb", "visual", "auxnet", "dualrefnet")
-    backbones = ("vgg13", "resnet50", "efficientnet_b4", "mobilenet_v2", "densenet121")
-    rows = [
-        system(f"{method}/{backbone}", flags=(LABEL_LEAKING,) if method == "concat" else ())
-        for backbone in backbones
-        for method in methods
-    ]
-    figure = draw_systems(pd.DataFrame(rows), compared(), "accuracy").figure
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    renderer = canvas.get_renderer()
-    boxes = [text.get_window_extent(renderer) for axis in figure.axes for text in axis.get_yticklabels()]
-    assert len(boxes) == 40
-    assert all(lower.y1 <= upper.y0 + 0.5 for upper, lower in pairwise(boxes))
-    assert all(box.x0 >= 0 for box in boxes)

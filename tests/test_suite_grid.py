@@ -2,7 +2,6 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -10,7 +9,6 @@ from typer.testing import CliRunner
 from dualrefnet.cli import app, reports  # noqa: F401 (the module registers the commands)
 from dualrefnet.errors import RecipeError
 from dualrefnet.models.encoders import BACKBONES
-from dualrefnet.recipe import load_recipe
 from dualrefnet.suite.grid import (
     Block,
     Suite,
@@ -22,7 +20,7 @@ from dualrefnet.suite.grid import (
     shipped_suites,
     smoke,
 )
-from dualrefnet.suite.paper import reported
+from dualrefnet.suite.results import reported
 
 # Suite -> cells, runs.
 SHIPPED = {
@@ -85,29 +83,7 @@ def test_the_tables_have_the_paper_s_cells_and_every_lookup_finds_its_number() -
             assert reported(*place, cell.paper.metrics.get("balanced_accuracy")), cell.name
 
 
-def test_figure_1e_has_all_combinations_of_the_three_parts() -> None:
-    cells = expand(load_suite("figure1e"))
-    parts = [
-        (cell.recipe.metadata.tier != "M0", cell.recipe.model.decoder != "none", cell.recipe.loss.penalty > 0)
-        for cell in cells
-        if not cell.key.variant.startswith("target")
-    ]
-    assert len(set(parts)) == 8
-    assert {cell.recipe.model.target for cell in cells} == {"bilinear", "bicubic", "ninasr_b0", "edsr"}
-    (shared,) = [cell for cell in cells if cell.run != cell.name]
-    assert shared.key.variant == "target bicubic"
-    assert "metadata-auxiliary-R" in shared.run
-
-
-def test_every_reading_departs_from_the_recipe_in_what_it_says() -> None:
-    first, *others = expand(load_suite("readings"))
-    assert first.recipe.model_copy(update={"name": "pad_ufes_20_m3"}) == load_recipe("pad_ufes_20_m3")
-    assert len({cell.recipe.model_dump_json(exclude={"name"}) for cell in (first, *others)}) == len(others) + 1
-    leaking = [cell.key.variant for cell in others if cell.recipe.metadata.imputation == "label_leaking"]
-    assert leaking == ["imputation from the diagnosis (LEAKS)"]
-
-
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     methods=st.lists(
         st.sampled_from(["dualrefnet", "no_metadata", "metadata_only"]), min_size=1, max_size=3, unique=True
@@ -196,16 +172,6 @@ def test_a_wrong_suite_file_is_refused_with_a_hint(text: str, words: str, tmp_pa
         load_suite(write(tmp_path, f"name: s\ntitle: S\n{text}\n"))
 
 
-def test_a_wrong_key_of_a_recipe_is_refused_with_a_hint() -> None:
-    variants = (Variant(name="bad", set={"model.targt": "bicubic"}),)
-    with pytest.raises(RecipeError, match=r"\(bad, resnet50\).*did you mean 'target'"):
-        expand(suite_of(Block(recipe="sample", backbones=("resnet50",), variants=variants)))
-    with pytest.raises(RecipeError, match="did you mean 'epochs'"):
-        expand(override(load_suite("table2"), {"training.epoch": 1}))
-    with pytest.raises(RecipeError, match="did you mean 'table3"):
-        load_suite("table3")
-
-
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -219,15 +185,6 @@ def test_a_wrong_key_of_a_recipe_is_refused_with_a_hint() -> None:
 def test_unknown_names_are_refused_before_anything_is_trained(values: dict, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         check_names(expand(suite_of(Block(recipe="pad_ufes_20", set=values))))
-
-
-def test_a_suite_contains_its_recipes(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("name: mine\ndata: {dataset: sample}\ntraining: {epochs: 7}\n")
-    suite = load_suite(write(tmp_path, "name: s\ntitle: S\ntable: 4\ngrid: [{recipe: mine.yaml, seeds: [1]}]\n"))
-    (tmp_path / "mine.yaml").unlink()
-    (cell,) = expand(suite)
-    assert (cell.recipe.training.epochs, cell.recipe.seed, suite.table) == (7, 1, "4")
-    assert load_suite(write(tmp_path, yaml.safe_dump(suite.model_dump(mode="json")))) == suite
 
 
 @pytest.mark.parametrize("name", shipped_suites())
@@ -249,24 +206,6 @@ def test_a_smoke_test_keeps_methods_and_variants_and_is_cheap(name: str, tmp_pat
     assert any("edsr" in note for note in notes) == (name == "figure1e")
     assert small.smoke
     assert [split.dataset for split in small.splits] == (["sample"] if suite.splits else [])
-
-
-def test_a_smoke_test_has_one_run_per_method_and_keeps_what_a_variant_means(tmp_path: Path) -> None:
-    small, _ = smoke(override(load_suite("table3a"), {"seed": [0, 1]}), tmp_path)
-    names = [f"sample-{method}-mobilenet_v2-fold0-seed0" for method in METHODS_3A]
-    assert [cell.name for cell in expand(small)] == names
-    recipes = {cell.key.variant: cell.recipe for cell in expand(smoke(load_suite("figure1e"), tmp_path)[0])}
-    assert (recipes["R"].metadata.tier, recipes["R"].model.decoder, recipes["R"].loss.penalty) == ("M0", "none", 1)
-    assert recipes["metadata + auxiliary"].loss.penalty == 0
-    recipes = {cell.key.variant: cell.recipe for cell in expand(smoke(load_suite("ablations"), tmp_path)[0])}
-    assert recipes["cross-attention fusion"].model.fusion == "cross_attention"
-
-
-def test_the_shipped_suites_are_listed_and_printed() -> None:
-    listed = CliRunner().invoke(app, ["suites"]).output
-    assert [line.split()[0] for line in listed.splitlines()] == shipped_suites()
-    assert re.search(r"^table3a +35 runs ", listed, re.MULTILINE)
-    assert yaml.safe_load(CliRunner().invoke(app, ["suites", "table3a"]).output)["name"] == "table3a"
 
 
 def test_a_dry_run_lists_every_run_and_touches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,13 +6,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from numpy.typing import NDArray
 
 from dualrefnet.data.adapters import load_dataset
 from dualrefnet.errors import RecipeError, RunError
-from dualrefnet.files import write_csv, write_json, write_yaml
-from dualrefnet.report.suite_report import NOTES, choose_pairs, draw_cases, suite_notes, write_suite_report
+from dualrefnet.files import write_json
+from dualrefnet.report.suite_report import NOTES, choose_pairs, suite_notes, write_suite_report
 from dualrefnet.suite.grid import Cell, expand, load_suite
 from dualrefnet.suite.results import FROZEN, LEAKING_SPLIT, SYNTHETIC, SuiteResults, aggregate
 from dualrefnet.suite.tables import printed_tables
@@ -49,32 +48,6 @@ def page(three: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_suite_report(three, tmp_path_factory.mktemp("out"), photographs=False, samples=200)
 
 
-def test_the_summary_is_that_of_the_numbers(three_results: SuiteResults, page: Path) -> None:
-    summary = " ".join(Page(page).intro("summary"))
-    first = three_results.systems.iloc[0]
-    assert f"Reference in accuracy: DualRefNet with 0.917 [{first['low']:.3f}, {first['high']:.3f}]." in summary
-    assert "3 systems; 6 of 6 runs are finished." in summary
-    assert "tested on 24 images of 12 patients." in summary
-    assert "1 worse (No metadata); none better; 1 not significantly different (Concat)" in summary
-    assert "Highest accuracy: DualRefNet, 0.917" in summary
-
-
-@pytest.mark.parametrize(
-    ("measure", "wrong", "expected"),
-    [
-        # Where no difference is shown none is claimed.
-        ("accuracy", {"dualrefnet": (0,), "concat": (1,), "no_metadata": (2,)}, "none worse; none better; 2 not"),
-        ("brier", WRONG, "Lowest Brier score, multi-class: DualRefNet"),
-    ],
-)
-def test_equal_systems_and_measures_of_which_less_is_better(
-    measure: str, wrong: dict[str, tuple[int, ...]], expected: str, tmp_path: Path
-) -> None:
-    suite = {**THREE, "measures": [measure]}
-    folder = write_suite(tmp_path / "suite", suite, lambda cell: wrong_on(*wrong[cell.key.method]))
-    assert expected in " ".join(Page(write_suite_report(folder, photographs=False, samples=100)).intro("summary"))
-
-
 def test_notes_name_what_limits_the_numbers(three: Path, tmp_path: Path) -> None:
     suite = changed(grid_methods=["dualrefnet", "metadata_only"], grid_folds=[0], grid_seeds=[0, 1])
     suite["grid"][0]["set"]["training.encoder"] = "frozen"
@@ -106,19 +79,6 @@ def test_the_page_holds_every_table_and_figure_and_fetches_nothing(three_results
     assert folded == ["classes", "provenance"]
     assert "reference: dualrefnet" in found.text, "the suite itself is in the page"
     assert "treat it as patient data" not in found.root.words()
-
-
-def test_equal_or_too_many_measures_are_not_drawn_and_variants_show_the_difference(tmp_path: Path) -> None:
-    variants = [{"name": "full"}, {"name": "no R", "set": {"loss.penalty": 0}}]
-    measures = ["accuracy", "recall_weighted", "balanced_accuracy", "f1_macro", "kappa"]
-    values = {"rows": "variant", "reference": "full", "measures": measures, "grid_variants": variants}
-    suite = changed(grid_methods=["dualrefnet"], grid_folds=[0], grid_seeds=[0], **values)
-    folder = write_suite(tmp_path, suite, lambda cell: wrong_on(*((0, 3) if cell.key.variant == "no R" else ())))
-    page = write_suite_report(folder, photographs=False, samples=100)
-    assert page == folder / "report" / "report.html"
-    drawn = {path.stem for path in (page.parent / "pictures").glob("*.png")}
-    shown = ("accuracy", "balanced_accuracy", "f1_macro")
-    assert drawn == {f"{kind}_{measure}" for kind in ("systems", "ablation") for measure in shown}
 
 
 def test_two_systems_are_compared_image_by_image(three_results: SuiteResults, page: Path) -> None:
@@ -209,18 +169,6 @@ def test_several_data_sets_have_a_section_each_and_no_common_root(tmp_path: Path
         write_suite_report(folder, root=tmp_path, samples=100)
 
 
-def test_a_suite_of_splits_alone_has_its_page(tmp_path: Path) -> None:
-    splits = [{"dataset": "pad_ufes_20", "protocol": "paper"}]
-    write_yaml(tmp_path / "suite.yaml", {"name": "t", "title": "Counted", "splits": splits})
-    with pytest.raises(RunError, match=r"nothing of the suite in .* is finished"):
-        write_suite_report(tmp_path)
-    rows = pd.DataFrame({"image_id": ["a", "b", "c"], "patient_id": ["p", "q", "r"], "label": ["BCC", "MEL", "MEL"]})
-    write_csv(tmp_path / "splits" / "pad_ufes_20-paper.csv", rows.assign(split=["train", "val", "test"]))
-    text = text_of(write_suite_report(tmp_path))
-    assert "1 train, 1 val, 1 test. 0 of 18 counts are those of the paper's Table 1." in text
-    assert NOTES[LEAKING_SPLIT] in text
-
-
 def test_a_suite_without_a_finished_run_is_refused_and_systems_without_any_are_named(
     three: Path, tmp_path: Path
 ) -> None:
@@ -237,28 +185,3 @@ def test_a_suite_without_a_finished_run_is_refused_and_systems_without_any_are_n
     with pytest.raises(RunError, match=r"is finished \(1 failed: .*failures says why\).*suite.yaml --out .*` goes on"):
         write_suite_report(folder)
     assert not (folder / "report").exists()
-
-
-@pytest.mark.parametrize("first_right", [True, False])
-def test_cases_fit_into_their_figure_whatever_they_are_called(first_right: bool) -> None:
-    labels = ["seborrheic_keratosis", "actinic_keratosis_or_Bowen", "nevus", "melanoma"]
-    right, wrong = ("a", "b") if first_right else ("b", "a")
-    cases = pd.DataFrame({"image_id": list("0123"), "label": labels})
-    cases = cases.assign(**{f"predicted_{right}": labels, f"p_predicted_{right}": 0.9, f"p_true_{right}": 0.9})
-    others = [labels[place - 1] for place in range(4)]
-    cases = cases.assign(**{f"predicted_{wrong}": others, f"p_predicted_{wrong}": 0.61, f"p_true_{wrong}": 0.03})
-    names = ("attention on metadata (pad_ufes_20, protocol paper)", "image only")
-    images = {str(place): np.zeros((8, 8, 3), np.uint8) for place in range(4)}
-    drawn = draw_cases(cases, images, names, "cases")
-    winner, loser = names if first_right else names[::-1]
-    assert drawn.title == f"{winner} right, {loser} wrong"
-    assert f"{loser} predicts actinic_keratosis_or_Bowen 61%, nevus 3%" in drawn.alt
-    assert drawn.data.shape == (8, 6)
-    canvas = FigureCanvasAgg(drawn.figure)
-    canvas.draw()
-    edge, axes = drawn.figure.bbox, drawn.figure.axes
-    boxes = [axis._left_title.get_window_extent(canvas.get_renderer()) for axis in axes]  # type: ignore[attr-defined]
-    assert all(edge.y0 <= box.y0 and box.y1 <= edge.y1 and edge.x0 <= box.x0 and box.x1 <= edge.x1 for box in boxes)
-    # The text of one image stays clear of the next one's, and of the row above.
-    assert all(left.x1 < right_box.x0 for left, right_box in ((boxes[0], boxes[1]), (boxes[1], boxes[2])))
-    assert boxes[3].y1 < axes[0].get_window_extent().y0

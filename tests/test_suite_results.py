@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score
 
-from dualrefnet.errors import RunError
 from dualrefnet.files import write_json, write_yaml
 from dualrefnet.suite.grid import expand, load_suite
 from dualrefnet.suite.results import FROZEN, LABEL_LEAKING, LEAKING_SPLIT, RANDOM, SYNTHETIC, SuiteResults, aggregate
@@ -106,17 +105,6 @@ def test_a_missing_run_is_recorded_and_the_complete_seed_is_pooled(small: Path, 
     assert row(found.comparisons, measure="accuracy")["difference"] == pytest.approx(38 / 48 - 45 / 48)
 
 
-def test_a_system_without_any_run_keeps_its_row(small: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(small, tmp_path / "suite")
-    for run in (folder / "runs").glob("sample-concat-*"):
-        shutil.rmtree(run)
-    found = aggregate(folder)
-    concat = row(found.systems, method="concat", measure="accuracy")
-    assert np.isnan([concat["pooled"], concat["mean"], concat["low"]]).all()
-    assert (concat["runs"], concat["planned"], concat["flags"]) == (0, 4, ())
-    assert row(found.comparisons, measure="accuracy")["note"] == "not compared: it has no pooled value"
-
-
 @pytest.mark.parametrize("shared", [True, False])
 def test_what_was_tested_on_other_images_is_neither_pooled_nor_compared(
     shared: bool, small: Path, tmp_path: Path
@@ -207,12 +195,3 @@ def test_the_results_of_a_real_run_are_its_metrics(tiny_run: Any, tmp_path: Path
     expected = [tiny_run.metrics["balanced_accuracy"], tiny_run.metrics["malignant"]["auc"]]
     assert found["pooled"].tolist() == found["mean"].tolist() == pytest.approx(expected)
     assert found["flags"].tolist() == [(SYNTHETIC, RANDOM)] * 2
-
-
-def test_no_suite_folder_and_unknown_measures_are_refused(small: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"no suite\.yaml"):
-        aggregate(tmp_path)
-    folder = shutil.copytree(small, tmp_path / "suite")
-    write_yaml(folder / "suite.yaml", changed(measures=["bacc"]))
-    with pytest.raises(RunError, match=r"no measure is called 'bacc'; correct `measures`; there are: accuracy, "):
-        aggregate(folder)

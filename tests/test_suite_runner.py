@@ -27,7 +27,6 @@ from dualrefnet.suite.grid import (
     override,
     shipped_suites,
     smoke,
-    with_recipes,
 )
 from dualrefnet.suite.runner import Outcome, run_suite
 from dualrefnet.suite.tables import write_tables
@@ -152,15 +151,6 @@ def test_the_next_call_skips_the_finished_and_tries_the_failed(mixed: Suite, fir
     assert logs == [1, 2]
 
 
-def test_models_can_be_discarded_and_the_runs_stay_finished(sample_root: Path, tmp_path: Path) -> None:
-    suite = suite_of(sample_root, good={})
-    outcome = run_suite(suite, tmp_path / "out", keep_models=False)
-    run = Run(tmp_path / "out" / "runs" / outcome.finished[0])
-    assert not run.weights_file.exists()
-    assert len(run.predictions) > 0
-    assert run_suite(suite, tmp_path / "out", keep_models=False).skipped == 1
-
-
 def test_another_suite_in_the_folder_is_refused(mixed: Suite, first: tuple[Path, Outcome], tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"grid\.0\.set\.training\.epochs: 1 there, 2 now"):
         run_suite(override(mixed, {"training.epochs": 2}), first[0])
@@ -241,27 +231,6 @@ def test_kill_9_at_any_moment_and_the_same_command_gives_the_same_runs(
         assert all(torch.equal(first[key], second[key]) for key in first)
         assert {path.name for path in one.path.iterdir()} == {path.name for path in other.path.iterdir()}
     assert not list((tmp_path / "out").glob("failures/*"))
-
-
-@pytest.mark.slow
-def test_leftovers_of_a_kill_don_t_stop_a_run(sample_root: Path, tmp_path: Path) -> None:
-    suite, out = suite_of(sample_root, good={}), tmp_path / "out"
-    # As a kill leaves it in the middle of the first write of a run.
-    write_yaml(out / "suite.yaml", with_recipes(suite).model_dump(mode="json"))
-    folder = out / "runs" / run_of("good")
-    folder.mkdir(parents=True)
-    (folder / ".recipe.yaml.abc.partial").write_text("na")
-    assert run_suite(suite, out).finished == [run_of("good")]
-    assert not list(folder.glob(".*"))
-
-
-def test_splits_are_written_without_any_training(tmp_path: Path) -> None:
-    small, _ = smoke(load_suite("table1"), tmp_path / "out" / "data")
-    assert run_suite(small, tmp_path / "out").total == 0
-    rows = pd.read_csv(tmp_path / "out" / "splits" / "sample-grouped.csv")
-    assert list(rows.columns) == ["image_id", "patient_id", "label", "split"]
-    assert len(rows) == 120
-    assert (rows.groupby("patient_id")["split"].nunique() == 1).all()
 
 
 @pytest.mark.slow

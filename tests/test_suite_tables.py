@@ -1,6 +1,5 @@
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -59,18 +58,6 @@ def test_latex_is_escaped_and_each_row_has_all_its_columns(written: Path) -> Non
         assert {len(re.findall(r"(?<!\\)&", line)) + 1 for line in lines} == {len(columns)}
     # Everything that isn't in LaTeX's standard fonts was replaced.
     assert latex.isascii()
-
-
-def test_latex_compiles(written: Path, tmp_path: Path) -> None:
-    program = shutil.which("pdflatex")
-    if not program:
-        pytest.skip("there is no pdflatex")
-    shutil.copy(written / "table.tex", tmp_path)
-    head, body = r"\documentclass{article}\usepackage{booktabs}", r"\begin{document}\input{table.tex}\end{document}"
-    (tmp_path / "page.tex").write_text(f"{head}\n{body}\n", encoding="utf-8")
-    command = [program, "-interaction=nonstopmode", "-halt-on-error", "page.tex"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-2000:]
 
 
 def test_missing_runs_come_first_and_failed_ones_are_named_before_others(

@@ -25,21 +25,6 @@ from dualrefnet.training.loop import (
 )
 from dualrefnet.training.train import train_recipe
 
-# Page faults of a fresh process that allocates and frees 64 MB twenty times over.
-CODE = """
-import resource, sys, torch
-from dualrefnet.training.loop import keep_freed_memory
-told = keep_freed_memory() if sys.argv[1] == "keep" else None
-for _ in range(20):  # Until the heap has grown.
-    torch.ones(1 << 24)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
-    torch.ones(1 << 24)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-assert told is not False
-"""
-
-
 FILES = {
     "recipe.yaml",
     "split.csv",

@@ -5,13 +5,14 @@ A reader sees the old file or the new one, never half of one: every write goes t
 
 from __future__ import annotations
 
+import csv
 import errno
 import hashlib
 import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,17 @@ os.umask(_UMASK)
 
 
 @contextmanager
+def enough_space(path: Path | str) -> Iterator[None]:
+    """Say in one line that `path` wasn't written because the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(f"the disk is full: {path} was not written; free some space and run again") from error
+        raise
+
+
+@contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Give a temporary neighbour of `path`, and rename it to `path` if the block ends without an error.
 
@@ -39,17 +51,14 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = None
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        # mkstemp makes the file private; an ordinary file has the rights that the user's umask leaves.
-        temporary.chmod(0o666 & ~_UMASK)
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(f"the disk is full: {path} was not written; free some space and run again") from error
-        raise
+        with enough_space(path):
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+            os.close(handle)
+            temporary = Path(name)
+            yield temporary
+            # mkstemp makes the file private; an ordinary file has the rights that the user's umask leaves.
+            temporary.chmod(0o666 & ~_UMASK)
+            os.replace(temporary, path)
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -82,20 +91,55 @@ def write_yaml(path: Path | str, value: Mapping[str, Any]) -> None:
     write_text(path, yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True))
 
 
+# A spreadsheet takes a cell that begins so for a formula, and would run what a name from outside holds (CSV injection,
+# OWASP). A quote before it keeps it text, and one more is put before those that are there already, so that `read_csv`
+# gives every text back. A number is no formula.
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def escape_cell(value: Any) -> Any:
+    """Return a cell of a CSV that no spreadsheet reads as a formula; what isn't text stays as it is."""
+    if not isinstance(value, str) or not _FORMULA.match(value) or _NUMBER.fullmatch(value):
+        return value
+    return f"'{value}"
+
+
+def _unescape_cell(value: Any) -> Any:
+    return value[1:] if isinstance(value, str) and value.startswith("'") and _FORMULA.match(value) else value
+
+
+def _map_cells(table: pd.DataFrame, change: Callable[[Any], Any]) -> pd.DataFrame:
+    """Change the head and all cells that can be text."""
+    changed = table.rename(columns=change)
+    for place, kind in enumerate(table.dtypes):
+        if kind.kind not in "biufcmM":
+            changed.isetitem(place, table.iloc[:, place].astype(object).map(change).to_numpy())
+    return changed
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    """Return a table as CSV without the index, each cell as `escape_cell` makes it."""
+    safe = _map_cells(table, escape_cell)
+    text = safe.to_csv(index=False, lineterminator="\n")
+    # Python's writer doesn't quote a carriage return, and readers take it for the end of the row.
+    return safe.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC) if "\r" in text else text
+
+
 def write_csv(path: Path | str, table: pd.DataFrame) -> None:
-    """Write a CSV without the index, atomically."""
-    with atomic_path(path) as temporary:
-        table.to_csv(temporary, index=False)
+    """Write a CSV for people and for `read_csv`, atomically; see `csv_text`."""
+    write_text(path, csv_text(table))
+
+
+def read_csv(path: Path | str, **options: Any) -> pd.DataFrame:
+    """Read what `write_csv` wrote; `options` are those of pandas."""
+    import pandas as pd
+
+    return _map_cells(pd.read_csv(path, **options), _unescape_cell)
 
 
 def write_tensors(path: Path | str, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, atomically.
-
-    Args:
-        path: the file.
-        tensors: name -> torch tensor.
-        metadata: strings for the header.
-    """
+    """Write torch tensors as a safetensors file, atomically; equal tensors and metadata give equal bytes."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -104,10 +148,20 @@ def write_tensors(path: Path | str, tensors: Mapping[str, Any], metadata: Mappin
     with atomic_path(path) as temporary:
         try:
             save_file(copies, str(temporary), metadata=dict(metadata or {}))
+            _sort_header(temporary)
         except SafetensorError as error:
             # It tells the system's error in words only: "... I/O error: No space left on device (os error 28)".
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
+
+
+def _sort_header(path: Path) -> None:
+    """Sort a safetensors file's header, whose metadata have a random order: the same run must give the same bytes."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.dumps(json.loads(file.read(size)), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        file.seek(8)
+        file.write(header.encode().ljust(size))
 
 
 def sha256_of_file(path: Path | str) -> str:

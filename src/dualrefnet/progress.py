@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Item = TypeVar("Item")
 
 # Standard output is for results; progress and notes must not mix with a table that is piped elsewhere.
 console = Console(stderr=True, highlight=False)
@@ -45,16 +47,9 @@ def progress_bar(description: str, enabled: bool = True) -> Iterator[ShowProgres
         yield update
 
 
-@contextmanager
-def progress_steps() -> Iterator[Callable[[str, int, int], None]]:
-    """Give a function that takes (step, done, in all) and shows a bar of its own for each step."""
-    with ExitStack() as stack:
-        bars: dict[str, ShowProgress] = {}
-
-        def update(step: str, done: int, total: int) -> None:
-            if step not in bars:
-                stack.close()
-                bars[step] = stack.enter_context(progress_bar(step))
-            bars[step](done, total)
-
-        yield update
+def track(items: Sequence[Item], description: str) -> Iterator[Item]:
+    """Give the items one after the other, with a bar of how many are done."""
+    with progress_bar(description) as show:
+        for done, item in enumerate(items, 1):
+            yield item
+            show(done, len(items))

@@ -20,7 +20,7 @@ import dualrefnet
 from dualrefnet.data.protocols import SPLIT_COLUMNS, refuse_crossing
 from dualrefnet.data.schema import Dataset
 from dualrefnet.errors import RunError
-from dualrefnet.files import read_json, remove_partial, sha256_of_json, write_csv, write_json, write_yaml
+from dualrefnet.files import read_csv, read_json, remove_partial, sha256_of_json, write_csv, write_json, write_yaml
 from dualrefnet.recipe import Recipe, differences, load_recipe
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Run:
     @property
     def split(self) -> pd.DataFrame:
         """The split; a group that crosses it is refused unless the protocol is `paper`."""
-        split = pd.read_csv(self._existing("split.csv"), dtype=str, keep_default_na=False)
+        split = read_csv(self._existing("split.csv"), dtype=str, keep_default_na=False)
         if list(split.columns) != list(SPLIT_COLUMNS):
             raise RunError(f"{self.path / 'split.csv'} must have the columns {', '.join(SPLIT_COLUMNS)}")
         if self.recipe.data.protocol != "paper":
@@ -105,7 +105,7 @@ class Run:
     @property
     def predictions(self) -> pd.DataFrame:
         """One row an image of validation and test."""
-        return pd.read_csv(
+        return read_csv(
             self._existing("predictions.csv"),
             dtype={"image_id": str, "label": str, "predicted": str},
             keep_default_na=False,
@@ -142,7 +142,7 @@ class Run:
     @property
     def history(self) -> pd.DataFrame:
         """One row an epoch."""
-        return pd.read_csv(self._existing("history.csv"))
+        return read_csv(self._existing("history.csv"))
 
     @property
     def fingerprint(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ measured in `dualrefnet.analysis.label_leakage`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,23 +36,18 @@ SAMPLES = 200
 # A near-duplicate in training can raise a measure by no more than its share: one in a hundred is less than what any
 # interval here spans. ISIC-2019 split by its lesion ids has .5%, lesions published twice under two ids.
 TOLERATED_SHARE = 0.01
-# What is being done, and how far it is: (step, done, in all).
-StepProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Audit:
-    """The result of an audit: findings in the order of the examinations, images in each split, and tidy tables
-    (`shared`, `near_duplicates`, `near_duplicate_pairs`, `missing_blocks`, `missing_models`, `proxies`,
-    `reidentification`, `form_alone`), each described where it is made; what wasn't examined is missing.
-    """
+    """The result of an audit; each of its tidy tables is described where it is made."""
 
-    dataset: str
-    protocol: str
-    group: str
-    images: dict[str, int]
-    findings: list[Finding]
-    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    dataset: str  # its title
+    protocol: str  # how it was split; empty if the split was given
+    group: str  # what the data set keeps together: patient or lesion
+    images: dict[str, int]  # split -> number
+    findings: list[Finding]  # in the order of the examinations
+    tables: dict[str, pd.DataFrame]  # what wasn't examined is missing
 
     @property
     def failed(self) -> bool:
@@ -76,16 +71,10 @@ class Audit:
             "failed": self.failed,
             "findings": [finding.to_json() for finding in self.findings],
             "tables": {
-                name: [{str(key): _plain(value) for key, value in row.items()} for row in table.to_dict("records")]
+                name: table.astype(object).where(table.notna(), None).to_dict("records")
                 for name, table in self.tables.items()
             },
         }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def audit_dataset(
@@ -99,7 +88,6 @@ def audit_dataset(
     images: bool = True,
     forests: bool = True,
     workers: int | None = None,
-    progress: StepProgress | None = None,
 ) -> Audit:
     """Split a data set by a protocol and audit it.
 
@@ -112,10 +100,8 @@ def audit_dataset(
     fingerprints = None
     if images:
         used = dataset.with_image[dataset.with_image["image_id"].isin(split["image_id"])]
-        fingerprints = fingerprint_files(used, workers, _step(progress, "reading images"))
-    return audit_split(
-        dataset, split, fingerprints, forests=forests, workers=workers, progress=progress, protocol=protocol
-    )
+        fingerprints = fingerprint_files(used, workers)
+    return audit_split(dataset, split, fingerprints, forests=forests, workers=workers, protocol=protocol)
 
 
 def audit_split(
@@ -127,7 +113,6 @@ def audit_split(
     samples: int = SAMPLES,
     seed: int = 0,
     workers: int | None = None,
-    progress: StepProgress | None = None,
     protocol: str = "",
 ) -> Audit:
     """Audit any division (`image_id`, `split`) of a data set into train, val and test; labels and patients are the data
@@ -135,33 +120,26 @@ def audit_split(
 
     Without `fingerprints` images aren't compared; `forests` take most of the time.
     """
-    rows = AuditedRows.of(dataset, split)
+    rows = AuditedRows.of(dataset, split, samples, seed)
     tables: dict[str, pd.DataFrame] = {}
     tables["shared"], findings = shared_ids(dataset, split)
     if fingerprints is not None:
         label = dict(zip(rows.table["image_id"], rows.table["label"], strict=True))
-        pairs = near_pairs(fingerprints, workers, _step(progress, "comparing images"))
+        pairs = near_pairs(fingerprints, workers)
         tables["near_duplicate_pairs"], tables["near_duplicates"], found = near_duplicate_findings(
             rows, pairs, fingerprints.image_ids
         )
         hashed = zip(fingerprints.image_ids, fingerprints.sha256, strict=True)
         same = identical_images((image_id, label[image_id], sha256) for image_id, sha256 in hashed if image_id in label)
         findings += [_compared(rows, fingerprints), *found, *same]
-    tables["missing_blocks"], tables["missing_models"], found = missingness(rows, samples, seed)
-    findings += found
-    tables["proxies"], found = label_leaking_columns(rows, samples, seed)
-    findings += found
-    tables["reidentification"], found = reidentification(rows, samples, seed)
-    findings += found
-    tables["form_alone"], found = metadata_alone(rows, forests, samples, seed, _step(progress, "metadata alone"))
-    findings += found
+    tables["missing_blocks"], tables["missing_models"], masks = missingness(rows)
+    tables["proxies"], columns = label_leaking_columns(rows)
+    tables["reidentification"], nearest = reidentification(rows)
+    tables["form_alone"], alone = metadata_alone(rows, forests)
     counts = {name: int((rows.splits == name).sum()) for name in ("train", "val", "test")}
     examined = {name: table for name, table in tables.items() if len(table)}
+    findings += [*masks, *columns, *nearest, *alone]
     return Audit(dataset.schema.title, protocol, rows.schema.unit, counts, findings, examined)
-
-
-def _step(progress: StepProgress | None, step: str) -> Callable[[int, int], None] | None:
-    return None if progress is None else lambda done, total: progress(step, done, total)
 
 
 def shared_ids(dataset: Dataset, split: pd.DataFrame) -> tuple[pd.DataFrame, list[Finding]]:
@@ -208,9 +186,13 @@ def near_duplicate_findings(
     """Find the near-duplicates (of `near_pairs`) that cross a split, and those that show one image as two patients or
     lesions.
 
-    Return the pairs with `group` (number), `sides` (splits), `labels` and `other` (what differs by the ids: `patient`,
-    `lesion`, `unnamed` or empty); a table `class` (`all` or a label), `images` (of the test split, compared), `copies`
-    (those with a near-duplicate in train or validation) and `share`; and the findings.
+    `pairs` are those of `near_pairs`, of which those with an image outside the split are left out; `compared` are the
+    ids of the images that have a fingerprint.
+
+    Returns:
+        The pairs with `group` (number), `sides` (splits), `labels` and `other` (what differs by the ids: `patient`,
+        `lesion`, `unnamed` or empty); a table `class` (`all` or a label), `images` (of the test split, compared),
+        `copies` (those with a near-duplicate in train or validation) and `share`; and the findings.
     """
     table = rows.table.assign(side=rows.splits, unit=rows.groups).set_index("image_id")
     pairs = pairs[pairs["first"].isin(table.index) & pairs["second"].isin(table.index)].reset_index(drop=True)
@@ -307,42 +289,24 @@ def printed_tables(audit: Audit) -> dict[str, PrintedTable]:
 def _print_shared(table: pd.DataFrame) -> PrintedTable:
     # By class only where there is a leak.
     table = table if table["train_or_val"].any() else table[table["class"] == "all"]
-    rows = [
-        [
-            Cell(row["what"]),
-            Cell(row["class"]),
-            _count(row["images"]),
-            _share(row["train"]),
-            _share(row["train_or_val"]),
-        ]
-        for row in table.to_dict("records")
-    ]
     head = ("Shared", "Class", "Test images", "In train", "In train or validation")
-    return PrintedTable("Test images whose patient or lesion crosses the split", head, rows, left=2)
+    return PrintedTable("Test images whose patient or lesion crosses the split", head, _cells(table, 2), left=2)
 
 
 def _print_near_duplicates(table: pd.DataFrame) -> PrintedTable:
     table = table if table["copies"].any() else table[table["class"] == "all"]
-    rows = [
-        [Cell(row["class"]), _count(row["images"]), _count(row["copies"]), _share(row["share"])]
-        for row in table.to_dict("records")
-    ]
     head = ("Class", "Test images", "With a near-duplicate", "Share")
-    return PrintedTable("Test images with a near-duplicate in train or validation", head, rows)
+    return PrintedTable("Test images with a near-duplicate in train or validation", head, _cells(table))
 
 
 def _print_blocks(table: pd.DataFrame) -> PrintedTable:
     # Columns: block, rows, share, the classes, and two of malignancy.
-    rows = [
-        [Cell(row["block"]), _count(row["rows"]), *(_share(row[key]) for key in table.columns[2:])]
-        for row in table.to_dict("records")
-    ]
     head = ("Missing together", "Rows", "Share", *table.columns[3:-2], "Malignant if missing", "If not")
-    return PrintedTable("Missingness by class", head, rows)
+    return PrintedTable("Missingness by class", head, _cells(table))
 
 
 def _print_models(table: pd.DataFrame) -> PrintedTable:
-    rows = [[Cell(row["mask"]), _count(row["rows"]), *_measures(row)] for row in table.to_dict("records")]
+    rows = [[Cell(row["mask"]), Cell(f"{row['rows']:,}"), *_measures(row)] for row in table.to_dict("records")]
     note = (
         "A model that sees only which metadata are missing or unknown, cross-validated with patient-disjoint folds. "
         "What exceeds an AUC of .5 comes from how the metadata were collected, not from the patient."
@@ -351,15 +315,10 @@ def _print_models(table: pd.DataFrame) -> PrintedTable:
 
 
 def _print_columns(table: pd.DataFrame) -> PrintedTable:
-    rows = [
-        [
-            Cell(row["column"], bold=row["verdict"] != "PASS"),
-            Cell("yes" if row["feature"] else "no"),
-            Cell(row["verdict"]),
-            *_measures(row),
-        ]
-        for row in table.head(COLUMNS).to_dict("records")
-    ]
+    rows = []
+    for row in table.head(COLUMNS).to_dict("records"):
+        column, feature = Cell(row["column"], bold=row["verdict"] != "PASS"), Cell("yes" if row["feature"] else "no")
+        rows.append([column, feature, Cell(row["verdict"]), *_measures(row)])
     note = (
         f"The {min(COLUMNS, len(table))} strongest of {len(table)} columns, each alone, where it is recorded. A column "
         "that follows from the diagnosis, such as whether a biopsy was taken, must not be a feature."
@@ -368,19 +327,14 @@ def _print_columns(table: pd.DataFrame) -> PrintedTable:
 
 
 def _print_nearest(table: pd.DataFrame) -> PrintedTable:
-    rows = [
-        [Cell(row["question"]), _interval(row["value"], row["low"], row["high"])] for row in table.to_dict("records")
-    ]
+    rows = [[Cell(row["question"]), _interval(row, "value")] for row in table.to_dict("records")]
     return PrintedTable("Nearest metadata", ("Measure", "Value"), rows)
 
 
 def _print_metadata_alone(table: pd.DataFrame, unit: str) -> PrintedTable:
     ways, rows = list(dict.fromkeys(table["measured"])), []
     for (features, learner), part in table.groupby(["features", "learner"], sort=False):
-        cells = {
-            row["measured"]: _interval(row["balanced_accuracy"], row["low"], row["high"])
-            for row in part.to_dict("records")
-        }
+        cells = {row["measured"]: _interval(row, "balanced_accuracy") for row in part.to_dict("records")}
         rows.append([Cell(str(features)), Cell(str(learner)), *(cells.get(way, Cell("–")) for way in ways)])
     note = (
         f"Balanced accuracy of models without the image. “{IMAGES}” puts images of one {unit} into several folds, "
@@ -390,17 +344,20 @@ def _print_metadata_alone(table: pd.DataFrame, unit: str) -> PrintedTable:
     return PrintedTable("Metadata alone", head, rows, (note,), left=2)
 
 
-def _count(value: int) -> Cell:
-    return Cell(f"{value:,}")
+def _cells(table: pd.DataFrame, left: int = 1) -> list[list[Cell]]:
+    """Return a row's cells: `left` columns of text, whole numbers, and shares in percent."""
+    return [
+        [
+            Cell(str(value) if place < left else number(value, "," if isinstance(value, int) else ".1%"))
+            for place, value in enumerate(row)
+        ]
+        for row in table.itertuples(index=False, name=None)
+    ]
 
 
-def _share(value: float) -> Cell:
-    return Cell(number(value, ".1%"))
-
-
-def _interval(value: float, low: float, high: float) -> Cell:
-    return Cell.estimate(value, low, high, bounds=".3f")
+def _interval(row: dict[Any, Any], key: str, prefix: str = "") -> Cell:
+    return Cell.estimate(row[key], row[f"{prefix}low"], row[f"{prefix}high"], bounds=".3f")
 
 
 def _measures(row: dict[Any, Any]) -> list[Cell]:
-    return [_interval(row[key], row[f"{key}_low"], row[f"{key}_high"]) for key in MEASURES]
+    return [_interval(row, key, f"{key}_") for key in MEASURES]

@@ -12,7 +12,7 @@ import pandas as pd
 
 from dualrefnet.display.figure import WIDTH, ReportFigure, new_figure, show_image, styled, truncate
 from dualrefnet.errors import RunError
-from dualrefnet.evaluation.bootstrap import Difference
+from dualrefnet.evaluation.bootstrap import Bootstrap, Difference
 from dualrefnet.evaluation.comparison import pooled_bootstrap
 from dualrefnet.run import Run
 
@@ -78,7 +78,8 @@ def find_disagreement(a: Run, b: Run, cases: int = 6, samples: int = 1000, seed:
             "kind": [KINDS[pair] for pair in zip(predicted[0] == labels, predicted[1] == labels, strict=True)],
         }
     )
-    found = pooled_bootstrap(truth, {"a": [scores[0]], "b": [scores[1]]}, patients, classes, samples, seed)
+    systems, bootstrap = {"a": [scores[0]], "b": [scores[1]]}, Bootstrap(patients, samples, seed)
+    found = pooled_bootstrap(truth, systems, bootstrap, classes)
     return Disagreement(
         table,
         _choose_disagreements(table, patients, cases),

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -28,11 +28,11 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
-from dualrefnet.data.images import MAX_BYTES, decode_image
+from dualrefnet.data.images import decode_image
 from dualrefnet.data.store import map_ahead
 from dualrefnet.errors import ImageError
-
-Progress = Callable[[int, int], None]
+from dualrefnet.progress import progress_bar
+from dualrefnet.runtime.images import MAX_BYTES
 
 # 16 x 16 low frequencies of a 64 x 64 image.
 HASH_SIDE, REDUCED_SIDE, SMALL_SIDE = 16, 64, 32
@@ -53,15 +53,13 @@ BLOCK = 16
 
 @dataclass(frozen=True)
 class Fingerprints:
-    """What is kept of N images, 1.3 KB each: 256-bit `hashes` (N, 8, 4) of each orientation, the image's own first;
-    `small` (N, 32, 32) grey; `sha256` of the file; and why an `unreadable` one has no fingerprint.
-    """
+    """What is kept of N images: 1.3 KB each."""
 
     image_ids: tuple[str, ...]
-    hashes: NDArray[np.uint64]
-    small: NDArray[np.uint8]
-    sha256: tuple[str, ...]
-    unreadable: dict[str, str]
+    hashes: NDArray[np.uint64]  # (N, 8, 4) the 256 bits of each orientation, the image's own first
+    small: NDArray[np.uint8]  # (N, 32, 32) grey
+    sha256: tuple[str, ...]  # of the bytes of the file
+    unreadable: dict[str, str]  # image id -> why it has no fingerprint
 
 
 def orientations(image: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
@@ -79,22 +77,17 @@ def fingerprint(image: NDArray[np.uint8]) -> tuple[NDArray[np.uint64], NDArray[n
     return np.packbits(np.stack(hashes).reshape(ORIENTATIONS, -1), axis=1).view(np.uint64), small
 
 
-def fingerprint_files(
-    table: pd.DataFrame, workers: int | None = None, progress: Progress | None = None
-) -> Fingerprints:
-    """Read every image of a table (`image_id`, `image_path`) once, with `workers` threads; None: one a core, at most
-    16.
-    """
+def fingerprint_files(table: pd.DataFrame, workers: int | None = None) -> Fingerprints:
+    """Read every image of a table (`image_id`, `image_path`) once, with `workers` threads; None is one a core."""
     ids, paths = [str(value) for value in table["image_id"]], list(table["image_path"])
     kept, unreadable, threads = [], {}, _threads(workers)
-    with closing(map_ahead(_read, paths, threads, 4 * threads)) as results:
+    with closing(map_ahead(_read, paths, threads, 4 * threads)) as results, progress_bar("reading images") as show:
         for done, (image_id, result) in enumerate(zip(ids, results, strict=True), start=1):
             if isinstance(result, str):
                 unreadable[image_id] = result
             else:
                 kept.append((image_id, *result))
-            if progress is not None:
-                progress(done, len(ids))
+            show(done, len(ids))
     return Fingerprints(
         tuple(image_id for image_id, *_ in kept),
         np.array([hashes for _, _, hashes, _ in kept], dtype=np.uint64).reshape(-1, ORIENTATIONS, 4),
@@ -120,27 +113,24 @@ def _read(path: str) -> tuple[str, NDArray[np.uint64], NDArray[np.uint8]] | str:
         return str(error)
 
 
-def near_pairs(
-    fingerprints: Fingerprints, workers: int | None = None, progress: Progress | None = None
-) -> pd.DataFrame:
+def near_pairs(fingerprints: Fingerprints, workers: int | None = None) -> pd.DataFrame:
     """Compare all pairs of images: 25,331 images take about six seconds on two cores, and memory stays flat.
 
     Return `first`, `second` (image ids), `distance` (bits), `correlation`, `turned` (mirrored or turned); the nearest
-    first.
+    first. `workers` are threads; None is one a core.
     """
     count, small = len(fingerprints.image_ids), fingerprints.small
     # (8, 4, N): each word of a hash in one run of memory.
     words = np.ascontiguousarray(fingerprints.hashes.transpose(1, 2, 0))
     starts, found = range(0, count, BLOCK), []
-    with ThreadPoolExecutor(_threads(workers)) as pool:
+    with ThreadPoolExecutor(_threads(workers)) as pool, progress_bar("comparing images") as show:
         blocks = pool.map(lambda start: list(_candidates(words, start)), starts)
         for start, candidates in zip(starts, blocks, strict=True):
             for first, second, orientation, distance in candidates:
                 correlation = _correlation(small[first], orientations(small[second])[orientation])
                 if correlation >= MIN_CORRELATION:
                     found.append((first, second, distance, correlation, orientation > 0))
-            if progress is not None:
-                progress(min(start + BLOCK, count), count)
+            show(min(start + BLOCK, count), count)
     pairs = pd.DataFrame(found, columns=["first", "second", "distance", "correlation", "turned"])
     # An image that is its own mirror image is found in several orientations.
     pairs = pairs.sort_values(["distance", "first", "second"], kind="stable")

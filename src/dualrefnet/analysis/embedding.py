@@ -262,7 +262,7 @@ def measure_separation(
         sums = [by_patient(one) for one in values]
         points[name] = {measure: float(value[0]) for measure, value in _measure(sums, np.ones((1, patients))).items()}
         drawn[name] = _measure(sums, weights.astype(np.float64))
-    return PooledBootstrap(points, drawn, patients, len(labels), samples, LEVEL)
+    return PooledBootstrap(points, drawn, patients, len(labels), LEVEL)
 
 
 def _measure(sums: list[Floats], weights: Floats) -> dict[str, Floats]:

@@ -271,7 +271,7 @@ def summarise(
             estimates = [Estimate(mean) for mean in values[used].mean()]
             if behind > 1:
                 included = np.tile(used[:, None], len(estimates))
-                bootstrap = Bootstrap(patients, len(table), samples, seed)
+                bootstrap = Bootstrap(patients, samples, seed)
                 estimates = bootstrap.ratios(values, included, proportions=False)
             for (column, prefix), estimate in zip(COLUMNS.items(), estimates, strict=True):
                 row |= {column: estimate.value, f"{prefix}low": estimate.low, f"{prefix}high": estimate.high}

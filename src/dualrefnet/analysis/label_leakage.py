@@ -7,13 +7,15 @@ lesions, where the data set names no patients; see `DatasetSchema.unit`).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from sklearn.base import clone
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
@@ -26,77 +28,88 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # c
 from dualrefnet.data.check import Finding, Level
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.schema import Dataset, DatasetSchema, groups
+from dualrefnet.display.format import interval
 from dualrefnet.evaluation.bootstrap import NAN, Bootstrap, Estimate, Floats
 from dualrefnet.evaluation.metrics import WeightedMetrics, confusion_metrics
+from dualrefnet.progress import track
 from dualrefnet.recipe import MetadataSection
 
 Integers = NDArray[np.int64]
 Mask = NDArray[np.bool_]
-# Makes a fresh, unfitted classifier of scikit-learn.
-Learner = Callable[[], Any]
-Progress = Callable[[int, int], None]
 
 FOLDS = 5
-LEVEL = 0.95
 MEASURES = {"balanced_accuracy": "balanced_accuracy", "auc": "auc_macro_ovr", "malignant_auc": "malignant.auc"}
 
 
 @dataclass(frozen=True)
 class AuditedRows:
-    """The N rows of a split, in its order: the lesion `table`, the `others` (published columns that aren't features),
-    labels as indices into the `classes` that have a row, and `groups` (see `DatasetSchema.unit`). `malignant` is empty
-    if none or all of the classes are.
-    """
+    """N rows of a split, in its order; folds and resamples of them are drawn with `seed`."""
 
-    table: pd.DataFrame
-    others: pd.DataFrame
+    table: pd.DataFrame  # of the lesion table, index 0..N-1
+    others: pd.DataFrame  # the published columns that aren't features
     schema: DatasetSchema
-    classes: tuple[str, ...]
-    malignant: tuple[str, ...]
-    labels: Integers
-    groups: NDArray[np.object_]
-    splits: NDArray[np.object_]
+    groups: NDArray[np.object_]  # patient or lesion, see `DatasetSchema.unit`
+    splits: NDArray[np.object_]  # train, val or test
+    samples: int
+    seed: int
 
     @classmethod
-    def of(cls, dataset: Dataset, split: pd.DataFrame) -> AuditedRows:
+    def of(cls, dataset: Dataset, split: pd.DataFrame, samples: int = 200, seed: int = 0) -> AuditedRows:
         """Take the rows of a split; labels and patients are those of the data set."""
         index = pd.Series(dataset.table.index, index=dataset.table["image_id"]).loc[split["image_id"]]
-        table = dataset.table.loc[index].reset_index(drop=True)
-        classes = tuple(label for label in dataset.schema.classes if (table["label"] == label).any())
-        malignant = tuple(label for label in classes if label in dataset.schema.malignant)
+        table, others = (part.reindex(index).reset_index(drop=True) for part in (dataset.table, dataset.other_columns))
+        units, splits = groups(table, dataset.schema), split["split"]
         return cls(
-            table,
-            dataset.other_columns.reindex(index).reset_index(drop=True),
-            dataset.schema,
-            classes,
-            malignant if len(malignant) < len(classes) else (),
-            np.array([classes.index(label) for label in table["label"]], dtype=np.int64),
-            groups(table, dataset.schema).to_numpy(dtype=object),
-            split["split"].to_numpy(dtype=object),
+            table, others, dataset.schema, units.to_numpy(dtype=object), splits.to_numpy(dtype=object), samples, seed
         )
 
-    @property
+    def where(self, mask: Mask) -> AuditedRows:
+        """Take some of the rows, and the classes that these have."""
+        table, others = (part[mask].reset_index(drop=True) for part in (self.table, self.others))
+        return AuditedRows(table, others, self.schema, self.groups[mask], self.splits[mask], self.samples, self.seed)
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """The classes that have a row."""
+        return tuple(label for label in self.schema.classes if (self.table["label"] == label).any())
+
+    @cached_property
+    def malignant(self) -> tuple[str, ...]:
+        """Those of the classes that are cancer; empty if that would be none or all."""
+        malignant = tuple(label for label in self.classes if label in self.schema.malignant)
+        return malignant if len(malignant) < len(self.classes) else ()
+
+    @cached_property
+    def labels(self) -> Integers:
+        """(N,) indices into `classes`."""
+        return pd.Index(self.classes).get_indexer(pd.Index(self.table["label"])).astype(np.int64)
+
+    @cached_property
     def is_malignant(self) -> Mask:
-        """(N,) whether the row is a cancer."""
-        return np.asarray(np.isin(self.classes, self.malignant)[self.labels])
+        """(N,)."""
+        return np.asarray(self.table["label"].isin(self.malignant))
+
+    @cached_property
+    def bootstrap(self) -> Bootstrap:
+        """Resamples of the patients."""
+        return Bootstrap(self.groups, self.samples, self.seed)
 
     @property
-    def test(self) -> Mask:
-        """(N,) whether the row is in the test split."""
-        return np.asarray(self.splits == "test")
+    def enough_for_folds(self) -> bool:
+        """Whether there are two classes, one of them in every fold, and at least one group a fold."""
+        counts = np.bincount(self.labels)
+        return len(counts) > 1 and int(counts.max()) >= FOLDS and len(set(self.groups)) >= FOLDS
 
 
-def predict_in_folds(
-    learner: Learner, features: Floats, labels: Integers, groups: NDArray[Any] | None, classes: int, seed: int
-) -> Floats:
-    """Return (N, C) cross-validated probabilities; `groups` stay in one fold, None: folds of images."""
-    splitter = (StratifiedKFold if groups is None else StratifiedGroupKFold)(FOLDS, shuffle=True, random_state=seed)
-    probabilities = np.zeros((len(labels), classes))
+def predict_in_folds(learner: Any, features: Floats, rows: AuditedRows, by_group: bool = True) -> Floats:
+    """Return (N, C) cross-validated probabilities, in folds that keep groups together, or in folds of images."""
+    splitter = (StratifiedGroupKFold if by_group else StratifiedKFold)(FOLDS, shuffle=True, random_state=rows.seed)
+    probabilities = np.zeros((len(rows.labels), len(rows.classes)))
     with _one_thread(), warnings.catch_warnings():
         # A class with fewer images than folds is missing from some of them, and its images count as wrong there.
         warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
-        for train, test in list(splitter.split(features, labels, groups)):
-            model = learner().fit(features[train], labels[train])
+        for train, test in list(splitter.split(features, rows.labels, rows.groups if by_group else None)):
+            model = clone(learner).fit(features[train], rows.labels[train])
             probabilities[np.ix_(test, model.classes_)] = model.predict_proba(features[test])
     return probabilities
 
@@ -106,30 +119,25 @@ def _one_thread() -> Any:
     return threadpool_limits(limits=1)
 
 
-def _enough_for_folds(labels: Integers, groups: NDArray[Any]) -> bool:
-    """Whether there are two classes, one of them in every fold, and at least one group a fold."""
-    counts = np.unique(labels, return_counts=True)[1]
-    return len(counts) > 1 and int(counts.max()) >= FOLDS and len(set(groups)) >= FOLDS
-
-
-def _measure(
-    labels: Integers,
-    probabilities: Floats,
-    groups: NDArray[Any],
-    classes: tuple[str, ...],
-    malignant: tuple[str, ...],
-    samples: int,
-    seed: int,
-) -> dict[str, float]:
+def _measure(probabilities: Floats, rows: AuditedRows) -> dict[str, float]:
     """Return the `MEASURES`, each with `_low` and `_high`; NaN where undefined."""
-    bootstrap = Bootstrap(groups, len(labels), samples, seed, LEVEL)
-    model = WeightedMetrics(labels, probabilities, bootstrap.codes, classes, malignant)
+    bootstrap = rows.bootstrap
+    model = WeightedMetrics(rows.labels, probabilities, bootstrap.codes, rows.classes, rows.malignant)
     point, drawn = model.measure(bootstrap.unit_weights), bootstrap.resample_each({"": model.measure})[""]
     result: dict[str, float] = {}
     for name, key in MEASURES.items():
-        estimate = bootstrap.estimate(float(point[key][0]), drawn[key]) if key in drawn else Estimate(NAN)
-        result |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+        result |= _columns(
+            bootstrap.estimate(float(point[key][0]), drawn[key]) if key in drawn else Estimate(NAN), name
+        )
     return result
+
+
+def _columns(one: Estimate, name: str) -> dict[str, float]:
+    return {name: one.value, f"{name}_low": one.low, f"{name}_high": one.high}
+
+
+def _in_words(row: dict[str, Any], name: str) -> str:
+    return f"{row[name]:.3f} {interval(row[f'{name}_low'], row[f'{name}_high'], '.3f')}"
 
 
 def balanced_accuracy(labels: Integers, preds: Integers, classes: tuple[str, ...], bootstrap: Bootstrap) -> Floats:
@@ -147,22 +155,21 @@ def _estimate(values: Floats, bootstrap: Bootstrap) -> Estimate:
     return bootstrap.estimate(float(values[0]), values[1:])
 
 
-def _image_and_group_folds(
-    learner: Learner, features: Floats, rows: AuditedRows, bootstrap: Bootstrap, seed: int
-) -> tuple[Estimate, Estimate, Estimate]:
-    """Return the balanced accuracy in folds of images, in folds of patients, and the paired difference: a model that
-    recognises patients by their metadata is better in folds of images.
+def _image_and_group_folds(learner: Any, features: Floats, rows: AuditedRows) -> list[Estimate]:
+    """Return the balanced accuracy in folds of images, in folds of patients, and the paired difference.
+
+    A model that recognises patients by their metadata is better in folds of images.
     """
     images, grouped = (
         balanced_accuracy(
             rows.labels,
-            predict_in_folds(learner, features, rows.labels, kept, len(rows.classes), seed).argmax(axis=1),
+            predict_in_folds(learner, features, rows, by_group).argmax(axis=1),
             rows.classes,
-            bootstrap,
+            rows.bootstrap,
         )
-        for kept in (None, rows.groups)
+        for by_group in (False, True)
     )
-    return _estimate(images, bootstrap), _estimate(grouped, bootstrap), _estimate(images - grouped, bootstrap)
+    return [_estimate(values, rows.bootstrap) for values in (images, grouped, images - grouped)]
 
 
 # Columns are one block if of the rows in which either is missing at least this share misses both.
@@ -182,13 +189,11 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class Block:
-    """Fields that are missing together in the rows of `mask` (N,); `code` stands for missing, such as UNK (empty: empty
-    cells).
-    """
+    """Fields that are missing together."""
 
     fields: tuple[str, ...]
-    code: str
-    mask: Mask
+    code: str  # that stands for missing, such as UNK; empty: the cells are empty
+    mask: Mask  # (N,) rows in which all of them are missing
 
     @property
     def name(self) -> str:
@@ -218,9 +223,8 @@ def find_blocks(rows: AuditedRows) -> list[Block]:
     return sorted(blocks, key=lambda block: -int(block.mask.sum()))
 
 
-def missingness(rows: AuditedRows, samples: int, seed: int) -> tuple[pd.DataFrame, pd.DataFrame, list[Finding]]:
-    """Measure which fields are missing together, for which classes, and what missingness alone predicts (logistic
-    regression on one column a mask, classes balanced, in patient-disjoint folds).
+def missingness(rows: AuditedRows) -> tuple[pd.DataFrame, pd.DataFrame, list[Finding]]:
+    """Measure which fields are missing together, for which classes, and what missingness alone predicts.
 
     Return a table of blocks: `block`, `rows`, `share`, one column a class (the share of its rows), `malignant_missing`,
     `malignant_present` (share of cancers among the rows with and without); a table of models: `mask` (a block, `all
@@ -232,7 +236,7 @@ def missingness(rows: AuditedRows, samples: int, seed: int) -> tuple[pd.DataFram
         return pd.DataFrame(), pd.DataFrame(), [Finding("PASS", "missing_mask", message)]
     table = pd.DataFrame([_block_row(rows, block) for block in blocks])
     reported = [block for block in blocks if block.mask.sum() >= MINIMUM_ROWS]
-    if not _enough_for_folds(rows.labels, rows.groups):
+    if not rows.enough_for_folds:
         return table, pd.DataFrame(), [_block_finding(rows, block, None) for block in reported]
     chosen = {block.name: [block] for block in reported}
     empty = [block for block in blocks if not block.code]
@@ -241,18 +245,10 @@ def missingness(rows: AuditedRows, samples: int, seed: int) -> tuple[pd.DataFram
         chosen["all empty cells"] = empty
     if list(chosen.values()) != [blocks]:
         chosen["all"] = blocks
-    models = []
+    learner, models = LogisticRegression(class_weight="balanced", max_iter=1000), []
     for name, members in chosen.items():
         masks = np.stack([block.mask for block in members], axis=1).astype(float)
-        probabilities = predict_in_folds(
-            lambda: LogisticRegression(class_weight="balanced", max_iter=1000),
-            masks,
-            rows.labels,
-            rows.groups,
-            len(rows.classes),
-            seed,
-        )
-        measured = _measure(rows.labels, probabilities, rows.groups, rows.classes, rows.malignant, samples, seed)
+        measured = _measure(predict_in_folds(learner, masks, rows), rows)
         models.append({"mask": name, "rows": int(masks.any(axis=1).sum()), **measured})
     findings = [_block_finding(rows, block, model) for block, model in zip(reported, models, strict=False)]
     return table, pd.DataFrame(models), [*findings, _mask_finding(models[-1], len(rows.classes))]
@@ -286,9 +282,8 @@ def _block_finding(rows: AuditedRows, block: Block, model: dict[str, Any] | None
         inside = values[block.mask].unique()
         if len(inside) == 1 and pd.notna(inside[0]) and 1 < values.nunique() <= FEW_VALUES:
             message += f"; in all of them {column} is {inside[0]}"
-    return Finding(
-        "WARN" if model is not None and _lower_auc(model) > 0.5 else "PASS", "missing_block", message, (), missing
-    )
+    level: Level = "WARN" if model is not None and _lower_auc(model) > 0.5 else "PASS"
+    return Finding(level, "missing_block", message, (), missing)
 
 
 def _lower_auc(row: dict[str, Any]) -> float:
@@ -298,9 +293,8 @@ def _lower_auc(row: dict[str, Any]) -> float:
 
 def _mask_finding(model: dict[str, Any], classes: int) -> Finding:
     message = (
-        f"missingness alone gives a balanced accuracy of {model['balanced_accuracy']:.3f} "
-        f"[{model['balanced_accuracy_low']:.3f}, {model['balanced_accuracy_high']:.3f}] (chance {1 / classes:.3f}) "
-        f"and a macro AUC of {model['auc']:.3f} [{model['auc_low']:.3f}, {model['auc_high']:.3f}] (chance .5)"
+        f"missingness alone gives a balanced accuracy of {_in_words(model, 'balanced_accuracy')} "
+        f"(chance {1 / classes:.3f}) and a macro AUC of {_in_words(model, 'auc')} (chance .5)"
     )
     level: Level = "PASS"
     if _lower_auc(model) >= NEARLY_THE_LABEL:
@@ -329,7 +323,7 @@ DETERMINING_CHANCE = 1e-6
 FREE_TEXT = 200
 
 
-def label_leaking_columns(rows: AuditedRows, samples: int, seed: int) -> tuple[pd.DataFrame, list[Finding]]:
+def label_leaking_columns(rows: AuditedRows) -> tuple[pd.DataFrame, list[Finding]]:
     """Measure how well every metadata field and every other published column alone predicts the class.
 
     Return a table `column`, `feature` (whether models see it), `rows` (recorded), `MEASURES` with `_low` and `_high`,
@@ -339,13 +333,14 @@ def label_leaking_columns(rows: AuditedRows, samples: int, seed: int) -> tuple[p
     fields = [(field.name, rows.table[field.name], True) for field in rows.schema.fields]
     examined, findings = [], []
     for name, column, feature in [*fields, *((str(name), rows.others[name], False) for name in rows.others.columns)]:
-        known = column.notna().to_numpy()
-        codes = column_codes(column[known]) if known.any() else None
-        if codes is None and known.any() and feature:
+        known = rows.where(column.notna().to_numpy())
+        values = column.dropna().reset_index(drop=True)
+        codes = column_codes(values) if len(values) else None
+        if codes is None and len(values) and feature:
             message = f"{name} has {column.nunique():,} different words: free text or an id, which wasn't examined"
             findings.append(Finding("WARN", "proxy", message))
-        elif codes is not None and _enough_for_folds(rows.labels[known], rows.groups[known]):
-            row, finding = _examine(name, column[known], codes, known, feature, rows, samples, seed)
+        elif codes is not None and known.enough_for_folds:
+            row, finding = _examine(name, values, codes, known, feature, len(rows.table))
             examined.append(row)
             findings += [finding] if finding else []
     if not examined:
@@ -372,31 +367,19 @@ def column_codes(values: pd.Series) -> Floats | None:
 
 
 def _examine(
-    name: str, values: pd.Series, codes: Floats, known: Mask, feature: bool, rows: AuditedRows, samples: int, seed: int
+    name: str, values: pd.Series, codes: Floats, known: AuditedRows, feature: bool, total: int
 ) -> tuple[dict[str, Any], Finding | None]:
-    """Return a column's row, and a finding unless it passes; `values` and `codes` are those of the `known` rows."""
-    present, labels = np.unique(rows.labels[known], return_inverse=True)
-    classes = tuple(rows.classes[index] for index in present)
-    malignant = tuple(label for label in classes if label in rows.malignant)
-    malignant = malignant if len(malignant) < len(classes) else ()
-    groups = rows.groups[known]
+    """Return a column's row, and a finding unless it passes; `known` are the rows, of `total`, that hold the column."""
     # Leaves of 10 rows: a tree that isolates single patients learns nothing that holds for others.
-    probabilities = predict_in_folds(
-        lambda: DecisionTreeClassifier(max_leaf_nodes=16, min_samples_leaf=10, class_weight="balanced", random_state=0),
-        codes[:, None],
-        labels,
-        groups,
-        len(classes),
-        seed,
-    )
-    measured = _measure(labels, probabilities, groups, classes, malignant, samples, seed)
-    chance = 1 / len(classes)
+    tree = DecisionTreeClassifier(max_leaf_nodes=16, min_samples_leaf=10, class_weight="balanced", random_state=0)
+    measured = _measure(predict_in_folds(tree, codes[:, None], known), known)
+    chance = 1 / len(known.classes)
     gain, auc = (measured["balanced_accuracy_low"] - chance) / (1 - chance), _lower_auc(measured)
-    determining, count = _determining_values(values, known, rows)
+    determining, count = _determining_values(values, known, DETERMINING_SHARE * total)
     strong = bool(determining) or auc >= STRONG_AUC
     nearly = gain >= LABEL_GAIN or auc >= LABEL_AUC or (bool(determining) and auc >= STRONG_AUC)
     level: Level = "FAIL" if feature and nearly else "WARN" if nearly or strong else "PASS"
-    row = {"column": name, "feature": feature, "rows": int(known.sum()), **measured, "settles": count, "verdict": level}
+    row = {"column": name, "feature": feature, "rows": len(values), **measured, "settles": count, "verdict": level}
     if level == "PASS":
         return row, None
     reason = "is a metadata field that reveals much of the label; check when it was recorded and why"
@@ -411,26 +394,26 @@ def _examine(
     return row, Finding(level, "proxy", "; ".join([message, *determining]), count=count)
 
 
-def _determining_values(values: pd.Series, known: Mask, rows: AuditedRows) -> tuple[list[str], int]:
+def _determining_values(values: pd.Series, known: AuditedRows, at_least: float) -> tuple[list[str], int]:
     """Return the values that always or never go with cancer, or always with one class, where chance can't explain it.
 
     Patients are counted, not rows: images of one patient share the value and often the class.
     """
-    cancer, labels, groups = rows.is_malignant[known], rows.labels[known], rows.groups[known]
+    cancer, labels = known.table["label"].isin(known.schema.malignant).to_numpy(), known.labels
     # How the class is distributed where the column is recorded: what an uninformative value would show.
     share = float(cancer.mean())
     texts, count = [], 0
     for value, held in values.value_counts().items():
-        if held < DETERMINING_SHARE * len(rows.table):
+        if held < at_least:
             break
         mine = (values == value).to_numpy()
-        patients, first = len(set(groups[mine])), labels[mine][0]
-        if rows.malignant and not cancer[mine].any() and (1 - share) ** patients < DETERMINING_CHANCE:
+        patients, first = len(set(known.groups[mine])), labels[mine][0]
+        if share and not cancer[mine].any() and (1 - share) ** patients < DETERMINING_CHANCE:
             text = "none is malignant"
-        elif rows.malignant and cancer[mine].all() and share**patients < DETERMINING_CHANCE:
+        elif cancer[mine].all() and share**patients < DETERMINING_CHANCE:
             text = "all are malignant"
         elif (labels[mine] == first).all() and float((labels == first).mean()) ** patients < DETERMINING_CHANCE:
-            text = f"all are {rows.classes[first]}"
+            text = f"all are {known.classes[first]}"
         else:
             continue
         count += int(held)
@@ -484,62 +467,49 @@ def feature_sets(rows: AuditedRows) -> dict[str, Floats]:
     return sets
 
 
-def linear() -> Any:
-    """Make logistic regression of standardised columns; classes are balanced, so that rare ones count."""
-    return make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=3000, tol=1e-3))
+# Standardised, for comparable columns; classes are balanced, so that rare ones count.
+REGRESSION = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=3000, tol=1e-3))
+NEAREST = make_pipeline(StandardScaler(), KNeighborsClassifier(1))
 
 
-def _nearest_neighbour() -> Any:
-    return make_pipeline(StandardScaler(), KNeighborsClassifier(1))
-
-
-def metadata_alone(
-    rows: AuditedRows, forests: bool, samples: int, seed: int, progress: Progress | None = None
-) -> tuple[pd.DataFrame, list[Finding]]:
+def metadata_alone(rows: AuditedRows, forests: bool) -> tuple[pd.DataFrame, list[Finding]]:
     """Measure what models predict without the image: every learner on every set of columns, in four ways.
 
-    Return a table `features`, `learner`, `measured`, `balanced_accuracy`, `low`, `high`, and `patients_recognised`
-    (folds of images minus folds of patients, in the rows of the former) with `_low` and `_high`; and a finding. Forests
-    need most of the time.
+    Random `forests` need most of the time.
+
+    Returns:
+        Table `features`, `learner`, `measured`, `balanced_accuracy`, `low`, `high`, and `patients_recognised` (folds of
+        images minus folds of patients, in the rows of the former) with `_low` and `_high`. And a finding.
     """
     sets, grouped = feature_sets(rows), group_folds(rows.schema.unit)
     if not sets:
         return pd.DataFrame(), [Finding("PASS", "form_alone", "there is no metadata")]
-    if not _enough_for_folds(rows.labels, rows.groups):
+    if not rows.enough_for_folds:
         return pd.DataFrame(), [Finding("WARN", "form_alone", "there are too few rows or patients for five folds")]
-    learners: dict[str, Learner] = {LINEAR: linear}
+    learners = {LINEAR: REGRESSION, NEIGHBOUR: NEAREST}
     if forests:
         trees = TREES if len(rows.labels) <= MANY_ROWS else FEWER_TREES
         # Leaves of one row, weighted once for all trees, hold single patients and lose most in patient-disjoint folds.
-        learners[FOREST] = lambda: RandomForestClassifier(
+        forest = RandomForestClassifier(
             trees, class_weight="balanced_subsample", min_samples_leaf=2, random_state=0, n_jobs=-1
         )
-    learners[NEIGHBOUR] = _nearest_neighbour
-    bootstrap = Bootstrap(rows.groups, len(rows.labels), samples, seed, LEVEL)
+        learners = {LINEAR: REGRESSION, FOREST: forest, NEIGHBOUR: NEAREST}
     measured: list[dict[str, Any]] = []
-    for number, (features, learner) in enumerate((features, learner) for features in sets for learner in learners):
-        estimates = _test_estimates(learners[learner], sets[features], rows, samples, seed)
-        folds = _image_and_group_folds(learners[learner], sets[features], rows, bootstrap, seed)
-        estimates |= {IMAGES: folds[0], grouped: folds[1]}
+    for features, learner in track(list(product(sets, learners)), "metadata alone"):
+        images, disjoint, difference = _image_and_group_folds(learners[learner], sets[features], rows)
+        estimates = _test_estimates(learners[learner], sets[features], rows) | {IMAGES: images, grouped: disjoint}
         for way, one in estimates.items():
             row = {"features": features, "learner": learner, "measured": way}
             row |= {"balanced_accuracy": one.value, "low": one.low, "high": one.high}  # type: ignore[dict-item]
             if way == IMAGES:
-                row |= {f"patients_recognised{end}": value for end, value in _ends(folds[2])}  # type: ignore[misc]
+                row |= _columns(difference, "patients_recognised")  # type: ignore[arg-type]
             measured.append(row)
-        if progress is not None:
-            progress(number + 1, len(sets) * len(learners))
     return pd.DataFrame(measured), [_alone_finding(measured, rows)]
 
 
-def _ends(one: Estimate) -> list[tuple[str, float]]:
-    return [("", one.value), ("_low", one.low), ("_high", one.high)]
-
-
-def _test_estimates(
-    learner: Learner, features: Floats, rows: AuditedRows, samples: int, seed: int
-) -> dict[str, Estimate]:
-    test, estimates = rows.test, {}
+def _test_estimates(learner: Any, features: Floats, rows: AuditedRows) -> dict[str, Estimate]:
+    test = rows.splits == "test"
+    estimates = {}
     for way, chosen in ((TRAIN, rows.splits == "train"), (TRAIN_VAL, ~test)):
         if not test.any() or len(set(rows.labels[chosen])) < 2:
             continue
@@ -547,18 +517,18 @@ def _test_estimates(
             estimates[way] = Estimate(NAN)
             continue
         with _one_thread():
-            preds = learner().fit(features[chosen], rows.labels[chosen]).predict(features[test])
-        bootstrap = Bootstrap(rows.groups[test], int(test.sum()), samples, seed, LEVEL)
+            preds = clone(learner).fit(features[chosen], rows.labels[chosen]).predict(features[test])
+        bootstrap = rows.where(test).bootstrap
         estimates[way] = _estimate(balanced_accuracy(rows.labels[test], preds, rows.classes, bootstrap), bootstrap)
     return estimates
 
 
 def _alone_finding(measured: list[dict[str, Any]], rows: AuditedRows) -> Finding:
+    unit = rows.schema.unit
     images = [row for row in measured if row["measured"] == IMAGES]
-    grouped = [row for row in measured if row["measured"] == group_folds(rows.schema.unit)]
+    grouped = [row for row in measured if row["measured"] == group_folds(unit)]
     best = max(grouped, key=lambda row: row["balanced_accuracy"])
     one, other = max(zip(images, grouped, strict=True), key=lambda pair: pair[0]["patients_recognised_low"])
-    low, high, unit = one["patients_recognised_low"], one["patients_recognised_high"], rows.schema.unit
     message = (
         f"metadata alone give a balanced accuracy of {best['balanced_accuracy']:.3f} in {unit}-disjoint folds "
         f"({best['learner']}, {best['features']}; chance {1 / len(rows.classes):.3f}): a model that also reads images "
@@ -566,31 +536,29 @@ def _alone_finding(measured: list[dict[str, Any]], rows: AuditedRows) -> Finding
     )
     compared = (
         f"{one['learner']}, {one['features']}: {one['balanced_accuracy']:.3f} in folds of images, "
-        f"{other['balanced_accuracy']:.3f} in folds of {unit}s, difference {one['patients_recognised']:.3f} "
-        f"[{low:.3f}, {high:.3f}]"
+        f"{other['balanced_accuracy']:.3f} in folds of {unit}s, difference {_in_words(one, 'patients_recognised')}"
     )
-    if low > FOLD_NOISE:
+    if one["patients_recognised_low"] > FOLD_NOISE:
         message += f". They identify {unit}s ({compared}): never split this data set by image"
         return Finding("WARN", "form_alone", message)
     return Finding("PASS", "form_alone", f"{message}. They do not identify {unit}s ({compared})")
 
 
-def reidentification(rows: AuditedRows, samples: int, seed: int) -> tuple[pd.DataFrame, list[Finding]]:
+def reidentification(rows: AuditedRows) -> tuple[pd.DataFrame, list[Finding]]:
     """Measure how often the nearest metadata, as a vector of standardised columns, are of the same patient.
 
     Return a table `question`, `value`, `low`, `high` (NaN where there is no interval), and the findings.
     """
-    columns, unit = ["question", "value", "low", "high"], rows.schema.unit
     if not rows.schema.fields:
         return pd.DataFrame(), [Finding("PASS", "reidentification", "there is no metadata")]
-    metadata = StandardScaler().fit_transform(encoded_metadata(rows, "M2"))
-    train, test = rows.splits == "train", rows.test
-    measured: list[tuple[str, float, float, float]] = []
+    metadata, unit = StandardScaler().fit_transform(encoded_metadata(rows, "M2")), rows.schema.unit
+    train, test = rows.splits == "train", rows.splits == "test"
+    measured: dict[str, Estimate] = {}
     findings = []
     if train.any() and test.any():
         same = _nearest(metadata[train], rows.groups[train], metadata[test]) == rows.groups[test]
         question = f"test images whose nearest training metadata are of the same {unit}"
-        measured.append((question, float(same.mean()), NAN, NAN))
+        measured[question] = Estimate(float(same.mean()))
         message = f"for {int(same.sum()):,} of {len(same):,} test images ({same.mean():.1%}) the nearest training "
         message += f"metadata are of the same {unit}"
         findings.append(Finding("WARN" if same.any() else "PASS", "nearest_form", message, count=int(same.sum())))
@@ -598,24 +566,20 @@ def reidentification(rows: AuditedRows, samples: int, seed: int) -> tuple[pd.Dat
     if several.any():
         same = _nearest(metadata[several], rows.groups[several]) == rows.groups[several]
         question = f"images of {unit}s with several images whose nearest other metadata are of the same {unit}"
-        measured.append((question, float(same.mean()), NAN, NAN))
-    if not _enough_for_folds(rows.labels, rows.groups):
-        return pd.DataFrame(measured, columns=columns), findings
-    bootstrap = Bootstrap(rows.groups, len(rows.labels), samples, seed, LEVEL)
-    images, grouped, difference = _image_and_group_folds(_nearest_neighbour, metadata, rows, bootstrap, seed)
-    for way, one in ((IMAGES, images), (group_folds(unit), grouped)):
-        question = f"balanced accuracy of the class of the nearest metadata, {way}"
-        measured.append((question, one.value, one.low, one.high))
-    message = (
-        f"the class of the nearest metadata has a balanced accuracy of {images.value:.3f} in folds of images and "
-        f"{grouped.value:.3f} in folds of {unit}s, difference {difference.value:.3f} "
-        f"[{difference.low:.3f}, {difference.high:.3f}]: metadata "
-    )
-    if difference.low > FOLD_NOISE:
-        findings.append(Finding("WARN", "reidentification", f"{message}nearly identify the {unit}"))
-    else:
-        findings.append(Finding("PASS", "reidentification", f"{message}do not identify the {unit}"))
-    return pd.DataFrame(measured, columns=columns), findings
+        measured[question] = Estimate(float(same.mean()))
+    if rows.enough_for_folds:
+        images, grouped, difference = _image_and_group_folds(NEAREST, metadata, rows)
+        for way, one in ((IMAGES, images), (group_folds(unit), grouped)):
+            measured[f"balanced accuracy of the class of the nearest metadata, {way}"] = one
+        known = difference.low > FOLD_NOISE
+        message = (
+            f"the class of the nearest metadata has a balanced accuracy of {images.value:.3f} in folds of images and "
+            f"{grouped.value:.3f} in folds of {unit}s, difference {_in_words(_columns(difference, ''), '')}: metadata "
+            f"{'nearly' if known else 'do not'} identify the {unit}"
+        )
+        findings.append(Finding("WARN" if known else "PASS", "reidentification", message))
+    table = [(question, one.value, one.low, one.high) for question, one in measured.items()]
+    return pd.DataFrame(table, columns=["question", "value", "low", "high"]), findings
 
 
 def _nearest(known: Floats, groups: NDArray[np.object_], queries: Floats | None = None) -> NDArray[np.object_]:

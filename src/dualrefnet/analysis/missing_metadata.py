@@ -6,9 +6,8 @@ Fields are removed at random, down to none, and in the patterns in which the tra
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,16 +17,15 @@ from numpy.typing import NDArray
 from dualrefnet.analysis.opened_run import OpenedRun
 from dualrefnet.analysis.perturbations import (
     Floats,
-    Metadata,
     keep_fields,
     predict_with_metadata,
     predict_without_image,
 )
 from dualrefnet.data.schema import DatasetSchema
-from dualrefnet.display.figure import COLOURS, INK, MARKERS, ReportFigure, new_figure, styled
+from dualrefnet.display.figure import COLOURS, INK, MARKERS, ReportFigure, label_rows, new_figure, styled
 from dualrefnet.display.format import MEASURE_NAMES, Cell, PrintedTable, interval, number
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.bootstrap import percentile_interval
+from dualrefnet.evaluation.bootstrap import Bootstrap, percentile_interval
 from dualrefnet.evaluation.comparison import PooledBootstrap, pooled_bootstrap
 from dualrefnet.progress import progress_bar
 
@@ -44,13 +42,11 @@ NAMED = 3
 
 @dataclass(frozen=True)
 class Pattern:
-    """Fields that are missing together; `training_share` of the training rows miss exactly these (NaN: not one of
-    theirs).
-    """
+    """Fields that are missing together."""
 
     name: str
-    removed: tuple[str, ...]
-    training_share: float
+    removed: tuple[str, ...]  # in the schema's order
+    training_share: float  # of the training rows that miss exactly these; NaN for a pattern that isn't one of theirs
 
     @property
     def fields(self) -> str:
@@ -100,78 +96,72 @@ def _list_missing(removed: tuple[str, ...], named: int = NAMED) -> str:
 class MissingMetadata:
     """How a run does with missing metadata.
 
-    `curve`, one row an input (`photograph`: `with image`, `without image`), share and measure: photograph, share (of
+    `curve` has a row an input (`photograph`: `with image`, `without image`), share and measure: photograph, share (of
     the recorded values that were kept), answers_kept (on average), draws, measure, value (mean over draws), low, high;
-    difference, difference_low, difference_high from all fields with the same input. `patterns`, one row an input,
-    pattern and measure: the same with pattern (its name), removed (the fields, with `; ` between) and training_share in
-    place of share and draws. `bootstrap`: the value of every input in every resample. `fields`: of the schema, of which
-    shares are kept, also those that the run doesn't read.
+    difference, difference_low, difference_high from all fields with the same input. `patterns` has a row an input,
+    pattern and measure: photograph, pattern (its name), removed (the fields, with `; ` between), training_share (see
+    `Pattern`), answers_kept, measure, value and so on.
     """
 
     name: str
     curve: pd.DataFrame
     patterns: pd.DataFrame
-    chance: float
-    bootstrap: PooledBootstrap
+    chance: float  # balanced accuracy of guessing
+    bootstrap: PooledBootstrap  # the value of every input in every resample
     image_ids: tuple[str, ...]
-    groups: tuple[str, ...]
-    fields: int
-    unit: str
-    draws: int
+    groups: tuple[str, ...]  # their patients
+    fields: int  # of the schema, of which shares are kept, also those that the run doesn't read
+    unit: str  # what was resampled, `patient` or `lesion`
     samples: int
-    seed: int
+    draws: int  # random choices of which the mean is taken
+    seed: int  # of choices and bootstrap
 
 
 def measure_missing_metadata(
-    opened: OpenedRun,
-    shares: Sequence[float] = SHARES,
-    draws: int = 5,
-    samples: int = 1000,
-    seed: int = 0,
-    name: str | None = None,
+    opened: OpenedRun, draws: int = 5, samples: int = 1000, seed: int = 0, name: str | None = None
 ) -> MissingMetadata:
     """Measure a trained run on its test split with fewer and fewer fields, with and without the image.
 
-    `shares` of the recorded values are kept (ascending, the last is 1), in `draws` random choices. Of a single-modality
-    method only what it reads is removed.
+    Of a single-modality method only what it reads is removed.
+
+    Args:
+        opened: the run.
+        draws: random choices for each share between 0 and 1, at least 1 (else ValueError).
+        samples: bootstrap samples, drawn over patients.
+        seed: of choices and bootstrap.
+        name: of the run; None: its method's.
     """
-    shares = list(shares)
-    if not shares or shares[-1] != 1 or shares[0] < 0 or any(one >= other for one, other in pairwise(shares)):
-        raise ValueError(f"shares must ascend within 0..1 and end with 1, not {shares}")
     if draws < 1:
         raise ValueError(f"draws must be at least 1, not {draws}")
     rows, schema = opened.rows("test"), opened.dataset.schema
     names = [field.name for field in schema.fields]
     recorded = rows[names].notna().to_numpy()
     orders = draw_orders(opened, draws, seed)
-    kept: dict[str, list[NDArray[np.bool_]]] = {}
-    for share in shares:
-        # Nothing and everything can be chosen in one way only.
-        kept[_share(share)] = [
-            keep_share(recorded, order, share) for order in (orders[:1] if share in (0, 1) else orders)
-        ]
+    # Nothing and everything can be chosen in one way only.
+    kept = {
+        _input(share): [keep_share(recorded, order, share) for order in (orders[:1] if share in (0, 1) else orders)]
+        for share in SHARES
+    }
     patterns = find_patterns(opened.rows("train"), schema)
-    for pattern in patterns:
-        kept[_without(pattern.fields)] = [recorded & ~np.isin(names, pattern.removed)]
+    kept |= {_input(removed=pattern.fields): [recorded & ~np.isin(names, pattern.removed)] for pattern in patterns}
     predictions = _predict(opened, rows, kept)
-    image_ids = tuple(rows["image_id"])
-    groups = opened.groups.loc[list(image_ids)].to_numpy(dtype=object)
-    labels = rows["label"].map({label: index for index, label in enumerate(opened.classes)}).to_numpy(dtype=np.int64)
+    groups = opened.groups.loc[rows["image_id"]].to_numpy(dtype=object)
+    labels = pd.Index(opened.classes).get_indexer(pd.Index(rows["label"]))
     with progress_bar("intervals") as show:
-        full = pooled_bootstrap(labels, predictions, groups, opened.classes, samples, seed, LEVEL, progress=show)
+        full = pooled_bootstrap(labels, predictions, Bootstrap(groups, samples, seed, LEVEL, show), opened.classes)
     # Only the measures that are looked at are kept in memory for comparisons.
     bootstrap = replace(full, points=_slim(full.points), drawn=_slim(full.drawn))
     counts = {key: float(np.mean([part.sum(axis=1).mean() for part in parts])) for key, parts in kept.items()}
     curve, by_pattern = [], []
     for image in (WITH_IMAGE, WITHOUT_IMAGE):
-        if _key(image, _share(1)) not in predictions:
+        if image + _input() not in predictions:
             continue
-        for share in shares:
-            key = _share(share)
+        for share in SHARES:
+            key = _input(share)
             start = {"photograph": image, "share": share, "answers_kept": counts[key], "draws": len(kept[key])}
             curve += _measured(bootstrap, image, key, start)
         for pattern in patterns:
-            key = _without(pattern.fields)
+            key = _input(removed=pattern.fields)
             start = {"photograph": image, "pattern": pattern.name, "removed": pattern.fields}
             start |= {"training_share": pattern.training_share, "answers_kept": counts[key]}
             by_pattern += _measured(bootstrap, image, key, start)
@@ -179,16 +169,21 @@ def measure_missing_metadata(
         name or opened.model.title,
         pd.DataFrame(curve),
         pd.DataFrame(by_pattern),
-        chance=1 / len(np.unique(labels)),
-        bootstrap=bootstrap,
-        image_ids=image_ids,
-        groups=tuple(map(str, groups)),
-        fields=len(names),
-        unit=schema.unit,
-        draws=draws,
-        samples=samples,
-        seed=seed,
+        1 / len(np.unique(labels)),
+        bootstrap,
+        tuple(rows["image_id"]),
+        tuple(map(str, groups)),
+        len(names),
+        schema.unit,
+        samples,
+        draws,
+        seed,
     )
+
+
+def _input(share: float = 1, removed: str = "") -> str:
+    """Return what an input is called behind `WITH_IMAGE` or `WITHOUT_IMAGE`; a pattern without fields is share 1."""
+    return f": without {removed}" if removed else f": share {share:g}"
 
 
 def draw_orders(opened: OpenedRun, draws: int, seed: int) -> NDArray[np.float64]:
@@ -202,10 +197,10 @@ def draw_orders(opened: OpenedRun, draws: int, seed: int) -> NDArray[np.float64]
 
 
 def keep_share(recorded: NDArray[np.bool_], order: NDArray[np.float64], share: float) -> NDArray[np.bool_]:
-    """Return (N, F), which of the recorded values are kept; a larger share keeps those of a smaller one.
+    """Return which of the recorded values, (N, F), are kept; a larger share keeps those of a smaller one.
 
-    By `draw_orders`, the values with the smallest numbers are kept longest, and the last number rounds: half a value is
-    one for half of the rows, so that on average exactly the share is kept.
+    Of `order`, (N, F + 1), see `draw_orders`: of each row the values with the smallest numbers are kept longest, and
+    the last number rounds: half a value is one for half of the rows, so that on average exactly the share is kept.
     """
     rank = np.where(recorded, order[:, :-1], np.inf).argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
     wanted = np.floor(share * recorded.sum(axis=1) + order[:, -1])
@@ -218,28 +213,23 @@ def _predict(
     """Return the probabilities with what is kept of each row's values, one array a draw."""
     examples = opened.image_examples("test")
     names = [field.name for field in opened.dataset.schema.fields]
-    versions: list[Metadata] = []
-    if opened.reads_metadata:
-        with progress_bar("removing fields") as show:
-            total = sum(map(len, kept.values()))
-            for part in (part for parts in kept.values() for part in parts):
-                versions.append(opened.metadata.encode(keep_fields(rows, names, part)).values)
-                show(len(versions), total)
-    else:
-        versions = [examples.metadata]
+    versions = [examples.metadata]
     found: dict[str, list[Floats]] = {}
+    if opened.reads_metadata:
+        versions = [
+            opened.metadata.encode(keep_fields(rows, names, part)).values for parts in kept.values() for part in parts
+        ]
+        with progress_bar("predicting without image") as show:
+            found[WITHOUT_IMAGE] = predict_without_image(opened, versions, show)
     if opened.model.reads_image:
         with progress_bar("predicting with fewer fields") as show:
             found[WITH_IMAGE] = predict_with_metadata(opened, examples, versions, show).probabilities
-    if opened.reads_metadata:
-        with progress_bar("predicting without image") as show:
-            found[WITHOUT_IMAGE] = predict_without_image(opened, versions, show)
     result = {}
     for image, given in found.items():
         remaining = iter(given)
         for key, parts in kept.items():
             # A run that reads no metadata predicts the same whatever is kept of them.
-            result[_key(image, key)] = [next(remaining) for _ in parts] if opened.reads_metadata else given
+            result[image + key] = [next(remaining) for _ in parts] if opened.reads_metadata else given
     return result
 
 
@@ -249,7 +239,7 @@ def _slim(values: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def _measured(bootstrap: PooledBootstrap, image: str, key: str, start: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a row a measure, `start` first."""
-    rows, own, full = [], _key(image, key), _key(image, _share(1))
+    rows, own, full = [], image + key, image + _input()
     for measure in MEASURES:
         value, difference = bootstrap.value(own, measure), bootstrap.difference(own, full, measure)
         row = start | {"measure": measure, "value": value.value, "low": value.low, "high": value.high}
@@ -258,50 +248,32 @@ def _measured(bootstrap: PooledBootstrap, image: str, key: str, start: dict[str,
     return rows
 
 
-def _share(share: float) -> str:
-    return f"share {share:g}"
-
-
-def _without(removed: str) -> str:
-    return f"without {removed}" if removed else _share(1)
-
-
-def _key(image: str, key: str) -> str:
-    return f"{image}: {key}"
-
-
 def compare_missing_metadata(first: MissingMetadata, second: MissingMetadata) -> pd.DataFrame:
     """Compare two runs at every share and pattern, on the same images, with the same values and the same resamples.
 
     A run that reads no image predicts the same with one as without: that is compared with the other's with an image.
-    Return one row an input and measure: photograph, share (NaN for a pattern), pattern and removed (empty for a share),
-    measure, first, second, difference (first - second), low, high.
+    A row an input and measure: photograph, share (NaN for a pattern), pattern and removed (empty for a share), measure,
+    first, second, difference (first - second), low, high.
 
     Raises:
         DataError: they weren't measured on the same images, or with other draws, samples or seed.
     """
-    for what, attributes in (
-        ("test images", ("image_ids",)),
-        ("patients", ("groups",)),
-        ("draws, samples and seed", ("draws", "samples", "seed")),
-    ):
-        if any(getattr(first, attribute) != getattr(second, attribute) for attribute in attributes):
-            raise DataError(
-                f"{first.name} and {second.name} don't have the same {what}, so they can't be compared in pairs"
-            )
-    inputs = [(_share(share), share, "", "") for share in first.curve["share"].unique()]
+    for attribute in ("image_ids", "groups", "samples", "draws", "seed"):
+        if getattr(first, attribute) != getattr(second, attribute):
+            raise DataError(f"{first.name} and {second.name} can't be compared in pairs: their {attribute} differ")
+    inputs = [(_input(share), share, "", "") for share in SHARES]
     named = first.patterns.drop_duplicates("removed")
     inputs += [
-        (_without(removed), np.nan, name, removed)
+        (_input(removed=removed), np.nan, name, removed)
         for removed, name in zip(named["removed"], named["pattern"], strict=True)
     ]
     rows = []
     for image in (WITH_IMAGE, WITHOUT_IMAGE):
         for key, share, pattern, removed in inputs:
-            own = []
-            for run in (first, second):
-                reads_image = (run.curve["photograph"] == WITH_IMAGE).any()
-                own.append(_key(image if reads_image else WITHOUT_IMAGE, key))
+            # Each run's own name of the input.
+            own = [
+                (image if WITH_IMAGE + key in run.bootstrap.points else WITHOUT_IMAGE) + key for run in (first, second)
+            ]
             if own[0] not in first.bootstrap.points or own[1] not in second.bootstrap.points:
                 continue
             for measure in MEASURES:
@@ -316,27 +288,24 @@ def compare_missing_metadata(first: MissingMetadata, second: MissingMetadata) ->
 
 def missing_metadata_table(measured: MissingMetadata) -> PrintedTable:
     """Return balanced accuracy by the share of the recorded values that are kept."""
-    return _table(
-        measured,
-        measured.curve,
-        "share",
-        f"Balanced accuracy by share of metadata kept: {measured.name}",
-        ("values kept", "mean number"),
-        lambda row: [Cell(f"{row['share']:.0%}"), Cell(f"{row['answers_kept']:.1f}")],
-    )
+    starts = {
+        row["share"]: [Cell(f"{row['share']:.0%}"), Cell(f"{row['answers_kept']:.1f}")]
+        for row in measured.curve.to_dict("records")
+    }
+    title = f"Balanced accuracy by share of metadata kept: {measured.name}"
+    return _table(measured, measured.curve, "share", title, ("values kept", "mean number"), starts)
 
 
 def missing_pattern_table(measured: MissingMetadata) -> PrintedTable:
     """Return balanced accuracy by patterns of missing fields."""
-    note = "Share of training: of the training rows in which exactly these fields are missing."
-
-    def start(row: Mapping[str, Any]) -> list[Cell]:
+    starts = {}
+    for row in measured.patterns.to_dict("records"):
         share = "" if pd.isna(row["training_share"]) else f"{row['training_share']:.0%}"
-        return [Cell(row["pattern"]), Cell(share), Cell(f"{row['answers_kept']:.1f}")]
-
+        starts[row["removed"]] = [Cell(row["pattern"]), Cell(share), Cell(f"{row['answers_kept']:.1f}")]
     title = f"Balanced accuracy by missing fields: {measured.name}"
+    note = "Share of training: of the training rows in which exactly these fields are missing."
     columns = ("metadata", "share of training", "mean number")
-    return _table(measured, measured.patterns, "removed", title, columns, start, (note,))
+    return _table(measured, measured.patterns, "removed", title, columns, starts, (note,))
 
 
 def _table(
@@ -345,23 +314,21 @@ def _table(
     key: str,
     title: str,
     columns: tuple[str, ...],
-    start: Callable[[Mapping[str, Any]], list[Cell]],
+    starts: Mapping[Any, list[Cell]],
     notes: tuple[str, ...] = (),
 ) -> PrintedTable:
+    """Return a row for each value of the column `key`: the cells that it starts with, then a measure an input."""
     table = table[table["measure"] == MEASURES[0]]
-    inputs = [name for name in (WITH_IMAGE, WITHOUT_IMAGE) if (table["photograph"] == name).any()]
-    values: dict[Any, Any] = {(row["photograph"], row[key]): row for row in table.to_dict("records")}
     rows = []
-    for row in table.drop_duplicates(key).to_dict("records"):
-        measures = [values[name, row[key]] for name in inputs]
-        cells = [Cell(number(one["value"]), interval(one["low"], one["high"])) for one in measures]
-        rows.append([*start({str(name): value for name, value in row.items()}), *cells])
+    for value, start in starts.items():
+        of_value = table[table[key] == value].to_dict("records")
+        rows.append([*start, *(Cell.estimate(one["value"], one["low"], one["high"]) for one in of_value)])
     note = (
         f"{len(measured.image_ids):,} test images, {measured.fields} fields; mean of {measured.draws} random choices "
         f"(seed {measured.seed}). In brackets: 95% intervals from resampling {measured.unit}s. Chance: "
         f"{measured.chance:.3f}."
     )
-    return PrintedTable(title, (*columns, *inputs), rows, (*notes, note))
+    return PrintedTable(title, (*columns, *table["photograph"].unique()), rows, (*notes, note))
 
 
 def missing_difference_table(differences: pd.DataFrame, first: str, second: str) -> PrintedTable:
@@ -372,7 +339,7 @@ def missing_difference_table(differences: pd.DataFrame, first: str, second: str)
     twice = [name for name, share in ((NO_FIELDS, 0), (ALL_FIELDS, 1)) if (table["share"] == share).any()]
     for row in table[~table["pattern"].isin(twice)].to_dict("records"):
         given = row["pattern"] or f"{row['share']:.0%} of the values"
-        difference = Cell(number(row["difference"], "+.3f"), interval(row["low"], row["high"], "+.3f"))
+        difference = Cell.estimate(row["difference"], row["low"], row["high"], "+.3f", "+.3f")
         values = [Cell(number(row[name])) for name in ("first", "second")]
         rows.append([Cell(f"{row['photograph']}, {given}"), *values, difference])
     note = "An interval without 0 tells the two apart; one in twenty does so by chance."
@@ -387,104 +354,88 @@ MOST = 4
 
 
 @styled
-def draw_missing_metadata(runs: Sequence[MissingMetadata], measure: str = "balanced_accuracy") -> ReportFigure:
-    """Draw a measure against the share of the recorded values that are kept, with 95% bands.
+def draw_missing_metadata(runs: Sequence[MissingMetadata]) -> ReportFigure:
+    """Draw balanced accuracy against the share of the recorded values that are kept, with 95% bands.
 
-    One run is one panel with a line with and one without image; of several runs, at most four on the same test images,
+    One run is one panel with a line with and one without image; of two to four runs, measured on the same test images,
     there is a panel for each of the two.
     """
     from matplotlib.ticker import PercentFormatter
 
-    data, chance = _to_draw(runs, [run.curve for run in runs], measure)
-    panels = [name for name in (WITH_IMAGE, WITHOUT_IMAGE) if (data["photograph"] == name).any()]
-    panels = panels if len(runs) > 1 else [""]
+    data, first = _to_draw(runs, [run.curve for run in runs]), runs[0]
+    panels = list(data["photograph"].unique()) if len(runs) > 1 else [""]
     figure, axes = new_figure(1.9 * len(panels) + 0.75, len(panels), 1, sharex=True, sharey=True)
-    handles = {}
+    handles, texts = {}, []
     for axis, panel in zip(axes, panels, strict=True):
-        axis.axhline(chance, color=INK, linestyle=":", linewidth=1)
+        axis.axhline(first.chance, color=INK, linestyle=":", linewidth=1)
         of_panel = data[data["photograph"] == panel] if panel else data
         for (run, image), line in of_panel.groupby(["run", "photograph"], sort=False):
             # Of one run a colour tells the input, of several the run.
-            place = (
-                [one.name for one in runs].index(str(run)) if panel else (WITH_IMAGE, WITHOUT_IMAGE).index(str(image))
-            )
+            every, name = ([one.name for one in runs], run) if panel else ([WITH_IMAGE, WITHOUT_IMAGE], image)
+            place = every.index(str(name))
             look: Any = {"color": COLOURS[place], "marker": MARKERS[place], "markersize": 3.5}
             axis.fill_between(line["share"], line["low"], line["high"], color=COLOURS[place], alpha=0.2, linewidth=0)
-            (handles[run if panel else image],) = axis.plot(line["share"], line["value"], **look)
+            (handles[str(name)],) = axis.plot(line["share"], line["value"], **look)
+            points = zip(line["share"], line["value"], strict=True)
+            texts.append(f"{run} {image}: {', '.join(f'{value:.2f} at {share:.0%}' for share, value in points)}")
         axis.set_title(panel)
-        axis.set_ylabel(MEASURE_NAMES[measure].replace(", one versus rest", ""))
+        axis.set_ylabel(MEASURE_NAMES[MEASURES[0]])
     axes[-1].set_xlabel("share of the recorded metadata")
     axes[-1].xaxis.set_major_formatter(PercentFormatter(1))
-    figure.legend(list(handles.values()), list(map(str, handles)), loc="outside lower center", ncols=2)
-    first = runs[0]
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=2)
     caption = (
         f"{_images(first)}: a random share of the recorded values is kept (mean of {first.draws} choices, the same for "
-        f"all runs, seed {first.seed}). Bands: 95% intervals from {first.samples:,} resamples of the {first.unit}s; "
-        "dotted: chance. In practice fields are missing together, see the patterns."
+        f"all runs, seed {first.seed}). Bands: 95% intervals from {first.samples:,} resamples of the "
+        f"{first.unit}s; dotted: chance. In practice fields are missing together, see the patterns."
     )
-    texts = []
-    for (run, image), line in data.groupby(["run", "photograph"], sort=False):
-        points = zip(line["share"], line["value"], strict=True)
-        texts.append(f"{run} {image}: {', '.join(f'{value:.2f} at {share:.0%}' for share, value in points)}")
-    stem = "availability" if measure == "balanced_accuracy" else f"availability_{measure}"
     columns = ["run", "photograph", "share", "answers_kept", "draws", "measure", "value", "low", "high"]
-    alt = f"{'; '.join(texts)}. Chance {chance:.2f}."
-    return ReportFigure(stem, "Missing metadata", caption, alt, figure, data[columns])
+    alt = f"{'; '.join(texts)}. Chance {first.chance:.2f}."
+    return ReportFigure("availability", "Missing metadata", caption, alt, figure, data[columns])
 
 
 @styled
-def draw_missing_patterns(runs: Sequence[MissingMetadata], measure: str = "balanced_accuracy") -> ReportFigure:
-    """Draw a measure of runs for patterns of missing fields, with and without image, with 95% intervals."""
-    data, chance = _to_draw(runs, [run.patterns for run in runs], measure)
+def draw_missing_patterns(runs: Sequence[MissingMetadata]) -> ReportFigure:
+    """Draw balanced accuracy for patterns of missing fields, with and without image, of up to four runs."""
+    data, first = _to_draw(runs, [run.patterns for run in runs]), runs[0]
     series = list(data[["run", "photograph"]].drop_duplicates().itertuples(index=False, name=None))
     patterns = data.drop_duplicates("removed").sort_values("answers_kept", ascending=False, kind="stable")
     labels = [textwrap.fill(text, LETTERS) for text in patterns["pattern"]]
     heights = [max(LINE * (label.count("\n") + 1), SLOT * len(series)) + GAP for label in labels]
     figure, (axis,) = new_figure(sum(heights) + REST + SLOT * ((len(series) + 1) // 2))
-    axis.axvline(chance, color=INK, linestyle=":", linewidth=1)
-    middles, below, handles = [], 0.0, {}
-    for removed, height in zip(patterns["removed"], heights, strict=True):
-        middles.append(below + height / 2)
-        for place, (run, image) in enumerate(series):
-            rows = data[(data["removed"] == removed) & (data["run"] == run) & (data["photograph"] == image)]
-            y = below + height / 2 + SLOT * (place - (len(series) - 1) / 2)
-            for row in rows.to_dict("records"):
-                axis.plot([row["low"], row["high"]], [y, y], color=COLOURS[place], linewidth=1.3)
-                label = f"{run}, {image}" if len(runs) > 1 else image
-                (handles[label],) = axis.plot(row["value"], y, MARKERS[place], color=COLOURS[place], markersize=4.2)
-        below += height
-    axis.set_ylim(below, 0)
-    axis.set_yticks(middles, labels)
-    axis.tick_params(axis="y", length=0, labelsize=7)
-    axis.grid(visible=False, axis="y")
-    axis.set_xlabel(MEASURE_NAMES[measure].replace(", one versus rest", ""))
+    axis.axvline(first.chance, color=INK, linestyle=":", linewidth=1)
+    middles = dict(zip(patterns["removed"], np.cumsum(heights) - np.array(heights) / 2, strict=True))
+    handles, texts = {}, []
+    for row in data.to_dict("records"):
+        place = series.index((row["run"], row["photograph"]))
+        y = middles[row["removed"]] + SLOT * (place - (len(series) - 1) / 2)
+        axis.plot([row["low"], row["high"]], [y, y], color=COLOURS[place], linewidth=1.3)
+        label = f"{row['run']}, {row['photograph']}" if len(runs) > 1 else row["photograph"]
+        (handles[label],) = axis.plot(row["value"], y, MARKERS[place], color=COLOURS[place], markersize=4.2)
+        values = f"{number(row['value'], '.2f')} {interval(row['low'], row['high'])}"
+        texts.append(f"{row['run']}, {row['photograph']}, {row['pattern']}: {values}")
+    axis.set_ylim(sum(heights), 0)
+    label_rows(axis, list(middles.values()), labels)
+    axis.set_xlabel(MEASURE_NAMES[MEASURES[0]])
     columns = 1 if len(runs) > 1 else 2
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns)
-    first, known = runs[0], patterns[patterns["training_share"].notna()]
+    known = patterns[patterns["training_share"].notna()]
     shares = zip(known["training_share"], known["pattern"], strict=True)
     caption = (
-        f"{_images(first)}, without the fields of a pattern; lines: 95% intervals from {first.samples:,} resamples of "
-        f"the {first.unit}s (seed {first.seed}); dotted: chance. Share of the training rows: "
+        f"{_images(first)}, without the fields of a pattern; lines: 95% intervals from {first.samples:,} "
+        f"resamples of the {first.unit}s (seed {first.seed}); dotted: chance. Share of the training rows: "
         f"{'; '.join(f'{share:.0%}: {name}' for share, name in shares)}."
     )
-    texts = [
-        f"{row['run']}, {row['photograph']}, {row['pattern']}: {row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
-        for row in data.to_dict("records")
-    ]
-    stem = "patterns" if measure == "balanced_accuracy" else f"patterns_{measure}"
     names = ["run", "photograph", "pattern", "removed", "training_share", "answers_kept"]
     data = data[[*names, "measure", "value", "low", "high"]]
-    return ReportFigure(stem, "Patterns of missing metadata", caption, "; ".join(texts), figure, data)
+    return ReportFigure("patterns", "Patterns of missing metadata", caption, "; ".join(texts), figure, data)
 
 
-def _to_draw(
-    runs: Sequence[MissingMetadata], tables: Sequence[pd.DataFrame], measure: str
-) -> tuple[pd.DataFrame, float]:
-    """Return the rows of all runs for one measure, and its value by chance."""
+def _to_draw(runs: Sequence[MissingMetadata], tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Return the rows of balanced accuracy of all runs."""
     if not 1 <= len(runs) <= MOST:
         raise ValueError(f"one figure holds 1 to {MOST} runs, not {len(runs)}")
-    parts = [table[table["measure"] == measure].assign(run=run.name) for run, table in zip(runs, tables, strict=True)]
-    return pd.concat(parts, ignore_index=True), runs[0].chance if measure == "balanced_accuracy" else 0.5
+    every = pd.concat([table.assign(run=run.name) for run, table in zip(runs, tables, strict=True)], ignore_index=True)
+    return every[every["measure"] == MEASURES[0]].reset_index(drop=True)
 
 
 def _images(run: MissingMetadata) -> str:

@@ -37,7 +37,7 @@ def crop_skin(image: Path, mask: Path) -> tuple[Pixels, Pixels] | None:
     """Crop the largest square beside the lesion, and one of the same size around it, each (Q, Q, 3) RGB; None: no room.
 
     Healthy skin is the hardest of all: camera, light and patient are the same. A crop is also an enlargement, so each
-    has its counterpart around the lesion for comparison.
+    has its counterpart around the lesion for comparison. None if no lesion is marked, or there is no room beside it.
     """
     marked = read_mask(mask, image, GRID, "squash")
     if marked is None:
@@ -67,13 +67,11 @@ def crop_skin(image: Path, mask: Path) -> tuple[Pixels, Pixels] | None:
 
 @dataclass(frozen=True)
 class NonLesionImage:
-    """An image without a lesion, (H, W, 3) uint8 RGB, to be preprocessed as a photograph. Images of one `source` (file
-    or drawing function) resemble each other; `group` is `PHOTOGRAPHS`, `DOCUMENTS`, `PLAIN` or `MEDICAL`.
-    """
+    """An image without a lesion, (H, W, 3) RGB of the size of a photograph; to be preprocessed as one."""
 
     pixels: Pixels
     group: str
-    source: str
+    source: str  # the file or the drawing function; images of one source resemble each other
 
 
 def everyday_images(half: Half, seed: int = 0) -> Iterator[NonLesionImage]:

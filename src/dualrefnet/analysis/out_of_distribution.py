@@ -6,7 +6,7 @@ vector from those of the training images, over a limit that a known share of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,13 @@ from dualrefnet.analysis.non_lesion_images import (
 from dualrefnet.analysis.opened_run import OpenedRun, sample_rows
 from dualrefnet.display.figure import INK, PRIMARY, SECONDARY, ReportFigure, beeswarm_offsets, new_figure, styled
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.bootstrap import NAN, Bootstrap, Floats, draw_counts, group_codes, percentile_interval
+from dualrefnet.evaluation.bootstrap import NAN, Bootstrap, Floats, group_codes, percentile_interval
 from dualrefnet.evaluation.metrics import Ranking
 from dualrefnet.files import write_tensors
 from dualrefnet.models.inference import joined_vectors, normalise, to_unit
+from dualrefnet.progress import progress_bar, track
 from dualrefnet.runtime.out_of_distribution import FORMAT, QUANTILES, Distance, OutOfDistributionScore, root_shares
 from dualrefnet.runtime.preprocessing import preprocess
-
-Progress = Callable[[int, int], None]
 
 # Directions kept of each distance, at most; with few images at most half as many as there are.
 DIRECTIONS = 64
@@ -51,10 +50,10 @@ SKIN, CLOSE_LESION = "healthy skin beside the lesion", "lesion, crop of the same
 
 
 def fit_score(training: NDArray[np.floating], validation: NDArray[np.floating]) -> OutOfDistributionScore:
-    """Fit the score on vectors (N, D) of training images; rows that aren't finite are left out.
+    """Fit the score on vectors of training images, (N, D), and of images that weren't trained on, (V, D).
 
-    `validation` (V, D) sets scales and limit, since the network has adapted to the images that it was trained on.
-    ValueError: fewer than 2 rows are finite in a split, or the splits differ in D.
+    The latter set scales and limit, since the network has adapted to those that it was trained on. Rows that aren't
+    finite are left out; fewer than 2 in a split, or splits that differ in D, are a ValueError.
     """
     train, held_out = (
         np.asarray(rows, dtype=np.float64)[np.isfinite(rows).all(axis=1)] for rows in (training, validation)
@@ -117,20 +116,17 @@ def save_score(score: OutOfDistributionScore, path: Path) -> None:
     write_tensors(path, contiguous, header)
 
 
-def fit_run(
-    opened: OpenedRun, validation: NDArray[np.float32], test: NDArray[np.float32], progress: Progress | None = None
-) -> dict[str, Any]:
+def fit_run(opened: OpenedRun, validation: NDArray[np.float32], test: NDArray[np.float32]) -> dict[str, Any]:
     """Fit the score on the training images, write `out_of_scope.safetensors`, return its part of metrics.json.
 
-    `validation` and `test` are vectors of these splits, in their order. The result is `training` and `validation`
-    (images), `intended_false_alarm_rate`, and of the test split `images`, `false_alarms` and `false_alarm_rate` with
-    its interval over patients.
+    `validation` and `test` are vectors of these splits, in their order.
     """
     examples, seed = opened.examples("train"), opened.recipe.seed
     rows = np.arange(len(examples))
     if len(rows) > AT_MOST:
         rows = np.sort(np.random.default_rng(seed).choice(len(rows), AT_MOST, replace=False))
-    score = fit_score(opened.vectors(examples, rows, progress), validation)
+    with progress_bar("out-of-distribution score") as show:
+        score = fit_score(opened.vectors(examples, rows, show), validation)
     save_score(score, opened.run.out_of_scope_file)
     flagged, samples = score.score(test) > 1, opened.recipe.evaluation.bootstrap
     result: dict[str, Any] = {
@@ -151,38 +147,32 @@ def fit_run(
 class OutOfDistributionMeasured:
     """How well the score separates other images from test images of lesions.
 
-    `scores`, a row an image: `group`, `source` (patient or file), `score` (more than 1 warns). `table`, a row a group:
-    `group`, `pictures`, `sources`, `auroc` against the test images (NaN for these), `flagged` (share beyond the limit),
-    and both with `_low` and `_high` (NaN for fewer than `FEW_SOURCES` sources). `skin_auroc`: of healthy skin against
-    equally large crops of the lesion; None without masks. The score was fitted on `training` images, `validation`
-    images set the limit.
+    `scores` has a row an image: `group`, `source` (patient or file), `score` (more than 1 warns). `table` has a row a
+    group: `group`, `pictures`, `sources`, `auroc` against the test images (NaN for these), `flagged` (share beyond the
+    limit), and both with `_low` and `_high` (NaN for fewer than `FEW_SOURCES` sources).
     """
 
     scores: pd.DataFrame
     table: pd.DataFrame
-    skin_auroc: tuple[float, float, float] | None
-    training: int
-    validation: int
-    images: int
+    skin_auroc: tuple[float, float, float] | None  # healthy skin, equally large crops of the lesion; None: no masks
+    training: int  # images that the score was fitted on
+    validation: int  # images that set the limit
+    images: int  # test images, all or a sample
     samples: int
     seed: int
 
 
 def measure_out_of_distribution(
-    opened: OpenedRun,
-    masks: Path | None = None,
-    images: int = 500,
-    samples: int = 1000,
-    seed: int = 0,
-    progress: Progress | None = None,
+    opened: OpenedRun, masks: Path | None = None, images: int = 500, samples: int = 1000, seed: int = 0
 ) -> OutOfDistributionMeasured:
     """Measure the run's score against the half of the everyday images that it was not chosen with, and harder groups.
 
-    At most `images` test images are looked at; `masks` as in `OpenedRun.masks`: no healthy skin if there is none.
-
-    Raises:
-        RunError: the run has no out-of-distribution score.
-        DataError: `masks` was named and isn't a folder of masks; the method reads no image.
+    Args:
+        opened: the run; a method that reads no image is a DataError, a run without a score a RunError.
+        masks: folder of lesion masks; None: `masks` in the data set's folder, and no skin if there is none.
+        images: test images to look at, each class in proportion.
+        samples: bootstrap samples, of patients and of the other images' sources.
+        seed: of all that is drawn.
     """
     if not opened.model.reads_image:
         raise DataError("this method reads no image, so there is nothing to score")
@@ -193,23 +183,21 @@ def measure_out_of_distribution(
     files = dict(zip(rows["image_id"].iloc[chosen], rows["image_path"].iloc[chosen], strict=True))
     with_mask = [image_id for image_id in files if image_id in found]
     others = [*everyday_images("reporting", seed), *medical_images(seed)]
-    total = len(chosen) + len(others) + len(with_mask)
-
-    def show(before: int) -> Progress:
-        return lambda done, _: progress(before + done, total) if progress is not None else None
 
     def table(group: str | list[str], source: Sequence[str] | pd.Series, vectors: NDArray[np.float32]) -> pd.DataFrame:
         return pd.DataFrame({"group": group, "source": list(source), "score": score.score(vectors)})
 
     groups = opened.groups
-    parts = [table(LESIONS, groups.loc[list(files)], opened.vectors(examples, chosen, show(0)))]
-    vectors = _encode(opened, [item.pixels for item in others], show(len(chosen)))
-    parts.append(table([item.group for item in others], [item.source for item in others], vectors))
-    for number, image_id in enumerate(with_mask, 1):
+    with progress_bar("test images") as show:
+        parts = [table(LESIONS, groups.loc[list(files)], opened.vectors(examples, chosen, show))]
+    for start in track(range(0, len(others), BATCH), "images without a lesion"):
+        part = others[start : start + BATCH]
+        vectors = _encode(opened, [item.pixels for item in part])
+        parts.append(table([item.group for item in part], [item.source for item in part], vectors))
+    for image_id in track(with_mask, "skin beside lesions"):
         crops = crop_skin(Path(files[image_id]), found[image_id])
         if crops is not None:
             parts.append(table([SKIN, CLOSE_LESION], [groups[image_id]] * 2, _encode(opened, crops)))
-        show(len(chosen) + len(others))(number, total)
     scores = pd.concat(parts, ignore_index=True)
     skin, close = (scores[scores["group"] == name] for name in (SKIN, CLOSE_LESION))
     return OutOfDistributionMeasured(
@@ -225,20 +213,12 @@ def measure_out_of_distribution(
 
 
 @torch.inference_mode()
-def _encode(
-    opened: OpenedRun, images: Sequence[NDArray[np.uint8]], progress: Progress | None = None
-) -> NDArray[np.float32]:
+def _encode(opened: OpenedRun, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
     """Preprocess images as uploads are and return their vectors, (N, D)."""
-    section, vectors = opened.recipe.image, []
-    for start in range(0, len(images), BATCH):
-        ready = np.stack([preprocess(image, section) for image in images[start : start + BATCH]])
-        batch = torch.from_numpy(ready).permute(0, 3, 1, 2).to(opened.device)
-        vectors.append(
-            joined_vectors(opened.model.encode(normalise(to_unit(batch, section.size), opened.normalisation)))
-        )
-        if progress is not None:
-            progress(min(start + BATCH, len(images)), len(images))
-    return np.concatenate(vectors)
+    section = opened.recipe.image
+    ready = np.stack([preprocess(image, section) for image in images])
+    batch = torch.from_numpy(ready).permute(0, 3, 1, 2).to(opened.device)
+    return joined_vectors(opened.model.encode(normalise(to_unit(batch, section.size), opened.normalisation)))
 
 
 def summarise(scores: pd.DataFrame, samples: int, seed: int) -> pd.DataFrame:
@@ -264,7 +244,7 @@ def share_interval(flagged: NDArray[np.bool_], groups: ArrayLike, samples: int, 
     """Return the 95% interval of a share over resampled groups; NaN for fewer than `FEW_SOURCES` groups."""
     if len(pd.unique(np.asarray(groups))) < FEW_SOURCES:
         return NAN, NAN
-    bootstrap = Bootstrap(groups, len(flagged), samples, seed)
+    bootstrap = Bootstrap(groups, samples, seed)
     (share,) = bootstrap.ratios(flagged[:, None], np.ones((len(flagged), 1)))
     return share.low, share.high
 
@@ -281,9 +261,9 @@ def _auroc(lesions: pd.DataFrame, others: pd.DataFrame, samples: int, seed: int)
     value = float(ranking.auc(np.ones((1, patients + sources)))[0])
     if min(patients, sources or patients) < FEW_SOURCES:
         return value, NAN, NAN
-    draws = [draw_counts(patients, samples, seed)] + ([draw_counts(sources, samples, seed + 1)] if sources else [])
-    drawn = np.concatenate([ranking.auc(np.hstack(weights)) for weights in zip(*draws, strict=True)])
-    return value, *(percentile_interval(drawn, 0.95) or (NAN, NAN))
+    parts = [(patients, seed)] + [(sources, seed + 1)] * (sources > 0)
+    weights = [Bootstrap(np.arange(size), samples, of).resample(lambda drawn: drawn) for size, of in parts]
+    return value, *(percentile_interval(ranking.auc(np.hstack(weights)), 0.95) or (NAN, NAN))
 
 
 # Values at which the scale may have a tick, and the width of a column of dots in powers of ten, as a share of the axis.

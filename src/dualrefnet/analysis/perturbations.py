@@ -40,12 +40,10 @@ GROWN, BORDER, BLUR, RING = 0.04, 0.015, 0.1, 0.1
 
 
 class Predictions(NamedTuple):
-    """Probabilities (N, C) of each version of the metadata, and vectors (N, D) of the image encoders; D is 0 without
-    image.
-    """
+    """Predictions with several versions of the metadata."""
 
-    probabilities: list[Floats]
-    vectors: NDArray[np.float32]
+    probabilities: list[Floats]  # (N, C) a version
+    vectors: NDArray[np.float32]  # (N, D) of the image encoders, side by side; D is 0 where no image was read
 
 
 def predict_with_metadata(
@@ -71,8 +69,9 @@ def predict_with_metadata(
 def predict_without_image(
     opened: OpenedRun, versions: Sequence[Metadata], progress: Progress | None = None
 ) -> list[Floats]:
-    """Predict with versions of the metadata (N, M) alone, and what stands for a missing image in this run: (N, C) a
-    version.
+    """Return (N, C) probabilities a version of the metadata (N, M) alone; `progress` counts versions.
+
+    For a method that reads images stands in for them what stands for a missing image in this run.
     """
     size = opened.recipe.evaluation.batch_size
     blank = opened.blank(size) if opened.model.reads_image else None
@@ -101,7 +100,8 @@ def _predict(opened: OpenedRun, encoded: Encoded | None, metadata: Metadata) -> 
 def permute_across_groups(groups: ArrayLike, generator: np.random.Generator) -> NDArray[np.int64]:
     """Permute N rows so that each gets a row of another group (patient); every row is given once.
 
-    DataError: one group has more than half of the rows, so there is no such permutation.
+    Raises:
+        DataError: one group has more than half of the rows, so there is no such permutation.
     """
     codes = group_codes(groups)
     if 2 * np.bincount(codes).max() > len(codes):
@@ -178,14 +178,12 @@ def hide_flags(encoder: MetadataEncoder, metadata: Metadata) -> Metadata:
 
 @dataclass(frozen=True)
 class Outlines:
-    """Outlines of the test images `places`, as the model sees them: `packed` masks of side S, a bit a pixel, since
-    thousands are kept; `left_out` cover the whole image, or mark nothing in it.
-    """
+    """Outlines of test images, as the model sees them."""
 
-    places: NDArray[np.int64]
-    packed: dict[int, NDArray[np.uint8]]
-    side: int
-    left_out: int
+    places: NDArray[np.int64]  # (P,) of the examples that have one
+    packed: dict[int, NDArray[np.uint8]]  # masks, a bit a pixel: those of thousands are kept until their turn comes
+    side: int  # of a mask
+    left_out: int  # how many outlines cover the whole image, or mark nothing in it
 
     def mask(self, place: int) -> Mask:
         """Return the mask (S, S) of the example at a place."""
@@ -193,12 +191,7 @@ class Outlines:
 
 
 def read_outlines(opened: OpenedRun, examples: Examples, masks: dict[str, Path]) -> Outlines:
-    """Read the outlines (image id -> mask file) of the test images.
-
-    Raises:
-        ImageError: a mask can't be read.
-        DataError: a mask isn't black and white.
-    """
+    """Read the outlines (image id -> mask file) of the test images."""
     assert examples.store is not None
     paths, side = opened.rows("test")["image_path"], examples.store.side
     having = [place for place, image_id in enumerate(examples.image_ids) if image_id in masks]

@@ -35,16 +35,28 @@ from dualrefnet.analysis.perturbations import (
     replace_values,
     without_fields,
 )
-from dualrefnet.display.figure import FAINT, INK, PAPER, PRIMARY, SECONDARY, ReportFigure, new_figure, styled
-from dualrefnet.display.format import MEASURE_NAMES, Cell, PrintedTable, interval, number, sentence
+from dualrefnet.display.figure import (
+    FAINT,
+    INK,
+    PAPER,
+    PRIMARY,
+    SECONDARY,
+    ReportFigure,
+    label_rows,
+    new_figure,
+    styled,
+)
+from dualrefnet.display.format import MEASURE_NAMES, Cell, PrintedTable, interval, sentence
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.bootstrap import percentile_interval
+from dualrefnet.evaluation.bootstrap import Bootstrap, percentile_interval
 from dualrefnet.evaluation.comparison import PooledBootstrap, pooled_bootstrap
 from dualrefnet.progress import progress_bar
 
 MEASURES = ("balanced_accuracy", "auc_macro_ovr", "malignant.auc")
 BALANCED = MEASURES[0]
 LEVEL = 0.95
+# Training images that the regression on image features is fitted on, at most, each class in proportion.
+TRAIN_IMAGES = 2000
 # More than enough for standardised columns; a fit that needs more has converged for all that counts here.
 ITERATIONS = 2000
 # The full model: on all test images, and on those with an outline of the lesion.
@@ -81,36 +93,34 @@ _SUMMARY = ("gaps", "background_alone", "other_photographs", "other_forms", "pho
 class Shortcuts:
     """What a run's score depends on.
 
-    `table`, one row a probe and measure: probe, input (in words), trained (True for the single-modality baselines),
+    `table` has a row a probe and measure: probe, input (in words), trained (True for the single-modality baselines),
     trained_probe (name of the input's baseline), compared_with; measure, chance, value, low, high; difference,
     difference_low, difference_high from `compared_with` on the same images and resamples; lead, lead_low, lead_high,
     the share of its gain over chance that is left (NaN where that gain isn't significant); images, patients, repeats
-    (of which the value is the mean). `remarks`: what was left out and what must be known. `train_images` fitted the
-    regression on image features.
+    (of which the value is the mean).
     """
 
     table: pd.DataFrame
-    remarks: tuple[str, ...]
-    title: str
-    unit: str
-    permutations: int
-    train_images: int
+    remarks: tuple[str, ...]  # what was left out and what must be known
+    title: str  # the method
+    unit: str  # what was resampled and permuted, `patient` or `lesion`
+    permutations: int  # of which the mean is taken
+    train_images: int  # that the regression on image features was fitted on
     samples: int
     seed: int
 
 
 def probe_shortcuts(
-    opened: OpenedRun,
-    masks: Path | None = None,
-    permutations: int = 10,
-    samples: int = 1000,
-    seed: int = 0,
-    train_images: int = 2000,
+    opened: OpenedRun, masks: Path | None = None, permutations: int = 10, samples: int = 1000, seed: int = 0
 ) -> Shortcuts:
     """Predict a trained run's test split with changed inputs.
 
-    `masks`: folder of outlines, see `OpenedRun.masks`; `permutations`: how often inputs are permuted across patients
-    (the mean is reported); `train_images`: at most so many are read, each class in proportion.
+    Args:
+        opened: the run.
+        masks: folder of outlines `<image id>.png`; None: `masks` in the data set's folder, if it is there.
+        permutations: how often inputs are permuted across patients, at least 1; the mean is reported.
+        samples: bootstrap samples, drawn over patients.
+        seed: of permutations, choice of training images and bootstrap.
 
     Raises:
         DataError: `masks` isn't there or has none of the test images.
@@ -121,7 +131,7 @@ def probe_shortcuts(
     model, unit = opened.model, opened.dataset.schema.unit
     probe = _Probe(opened, seed, permutations)
     masked = opened.masks(masks) if model.reads_image else {}
-    read = probe.fit_baselines(probe.predict_metadata(), train_images)
+    read = probe.fit_baselines(probe.predict_metadata())
     labels = probe.examples.labels
     measured = [measure_probes(opened, labels, probe.groups, probe.predictions, FULL, samples, seed)]
     if model.reads_image:
@@ -142,9 +152,7 @@ def probe_shortcuts(
 
 
 class _Probe:
-    """Predicts the test split with changed inputs, and gathers predictions (probe -> one (N, C) array a repeat) and
-    remarks.
-    """
+    """Predicts with changed inputs, and gathers predictions (probe -> (N, C) probabilities a repeat) and remarks."""
 
     def __init__(self, opened: OpenedRun, seed: int, permutations: int) -> None:
         self.opened, self.permutations, self.seed = opened, permutations, seed
@@ -217,8 +225,8 @@ class _Probe:
                 self.remarks.append("missing fields hold 0 in this run, so they show even where the flags are hidden")
 
     def predict_outlined(self, masks: dict[str, Path]) -> tuple[NDArray[np.int64], dict[str, list[Floats]]]:
-        """Return the places (P,) of the examples that have an outline, and the predictions without the lesion, or
-        without all but the lesion, by probe; none if there are too few.
+        """Return the places (P,) of the examples that have an outline, and by probe the predictions without the lesion,
+        or without all but the lesion; none if there are too few.
         """
         outlines = read_outlines(self.opened, self.examples, masks)
         places = outlines.places
@@ -238,7 +246,7 @@ class _Probe:
             found |= {probe: perturbed[change][1:] for change, probe in ALONE.items()}
         return places, found
 
-    def fit_baselines(self, predicted: Predictions, train_images: int) -> int:
+    def fit_baselines(self, predicted: Predictions) -> int:
         """Fit the regressions on the training split, and return how many images were read for that."""
         opened, train, read = self.opened, self.opened.image_examples("train"), 0
         inputs: dict[str, tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]] = {}
@@ -249,7 +257,7 @@ class _Probe:
             first, second = (np.concatenate(missing, axis=1).astype(np.float32) for missing in both)
             inputs["trained_gaps"] = (first, second, train.labels)
         if opened.model.reads_image:
-            places = sample_rows(train.labels, train_images, self.seed)
+            places = sample_rows(train.labels, TRAIN_IMAGES, self.seed)
             read = len(places)
             with progress_bar("training images") as show:
                 vectors = opened.vectors(train, places, show)
@@ -275,8 +283,9 @@ class _Probe:
 def fit_baseline(
     train: NDArray[np.float32], labels: NDArray[np.int64], test: NDArray[np.float32], classes: int
 ) -> Floats:
-    """Fit a logistic regression to (N, D), classes balanced and columns standardised; return its probabilities for (T,
-    D).
+    """Return the probabilities (T, C) of `test` (T, D) by a logistic regression fitted to `train` (N, D).
+
+    Classes are balanced and columns standardised; a class without a training row has probability 0.
     """
     regression = LogisticRegression(class_weight="balanced", max_iter=ITERATIONS)
     fitted = make_pipeline(StandardScaler(), regression).fit(train.astype(np.float64), labels)
@@ -309,7 +318,8 @@ def measure_probes(
     """
     malignant = opened.dataset.schema.malignant
     with progress_bar("intervals") as show:
-        bootstrap = pooled_bootstrap(labels, predictions, groups, opened.classes, samples, seed, LEVEL, malignant, show)
+        resamples = Bootstrap(groups, samples, seed, LEVEL, show)
+        bootstrap = pooled_bootstrap(labels, predictions, resamples, opened.classes, malignant)
     # A resample without any image of a class is one of fewer classes.
     sensitivities = [bootstrap.drawn[full][f"per_class.{name}.sensitivity"] for name in opened.classes]
     present = (~np.isnan(sensitivities)).sum(axis=0)
@@ -318,18 +328,15 @@ def measure_probes(
         for measure in MEASURES:
             if measure not in bootstrap.points[name]:
                 continue
-            balanced = measure == BALANCED
-            chance = 1 / len(np.unique(labels)) if balanced else 0.5
-            drawn_chance = 1 / present if balanced else np.full(len(present), 0.5)
+            chance, drawn_chance = 0.5, np.full(len(present), 0.5)
+            if measure == BALANCED:
+                chance, drawn_chance = 1 / len(np.unique(labels)), 1 / present
             value, difference = bootstrap.value(name, measure), bootstrap.difference(name, full, measure)
             gain, low, high = _share_of_gain(bootstrap, name, full, measure, chance, drawn_chance)
             row = {"probe": name, "compared_with": full, "measure": measure, "chance": chance}
             row |= {"value": value.value, "low": value.low, "high": value.high}
-            row |= {
-                "difference": difference.value,
-                "difference_low": difference.low,
-                "difference_high": difference.high,
-            }
+            row |= {"difference": difference.value}
+            row |= {"difference_low": difference.low, "difference_high": difference.high}
             row |= {"lead": gain, "lead_low": low, "lead_high": high}
             rows.append(row | {"images": bootstrap.images, "patients": bootstrap.groups, "repeats": len(repeats)})
     return pd.DataFrame(rows)
@@ -338,8 +345,8 @@ def measure_probes(
 def _share_of_gain(
     bootstrap: PooledBootstrap, name: str, full: str, measure: str, chance: float, drawn_chance: Floats
 ) -> tuple[float, float, float]:
-    """Return the share of the full model's gain over chance that a probe keeps, with its interval; NaN without such a
-    gain.
+    """Return the share of the full model's gain over chance that a probe keeps, with its interval; NaN if that gain
+    isn't significant.
     """
     gain = bootstrap.drawn[full][measure] - drawn_chance
     bounds = percentile_interval(gain, LEVEL)
@@ -360,9 +367,9 @@ def shortcut_table(shortcuts: Shortcuts) -> PrintedTable:
     rows = []
     for probe, baseline in table[~table["trained"]].drop_duplicates("probe")[["probe", "trained_probe"]].to_numpy():
         own = values[probe, BALANCED]
-        cells = [Cell(own["input"]), _cell(own), _gain_cell(own), _cell(values[probe, MEASURES[1]])]
-        cells += [_cell(values[probe, MEASURES[2]])] if cancer else []
-        rows.append([*cells, _cell(values.get((baseline, BALANCED)))])
+        aucs = [values[probe, measure] for measure in MEASURES[1 : 2 + cancer]]
+        trained = values.get((baseline, BALANCED), {})
+        rows.append([Cell(own["input"]), _cell(own), _gain_cell(own), *map(_cell, [*aucs, trained])])
     columns = ["input", "balanced accuracy", "share of gain", "macro AUC"]
     columns += [*(["malignant AUC"] if cancer else []), "baseline"]
     full, outlined = values[FULL, BALANCED], values.get((FULL_OUTLINED, BALANCED))
@@ -396,8 +403,8 @@ def shortcut_sentences(shortcuts: Shortcuts) -> list[str]:
     return [f"{start} Share of the gain over chance that is left: {'; '.join(shares)}." if shares else start]
 
 
-def _cell(row: Mapping[Any, Any] | None) -> Cell:
-    return Cell("–") if row is None else Cell(number(row["value"]), interval(row["low"], row["high"]))
+def _cell(row: Mapping[Any, Any]) -> Cell:
+    return Cell.estimate(row.get("value"), row.get("low"), row.get("high"))
 
 
 def _gain_cell(row: Mapping[Any, Any]) -> Cell:
@@ -413,18 +420,15 @@ LINE, GAP, REST, LETTERS = 0.125, 0.09, 0.95, 27
 
 
 @styled
-def draw_shortcuts(shortcuts: Shortcuts, measure: str = "balanced_accuracy") -> ReportFigure:
-    """Draw what the model reaches with each input (`balanced_accuracy`, `auc_macro_ovr` or `malignant.auc`), with 95%
-    intervals, chance, and single-modality baselines.
-    """
+def draw_shortcuts(shortcuts: Shortcuts) -> ReportFigure:
+    """Draw the balanced accuracy with each input, with 95% intervals, chance, and single-modality baselines."""
     from matplotlib.lines import Line2D
 
-    table = shortcuts.table[shortcuts.table["measure"] == measure]
-    if table.empty:
-        raise ValueError(f"the probes have no {measure}; they have: {', '.join(shortcuts.table['measure'].unique())}")
+    table = shortcuts.table[shortcuts.table["measure"] == BALANCED]
     baselines = table[table["trained"]].set_index("probe")["value"]
     drawn = table[~table["trained"]].reset_index(drop=True)
     outlined = drawn[drawn["probe"] == FULL_OUTLINED]
+    unit = shortcuts.unit
     labels = [textwrap.fill(text, LETTERS) for text in drawn["input"]]
     # The images with an outline begin a block of their own.
     before = np.where(drawn["probe"] == FULL_OUTLINED, 2 * GAP, 0.0)
@@ -449,16 +453,8 @@ def draw_shortcuts(shortcuts: Shortcuts, measure: str = "balanced_accuracy") -> 
     for top in (below - heights - GAP)[before > 0]:
         axis.axhline(top, color=FAINT, linewidth=0.8)
     axis.set_ylim(below[-1], 0)
-    axis.set_yticks(middles, labels)
-    axis.tick_params(axis="y", length=0, labelsize=7)
-    axis.grid(visible=False, axis="y")
-    axis.locator_params(axis="x", nbins=5)
-    values = axis.secondary_yaxis("right")
-    values.set_yticks(middles, [f"{value:.2f}" for value in drawn["value"]])
-    values.tick_params(length=0, labelsize=7)
-    values.spines["right"].set_visible(False)
-    name = MEASURE_NAMES[measure.replace("malignant.", "malignant_")]
-    axis.set_xlabel(name)
+    label_rows(axis, middles, labels, [f"{value:.2f}" for value in drawn["value"]])
+    axis.set_xlabel(MEASURE_NAMES[BALANCED])
     mark: dict[str, Any] = {"linestyle": "", "markersize": 4.5}
     handles = [
         Line2D([], [], marker="s", color=SECONDARY, label="full model", **mark),
@@ -468,7 +464,6 @@ def draw_shortcuts(shortcuts: Shortcuts, measure: str = "balanced_accuracy") -> 
     if len(baselines):
         handles.append(Line2D([], [], linestyle="", markerfacecolor=PAPER, label="baseline", **hollow))
     figure.legend(handles=handles, loc="outside lower center", ncols=4, handletextpad=0.3, columnspacing=1)
-    unit = shortcuts.unit
     caption = (
         f"Trained model on {drawn['images'].iloc[0]:,} test images of {drawn['patients'].iloc[0]:,} {unit}s with parts "
         f"of the input removed or permuted across {unit}s (mean of {shortcuts.permutations}); lines: 95% intervals "
@@ -480,6 +475,5 @@ def draw_shortcuts(shortcuts: Shortcuts, measure: str = "balanced_accuracy") -> 
         caption += f" Below the line: the {outlined['images'].iloc[0]:,} images with an outline of the lesion."
     columns = ["probe", "input", "trained", "measure", "chance", "value", "low", "high"]
     columns += ["lead", "lead_low", "lead_high", "images"]
-    stem = "shortcuts" if measure == BALANCED else f"shortcuts_{measure.replace('.', '_')}"
-    alt = f"{name}; chance {chance:.2f}. {'; '.join(texts)}"
-    return ReportFigure(stem, "Shortcut probes", caption, alt, figure, table[columns].reset_index(drop=True))
+    alt = f"{MEASURE_NAMES[BALANCED]}; chance {chance:.2f}. {'; '.join(texts)}"
+    return ReportFigure("shortcuts", "Shortcut probes", caption, alt, figure, table[columns].reset_index(drop=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,18 @@ from numpy.typing import NDArray
 
 from dualrefnet.analysis.opened_run import OpenedRun
 from dualrefnet.data.schema import DatasetSchema, MetadataField
-from dualrefnet.display.figure import FAINT, INK, PAPER, PRIMARY, SECONDARY, ReportFigure, new_figure, styled, truncate
+from dualrefnet.display.figure import (
+    FAINT,
+    INK,
+    PAPER,
+    PRIMARY,
+    SECONDARY,
+    ReportFigure,
+    label_rows,
+    new_figure,
+    styled,
+    truncate,
+)
 from dualrefnet.display.format import interval, number
 from dualrefnet.errors import DataError
 from dualrefnet.evaluation.bootstrap import NAN, Bootstrap, Floats, divide, percentile_interval, wilson_interval
@@ -25,6 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NOT_RECORDED = "not recorded"
+LEVEL = 0.95
 # Bands of every number that counts years: first year of each but the first.
 AGES = (40, 60, 80)
 NAMES = {
@@ -87,27 +98,23 @@ def _bands(known: pd.Series, field: MetadataField) -> tuple[list[float], list[st
 class Subgroups:
     """Results by category.
 
-    `levels`, one row a category: `field`, `level` (the category), `images`, `patients`, `malignant` (images; NaN if no
+    `levels` has a row a category: `field`, `level` (the category), `images`, `patients`, `malignant` (images; NaN if no
     class is), `measured` (whether it has results), `missing` (classes of the test split that it lacks, separated by
-    commas). Categories that the schema names and no image has are there with 0 images.
-
-    `table`, one row a measured category and measure: `field`, `level`, `measure`, `value`, `low`, `high`, `others` (the
-    value of the images that it is compared with), `gap` (value - others), `gap_low`, `gap_high`, `flagged` (0 lies
-    outside the gap's interval), `counted` (False: a comparison of the same images stands above, such as women with men
-    for men with women), `classes` (over which the measure runs). NaN: undefined, too few patients, or no interval.
-
-    `overall`: measure -> value of the whole test split; `descriptions`: field -> what it means.
+    commas). Categories that the schema names and no image has are there with 0 images. `table` has a row a measured
+    category and measure: `field`, `level`, `measure`, `value`, `low`, `high`, `others` (the value of the images that it
+    is compared with), `gap` (value - others), `gap_low`, `gap_high`, `flagged` (0 lies outside the gap's interval),
+    `counted` (False: a comparison of the same images stands above, such as women with men for men with women),
+    `classes` (over which the measure runs). NaN: undefined, too few patients, or no interval.
     """
 
     levels: pd.DataFrame
     table: pd.DataFrame
-    overall: dict[str, float]
-    descriptions: dict[str, str]
-    images: int
-    groups: int
+    overall: dict[str, float]  # measure -> value of the whole test split
+    descriptions: dict[str, str]  # field -> what it means, in plain words
+    images: int  # of the test split
+    groups: int  # its patients
     samples: int
     seed: int
-    level: float
 
     @property
     def looked_at(self) -> int:
@@ -122,7 +129,7 @@ class Subgroups:
     @property
     def by_chance(self) -> float:
         """How many would be flagged, on average, if results were the same for all."""
-        return (1 - self.level) * self.looked_at
+        return (1 - LEVEL) * self.looked_at
 
     def frame(self) -> pd.DataFrame:
         """Return one tidy table: one row a category and measure, one row for a category without results."""
@@ -137,9 +144,7 @@ class _Metrics(WeightedMetrics):
 
 
 class _Part:
-    """Some images of the test split: numbers of their patients, in all, of each class, and by measure of those that it
-    is about (of the rarer kind if there are two); their metrics, and the same in every resample of all patients.
-    """
+    """Some images of the test split; `_Metrics` of them and of every resample of all patients are filled in later."""
 
     point: dict[str, Floats]
     drawn: dict[str, Floats]
@@ -153,12 +158,12 @@ class _Part:
         schema: DatasetSchema,
     ) -> None:
         self.mask, self.target, self.scores, self.bootstrap, self.schema = mask, target, scores, bootstrap, schema
-        self.classes, self.level = schema.classes, bootstrap.level
         self.cancer = np.isin(schema.classes, schema.malignant)[target]
         self.total = self._count(mask)
         self.enough = int(mask.sum()) >= MINIMUM_IMAGES and self.total >= MINIMUM_PATIENTS
-        self.of_class = [self._count(mask & (target == index)) for index in range(len(self.classes))]
+        self.of_class = [self._count(mask & (target == index)) for index in range(len(self.schema.classes))]
         malignant, benign = self._count(mask & self.cancer), self._count(mask & ~self.cancer)
+        # Measure -> number of patients that it is about; of the rarer kind if there are two.
         self.patients = dict.fromkeys(NAMES, self.total)
         self.patients |= {"malignant.sensitivity": malignant, "malignant.specificity": benign}
         self.patients["malignant.auc"] = min(malignant, benign)
@@ -175,12 +180,12 @@ class _Part:
             "patients": self.total,
             "malignant": int(self.cancer[self.mask].sum()) if self.schema.malignant else NAN,
             "measured": self.enough,
-            "missing": ", ".join(self.classes[index] for index in missing),
+            "missing": ", ".join(self.schema.classes[index] for index in missing),
         }
 
     def metrics(self) -> _Metrics:
         target, scores, codes = self.target[self.mask], self.scores[self.mask], self.bootstrap.codes[self.mask]
-        return _Metrics(target, scores, codes, self.classes, self.schema.malignant, self.bootstrap.groups)
+        return _Metrics(target, scores, codes, self.schema.classes, self.schema.malignant, self.bootstrap.groups)
 
     def values(self, keys: list[str]) -> tuple[float, Floats]:
         """Return the mean of K metrics, and those of every resample, (K, S)."""
@@ -190,19 +195,19 @@ class _Part:
         """Return the interval; NaN where all resamples agree and the measure is no proportion."""
         if measure in PROPORTIONS and value in (0, 1):
             patients = self.patients[measure]
-            return wilson_interval(int(value) * patients, patients, self.level)
-        return (NAN, NAN) if _agree(drawn) else percentile_interval(drawn, self.level) or (NAN, NAN)
+            return wilson_interval(int(value) * patients, patients, LEVEL)
+        return (NAN, NAN) if _agree(drawn) else percentile_interval(drawn, LEVEL) or (NAN, NAN)
 
 
 def _compare(one: _Part, other: _Part | None, measure: str) -> dict[str, object]:
-    """Return value, interval and gap of one measure of one category, as columns of `Subgroups.table`; None: nothing to
-    compare with.
+    """Return one measure of a category, and its gap to the images that it is compared with, as columns of
+    `Subgroups.table`.
     """
     result: dict[str, object] = dict.fromkeys(("value", "low", "high", "others", "gap", "gap_low", "gap_high"), NAN)
     result |= {"flagged": False, "classes": ""}
     keys = [measure]
     if measure in AVERAGES:
-        patients = zip(one.classes, one.of_class, (other or one).of_class, strict=True)
+        patients = zip(one.schema.classes, one.of_class, (other or one).of_class, strict=True)
         shared = [name for name, here, there in patients if min(here, there) >= MINIMUM_OF_CLASS]
         result["classes"] = ", ".join(shared)
         keys = [f"per_class.{name}.{AVERAGES[measure]}" for name in shared]
@@ -226,7 +231,7 @@ def _compare(one: _Part, other: _Part | None, measure: str) -> dict[str, object]
         bounds = (gap - np.hypot(value - low, other_high - others), gap + np.hypot(high - value, others - other_low))
     else:
         # Class by class: one that vanished from a resample on either side is left out on both.
-        bounds = percentile_interval(_mean(mine - theirs), one.level) or (NAN, NAN)
+        bounds = percentile_interval(_mean(mine - theirs), LEVEL) or (NAN, NAN)
     result |= {"others": others, "gap": gap, "gap_low": float(bounds[0]), "gap_high": float(bounds[1])}
     return result | {"flagged": bool(bounds[0] > 0 or bounds[1] < 0)}
 
@@ -249,13 +254,16 @@ def measure_subgroups(
     schema: DatasetSchema,
     samples: int = 1000,
     seed: int = 0,
-    level: float = 0.95,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Subgroups:
     """Measure every category of every field with `subgroup`, and how far it is from the others.
 
-    `predictions` are the test rows of predictions.csv, `rows` those of the lesion table, `groups` image id -> patient
-    or lesion.
+    Args:
+        predictions: rows of `predictions.csv`, of the test split: `image_id`, `label` and `prob_<CLASS>`.
+        rows: the lesion table's rows; those of other images don't matter.
+        groups: image id -> patient or lesion (`schema.unit`).
+        schema: of the lesion table.
+        samples: bootstrap samples.
+        seed: of the resamples.
 
     Raises:
         DataError: no field is marked with `subgroup`, or rows or groups of images are missing.
@@ -272,8 +280,8 @@ def measure_subgroups(
     rows = rows.set_index("image_id").loc[ids]
     labels = predictions["label"].map({name: index for index, name in enumerate(schema.classes)})
     columns = predictions[[f"prob_{name}" for name in schema.classes]]
+    bootstrap = Bootstrap(groups.loc[ids].to_numpy(), samples, seed, LEVEL)
     target, scores = check_predictions(labels.to_numpy(dtype=np.int64), columns.to_numpy(dtype=float))
-    bootstrap = Bootstrap(groups.loc[ids].to_numpy(), len(ids), samples, seed, level, progress)
 
     def part(mask: NDArray[np.bool_]) -> _Part:
         return _Part(mask, target, scores, bootstrap, schema)
@@ -293,7 +301,8 @@ def measure_subgroups(
                 seen.add(pair)
     parts = [one for pair in pairs for one in pair[2:4] if isinstance(one, _Part)]
     models = {index: one.metrics() for index, one in enumerate(parts)}
-    drawn = bootstrap.resample_each({index: model.measure for index, model in models.items()})
+    with progress_bar("subgroups") as bootstrap.progress:
+        drawn = bootstrap.resample_each({index: model.measure for index, model in models.items()})
     for index, one in enumerate(parts):
         one.point, one.drawn = models[index].measure(bootstrap.unit_weights), drawn[index]
     total = part(np.ones(len(ids), dtype=bool)).metrics().measure(bootstrap.unit_weights)
@@ -309,15 +318,13 @@ def measure_subgroups(
     overall = {measure: float(total[measure][0]) for measure in measures}
     descriptions = {field.name: field.description or field.name for field in fields}
     size = bootstrap.groups
-    return Subgroups(pd.DataFrame(categories), table, overall, descriptions, len(ids), size, samples, seed, level)
+    return Subgroups(pd.DataFrame(categories), table, overall, descriptions, len(ids), size, samples, seed)
 
 
 def subgroups_of_run(opened: OpenedRun, samples: int = 1000, seed: int = 0) -> Subgroups:
     """Measure the subgroups of a run's test split; see `measure_subgroups`."""
     test = opened.run.predictions.query("split == 'test'")
-    rows, schema = opened.rows("test"), opened.dataset.schema
-    with progress_bar("subgroups") as show:
-        return measure_subgroups(test, rows, opened.groups, schema, samples, seed, progress=show)
+    return measure_subgroups(test, opened.rows("test"), opened.groups, opened.dataset.schema, samples, seed)
 
 
 # Inches: a line of a panel, its title, and what stands above and below the panels.
@@ -329,7 +336,10 @@ NAMED = 3
 
 
 def draw_subgroups(subgroups: Subgroups, measure: str, unit: str = "patients") -> ReportFigure:
-    """Draw a measure (of `NAMES`) of every category with its interval, and a line at that of the whole test split."""
+    """Draw a measure of `NAMES` of every category with its interval, and a line at that of the whole test split.
+
+    `unit` is what was resampled, in the plural; a measure of which no category has a value is a DataError.
+    """
     name = NAMES[measure]
     text = "Dot: {0} of the category (in brackets: its test images); line: {1}. {2}Dashed: the whole test split."
     return _draw(subgroups, measure, unit, "value", f"Subgroups: {name}", text)
@@ -380,7 +390,7 @@ def _draw(subgroups: Subgroups, measure: str, unit: str, value: str, title: str,
         handles.append(Line2D([], [], color=SECONDARY, label="0 outside", **style))
     if not gaps or rows["flagged"].any():
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    drawn = f"{100 * subgroups.level:g}% interval from {subgroups.samples} resamples of the {subgroups.groups} {unit} "
+    drawn = f"{100 * LEVEL:g}% interval from {subgroups.samples} resamples of the {subgroups.groups} {unit} "
     classes = rows.loc[rows["drawn"], "classes"].ne("").any()
     extent = "Averages run over the classes for which both have enough patients. " if classes else ""
     caption = text.format(name, f"{drawn}(seed {subgroups.seed})", extent + _not_drawn(rows))
@@ -401,14 +411,8 @@ def _draw_panel(axis: Axes, part: pd.DataFrame, value: str, low: str, high: str,
         face = PAPER if value == "gap" and not flagged else colour
         axis.plot(row[value], place, marker, color=colour, markerfacecolor=face, markersize=4.5)
     axis.set_ylim(len(shown) - 0.2, -0.8)
-    axis.set_yticks(range(len(shown)), [f"{truncate(str(row['level']), LETTERS)} ({row['images']})" for row in shown])
-    axis.tick_params(axis="y", length=0)
-    axis.grid(visible=False, axis="y")
-    axis.locator_params(axis="x", nbins=6)
-    numbers = axis.secondary_yaxis("right")
-    numbers.set_yticks(range(len(shown)), [number(row[value], form) for row in shown])
-    numbers.tick_params(length=0, labelsize=7)
-    numbers.spines["right"].set_visible(False)
+    labels = [f"{truncate(str(row['level']), LETTERS)} ({row['images']})" for row in shown]
+    label_rows(axis, range(len(shown)), labels, [number(row[value], form) for row in shown])
 
 
 def _not_drawn(rows: pd.DataFrame) -> str:

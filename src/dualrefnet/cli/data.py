@@ -165,13 +165,10 @@ def audit(
     from dualrefnet.analysis.audit import audit_dataset, printed_tables
     from dualrefnet.cli.show import COLOURS, output, print_findings, print_table
     from dualrefnet.files import write_json
-    from dualrefnet.progress import progress_steps
 
-    with progress_steps() as show:
-        result = audit_dataset(
-            dataset, root, description, protocol, fold, folds, seed, not without_images, not without_forests, workers,
-            show,
-        )  # fmt: skip
+    result = audit_dataset(
+        dataset, root, description, protocol, fold, folds, seed, not without_images, not without_forests, workers
+    )
     print_findings(result.findings)
     for table in printed_tables(result).values():
         print_table(table)

@@ -85,12 +85,23 @@ def serve(
         ),
     ] = None,
     max_upload: Annotated[int, typer.Option("--max-upload", min=1, metavar="MB", help="Largest request.")] = 64,
+    max_image: Annotated[int, typer.Option("--max-image", min=1, metavar="MB", help="Largest image in it.")] = 20,
+    max_megapixels: Annotated[int, typer.Option("--max-megapixels", min=1, help="Most pixels of an image.")] = 50,
     queue: Annotated[
         int, typer.Option(min=1, help="Requests that a worker holds at once; more are told to retry later.")
     ] = 64,
     timeout: Annotated[
         float, typer.Option(min=0.1, metavar="SECONDS", help="From a complete request to its response.")
     ] = 30.0,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-origin",
+            metavar="ORIGIN",
+            help="A web site, such as https://lesions.example.org, whose pages may use the service. Without API keys "
+            "also a name of the service. Can be repeated.",
+        ),
+    ] = None,
     page: Annotated[bool, typer.Option("--page/--no-page", help="The web page at /.")] = True,
     root_path: Annotated[
         str,
@@ -102,8 +113,8 @@ def serve(
 ) -> None:
     """Serve a model over HTTP, with a web page at / and the API's documentation at /docs.
 
-    SIGTERM or Ctrl+C stops the service after every accepted request is answered; a second one stops it at once. Needs
-    the extra `deploy`.
+    SIGTERM, SIGHUP or Ctrl+C stops the service after every accepted request is answered; a second one stops it at
+    once. Needs the extra `deploy`.
     """
     from pydantic import ValidationError
 
@@ -117,15 +128,21 @@ def serve(
         settings = ServiceSettings(
             page=page,
             root_path=root_path,
+            allow_origins=tuple(allow_origin or ()),
             max_upload=size,
+            max_image=max_image * 2**20,
+            max_pixels=max_megapixels * 10**6,
             queue_bytes=max(4 * size, 256 * 2**20),
             queue=queue,
             timeout=timeout,
             accept_missingness_shortcut=accept_missingness_shortcut,
         )
-    except ValidationError:
+    except ValidationError as error:
         # All other options have been checked by their types.
-        raise DataError(f"--root-path {root_path} isn't a path such as /lesions, without a slash at its end") from None
+        wanted = {"root_path": "a path such as /lesions", "allow_origins": "an origin such as https://example.org"}
+        name = str(error.errors()[0]["loc"][0])
+        option = "--" + name.removesuffix("s").replace("_", "-")
+        raise DataError(f"{option} must be {wanted[name]}, without a slash at its end") from None
     served = Served(
         source=model.resolve(),
         settings=settings,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from dualrefnet.errors import DependencyError
@@ -159,6 +159,19 @@ def file_stem(text: str) -> str:
 def truncate(text: str, letters: int) -> str:
     """Cut a text to so many letters, the last of which is an ellipsis."""
     return text if len(text) <= letters else text[: letters - 1] + "…"
+
+
+def label_rows(axis: Axes, places: ArrayLike, labels: Sequence[str], numbers: Sequence[str] = ()) -> None:
+    """Name the rows of an axis on the left, and write their numbers on the right."""
+    axis.set_yticks(places, labels)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(visible=False, axis="y")
+    axis.locator_params(axis="x", nbins=6)
+    if numbers:
+        right = axis.secondary_yaxis("right")
+        right.set_yticks(places, numbers)
+        right.tick_params(length=0, labelsize=7)
+        right.spines["right"].set_visible(False)
 
 
 def show_image(axis: Axes, image: NDArray[np.uint8], title: str) -> None:

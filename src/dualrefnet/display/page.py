@@ -12,6 +12,7 @@ import pandas as pd
 from dualrefnet.display.figure import ReportFigure, inline_svg
 from dualrefnet.display.format import PrintedTable
 from dualrefnet.errors import DependencyError
+from dualrefnet.files import csv_text
 
 # The data of a larger table are not embedded; they lie beside the page as a file.
 EMBEDDED_BYTES = 100_000
@@ -62,7 +63,7 @@ def render_page(title: str, subtitle: str, notes: Sequence[str], sections: Seque
 
 def _csv_link(data: pd.DataFrame, name: str) -> str:
     """Return a link that saves the numbers of a figure, or the name of the file beside the page that holds them."""
-    text = data.to_csv(index=False).encode()
+    text = csv_text(data).encode()
     if len(text) > EMBEDDED_BYTES:
         return f"Data: <code>pictures/{escape(name)}.csv</code>"
     content = base64.b64encode(text).decode()

@@ -60,26 +60,13 @@ class Difference(Estimate):
 class Bootstrap:
     """Resamples of the patients of a test set; equal arguments draw the same patients for every statistic.
 
-    Args:
-        groups: (N,), the patient of every image; each image of an unknown patient needs a name of its own.
-        images: N.
-        samples: number of resamples; 0: no intervals.
-        seed: of the draw.
-        level: coverage of the intervals.
-        progress: called with (samples done, samples in all).
-
-    Attributes:
-        codes: (N,), the groups as numbers 0..G-1.
-        groups: G.
-
-    Raises:
-        ValueError: see `group_codes`; `groups` isn't (N,), `samples` is negative, or `level` lies outside 0..1.
+    `groups`, (N,), names the patient of every image, each unknown one by a name of its own, and becomes `codes`, 0 to
+    G-1; without `samples` there are no intervals; `progress` is called with (samples done, samples in all).
     """
 
     def __init__(
         self,
         groups: ArrayLike,
-        images: int,
         samples: int,
         seed: int = 0,
         level: float = 0.95,
@@ -89,10 +76,8 @@ class Bootstrap:
         if samples < 0:
             raise ValueError(f"samples must be at least 0, not {samples}")
         self.codes = group_codes(groups)
-        if self.codes.shape != (images,):
-            raise ValueError(f"groups must have the shape {(images,)}, one for each image, not {self.codes.shape}")
-        self.groups = int(self.codes.max()) + 1
-        self.images, self.samples, self.seed, self.level, self.progress = images, samples, seed, level, progress
+        self.images, self.groups = len(self.codes), int(self.codes.max()) + 1
+        self.samples, self.seed, self.level, self.progress = samples, seed, level, progress
 
     @property
     def unit_weights(self) -> Floats:
@@ -137,15 +122,9 @@ class Bootstrap:
         return self.estimate(value, resampled)
 
     def ratios(self, amounts: ArrayLike, included: ArrayLike, proportions: bool = True) -> list[Estimate]:
-        """Divide sums by counts of images.
+        """Divide sums of `amounts`, (N, K), by counts of the images `included`, (N, K): one value a column.
 
-        Args:
-            amounts: (N, K), what is summed; truth values for proportions.
-            included: (N, K), whether the image counts.
-            proportions: take `proportion`'s interval.
-
-        Returns:
-            One value a column; NaN where no image counts. Resamples without such an image are skipped.
+        It is NaN where no image counts; resamples without such an image are skipped.
         """
         counted = np.asarray(included, dtype=bool)
         numerator = self.sums(np.where(counted, np.asarray(amounts, dtype=np.float64), 0.0))
@@ -167,10 +146,7 @@ class Bootstrap:
 def draw_counts(
     groups: int, samples: int, seed: int, progress: Callable[[int, int], None] | None = None
 ) -> Iterator[Floats]:
-    """Draw groups with replacement: yield how often each was drawn, (at most `CHUNK` samples, groups) at a time.
-
-    `progress` is called with (samples done, samples in all) when a chunk has been used.
-    """
+    """Draw groups with replacement: yield how often each was drawn, (at most `CHUNK` samples, groups) at a time."""
     generator = np.random.default_rng(seed)
     for done in range(0, samples, CHUNK):
         size = min(CHUNK, samples - done)
@@ -223,9 +199,6 @@ def interval_suffix(level: float) -> str:
 def wilson_interval(successes: int, total: int, level: float = 0.95) -> tuple[float, float]:
     """Return the score interval of a proportion (Wilson 1927), for counts of independent cases.
 
-    Raises:
-        ValueError: not 0 <= successes <= total with total > 0, or `level` is outside 0..1.
-
     >>> [round(value, 4) for value in wilson_interval(8, 10)]
     [0.4902, 0.9433]
     """
@@ -256,11 +229,7 @@ def two_sided_p(differences: Floats) -> float:
 def holm(p_values: Sequence[float | None]) -> list[float]:
     """Correct p-values for multiple comparisons by stepping down (Holm 1979): holds whatever their dependence.
 
-    Args:
-        p_values: one a comparison; None or NaN where there was none: not counted, and NaN in the result.
-
-    Raises:
-        ValueError: a p-value lies outside 0..1.
+    None or NaN is no comparison: not counted, and NaN in the result.
 
     >>> holm([0.01, 0.04, None, 0.03])
     [0.03, 0.06, nan, 0.06]

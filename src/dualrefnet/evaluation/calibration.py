@@ -46,15 +46,11 @@ ALMOST_ALL = 1 - 1e-6
 
 
 def fit_temperature(labels: ArrayLike, probabilities: ArrayLike) -> float:
-    """Return the temperature, in `LOWEST`..`HIGHEST`, at which the log loss is smallest.
+    """Return the temperature, in `LOWEST`..`HIGHEST`, at which the log loss of probabilities (N, C) is smallest.
 
     The log loss is convex in 1/T, so its slope changes sign once, which bisection finds. If every image is right, the
     log loss falls for ever as T falls to 0; that says that there are too few images, not that the model may be certain
     of everything, so T is 1.
-
-    Args:
-        labels: (N,), class indices.
-        probabilities: (N, C), rows sum to 1.
     """
     target, scores = check_predictions(labels, probabilities)
     if not _wrong(target, scores).any():
@@ -103,10 +99,8 @@ def temperature_interval(
 def conformal_threshold(true_probabilities: ArrayLike, coverage: float, draws: int = 1) -> float:
     """Return the probability that a class must reach to be in a set; 0 (all classes) if there are too few images.
 
-    Args:
-        true_probabilities: (n * draws,), the probability of each calibration image's true class; may be empty.
-        coverage: how often the right class shall be in the set, between 0 and 1, else ValueError.
-        draws: inputs of each image, such as several choices of its metadata; they count as one.
+    `true_probabilities`, (n * draws,), are those of each calibration image's true class; several `draws` of an image's
+    inputs count as one image.
 
     >>> conformal_threshold([0.9, 0.5, 0.8, 0.6], 0.6)  # ceil(5 x .6) = 3rd largest
     0.6
@@ -135,11 +129,6 @@ def class_thresholds(
 
 def referral_threshold(malignant: NDArray[np.bool_], score: Floats, sensitivity: float) -> float | None:
     """Return the largest threshold with at least the wanted sensitivity; None if no image is malignant.
-
-    Args:
-        malignant: (N,), whether each image shows a cancer.
-        score: (N,), malignancy.
-        sensitivity: the share of cancers to be referred, above 0 and up to 1, else ValueError.
 
     >>> referral_threshold(np.array([True, True, True, True, False]), np.array([0.9, 0.2, 0.7, 0.4, 0.8]), 0.75)
     0.4
@@ -172,25 +161,15 @@ def threshold_interval(
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration(Decision):
-    """What was fitted on validation: a `Decision`, and how it came about.
-
-    Attributes:
-        images: number of validation images.
-        groups: number of their patients.
-        per_class: class -> number of validation images.
-        temperature_interval: 95%, over validation patients; None without resamples.
-        sensitivity: share of cancers that shall be referred.
-        referral_interval: 95%, over validation patients; None without resamples or without a threshold.
-        remarks: weaknesses of the fit, in sentences.
-    """
+    """What was fitted on validation: a `Decision`, and how it came about."""
 
     images: int
     groups: int
-    per_class: dict[str, int]
-    temperature_interval: tuple[float, float] | None
-    sensitivity: float
+    per_class: dict[str, int]  # number of validation images
+    temperature_interval: tuple[float, float] | None  # 95%, over validation patients; None without resamples
+    sensitivity: float  # share of cancers that shall be referred
     referral_interval: tuple[float, float] | None
-    remarks: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()  # weaknesses of the fit
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `calibration.json`."""
@@ -239,29 +218,22 @@ class Calibration(Decision):
 def fit_calibration(
     labels: ArrayLike,
     probabilities: ArrayLike,
-    groups: ArrayLike,
+    bootstrap: Bootstrap,
     classes: Sequence[str],
     malignant: Sequence[str],
     coverage: float = 0.9,
     sensitivity: float = 0.95,
-    samples: int = 1000,
-    seed: int = 0,
     availability: Sequence[Thresholds] = (),
     field_effects: Mapping[str, float] | None = None,
 ) -> Calibration:
     """Fit temperature, conformal thresholds and the referral threshold on validation images.
 
-    Args as `bootstrap_intervals`, and: coverage: how often a set shall hold the right class. sensitivity: share of
-    cancers that shall be referred. availability: from `fit_thresholds`, for each group of inputs. field_effects: see
-    `Decision`.
-
-    Raises:
-        ValueError: see `check_predictions`, `check_classes`, `Bootstrap`, `conformal_threshold` and
-            `referral_threshold`.
+    `coverage`: how often a set shall hold the right class; `sensitivity`: share of cancers that shall be referred;
+    `availability`: from `fit_thresholds`, for each group of inputs.
     """
     check_classes(classes, malignant)
     target, scores = check_predictions(labels, probabilities, len(classes))
-    bootstrap, cancer = Bootstrap(groups, len(target), samples, seed, LEVEL), np.isin(classes, malignant)
+    cancer = np.isin(classes, malignant)
     temperature = fit_temperature(target, scores)
     calibrated = apply_temperature(scores, temperature)
     score = malignancy(calibrated, cancer)
@@ -309,7 +281,7 @@ def fit_thresholds(
     sensitivity: float,
     draws: int = 1,
 ) -> Thresholds:
-    """Fit the thresholds of one availability group on such inputs of validation images; args as `fit_calibration`.
+    """Fit the thresholds of one availability group on such inputs of validation images.
 
     Each image has `draws` inputs, so that labels are (N * draws,). The referral threshold is conformal too: the largest
     one that refers a new cancer with the wanted probability, if it is exchangeable with those of validation; 0 (refer
@@ -336,25 +308,15 @@ def fit_thresholds(
 
 
 def measure_calibrated(
-    calibration: Calibration,
-    labels: ArrayLike,
-    probabilities: ArrayLike,
-    groups: ArrayLike,
-    samples: int = 1000,
-    seed: int = 0,
+    calibration: Calibration, labels: ArrayLike, probabilities: ArrayLike, bootstrap: Bootstrap
 ) -> dict[str, Any]:
-    """Measure a calibration on images that had no part in it; intervals are 95%, over patients, given the calibration.
+    """Measure a calibration on images that had no part in it; intervals are over patients, given the calibration.
 
-    `probabilities`, (N, C), are uncalibrated.
-
-    Returns:
-        `temperature`; `before`, `after` and `difference` (after - before) with the keys `ERRORS`; `conformal`
-        (`promised`, and `marginal` and `by_class` as `measure_sets` returns them); `referral` (`wanted`, `threshold`,
-        and the keys of `measure_referral`) or None; `selective` (see `Selective.to_json`); `remarks`.
+    `probabilities`, (N, C), are uncalibrated. The result is `calibrated` of metrics.json.
     """
     classes = calibration.classes
     target, scores = check_predictions(labels, probabilities, len(classes))
-    bootstrap, calibrated = Bootstrap(groups, len(target), samples, seed, LEVEL), calibration.probabilities(scores)
+    calibrated = calibration.probabilities(scores)
     sets = {
         name: measure_sets(
             target, calibrated, calibration.thresholds(by_class), bootstrap, classes, calibration.coverage
@@ -365,7 +327,7 @@ def measure_calibrated(
     if referred is not None:
         referral = {"wanted": calibration.sensitivity, "threshold": calibration.referral}
         referral |= measure_referral(calibration.cancer[target], referred, bootstrap, calibration.sensitivity)
-    selective = measure_selective(target, calibrated, groups, classes, TABLE, samples, seed, LEVEL)
+    selective = measure_selective(target, calibrated, bootstrap, classes, TABLE)
     return {
         "temperature": calibration.temperature,
         **compare_errors(target, scores, calibrated, bootstrap),
@@ -386,12 +348,9 @@ def measure_sets(
 ) -> dict[str, Any]:
     """Measure conformal sets on images that had no part in the thresholds (one for all classes, or one for each).
 
-    Returns:
-        `coverage` (share of images whose set holds the right class), `mean_size`, `singletons` (share of sets of one
-        class), each with its interval; `filled` (number of sets that would have been empty); `promise` (`within` if the
-        wanted coverage lies in the interval, `missed` if the interval lies below it, `exceeded` if above; None without
-        an interval); `sizes` (number of images with a set of 1, 2, ... classes); `per_class` (class -> `coverage`,
-        `mean_size`, `images`).
+    `singletons` is the share of sets of one class, `filled` the number of sets that would have been empty, `sizes` the
+    number of images with a set of 1, 2, ... classes. `promise` is `within` if the wanted coverage lies in the interval,
+    `missed` if the interval lies below it, `exceeded` if above; None without an interval.
     """
     sets, level = prediction_sets(probabilities, thresholds), bootstrap.level
     size, held = sets.sum(axis=1), sets[np.arange(len(labels)), labels]
@@ -426,10 +385,7 @@ def measure_referral(
 ) -> dict[str, Any]:
     """Measure referral, (N,), on images that had no part in the choice of the threshold; `target`: wanted sensitivity.
 
-    Returns:
-        `sensitivity`, `specificity`, `referred` (share of all images), each with its interval, None where undefined;
-        `malignant`, `benign`, `missed` (cancers that aren't referred), `spared` (benign ones that aren't) as numbers of
-        images; `reached` (whether the sensitivity is at least the target; None without a cancer).
+    `missed` cancers aren't referred, nor are `spared` benign ones; None is what is undefined.
     """
     amounts = np.stack([referred, ~referred, referred], axis=1)
     included = np.stack([malignant, ~malignant, np.ones(len(malignant), dtype=bool)], axis=1)
@@ -449,12 +405,9 @@ def measure_referral(
 def compare_errors(
     labels: NDArray[np.int64], before: Floats, after: Floats, bootstrap: Bootstrap
 ) -> dict[str, dict[str, Any]]:
-    """Measure the calibration of probabilities (N, C) before and after a change.
+    """Measure the calibration of probabilities (N, C) `before` and `after` a change, and its `difference`.
 
-    Returns:
-        For `before`, `after` and `difference` (after - before): `ERRORS`, each followed by its interval; for the first
-        two also `ece_by_chance` and `adaptive_ece_by_chance`: mean and 95% quantile if the probabilities were true,
-        absent without resamples.
+    `ece_by_chance` and `adaptive_ece_by_chance` are mean and 95% quantile if the probabilities were true.
     """
     errors = {
         name: CalibrationErrors(labels, scores, bootstrap.codes, bootstrap.groups)

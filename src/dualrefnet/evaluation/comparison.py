@@ -8,7 +8,7 @@ trained models; how far it depends on the training, the standard deviation over 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,119 +27,14 @@ from dualrefnet.evaluation.bootstrap import (
 from dualrefnet.evaluation.metrics import WeightedMetrics, compute_metrics
 
 
-class Intervals(dict[str, tuple[float, float]]):
-    """Metric -> (low, high), and how they were drawn.
-
-    Keys are `accuracy`, `per_class.MEL.sensitivity`, `malignant.auc` and the like.
-
-    Attributes:
-        samples: number of bootstrap resamples.
-        level: coverage, such as 0.95.
-        groups: number of patients.
-        samples_without: class of the test set -> number of resamples without an image of it. Where they are many, the
-            intervals of that class are too narrow.
-    """
-
-    samples: int
-    level: float
-    groups: int
-    samples_without: dict[str, int]
-
-
-def bootstrap_intervals(
-    labels: ArrayLike,
-    probabilities: ArrayLike,
-    groups: ArrayLike,
-    classes: Sequence[str],
-    samples: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-    progress: Callable[[int, int], None] | None = None,
-    malignant: Sequence[str] = (),
-) -> Intervals:
-    """Return percentile intervals of the headline and per-class metrics from a bootstrap over patients.
-
-    Args:
-        labels: (N,), indices into `classes`.
-        probabilities: (N, C), rows sum to 1.
-        groups: (N,), the patient of every image; each image of an unknown patient needs a name of its own.
-        classes: names in the order of the columns.
-        samples: bootstrap resamples.
-        seed: of the draw.
-        level: coverage.
-        progress: called with (samples done, samples in all).
-        malignant: the classes that are cancer; empty: no `malignant` intervals.
-
-    Returns:
-        The intervals; a metric that is undefined in every resample has none.
-
-    Raises:
-        ValueError: see `check_predictions`, `check_classes` and `Bootstrap`.
-    """
-    bootstrap = Bootstrap(groups, len(np.asarray(labels)), samples, seed, level, progress)
-    model = WeightedMetrics(labels, probabilities, bootstrap.codes, classes, malignant)
-    resampled = bootstrap.resample_each({"": model.measure})[""]
-    intervals = {measure: percentile_interval(column, level) for measure, column in resampled.items()}
-    result = Intervals({measure: interval for measure, interval in intervals.items() if interval is not None})
-    present = [classes[index] for index in np.unique(np.asarray(labels))]
-    result.samples, result.level, result.groups = samples, level, bootstrap.groups
-    result.samples_without = {name: int(np.isnan(resampled[f"per_class.{name}.sensitivity"]).sum()) for name in present}
-    return result
-
-
-def with_intervals(metrics: Mapping[str, Any], intervals: Intervals) -> dict[str, Any]:
-    """Return the content of metrics.json: every value that has an interval is followed by it.
-
-    `accuracy` is followed by `accuracy_ci95` ([low, high]; `_ci90` at level 0.9), also inside `per_class` and
-    `malignant`. `bootstrap` tells how the intervals were drawn.
-
-    `metrics`, from `compute_metrics`, aren't changed; `intervals` are from `bootstrap_intervals`.
-    """
-    suffix = interval_suffix(intervals.level)
-
-    def beside(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key, value in values.items():
-            result[key] = value
-            if prefix + key in intervals:
-                result[key + suffix] = list(intervals[prefix + key])
-        return result
-
-    result = beside(metrics, "")
-    result["per_class"] = {name: beside(values, f"per_class.{name}.") for name, values in metrics["per_class"].items()}
-    if "malignant" in metrics:
-        result["malignant"] = beside(metrics["malignant"], "malignant.")
-    result["bootstrap"] = {
-        "samples": intervals.samples,
-        "level": intervals.level,
-        "groups": intervals.groups,
-        "samples_without": intervals.samples_without,
-    }
-    without = [f"{name} ({count})" for name, count in intervals.samples_without.items() if count]
-    if without:
-        note = f"missing from some of the {intervals.samples} bootstrap resamples, and left out there: "
-        result["remarks"] = [*metrics["remarks"], f"{note}{', '.join(without)}; their intervals are too narrow"]
-    return result
-
-
 @dataclass(frozen=True)
 class PooledBootstrap:
-    """Systems measured on the same resamples of patients.
+    """Systems measured on the same resamples of patients; metrics that aren't in `drawn` have no interval."""
 
-    Attributes:
-        points: system -> metric -> value on the test set, mean over seeds; NaN where it is undefined for a seed.
-        drawn: system -> metric -> (samples,), the value in every resample. Metrics without it have no interval.
-        groups: number of patients.
-        images: number of test images.
-        samples: number of resamples.
-        level: coverage of the intervals.
-    """
-
-    points: Mapping[str, Mapping[str, float]]
-    drawn: Mapping[str, Mapping[str, Floats]]
-    groups: int
+    points: Mapping[str, Mapping[str, float]]  # system -> metric -> mean over seeds; NaN: undefined for a seed
+    drawn: Mapping[str, Mapping[str, Floats]]  # system -> metric -> (samples,), the value in every resample
+    groups: int  # number of patients
     images: int
-    samples: int
     level: float
 
     def value(self, system: str, measure: str) -> Estimate:
@@ -165,25 +60,14 @@ class PooledBootstrap:
 def pooled_bootstrap(
     labels: ArrayLike,
     systems: Mapping[str, Sequence[ArrayLike]],
-    groups: ArrayLike,
+    bootstrap: Bootstrap,
     classes: Sequence[str],
-    samples: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
     malignant: Sequence[str] = (),
-    progress: Callable[[int, int], None] | None = None,
 ) -> PooledBootstrap:
-    """Measure several systems on the same images and on the same resamples of patients.
-
-    Args as `bootstrap_intervals`, but for `systems`: name -> one (N, C) array of probabilities a seed.
-
-    Raises:
-        ValueError: there is no system, or one without a seed; see also `bootstrap_intervals`.
-    """
+    """Measure systems, name -> one (N, C) array of probabilities a seed, on the same images, labels (N,)."""
     empty = [name for name, seeds in systems.items() if not seeds]
     if empty or not systems:
         raise ValueError(f"no predictions of {', '.join(empty) or 'any system'}")
-    bootstrap = Bootstrap(groups, len(np.asarray(labels)), samples, seed, level, progress)
     points = {
         name: _mean([flat_measures(compute_metrics(labels, scores, classes, malignant)) for scores in seeds])
         for name, seeds in systems.items()
@@ -198,34 +82,62 @@ def pooled_bootstrap(
             for name, seeds in models.items()
         }
     )
-    return PooledBootstrap(points, drawn, bootstrap.groups, bootstrap.images, samples, level)
+    return PooledBootstrap(points, drawn, bootstrap.groups, bootstrap.images, bootstrap.level)
 
 
-def paired_difference(
+def metrics_with_intervals(
     labels: ArrayLike,
-    probabilities_a: ArrayLike,
-    probabilities_b: ArrayLike,
-    groups: ArrayLike,
+    probabilities: ArrayLike,
+    bootstrap: Bootstrap,
     classes: Sequence[str],
-    measure: str = "balanced_accuracy",
-    samples: int = 1000,
-    seed: int = 0,
     malignant: Sequence[str] = (),
-) -> Difference:
-    """Compare two models on the same images: how far is model A's value of `measure` above B's?
+) -> dict[str, Any]:
+    """Return `compute_metrics`, and behind every value its interval, if it has one: the content of metrics.json.
 
-    Both (N, C) arrays of probabilities are measured on the same resamples; `pooled_bootstrap` explains the rest.
-
-    Raises:
-        ValueError: the metric is unknown; see also `bootstrap_intervals`.
+    `accuracy` is followed by `accuracy_ci95` ([low, high]; `_ci90` at level 0.9), also inside `per_class` and
+    `malignant`. `bootstrap` tells how the intervals were drawn; its `samples_without` counts the resamples without an
+    image of a class of the test set. Where they are many, the intervals of that class are too narrow.
     """
-    systems = {"a": [probabilities_a], "b": [probabilities_b]}
-    bootstrap = pooled_bootstrap(labels, systems, groups, classes, samples, seed, malignant=malignant)
-    return bootstrap.difference("a", "b", measure)
+    metrics = compute_metrics(labels, probabilities, classes, malignant)
+    if not bootstrap.samples:
+        return metrics
+    drawn = pooled_bootstrap(labels, {"": [probabilities]}, bootstrap, classes, malignant).drawn[""]
+    suffix = interval_suffix(bootstrap.level)
+
+    def beside(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in values.items():
+            result[key] = value
+            interval = percentile_interval(drawn.get(prefix + key, np.empty(0)), bootstrap.level)
+            if interval is not None:
+                result[key + suffix] = list(interval)
+        return result
+
+    by_class: dict[str, dict[str, Any]] = metrics["per_class"]
+    result = beside(metrics)
+    result["per_class"] = {name: beside(values, f"per_class.{name}.") for name, values in by_class.items()}
+    if malignant:
+        result["malignant"] = beside(metrics["malignant"], "malignant.")
+    without = {
+        name: int(np.isnan(drawn[f"per_class.{name}.sensitivity"]).sum())
+        for name, values in by_class.items()
+        if values["support"]
+    }
+    result["bootstrap"] = {
+        "samples": bootstrap.samples,
+        "level": bootstrap.level,
+        "groups": bootstrap.groups,
+        "samples_without": without,
+    }
+    named = ", ".join(f"{name} ({count})" for name, count in without.items() if count)
+    if named:
+        note = f"missing from some of the {bootstrap.samples} bootstrap resamples, and left out there: {named}"
+        result["remarks"] = [*metrics["remarks"], f"{note}; their intervals are too narrow"]
+    return result
 
 
 def flat_measures(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return every value of `compute_metrics` under the keys of `Intervals`, None as NaN."""
+    """Return every value of `compute_metrics` under keys like `accuracy` and `per_class.MEL.auc`, None as NaN."""
     parts = {"": metrics, "malignant.": metrics.get("malignant", {})}
     parts |= {f"per_class.{name}.": values for name, values in metrics["per_class"].items()}
     return {

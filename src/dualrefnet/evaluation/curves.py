@@ -14,7 +14,7 @@ Sources: Fawcett 2006; Davis and Goadrich 2006 (why precision must not be interp
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
@@ -24,6 +24,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from dualrefnet.display.figure import FAINT, INK, PAPER, PRIMARY, WIDTH, ReportFigure, class_colours, new_figure, styled
+from dualrefnet.display.format import interval
 from dualrefnet.evaluation.bootstrap import NAN, Bootstrap, Estimate, Floats, divide
 from dualrefnet.evaluation.metrics import (
     DEFAULT_BINS,
@@ -70,37 +71,25 @@ class Curve:
 
 @dataclass(frozen=True)
 class OneVersusRest:
-    """The curves of one class versus the rest, or of `ALL_MALIGNANT`.
-
-    `positives` is the number of its images, `prevalence` their share, which is the precision of guessing, and
-    `samples_without` the number of resamples that were skipped since the class, or everything else, was missing.
-    """
+    """The curves of one class versus the rest, or of `ALL_MALIGNANT`."""
 
     name: str
-    positives: int
-    prevalence: float
+    positives: int  # number of its images
+    prevalence: float  # their share, which is the precision of guessing
     roc: Curve
     precision_recall: Curve
-    samples_without: int
+    samples_without: int  # resamples that were skipped since the class, or everything else, was missing
 
 
 @dataclass(frozen=True)
 class Curves:
-    """The curves of a test set.
-
-    Attributes:
-        of: those that exist, in the order of the classes, malignant versus benign last.
-        classes: all classes, with curves or without.
-        malignant: the classes that are cancer.
-        bootstrap: how the bands were made.
-        notes: which curves are missing, and which bands are too narrow.
-    """
+    """The curves of a test set, in the order of the classes, malignant versus benign last."""
 
     of: tuple[OneVersusRest, ...]
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # all of them, with curves or without
     malignant: tuple[str, ...]
     bootstrap: Bootstrap
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # which curves are missing, and which bands are too narrow
 
     def frame(self, kind: Kind) -> pd.DataFrame:
         """Return the curves of one kind as a tidy table.
@@ -154,28 +143,17 @@ def curve_statistics(ranking: Ranking, weights: Floats) -> dict[str, Floats]:
 def class_curves(
     labels: ArrayLike,
     probabilities: ArrayLike,
-    groups: ArrayLike,
+    bootstrap: Bootstrap,
     classes: Sequence[str],
     malignant: Sequence[str] = (),
-    samples: int = 500,
-    seed: int = 0,
-    level: float = 0.95,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Curves:
-    """Compute ROC and precision-recall curves with pointwise bands.
+    """Compute ROC and precision-recall curves with pointwise bands; `notes` names what has no curve.
 
-    Args as `bootstrap_intervals`; `malignant` adds the curves `ALL_MALIGNANT` (score: the sum of the malignant classes'
-    probabilities; decision: whether the most probable class is one of them).
-
-    Returns:
-        The curves; a class that has no images, or all of them, has none, and `notes` says so.
-
-    Raises:
-        ValueError: see `check_predictions`, `check_classes` and `Bootstrap`.
+    `malignant` adds the curves `ALL_MALIGNANT` (score: the sum of the malignant classes' probabilities; decision:
+    whether the most probable class is one of them).
     """
     check_classes(classes, malignant)
     target, scores = check_predictions(labels, probabilities, len(classes))
-    bootstrap = Bootstrap(groups, len(target), samples, seed, level, progress)
     predicted = scores.argmax(axis=1)
     # Target, score and decision of each binary problem.
     problems = {name: (target == index, scores[:, index], predicted == index) for index, name in enumerate(classes)}
@@ -191,7 +169,7 @@ def class_curves(
 
     def curve(name: str, kind: str, area: str, decision: tuple[float, float]) -> Curve:
         defined = resampled[name][kind][~np.isnan(resampled[name][area])]
-        tails = [(1 - level) / 2, (1 + level) / 2]
+        tails = [(1 - bootstrap.level) / 2, (1 + bootstrap.level) / 2]
         low, high = np.quantile(defined, tails, axis=0) if len(defined) else np.full((2, STEPS + 1), NAN)
         estimate = bootstrap.estimate(float(point[name][area][0]), resampled[name][area])
         return Curve(point[name][kind][0], low, high, estimate, decision)
@@ -217,25 +195,15 @@ def class_curves(
 
 
 def compute_reliability(
-    labels: ArrayLike,
-    probabilities: ArrayLike,
-    groups: ArrayLike,
-    bins: int = DEFAULT_BINS,
-    samples: int = 500,
-    seed: int = 0,
-    level: float = 0.95,
+    labels: ArrayLike, probabilities: ArrayLike, bootstrap: Bootstrap, bins: int = DEFAULT_BINS
 ) -> Reliability:
-    """Compute the reliability of the top label, with an interval of each bin's accuracy; args as `bootstrap_intervals`.
+    """Compute the reliability of the top label, with an interval of each bin's accuracy over patients.
 
     A resample without images in a bin is skipped for it. Where all of a bin's images are right, or none, the interval
     is Wilson's over its patients (see `Bootstrap.proportion`). For the same reason a bin with the images of a single
     patient, some of them right, has no interval.
-
-    Raises:
-        ValueError: see `check_predictions` and `Bootstrap`; or `bins` is below 1.
     """
     target, scores = check_predictions(labels, probabilities)
-    bootstrap = Bootstrap(groups, len(target), samples, seed, level)
     errors, confidence = CalibrationErrors(target, scores, bootstrap.codes, bootstrap.groups, bins), scores.max(axis=1)
     in_bin = np.eye(bins, dtype=bool)[equal_width_bins(confidence, bins)]
     right = np.broadcast_to((scores.argmax(axis=1) == target)[:, None], in_bin.shape)
@@ -285,8 +253,7 @@ def draw_curves(curves: Curves, kind: Kind, unit: str = "patients") -> ReportFig
         axis.plot(GRID, curve.y, color=colour, drawstyle="steps-pre" if steps else "default")
         axis.plot(*curve.decision, "o", color=INK, markersize=4, clip_on=False)
         axis.set_title(_title(one), pad=13, fontsize=8)
-        value = f"{area} {curve.area.value:.2f}"
-        value += "" if np.isnan(curve.area.low) else f" [{curve.area.low:.2f}, {curve.area.high:.2f}]"
+        value = f"{area} {curve.area.value:.2f} {interval(curve.area.low, curve.area.high)}".strip()
         axis.annotate(value, (0, 1), xycoords="axes fraction", xytext=(0, 3), textcoords="offset points", fontsize=7)
         x, y = curve.decision
         decision = "never predicted" if np.isnan(y) else f"{axes[1]} {y:.2f} at a {axes[0]} of {x:.2f}"

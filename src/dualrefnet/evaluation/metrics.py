@@ -37,13 +37,9 @@ MALIGNANT_MEASURES = ("sensitivity", "specificity", "ppv", "npv", "auc", "suppor
 def check_predictions(
     labels: ArrayLike, probabilities: ArrayLike, class_count: int | None = None
 ) -> tuple[NDArray[np.int64], Floats]:
-    """Check labels (N,) and probabilities (N, C), and return them as int64 and float64 arrays.
+    """Check labels (N,) and probabilities (N, C), and return them as int64 and float64 arrays; ValueError if wrong.
 
     The probabilities keep their values: rows aren't scaled to sum 1, since that could break or make ties between rows.
-
-    Raises:
-        ValueError: a shape is wrong, there are no rows, a label isn't one of 0..C-1, or a row isn't a probability
-            distribution.
     """
     target = np.asarray(labels)
     scores = np.asarray(probabilities, dtype=np.float64)
@@ -198,8 +194,8 @@ class CalibrationErrors:
 class WeightedMetrics:
     """The metrics of one model's predictions, as functions of weights.
 
-    Args as `compute_metrics`, and: groups: (N,), group of every image, 0..G-1; None: all images are one group. size: G,
-    of which these images may hold a part; None: the largest number in `groups` + 1.
+    `groups`, (N,), numbers the group of every image, 0..G-1 (None: all images are one), of which these images may hold
+    a part; `size` is G (None: the largest number + 1).
     """
 
     def __init__(
@@ -309,13 +305,7 @@ def compute_metrics(
 def metrics_from_confusion(matrix: ArrayLike, classes: Sequence[str], malignant: Sequence[str] = ()) -> dict[str, Any]:
     """Return those values of `compute_metrics` that need counts only.
 
-    Args:
-        matrix: (C, C) counts; rows are the target, columns the prediction, both in the order of `classes`.
-        classes: C names.
-        malignant: the classes that are cancer.
-
-    Raises:
-        ValueError: the matrix isn't C x C whole numbers of at least 0, or is all zero; see also `check_classes`.
+    `matrix`, (C, C), has the target in rows and the prediction in columns, in the order of `classes`.
     """
     check_classes(classes, malignant)
     counts = np.asarray(matrix)

@@ -16,6 +16,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from dualrefnet.display.figure import COLOURS, FAINT, INK, PRIMARY, ReportFigure, new_figure, styled
+from dualrefnet.display.format import interval, number
 from dualrefnet.evaluation.bootstrap import NAN, Bootstrap, Estimate, Floats, divide
 from dualrefnet.evaluation.metrics import check_predictions
 
@@ -35,47 +36,29 @@ FEW = 20
 
 @dataclass(frozen=True)
 class ReferralCurve:
-    """Sensitivity and specificity over the threshold.
+    """Sensitivity, specificity and the share `referred` over the threshold, 0, 0.01, ..., 1, and at the one in use."""
 
-    Attributes:
-        table: columns `threshold` (0, 0.01, ..., 1), `sensitivity`, `specificity`, `referred`, with `_low` and `_high`.
-        chosen: the threshold in use.
-        chosen_interval: of the threshold over the patients from whom it was chosen; None if it wasn't computed.
-        sensitivity: at the threshold in use.
-        specificity: there.
-        target: the sensitivity for which it was chosen.
-        bootstrap: how the bands were made.
-    """
-
-    table: pd.DataFrame
+    table: pd.DataFrame  # `threshold` and each of the three, with `_low` and `_high`
     chosen: float
-    chosen_interval: tuple[float, float] | None
+    chosen_interval: tuple[float, float] | None  # over the patients from whom it was chosen
     sensitivity: float
     specificity: float
-    target: float
+    target: float  # the sensitivity for which the threshold in use was chosen
     bootstrap: Bootstrap
 
 
 def referral_curve(
     malignant: NDArray[np.bool_],
     score: Floats,
-    groups: ArrayLike,
+    bootstrap: Bootstrap,
     chosen: float,
     target: float,
     chosen_interval: tuple[float, float] | None = None,
-    samples: int = 500,
-    seed: int = 0,
-    level: float = 0.95,
 ) -> ReferralCurve:
-    """Compute sensitivity, specificity and the share referred over the threshold, with pointwise bands over patients.
+    """Compute the curve of images by their malignancy `score`, (N,), with pointwise bands over patients.
 
-    `malignant` says of each image whether it shows a cancer, `score` is its malignancy, `groups` its patient, (N,).
     `chosen` is the threshold in use, for which `target` was the wanted sensitivity.
-
-    Raises:
-        ValueError: no image is malignant, or all are; see also `Bootstrap`.
     """
-    bootstrap = Bootstrap(groups, len(score), samples, seed, level)
     if malignant.all() or not malignant.any():
         raise ValueError("there is nothing to draw: all images are malignant, or none is")
     thresholds = np.append(np.arange(STEPS + 1) / STEPS, chosen)
@@ -96,16 +79,12 @@ def referral_curve(
 
 @dataclass(frozen=True)
 class Selective:
-    """Selective prediction on a test set.
+    """Selective prediction on a test set: one row of `table` a coverage.
 
-    Attributes:
-        table: one row a coverage: `percent` (wanted), `images` (predicted), `share` (of all images), `threshold`
-            (lowest confidence predicted), `accuracy` and `balanced_accuracy` among the predicted, each with `_low` and
-            `_high` (NaN: none), and `answered:<CLASS>`, the number of images of each class that get a prediction.
-            Balanced accuracy is NaN where a class of the test set gets none: leaving out a class must not raise it.
-        aurc: area under the risk-coverage curve.
-        classes: names.
-        bootstrap: how the bands were made.
+    Columns are `percent` (wanted), `images` (predicted), `share` (of all images), `threshold` (lowest confidence
+    predicted), `accuracy` and `balanced_accuracy` among the predicted, each with `_low` and `_high`, and
+    `answered:<CLASS>`, the number of images of each class that get a prediction. Balanced accuracy is NaN where a class
+    of the test set gets none: leaving out a class must not raise it.
     """
 
     table: pd.DataFrame
@@ -127,22 +106,13 @@ class Selective:
 def measure_selective(
     labels: ArrayLike,
     probabilities: ArrayLike,
-    groups: ArrayLike,
+    bootstrap: Bootstrap,
     classes: Sequence[str],
     percents: Sequence[int] = CURVE,
-    samples: int = 500,
-    seed: int = 0,
-    level: float = 0.95,
 ) -> Selective:
-    """Measure selective prediction, with pointwise percentile bands over patients; args as `bootstrap_intervals`.
-
-    `percents` are coverages, whole numbers 1..100; without `samples` there are no bands.
-
-    Raises:
-        ValueError: see `check_predictions` and `Bootstrap`; or a coverage isn't in 1..100.
-    """
+    """Measure selective prediction at coverages, whole numbers 1..100, with pointwise bands over patients."""
     target, scores = check_predictions(labels, probabilities, len(classes))
-    bootstrap, wanted = Bootstrap(groups, len(target), samples, seed, level), np.asarray(percents, dtype=np.int64)
+    wanted = np.asarray(percents, dtype=np.int64)
     if not len(wanted) or wanted.min() < 1 or wanted.max() > 100:
         raise ValueError("coverages must be whole numbers from 1 to 100 percent")
     confidence = scores.max(axis=1)
@@ -229,8 +199,7 @@ def draw_selective(selective: Selective, unit: str = "patients") -> ReportFigure
         axis.margins(x=0)
         axis.set_title(measure.replace("_", " "))
     axes[-1].set_xlabel("coverage, % of the images (the most confident first)")
-    aurc = f"{selective.aurc.value:.3f}"
-    aurc += "" if np.isnan(selective.aurc.low) else f" [{selective.aurc.low:.3f}, {selective.aurc.high:.3f}]"
+    aurc = f"{number(selective.aurc.value)} {interval(selective.aurc.low, selective.aurc.high, '.3f')}".strip()
     caption = (
         "Accuracy if only the images are predicted of which the model is most confident; coverages of fewer than "
         f"{FEW} images aren't drawn. AURC, the mean share of wrong predictions over all coverages: {aurc}. "

@@ -79,7 +79,7 @@ def _gallery_section(opened: OpenedRun, shown: Sequence[ShownCase]) -> Section:
     schema = opened.dataset.schema
     by_class = {label: [case for case in shown if case.chosen.label == label] for label in opened.classes}
     figures = [
-        draw_gallery(cases, label, names.get(label, ""), opened.dataset.schema.unit)
+        draw_gallery(cases, label, schema.class_names.get(label, ""), schema.unit)
         for label, cases in by_class.items()
         if cases
     ]

@@ -33,10 +33,11 @@ from dualrefnet.display.format import (
     percent,
 )
 from dualrefnet.display.page import Section
+from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.evaluation.curves import KINDS, class_curves, draw_curves
 from dualrefnet.progress import progress_bar
 from dualrefnet.run import Run
-from dualrefnet.suite.paper import caveats, reported, reported_class
+from dualrefnet.suite.results import caveats, reported, reported_class
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -182,16 +183,8 @@ def curve_sections(measured: Measured, samples: int, seed: int) -> Iterator[Sect
     matrices = [draw_confusion(measured.metrics, shares, measured.malignant, measured.unit) for shares in (False, True)]
     yield Section("confusion", "Confusion matrix", [], matrices)
     with progress_bar("curves") as show:
-        curves = class_curves(
-            measured.labels,
-            measured.probabilities,
-            measured.groups,
-            measured.classes,
-            samples=samples,
-            seed=seed,
-            progress=show,
-            malignant=measured.malignant,
-        )
+        bootstrap = Bootstrap(measured.groups, samples, seed, progress=show)
+        curves = class_curves(measured.labels, measured.probabilities, bootstrap, measured.classes, measured.malignant)
     yield Section(
         "curves", "ROC and precision-recall", [], [draw_curves(curves, kind, measured.unit) for kind in KINDS]
     )

@@ -37,7 +37,7 @@ from dualrefnet.display.format import PrintedTable
 from dualrefnet.display.page import Section, render_page
 from dualrefnet.errors import DependencyError, RunError
 from dualrefnet.files import write_csv, write_json, write_text
-from dualrefnet.progress import note, progress_bar, progress_steps
+from dualrefnet.progress import note
 from dualrefnet.report import ReportOptions
 from dualrefnet.report.performance import (
     class_section,
@@ -226,15 +226,12 @@ def _examination_sections(opened: OpenedRun, options: ReportOptions) -> Iterator
     found = _out_of_distribution(opened, options.masks, SAMPLES, options.seed, options.images)
     if found is not None:
         yield out_of_distribution_section(found, unit)
-    with progress_steps() as show:
-        # Of the files, not of the stored images, which colour constancy and CLAHE have changed.
-        used = opened.dataset.with_image[opened.dataset.with_image["image_id"].isin(opened.split["image_id"])]
-        fingerprints = None
-        if len(used):
-            fingerprints = fingerprint_files(used, progress=lambda done, total: show("reading images", done, total))
-        protocol = opened.recipe.data.protocol
-        # Without the forests, which take minutes; the command `audit` has them.
-        audit = audit_split(opened.dataset, opened.split, fingerprints, forests=False, progress=show, protocol=protocol)
+    # Of the files, not of the stored images, which colour constancy and CLAHE have changed.
+    used = opened.dataset.with_image[opened.dataset.with_image["image_id"].isin(opened.split["image_id"])]
+    fingerprints = fingerprint_files(used) if len(used) else None
+    # Without the forests, which take minutes; the command `audit` has them.
+    protocol = opened.recipe.data.protocol
+    audit = audit_split(opened.dataset, opened.split, fingerprints, forests=False, protocol=protocol)
     yield audit_section(audit)
 
 
@@ -253,8 +250,7 @@ def _out_of_distribution(
     if not opened.run.out_of_scope_file.is_file():
         note(f"the run has no out-of-distribution score; `dualrefnet evaluate {opened.run.path}` adds it")
         return None
-    with progress_bar("images without a lesion") as show:
-        return measure_out_of_distribution(opened, masks, images, samples, seed, show)
+    return measure_out_of_distribution(opened, masks, images, samples, seed)
 
 
 def write_probes(

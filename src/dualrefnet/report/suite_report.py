@@ -21,7 +21,6 @@ from dualrefnet.display.format import MEASURE_NAMES, Cell, PrintedTable, interva
 from dualrefnet.display.page import Section, render_page
 from dualrefnet.errors import DataError, RecipeError, RunError
 from dualrefnet.files import write_text
-from dualrefnet.models.registry import METHODS
 from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import load_recipe
 from dualrefnet.report import provenance
@@ -161,7 +160,9 @@ def suite_notes(found: SuiteResults) -> list[str]:
                 f"Runs are missing of: {names(partial, rows)}."
             )
         flags = {NOTES.get(flag, flag): some for flag, some in by_flag(rows).items()}
-        reads_missingness = rows[[_reads_missingness(system) for system in found.members]]
+        reads_missingness = rows[
+            [any(provenance.reads_missingness(run.recipe) for run in system.runs) for system in found.members]
+        ]
         if len(reads_missingness):
             flags[provenance.MISSINGNESS] = reads_missingness
         notes += [sentence(f"{note} ({names(some, rows)})") for note, some in flags.items()]
@@ -172,13 +173,6 @@ def suite_notes(found: SuiteResults) -> list[str]:
     if splits:
         notes.append(f"Not counted yet: {splits} split{'s' * (splits > 1)} of the suite.")
     return notes
-
-
-def _reads_missingness(system: System) -> bool:
-    method = METHODS.get(system.key.method)
-    reads = method is not None and method.reads_metadata
-    reads = reads and system.key.dataset in provenance.MISSINGNESS_REVEALS_CLASS
-    return reads and any(run.recipe.metadata.tier in ("M2", "M3") for run in system.runs)
 
 
 def _summary_section(found: SuiteResults) -> Section:

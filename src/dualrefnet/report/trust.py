@@ -46,6 +46,7 @@ from dualrefnet.analysis.subgroups import (
 from dualrefnet.display.figure import ReportFigure
 from dualrefnet.display.format import Cell, PrintedTable, interval, interval_of, listed, number, percent, sentence
 from dualrefnet.display.page import Section
+from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.evaluation.calibration import Calibration
 from dualrefnet.evaluation.curves import compute_reliability, draw_reliability
 from dualrefnet.evaluation.referral import draw_referral, draw_selective, measure_selective, referral_curve
@@ -66,8 +67,8 @@ def calibration_section(measured: Measured, samples: int, seed: int) -> Section:
     """Return reliability diagram and calibration errors, without and with the temperature if the run has one."""
 
     def reliability(probabilities: Any) -> ReportFigure:
-        found = compute_reliability(measured.labels, probabilities, measured.groups, samples=samples, seed=seed)
-        return draw_reliability(found, measured.unit)
+        bootstrap = Bootstrap(measured.groups, samples, seed)
+        return draw_reliability(compute_reliability(measured.labels, probabilities, bootstrap), measured.unit)
 
     before = reliability(measured.probabilities)
     if not measured.run.calibration_file.is_file():
@@ -115,21 +116,18 @@ def conformal_section(measured: Measured, samples: int, seed: int) -> Section:
     """Return what conformal sets, referral and selective prediction achieve on the test split."""
     calibration, values = measured.run.calibration, measured.metrics["calibrated"]
     calibrated = calibration.probabilities(measured.probabilities)
-    selective = measure_selective(
-        measured.labels, calibrated, measured.groups, measured.classes, samples=samples, seed=seed
-    )
+    bootstrap = Bootstrap(measured.groups, samples, seed)
+    selective = measure_selective(measured.labels, calibrated, bootstrap, measured.classes)
     figures = [draw_selective(selective, measured.unit)]
     malignant = calibration.cancer[measured.labels]
     if calibration.referral is not None and 0 < malignant.sum() < len(malignant):
         curve = referral_curve(
             malignant,
             malignancy(calibrated, calibration.cancer),
-            measured.groups,
+            bootstrap,
             calibration.referral,
             calibration.sensitivity,
             calibration.referral_interval,
-            samples,
-            seed,
         )
         figures.append(draw_referral(curve, measured.unit))
     tables = [_set_table(measured, calibration, values["conformal"]), _selective_table(values["selective"])]

@@ -60,10 +60,6 @@ class Decision:
         """Return the model's probabilities (N, C) at the temperature."""
         return apply_temperature(probabilities, self.temperature)
 
-    def prediction_sets(self, probabilities: ArrayLike, by_class: bool = False) -> NDArray[np.bool_]:
-        """Return the conformal sets of the model's probabilities (N, C); see `prediction_sets`."""
-        return prediction_sets(self.probabilities(probabilities), self.thresholds(by_class))
-
     def decide(self, probabilities: ArrayLike, image: ArrayLike, share: ArrayLike) -> Decisions:
         """Decide about N inputs with the model's probabilities (N, C), each by the thresholds of its group; see
         `Availability.contains`.

@@ -8,38 +8,19 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fastapi import FastAPI
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+
 import dualrefnet
-from dualrefnet.errors import DependencyError
-
-try:
-    from fastapi import FastAPI
-    from starlette.exceptions import HTTPException
-    from starlette.requests import Request
-    from starlette.responses import Response
-except ImportError:
-    raise DependencyError("the web service needs FastAPI: pip install 'dualrefnet[deploy]'") from None
-
 from dualrefnet.deploy.predictor import refuse_shortcut
-from dualrefnet.service.inference import Inference
+from dualrefnet.service import schemas
+from dualrefnet.service.inference import Inference, Reservation
 from dualrefnet.service.middleware import Guard
 from dualrefnet.service.observability import Metrics
-from dualrefnet.service.schemas import (
-    ANY_ROUTE,
-    PREDICTION_ROUTE,
-    Alive,
-    ErrorBody,
-    ExplainedBody,
-    ModelBody,
-    PredictionBody,
-    Refusal,
-    describe,
-    error_json,
-    error_responses,
-    explanation_body,
-    model_body,
-    prediction_body,
-    request_body,
-)
 from dualrefnet.service.settings import ServiceSettings
 from dualrefnet.service.uploads import read_upload
 
@@ -61,13 +42,8 @@ MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript
 def create_app(predictor: Predictor, settings: ServiceSettings, explainer: Predictor | None = None) -> FastAPI:
     """Return the service as an ASGI application.
 
-    Args:
-        predictor: the model.
-        settings: limits and keys.
-        explainer: a second copy of the model, so that explanations don't delay predictions.
-
-    Raises:
-        RunError: the model must not be served; see `refuse_shortcut`.
+    With an `explainer`, a second copy of the model, explanations don't delay predictions. Raises a RunError if the
+    model must not be served; see `refuse_shortcut`.
     """
     refuse_shortcut(predictor.shortcut, predictor.name, settings.accept_missingness_shortcut)
     metrics = Metrics()
@@ -76,8 +52,10 @@ def create_app(predictor: Predictor, settings: ServiceSettings, explainer: Predi
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         inference.start()
-        yield
-        await inference.stop()
+        try:
+            yield
+        finally:
+            await inference.stop()
 
     app = FastAPI(
         title=f"dualrefnet: {predictor.name}",
@@ -91,10 +69,19 @@ def create_app(predictor: Predictor, settings: ServiceSettings, explainer: Predi
     )
     app.state.inference = inference
     files = {**DOCS_FILES, **(PAGE_FILES if settings.page else {})}
-    open_paths = frozenset({"/healthz", "/readyz", *files})
-    app.add_middleware(Guard, settings=settings, metrics=metrics, inference=inference, open_paths=open_paths)
+    app.add_middleware(
+        Guard, settings=settings, metrics=metrics, inference=inference, open_paths=frozenset({*schemas.PROBES, *files})
+    )
+    if settings.allow_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allow_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "X-API-Key", "X-Request-ID"],
+            expose_headers=["X-Request-ID", "Retry-After"],
+        )
     app.add_exception_handler(HTTPException, _http_error)
-    app.openapi = lambda: describe(app, settings)  # type: ignore[method-assign]
+    app.openapi = lambda: schemas.describe(app, settings)  # type: ignore[method-assign]
     _add_prediction_routes(app, inference)
     _add_information_routes(app, inference, metrics)
     for path, name in files.items():
@@ -109,8 +96,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
         404: ("not_found", "there is nothing here; /docs describes what there is"),
         405: ("wrong_method", "this path takes another method; see the header Allow"),
     }.get(error.status_code, ("error", str(error.detail)))
-    content = error_json(code, message, request.state.request_id)
-    return Response(content, error.status_code, dict(error.headers or {}), "application/json")
+    content = schemas.error_json(code, message, request.state.request_id)
+    headers = {name: "GET, HEAD" if value == "GET" else value for name, value in (error.headers or {}).items()}
+    return Response(content, error.status_code, headers, "application/json")
 
 
 def _add_file(app: FastAPI, path: str, file: Path) -> None:
@@ -123,40 +111,34 @@ def _add_file(app: FastAPI, path: str, file: Path) -> None:
 
 def _add_prediction_routes(app: FastAPI, inference: Inference) -> None:
     predictor, settings = inference.predictor, inference.settings
-    responses = error_responses(PREDICTION_ROUTE, bool(settings.api_keys))
+    responses = schemas.error_responses(schemas.PREDICTION_ROUTE, settings)
 
     @app.post(
         "/v1/predict",
-        response_model=PredictionBody,
+        response_model=schemas.PredictionBody,
         responses=responses,
-        openapi_extra=request_body(predictor, settings, explained=False),
+        openapi_extra=schemas.request_body(predictor, settings, explained=False),
     )
     async def predict(request: Request) -> Any:
         """Classify one lesion from its images and the patient's metadata."""
-        with inference.limiter.reserve() as reservation:
-            upload = await read_upload(
-                request, reservation, max_images=settings.max_images, max_metadata=settings.max_metadata
-            )
-            work = inference.predict(upload.images, upload.metadata, reservation)
-            prediction = await _while_connected(request, work)
-        return prediction_body(prediction, predictor.name, len(upload.images), request.state.request_id)
+        with Reservation(inference.limiter, request.state.length) as reservation:
+            upload = await read_upload(request, reservation, settings)
+            prediction = await _while_connected(request, inference.predict(upload, reservation))
+        return schemas.prediction_body(prediction, predictor.name, len(upload.images), request.state.request_id)
 
     @app.post(
         "/v1/explain",
-        response_model=ExplainedBody,
+        response_model=schemas.ExplainedBody,
         responses=responses,
-        openapi_extra=request_body(predictor, settings, explained=True),
+        openapi_extra=schemas.request_body(predictor, settings, explained=True),
     )
     async def explain(request: Request) -> Any:
         """Classify one lesion from one image and the metadata, and explain the prediction by occlusion."""
-        with inference.explain_limiter.reserve() as reservation:
-            upload = await read_upload(
-                request, reservation, max_images=1, max_metadata=settings.max_metadata, with_label=True
-            )
-            work = inference.explain(upload.images, upload.metadata, upload.label, reservation)
-            prediction, explanation = await _while_connected(request, work)
-        body = prediction_body(prediction, predictor.name, len(upload.images), request.state.request_id)
-        return {**body, "explanation": explanation_body(explanation)}
+        with Reservation(inference.explain_limiter, request.state.length) as reservation:
+            upload = await read_upload(request, reservation, settings, explained=True)
+            prediction, explanation = await _while_connected(request, inference.explain(upload, reservation))
+        body = schemas.prediction_body(prediction, predictor.name, len(upload.images), request.state.request_id)
+        return {**body, "explanation": schemas.explanation_body(explanation)}
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
@@ -181,37 +163,34 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, Result]) 
 
 
 def _add_information_routes(app: FastAPI, inference: Inference, counted: Metrics) -> None:
-    predictor, settings = inference.predictor, inference.settings
-    responses = error_responses(ANY_ROUTE, bool(settings.api_keys))
-    probe_responses = error_responses(ANY_ROUTE, False)
+    settings = inference.settings
+    responses = schemas.error_responses(schemas.ANY_ROUTE, settings)
+    probe_responses = schemas.error_responses(schemas.ANY_ROUTE)
 
-    @app.get("/v1/model", response_model=ModelBody, responses=responses)
+    @app.get("/v1/model", response_model=schemas.ModelBody, responses=responses)
     async def model() -> Any:
         """Describe the model, its metadata fields, and the limits of a request."""
-        return model_body(predictor, settings)
+        return schemas.model_body(inference.predictor, settings)
 
-    @app.get("/healthz", response_model=Alive, responses=probe_responses)
+    @app.get("/healthz", response_model=schemas.Alive, responses=probe_responses)
     async def healthz() -> Any:
         """Whether the process lives."""
         return {"status": "alive"}
 
     not_ready: dict[int | str, dict[str, Any]] = {
-        503: {"model": ErrorBody, "description": "The model is not ready yet, or the service stops."}
+        503: {"model": schemas.ErrorBody, "description": "The model is not ready yet, or the service is busy or stops."}
     }
 
-    @app.get("/readyz", response_model=Alive, responses={**probe_responses, **not_ready})
+    @app.get("/readyz", response_model=schemas.Alive, responses={**probe_responses, **not_ready})
     async def readyz() -> Any:
         """Whether predictions can be requested."""
-        if inference.state != "ready":
-            raise Refusal(503, inference.state, f"not ready: {inference.state}", retry=True)
+        if inference.readiness != "ready":
+            raise schemas.Refusal(503, inference.readiness, f"not ready: {inference.readiness}", retry=True)
         return {"status": "ready"}
 
-    text: dict[str, Any] = {
-        "content": {"text/plain": {"schema": {"type": "string"}}},
-        "description": "Prometheus' text format.",
-    }
+    text = {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' text format."}
 
     @app.get("/metrics", response_class=Response, responses={**responses, 200: text})
     async def metrics() -> Response:
         """Metrics for Prometheus."""
-        return Response(counted.render(), media_type=counted.content_type)
+        return Response(counted.render(), media_type=CONTENT_TYPE_LATEST)

@@ -1,21 +1,23 @@
-"""From uploaded images and metadata to predictions and explanations: decoding in a pool, the model in workers."""
+"""From uploaded images and metadata to predictions: bounded admission, decoding, and the model in batches."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
-from collections.abc import Coroutine, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dualrefnet.errors import DataError
-from dualrefnet.service.batching import Limiter, Reservation, Worker
+from dualrefnet.runtime.preprocessing import Image
+from dualrefnet.service.decoder import Decoders
 from dualrefnet.service.observability import Metrics, traceback_of
 from dualrefnet.service.schemas import Refusal
 from dualrefnet.service.settings import ServiceSettings
@@ -24,45 +26,196 @@ if TYPE_CHECKING:
     from dualrefnet.deploy.predictor import Explanation, Prediction, Predictor
 
 log = logging.getLogger("dualrefnet.service")
+Job = TypeVar("Job")
 Result = TypeVar("Result")
-Image = NDArray[np.uint8]
+
+
+class Busy(Exception):
+    """The limiter is full; the client should retry a little later."""
+
+
+class Limiter:
+    """Bounds the number of requests and the bytes of their bodies. For one event loop."""
+
+    def __init__(
+        self, max_requests: int, max_bytes: int, observe: Callable[[int, int], None] = lambda requests, size: None
+    ) -> None:
+        self._max_requests, self._max_bytes, self._observe = max_requests, max_bytes, observe
+        self.requests = self.bytes = 0
+
+    @property
+    def full(self) -> bool:
+        return self.requests >= self._max_requests
+
+    def change(self, requests: int, size: int) -> None:
+        """Take requests and bytes, or give them back; if they don't fit nothing is taken, and `Busy` is raised."""
+        if requests > 0 and self.requests + requests > self._max_requests:
+            raise Busy
+        if size > 0 and self.bytes + size > self._max_bytes:
+            raise Busy
+        self.requests += requests
+        self.bytes += size
+        self._observe(self.requests, self.bytes)
+
+
+class Reservation:
+    """What a request takes of a limiter: before its body is read a place and the bytes that it declares, or `Busy` is
+    raised. Leaving the block gives everything back.
+    """
+
+    def __init__(self, limiter: Limiter, declared: int) -> None:
+        limiter.change(1, declared)
+        self._limiter, self._held, self._received = limiter, declared, 0
+
+    def __enter__(self) -> Reservation:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._limiter.change(-1, -self._held)
+
+    def receive(self, size: int) -> None:
+        """Count bytes of the body as they arrive, as far as they weren't declared."""
+        self._received += size
+        beyond = max(0, self._received - self._held)
+        self._limiter.change(0, beyond)
+        self._held += beyond
+
+    def release_body(self) -> None:
+        """The body has been decoded and is no longer held."""
+        self._limiter.change(0, -self._held)
+        self._held = 0
+
+
+class Worker(Generic[Job, Result]):
+    """Runs jobs in one thread, in batches.
+
+    A lone job starts at once; what arrives while the thread is busy forms the next batch. Only if `expected` says that
+    more jobs are on their way does an idle thread wait for them, `max_wait` seconds at most. A job larger than
+    `max_batch` runs alone.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[list[Job]], list[Result]],
+        name: str,
+        *,
+        max_batch: int = 1,
+        max_wait: float = 0.0,
+        size: Callable[[Job], int] = lambda job: 1,
+        expected: Callable[[], int] = lambda: 0,
+        observe: Callable[[int], None] = lambda size: None,
+    ) -> None:
+        self._run, self._name, self._size, self._expected, self._observe = run, name, size, expected, observe
+        self._max_batch, self._max_wait = max_batch, max_wait
+        self._waiting: deque[tuple[Job, asyncio.Future[Result]]] = deque()
+        self._arrived = asyncio.Event()
+
+    def start(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=self._name)
+        self._task = asyncio.get_running_loop().create_task(self._loop())
+
+    async def stop(self) -> None:
+        """Stop after the running batch; jobs that wait are cancelled."""
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+        while self._waiting:
+            self._waiting.popleft()[1].cancel()
+        await asyncio.to_thread(self._thread.shutdown)
+
+    async def submit(self, job: Job) -> Result:
+        """Run a job; if the caller is cancelled before it has begun, it never runs."""
+        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        entry = (job, future)
+        self._waiting.append(entry)
+        self._arrived.set()
+        try:
+            return await future
+        finally:
+            # Otherwise `remove` would fail, with an error that takes longer to write than a job to run.
+            if entry in self._waiting:
+                self._waiting.remove(entry)
+
+    async def _loop(self) -> None:
+        while True:
+            await self._arrived.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._max_wait):
+                    while self._expected() and sum(self._size(job) for job, _ in self._waiting) < self._max_batch:
+                        self._arrived.clear()
+                        await self._arrived.wait()
+            batch = self._next_batch()
+            if batch:
+                await self._run_batch(batch)
+
+    def _next_batch(self) -> list[tuple[Job, asyncio.Future[Result]]]:
+        batch: list[tuple[Job, asyncio.Future[Result]]] = []
+        left = self._max_batch
+        while self._waiting and (not batch or self._size(self._waiting[0][0]) <= left):
+            batch.append(self._waiting.popleft())
+            left -= self._size(batch[-1][0])
+        if self._waiting:
+            self._arrived.set()
+        else:
+            self._arrived.clear()
+        return batch
+
+    async def _run_batch(self, batch: list[tuple[Job, asyncio.Future[Result]]]) -> None:
+        jobs = [job for job, _ in batch]
+        self._observe(sum(map(self._size, jobs)))
+        try:
+            results = await asyncio.get_running_loop().run_in_executor(self._thread, self._run, jobs)
+        except asyncio.CancelledError:
+            for _, future in batch:
+                future.cancel()
+            raise
+        except Exception as error:
+            if len(batch) > 1:
+                # One invalid job must not fail the others: each runs again, alone.
+                for entry in batch:
+                    await self._run_batch([entry])
+            elif not batch[0][1].done():
+                batch[0][1].set_exception(error)
+            return
+        for (_, future), result in zip(batch, results, strict=True):
+            if not future.done():
+                future.set_result(result)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """The parts of a request; `label` is the class to explain, if one is given."""
+
+    images: list[bytes]
+    metadata: dict[str, Any]
+    label: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One lesion: its preprocessed images (None: no image), its metadata, and the class to explain."""
+    """One lesion: its preprocessed images (None: no image), and its metadata."""
 
-    images: Sequence[Image | None]
-    metadata: Mapping[str, Any]
-    label: str = ""
+    images: list[Image | None]
+    metadata: dict[str, Any]
 
 
 class Inference:
-    """Serves one model.
-
-    Args:
-        predictor: the model.
-        settings: its limits.
-        metrics: of the service.
-        explainer: a second copy of the model for explanations, so that predictions never wait for one. Without it both
-            share the model, one at a time.
-
-    Attributes:
-        state: `ready`, or why not.
-        given_up: accepted requests that were cancelled when the service stopped. limiter, explain_limiter: admission of
-            predictions and of explanations.
-    """
+    """Serves one model. With an `explainer`, a second copy of it, predictions never wait for an explanation."""
 
     def __init__(
         self, predictor: Predictor, settings: ServiceSettings, metrics: Metrics, explainer: Predictor | None = None
     ) -> None:
         self.predictor, self.settings, self._metrics = predictor, settings, metrics
         self.state: Literal["starting", "ready", "stopping", "broken"] = "starting"
+        # Accepted requests that were cancelled when the service stopped.
         self.given_up = 0
+        # Whether the last request that came to an end waited too long.
+        self._late = False
         self._decoding = 0
         explain_bytes = max(settings.max_upload, settings.queue_bytes // 4)
         self.limiter = Limiter(settings.queue, settings.queue_bytes, metrics.held("predict"))
         self.explain_limiter = Limiter(settings.explain_queue, explain_bytes, metrics.held("explain"))
+        self._decoders = Decoders(settings, predictor.image)
         # A model serves one thread at a time.
         lock = threading.Lock()
         explain_lock = threading.Lock() if explainer else lock
@@ -71,10 +224,10 @@ class Inference:
             with lock:
                 return predictor.predict_lesions([case.images for case in cases], [case.metadata for case in cases])
 
-        def explain(cases: list[Case]) -> list[Explanation]:
+        def explain(jobs: list[tuple[Case, str]]) -> list[Explanation]:
             model = explainer or predictor
             with explain_lock:
-                return [model.explain_array(case.images[0], case.metadata, case.label) for case in cases]
+                return [model.explain_array(case.images[0], case.metadata, label) for case, label in jobs]
 
         self._predictions = Worker(
             predict,
@@ -83,109 +236,101 @@ class Inference:
             max_wait=settings.max_wait,
             size=lambda case: len(case.images),
             expected=lambda: self._decoding,
-            observe=metrics.batch("predict"),
+            observe=metrics.batches.labels("predict").observe,
         )
-        self._explanations = Worker(explain, "explain", observe=metrics.batch("explain"))
+        self._explanations = Worker(explain, "explain", observe=metrics.batches.labels("explain").observe)
 
     def start(self) -> None:
-        """Start the threads, and warm the model up."""
-        self._decoders = ThreadPoolExecutor(self.settings.decoders, thread_name_prefix="decode")
+        """Start threads and processes, and warm the model up."""
         self._predictions.start()
         self._explanations.start()
         self._warm_up_task = asyncio.get_running_loop().create_task(self._warm_up())
 
     async def stop(self) -> None:
-        """Stop after what is running."""
+        """Stop after what the model computes."""
         self.state = "stopping"
         self._warm_up_task.cancel()
         with suppress(asyncio.CancelledError):
             await self._warm_up_task
+        await self._decoders.stop()
         await self._predictions.stop()
         await self._explanations.stop()
-        await asyncio.to_thread(self._decoders.shutdown, cancel_futures=True)
         self._metrics.close()
+
+    @property
+    def readiness(self) -> str:
+        """`ready`, or why a request would not be answered now."""
+        if self.state == "ready" and (self.limiter.full or (self._late and self.limiter.requests)):
+            return "busy"
+        return self.state
 
     async def _warm_up(self) -> None:
         """Predict once: the first prediction is slow, and a model that can't predict must not be reported as ready."""
         size = self.predictor.size
         image = np.zeros((size, size, 3), dtype=np.uint8) if self.predictor.reads_image else None
         try:
-            await self._predictions.submit(Case([image], {}))
+            await self._decoders.start()
+            await self._classify(Case([image], {}))
         except Exception as error:
             log.critical("model failed", extra={"error": type(error).__name__, "where": traceback_of(error)})
             self.state = "broken"
         else:
             self.state = "ready"
 
-    async def predict(
-        self, images: Sequence[bytes], metadata: Mapping[str, Any], reservation: Reservation
-    ) -> Prediction:
-        """Classify one lesion.
+    async def predict(self, upload: Upload, reservation: Reservation) -> Prediction:
+        """Classify one lesion; raises DataError if it doesn't suit the model, ImageError, or a Refusal."""
+        self._check(upload)
 
-        Args:
-            images: encoded images.
-            metadata: field -> value.
-            reservation: holds the bytes of the images; they are released once decoded.
+        async def work() -> Prediction:
+            return await self._classify(Case(await self._prepare(upload.images, reservation), upload.metadata))
 
-        Raises:
-            Busy: the queue is full.
-            DataError: the metadata or the number of images don't suit the model.
-            ImageError: an image can't be decoded.
-            Refusal: it took too long.
-        """
-        self._check(images, metadata, reservation)
-        return await self._within_timeout(self._predict(images, metadata, reservation))
+        return await self._within_timeout(work())
 
-    async def explain(
-        self, images: Sequence[bytes], metadata: Mapping[str, Any], label: str | None, reservation: Reservation
-    ) -> tuple[Prediction, Explanation]:
-        """Classify one lesion of one image at most, and explain a class (None: the predicted one); see `predict`."""
-        if label is not None and label not in self.predictor.classes:
+    async def explain(self, upload: Upload, reservation: Reservation) -> tuple[Prediction, Explanation]:
+        """Classify one lesion of one image at most, and explain a class (the predicted one if none is given)."""
+        self._check(upload)
+
+        async def work() -> tuple[Prediction, Explanation]:
+            case = Case(await self._prepare(upload.images, reservation), upload.metadata)
+            prediction = await self._classify(case)
+            return prediction, await self._explanations.submit((case, upload.label or prediction.label))
+
+        return await self._within_timeout(work())
+
+    def _check(self, upload: Upload) -> None:
+        if upload.label not in (None, *self.predictor.classes):
             raise DataError(f"the model knows no such label; it knows {', '.join(self.predictor.classes)}")
-        self._check(images, metadata, reservation)
-
-        async def both() -> tuple[Prediction, Explanation]:
-            prepared = await self._prepare_all(images, reservation)
-            prediction = await self._predictions.submit(Case(prepared, metadata))
-            case = Case(prepared, metadata, label or prediction.label)
-            return prediction, await self._explanations.submit(case)
-
-        return await self._within_timeout(both())
-
-    def _check(self, images: Sequence[bytes], metadata: Mapping[str, Any], reservation: Reservation) -> None:
-        reservation.enter()
-        if images and not self.predictor.reads_image:
+        if upload.images and not self.predictor.reads_image:
             raise DataError("this model reads the metadata alone; send no image")
-        if not images and self.predictor.needs_image:
+        if not upload.images and self.predictor.needs_image:
             raise DataError("this model needs an image; send it as the part images")
-        self.predictor.check_metadata(metadata)
+        self.predictor.check_metadata(upload.metadata)
 
     async def _within_timeout(self, work: Coroutine[Any, Any, Result]) -> Result:
         try:
             async with asyncio.timeout(self.settings.timeout):
-                return await work
+                result = await work
         except TimeoutError:
-            self._metrics.rejected("timeout")
+            self._late = True
+            self._metrics.rejected.labels("timeout").inc()
             raise Refusal(503, "timeout", "the service is too busy to respond in time; retry", retry=True) from None
+        self._late = False
+        return result
 
-    async def _predict(
-        self, images: Sequence[bytes], metadata: Mapping[str, Any], reservation: Reservation
-    ) -> Prediction:
-        return await self._predictions.submit(Case(await self._prepare_all(images, reservation), metadata))
-
-    async def _prepare_all(self, images: Sequence[bytes], reservation: Reservation) -> list[Image | None]:
-        loop = asyncio.get_running_loop()
-        futures = [loop.run_in_executor(self._decoders, self._prepare, image) for image in images]
+    async def _prepare(self, images: list[bytes], reservation: Reservation) -> list[Image | None]:
+        tasks = [asyncio.ensure_future(self._decoders.prepare(image)) for image in images]
         self._decoding += 1
         try:
-            return list(await asyncio.gather(*futures)) or [None]
+            return list(await asyncio.gather(*tasks)) or [None]
         finally:
             self._decoding -= 1
             reservation.release_body()
             # If one is invalid or the client has disconnected, those not begun needn't be decoded.
-            for future in futures:
-                future.cancel()
+            for task in tasks:
+                task.cancel()
 
-    def _prepare(self, image: bytes) -> Image | None:
-        pixels = self.predictor.decode(image, max_bytes=self.settings.max_upload, max_pixels=self.settings.max_pixels)
-        return self.predictor.prepare(pixels)
+    async def _classify(self, case: Case) -> Prediction:
+        prediction = await self._predictions.submit(case)
+        if not all(map(math.isfinite, prediction.probabilities.values())):
+            raise Refusal(500, "not_finite", "the model computed no numbers for this input, so there is no prediction")
+        return prediction

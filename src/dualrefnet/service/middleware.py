@@ -1,4 +1,4 @@
-"""Around every route: request ids, API keys, limits of bodies, security headers, the log, one form of errors."""
+"""Around every route: origins, API keys, limits of bodies, security headers, ids, the log, and one form of errors."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Iterable
 from contextlib import suppress
+from urllib.parse import urlsplit
 
-from pydantic import SecretStr
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dualrefnet.errors import DataError, ImageError
-from dualrefnet.service.batching import Busy
-from dualrefnet.service.inference import Inference
+from dualrefnet.service.inference import Busy, Inference
 from dualrefnet.service.observability import Metrics, traceback_of
-from dualrefnet.service.schemas import Refusal, error_json
+from dualrefnet.service.schemas import PROBES, Refusal, error_json
 from dualrefnet.service.settings import ServiceSettings
 
 log = logging.getLogger("dualrefnet.service")
 REQUEST_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
+# An address can't be rebound as a name can.
+LOCAL_HOST = re.compile(r"(localhost|[0-9.]+|\[[0-9a-f:.]+\])(:[0-9]+)?")
 CLIENT_DISCONNECTED = 499
 MAX_HEADERS = 16 * 1024
 SECURITY_HEADERS = {
@@ -39,25 +39,8 @@ SECURITY_HEADERS = {
 }
 
 
-class Keys:
-    """Knows the API keys by their digests."""
-
-    def __init__(self, keys: Iterable[SecretStr]) -> None:
-        self._digests = [hashlib.sha256(key.get_secret_value().encode()).digest() for key in keys]
-
-    def admit(self, headers: Headers) -> bool:
-        """Whether X-API-Key or `Authorization: Bearer` gives a key, or none is needed."""
-        if not self._digests:
-            return True
-        scheme, _, rest = headers.get("authorization", "").partition(" ")
-        given = headers.get("x-api-key", rest.strip() if scheme.lower() == "bearer" else "")
-        digest = hashlib.sha256(given.encode("latin-1")).digest()
-        # All are compared, each in constant time: the time reveals nothing.
-        return any([hmac.compare_digest(digest, known) for known in self._digests])
-
-
 class Guard:
-    """ASGI middleware around the whole application."""
+    """ASGI middleware around the whole application; `open_paths` hold nothing of the model and need no key."""
 
     def __init__(
         self,
@@ -68,8 +51,10 @@ class Guard:
         open_paths: frozenset[str],
     ) -> None:
         self._app, self._settings, self._metrics, self._inference = app, settings, metrics, inference
-        self._keys = Keys(settings.api_keys)
         self._open = open_paths
+        # Keys are known by their digests alone.
+        self._digests = [hashlib.sha256(key.get_secret_value().encode()).digest() for key in settings.api_keys]
+        self._hosts = {urlsplit(origin).netloc for origin in settings.allow_origins}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -77,7 +62,9 @@ class Guard:
             path, prefix = scope["path"], self._settings.root_path
             if prefix and (path == prefix or path.startswith(f"{prefix}/")):
                 path = path[len(prefix) :] or "/"
-            await self._request({**scope, "path": path, "root_path": ""}, receive, send)
+            # The server leaves the body out of the response to HEAD.
+            method = "GET" if scope["method"] == "HEAD" else scope["method"]
+            await self._request({**scope, "path": path, "root_path": "", "method": method}, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
@@ -87,31 +74,23 @@ class Guard:
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
         exchange = _Exchange(headers, receive, send, request_id, self._settings)
+        scope["state"] = {**scope.get("state", {}), "request_id": request_id, "length": exchange.length}
         started = time.perf_counter()
         try:
-            if scope["http_version"] not in ("1.0", "1.1"):
-                raise Refusal(400, "not_http", "this service speaks HTTP/1.1", {"Connection": "close"})
-            # uvicorn bounds a head only while it is incomplete.
-            if len(scope["raw_path"]) + sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADERS:
-                raise Refusal(431, "headers_too_large", "the headers are too large", {"Connection": "close"})
-            if scope["path"] not in self._open and not self._keys.admit(headers):
-                self._metrics.rejected("key")
-                bearer = {"WWW-Authenticate": 'Bearer realm="dualrefnet"'}
-                raise Refusal(401, "no_key", "give an API key in the header X-API-Key", bearer)
+            self._check(scope, headers)
             exchange.check_length()
             await self._app(scope, exchange.receive, exchange.send)
         except Refusal as refusal:
             await exchange.refuse(refusal)
         except Busy:
-            self._metrics.rejected("full")
+            self._metrics.rejected.labels("full").inc()
             await exchange.refuse(Refusal(429, "full", "too many requests are waiting; retry", retry=True))
         except (DataError, ImageError) as error:
             code = "bad_photograph" if isinstance(error, ImageError) else "bad_form"
             await exchange.refuse(Refusal(422, code, str(error)))
         except (ClientDisconnect, ConnectionAbortedError):
-            self._metrics.rejected("client gone")
+            self._metrics.rejected.labels("client gone").inc()
         except asyncio.CancelledError:
             # Only the server cancels, when its grace period is over.
             self._inference.given_up += 1
@@ -127,9 +106,57 @@ class Guard:
             route = str(getattr(scope.get("route"), "path", "none"))
             status = exchange.status or CLIENT_DISCONNECTED
             seconds = (exchange.ended or time.perf_counter()) - started
-            self._metrics.responded(route, status, seconds)
+            self._metrics.requests.labels(route, str(status)).inc()
+            self._metrics.seconds.labels(route).observe(seconds)
             line = {"id": request_id, "route": route, "status": status, "ms": round(1000 * seconds, 1)}
             log.info("request", extra={**line, "bytes_in": exchange.received, "bytes_out": exchange.sent})
+
+    def _check(self, scope: Scope, headers: Headers) -> None:
+        """Refuse what may be known from the head alone."""
+        if scope["http_version"] not in ("1.0", "1.1"):
+            raise Refusal(400, "not_http", "this service speaks HTTP/1.1", {"Connection": "close"})
+        # uvicorn bounds a head only while it is incomplete.
+        if len(scope["raw_path"]) + sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADERS:
+            raise Refusal(431, "headers_too_large", "the headers are too large", {"Connection": "close"})
+        if not self._digests and scope["path"] not in PROBES and not self._knows_host(headers):
+            self._metrics.rejected.labels("host").inc()
+            message = "without API keys the service answers under its address and localhost alone; see --allow-origin"
+            raise Refusal(403, "other_host", message)
+        if scope["path"] in self._open:
+            return
+        if not self._same_origin(headers):
+            self._metrics.rejected.labels("origin").inc()
+            raise Refusal(403, "other_origin", "requests of other web sites are refused; see --allow-origin")
+        if not self._knows_key(headers):
+            self._metrics.rejected.labels("key").inc()
+            bearer = {"WWW-Authenticate": 'Bearer realm="dualrefnet"'}
+            raise Refusal(401, "no_key", "give an API key in the header X-API-Key", bearer)
+
+    def _knows_host(self, headers: Headers) -> bool:
+        """Whether the request was sent to an address, or to a known name.
+
+        A web site whose name is rebound to this address can send requests from a browser, and read the responses, under
+        its own name alone.
+        """
+        host = headers.get("host", "").lower()
+        return host in self._hosts or LOCAL_HOST.fullmatch(host) is not None
+
+    def _same_origin(self, headers: Headers) -> bool:
+        """Whether a browser says that the page is the service's own, or nobody says that it is another's."""
+        origin = headers.get("origin")
+        if origin in self._settings.allow_origins:
+            return True
+        if "sec-fetch-site" in headers:
+            return headers["sec-fetch-site"] in ("same-origin", "none")
+        return origin is None or urlsplit(origin).netloc == headers.get("host")
+
+    def _knows_key(self, headers: Headers) -> bool:
+        """Whether X-API-Key or `Authorization: Bearer` gives a key, or none is needed."""
+        scheme, _, rest = headers.get("authorization", "").partition(" ")
+        given = headers.get("x-api-key", rest.strip() if scheme.lower() == "bearer" else "")
+        digest = hashlib.sha256(given.encode("latin-1")).digest()
+        # All are compared, each in constant time: the time reveals nothing.
+        return not self._digests or any([hmac.compare_digest(digest, known) for known in self._digests])
 
 
 class _Exchange:
@@ -138,18 +165,18 @@ class _Exchange:
     def __init__(
         self, headers: Headers, receive: Receive, send: Send, request_id: str, settings: ServiceSettings
     ) -> None:
-        length = headers.get("content-length", "")
-        self._length = int(length) if length.isascii() and length.isdigit() else 0
+        # The server has refused a length that isn't one.
+        self.length = int(headers.get("content-length", 0))
         self._receive, self._send, self._id, self._settings = receive, send, request_id, settings
-        self._complete = "transfer-encoding" not in headers and not self._length
+        self._complete = "transfer-encoding" not in headers and not self.length
         self._deadline: float | None = None
         self.received = self.sent = 0
         self.status: int | None = None
         self.ended: float | None = None
 
     def check_length(self) -> None:
-        """Refuse a body that is declared to be too large."""
-        if max(self._length, self.received) > self._settings.max_upload:
+        """Refuse a body that is too large, or declared to be."""
+        if max(self.length, self.received) > self._settings.max_upload:
             raise Refusal(413, "too_large", f"the request may have {self._settings.max_upload:,} bytes at most")
 
     async def receive(self) -> Message:

@@ -8,17 +8,12 @@ import os
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
-
-from dualrefnet.errors import DependencyError
-
-try:
-    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-    from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
-except ImportError:
-    raise DependencyError("the web service needs prometheus-client: pip install 'dualrefnet[deploy]'") from None
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 # Of a record only these are written; whatever else a library attaches stays out.
 FIELDS = ("id", "route", "status", "ms", "bytes_in", "bytes_out", "error", "where")
@@ -53,6 +48,21 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line)
 
 
+class Seldom(logging.Filter):
+    """Lets a message pass once a minute: out of file descriptors, asyncio writes it thousands of times a second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passed: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage().split("\n", 1)[0]
+        seldom = record.created - self._passed.get(message, 0) > 60
+        if seldom:
+            self._passed[message] = record.created
+        return seldom
+
+
 def log_to_stderr() -> None:
     """Write what the service and the server log to standard error."""
     handler = logging.StreamHandler()
@@ -62,52 +72,35 @@ def log_to_stderr() -> None:
     root.setLevel(logging.WARNING)
     for name in ("dualrefnet", "uvicorn"):
         logging.getLogger(name).setLevel(logging.INFO)
-    # These quote what they can't parse.
+    logging.getLogger("asyncio").addFilter(Seldom())
+    # It quotes what it can't parse.
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
-    logging.getLogger("PIL").setLevel(logging.ERROR)
 
 
 class Metrics:
     """The metrics of one process; `render` gives those of all its workers together."""
 
-    content_type = CONTENT_TYPE_LATEST
-
     def __init__(self) -> None:
         # Its own registry: one process may make several services, in tests.
         self._registry = registry = CollectorRegistry()
-        self._requests = Counter(
+        self.requests = Counter(
             "dualrefnet_requests", "Responses, by route and status.", ["route", "status"], registry=registry
         )
-        self._rejected = Counter(
+        self.rejected = Counter(
             "dualrefnet_rejected", "Requests refused or abandoned, by reason.", ["reason"], registry=registry
         )
-        self._seconds = Histogram(
+        self.seconds = Histogram(
             "dualrefnet_request_seconds", "From headers to response.", ["route"], buckets=SECONDS, registry=registry
         )
-        self._batches = Histogram(
+        self.batches = Histogram(
             "dualrefnet_batch_photographs", "Images in a batch.", ["lane"], buckets=BATCH_SIZES, registry=registry
         )
-        self._queue, self._bytes = (
-            Gauge(name, text, ["lane"], registry=registry, multiprocess_mode="livesum")
-            for name, text in (
-                ("dualrefnet_queue_requests", "Requests that are held."),
-                ("dualrefnet_queue_bytes", "Bytes of bodies that are held."),
-            )
-        )
+        gauge = partial(Gauge, labelnames=["lane"], registry=registry, multiprocess_mode="livesum")
+        self._queue = gauge("dualrefnet_queue_requests", "Requests that are held.")
+        self._bytes = gauge("dualrefnet_queue_bytes", "Bytes of bodies that are held.")
         self._folder = os.environ.get(FOLDER_VARIABLE)
         if self._folder:
             forget_dead_workers(Path(self._folder))
-
-    def responded(self, route: str, status: int, seconds: float) -> None:
-        self._requests.labels(route, str(status)).inc()
-        self._seconds.labels(route).observe(seconds)
-
-    def rejected(self, reason: str) -> None:
-        self._rejected.labels(reason).inc()
-
-    def batch(self, lane: str) -> Callable[[int], None]:
-        """Return what observes the sizes of batches."""
-        return self._batches.labels(lane).observe
 
     def held(self, lane: str) -> Callable[[int, int], None]:
         """Return what is called with the requests and bytes that are held."""
@@ -135,7 +128,6 @@ class Metrics:
 
 def forget_dead_workers(folder: Path) -> None:
     """Take out of the sums the gauges of workers that were killed."""
-    for file in folder.glob("gauge_live*_*.db"):
-        process = file.stem.rsplit("_", 1)[1]
+    for process in {file.stem.rsplit("_", 1)[1] for file in folder.glob("gauge_live*_*.db")}:
         if process.isdigit() and not psutil.pid_exists(int(process)):
-            file.unlink(missing_ok=True)
+            mark_process_dead(int(process), str(folder))  # type: ignore[no-untyped-call]

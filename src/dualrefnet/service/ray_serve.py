@@ -24,32 +24,21 @@ if TYPE_CHECKING:
 
 
 class RayService(BaseModel):
-    """What is served on Ray, and by how many replicas.
-
-    Attributes:
-        model: a run folder or that of an exported bundle, seen by all machines under this name.
-        variant: of a bundle.
-        device: `cpu`, or `cuda` for a GPU a replica.
-        settings: limits of each replica.
-        api_key_file: keys, one a line; every replica reads it, so that no key goes through Ray. min_replicas,
-            max_replicas: bounds of their number.
-        cpus: of one replica.
-        ongoing: requests per replica beyond which another one is started.
-        most_ongoing: most requests that a replica is given at once.
-    """
+    """What is served on Ray, and by how many replicas."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: Path
-    variant: str = "float32"
-    device: str = "cpu"
+    model: Path  # folder of a run or an exported bundle, which all machines see under this name
+    variant: str = "float32"  # of a bundle
+    device: str = "cpu"  # or `cuda` for a GPU a replica
     settings: ServiceSettings = ServiceSettings(page=False)
+    # Keys, one a line; every replica reads it, so that no key goes through Ray.
     api_key_file: Path | None = None
     min_replicas: int = Field(default=1, ge=1)
     max_replicas: int = Field(default=1, ge=1)
-    cpus: float = Field(default=1.0, gt=0)
-    ongoing: float = Field(default=8.0, gt=0)
-    most_ongoing: int = Field(default=64, ge=1)
+    cpus: float = Field(default=1.0, gt=0)  # of a replica
+    ongoing: float = Field(default=8.0, gt=0)  # requests of a replica beyond which another one is started
+    most_ongoing: int = Field(default=64, ge=1)  # requests that a replica is given at once
 
     @model_validator(mode="after")
     def _check(self) -> RayService:

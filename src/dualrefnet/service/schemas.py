@@ -24,9 +24,7 @@ NOTICE = "Not a medical device and not a diagnosis: for research only. A physici
 
 
 class Refusal(Exception):
-    """A request that is refused: an HTTP status, a code for programs, and a message for people without any value of the
-    metadata. `retry` adds Retry-After.
-    """
+    """A request that is refused, with a code for programs and a message for people that holds no metadata."""
 
     def __init__(
         self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None, retry: bool = False
@@ -151,20 +149,7 @@ class ModelBody(BaseModel):
 
 def prediction_body(prediction: Prediction, model: str, images: int, request_id: str) -> dict[str, Any]:
     """Return the fields of a `PredictionBody`."""
-    return {
-        "request_id": request_id,
-        "model": model,
-        "label": prediction.label,
-        "probabilities": prediction.probabilities,
-        "likely": list(prediction.likely),
-        "malignancy": prediction.malignancy,
-        "refer": prediction.refer,
-        "availability": prediction.availability,
-        "out_of_scope": prediction.out_of_scope,
-        "warnings": list(prediction.warnings),
-        "images": images,
-        "notice": NOTICE,
-    }
+    return {**vars(prediction), "request_id": request_id, "model": model, "images": images, "notice": NOTICE}
 
 
 def explanation_body(explanation: Explanation) -> dict[str, Any]:
@@ -183,33 +168,24 @@ def explanation_body(explanation: Explanation) -> dict[str, Any]:
 def model_body(predictor: Predictor, settings: ServiceSettings) -> ModelBody:
     effects = predictor.decision.field_effects if predictor.decision is not None else {}
     fields = [
-        FieldBody(
+        {
             **{name: getattr(field, name) for name in ("name", "kind", "unit", "minimum", "maximum", "description")},
-            levels=list(predictor.categories(field.name)) if field.kind == "categorical" else [],
-            effect=effects.get(field.name),
-        )
+            "levels": predictor.categories(field.name) if field.kind == "categorical" else [],
+            "effect": effects.get(field.name),
+        }
         for field in predictor.fields
     ]
-    limits = LimitsBody(
-        bytes=settings.max_upload,
-        pixels=settings.max_pixels,
-        images=settings.max_images,
-        metadata_bytes=settings.max_metadata,
-    )
-    return ModelBody(
-        name=predictor.name,
-        title=predictor.title,
-        classes=list(predictor.classes),
-        class_names=predictor.class_names,
-        malignant=list(predictor.malignant),
-        fields=fields,
-        reads_image=predictor.reads_image,
-        needs_image=predictor.needs_image,
-        size=predictor.size,
-        limits=limits,
-        description=predictor.description,
-        warning=predictor.shortcut,
-        notice=NOTICE,
+    limits = {
+        "bytes": settings.max_upload,
+        "pixels": settings.max_pixels,
+        "images": settings.max_images,
+        "metadata_bytes": settings.max_metadata,
+    }
+    same = ModelBody.model_fields.keys() - {"fields", "limits", "warning", "notice"}
+    described = {name: getattr(predictor, name) for name in same}
+    warning = predictor.shortcut
+    return ModelBody.model_validate(
+        {**described, "fields": fields, "limits": limits, "warning": warning, "notice": NOTICE}
     )
 
 
@@ -219,6 +195,7 @@ def error_json(code: str, message: str, request_id: str) -> bytes:
 
 ANY_ROUTE = {
     400: "The request isn't valid HTTP.",
+    403: "The request comes from a page of another web site, or names another host.",
     408: "The request came too slowly.",
     413: "The request is too large.",
     431: "The headers are too large.",
@@ -226,23 +203,24 @@ ANY_ROUTE = {
     503: "Too many connections.",
 }
 PREDICTION_ROUTE = {
+    **ANY_ROUTE,
     400: "The request isn't valid: not multipart, not strict JSON, an unknown part, or too many parts.",
-    408: "The request came too slowly.",
     413: "The request, or a part of it, is too large.",
     415: "The request isn't multipart/form-data.",
     422: "An image can't be decoded, or the metadata don't suit the model.",
     429: "Too many requests are waiting; retry after Retry-After seconds.",
-    431: "The headers are too large.",
-    500: "An internal error.",
     503: "Too busy to respond in time, or too many connections; retry after Retry-After seconds.",
 }
-NO_KEY = "The API key is missing or wrong."
+PROBES = ("/healthz", "/readyz")
 
 
-def error_responses(statuses: dict[int, str], with_key: bool) -> dict[int | str, dict[str, Any]]:
-    """Return FastAPI's `responses` for some statuses."""
-    texts = {**statuses, **({401: NO_KEY} if with_key else {})}
-    return {status: {"model": ErrorBody, "description": texts[status]} for status in sorted(texts)}
+def error_responses(
+    statuses: dict[int, str], settings: ServiceSettings | None = None
+) -> dict[int | str, dict[str, Any]]:
+    """Return FastAPI's `responses` of a route; with settings, of one that may need a key."""
+    if settings is not None and settings.api_keys:
+        statuses = {**statuses, 401: "The API key is missing or wrong."}
+    return {status: {"model": ErrorBody, "description": statuses[status]} for status in sorted(statuses)}
 
 
 def request_body(predictor: Predictor, settings: ServiceSettings, *, explained: bool) -> dict[str, Any]:
@@ -255,7 +233,7 @@ def request_body(predictor: Predictor, settings: ServiceSettings, *, explained: 
             "description": "An image of the lesion." if explained else "Images of one lesion.",
             "minItems": 1,
             "maxItems": 1 if explained else settings.max_images,
-            "items": {"type": "string", "format": "binary", "description": "JPEG, PNG, BMP, TIFF or WebP, by content."},
+            "items": {"type": "string", "format": "binary", "description": "JPEG, PNG or WebP, by content."},
         }
         required = ["images"] if predictor.needs_image else []
     names = ", ".join(field.name for field in predictor.fields) or "none"
@@ -301,7 +279,7 @@ def describe(app: FastAPI, settings: ServiceSettings) -> dict[str, Any]:
             operation["parameters"] = [*operation.get("parameters", []), request_id]
             for status, response in operation["responses"].items():
                 response["headers"] = {"X-Request-ID": response_id, **headers.get(status, {})}
-            if settings.api_keys and path not in ("/healthz", "/readyz"):
+            if settings.api_keys and path not in PROBES:
                 operation["security"] = [{"key": []}, {"bearer": []}]
     if settings.api_keys:
         openapi.setdefault("components", {})["securitySchemes"] = {

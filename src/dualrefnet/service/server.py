@@ -5,37 +5,39 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import tempfile
 import threading
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
+import uvicorn
+from filelock import BaseFileLock, FileLock, Timeout
 from pydantic import BaseModel, ConfigDict
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.supervisors import Multiprocess
 
-from dualrefnet.errors import DataError, DependencyError, DualRefNetError
+from dualrefnet.errors import DataError, DualRefNetError
 from dualrefnet.progress import console, note, warn
 from dualrefnet.service.observability import FOLDER_VARIABLE, log_to_stderr, traceback_of
 from dualrefnet.service.settings import ServiceSettings, read_keys
-
-try:
-    import uvicorn
-except ImportError:
-    raise DependencyError("the web service needs uvicorn: pip install 'dualrefnet[deploy]'") from None
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
 log = logging.getLogger("dualrefnet.service")
-# Workers are new processes; this tells them what to serve. It holds no key, but the name of the file.
-VARIABLE = "DUALREFNET_SERVICE"
 # The exit status that tells uvicorn not to start a worker again.
 STARTUP_FAILURE = 3
 FAILED = "failed"
 LOCAL = ("127.0.0.1", "::1", "localhost")
-_LOCKS: list[IO[str]] = []
+# Seconds between two looks whether a client that has sent all it will is still there.
+LOOK = 0.1
+_LOCKS: list[BaseFileLock] = []
 
 
 class Served(BaseModel):
@@ -54,16 +56,9 @@ class Served(BaseModel):
 
 
 def serve(served: Served) -> int:
-    """Serve until a signal; every accepted request is answered first.
+    """Serve until a signal, and answer every accepted request first; return 1 if some had to be given up.
 
-    SIGTERM and SIGINT stop the service within `settings.grace` seconds; with one worker, a second one at once.
-
-    Returns:
-        0, or 1 if requests had to be given up.
-
-    Raises:
-        DataError: the port is not available, a key can't be read, or no worker could start.
-        RunError: the folder holds no model, or one that must not be served.
+    SIGTERM, SIGINT and SIGHUP stop the service within `settings.grace` seconds; with one worker, a second one at once.
     """
     if served.host not in LOCAL and not read_keys(served.api_key_file):
         warn(
@@ -71,16 +66,16 @@ def serve(served: Served) -> int:
             "Set keys with --api-key-file or DUALREFNET_API_KEY, or leave --host out"
         )
     # Before the model is loaded, so that a port in use is reported at once.
-    listener = bind(served.host, served.port)
-    port = listener.getsockname()[1]
-    host = f"[{served.host}]" if ":" in served.host else served.host
-    note(f"serving {served.source} on http://{host}:{port}{served.settings.root_path}/ (stop with Ctrl+C)")
-    if served.workers > 1:
-        listener.close()
-        return _serve_workers(served.model_copy(update={"port": port}))
-    with listener:
+    with bind(served.host, served.port) as listener:
+        host = f"[{served.host}]" if ":" in served.host else served.host
+        address = f"http://{host}:{listener.getsockname()[1]}{served.settings.root_path}/"
+        note(f"serving {served.source} on {address} (stop with Ctrl+C)")
+        if served.workers > 1:
+            return _serve_workers(served, listener)
         app = load_app(served)
-        Server(uvicorn.Config(app, **uvicorn_options(served))).run([listener])
+        server = Server(uvicorn.Config(app, **uvicorn_options(served)))
+        signal.signal(signal.SIGHUP, server.handle_exit)
+        server.run([listener])
     given_up: int = app.state.inference.given_up
     if given_up:
         log.error("stopped without answering %d requests", given_up)
@@ -105,13 +100,13 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def uvicorn_options(served: Served) -> dict[str, Any]:
-    """Return uvicorn's settings. What it doesn't bound - slow headers, silent connections - is a reverse proxy's work:
-    see
-    deployment/nginx.conf.
+    """Return uvicorn's settings.
+
+    What it doesn't bound - slow headers, silent connections - is a reverse proxy's work: see deployment/nginx.conf.
     """
     return {
         # The parser and the loop of every install, so that limits and errors are the same everywhere.
-        "http": "h11",
+        "http": HalfClosedProtocol,
         "loop": "asyncio",
         "ws": "none",
         "lifespan": "on",
@@ -136,6 +131,28 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
+class HalfClosedProtocol(H11Protocol):
+    """uvicorn's protocol, for clients too that close their side of the connection after a request.
+
+    Such a client looks like one that has gone, until something is written to it: an interim response, which clients
+    skip, makes the machine of one that has gone reset the connection.
+    """
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        if self.cycle is None or self.cycle.more_body or self.cycle.response_complete:
+            return False
+        self.cycle.keep_alive = False
+        self._look()
+        return True
+
+    def _look(self) -> None:
+        if self.transport.is_closing() or self.cycle.response_started:
+            return
+        if self.scope["http_version"] == "1.1":
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.loop.call_later(LOOK, self._look)
+
+
 def load_app(served: Served) -> FastAPI:
     """Load the model, twice: see `create_app`."""
     log_to_stderr()
@@ -147,32 +164,39 @@ def load_app(served: Served) -> FastAPI:
     return create_app(predictor, settings, explainer)
 
 
-def _serve_workers(served: Served) -> int:
+class Workers(Multiprocess):
+    """uvicorn's supervisor; a closed terminal ends the service instead of starting its workers anew."""
+
+    def handle_hup(self) -> None:
+        self.handle_term()
+
+
+def _serve_workers(served: Served, listener: socket.socket) -> int:
     log_to_stderr()
     with tempfile.TemporaryDirectory(prefix="dualrefnet-workers-") as folder:
-        os.environ |= {FOLDER_VARIABLE: folder, VARIABLE: served.model_dump_json()}
+        os.environ[FOLDER_VARIABLE] = folder
         try:
-            uvicorn.run(
-                "dualrefnet.service.server:make_worker_app",
+            config = uvicorn.Config(
+                # Workers are new processes. No key is handed over, but the name of their file.
+                partial(make_worker_app, served, Path(folder)),
                 factory=True,
-                host=served.host,
-                port=served.port,
                 workers=served.workers,
                 # A worker on a busy machine may be late to say that it lives.
                 timeout_worker_healthcheck=20,
                 **uvicorn_options(served),
             )
+            Workers(config, [listener]).run()
         finally:
-            del os.environ[FOLDER_VARIABLE], os.environ[VARIABLE]
+            del os.environ[FOLDER_VARIABLE]
         if (Path(folder) / FAILED).exists():
             raise DataError("no worker could start; see the error above")
     return 0
 
 
-def make_worker_app() -> FastAPI:
-    """Load what the environment names; called by uvicorn in each worker."""
-    threading.Thread(target=_stop_with_parent, daemon=True).start()
-    served, folder = Served.model_validate_json(os.environ[VARIABLE]), Path(os.environ[FOLDER_VARIABLE])
+def make_worker_app(served: Served, folder: Path) -> FastAPI:
+    """Load the application in a worker; called by uvicorn."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    threading.Thread(target=_stop_with_parent, args=(folder,), daemon=True).start()
     try:
         _limit_cores(served.workers, folder)
         return load_app(served)
@@ -184,33 +208,30 @@ def make_worker_app() -> FastAPI:
     raise SystemExit(STARTUP_FAILURE)
 
 
-def _stop_with_parent() -> None:
-    """Stop this worker when its parent is killed: it would keep the port otherwise."""
+def _stop_with_parent(folder: Path) -> None:
+    """Stop this worker when its parent is killed, and clear up for it: the port and the folder would stay."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
+        shutil.rmtree(folder, ignore_errors=True)
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _limit_cores(workers: int, folder: Path) -> None:
-    """Give this worker cores of its own: torch, onnxruntime and OpenCV start as many threads as there are cores, and
-    workers that each used all of them would slow each other down. Locks on files, which end with their worker, tell
-    which cores are free.
+    """Give this worker cores of its own.
+
+    Torch, onnxruntime and OpenCV start as many threads as there are cores, and workers that each used all of them would
+    slow each other down. Locks on files, which end with their worker, tell which cores are free.
     """
     if not hasattr(os, "sched_setaffinity"):
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
         return
-    import fcntl
-
     cores = sorted(os.sched_getaffinity(0))
     number = max(1, len(cores) // workers)
     for slot in range(workers):
-        file = (folder / f"cores-{slot}.lock").open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            continue
-        _LOCKS.append(file)
-        os.sched_setaffinity(0, {cores[(slot * number + index) % len(cores)] for index in range(number)})
-        return
+        lock = FileLock(folder / f"cores-{slot}.lock", blocking=False)
+        with suppress(Timeout):
+            lock.acquire()
+            _LOCKS.append(lock)
+            os.sched_setaffinity(0, {cores[(slot * number + index) % len(cores)] for index in range(number)})
+            return

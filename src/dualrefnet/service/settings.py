@@ -6,63 +6,51 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, model_validator
 
 from dualrefnet.errors import DataError
 from dualrefnet.progress import warn
 
 KEY_VARIABLE = "DUALREFNET_API_KEY"
 MIN_KEY_LENGTH = 16
+Origin = Annotated[str, StringConstraints(pattern=r"^https?://[^/\s*@?#]+$", to_lower=True)]
 
 
 class ServiceSettings(BaseModel):
-    """Limits of the service; the defaults suit one machine.
-
-    Attributes:
-        api_keys: keys that give access; empty: no key is needed. Never serialised.
-        page: whether `/` is the web page.
-        root_path: path under which a proxy serves it, such as `/lesions`.
-        max_upload: largest body of a request, bytes.
-        max_pixels: largest width x height of an image that is decoded.
-        max_images: most images of one lesion.
-        max_metadata: longest metadata, bytes.
-        queue: most requests held at once, per worker.
-        queue_bytes: most bytes of bodies held at once, per worker.
-        explain_queue: most requests for explanations held at once, per worker.
-        timeout: seconds from a complete request to its response.
-        body_timeout: seconds for the whole body.
-        idle_timeout: seconds without a byte of the body.
-        linger: seconds for which the rest of a refused body is discarded, so that the client reads why.
-        grace: seconds in which accepted requests are answered when the service stops.
-        connections: most open connections, per worker.
-        max_batch: most images in a batch; on CPUs larger batches take proportionally longer.
-        max_wait: seconds an idle model waits for images that are being decoded; without any it never waits.
-        decoders: threads that decode images, per worker.
-        accept_missingness_shortcut: for research, serve also a model whose referral relies on missing metadata.
-    """
+    """Limits of the service, of each worker; the defaults suit one machine. Sizes are in bytes, times in seconds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    # Keys that give access; empty: no key is needed. Never serialised.
     api_keys: tuple[SecretStr, ...] = Field(default=(), exclude=True, repr=False)
-    page: bool = True
+    # Web sites besides its own page that may use the service, such as https://lesions.example.org.
+    allow_origins: tuple[Origin, ...] = ()
+    page: bool = True  # whether / is the web page
+    # Under which a proxy serves it, such as /lesions.
     root_path: str = Field(default="", pattern=r"^(/[A-Za-z0-9._~/-]*[A-Za-z0-9._~-])?$")
-    max_upload: int = Field(default=64 * 2**20, ge=1024)
-    max_pixels: int = Field(default=50_000_000, ge=1)
-    max_images: int = Field(default=8, ge=1)
+    max_upload: int = Field(default=64 * 2**20, ge=1024)  # of the body of a request
+    max_image: int = Field(default=20 * 2**20, ge=1024)  # of one image in it
+    max_pixels: int = Field(default=50_000_000, ge=1)  # width x height of an image
+    max_images: int = Field(default=8, ge=1)  # of one lesion
     max_metadata: int = Field(default=16 * 2**10, ge=2)
-    queue: int = Field(default=64, ge=1)
-    queue_bytes: int = Field(default=256 * 2**20, ge=1024)
-    explain_queue: int = Field(default=4, ge=1)
-    timeout: float = Field(default=30.0, gt=0)
-    body_timeout: float = Field(default=60.0, gt=0)
-    idle_timeout: float = Field(default=10.0, gt=0)
+    queue: int = Field(default=64, ge=1)  # requests held at once, from their headers on
+    queue_bytes: int = Field(default=256 * 2**20, ge=1024)  # of bodies held at once
+    explain_queue: int = Field(default=4, ge=1)  # requests for explanations held at once
+    timeout: float = Field(default=30.0, gt=0)  # from a complete request to its response
+    body_timeout: float = Field(default=60.0, gt=0)  # for the whole body
+    idle_timeout: float = Field(default=10.0, gt=0)  # without a byte of the body
+    # For which the rest of a refused body is discarded, so that the client reads why.
     linger: float = Field(default=1.0, ge=0)
-    grace: float = Field(default=45.0, gt=0)
-    connections: int = Field(default=500, ge=1)
-    max_batch: int = Field(default=8, ge=1)
+    grace: float = Field(default=45.0, gt=0)  # in which accepted requests are answered when the service stops
+    connections: int = Field(default=500, ge=1)  # open at once
+    max_batch: int = Field(default=8, ge=1)  # images; on CPUs larger batches take proportionally longer
+    # For which an idle model waits for images that are being decoded; without any it never waits.
     max_wait: float = Field(default=0.002, ge=0)
-    decoders: int = Field(default=2, ge=1)
+    decoders: int = Field(default=2, ge=1)  # processes that decode images
+    decode_timeout: float = Field(default=10.0, gt=0)  # of CPU for one image, after which its process ends
+    # For research, serve also a model whose referral relies on missing metadata.
     accept_missingness_shortcut: bool = False
 
     @model_validator(mode="after")
@@ -73,11 +61,7 @@ class ServiceSettings(BaseModel):
 
 
 def read_keys(file: Path | None, environment: Mapping[str, str] = os.environ) -> tuple[SecretStr, ...]:
-    """Read the keys in the variable DUALREFNET_API_KEY and in a file, one a line (# begins a comment).
-
-    Raises:
-        DataError: the file can't be read or holds no key, the variable is empty, or a key can't be sent in a header.
-    """
+    """Read the keys in the variable DUALREFNET_API_KEY and in a file, one a line (# begins a comment)."""
     keys = _keys_in(file) if file is not None else []
     if KEY_VARIABLE in environment:
         keys.insert(0, environment[KEY_VARIABLE].strip())

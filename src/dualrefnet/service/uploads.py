@@ -7,20 +7,16 @@ import math
 import re
 import sys
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from dualrefnet.errors import DependencyError
-from dualrefnet.service.batching import Reservation
-from dualrefnet.service.schemas import Refusal
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
 
-try:
-    from python_multipart.multipart import parse_options_header
-    from starlette.datastructures import Headers, UploadFile
-    from starlette.formparsers import MultiPartException, MultiPartParser
-    from starlette.requests import Request
-except ImportError:
-    raise DependencyError("the web service needs python-multipart: pip install 'dualrefnet[deploy]'") from None
+from dualrefnet.service.inference import Reservation, Upload
+from dualrefnet.service.schemas import Refusal
+from dualrefnet.service.settings import ServiceSettings
 
 # The characters and the length that RFC 2046 allows.
 BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,./:=? -]{1,70}")
@@ -29,15 +25,6 @@ MAX_NAME = 200
 # Beyond it an integer isn't exact as a float; no field is as large.
 MAX_INTEGER = 2**53
 MAX_DIGITS = 40
-
-
-@dataclass(frozen=True)
-class Upload:
-    """The parts of a request; `label` is the class to explain, if one is given."""
-
-    images: list[bytes]
-    metadata: dict[str, Any]
-    label: str | None
 
 
 class _Parser(MultiPartParser):
@@ -50,22 +37,18 @@ class _Parser(MultiPartParser):
 
 
 async def read_upload(
-    request: Request, reservation: Reservation, *, max_images: int, max_metadata: int, with_label: bool = False
+    request: Request, reservation: Reservation, settings: ServiceSettings, *, explained: bool = False
 ) -> Upload:
-    """Read a request with parts `images`, `metadata` and (`with_label`) `label`; file names are ignored.
+    """Read a request with parts `images`, `metadata` and (`explained`) `label`; file names are ignored.
 
-    The middleware bounds the size of the whole body and its time; `reservation` counts the bytes that are held.
-
-    Raises:
-        Refusal: the request isn't valid.
-        Busy: too many bytes are held already.
+    The middleware bounds the size of the whole body and its time; `reservation` counts the bytes that are held. Raises
+    a Refusal, or Busy if too many bytes are held already.
     """
-    limits: dict[str, tuple[int, float]] = {"images": (max_images, math.inf), "metadata": (1, max_metadata)}
-    if with_label:
-        limits["label"] = (1, MAX_LABEL)
-    parts = await _read_parts(request, reservation, max_images + len(limits))
+    limits = {"images": (settings.max_images, settings.max_image), "metadata": (1, settings.max_metadata)}
+    if explained:
+        limits |= {"images": (1, settings.max_image), "label": (1, MAX_LABEL)}
     found: dict[str, list[bytes]] = {name: [] for name in limits}
-    for name, value in parts:
+    for name, value in await _read_parts(request, reservation, settings.max_images + len(limits)):
         if name not in limits:
             raise _invalid("unknown_part", f"a part has an unknown name; known are {', '.join(limits)}")
         most, longest = limits[name]
@@ -85,11 +68,8 @@ async def read_upload(
 async def _read_parts(request: Request, reservation: Reservation, max_parts: int) -> list[tuple[str, bytes]]:
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     if kind.strip().lower() != b"multipart/form-data":
-        raise Refusal(
-            415,
-            "not_multipart",
-            "send multipart/form-data with parts images (files) and metadata (a JSON object as text)",
-        )
+        parts = "images (files) and metadata (a JSON object as text)"
+        raise Refusal(415, "not_multipart", f"send multipart/form-data with parts {parts}")
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise Refusal(415, "encoded", "send the body as it is, without Content-Encoding")
     boundary = options.get(b"boundary", b"").decode("latin-1")
@@ -98,7 +78,7 @@ async def _read_parts(request: Request, reservation: Reservation, max_parts: int
 
     async def stream() -> AsyncGenerator[bytes, None]:
         async for chunk in request.stream():
-            reservation.hold(len(chunk))
+            reservation.receive(len(chunk))
             yield chunk
 
     # As latin-1, a part without a file name is a text that can be turned back into its bytes.
@@ -111,21 +91,16 @@ async def _read_parts(request: Request, reservation: Reservation, max_parts: int
         raise _invalid("bad_multipart", "the body isn't valid multipart/form-data, or has too many parts") from None
     if not parser.ended:
         raise _invalid("truncated", "the body ends before its last boundary")
-    parts = []
-    for name, value in form.multi_items():
-        if isinstance(value, UploadFile):
-            parts.append((name, await value.read()))
-            await value.close()
-        else:
-            parts.append((name, value.encode("latin-1")))
-    return parts
+    return [
+        (name, await value.read() if isinstance(value, UploadFile) else value.encode("latin-1"))
+        for name, value in form.multi_items()
+    ]
 
 
 def parse_metadata(raw: bytes) -> dict[str, Any]:
     """Parse metadata: strict JSON, an object of strings, numbers, true, false and null.
 
-    Raises:
-        Refusal: 400 if it isn't strict JSON (no NaN, no duplicate name, no number out of range), 422 if it isn't flat.
+    Raises a Refusal: 400 if it isn't strict JSON (no NaN, no duplicate name, no number out of range), 422 if not flat.
     """
     try:
         metadata = json.loads(
@@ -140,9 +115,8 @@ def parse_metadata(raw: bytes) -> dict[str, Any]:
     except (json.JSONDecodeError, RecursionError):
         raise _invalid("not_json", "metadata isn't JSON") from None
     if not isinstance(metadata, dict) or any(isinstance(value, (dict, list)) for value in metadata.values()):
-        raise Refusal(
-            422, "not_flat", 'metadata must be one JSON object of plain values, such as {"age": 61, "region": "FACE"}'
-        )
+        example = '{"age": 61, "region": "FACE"}'
+        raise Refusal(422, "not_flat", f"metadata must be one JSON object of plain values, such as {example}")
     if any(len(name) > MAX_NAME for name in metadata):
         raise _invalid("long_name", f"a name in metadata has more than {MAX_NAME} characters")
     texts = [*metadata, *(value for value in metadata.values() if isinstance(value, str))]

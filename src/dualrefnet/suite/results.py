@@ -1,30 +1,33 @@
 """From a suite folder to tidy tables: systems, comparisons, classes, splits, and which runs are missing.
 
 A system is all runs that differ in fold and seed only. Nothing unfinished is dropped silently: it is in
-`SuiteResults.missing`, and every system says how many of its planned runs it has.
+`SuiteResults.missing`, and every system says how many of its planned runs it has. Beside measured numbers stand those
+printed in the paper, with their caveats (`paper.yaml`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import yaml
 from numpy.typing import NDArray
 
 from dualrefnet.data.protocols import split_counts
 from dualrefnet.errors import DualRefNetError, RunError
-from dualrefnet.evaluation.bootstrap import NAN, holm
+from dualrefnet.evaluation.bootstrap import NAN, Bootstrap, Difference, Estimate, holm
 from dualrefnet.evaluation.comparison import PooledBootstrap, flat_measures, pooled_bootstrap
-from dualrefnet.files import read_json, sha256_of_json
+from dualrefnet.files import read_csv, read_json, sha256_of_json
 from dualrefnet.models.registry import METHODS
 from dualrefnet.recipe import Recipe
 from dualrefnet.run import Run
 from dualrefnet.suite.grid import Cell, Key, Lookup, Suite, expand, load_suite
-from dualrefnet.suite.paper import Reported, reported, reported_class, reported_classes, reported_split
 
 LABEL_LEAKING = "LABEL-LEAKING IMPUTATION: missing metadata was imputed from the diagnosis; not a valid result"
 LEAKING_SPLIT = "leaking split: the same patients or lesions in training and test"
@@ -129,6 +132,68 @@ class SuiteResults:
     samples: int
 
 
+class Reported(NamedTuple):
+    """A number of the paper, and how it is averaged over classes: `macro`, `weighted`, or empty (not an average)."""
+
+    value: float
+    average: str = ""
+
+    def comparable(self, measure: str) -> bool:
+        """Return whether `measure` is averaged as this number is."""
+        return not self.average or measure.endswith(f"_{self.average}")
+
+
+@cache
+def paper() -> dict[str, Any]:
+    """Return the content of `paper.yaml`; don't change it."""
+    text = resources.files("dualrefnet.suite").joinpath("paper.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)  # type: ignore[no-any-return]
+
+
+def reported(
+    dataset: str, table: str, method: str, backbone: str, measure: str, metric: str | None = None
+) -> Reported | None:
+    """Return the paper's number in a table (`3a`, `3b`, `4`, `text`), or None if it has none.
+
+    `metric` is the paper's name of the measure, where it isn't the usual one: the ablations of the text.
+    """
+    usual = "auc" if measure == "auc_macro_ovr" else measure.removesuffix("_macro").removesuffix("_weighted")
+    metric = metric or usual
+    # Kappa is in no table.
+    table = "text" if metric == "kappa" else table
+    backbones = paper()["results"].get(dataset, {}).get(table, {}).get(method, {})
+    # Table 4 names no backbone, so that any fits.
+    value = backbones.get(backbone, backbones.get("best", {})).get(metric)
+    if value is None:
+        return None
+    averaged = metric in ("f1", "precision", "recall")
+    return Reported(value, "" if not averaged else "weighted" if method in paper()["weighted"] else "macro")
+
+
+def reported_class(dataset: str, method: str, backbone: str, name: str, measure: str) -> float | None:
+    """Return a number of Table 2 (DualRefNet with its best backbone), or None if the paper has none."""
+    if method != "dualrefnet":
+        return None
+    found: float | None = paper()["per_class"].get(dataset, {}).get(backbone, {}).get(name, {}).get(measure)
+    return found
+
+
+def reported_splits(dataset: str) -> dict[str, dict[str, int]]:
+    """Return Table 1: `train`, `val` and `test` -> class -> number of images; empty if the data set isn't in it."""
+    splits: dict[str, dict[str, int]] = paper()["splits"].get(dataset, {})
+    return splits
+
+
+def caveats(dataset: str, table: str, methods: Collection[str]) -> list[str]:
+    """Return what limits a comparison of `methods` with a table of the paper, one sentence each."""
+    return [
+        caveat["text"]
+        for caveat in paper()["caveats"]
+        if f"{dataset}/{table}" in caveat["tables"]
+        and ("methods" not in caveat or not set(methods).isdisjoint(caveat["methods"]))
+    ]
+
+
 def reads_image(method: str) -> bool:
     """Return False for a method of the metadata alone."""
     return method not in METHODS or METHODS[method].reads_image
@@ -164,9 +229,8 @@ def aggregate(suite_dir: Path, samples: int = 1000, progress: Callable[[int, int
     for split in suite.splits:
         path = suite_dir / "splits" / f"{split.dataset}-{split.protocol}.csv"
         if path.is_file():
-            split_rows += _split_rows(
-                split.dataset, split.protocol, pd.read_csv(path, dtype=str, keep_default_na=False)
-            )
+            rows = read_csv(path, dtype=str, keep_default_na=False)
+            split_rows += _split_rows(split.dataset, split.protocol, rows)
         else:
             missing.append((f"split {split.dataset} {split.protocol}", "", "not started", f"there is no {path}"))
     return SuiteResults(
@@ -302,10 +366,8 @@ def _bootstraps(
         assert pool is not None
         labels = np.array([first.classes.index(label) for label in pool.test["label"]])
         seeds = {system.key.name: system.pool.seeds for system in members if system.pool}
-        groups = pool.test["group"].to_numpy()
-        drawn = pooled_bootstrap(
-            labels, seeds, groups, first.classes, samples, malignant=first.malignant, progress=progress
-        )
+        bootstrap = Bootstrap(pool.test["group"].to_numpy(), samples, progress=progress)
+        drawn = pooled_bootstrap(labels, seeds, bootstrap, first.classes, first.malignant)
         result |= {system.key: drawn for system in members}
     return result
 
@@ -314,16 +376,16 @@ def _system_row(system: System, measure: str, drawn: dict[Key, PooledBootstrap],
     key, runs = system.key, system.runs
     values = np.array([flat_measures(run.metrics).get(measure, NAN) for run in runs])
     bootstrap = drawn.get(key)
-    pooled = bootstrap.value(key.name, measure) if bootstrap else None
-    paper = _paper(system, measure, suite)
+    pooled = bootstrap.value(key.name, measure) if bootstrap else Estimate(NAN)
+    printed = _reported(system, measure, suite)
     encoders = [run.recipe.training.encoder for run in runs] if reads_image(key.method) else ["none"]
     weights = [weights["description"] for run in runs for weights in run.weights]
     return {
         **key._asdict(),
         "measure": measure,
-        "pooled": pooled.value if pooled else NAN,
-        "low": pooled.low if pooled else NAN,
-        "high": pooled.high if pooled else NAN,
+        "pooled": pooled.value,
+        "low": pooled.low,
+        "high": pooled.high,
         "mean": values.mean() if len(values) else NAN,
         "sd": values.std(ddof=1) if len(values) > 1 else NAN,
         "runs": len(runs),
@@ -333,16 +395,16 @@ def _system_row(system: System, measure: str, drawn: dict[Key, PooledBootstrap],
         "images": bootstrap.images if bootstrap else 0,
         "groups": bootstrap.groups if bootstrap else 0,
         "unit": system.unit,
-        "paper": paper.value if paper else NAN,
-        "paper_average": paper.average if paper else "",
-        "difference": pooled.value - paper.value if pooled and paper and paper.comparable(measure) else NAN,
+        "paper": printed.value if printed else NAN,
+        "paper_average": printed.average if printed else "",
+        "difference": pooled.value - printed.value if printed and printed.comparable(measure) else NAN,
         "encoder": "/".join(dict.fromkeys(encoders)),
         "weights": "; ".join(dict.fromkeys(weights)),
         "flags": system.flags,
     }
 
 
-def _paper(system: System, measure: str, suite: Suite) -> Reported | None:
+def _reported(system: System, measure: str, suite: Suite) -> Reported | None:
     key, metrics = system.key, system.paper.metrics
     table = system.paper.table or suite.table or ""
     if key.variant and table == "text" and measure not in metrics:
@@ -361,27 +423,17 @@ def _comparisons(
             if reference is None:
                 continue
             key, other = system.key, reference.key
-            bootstrap, difference, note = drawn.get(key), {}, ""
+            bootstrap, found, note = drawn.get(key), Difference(NAN), ""
             if bootstrap is None or other not in drawn:
                 note = f"not compared: {'it' if bootstrap is None else 'the reference'} has no pooled value"
             elif drawn[other] is not bootstrap:
                 note = "not compared: the reference was tested on other images"
             else:
                 found = bootstrap.difference(key.name, other.name, measure)
-                difference = {name: getattr(found, name) for name in ("low", "high", "p", "samples")}
-                difference["difference"] = found.value
-            nothing = {"difference": NAN, "low": NAN, "high": NAN, "p": NAN, "samples": 0}
-            reference_name = " ".join(part for part in other[2:] if part)
-            family.append(
-                {
-                    **key._asdict(),
-                    "reference": reference_name,
-                    "measure": measure,
-                    **nothing,
-                    **difference,
-                    "note": note,
-                }
-            )
+            name = " ".join(part for part in other[2:] if part)
+            numbers = {"difference": found.value, "low": found.low, "high": found.high, "p": found.p}
+            place = {**key._asdict(), "reference": name, "measure": measure}
+            family.append({**place, **numbers, "samples": found.samples, "note": note})
         corrected = holm([row["p"] for row in family])
         rows += [{**row, "p_holm": p} for row, p in zip(family, corrected, strict=True)]
     columns = [*Key._fields, "reference", "measure", "difference", "low", "high", "p", "p_holm", "samples", "note"]
@@ -406,13 +458,14 @@ def _class_rows(system: System, drawn: dict[Key, PooledBootstrap]) -> list[dict[
 
 
 def _split_rows(dataset: str, protocol: str, split: pd.DataFrame) -> list[dict[str, Any]]:
-    classes = reported_classes(dataset) or tuple(sorted(set(split["label"])))
+    # The paper's counts are of its own split; beside another protocol's they would say nothing.
+    printed = reported_splits(dataset)
+    classes = tuple(printed["train"]) if printed else tuple(sorted(set(split["label"])))
     counts = split_counts(split, classes)
     rows = []
     for name, numbers in zip(classes, counts.to_numpy(), strict=False):  # The last row is the total.
         for part, images in zip(counts.columns, numbers.tolist(), strict=True):
-            # The paper's counts are of its own split; beside another protocol's they would say nothing.
-            paper = reported_split(dataset, part, name) if protocol == "paper" else None
+            paper = printed.get(part, {}).get(name) if protocol == "paper" else None
             place = {"dataset": dataset, "protocol": protocol, "class": name, "split": part}
             equal = "" if paper is None else "yes" if images == paper else "NO"
             rows.append({**place, "images": images, "paper": paper, "equal": equal})

@@ -22,8 +22,7 @@ from dualrefnet.files import write_csv, write_text
 from dualrefnet.models.registry import METHODS
 from dualrefnet.progress import progress_bar
 from dualrefnet.suite.grid import Key, Suite
-from dualrefnet.suite.paper import caveats
-from dualrefnet.suite.results import LABEL_LEAKING, SuiteResults, System, aggregate
+from dualrefnet.suite.results import LABEL_LEAKING, SuiteResults, System, aggregate, caveats
 
 # What a table is for: the results, the results by class, or how they came about.
 Kind = Literal["results", "classes", "details"]

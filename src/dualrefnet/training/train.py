@@ -16,7 +16,7 @@ from dualrefnet.data.schema import DatasetSchema
 from dualrefnet.files import remove_partial, write_json
 from dualrefnet.models.base import Architecture
 from dualrefnet.models.inference import fill_features
-from dualrefnet.models.registry import check_method, count_parameters, new_model
+from dualrefnet.models.registry import check_method, new_model
 from dualrefnet.models.superresolution import fill_targets
 from dualrefnet.progress import note, warn
 from dualrefnet.recipe import Recipe
@@ -74,7 +74,8 @@ def train_recipe(
     if state.is_main_process:
         write_json(run.path / "model.json", model_description(recipe, architecture, encoder, dataset.schema, sources))
         start = "; ".join(dict.fromkeys(str(source["description"]) for source in sources))
-        note(f"{recipe.model.method}: {count_parameters(model) / 1e6:.2f} M parameters; encoder starts from: {start}")
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        note(f"{recipe.model.method}: {parameters / 1e6:.2f} M parameters; encoder starts from: {start}")
         if frozen:
             note(
                 "the encoder is frozen: the rest is trained on its features, without augmentation and without "

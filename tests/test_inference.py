@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualrefnet.service.batching import Busy, Limiter, Reservation, Worker
-from dualrefnet.service.inference import Inference
+from dualrefnet.service.inference import Busy, Inference, Limiter, Reservation, Upload, Worker
 from dualrefnet.service.observability import Metrics
 from dualrefnet.service.schemas import Refusal
 from dualrefnet.service.settings import ServiceSettings
@@ -57,18 +56,6 @@ def test_jobs_that_arrive_while_the_model_is_busy_form_batches_and_everyone_gets
     assert [len(batch) for batch in run.batches] == [8, 8, 4]
 
 
-def test_a_larger_job_counts_as_its_size_and_runs_alone_if_it_must() -> None:
-    run = Recorder(delay=0.02)
-    submit_all(Worker(run, "worker", max_batch=4, size=lambda job: job), [1, 6, 2, 2, 1])
-    assert run.batches == [[1], [6], [2, 2], [1]]
-
-
-def test_one_invalid_job_fails_alone() -> None:
-    results = submit_all(Worker(Recorder(delay=0.02, fails=True), "worker", max_batch=8), list(range(6)))
-    assert isinstance(results.pop(3), ValueError)
-    assert results == [0, 10, 20, 40, 50]
-
-
 def test_a_lone_job_never_waits_and_a_wait_for_expected_jobs_ends() -> None:
     started = time.perf_counter()
     submit_all(Worker(Recorder(), "worker", max_batch=8, max_wait=5.0), [1])
@@ -94,49 +81,24 @@ def test_an_idle_model_waits_for_what_is_being_decoded() -> None:
     assert run.batches == [[1, 2]]
 
 
-def test_a_job_that_is_cancelled_before_it_begins_never_runs() -> None:
-    run = Recorder(delay=0.05)
-    worker = Worker(run, "worker")
-
-    async def work() -> None:
-        first = asyncio.ensure_future(worker.submit(1))
-        await asyncio.to_thread(run.begun.wait)
-        second, third = asyncio.ensure_future(worker.submit(2)), asyncio.ensure_future(worker.submit(3))
-        await asyncio.sleep(0)
-        second.cancel()
-        await asyncio.gather(first, third)
-
-    use(worker, work)
-    assert run.batches == [[1], [3]]
-
-
-@given(st.lists(st.tuples(st.integers(1, 6), st.sampled_from(["enter", "hold", "drop", "leave"])), max_size=60))
+@given(st.lists(st.tuples(st.integers(0, 6), st.sampled_from(["enter", "receive", "release", "leave"])), max_size=60))
 def test_a_limiter_gives_back_what_was_taken_and_is_never_exceeded(steps: list[tuple[int, str]]) -> None:
     limiter = Limiter(3, 10)
     held: list[Reservation] = []
     for number, step in steps:
-        if step == "enter":
-            held.append(Reservation(limiter))
-            try:
-                held[-1].enter()
-            except Busy:
-                assert limiter.full
-                with pytest.raises(Busy):
-                    limiter.reserve()
-        elif held:
-            reservation = held[number % len(held)]
-            if step == "hold":
-                before = limiter.bytes
-                try:
-                    reservation.hold(number)
-                except Busy:
-                    assert before + number > 10
-                    assert limiter.bytes == before
-            elif step == "drop":
-                reservation.release_body()
-            else:
-                reservation.__exit__()
-                held.remove(reservation)
+        requests, size = limiter.requests, limiter.bytes
+        try:
+            if step == "enter":
+                held.append(Reservation(limiter, number))
+            elif held and step == "receive":
+                held[number % len(held)].receive(number)
+            elif held and step == "release":
+                held[number % len(held)].release_body()
+            elif held:
+                held.pop(number % len(held)).__exit__()
+        except Busy:
+            assert requests == 3 or size + number > 10
+            assert (limiter.requests, limiter.bytes) == (requests, size)
         assert 0 <= limiter.requests <= 3
         assert 0 <= limiter.bytes <= 10
     for reservation in held:
@@ -159,8 +121,8 @@ def serve(inference: Inference, work: Callable[[], Coroutine]) -> Any:
 
 
 async def predict(inference: Inference) -> Any:
-    with inference.limiter.reserve() as reservation:
-        return await inference.predict([picture()], {}, reservation)
+    with Reservation(inference.limiter, 100) as reservation:
+        return await inference.predict(Upload([picture()], {}), reservation)
 
 
 def test_what_takes_too_long_is_refused_and_dropped_from_the_queue() -> None:
@@ -185,12 +147,13 @@ def test_explanations_delay_predictions_only_if_they_share_the_model(own_model: 
             return super().explain_array(*arguments)
 
     slow = Slow()
-    settings = ServiceSettings()
-    inference = Inference(StandInPredictor() if own_model else slow, settings, Metrics(), slow if own_model else None)
+    inference = Inference(
+        StandInPredictor() if own_model else slow, ServiceSettings(), Metrics(), slow if own_model else None
+    )
 
     async def explain() -> Any:
-        with inference.explain_limiter.reserve() as reservation:
-            return await inference.explain([picture()], {}, "NEV", reservation)
+        with Reservation(inference.explain_limiter, 100) as reservation:
+            return await inference.explain(Upload([picture()], {}, "NEV"), reservation)
 
     async def work() -> float:
         explaining = asyncio.ensure_future(explain())
@@ -204,14 +167,21 @@ def test_explanations_delay_predictions_only_if_they_share_the_model(own_model: 
     assert (serve(inference, work) < 0.3) == own_model
 
 
-def test_a_model_that_fails_is_never_ready() -> None:
+@pytest.mark.parametrize("failure", [RuntimeError("out of memory"), None])
+def test_a_model_that_computes_nothing_is_never_ready(failure: Exception | None) -> None:
     class Broken(StandInPredictor):
-        def predict_lesions(self, *arguments: Any) -> Any:
-            raise RuntimeError("out of memory")
+        def answer(self, *arguments: Any) -> Any:
+            if failure is not None:
+                raise failure
+            prediction = super().answer(*arguments)
+            prediction.probabilities["BCC"] = float("nan")
+            return prediction
 
     inference = Inference(Broken(), ServiceSettings(), Metrics())
 
     async def state() -> str:
-        return inference.state
+        with pytest.raises(RuntimeError if failure is not None else Refusal):
+            await predict(inference)
+        return inference.readiness
 
     assert serve(inference, state) == "broken"
