@@ -138,7 +138,7 @@ def test_intervals_are_those_of_laid_out_samples_of_patients() -> None:
         # Paired: both runs with the same samples.
         bounds = np.quantile(expected - laid_out["other"][measure].to_numpy(), [0.025, 0.975])
         assert (difference.low, difference.high) == pytest.approx(tuple(bounds))
-    assert (found.groups, found.images, found.samples) == (22, 90, 50)
+    assert found.groups == 22
 
 
 def test_more_images_of_the_same_patients_do_not_narrow_the_interval() -> None:

@@ -29,6 +29,12 @@ from dualrefnet.files import (
     write_text,
 )
 
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
 
 @pytest.fixture
 def full_disk(tmp_path):
@@ -96,12 +102,8 @@ def test_json_that_other_programs_cannot_read_is_refused_and_the_old_file_stays(
 
 def test_tensors_that_share_memory_or_lie_channels_last_come_back_equal(tmp_path):
     whole = torch.arange(24.0).reshape(1, 2, 3, 4)
-    tensors = {
-        "a": whole,
-        "view": whole[:, :1],
-        "last": whole.to(memory_format=torch.channels_last),
-        "half": whole.bfloat16(),
-    }
+    tensors = {"a": whole, "view": whole[:, :1], "half": whole.bfloat16()}
+    tensors["last"] = whole.to(memory_format=torch.channels_last)
     write_tensors(tmp_path / "a.safetensors", tensors, {"format": "1"})
     read = load_file(tmp_path / "a.safetensors")
     assert read.keys() == tensors.keys()
@@ -124,6 +126,39 @@ def test_a_full_disk_is_told_in_one_line_and_the_old_file_stays(full_disk, write
         write(file)
     assert file.read_text() == "old"
     assert os.listdir(full_disk) == ["state"]
+
+
+def kinds(folder):
+    """Return what is in a folder, with the kind of each."""
+    return {path.name: stat.S_IFMT(path.lstat().st_mode) for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    "name", ["folder", "pipe", "link", "dangling", "file/below", "n" * 300, "/proc/x", "/dev/full"]
+)
+def test_only_regular_files_are_replaced_and_a_place_that_cant_be_is_one_line(tmp_path, name):
+    (tmp_path / "folder" / "inside").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    before = kinds(tmp_path)
+    with pytest.raises(DataError, match=r"; name another") as caught:
+        write_text(tmp_path / name, "x")
+    assert "\n" not in str(caught.value)
+    assert kinds(tmp_path) == before
+
+
+def test_errors_of_what_is_read_meanwhile_are_not_of_the_file_that_is_written(tmp_path):
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "a"):
+        (tmp_path / "missing").read_bytes()
+
+
+def test_json_that_is_none_is_a_value_error(tmp_path):
+    for text in ("{", "[" * 10**5):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(ValueError, match=r"Expecting|deeply"):
+            read_json(tmp_path / "a.json")
 
 
 def test_what_killed_writes_have_left_is_removed_and_nothing_else(tmp_path):

@@ -74,7 +74,7 @@ def test_the_section_on_subgroups_counts_the_gaps() -> None:
     first = tables[0].rows[0]
     values = found.table[(found.table["level"] == "FEMALE")].set_index("measure")["value"]
     assert [cell.text for cell in first[1:3]] == [f"{values[name]:.3f}" for name in ("balanced_accuracy", "accuracy")]
-    for picture in section.pictures:
+    for picture in section.figures:
         assert_readable(picture)
 
 
@@ -82,7 +82,7 @@ def test_the_sections_on_calibration_show_what_the_run_measured(tiny_run: Run) -
     measured = read_measured(tiny_run)
     values = measured.metrics["calibrated"]
     calibration, conformal = calibration_section(measured, 20, 0), conformal_section(measured, 20, 0)
-    pictures = [*calibration.pictures, *conformal.pictures]
+    pictures = [*calibration.figures, *conformal.figures]
     assert [one.name for one in pictures] == ["reliability", "reliability_calibrated", "selective", "referral"]
     for picture in pictures:
         assert_readable(picture)
@@ -96,7 +96,7 @@ def test_a_run_can_be_divided_into_the_subgroups_of_its_data_set(opened: OpenedR
     found = subgroups_of_run(opened, samples=20)
     images = found.levels.groupby("field", sort=False)["images"].sum().to_dict()
     assert images == dict.fromkeys(["age", "gender", "fitspatrick", "region"], len(opened.rows("test")))
-    for picture in subgroups_section(found).pictures:
+    for picture in subgroups_section(found).figures:
         assert_readable(picture)
 
 

@@ -1,4 +1,4 @@
-"""Atomic writing of the four formats of state on disk: JSON, CSV, YAML and safetensors.
+"""Reading and atomic writing of the formats of state on disk: JSON, CSV, YAML and safetensors.
 
 A reader sees the old file or the new one, never half of one: every write goes to a neighbour and is then renamed.
 """
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dualrefnet.errors import DataError
+from dualrefnet.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+# Characters of a YAML file at most.
+YAML_LIMIT = 1_000_000
+
 
 @contextmanager
 def enough_space(path: Path | str) -> Iterator[None]:
@@ -35,33 +39,51 @@ def enough_space(path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(f"the disk is full: {path} was not written; free some space and run again") from error
-        raise
+        if error.errno not in FULL:
+            raise
+        raise not_written(path, error) from error
 
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Give a temporary neighbour of `path`, and rename it to `path` if the block ends without an error.
 
-    Raises:
-        DataError: the disk is full; what stood at `path` before is untouched.
+    What stood at `path` before stays until then. Folders above it are made. Only a regular file is ever replaced.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = None
+    make_folder(path.parent)
+    try:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise DataError(f"{path} is a folder, a link or a device, and only a file is replaced; name another one")
+        handle, name = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.parent)
+    except OSError as error:
+        raise not_written(path, error) from error
+    os.close(handle)
+    temporary = Path(name)
     try:
         with enough_space(path):
-            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-            os.close(handle)
-            temporary = Path(name)
             yield temporary
             # mkstemp makes the file private; an ordinary file has the rights that the user's umask leaves.
             temporary.chmod(0o666 & ~_UMASK)
             os.replace(temporary, path)
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def not_written(path: Path | str, error: OSError) -> DataError:
+    """Return the error to raise where the system refuses to write a file or to make a folder."""
+    if error.errno in FULL:
+        return DataError(f"the disk is full: {path} was not written; free some space and run again")
+    return DataError(f"{path} can't be written ({error.strerror or error}); name another place, or change its rights")
+
+
+def make_folder(folder: Path) -> Path:
+    """Make a folder and those above it, if they aren't there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_written(folder, error) from error
+    return folder
 
 
 def remove_partial(folder: Path) -> None:
@@ -71,23 +93,69 @@ def remove_partial(folder: Path) -> None:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write `text` as UTF-8, atomically."""
+    """Write `text` as UTF-8."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Write strict JSON (no NaN, no Infinity: other programs read these files), atomically."""
+    """Write strict JSON (no NaN, no Infinity: other programs read these files)."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path | str) -> Any:
-    """Read a JSON file."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """Read a JSON file; what isn't JSON raises a ValueError."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
+
+
+def is_file(path: Path) -> bool:
+    """Say whether a file is there; a name that no file can have is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def read_yaml_text(path: Path) -> str:
+    """Read a YAML file that a user wrote; larger ones than any such file are refused."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(YAML_LIMIT + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} isn't YAML: {error}") from None
+    if len(text) > YAML_LIMIT:
+        raise RecipeError(f"{path} isn't YAML of a user: it has more than {YAML_LIMIT:,} characters")
+    return text
+
+
+def parse_yaml(text: str, source: str | Path) -> Any:
+    """Parse YAML; `source` names it in errors."""
+    try:
+        return yaml.load(text, Loader=StrictLoader)
+    except RecursionError:
+        raise RecipeError(f"{source} isn't YAML: it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that doesn't exist.
+        raise RecipeError(f"{source} isn't YAML: {' '.join(str(error).split())}") from None
+
+
+class StrictLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice: YAML readers keep the last one, and a whole section would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                twice = f"the key {key.value!r} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, twice, key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def write_yaml(path: Path | str, value: Mapping[str, Any]) -> None:
-    """Write YAML in the order of the mapping, atomically."""
+    """Write YAML in the order of the mapping."""
     write_text(path, yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True))
 
 
@@ -165,7 +233,6 @@ def _sort_header(path: Path) -> None:
 
 
 def sha256_of_file(path: Path | str) -> str:
-    """Return the SHA-256 of a file's bytes as hexadecimal digits."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -92,10 +92,7 @@ SMALL_BYTES = 8_000
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """A figure with all that goes beside it: the stem of its files, a title of a few words, a caption that says how to
-    read it and how it was made for a reader without statistics, what it says in words and numbers for a screen reader
-    (`alt`), and the numbers that are drawn, one tidy table.
-    """
+    """A figure with all that goes beside it."""
 
     name: str
     title: str
@@ -208,7 +205,9 @@ def save_figure(drawn: ReportFigure, folder: Path) -> list[Path]:
 
 def inline_svg(drawn: ReportFigure) -> str:
     """Return the figure as an `<svg>` element for a page that defines the CSS variables `--ink`, `--faint` and
-    `--paper`; its letters are text in the page's own font: searchable, read aloud, and no font to fetch.
+    `--paper`.
+
+    Its letters are text in the page's own font: they can be searched and read aloud, and no font has to be fetched.
     """
     buffer = io.StringIO()
     with _style(**{"svg.fonttype": "none", "svg.hashsalt": drawn.name}):

@@ -20,9 +20,7 @@ EMBEDDED_BYTES = 100_000
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the page: anchor, heading, sentences before its tables and figures, monospaced text below them;
-    `folded` is collapsed until it is opened.
-    """
+    """A section of the page."""
 
     key: str
     title: str
@@ -32,15 +30,13 @@ class Section:
     folded: bool = False
 
     @property
-    def pictures(self) -> list[ReportFigure]:
+    def figures(self) -> list[ReportFigure]:
         """The figures among the items."""
         return [item for item in self.items if isinstance(item, ReportFigure)]
 
 
 def render_page(title: str, subtitle: str, notes: Sequence[str], sections: Sequence[Section], photographs: bool) -> str:
-    """Return the page: `notes` on what limits the results stand in a box at the top; `photographs` says that it shows
-    images of patients.
-    """
+    """Return the page."""
     try:
         import jinja2
     except ImportError:

@@ -8,7 +8,7 @@ import yaml
 
 from dualrefnet.data.adapters import SCHEMAS
 from dualrefnet.data.protocols import split_counts
-from dualrefnet.display.format import Cell, PrintedTable, sentence
+from dualrefnet.display.format import PrintedTable, sentence, text_rows
 from dualrefnet.errors import RunError
 from dualrefnet.models.base import Architecture
 from dualrefnet.models.encoders import BACKBONES
@@ -67,20 +67,15 @@ def run_title(run: Run) -> tuple[str, str]:
 
 
 def run_names(first: Run, second: Run) -> tuple[str, str]:
-    """Return the display names of two runs: their methods, or if these are the same their folders.
-
-    Raises:
-        RunError: it is the same run.
-    """
+    """Return the display names of two runs: their methods, or if these are the same their folders."""
     if first.path.resolve() == second.path.resolve():
         raise RunError(f"{first.path} can't be compared with itself; name another run with --against")
-    candidates = (
-        [METHODS[run.recipe.model.method].title for run in (first, second)],
-        [run.path.resolve().name for run in (first, second)],
-        [str(first.path), str(second.path)],
-    )
-    names = next(names for names in candidates if names[0] != names[1])
-    return names[0], names[1]
+    runs = (first, second)
+    titles = [METHODS[run.recipe.model.method].title for run in runs]
+    folders = [run.path.resolve().name for run in runs]
+    paths = [str(run.path) for run in runs]
+    one, other = next(names for names in (titles, folders, paths) if names[0] != names[1])
+    return one, other
 
 
 def run_notes(run: Run) -> list[str]:
@@ -135,12 +130,10 @@ def provenance_section(run: Run) -> Section:
         ("fingerprints", f"table {data['table_sha256'][:16]}, split {data['split_sha256'][:16]}"),
     ]
     counts = split_counts(run.split, tuple(description["classes"]))
-    images = [
-        [Cell(str(name)), *(Cell(f"{value:,}") for value in values)] for name, *values in counts.itertuples(name=None)
-    ]
+    images = [(str(name), *(f"{value:,}" for value in values)) for name, *values in counts.itertuples(name=None)]
     items = [
-        PrintedTable("Run", ("property", "value"), [[Cell(name), Cell(value)] for name, value in rows], left=2),
-        PrintedTable("Images", ("class", *map(str, counts.columns)), images),
+        PrintedTable("Run", ("property", "value"), text_rows(rows), left=2),
+        PrintedTable("Images", ("class", *map(str, counts.columns)), text_rows(images)),
         terms_table(TERMS),
     ]
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -150,4 +143,4 @@ def provenance_section(run: Run) -> Section:
 
 def terms_table(terms: tuple[tuple[str, str], ...]) -> PrintedTable:
     """Return the glossary."""
-    return PrintedTable("Terms", ("term", "meaning"), [[Cell(term), Cell(text)] for term, text in terms], left=2)
+    return PrintedTable("Terms", ("term", "meaning"), text_rows(terms), left=2)

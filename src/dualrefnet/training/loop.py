@@ -389,7 +389,7 @@ class Trainer:
                 save_checkpoint(self.run.checkpoint_file, self.model, self.optimizer, progress)
             write_csv(self.run.path / "history.csv", pd.DataFrame(progress["history"]))
             if not self.frozen or last:
-                note(_line(row, self.recipe.training.epochs) + (" [green]best[/green]" if better else ""))
+                note(_line(row, self.recipe.training.epochs) + (" best" if better else ""))
             before = collapse(history[-1], progress["norms"]) if history else []
             for message in collapse(row, progress["norms"]) if not before else []:
                 warn(f"{message}; see loss.frequency, loss.reduction, loss.penalty_strength and training.learning_rate")

@@ -20,7 +20,7 @@ from dualrefnet.models.registry import check_method, new_model
 from dualrefnet.models.superresolution import fill_targets
 from dualrefnet.progress import note, warn
 from dualrefnet.recipe import Recipe
-from dualrefnet.run import Run, fingerprint, save_fingerprint, start_run, write_split
+from dualrefnet.run import Run, fingerprint, start_run, write_split
 from dualrefnet.training.loop import Trainer
 
 MODEL_FORMAT = 2
@@ -88,8 +88,9 @@ def train_recipe(
     counts = torch.bincount(torch.tensor(train.labels), minlength=len(dataset.schema.classes))
     trainer = Trainer(model, recipe, run, counts, (tuple(sources[0]["mean"]), tuple(sources[0]["std"])), encoder.spans)
     if state.is_main_process:
-        save_fingerprint(
-            run, fingerprint(recipe, dataset, split, sources, target_source, trainer.precision, state.num_processes)
+        write_json(
+            run.path / "fingerprint.json",
+            fingerprint(recipe, dataset, split, sources, target_source, trainer.precision, state.num_processes),
         )
     trainer.fit(train, val)
     if state.is_main_process:
