@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from dualrefnet.analysis.gradcam import (
     COLUMNS,
     Localisation,
-    centred_gaussian,
     draw_localisation,
     energy_inside,
     gradcam,
@@ -200,10 +199,6 @@ def test_saliency_of_every_transformer_is_that_of_the_definition(backbone: str, 
     check(new(method, backbone))
 
 
-def test_saliency_of_a_small_vision_transformer_is_that_of_the_definition() -> None:
-    check(made_of("concat", [small_vit()], "vit_b_16"))
-
-
 def test_places_of_a_vision_transformer_lie_where_they_lay_in_the_image() -> None:
     # Only the patch in row 1, column 2 differs from the others, so only there can saliency differ; positions are
     # taken away.
@@ -337,19 +332,6 @@ def test_the_maximum_decides_the_game_and_equal_ones_share_it() -> None:
     # What rounding made of equal values is equal.
     saliency[0, 0, 1] = 3.0 - 1e-7
     assert pointing_game(saliency, square(2, (1, 0))).tolist() == [0.5]
-
-
-@pytest.mark.parametrize("side", [7, 32])
-def test_the_gaussian_is_round_in_the_middle_and_a_quarter_of_the_side_wide(side: int) -> None:
-    spot = centred_gaussian(side)
-    assert spot.max() == 1
-    for turned in (spot.T, spot[::-1], spot[:, ::-1]):
-        np.testing.assert_array_equal(turned, spot)
-    # exp(-d^2 / (2 (side / 4)^2)), one pixel further.
-    middle = side // 2
-    first, second = (((side - 1) / 2 - place) ** 2 for place in (middle, middle + 1))
-    expected = np.exp(-(second - first) / (2 * (side / 4) ** 2))
-    assert spot[middle, middle + 1] / spot[middle, middle] == pytest.approx(expected)
 
 
 def table_of(energy: list[float], labels: str) -> pd.DataFrame:

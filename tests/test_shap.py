@@ -31,7 +31,6 @@ from dualrefnet.analysis.shap import (
     explain_metadata,
     make_feature_groups,
     read_field_values,
-    scale_colours,
 )
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.schema import DatasetSchema, MetadataField
@@ -101,17 +100,6 @@ def test_two_values_that_multiply_share_their_product_as_computed_by_hand() -> N
     np.testing.assert_allclose(result.base, [2, -1])
 
 
-def test_one_order_is_enough_where_no_more_than_two_values_act_on_each_other() -> None:
-    generator, row, background = drawn(2, 7, 4)
-    square, groups = generator.normal(size=(3, 7, 7)), columns((0, 1), (2,), (3, 6), (4,), (5,))
-
-    def classify(rows: Any) -> Floats:
-        return np.asarray(np.einsum("ri,cij,rj->rc", rows, square, rows))
-
-    exact = all_orders(classify, row, background, groups)
-    np.testing.assert_allclose(attribute_prediction(classify, row, background, groups, 1, 3).values, exact, atol=1e-5)
-
-
 def test_where_more_values_act_together_the_estimate_nears_the_definition_within_its_error() -> None:
     generator, row, background = drawn(3, 5, 6)
     first, second = generator.normal(size=(5, 16)) * 2, generator.normal(size=(16, 3))
@@ -126,16 +114,6 @@ def test_where_more_values_act_together_the_estimate_nears_the_definition_within
         gaps[count] = np.abs(result.values - exact)
         assert (gaps[count] <= 4 * result.errors + 1e-9).mean() > 0.9
     assert 1e-9 < gaps[400].max() < min(gaps[4].max() / 3, 0.005)
-
-
-def test_a_group_whose_value_is_that_of_all_others_is_worth_nothing() -> None:
-    row, background = np.array([1, 0, 2], np.float32), np.array([[1, 0, 5], [1, 0, 7]], np.float32)
-    classify = lambda rows: (rows.prod(axis=1, keepdims=True) + rows).astype(float)  # noqa: E731
-    result = attribute_prediction(classify, row, background, columns((0, 1), (2,)), 2, 0)
-    np.testing.assert_allclose(result.values, [[0, 0, 0], [0, 0, -4]])
-    nothing = attribute_prediction(classify, row, np.tile(row, (3, 1)), columns((0, 1), (2,)), 2, 0)
-    np.testing.assert_allclose(nothing.values, 0)
-    np.testing.assert_allclose(nothing.base, nothing.prediction)
 
 
 @pytest.mark.parametrize("value", ["random", "nan"])
@@ -220,15 +198,6 @@ def test_by_field_there_is_a_group_for_each_field_and_one_for_all_flags() -> Non
     assert [group.kind for group in without_flags] == ["numeric", "boolean", "categorical", "numeric"]
 
 
-def test_by_column_there_is_a_group_for_each_column_under_its_own_name() -> None:
-    encoder = fit(tier="M3")
-    groups = make_feature_groups(encoder, "column")
-    assert [group.name for group in groups] == encoder.names
-    assert [group.columns for group in groups] == [(number,) for number in range(encoder.width)]
-    assert groups[4] == FeatureGroup("origin_ITALY", "origin", "categorical", (4,))
-    assert groups[7] == FeatureGroup("missing_smoke", "smoke", "missing", (7,))
-
-
 def test_values_are_written_as_words_and_what_was_imputed_is_told_apart() -> None:
     encoder = fit(tier="M3", imputation="neural")
     values = read_field_values(make_feature_groups(encoder, "field"), encoder, ROWS)
@@ -298,14 +267,6 @@ def assert_adds_up(result: MetadataShap, run: Run) -> None:
 
 def test_base_and_values_add_up_to_what_the_run_predicted(opened: OpenedRun) -> None:
     assert_adds_up(explain_metadata(opened, images=10, background=4, permutations=1), opened.run)
-
-
-def test_what_one_class_gains_the_others_lose(loud: OpenedRun, by_field: MetadataShap) -> None:
-    np.testing.assert_allclose(by_field.values.sum(axis=2), 0, atol=1e-5)
-    assert by_field.values.shape == by_field.errors.shape == (10, 22, 6)
-    assert np.abs(by_field.values).max() > 0.01
-    assert np.ptp(by_field.prediction, axis=0).max() > 0.01
-    assert (by_field.total_images, by_field.background) == (len(loud.examples("test")), 8)
 
 
 @torch.inference_mode()
@@ -397,25 +358,6 @@ def test_a_model_that_reads_no_metadata_is_refused(opened: OpenedRun, tiny_recip
     for blind in (replace(opened, model=model), replace(opened, metadata=without)):
         with pytest.raises(RunError, match="reads no metadata"):
             explain_metadata(blind)
-
-
-def test_colours_go_from_the_fifth_to_the_ninetyfifth_percentile_and_keep_what_is_unknown_unknown() -> None:
-    amount = np.append(np.arange(101), np.nan).astype(np.float32)
-    result = scale_colours(amount)
-    assert result[[0, 5, 50, 95, 100]].tolist() == pytest.approx([0, 0, 0.5, 1, 1])
-    assert np.isnan(result[101])
-    rare = np.zeros(100, np.float32)
-    rare[3] = 1
-    assert scale_colours(rare).tolist() == rare.tolist()
-    assert scale_colours(np.array([7, 7, np.nan], np.float32))[:2].tolist() == [0.5, 0.5]
-    assert np.isnan(scale_colours(np.full(3, np.nan, np.float32))).all()
-
-
-def test_top_groups_move_the_probability_most(by_field: MetadataShap) -> None:
-    values = by_field.values[4, :, by_field.classes.index("MEL")]
-    order = np.argsort(-np.abs(values), kind="stable")
-    expected = [(by_field.groups[one].name, by_field.fields.texts[4][one], float(values[one])) for one in order[:3]]
-    assert by_field.top_groups(4, "MEL") == expected
 
 
 def made_up(classes: int, groups: int, images: int = 120) -> MetadataShap:

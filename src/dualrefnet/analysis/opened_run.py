@@ -76,6 +76,17 @@ class OpenedRun:
         """Return the lesion table's rows of one split, in the order of its examples."""
         return split_rows(self.dataset, self.split, split)
 
+    def patients(self, split: str) -> NDArray[np.object_]:
+        """Return the patient or lesion of each example of a split, which can be measured if it has at least two."""
+        patients = self.groups.loc[self.rows(split)["image_id"]].to_numpy(dtype=object)
+        if len(set(patients)) < 2:
+            name, unit = {"val": "validation", "test": "test"}[split], self.dataset.schema.unit
+            raise DataError(
+                f"the {name} split has {len(patients)} images of {len(set(patients))} {unit}s, and measuring needs two "
+                f"{unit}s at least: train with more data, or with another data.protocol or data.split_seed"
+            )
+        return patients
+
     @cached_property
     def _features(self) -> tuple[DerivedStore, ...]:
         if self.store is None or self.recipe.training.encoder != "frozen":

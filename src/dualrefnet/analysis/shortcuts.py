@@ -157,7 +157,7 @@ class _Probe:
     def __init__(self, opened: OpenedRun, seed: int, permutations: int) -> None:
         self.opened, self.permutations, self.seed = opened, permutations, seed
         self.examples, self.rows = opened.image_examples("test"), opened.rows("test")
-        self.groups = opened.groups.loc[list(self.examples.image_ids)].to_numpy(dtype=object)
+        self.groups = opened.patients("test")
         self.predictions: dict[str, list[Floats]] = {}
         self.remarks: list[str] = []
         self.incomplete = False

@@ -36,6 +36,16 @@ def image_id(name: str) -> str:
     return stem if suffix.lower() in IMAGE_SUFFIXES else stem + suffix
 
 
+def is_image(path: Path | str) -> bool:
+    """Whether a file is listed as an image: by its suffix, or without one by its first bytes."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix or not os.path.isfile(path):
+        return suffix in IMAGE_SUFFIXES
+    with Path(path).open("rb") as file:
+        start = file.read(12)
+    return start[4:8] == b"ftyp" or start.startswith((*images.OPENERS, b"RIFF"))
+
+
 def list_files(folder: Path) -> Iterator[str]:
     """Yield the paths of all files below a folder, links followed, hidden ones left out."""
     seen = set()

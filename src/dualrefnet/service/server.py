@@ -66,16 +66,19 @@ def serve(served: Served) -> int:
             f"the service listens on {served.host} without an API key: whoever reaches this machine may use it. "
             "Set keys with --api-key-file or DUALREFNET_API_KEY, or leave --host out"
         )
+    # As nohup wants it.
+    ignores_hang_up = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     # Before the model is loaded, so that a port in use is reported at once.
     with bind(served.host, served.port) as listener:
         host = f"[{served.host}]" if ":" in served.host else served.host
         address = f"http://{host}:{listener.getsockname()[1]}{served.settings.root_path}/"
         note(f"serving {served.source} on {address} (stop with Ctrl+C)")
         if served.workers > 1:
-            return _serve_workers(served, listener)
+            return _serve_workers(served, listener, ignores_hang_up)
         app = load_app(served)
         server = Server(uvicorn.Config(app, **uvicorn_options(served)))
-        signal.signal(signal.SIGHUP, server.handle_exit)
+        if not ignores_hang_up:
+            signal.signal(signal.SIGHUP, server.handle_exit)
         server.run([listener])
     given_up: int = app.state.inference.given_up
     if given_up:
@@ -172,7 +175,7 @@ class Workers(Multiprocess):
         self.handle_term()
 
 
-def _serve_workers(served: Served, listener: socket.socket) -> int:
+def _serve_workers(served: Served, listener: socket.socket, ignores_hang_up: bool) -> int:
     log_to_stderr()
     with tempfile.TemporaryDirectory(prefix="dualrefnet-workers-") as folder:
         os.environ[FOLDER_VARIABLE] = folder
@@ -186,7 +189,10 @@ def _serve_workers(served: Served, listener: socket.socket) -> int:
                 timeout_worker_healthcheck=20,
                 **uvicorn_options(served),
             )
-            Workers(config, [listener]).run()
+            workers = Workers(config, [listener])
+            if ignores_hang_up:
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            workers.run()
         finally:
             del os.environ[FOLDER_VARIABLE]
         if (Path(folder) / FAILED).exists():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from dualrefnet.analysis.evaluate import evaluate_run
 from dualrefnet.data.loader import fill_recipe_store, make_examples, read_dataset, recipe_split, split_rows
 from dualrefnet.data.metadata import MetadataEncoder, missingness_warning
 from dualrefnet.data.schema import DatasetSchema
+from dualrefnet.errors import RunError
 from dualrefnet.files import remove_partial, write_json
 from dualrefnet.models.base import Architecture
 from dualrefnet.models.inference import fill_features
@@ -24,8 +27,27 @@ from dualrefnet.run import Run, fingerprint, start_run, write_split
 from dualrefnet.training.loop import Trainer
 
 MODEL_FORMAT = 2
+# In errors of torch: its allocators, oneDNN, C++.
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "could not create a primitive", "bad_alloc")
 
 
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Say in one line that a limit of the machine ended the training, and what to set."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+            raise RunError(
+                "there isn't enough memory: lower training.batch_size, evaluation.batch_size or image.size, or raise "
+                "the limit of this process; then go on with --resume"
+            ) from error
+        if "can't start new thread" in str(error):
+            raise RunError("no more threads may be started: lower --workers and OMP_NUM_THREADS") from error
+        raise
+
+
+@enough_memory()
 def train_recipe(
     recipe: Recipe, out: Path, resume: bool = False, cache: Path | None = None, workers: int | None = None
 ) -> Run:
