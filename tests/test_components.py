@@ -3,8 +3,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from dualrefnet.models.components import (
@@ -102,25 +100,6 @@ def test_the_choice_is_by_balanced_accuracy_and_absent_classes_dont_count():
     torch.testing.assert_close(fusion.weights, torch.tensor([0.5, 0.5]))
 
 
-@settings(max_examples=25)
-@given(heads=st.integers(1, 3), images=st.integers(1, 12), classes=st.integers(2, 4), seed=st.integers(0, 2**31 - 1))
-def test_chosen_weights_are_a_mean_and_no_worse_than_the_best_head(heads, images, classes, seed):
-    generator = torch.Generator().manual_seed(seed)
-    logits = 3 * torch.randn(heads, images, classes, generator=generator)
-    labels = torch.randint(classes, (images,), generator=generator)
-    fusion = DecisionFusion(tuple("abcd"[:heads]))
-    fusion.choose(logits, labels)
-    assert float(fusion.weights.sum()) == pytest.approx(1, abs=1e-6)
-    assert (fusion.weights >= 0).all()
-
-    def balanced(predicted):
-        return torch.stack([(predicted[labels == label] == label).double().mean() for label in labels.unique()]).mean()
-
-    best = max(float(balanced(head.argmax(dim=1))) for head in logits)
-    assert float(balanced(fusion(logits).argmax(dim=1))) >= best - 1e-9
-    torch.testing.assert_close(fusion(logits).exp().sum(dim=1), torch.ones(images))
-
-
 KINDS = ("plain", "bottleneck")
 
 
@@ -134,31 +113,6 @@ def test_a_decoder_has_six_convolutions_each_with_a_gradient(kind, stride):
     assert len(convolutions) == 6
     decoder(torch.randn(2, 24, 2, 2)).square().mean().backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in decoder.parameters())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_untrained_decoder_draws_an_almost_even_grey_image(kind):
-    torch.manual_seed(0)
-    image = DECODERS[kind](64, 32)(torch.randn(4, 64, 3, 3))
-    assert image.mean().item() == pytest.approx(0.5, abs=0.1)
-    assert image.std().item() < 0.2
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_decoder_learns_to_draw_what_the_map_says(kind):
-    torch.manual_seed(0)
-    maps = torch.randn(4, 32, 2, 2)
-    target = F.interpolate(torch.rand(4, 3, 4, 4), size=(128, 128), mode="bicubic").clamp(0, 1)
-    decoder = DECODERS[kind](32, 32)
-    optimizer = torch.optim.Adam(decoder.parameters(), lr=3e-3)
-    errors = []
-    for _ in range(45):
-        optimizer.zero_grad()
-        error = F.mse_loss(decoder(maps), target)
-        error.backward()
-        optimizer.step()
-        errors.append(error.item())
-    assert errors[-1] < errors[0] / 4
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

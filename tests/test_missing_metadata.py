@@ -1,6 +1,5 @@
 """Runs with missing metadata: of hand-made models what is left is known."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,22 +71,12 @@ def test_of_each_row_the_share_is_kept_and_more_holds_less(recorded: np.ndarray,
     assert (before == recorded).all()
 
 
-def test_runs_of_one_data_set_lose_the_same_answers_whatever_their_split(opened: OpenedRun) -> None:
-    split = opened.split.copy()
-    split["split"] = "test"
-    every = draw_orders(replace(opened, split=split.sort_values("image_id")), 2, seed=0)
-    ids = split["image_id"].sort_values().tolist()
-    places = [ids.index(image_id) for image_id in opened.rows("test")["image_id"]]
-    np.testing.assert_array_equal(every[:, places], draw_orders(opened, 2, seed=0))
-    assert not np.array_equal(draw_orders(opened, 2, seed=1), draw_orders(opened, 2, seed=0))
-
-
 def test_a_model_of_one_answer_is_right_where_it_was_kept(
     opened: OpenedRun, made: dict[str, MissingMetadata], tmp_path: Path
 ) -> None:
     run = hand_made(opened, tmp_path / "run", "age")
     rows, names = run.rows("test"), [field.name for field in run.dataset.schema.fields]
-    labels = run.pictures("test").labels
+    labels = run.image_examples("test").labels
     recorded, orders = rows[names].notna().to_numpy(), draw_orders(run, 3, seed=0)
     expected = []
     for order in orders:
@@ -153,7 +142,7 @@ def test_runs_are_compared_in_pairs(opened: OpenedRun, made: dict[str, MissingMe
     assert len(merged) == len(other) == len(back)
     np.testing.assert_allclose(merged["difference"], -merged["difference_back"])
     np.testing.assert_allclose(merged["low"], -merged["high_back"])
-    labels = opened.pictures("test").labels
+    labels = opened.image_examples("test").labels
     groups = opened.groups.loc[list(opened.rows("test")["image_id"])].to_numpy()
     # What stands for no photograph has the red of the fifth class.
     right, constant = np.eye(6)[labels], np.eye(6)[np.full(len(labels), 4)]

@@ -1,6 +1,5 @@
 """Changed inputs: images without the lesion, permuted and replaced metadata, hidden flags."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -19,7 +18,6 @@ from dualrefnet.analysis.perturbations import (
     permute_across_groups,
     perturb_image,
     predict_perturbed,
-    predict_without_image,
     read_outlines,
     replace_values,
 )
@@ -69,7 +67,7 @@ def test_outlines_are_read_as_the_model_sees_the_pictures_and_useless_ones_are_c
     cv2.imwrite(str(folder / f"{ids[1]}.png"), np.zeros((20, 20), np.uint8))
     cv2.imwrite(str(folder / f"{ids[2]}.png"), np.full((20, 20), 255, np.uint8))
     (folder / f"{ids[3]}.png").unlink()
-    examples, masks = run.pictures("test"), run.masks()
+    examples, masks = run.image_examples("test"), run.masks()
     assert set(masks) == set(ids) - {ids[3]}
     with pytest.raises(DataError, match="holds no mask"):
         run.masks(tmp_path)
@@ -124,17 +122,3 @@ def test_replaced_answers_are_those_of_others_and_gaps_stay(opened: OpenedRun) -
     # A value that only one patient has is taken away.
     rows = rows.assign(smoke=pd.Series({0: "True"}, rows.index, dtype=object))
     assert replace_values(rows, metadata, groups, np.random.default_rng(0))["smoke"].isna().all()
-
-
-def test_without_photograph_is_one_answer_for_equal_forms_in_batches_of_any_size(opened: OpenedRun) -> None:
-    forms = opened.pictures("test").metadata
-    size = opened.recipe.evaluation.batch_size
-    small = opened.recipe.model_copy(
-        update={"evaluation": opened.recipe.evaluation.model_copy(update={"batch_size": 7})}
-    )
-    assert len(forms) % 7
-    assert len(forms) < size
-    first, second = (predict_without_image(run, [forms])[0] for run in (opened, replace(opened, recipe=small)))
-    np.testing.assert_allclose(first, second, atol=1e-6)
-    doubled = predict_without_image(opened, [np.repeat(forms[:1], 3, axis=0)])[0]
-    np.testing.assert_allclose(doubled, np.repeat(first[:1], 3, axis=0), atol=1e-6)

@@ -16,10 +16,7 @@ from dualrefnet.analysis.shortcuts import (
     PROBES,
     Shortcuts,
     draw_shortcuts,
-    fit_baseline,
     probe_shortcuts,
-    shortcut_sentences,
-    shortcut_table,
 )
 from dualrefnet.cli import app, runs  # noqa: F401 (the module registers the commands)
 from dualrefnet.display.figure import save_figure
@@ -108,7 +105,7 @@ def empty_age(run: OpenedRun) -> int:
 
 
 def test_the_whole_is_what_the_run_predicted_and_differences_are_paired(opened: OpenedRun, real: Shortcuts) -> None:
-    examples = opened.pictures("test")
+    examples = opened.image_examples("test")
     written = opened.run.predictions.query("split == 'test'")[[f"prob_{name}" for name in opened.classes]].to_numpy()
     empty = opened.metadata.encode(
         without_fields(opened.rows("test"), [field.name for field in opened.metadata.fields])
@@ -150,34 +147,6 @@ def test_probes_that_make_no_sense_are_left_out_and_said_so(opened: OpenedRun, t
     assert any("no outlines" in remark for remark in bare.remarks)
     with pytest.raises(DataError, match="there is no folder of masks"):
         probe_shortcuts(run, tmp_path / "nowhere", permutations=2, samples=20)
-
-
-def test_a_lead_that_can_t_be_told_from_none_is_not_shared_out(opened: OpenedRun, tmp_path: Path) -> None:
-    # The pictures hold the answer where the model doesn't look.
-    run = hand_made(opened, tmp_path / "run", "centre")
-    blind = np.memmap(tmp_path / "run" / "images.u8", dtype=np.uint8, mode="r+")
-    blind[:] = 60
-    blind.flush()
-    result = probe_shortcuts(run, permutations=2, samples=30)
-    table = result.table[result.table["measure"] == "balanced_accuracy"]
-    assert table["lead"].isna().all()
-    assert table.set_index("probe").loc["whole", "value"] == pytest.approx(CHANCE)
-    assert "isn't significant" in shortcut_sentences(result)[0]
-    assert shortcut_table(result).rows[1][2].text == "–"
-
-
-def test_a_regression_learns_what_is_there_and_only_that() -> None:
-    generator = np.random.default_rng(0)
-    labels = np.repeat([0, 2], 40)
-    train = np.stack([labels + generator.normal(0, 0.1, 80), np.ones(80)], axis=1).astype(np.float32)
-    found = fit_baseline(train, labels, np.array([[0, 1], [2, 1]], np.float32), 3)
-    assert found.argmax(axis=1).tolist() == [0, 2]
-    assert (found[:, 1] == 0).all()
-    np.testing.assert_allclose(found.sum(axis=1), 1)
-    noise = fit_baseline(
-        generator.normal(size=(80, 2)).astype(np.float32), labels, generator.normal(size=(400, 2)).astype(np.float32), 3
-    )
-    assert noise.max() < 0.9
 
 
 def test_all_probes_are_drawn_and_can_be_read(real: Shortcuts, tmp_path: Path) -> None:

@@ -7,10 +7,6 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import balanced_accuracy_score
-from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
-from sklearn.preprocessing import StandardScaler
 
 from dualrefnet.data import pad_ufes_20
 from dualrefnet.data.adapters import load_dataset
@@ -18,7 +14,6 @@ from dualrefnet.data.protocols import split_dataset
 from dualrefnet.data.synthetic import (
     COLUMNS,
     MISSING_TOGETHER,
-    SYMPTOMS,
     draw_lesion,
     lesion_mask,
     make_synthetic,
@@ -35,14 +30,6 @@ FORMATS = {
     **dict.fromkeys(("background_father", "background_mother", "region"), "[A-Z]+"),
 }
 SMALL = {"images": 60, "side": 64}
-# Of 60 images of seed 7, drawn before there were masks: the mean red of the quarters of some images.
-TABLE_WITHOUT_MASKS = "f75149ff2edd5b6b3f97a99c506d2b137fbd853a7b12a72c887d54aa49df6811"
-IMAGES_WITHOUT_MASKS = {
-    "PAT_10_13_17.png": [244.64, 231.18, 237.91, 217.16],
-    "PAT_20_24_31.png": [175.43, 176.72, 150.95, 150.98],
-    "PAT_30_37_45.png": [202.4, 190.26, 216.48, 200.93],
-    "PAT_3_3_2.png": [241.15, 216.84, 196.5, 179.85],
-}
 
 
 def read(path: Path) -> pd.DataFrame:
@@ -104,39 +91,6 @@ def test_thirteen_columns_are_missing_together_and_never_for_a_cancer(raw):
     shares = missing.groupby(raw["diagnostic"]).mean()
     assert (shares[list(pad_ufes_20.MALIGNANT)] == 0).all()
     assert shares[["ACK", "NEV", "SEK"]].between(0.3, 0.9).all()
-
-
-def image_features(path: str) -> list[float]:
-    """Colour against the skin around, and roughness, in three rings."""
-    image = cv2.imread(path).astype(np.float32)
-    y, x = np.mgrid[:96, :96] - 47.5
-    radius = np.hypot(x, y) / 96
-    relative = np.log(image + 8) - np.log(np.median(image[radius > 0.42], axis=0) + 8)
-    rough = np.abs(cv2.Laplacian(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), cv2.CV_32F))
-    features = []
-    for inner, outer in ((0, 0.1), (0.1, 0.2), (0.2, 0.3)):
-        ring = (radius >= inner) & (radius < outer)
-        colours = relative[ring]
-        features += [*colours.mean(axis=0), *colours.std(axis=0), *np.percentile(colours, [5, 95]), rough[ring].mean()]
-    return features
-
-
-def test_metadata_and_image_are_each_informative_and_together_more(root):
-    table = load_dataset("sample", root).table
-    values = pd.get_dummies(table[["region", *SYMPTOMS]].astype(str)).to_numpy(float)
-    metadata = np.column_stack([StandardScaler().fit_transform(table[["age"]]), values])
-    image = StandardScaler().fit_transform(np.array([image_features(path) for path in table["image_path"]]))
-    splitter = StratifiedGroupKFold(5, shuffle=True, random_state=0)
-    folds = list(splitter.split(table, table["label"], table["patient_id"]))
-
-    def score(features: np.ndarray) -> float:
-        model = LogisticRegression(C=0.3, max_iter=2000, class_weight="balanced")
-        return balanced_accuracy_score(table["label"], cross_val_predict(model, features, table["label"], cv=folds))
-
-    alone, seen, both = score(metadata), score(image), score(np.hstack([metadata, image]))
-    assert 0.45 <= alone <= 0.65
-    assert 0.45 <= seen <= 0.70
-    assert both >= max(alone, seen) + 0.08
 
 
 def test_a_seed_gives_the_same_bytes_again_and_a_larger_sample_begins_with_them(tmp_path):

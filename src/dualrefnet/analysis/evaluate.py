@@ -273,16 +273,15 @@ def evaluate_run(
     The calibration is fitted on the validation split alone. Arguments and errors are those of `open_run`.
     """
     opened = open_run(run, root, dataset, cache, device)
-    recipe, schema, groups = opened.recipe, opened.dataset.schema, opened.groups
+    recipe, schema = opened.recipe, opened.dataset.schema
     wanted, seed, classes, malignant = recipe.evaluation, recipe.seed, schema.classes, schema.malignant
     tables, predicted, arrays, measured = [], {}, {}, {}
     for split in ("val", "test"):
-        examples = opened.examples(split)
+        examples, patients = opened.examples(split), opened.patients(split)
         predicted[split] = predict_split(opened, split, examples)
         table = prediction_table(examples.image_ids, split, examples.labels, predicted[split].recorded, classes)
         tables.append(table)
         probabilities = table[[f"prob_{name}" for name in classes]].to_numpy(dtype=float)
-        patients = groups.loc[table["image_id"]].to_numpy()
         arrays[split] = (examples.labels, probabilities, Bootstrap(patients, wanted.bootstrap, seed))
         with progress_bar("bootstrap") as show:
             bootstrap = Bootstrap(patients, wanted.bootstrap, seed, progress=show)

@@ -33,6 +33,7 @@ from dualrefnet.evaluation.bootstrap import NAN, Bootstrap, Estimate, Floats
 from dualrefnet.evaluation.metrics import WeightedMetrics, confusion_metrics
 from dualrefnet.progress import track
 from dualrefnet.recipe import MetadataSection
+from dualrefnet.runtime.metadata import read_cell
 
 Integers = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -58,6 +59,8 @@ class AuditedRows:
         """Take the rows of a split; labels and patients are those of the data set."""
         index = pd.Series(dataset.table.index, index=dataset.table["image_id"]).loc[split["image_id"]]
         table, others = (part.reindex(index).reset_index(drop=True) for part in (dataset.table, dataset.other_columns))
+        # A word for nothing, such as NA, is no value.
+        others = others.map(read_cell)
         units, splits = groups(table, dataset.schema), split["split"]
         return cls(
             table, others, dataset.schema, units.to_numpy(dtype=object), splits.to_numpy(dtype=object), samples, seed

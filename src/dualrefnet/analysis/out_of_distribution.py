@@ -177,7 +177,8 @@ def measure_out_of_distribution(
     if not opened.model.reads_image:
         raise DataError("this method reads no image, so there is nothing to score")
     score = opened.run.out_of_scope
-    examples, rows = opened.pictures("test"), opened.rows("test")
+    examples, rows = opened.image_examples("test"), opened.rows("test")
+    groups = pd.Series(opened.patients("test"), rows["image_id"])
     chosen = sample_rows(examples.labels, images, seed)
     found = opened.masks(masks)
     files = dict(zip(rows["image_id"].iloc[chosen], rows["image_path"].iloc[chosen], strict=True))
@@ -187,7 +188,6 @@ def measure_out_of_distribution(
     def table(group: str | list[str], source: Sequence[str] | pd.Series, vectors: NDArray[np.float32]) -> pd.DataFrame:
         return pd.DataFrame({"group": group, "source": list(source), "score": score.score(vectors)})
 
-    groups = opened.groups
     with progress_bar("test images") as show:
         parts = [table(LESIONS, groups.loc[list(files)], opened.vectors(examples, chosen, show))]
     for start in track(range(0, len(others), BATCH), "images without a lesion"):

@@ -221,10 +221,17 @@ def trace(model: ExportedModel) -> ExportedProgram:
     shapes = {name: {0: Dim(BATCH_AXIS, min=1)} for name in model.inputs}
     # Strict mode reads the code; the other runs it, and would fix the batch size that the code asks for.
     program = torch.export.export(model.eval(), (), model.example(), dynamic_shapes=shapes, strict=True)
+    addresses: dict[str, str] = {}
     for part in program.graph_module.modules():
         for node in part.graph.nodes if isinstance(part, GraphModule) else ():
-            # Folders of this machine, and lines of the source.
+            # Folders of this machine and lines of the source.
             node.meta.pop("stack_trace", None)
+            # Addresses of memory, with which no two exports of a run would be equal.
+            node.meta.pop("from_node", None)
+            stack = node.meta.get("nn_module_stack", {})
+            node.meta["nn_module_stack"] = {
+                addresses.setdefault(key, f"module_{len(addresses)}"): where for key, where in stack.items()
+            }
     return program
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from dualrefnet.data.loader import Batch
 from dualrefnet.data.store import Arrays, DerivedStore, ImageStore, Part, fill_derived_store
-from dualrefnet.errors import DataError
+from dualrefnet.errors import DataError, RunError
 from dualrefnet.models.base import Method
 from dualrefnet.models.encoders import Encoded, Encoder, EncoderOutput
 from dualrefnet.progress import progress_bar
@@ -71,6 +71,21 @@ def resolve_device(name: str | None) -> torch.device:
     return device
 
 
+def check_finite(logits: Tensor) -> Tensor:
+    """Return logits (B, C) as they are; RunError if a network computes something else than numbers.
+
+    Their first class would be taken for an answer.
+    """
+    wrong = int((~logits.isfinite()).any(dim=1).sum())
+    if wrong:
+        raise RunError(
+            f"the model computes no finite numbers for {wrong} of {len(logits)} images: its training has diverged "
+            "(lower training.learning_rate, or set training.gradient_clip=1), or a number in the metadata is out of "
+            "all range (see `dualrefnet check`)"
+        )
+    return logits
+
+
 class Predicted(NamedTuple):
     """What a model says of N images: logits (N, C) float32 on the CPU, the labels of the batches, and logits of further
     heads.
@@ -113,7 +128,7 @@ def predict_logits(
             images = normalise(to_unit(batch.images.to(device, non_blocking=True), size), normalisation)
         with autocast(device, precision):
             output = model(images, batch.metadata.to(device))
-        logits.append(output.logits.float().cpu())
+        logits.append(check_finite(output.logits.float().cpu()))
         labels.append(batch.labels)
         for name, value in output.heads.items():
             heads.setdefault(name, []).append(value.float().cpu())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,27 @@ from dualrefnet.run import Run, fingerprint, run_lock, start_run, write_split
 from dualrefnet.training.loop import Trainer
 
 MODEL_FORMAT = 2
+# In errors of torch: its allocators, oneDNN, C++.
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "could not create a primitive", "bad_alloc")
 
 
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Say in one line that a limit of the machine ended the training, and what to set."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+            raise RunError(
+                "there isn't enough memory: lower training.batch_size, evaluation.batch_size or image.size, or raise "
+                "the limit of this process; then go on with --resume"
+            ) from error
+        if "can't start new thread" in str(error):
+            raise RunError("no more threads may be started: lower --workers and OMP_NUM_THREADS") from error
+        raise
+
+
+@enough_memory()
 def train_recipe(
     recipe: Recipe, out: Path, resume: bool = False, cache: Path | None = None, workers: int | None = None
 ) -> Run:
