@@ -353,13 +353,16 @@ def test_slow_clients_are_cut_off(client: httpx.Client) -> None:
 def test_a_client_that_closes_its_side_after_a_request_is_answered(version: bytes) -> None:
     body, _ = multipart([GOOD])
     with live(StandInPredictor(delay=0.3)) as client:
+        # A second request in the row, where the version has rows.
+        request = (post_head(length=len(body)) + body).replace(b"1.1", version)
         with connect(client) as connection:
-            connection.sendall(post_head(length=len(body)).replace(b"1.1", version) + body)
+            connection.sendall(request * 2)
             connection.shutdown(socket.SHUT_WR)
             answer = read_all(connection)
-        final = answer.replace(b"HTTP/1.1 100 Continue\r\n\r\n", b"")
-        assert status_of(final) == 200
-        assert (final == answer) == (version == b"1.0")
+        assert re.findall(rb"HTTP/1\.1 (\d{3}) ", answer.replace(b" 100 ", b"")) == [b"200"] * (
+            2 if version == b"1.1" else 1
+        )
+        assert (b" 100 Continue" in answer) == (version == b"1.1")
         still_answers(client)
 
 

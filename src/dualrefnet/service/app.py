@@ -123,8 +123,9 @@ def _add_prediction_routes(app: FastAPI, inference: Inference) -> None:
         """Classify one lesion from its images and the patient's metadata."""
         with Reservation(inference.limiter, request.state.length) as reservation:
             upload = await read_upload(request, reservation, settings)
+            images = len(upload.images)
             prediction = await _while_connected(request, inference.predict(upload, reservation))
-        return schemas.prediction_body(prediction, predictor.name, len(upload.images), request.state.request_id)
+        return schemas.prediction_body(prediction, predictor.name, images, request.state.request_id)
 
     @app.post(
         "/v1/explain",
@@ -136,8 +137,9 @@ def _add_prediction_routes(app: FastAPI, inference: Inference) -> None:
         """Classify one lesion from one image and the metadata, and explain the prediction by occlusion."""
         with Reservation(inference.explain_limiter, request.state.length) as reservation:
             upload = await read_upload(request, reservation, settings, explained=True)
+            images = len(upload.images)
             prediction, explanation = await _while_connected(request, inference.explain(upload, reservation))
-        body = schemas.prediction_body(prediction, predictor.name, len(upload.images), request.state.request_id)
+        body = schemas.prediction_body(prediction, predictor.name, images, request.state.request_id)
         return {**body, "explanation": schemas.explanation_body(explanation)}
 
 

@@ -298,6 +298,7 @@ class Inference:
         try:
             return list(await asyncio.gather(*tasks)) or [None]
         finally:
+            images.clear()
             reservation.release_body()
             # If one is invalid or the client has disconnected, those not begun needn't be decoded.
             for task in tasks:

@@ -142,19 +142,26 @@ class HalfClosedProtocol(H11Protocol):
     skip, makes the machine of one that has gone reset the connection.
     """
 
+    half_closed = False
+
     def eof_received(self) -> bool:  # type: ignore[override]
-        if self.cycle is None or self.cycle.more_body or self.cycle.response_complete:
-            return False
-        self.cycle.keep_alive = False
-        self._look()
-        return True
+        self.half_closed = self.cycle is not None and not (self.cycle.more_body or self.cycle.response_complete)
+        if self.half_closed:
+            self._look()
+        return self.half_closed
 
     def _look(self) -> None:
-        if self.transport.is_closing() or self.cycle.response_started:
+        if self.transport.is_closing():
             return
-        if self.scope["http_version"] == "1.1":
+        if not self.cycle.response_started and self.scope["http_version"] == "1.1":
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.loop.call_later(LOOK, self._look)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        # Otherwise there is another request that came before the end.
+        if self.half_closed and self.cycle.response_complete:
+            self.transport.close()
 
 
 def load_app(served: Served) -> FastAPI:
