@@ -210,7 +210,7 @@ def _predict(
     opened: OpenedRun, rows: pd.DataFrame, kept: Mapping[str, Sequence[NDArray[np.bool_]]]
 ) -> dict[str, list[Floats]]:
     """Return the probabilities with what is kept of each row's values, one array a draw."""
-    examples = opened.pictures("test")
+    examples = opened.image_examples("test")
     names = [field.name for field in opened.dataset.schema.fields]
     versions = [examples.metadata]
     found: dict[str, list[Floats]] = {}

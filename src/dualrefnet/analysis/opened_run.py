@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,8 @@ from dualrefnet.models.inference import Normalisation, encoded, fill_features, j
 from dualrefnet.models.registry import load_model
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import Run
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class OpenedRun:
         """Return one split, with the stored features if the encoder was frozen: the quick way to predictions."""
         return make_examples(self.dataset, self.split, split, self.metadata, self.store, self._features)
 
-    def pictures(self, split: str) -> Examples:
+    def image_examples(self, split: str) -> Examples:
         """Return one split with its images, also if the encoder was frozen: what explanations look at."""
         return make_examples(self.dataset, self.split, split, self.metadata, self.store)
 
@@ -106,16 +108,14 @@ class OpenedRun:
 
     @torch.inference_mode()
     def vectors(
-        self, examples: Examples, rows: NDArray[np.int64], progress: Callable[[int, int], None] | None = None
+        self, examples: Examples, rows: NDArray[np.int64], progress: Progress | None = None
     ) -> NDArray[np.float32]:
         """Return the encoders' vectors of the examples at `rows`, concatenated if there are several, (N, D)."""
-        size, kept = self.recipe.evaluation.batch_size, []
-        for start in range(0, len(rows), size):
-            read = self.encode(examples.batch(rows[start : start + size]))
+        kept = []
+        for part in in_batches(rows, self.recipe.evaluation.batch_size, progress):
+            read = self.encode(examples.batch(part))
             assert read is not None
             kept.append(joined_vectors(read))
-            if progress is not None:
-                progress(min(start + size, len(rows)), len(rows))
         return np.concatenate(kept)
 
     def masks(self, folder: Path | None = None) -> dict[str, Path]:
@@ -142,6 +142,14 @@ class OpenedRun:
         if self.model.missing is not None:
             read = self.model.missing.fill_images(read)
         return read.rows(torch.zeros(count, dtype=torch.int64, device=self.device))
+
+
+def in_batches(rows: NDArray[np.int64], size: int, progress: Progress | None = None) -> Iterator[NDArray[np.int64]]:
+    """Yield `size` rows at a time; `progress` is called with (rows done, rows in all) when they have been used."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+        if progress is not None:
+            progress(min(start + size, len(rows)), len(rows))
 
 
 def open_run(

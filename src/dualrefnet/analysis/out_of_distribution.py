@@ -177,7 +177,7 @@ def measure_out_of_distribution(
     if not opened.model.reads_image:
         raise DataError("this method reads no image, so there is nothing to score")
     score = opened.run.out_of_scope
-    examples, rows = opened.pictures("test"), opened.rows("test")
+    examples, rows = opened.image_examples("test"), opened.rows("test")
     groups = pd.Series(opened.patients("test"), rows["image_id"])
     chosen = sample_rows(examples.labels, images, seed)
     found = opened.masks(masks)

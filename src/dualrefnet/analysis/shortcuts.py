@@ -156,7 +156,7 @@ class _Probe:
 
     def __init__(self, opened: OpenedRun, seed: int, permutations: int) -> None:
         self.opened, self.permutations, self.seed = opened, permutations, seed
-        self.examples, self.rows = opened.pictures("test"), opened.rows("test")
+        self.examples, self.rows = opened.image_examples("test"), opened.rows("test")
         self.groups = opened.patients("test")
         self.predictions: dict[str, list[Floats]] = {}
         self.remarks: list[str] = []
@@ -248,7 +248,7 @@ class _Probe:
 
     def fit_baselines(self, predicted: Predictions) -> int:
         """Fit the regressions on the training split, and return how many images were read for that."""
-        opened, train, read = self.opened, self.opened.pictures("train"), 0
+        opened, train, read = self.opened, self.opened.image_examples("train"), 0
         inputs: dict[str, tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]] = {}
         if opened.reads_metadata:
             inputs["trained_form"] = (*with_missing_indicators(train.metadata, self.examples.metadata), train.labels)

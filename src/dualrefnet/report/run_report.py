@@ -172,7 +172,7 @@ def _check(run: Run, against: Run | None, options: ReportOptions, pictures: Path
     """Refuse at once, and not after minutes, what can't be done."""
     _check_finished([run] if against is None else [run, against])
     if against is not None:
-        from dualrefnet.analysis.cases import find_disagreement
+        from dualrefnet.analysis.disagreement import find_disagreement
 
         run_names(run, against)
         find_disagreement(run, against, seed=options.seed)
