@@ -238,7 +238,7 @@ def test_a_run_is_measured_against_all_groups(opened: OpenedRun, measured: OutOf
     assert set(scores.loc[scores["group"] == SKIN, "source"]) <= set(scores.loc[scores["group"] == LESIONS, "source"])
     assert measured.skin_auroc is not None
     skin, close = (scores.loc[scores["group"] == name, "score"] for name in (SKIN, CLOSE_LESION))
-    assert measured.skin_auroc[0] == pytest.approx(
+    assert measured.skin_auroc.value == pytest.approx(
         roc_auc_score(np.r_[np.ones(len(skin)), np.zeros(len(close))], np.r_[skin, close])
     )
 
