@@ -96,7 +96,7 @@ def test_a_test_split_of_one_patient_says_why_it_can_t_be_measured(tiny_run: Run
 
 
 def test_a_model_that_computes_no_numbers_isn_t_measured(opened: OpenedRun) -> None:
-    model, examples = copy.deepcopy(opened.model), opened.pictures("test")
+    model, examples = copy.deepcopy(opened.model), opened.image_examples("test")
     for parameter in model.parameters():
         parameter.data.fill_(torch.nan)
     with pytest.raises(DualRefNetError, match="its training has diverged"):

@@ -210,7 +210,7 @@ def _predict(
     opened: OpenedRun, rows: pd.DataFrame, kept: Mapping[str, Sequence[NDArray[np.bool_]]]
 ) -> dict[str, list[Floats]]:
     """Return the probabilities with what is kept of each row's values, one array a draw."""
-    examples = opened.pictures("test")
+    examples = opened.image_examples("test")
     names = [field.name for field in opened.dataset.schema.fields]
     versions = [examples.metadata]
     found: dict[str, list[Floats]] = {}
@@ -241,9 +241,7 @@ def _measured(bootstrap: PooledBootstrap, image: str, key: str, start: dict[str,
     rows, own, full = [], image + key, image + _input()
     for measure in MEASURES:
         value, difference = bootstrap.value(own, measure), bootstrap.difference(own, full, measure)
-        row = start | {"measure": measure, "value": value.value, "low": value.low, "high": value.high}
-        row |= {"difference": difference.value}
-        rows.append(row | {"difference_low": difference.low, "difference_high": difference.high})
+        rows.append(start | {"measure": measure} | value.columns() | difference.columns("difference"))
     return rows
 
 
