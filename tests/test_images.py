@@ -1,5 +1,7 @@
+import contextlib
 import io
 import struct
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -9,9 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, features
 
-from dualrefnet.data.images import decode_image, find_masks, read_mask
+from dualrefnet.data.images import decode_image, find_masks, is_image, read_mask
 from dualrefnet.errors import DataError, ImageError
 
 
@@ -100,6 +102,29 @@ def test_the_type_is_that_of_the_content(tmp_path):
 def test_other_formats_are_refused(data):
     with pytest.raises(ImageError, match="isn't a JPEG"):
         decode_image(data)
+
+
+def test_images_of_phones_are_read_or_it_is_said_what_to_install(monkeypatch):
+    if features.check("avif"):
+        assert np.abs(decode_image(encoded(IMAGE, "AVIF", quality=100)).astype(int) - gradient()).mean() < 3
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        heic = io.BytesIO()
+        pillow_heif.from_pillow(IMAGE).save(heic, quality=100)
+        assert np.abs(decode_image(heic.getvalue()).astype(int) - gradient()).mean() < 3
+    monkeypatch.setitem(sys.modules, "pillow_heif.as_plugin", None)
+    monkeypatch.setitem(sys.modules, "PIL.AvifImagePlugin", None)
+    for brand, needed in ((b"heic", "pip install pillow-heif"), (b"mif1", "pillow-heif"), (b"avif", "pillow>=11.3")):
+        with pytest.raises(ImageError, match=needed):
+            decode_image(b"\0\0\0\x18ftyp" + brand + bytes(50))
+
+
+def test_what_is_listed_as_an_image(tmp_path):
+    contents = {"a.JPG": b"", "b.jfif": b"", "c.heic": b"", "ISIC_1": FILES["jpeg"], "README": b"text", "d.txt": b""}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    assert [name for name in contents if is_image(tmp_path / name)] == ["a.JPG", "b.jfif", "c.heic", "ISIC_1"]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA"])
@@ -222,6 +247,35 @@ def test_a_cut_file_is_refused_or_gives_the_whole_image(kind, cut):
         assert len(reason.splitlines()) == 1
     else:
         np.testing.assert_array_equal(array, whole)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True}, {"restart_marker_rows": 1}])
+def test_a_jpeg_that_ends_early_is_refused_though_it_has_an_end_marker(mode, options):
+    noise = np.random.default_rng(0).integers(0, 255, (160, 200, 3), np.uint8)
+    whole = encoded(Image.fromarray(noise).convert(mode), "JPEG", **options)
+    assert decode_image(whole).shape == (160, 200, 3)
+    for share in (0.3, 0.6, 0.9):
+        with pytest.raises(ImageError, match="damaged or truncated"):
+            decode_image(whole[: int(share * len(whole))] + b"\xff\xd9")
+    middle = len(whole) // 2
+    if "progressive" not in options:
+        with pytest.raises(ImageError, match="damaged or truncated"):
+            decode_image(whole[:middle] + whole[middle + len(whole) // 10 :])
+    # What a decoder fills up with is a colour that an image may have.
+    for colour in (0, 128, 255):
+        plain = encoded(Image.new("RGB", (64, 50), (colour,) * 3).convert(mode), "JPEG", **options)
+        assert np.ptp(decode_image(plain)) == 0
+
+
+@pytest.mark.parametrize("kind", ["BMP", "WEBP", "PNG", "TIFF"])
+def test_a_file_without_its_last_bytes_is_refused(kind):
+    whole = encoded(IMAGE, kind)
+    for length in (len(whole) // 3, len(whole) - 20):
+        with pytest.raises(ImageError, match="damaged or truncated"):
+            decode_image(whole[:length])
+    with pytest.raises(ImageError, match="damaged or truncated"):
+        decode_image(whole[: len(whole) // 2] + whole[len(whole) // 2 + 50 :])
 
 
 @settings(max_examples=250)
