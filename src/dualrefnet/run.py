@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib import metadata as packages
@@ -21,7 +23,17 @@ import dualrefnet
 from dualrefnet.data.protocols import SPLIT_COLUMNS, refuse_crossing
 from dualrefnet.data.schema import Dataset
 from dualrefnet.errors import RunError
-from dualrefnet.files import read_csv, read_json, remove_partial, sha256_of_json, write_csv, write_yaml
+from dualrefnet.files import (
+    is_file,
+    locked,
+    make_folder,
+    read_csv,
+    read_json,
+    remove_partial,
+    sha256_of_json,
+    write_csv,
+    write_yaml,
+)
 from dualrefnet.recipe import Recipe, differences, load_recipe
 
 if TYPE_CHECKING:
@@ -29,6 +41,8 @@ if TYPE_CHECKING:
     from dualrefnet.runtime.out_of_distribution import OutOfDistributionScore
 
 
+# While a training writes the folder.
+LOCK = ".lock"
 # Libraries that numbers depend on, and how they are imported.
 LIBRARIES = {name: name for name in ("torch", "torchvision", "timm", "accelerate")}
 LIBRARIES |= {"opencv-python-headless": "cv2", "pillow": "PIL", "numpy": "numpy", "pandas": "pandas"}
@@ -158,24 +172,43 @@ class Run:
         return path
 
 
+@contextmanager
+def run_lock(path: Path) -> Iterator[None]:
+    """Keep a second training out of a run folder, which is made."""
+    if is_file(path):
+        raise RunError(f"{path} is a file; name a folder for the run")
+    lock = make_folder(path) / LOCK
+    with locked(lock, f"{path} is in use by another training; wait until it ends, or name another folder with --out"):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def refuse_taken(path: Path, resume: bool) -> bool:
+    """Refuse a folder that holds something else, or a run unless it is resumed; return whether a run is there."""
+    found = [file for file in path.iterdir() if file.name != LOCK] if path.is_dir() else []
+    # A kill during the very first write leaves no more than such a file.
+    if all(file.match(".*.partial") for file in found):
+        return False
+    if not (path / "recipe.yaml").is_file():
+        raise RunError(f"{path} isn't empty and isn't a run folder; name another one with --out (Python: out=)")
+    if not resume:
+        what = "a finished run" if Run(path).finished else "an unfinished run"
+        fix = "continue it with --resume (Python: resume=True), or name another folder with --out (out=)"
+        raise RunError(f"{path} holds {what}; {fix}")
+    return True
+
+
 def start_run(path: Path, recipe: Recipe, resume: bool) -> Run:
     """Open the folder of a run that begins or goes on."""
     run = Run(path)
-    if path.exists() and not path.is_dir():
-        raise RunError(f"{path} is a file; name a folder for the run")
-    found = list(path.iterdir()) if path.is_dir() else []
-    if all(file.match(".*.partial") for file in found):
-        # A kill during the very first write leaves no more than this.
-        remove_partial(path)
-    else:
-        if not (path / "recipe.yaml").is_file():
-            raise RunError(f"{path} isn't empty and isn't a run folder; name another one with --out")
-        if not resume:
-            what = "a finished run" if run.finished else "an unfinished run"
-            raise RunError(f"{path} holds {what}; continue it with --resume, or name another folder with --out")
+    if refuse_taken(path, resume):
         if run.recipe != recipe:
             changed = ", ".join(differences(run.recipe, recipe)[:3])
             raise RunError(f"{path} was started with another recipe ({changed}); name another folder with --out")
+    else:
+        remove_partial(path)
     write_yaml(path / "recipe.yaml", recipe.model_dump(mode="json"))
     return run
 

@@ -21,7 +21,15 @@ from dualrefnet.data.store import DerivedStore, ImageStore
 from dualrefnet.errors import DataError, RunError
 from dualrefnet.models.base import Method
 from dualrefnet.models.encoders import Encoded
-from dualrefnet.models.inference import Normalisation, encoded, fill_features, joined_vectors, normalise, to_unit
+from dualrefnet.models.inference import (
+    Normalisation,
+    encoded,
+    fill_features,
+    joined_vectors,
+    normalise,
+    resolve_device,
+    to_unit,
+)
 from dualrefnet.models.registry import load_model
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import Run
@@ -173,7 +181,7 @@ def open_run(
             f"{run.path} knows the classes {', '.join(description['classes'])}, but the data in {dataset.root} have "
             f"{', '.join(dataset.schema.classes)}; give the right folder with --root"
         )
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or resolve_device(None)
     model.to(device).eval()
     store = fill_recipe_store(recipe, dataset, cache) if model.reads_image else None
     readable = set(store.image_ids) - set(store.broken) if store else set(dataset.table["image_id"])

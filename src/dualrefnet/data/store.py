@@ -20,12 +20,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
-from filelock import FileLock
 from numpy.typing import NDArray
 
 from dualrefnet.data.images import decode_image
 from dualrefnet.errors import DataError, ImageError
-from dualrefnet.files import read_csv, read_json, sha256_of_json, write_csv, write_json
+from dualrefnet.files import locked, make_folder, read_csv, read_json, sha256_of_json, write_csv, write_json
 from dualrefnet.recipe import ImageSection
 from dualrefnet.runtime.preprocessing import preprocess
 
@@ -43,7 +42,12 @@ Result = TypeVar("Result")
 def default_cache() -> Path:
     """Return the folder for stores: `$DUALREFNET_CACHE`, else `dualrefnet` in the user's cache folder."""
     chosen = os.environ.get(CACHE_VARIABLE)
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dualrefnet"
+    try:
+        return (
+            Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dualrefnet"
+        )
+    except RuntimeError:
+        raise DataError(f"there is no home folder for the cache; set {CACHE_VARIABLE} to a folder") from None
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,35 @@ def fill_store(
 
     _fill_once(folder, fill)
     return open_store(folder)
+
+
+def delete_if_changed(
+    store: ImageStore, table: pd.DataFrame, section: ImageSection, workers: int | None, progress: Progress | None
+) -> list[str]:
+    """Read every image again; return the ids of those that differ from the store, which is then deleted.
+
+    So is all that was derived from images: its name doesn't tell from which.
+    """
+
+    def differs(row: int) -> bool:
+        was_broken = store.image_ids[row] in store.broken
+        try:
+            image = preprocess(decode_image(table["image_path"].iloc[row]), section, store.side)
+        except ImageError:
+            return not was_broken
+        return was_broken or not np.array_equal(image, store.read(np.array([row]))[0])
+
+    changed, count, threads = [], len(table), workers or os.cpu_count() or 1
+    with closing(map_ahead(differs, range(count), threads, 4 * threads)) as results:
+        for done, (image_id, different) in enumerate(zip(store.image_ids, results, strict=True), start=1):
+            if different:
+                changed.append(image_id)
+            if progress:
+                progress(done, count)
+    if changed:
+        shutil.rmtree(store.path)
+        shutil.rmtree(store.path.parent.parent / "derived", ignore_errors=True)
+    return changed
 
 
 def open_store(path: Path) -> ImageStore:
@@ -237,8 +270,8 @@ def _fill_once(folder: Path, fill: Callable[[Path], None]) -> None:
     if folder.is_dir():
         return
     partial = folder.with_name(folder.name + ".partial")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(folder.name + ".lock")):
+    make_folder(folder.parent)
+    with locked(folder.with_name(folder.name + ".lock")):
         if folder.is_dir():
             return  # Another process has filled it meanwhile.
         partial.mkdir(exist_ok=True)

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 import dualrefnet
@@ -34,7 +33,16 @@ from dualrefnet.data.csv_table import open_csv
 from dualrefnet.data.images import IMAGE_SUFFIXES, ImageIndex, files_in, image_path, list_files
 from dualrefnet.deploy.predictor import Predictor
 from dualrefnet.errors import DataError, ImageError
-from dualrefnet.files import atomic_path, escape_cell, read_json, sha256_of_file, sha256_of_json, write_json
+from dualrefnet.files import (
+    atomic_path,
+    escape_cell,
+    locked,
+    make_folder,
+    read_json,
+    sha256_of_file,
+    sha256_of_json,
+    write_json,
+)
 from dualrefnet.progress import ShowProgress, console, note, progress_bar, warn
 from dualrefnet.runtime.prediction import Prediction
 
@@ -323,12 +331,9 @@ def _locked(folder: Path, out: Path) -> Iterator[None]:
     """Keep a second call out of the folder of chunks, which is made."""
     if out.is_dir():
         raise DataError(f"{out} is a folder; name a file, such as {out / 'predictions.csv'}")
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / "lock", timeout=0):
-            yield
-    except Timeout:
-        raise DataError(f"another process is writing {out}; wait until it ends, or choose another --out") from None
+    busy = f"another process is writing {out}; wait until it ends, or choose another --out"
+    with locked(make_folder(folder) / "lock", busy):
+        yield
 
 
 def _finished(out: Path, head: bytes, total: int) -> Summary:

@@ -22,7 +22,7 @@ from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.errors import RunError
 from dualrefnet.models.base import Architecture, Method, mark_missing
 from dualrefnet.models.encoders import Encoded, Encoder
-from dualrefnet.models.inference import Normalisation, joined_vectors, normalise, to_unit
+from dualrefnet.models.inference import Normalisation, joined_vectors, normalise, resolve_device, to_unit
 from dualrefnet.models.registry import load_model
 from dualrefnet.progress import warn
 from dualrefnet.recipe import ImageSection
@@ -76,7 +76,7 @@ def run_parts(run: Path | str | Run, device: str) -> dict[str, Any]:
         )
     return {
         "description": description,
-        "network": TorchNetwork(model, image.size, normalisation_of(about), torch.device(device)),
+        "network": TorchNetwork(model, image.size, normalisation_of(about), resolve_device(device)),
         "classes": about["classes"],
         "malignant": about["malignant"],
         "encoder": MetadataEncoder.from_json(about["metadata"]),

@@ -210,11 +210,11 @@ def _check_scans(data: bytes, image: ImageFile.ImageFile, ends: list[int]) -> No
 
     In a complete image further data at the end of a scan change nothing.
     """
-    pixels = np.asarray(image)
     restarts = [found[1][0] for found in _RESTART.finditer(data, data.find(b"\xff\xda"), ends[-1])]
     if len(ends) == 1 and any(marker != 0xD0 + place % 8 for place, marker in enumerate(restarts)):
         raise EOFError("parts of its pixels are missing")
-    if len(ends) == 1 and image.mode != "CMYK" and (pixels[-1, -1] != _FILL).any():
+    last = image.getpixel((image.width - 1, image.height - 1))
+    if len(ends) == 1 and image.mode != "CMYK" and np.any(np.array(last) != _FILL):
         return
     # All scans at once: a large progressive JPEG would take seconds for each.
     start, parts = 0, []
@@ -222,7 +222,7 @@ def _check_scans(data: bytes, image: ImageFile.ImageFile, ends: list[int]) -> No
         parts.append(data[start:end])
         start = end
     with JpegImageFile(io.BytesIO(_FURTHER.join(parts))) as changed:
-        if not np.array_equal(np.asarray(changed), pixels):
+        if not np.array_equal(np.asarray(changed), np.asarray(image)):
             raise EOFError("its pixels end early")
 
 

@@ -96,9 +96,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
         404: ("not_found", "there is nothing here; /docs describes what there is"),
         405: ("wrong_method", "this path takes another method; see the header Allow"),
     }.get(error.status_code, ("error", str(error.detail)))
-    content = schemas.error_json(code, message, request.state.request_id)
     headers = {name: "GET, HEAD" if value == "GET" else value for name, value in (error.headers or {}).items()}
-    return Response(content, error.status_code, headers, "application/json")
+    raise schemas.Refusal(error.status_code, code, message, headers)
 
 
 def _add_file(app: FastAPI, path: str, file: Path) -> None:

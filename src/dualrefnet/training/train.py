@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from dualrefnet.errors import RunError
 from dualrefnet.files import remove_partial, write_json
 from dualrefnet.models.base import Architecture
 from dualrefnet.models.inference import fill_features
-from dualrefnet.models.registry import check_method, new_model
+from dualrefnet.models.registry import METHODS, check_method, new_model
 from dualrefnet.models.superresolution import fill_targets
 from dualrefnet.progress import note, warn
 from dualrefnet.recipe import Recipe
-from dualrefnet.run import Run, fingerprint, start_run, write_split
+from dualrefnet.run import Run, fingerprint, run_lock, start_run, write_split
 from dualrefnet.training.loop import Trainer
 
 MODEL_FORMAT = 2
@@ -56,8 +56,21 @@ def train_recipe(
     `resume` goes on with an unfinished run in `out`, and returns a finished one as it is. `cache` is the folder of the
     image stores (None: the user's cache folder); `workers` threads prepare images (None: one a core).
     """
-    method = check_method(recipe)
-    state = PartialState(cpu=recipe.training.device == "cpu")
+    check_method(recipe)
+    try:
+        state = PartialState(cpu=recipe.training.device == "cpu")
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        fix = "start several processes with `accelerate launch`, or unset LOCAL_RANK"
+        raise RunError(f"the processes of this training don't find each other ({reason}); {fix}") from None
+    with run_lock(out) if state.is_main_process else nullcontext():
+        return _train(recipe, out, resume, cache, workers, state)
+
+
+def _train(
+    recipe: Recipe, out: Path, resume: bool, cache: Path | None, workers: int | None, state: PartialState
+) -> Run:
+    method = METHODS[recipe.model.method]
     # Several processes: the first one prepares files, the others wait and then find them.
     with state.main_process_first():
         run = start_run(out, recipe, resume or not state.is_main_process)
