@@ -38,7 +38,7 @@ from dualrefnet.deploy.parity import (
 )
 from dualrefnet.deploy.predictor import refuse_shortcut
 from dualrefnet.errors import DataError, RunError
-from dualrefnet.files import enough_space, sha256_of_file, write_json, write_text
+from dualrefnet.files import enough_space, make_folder, sha256_of_file, write_json, write_text
 from dualrefnet.models.base import Architecture
 from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import ImageSection
@@ -64,14 +64,7 @@ def export_run(
     """Write the bundle of a finished run's best epoch, and return the content of `bundle.json`.
 
     `out` is replaced if it is a bundle already. `int8`: the int8 network too; None: if the run's images are available.
-    `accept_missingness_shortcut`: export it though missing metadata keep it from referring cancers; the bundle warns of
-    it.
-
-    Raises:
-        RunError: the run isn't finished or must not be used (see `refuse_shortcut`), `out` holds something else, or
-            the exported network doesn't predict as the trained one does.
-        DataError: `root` doesn't hold the run's data, or int8 was asked for and they aren't available.
-        DependencyError: an optional library is missing.
+    `accept_missingness_shortcut`: export it though missing metadata keep it from referring cancers, with a warning.
     """
     check_target(out)
     if not run.finished:
@@ -182,7 +175,7 @@ def check_target(out: Path) -> None:
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """Give an empty neighbour of a folder, and put it in the folder's place if the block ends without an error."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     token = secrets.token_hex(4)
     made, old = (out.with_name(f".{out.name}.{token}.{suffix}") for suffix in ("partial", "old"))
     try:
@@ -210,9 +203,7 @@ def _cases(
     metadata: MetadataEncoder,
     int8: bool | None,
 ) -> tuple[Cases, Cases | None, str]:
-    """Return validation cases, training cases for int8, and what the former are; without the run's data synthetic ones,
-    with a warning, and None.
-    """
+    """Return cases of validation (synthetic ones, if there are no data) and of training, and what the former are."""
     try:
         opened = open_run(run, root, cache=cache, device=torch.device("cpu"))
     except (DataError, RunError) as error:
