@@ -166,29 +166,31 @@ def load_model(description: Mapping[str, Any], weights_file: Path) -> Method:
 
     from dualrefnet.models.base import Architecture
     from dualrefnet.models.encoders import create_encoder
+    from dualrefnet.run import Run
 
     if not weights_file.is_file():
         raise RunError(
             f"there is no {weights_file}: the run's first epoch isn't over (`dualrefnet train ... --resume`)"
         )
+    Run(weights_file.parent).check_weights()
     architecture = Architecture.model_validate(description["architecture"])
     section = architecture.section
     if section.method not in METHODS:
         raise RunError(f"{weights_file.parent} holds a model of method {section.method!r}, unknown to this version")
     method = METHODS[section.method].network
     encoders = []
-    for position, name in enumerate(architecture.backbones if method.reads_image else ()):
-        source = description["weights"][position]
-        encoder = create_encoder(
-            name, "none", architecture.image_size, source["options"], method.taps(section), position
-        )
-        # Built without its weights file, the encoder doesn't know what images it expects; the record does.
-        encoder.mean, encoder.std = tuple(source["mean"]), tuple(source["std"])
-        encoders.append(encoder)
-    model = method(architecture, encoders)
     try:
+        for position, name in enumerate(architecture.backbones if method.reads_image else ()):
+            source = description["weights"][position]
+            encoder = create_encoder(
+                name, "none", architecture.image_size, source["options"], method.taps(section), position
+            )
+            # Built without its weights file, the encoder doesn't know what images it expects; the record does.
+            encoder.mean, encoder.std = tuple(source["mean"]), tuple(source["std"])
+            encoders.append(encoder)
+        model = method(architecture, encoders)
         model.load_state_dict(load_file(str(weights_file)))
-    except (RuntimeError, OSError, SafetensorError) as error:
+    except (RuntimeError, OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise RunError(f"{weights_file} doesn't fit its model.json: {str(error).splitlines()[0]}") from error
     return model
 

@@ -185,13 +185,14 @@ def _open_folder(out: Path, suite: Suite, cells: list[Cell]) -> None:
 
 
 def _finished(out: Path, name: str) -> bool:
-    """Return whether a run is finished; then leftovers of an earlier, unfinished try are removed."""
+    """Return whether a run is finished, with files that can be read; then leftovers of earlier tries are removed."""
     run = Run(out / "runs" / name)
-    if run.finished:
+    finished = run.finished and not run.damage()
+    if finished:
         # A kill just after the last file was written leaves these.
         run.checkpoint_file.unlink(missing_ok=True)
         (out / "failures" / f"{name}.json").unlink(missing_ok=True)
-    return run.finished
+    return finished
 
 
 def _record(out: Path, outcome: Outcome, run: str, failure: Failure | None) -> None:

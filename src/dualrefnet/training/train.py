@@ -13,7 +13,7 @@ from dualrefnet.analysis.evaluate import evaluate_run
 from dualrefnet.data.loader import fill_recipe_store, make_examples, read_dataset, recipe_split, split_rows
 from dualrefnet.data.metadata import MetadataEncoder, missingness_warning
 from dualrefnet.data.schema import DatasetSchema
-from dualrefnet.files import remove_partial, write_json
+from dualrefnet.files import remove_partial, sha256_of_file, write_json
 from dualrefnet.models.base import Architecture
 from dualrefnet.models.inference import fill_features
 from dualrefnet.models.registry import check_method, count_parameters, new_model
@@ -40,9 +40,17 @@ def train_recipe(
     with state.main_process_first():
         run = start_run(out, recipe, resume or not state.is_main_process)
         if run.finished and resume:
-            note(f"{out} is finished already")
-            _tidy(run)
-            return run
+            damage = run.damage()
+            if not damage:
+                note(f"{out} is finished already")
+            elif run.weights_file.is_file():
+                warn(f"{damage}; the run is measured again")
+                evaluate_run(run, cache=cache)
+            if not damage or run.weights_file.is_file():
+                _tidy(run)
+                return run
+            warn(f"{damage}; the run is trained again")
+            run.metrics_file.unlink()
         dataset = read_dataset(recipe)
         store = None
         if method.reads_image or recipe.data.rows == "with_image":
@@ -92,6 +100,7 @@ def train_recipe(
         )
     trainer.fit(train, val)
     if state.is_main_process:
+        save_fingerprint(run, {**run.fingerprint, "model_sha256": sha256_of_file(run.weights_file)})
         evaluate_run(run, dataset=dataset, cache=cache, device=trainer.device)
         _tidy(run)
     state.wait_for_everyone()
