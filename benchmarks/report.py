@@ -60,6 +60,7 @@ def prepare(folder: Path, count: int) -> None:
 
 def write(folder: Path) -> list[tuple[str, float]]:
     """Write the page; return the seconds of each part."""
+    from dualrefnet.report import ReportOptions
     from dualrefnet.report import run_report as writing
     from dualrefnet.run import Run
 
@@ -71,8 +72,8 @@ def write(folder: Path) -> list[tuple[str, float]]:
             times.append((message.removeprefix("done: "), time.perf_counter() - last))
             last = time.perf_counter()
 
-    writing.remark = note
-    writing.write_report(Run(folder / "run"), cache=folder / "cache")
+    writing.note = note
+    writing.write_report(Run(folder / "run"), options=ReportOptions(cache=folder / "cache"))
     return [*times, ("the page itself", time.perf_counter() - last)]
 
 

@@ -87,7 +87,15 @@ def write_run(
     patients = rows["split"] + [f"-{name[:-2]}{int(name[-2:]) // 2}" for name in rows["image_id"]]
     split = rows.assign(patient_id=patients)[["image_id", "patient_id", "label", "split"]]
     write_csv(folder / "split.csv", split)
-    sources = [{"kind": weights, "description": f"weights of kind {weights}", "mean": [0.5] * 3, "std": [0.2] * 3}]
+    sources = [
+        {
+            "kind": weights,
+            "description": f"weights of kind {weights}",
+            "sha256": None,
+            "mean": [0.5] * 3,
+            "std": [0.2] * 3,
+        }
+    ]
     architecture = Architecture(
         image_size=cell.recipe.image.size, metadata_width=0, classes=len(CLASSES), section=cell.recipe.model
     )

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from dualrefnet.data import isic_2019, pad_ufes_20
 from dualrefnet.data.adapters import load_dataset
-from dualrefnet.data.csv_table import describe, read_csv, read_description
+from dualrefnet.data.csv_table import describe, read_csv
 from dualrefnet.errors import DataError
 
 PAD = pd.DataFrame(
@@ -99,12 +99,6 @@ def test_two_files_of_one_stem_are_refused(tmp_path):
         load_dataset("pad_ufes_20", pad(tmp_path, files=["imgs_part_1/PAT_1_7_1.png", "images/PAT_1_7_1.jpg"]))
 
 
-@pytest.mark.parametrize("column", ["img_id", "diagnostic", "patient_id", "lesion_id"])
-def test_a_csv_that_is_not_pads_is_refused(tmp_path, column):
-    with pytest.raises(DataError, match=rf"metadata.csv has no column {column}; it has: "):
-        load_dataset("pad_ufes_20", pad(tmp_path, PAD.drop(columns=column)))
-
-
 @pytest.mark.parametrize(
     "folder", ["ISIC_2019_Training_Input", "ISIC_2019_Training_Input/ISIC_2019_Training_Input", "images"]
 )
@@ -134,16 +128,6 @@ def test_every_layout_of_isic_2019_is_read_in_the_order_of_the_ground_truth(tmp_
 def test_isic_files_that_do_not_fit_are_refused(tmp_path, changes, message):
     with pytest.raises(DataError, match=message):
         load_dataset("isic_2019", isic(tmp_path, **changes))
-
-
-@pytest.mark.parametrize("name", [isic_2019.GROUND_TRUTH, isic_2019.METADATA])
-def test_a_missing_or_foreign_isic_file_is_named(tmp_path, name):
-    (isic(tmp_path) / name).write_text("a,b\n1,2\n")
-    with pytest.raises(DataError, match=rf"{name} has no column image.*; it has: a, b"):
-        load_dataset("isic_2019", tmp_path)
-    (tmp_path / name).unlink()
-    with pytest.raises(DataError, match=rf"there is no file .*{name}"):
-        load_dataset("isic_2019", tmp_path)
 
 
 TABLE = pd.DataFrame(
@@ -252,13 +236,6 @@ def test_a_description_that_does_not_fit_is_refused(tmp_path, change, message):
         load_dataset("csv_table", own(tmp_path, TABLE, **(COLUMNS | change)))
 
 
-@pytest.mark.parametrize("content", [b"image: [x", b"\xff\xfe", b"- a\n- b\n", b"title: 2020-13-45\n"])
-def test_a_description_that_is_no_mapping_is_refused(tmp_path, content):
-    (tmp_path / "dataset.yaml").write_bytes(content)
-    with pytest.raises(DataError, match=r"dataset.yaml"):
-        read_description(tmp_path / "dataset.yaml")
-
-
 def test_describe_guesses_the_kinds():
     table = pd.DataFrame(
         {
@@ -301,13 +278,6 @@ def test_a_csv_is_read_in_whatever_encoding_and_with_whatever_separator(tmp_path
     table = read_csv(tmp_path / "t.csv")
     assert table.to_dict("list") == {"a": ["1"], "b": ["é"]}
     assert ("Windows-1252" in capsys.readouterr().err) == (encoding == "cp1252")
-
-
-def test_row_names_of_r_and_an_index_of_pandas_are_columns_without_a_name(tmp_path):
-    for text in ("a,b\n1,x,y\n2,z,w\n", ",a,b\n1,x,y\n2,z,w\n"):
-        (tmp_path / "t.csv").write_text(text)
-        table = read_csv(tmp_path / "t.csv")
-        assert table.to_dict("list") == {"Unnamed: 0": ["1", "2"], "a": ["x", "z"], "b": ["y", "w"]}
 
 
 @pytest.mark.parametrize(

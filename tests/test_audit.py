@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 
 from dualrefnet.analysis.audit import Audit, audit_dataset, audit_split, shared_ids
 from dualrefnet.analysis.duplicates import fingerprint_files
-from dualrefnet.analysis.label_leakage import AuditedRows
 from dualrefnet.cli import app, data  # noqa: F401 (the module registers the commands)
 from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.check import Finding
@@ -77,42 +76,12 @@ def test_a_near_duplicate_of_another_patient_in_another_split_fails(copied: Path
     assert only(audit.findings, "near_duplicates_other").level == "WARN"
 
 
-def test_equal_bytes_under_two_labels_are_found(copied: Path) -> None:
-    table = load_dataset("sample", copied).table
-    one, two = (table.loc[table["label"] == label, "image_id"].iloc[0] for label in ("MEL", "NEV"))
-    shutil.copy(copied / "images" / f"{one}.png", copied / "images" / f"{two}.png")
-    finding = only(audit_dataset("sample", copied, forests=False).findings, "identical_other_label")
-    assert finding.level == "WARN"
-    assert set(finding.examples[0].split(" = ")) == {f"{one} (MEL)", f"{two} (NEV)"}
-
-
-def test_only_the_rows_of_the_split_are_looked_at(sample: Dataset) -> None:
-    split = split_dataset(sample).sample(frac=0.5, random_state=0).reset_index(drop=True)
-    rows = AuditedRows.of(sample, split)
-    assert rows.table["image_id"].tolist() == split["image_id"].tolist()
-    expected = dict(zip(sample.table["image_id"], sample.other_columns["biopsed"], strict=True))
-    assert rows.others["biopsed"].tolist() == [expected[image_id] for image_id in split["image_id"]]
-    assert [rows.classes[index] for index in rows.labels] == split["label"].tolist()
-
-
 def test_an_audit_is_strict_json(audited: Audit) -> None:
     copy = json.loads(json.dumps(audited.to_json(), allow_nan=False))
     assert copy == audited.to_json()
     assert copy["verdict"] == "WARN"
     assert copy["tables"]["reidentification"][0]["low"] is None
     assert sum(copy["images"].values()) == 120
-
-
-def test_a_table_without_metadata_patients_and_images_is_audited_too(tmp_path: Path) -> None:
-    frame = pd.DataFrame({"label": ["a", "b"] * 20})
-    frame.assign(image=[f"{n}.png" for n in range(40)]).to_csv(tmp_path / "table.csv", index=False)
-    (tmp_path / "dataset.yaml").write_text("{}\n")
-    audit = audit_dataset("csv_table", tmp_path)
-    assert not audit.failed
-    assert only(audit.findings, "patients_on_two_sides").level == "WARN"
-    assert only(audit.findings, "images_compared").level == "WARN"
-    assert only(audit.findings, "form_alone").message == "there is no metadata"
-    json.dumps(audit.to_json(), allow_nan=False)
 
 
 def test_the_command_says_the_verdict_and_its_exit_status(sample_root: Path, tmp_path: Path) -> None:
@@ -158,10 +127,6 @@ def test_lesions_of_the_paper_s_split_of_isic(isic):
     assert shares["train"].drop("all").round(3).to_dict() == expected
     grouped = shared_ids(isic, split_dataset(isic))[1]
     assert [finding.level for finding in grouped] == ["WARN", "PASS"]
-
-
-def test_a_grouped_split_of_the_table_has_no_failure(pad):
-    assert not audit_split(pad, split_dataset(pad, "grouped-cv"), forests=False, samples=20).failed
 
 
 @pytest.mark.slow

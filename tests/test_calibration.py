@@ -1,7 +1,5 @@
 import doctest
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +12,6 @@ from sklearn.metrics import log_loss, roc_curve
 
 import dualrefnet.evaluation.calibration
 import dualrefnet.runtime.calibration
-from dualrefnet.errors import RunError
 from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.evaluation.calibration import (
     ERRORS,
@@ -28,15 +25,13 @@ from dualrefnet.evaluation.calibration import (
     fit_calibration,
     fit_temperature,
     measure_calibrated,
-    measure_referral,
     measure_sets,
     referral_threshold,
     temperature_interval,
     threshold_interval,
 )
-from dualrefnet.files import read_json
 from dualrefnet.run import Run
-from dualrefnet.runtime.calibration import FLOOR, apply_temperature, prediction_sets
+from dualrefnet.runtime.calibration import apply_temperature, prediction_sets
 from resampling import Floats, adaptive_ece, brier, ece, lay_out, truthful
 
 CLASSES = ["A", "B", "MEL"]
@@ -77,16 +72,6 @@ def test_a_planted_temperature_is_found_again() -> None:
         assert fit_temperature(*truthful(0, 20_000, 5, planted)) == pytest.approx(planted, rel=0.03)
     with pytest.raises(ValueError, match="above 0"):
         apply_temperature([[0.5, 0.5]], 0)
-
-
-def test_probabilities_of_zero_are_handled_and_one_changes_nothing() -> None:
-    scores = np.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]])
-    assert apply_temperature(scores, 1) == pytest.approx(scores, abs=1e-12)
-    assert apply_temperature(scores, 20)[0, 1] == pytest.approx(FLOOR**0.05 / (1 + 2 * FLOOR**0.05))
-    # Certain, and wrong in one case of four: the right confidence is .75 against .25, 3 : 1 = FLOOR^(-1/T).
-    assert np.log(1 / FLOOR) / np.log(3) > HIGHEST
-    assert fit_temperature([0, 0, 0, 1], np.eye(2)[[0] * 4]) == pytest.approx(HIGHEST)
-    assert fit_temperature([0, 0, 0, 1], [[0.99, 0.01]] * 4) == pytest.approx(np.log(99) / np.log(3))
 
 
 def test_the_intervals_of_both_fits_are_those_of_refitting_every_laid_out_resample() -> None:
@@ -146,17 +131,6 @@ def test_thresholds_by_class_cover_a_rare_hard_class_where_one_threshold_does_no
         assert (abs(held[truth == 1].mean() - 0.9) < 0.03) == expected
 
 
-@settings(max_examples=50)
-@given(seed=st.integers(0, 10**6), threshold=st.floats(0, 1))
-def test_a_set_is_never_empty_and_grows_as_the_threshold_falls(seed: int, threshold: float) -> None:
-    scores = np.random.default_rng(seed).dirichlet(np.ones(4), 20)
-    sets = prediction_sets(scores, threshold)
-    assert sets[np.arange(20), scores.argmax(axis=1)].all()
-    assert (prediction_sets(scores, threshold / 2) >= sets).all()
-    assert (sets == prediction_sets(scores, [threshold] * 4)).all()
-    assert prediction_sets(scores, 0.0).all()
-
-
 def test_the_measures_of_sets_by_hand() -> None:
     scores = np.array([[0.7, 0.2, 0.1], [0.4, 0.4, 0.2], [0.34, 0.33, 0.33], [0.1, 0.6, 0.3]])
     result = measure_sets(np.array([0, 1, 2, 2]), scores, 0.35, Bootstrap(np.arange(4), 0), CLASSES, 0.9)
@@ -165,20 +139,6 @@ def test_the_measures_of_sets_by_hand() -> None:
     expected = {"coverage": 0.5, "mean_size": 1.25, "singletons": 0.75, "filled": 1, "promise": None}
     assert result == {**expected, "sizes": [3, 1, 0]}
     assert per_class["MEL"] == {"coverage": 0, "mean_size": 1, "images": 2}
-
-
-def test_the_coverage_is_judged_by_the_interval_over_patients() -> None:
-    generator, labels = np.random.default_rng(0), np.zeros(300, dtype=np.int64)
-    bootstrap, judged = Bootstrap(np.arange(300) // 2, 200), []
-    for share in (0.9, 0.75, 0.99):
-        mine = np.where(generator.random(300) < share, 0.8, 0.2)
-        result = measure_sets(labels, np.column_stack([mine, 1 - mine]), 0.5, bootstrap, ["A", "B"], 0.9)
-        judged.append(result["promise"])
-    assert judged == ["within", "missed", "exceeded"]
-    everything = measure_sets(labels, np.tile([0.8, 0.2], (300, 1)), 0.5, bootstrap, ["A", "B"], 0.9)
-    # All are covered: Wilson's interval of 150 of 150 patients, z² / (n + z²).
-    assert everything["coverage_ci95"] == pytest.approx([150 / (150 + 1.959964**2), 1])
-    assert everything["per_class"]["B"] == {"coverage": None, "mean_size": None, "images": 0}
 
 
 @settings(max_examples=60)
@@ -196,28 +156,6 @@ def test_the_referral_threshold_is_the_largest_that_reaches_the_sensitivity(
     for wrong in (0, 1.1):
         with pytest.raises(ValueError, match="sensitivity"):
             referral_threshold(malignant, score, wrong)
-
-
-def test_a_threshold_chosen_on_some_patients_falls_short_on_others_about_half_of_the_time() -> None:
-    generator, short = np.random.default_rng(0), []
-    for _ in range(600):
-        first, others = generator.beta(3, 1, 100), generator.beta(3, 1, 1000)
-        threshold = referral_threshold(np.ones(100, dtype=bool), first, 0.9)
-        short.append((others >= threshold).mean() < 0.9)
-    assert 0.35 < np.mean(short) < 0.65
-
-
-def test_what_referral_finds_by_hand() -> None:
-    malignant, referred = np.arange(10) < 4, np.isin(np.arange(10), [0, 1, 2, 4, 9])
-    expected = {"sensitivity": 0.75, "specificity": pytest.approx(4 / 6), "referred": 0.5, "malignant": 4}
-    expected |= {"benign": 6, "missed": 1, "spared": 4, "reached": True}
-    assert measure_referral(malignant, referred, Bootstrap(np.arange(10), 0), 0.75) == expected
-    bootstrap = Bootstrap(np.arange(10), 200)
-    result = measure_referral(malignant, referred, bootstrap, 0.8)
-    assert result["sensitivity_ci95"][0] < 0.75 < result["sensitivity_ci95"][1]
-    assert not result["reached"]
-    nobody = measure_referral(malignant & False, referred, bootstrap, 0.8)
-    assert (nobody["sensitivity"], nobody["reached"], "sensitivity_ci95" in nobody) == (None, None, False)
 
 
 def test_a_fitted_calibration_survives_its_json_and_keeps_its_guarantees() -> None:
@@ -301,27 +239,6 @@ def test_the_errors_before_and_after_and_their_intervals_are_those_of_laid_out_r
             assert found[name][f"{key}_ci95"] == pytest.approx(bounds[:, row, column].tolist()), (name, key)
 
 
-def test_a_calibration_is_measured_on_other_images() -> None:
-    labels, scores, groups = overconfident(7, 600)
-    calibration = fit_calibration(labels, scores, Bootstrap(groups, 0), CLASSES, ["MEL"], 0.8, 0.9)
-    labels, scores, groups = overconfident(8, 600)
-    measured = measure_calibrated(calibration, labels, scores, Bootstrap(groups, 100))
-    held = prediction_sets(calibration.probabilities(scores), calibration.threshold)[np.arange(600), labels]
-    conformal, referral = measured["conformal"], measured["referral"]
-    assert (conformal["promised"], conformal["marginal"]["promise"]) == (0.8, "within")
-    assert conformal["marginal"]["coverage"] == pytest.approx(held.mean())
-    referred = calibration.refer(scores)
-    assert referred is not None
-    assert referral["sensitivity"] == pytest.approx(referred[labels == 2].mean())
-    assert referral["missed"] == (~referred[labels == 2]).sum()
-    assert (referral["wanted"], referral["threshold"]) == (0.9, calibration.referral)
-    assert measured["selective"]["table"][0]["accuracy"] == pytest.approx((scores.argmax(axis=1) == labels).mean())
-    # The temperature helps an overconfident model beyond doubt.
-    assert measured["difference"]["log_loss_ci95"][1] < 0
-    assert measured["difference"]["brier_ci95"][1] < 0
-    assert measured["after"]["ece"] < measured["after"]["ece_by_chance"][1] < measured["before"]["ece"]
-
-
 def test_a_run_holds_what_its_validation_predictions_give(tiny_run: Run) -> None:
     calibration, classes = tiny_run.calibration, tiny_run.model["classes"]
     rows = tiny_run.predictions.query("split == 'val'")
@@ -341,20 +258,3 @@ def test_a_run_holds_what_its_validation_predictions_give(tiny_run: Run) -> None
         assert values["before"][key] == pytest.approx(tiny_run.metrics[key])
     assert values["conformal"]["promised"] == tiny_run.recipe.evaluation.coverage == 0.9
     assert values["selective"]["table"][0]["accuracy"] == pytest.approx(tiny_run.metrics["accuracy"])
-
-
-def test_an_older_run_says_how_to_get_its_calibration(tiny_run: Run, tmp_path) -> None:
-    for name in ("metrics.json", "recipe.yaml"):
-        (tmp_path / name).write_bytes((tiny_run.path / name).read_bytes())
-    with pytest.raises(RunError, match="dualrefnet evaluate"):
-        _ = Run(tmp_path).calibration
-    (tmp_path / "calibration.json").write_text('{"classes": [')
-    with pytest.raises(RunError, match="dualrefnet evaluate"):
-        _ = Run(tmp_path).calibration
-    assert read_json(tiny_run.calibration_file)["fitted_on"]["split"] == "val"
-
-
-def test_using_a_calibration_needs_neither_torch_nor_matplotlib() -> None:
-    code = "import sys, dualrefnet.evaluation.calibration; print({'torch', 'matplotlib', 'timm'} & set(sys.modules))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "set()"

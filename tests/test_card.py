@@ -83,6 +83,17 @@ def test_the_card_has_the_measures_and_runs(tiny_run: Run) -> None:
         assert line.count("|") != 1
 
 
+def test_names_from_outside_are_text_in_the_card(tiny_run: Run) -> None:
+    dataset = {**tiny_run.model["dataset"], "title": "a\n# b | <img src=x>", "citation": "[me](javascript:x)"}
+    text = card(
+        tiny_run, dataset=dataset, class_names={"MEL": "**m** `x`"}, missingness_shortcut="it is *so* <b>bad</b>"
+    )
+    for part in (r"a # b \| \<img src=x>", r"[me\](javascript:x)", r"MEL (\*\*m\*\* \`x\`)", r"\*so\* \<b>bad"):
+        assert part in text
+    assert r"- To cite: [me\](javascript:x)" in data_licence(dataset)
+    assert r"**a # b \| \<img src=x>**" in data_licence(dataset)
+
+
 def test_the_licence_of_the_data_is_stated_and_never_made_up() -> None:
     for schema, words in ((PAD, ("CC BY 4.0", "also commercially")), (ISIC, ("CC BY-NC 4.0", "**not commercially**"))):
         text = data_licence({"title": schema.title, "licence": schema.licence, "citation": schema.citation})

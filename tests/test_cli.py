@@ -2,63 +2,48 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from dualrefnet.cli import app, data, deployment, reports, runs  # noqa: F401 (the modules register the commands)
+from dualrefnet.cli import app, data, deployment, main, reports, runs  # noqa: F401 (they register the commands)
 from dualrefnet.recipe import shipped_recipes
 from dualrefnet.run import Run
 
-COMMANDS = (
-    *(
-        "doctor",
-        "demo",
-        "sample",
-        "fetch",
-        "check",
-        "split",
-        "methods",
-        "recipes",
-        "prepare",
-        "train",
-        "evaluate",
-        "probe",
-        "predict",
-    ),
-    *("suite", "suites", "tables", "explain", "report", "audit", "export", "serve"),
-)
+COMMANDS = ["doctor", "demo", "sample", "fetch", "check", "split", "audit", "methods", "recipes", "prepare", "train"]
+COMMANDS += ["evaluate", "probe", "predict", "suite", "suites", "tables", "explain", "report", "export", "serve"]
 
 
 def call(*arguments: str | Path):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def error_of(*arguments: str | Path) -> str:
-    """Run the real program; return its one line of error."""
-    done = subprocess.run(
-        [sys.executable, "-m", "dualrefnet", *map(str, arguments)], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, done.stderr
-    return lines[0]
+@pytest.fixture
+def error_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run the program; return its one line of error."""
+
+    def run(*arguments: str | Path) -> str:
+        monkeypatch.setattr(sys, "argv", ["dualrefnet", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("·", "warning: "))]
+        assert stopped.value.code == 2
+        assert len(lines) == 1, lines
+        return lines[0].removeprefix("error: ")
+
+    return run
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_that_says_what_it_does(command: str) -> None:
-    result = call(command, "--help")
-    assert result.exit_code == 0
-    assert len(result.output) > 200
-
-
-def test_the_list_of_commands_is_complete() -> None:
+def test_every_command_has_help_and_the_list_of_commands_is_complete() -> None:
     output = call("--help").output
-    assert all(command in output for command in COMMANDS)
+    for command in COMMANDS:
+        assert command in output
+        result = call(command, "--help")
+        assert result.exit_code == 0
+        assert len(result.output) > 200
     assert call("--version").output.strip().count(".") == 2
 
 
@@ -84,16 +69,18 @@ def test_sample_then_check_then_split(tmp_path: Path) -> None:
     assert call("check", "sample", "--root", root).exit_code == 1
 
 
-def test_predict_writes_a_row_for_every_photograph_and_says_why_one_failed(
+def test_predict_writes_a_row_for_every_image_and_says_why_one_failed(
     tiny_run: Run, sample_root: Path, tmp_path: Path
 ) -> None:
-    photographs = sorted((sample_root / "images").iterdir())[:3]
+    images = sorted((sample_root / "images").iterdir())[:3]
     broken = tmp_path / "broken.jpg"
     broken.write_text("this is text")
     raw = pd.read_csv(sample_root / "metadata.csv", dtype=str).rename(columns={"img_id": "image"})
     raw[["image", "age", "region"]].to_csv(tmp_path / "forms.csv", index=False)
-    images = [argument for path in [*photographs, broken] for argument in ("--images", path)]
-    result = call("predict", tiny_run.path, *images, "--metadata", tmp_path / "forms.csv", "--out", tmp_path / "p.csv")
+    arguments = [argument for path in [*images, broken] for argument in ("--images", path)]
+    result = call(
+        "predict", tiny_run.path, *arguments, "--metadata", tmp_path / "forms.csv", "--out", tmp_path / "p.csv"
+    )
     assert result.exit_code == 0, result.output
     table = pd.read_csv(tmp_path / "p.csv")
     assert len(table) == 4
@@ -109,10 +96,12 @@ def test_evaluate_again_gives_the_same_measures(tiny_run: Run) -> None:
     assert tiny_run.metrics == before
 
 
-def test_bad_input_is_one_clear_line(tiny_run: Run, sample_root: Path, tmp_path: Path) -> None:
+def test_bad_input_is_one_clear_line(
+    tiny_run: Run, sample_root: Path, tmp_path: Path, error_of: Callable[..., str]
+) -> None:
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "recipe.yaml").write_text("name: x\ntraining: {epoch: 3}\n")
-    image = next((sample_root / "images").iterdir())
+    image, out = next((sample_root / "images").iterdir()), ("--out", tmp_path / "o.csv")
     expected = {
         ("check", "pad_ufes_20", "--root", tmp_path / "nowhere"): "there is no folder",
         ("split", "pad_ufes", "--root", tmp_path): "no data set adapter is called",
@@ -122,32 +111,16 @@ def test_bad_input_is_one_clear_line(tiny_run: Run, sample_root: Path, tmp_path:
         ("train", "sample", "training.epochs"): "isn't key=value",
         ("train", "sample", f"data.root={sample_root}", "model.backbone=resnet5", "--out", tmp_path / "r"): "resnet50",
         ("evaluate", sample_root): "isn't a run folder",
-        (
-            "predict",
-            tiny_run.path,
-            "--images",
-            tmp_path / "nowhere.png",
-            "--out",
-            tmp_path / "o.csv",
-        ): "there is no file",
-        (
-            "predict",
-            tiny_run.path,
-            "--images",
-            image,
-            "--metadata",
-            tmp_path / "empty.csv",
-            "--out",
-            tmp_path / "o.csv",
-        ): "is empty",
+        ("predict", tiny_run.path, "--images", tmp_path / "nowhere.png", *out): "there is no file",
+        ("predict", tiny_run.path, "--images", image, "--metadata", tmp_path / "empty.csv", *out): "is empty",
+        ("recipes", "[/x]"): "no recipe file [/x]",
+        ("split", "sample", "--root", sample_root, "--fold", "3"): "--fold has no effect",
+        ("report", tiny_run.path, "--without-explanations", "--class", "MEL"): "--class has no effect",
         ("fetch", "pad_ufes_20", "--root", tmp_path / "pad"): "--accept-licence",
         ("export", tiny_run.path, "--out", sample_root): "isn't a bundle",
     }
-    # Each starts the program anew, and most of that is imports: two at a time.
-    with ThreadPoolExecutor(2) as pool:
-        errors = list(pool.map(lambda arguments: error_of(*arguments), expected))
-    for error, (arguments, words) in zip(errors, expected.items(), strict=True):
-        assert words in error, arguments
+    for arguments, words in expected.items():
+        assert words in error_of(*arguments), arguments
     assert not (tmp_path / "o.csv").exists()
 
 
@@ -155,29 +128,27 @@ def test_doctor_examines_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DUALREFNET_DATA", raising=False)
     result = call("doctor")
     assert result.exit_code == 0, result.output
-    for subject in (
-        "Python",
-        "libraries",
-        "compute",
-        "memory",
-        "ImageNet weights here",
-        "super-resolution networks",
-        "data",
-        "cache",
-    ):
+    for subject in ("Python", "libraries", "compute", "memory", "ImageNet weights here", "data", "cache"):
         assert subject in result.output
     monkeypatch.setenv("DUALREFNET_DATA", os.devnull)
     assert "dualrefnet fetch pad_ufes_20" in call("doctor").output
 
 
+def test_what_a_terminal_cannot_show_ends_no_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dualrefnet"]
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "100"}
+    done = subprocess.run([*command, "methods"], env=ascii_only, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    # The reader of a pipe that leaves early.
+    script = f"{sys.executable} -m dualrefnet recipes | true"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.slow
 def test_the_demo_ends_with_a_run_that_learned_something(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "dualrefnet", "demo", "--out", str(tmp_path / "demo")],
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    command = [sys.executable, "-m", "dualrefnet", "demo", "--out", str(tmp_path / "demo")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     metrics = Run(tmp_path / "demo" / "run").metrics
     assert metrics["drawn"] is True

@@ -1,13 +1,12 @@
 import json
-import time
 
 import numpy as np
 import pytest
 
-from dualrefnet.evaluation.bootstrap import Bootstrap, wilson_interval
+from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.evaluation.comparison import flat_measures, metrics_with_intervals, pooled_bootstrap
 from dualrefnet.evaluation.metrics import compute_metrics
-from resampling import CLASSES, intervals_of, lay_out, paired_difference, predictions
+from resampling import CLASSES, intervals_of, lay_out, predictions
 
 LABELS, GROUPS = predictions(0, 50)[0], np.arange(50) // 4
 MEASURES = ("accuracy", "balanced_accuracy", "auc_macro_ovr", "f1_macro", "per_class.B.ppv", "malignant.auc", "ece")
@@ -20,11 +19,6 @@ def seeds_of(labels: np.ndarray, seeds: range, skill: int = 4) -> list[np.ndarra
     for generator, one in zip(generators, scores, strict=True):
         one[np.arange(len(labels)), labels] += generator.integers(0, skill + 1, size=len(labels))
     return [one / one.sum(axis=1, keepdims=True) for one in scores]
-
-
-def accuracy_interval(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray, samples: int = 500) -> list[float]:
-    interval: list[float] = metrics_with_intervals(labels, scores, Bootstrap(groups, samples), CLASSES)["accuracy_ci95"]
-    return interval
 
 
 def test_values_intervals_and_differences_are_those_of_laid_out_resamples() -> None:
@@ -51,16 +45,6 @@ def test_values_intervals_and_differences_are_those_of_laid_out_resamples() -> N
         tail = min((differences <= 0).sum(), (differences >= 0).sum())
         assert (difference.p, difference.samples) == (pytest.approx(min(1, 2 * (tail + 1) / 31)), 30)
     assert (found.images, found.groups) == (50, 13)
-
-
-def test_seeds_that_err_on_different_patients_narrow_the_interval_and_duplicates_of_a_seed_do_not() -> None:
-    labels = np.random.default_rng(2).integers(3, size=300)
-    seeds = seeds_of(labels, range(4))
-    systems = {"one": seeds[:1], "duplicates": seeds[:1] * 4, "seeds": seeds}
-    found = pooled_bootstrap(labels, systems, Bootstrap(np.arange(300), 400), CLASSES)
-    one, duplicates, several = (found.value(name, "accuracy") for name in systems)
-    assert (duplicates.low, duplicates.high) == pytest.approx((one.low, one.high))
-    assert several.high - several.low < 0.85 * (one.high - one.low)
 
 
 def test_a_system_does_not_differ_from_itself_and_a_known_difference_is_found() -> None:
@@ -105,15 +89,6 @@ def test_wrong_input_is_refused_with_the_reason() -> None:
         pooled_bootstrap(LABELS, {"a": [scores]}, Bootstrap(GROUPS, 5), CLASSES).value("a", "bacc")
 
 
-def test_the_p_value_of_two_equal_models_is_seldom_small() -> None:
-    values = []
-    for seed in range(60):
-        labels, a = predictions(seed, 150)
-        (b,) = seeds_of(labels, range(1000 + seed, 1001 + seed))
-        values.append(paired_difference(labels, a, b, Bootstrap(np.arange(150), 200, seed), CLASSES, "accuracy").p)
-    assert np.mean(np.array(values) < 0.05) <= 0.15
-
-
 @pytest.mark.parametrize("level", [0.95, 0.9])
 def test_metrics_json_holds_every_interval_next_to_its_value(level: float) -> None:
     labels, scores = predictions(0, 300)
@@ -140,24 +115,6 @@ def test_metrics_json_holds_every_interval_next_to_its_value(level: float) -> No
     assert metrics_with_intervals(labels, scores, Bootstrap(numbers, 0), CLASSES, ["B"]) == plain
 
 
-def test_duplicates_of_one_patients_image_do_not_narrow_the_interval() -> None:
-    labels, scores = predictions(2, 100)
-    repeated = np.repeat(labels, 5), np.repeat(scores, 5, axis=0)
-    once = accuracy_interval(labels, scores, np.arange(100))
-    by_patient = accuracy_interval(*repeated, np.repeat(np.arange(100), 5))
-    by_image = accuracy_interval(*repeated, np.arange(500))
-    assert by_patient == pytest.approx(once)
-    assert by_image[1] - by_image[0] < 0.6 * (once[1] - once[0])
-
-
-def test_the_interval_of_accuracy_is_near_wilsons_when_each_patient_has_one_image() -> None:
-    labels, scores = predictions(3, 1000)
-    hits = int((scores.argmax(axis=1) == labels).sum())
-    assert accuracy_interval(labels, scores, np.arange(1000), 2000) == pytest.approx(
-        wilson_interval(hits, 1000), abs=0.006
-    )
-
-
 def test_a_class_missing_from_resamples_is_counted_and_named() -> None:
     labels, scores = predictions(4, 60)
     labels[labels == 2], labels[0] = 1, 2
@@ -167,11 +124,3 @@ def test_a_class_missing_from_resamples_is_counted_and_named() -> None:
     assert 80 < without < 140
     assert metrics["per_class"]["C"]["sensitivity_ci95"][0] in (0, 1)
     assert f"C ({without})" in metrics["remarks"][-1]
-
-
-def test_a_table_of_twelve_systems_and_a_thousand_resamples_takes_seconds() -> None:
-    started = time.perf_counter()
-    labels = np.random.default_rng(0).integers(3, size=1036)
-    systems = {str(index): seeds_of(labels, range(3 * index, 3 * index + 3)) for index in range(12)}
-    pooled_bootstrap(labels, systems, Bootstrap(np.arange(1036) // 2, 1000), CLASSES)
-    assert time.perf_counter() - started < 60

@@ -18,7 +18,6 @@ import typer
 import yaml
 
 import dualrefnet.cli
-from dualrefnet.service.settings import ServiceSettings
 from live_service import live, question, wait_for
 
 ROOT = Path(__file__).parents[1]
@@ -91,20 +90,6 @@ def test_what_is_copied_exists_and_is_sent_to_the_builder() -> None:
     assert "ADD" not in {name for name, _ in instructions()}
 
 
-def test_the_image_runs_as_nobody_in_particular_and_is_watched() -> None:
-    (user,) = of("USER")
-    assert int(user.split(":")[0]) > 1000
-    # Nothing is run or copied as that user afterwards, so no file of the image belongs to it.
-    names = [name for name, _ in stages()["final"]]
-    assert {"RUN", "COPY"}.isdisjoint(names[names.index("USER") :])
-    (health,) = of("HEALTHCHECK")
-    check = json.loads(health[health.index("[") :])
-    compile(check[2], "check", "exec")
-    assert "http://127.0.0.1:8000/healthz" in check[2]
-    assert of("EXPOSE") == ["8000"]
-    assert all("--no-cache-dir" in line for stage in stages() for line in of("RUN", stage) if "pip " in line)
-
-
 def test_the_commands_of_image_compose_and_unit_exist_with_their_options() -> None:
     assert of("ENTRYPOINT") == ['["dualrefnet"]']
     parse(json.loads(of("CMD")[0]))
@@ -164,61 +149,11 @@ except ImportError:
     assert done.stdout.split("\n")[-2] == "no torch"
 
 
-def test_compose_gives_the_service_no_more_than_it_needs() -> None:
-    composed = yaml.safe_load((ROOT / "compose.yaml").read_text())
-    service = composed["services"]["dualrefnet"]
-    assert service["read_only"] is True
-    assert service["cap_drop"] == ["ALL"]
-    assert "no-new-privileges:true" in service["security_opt"]
-    assert any(line.startswith("/tmp:") for line in service["tmpfs"])
-    (volume,) = service["volumes"]
-    assert (volume["target"], volume["read_only"]) == ("/model", True)
-    assert all(port.startswith("127.0.0.1:") for port in service["ports"])
-    # The key is a file, named to the command, and stands in no variable.
-    assert set(service["secrets"]) == set(composed["secrets"]) == {"api_key"}
-    assert "/run/secrets/api_key" in service["command"]
-    assert "environment" not in service
-    assert service["build"]["args"]["FLAVOUR"] in stages()
-    assert int(service["stop_grace_period"].removesuffix("s")) > ServiceSettings().grace
-    assert int(service["mem_limit"].removesuffix("g")) * 2**30 > 4 * ServiceSettings().queue_bytes
-
-
 def read_unit() -> configparser.ConfigParser:
     unit = configparser.ConfigParser(interpolation=None, strict=False)
     unit.optionxform = str
     unit.read_string(UNIT.read_text())
     return unit
-
-
-def test_the_unit_is_confined() -> None:
-    service = read_unit()["Service"]
-    wanted = {
-        "DynamicUser": "yes",
-        "ProtectSystem": "strict",
-        "PrivateTmp": "yes",
-        "NoNewPrivileges": "yes",
-        "CapabilityBoundingSet": "",
-    }
-    assert {name: service[name] for name in wanted} == wanted
-    assert service["MemoryMax"] == "4G"
-    name, file = service["LoadCredential"].split(":")
-    assert file.startswith("/etc/")
-    assert f"%d/{name}" in service["ExecStart"]
-    assert int(service["TimeoutStopSec"]) > ServiceSettings().grace
-
-
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze isn't there")
-def test_systemd_understands_the_unit_and_finds_it_confined(tmp_path: Path) -> None:
-    unit = tmp_path / UNIT.name
-    # The program isn't where the example says it is.
-    unit.write_text(UNIT.read_text().replace("/opt/dualrefnet/bin/dualrefnet", "/bin/true"))
-    verified = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True)
-    assert (verified.returncode, verified.stderr) == (0, "")
-    judged = subprocess.run(
-        ["systemd-analyze", "security", "--offline=true", "--threshold=20", unit], capture_output=True, text=True
-    )
-    # 2.0 of 10, where 0 is best.
-    assert judged.returncode == 0, judged.stdout[-200:]
 
 
 @pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")

@@ -1,5 +1,3 @@
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -19,7 +17,6 @@ from dualrefnet.evaluation.curves import (
     compute_reliability,
     curve_statistics,
     draw_curves,
-    draw_reliability,
 )
 from dualrefnet.evaluation.metrics import Ranking
 from readable import assert_readable
@@ -103,21 +100,6 @@ def test_bands_and_intervals_are_those_of_laid_out_resamples() -> None:
             assert [curve.area.low, curve.area.high] == pytest.approx(np.quantile(areas, [0.1, 0.9]), abs=1e-12)
 
 
-def test_auc_intervals_and_decisions_are_those_of_metrics_json() -> None:
-    labels, scores = predictions(1, 200)
-    groups = np.arange(200) // 2
-    curves = class_curves(labels, scores, Bootstrap(groups, 150, 3), CLASSES, ["A", "C"])
-    metrics = metrics_with_intervals(labels, scores, Bootstrap(groups, 150, 3), CLASSES, ["A", "C"])
-    assert [one.name for one in curves.of] == [*CLASSES, ALL_MALIGNANT]
-    for one in curves.of:
-        values = metrics["malignant"] if one.name == ALL_MALIGNANT else metrics["per_class"][one.name]
-        assert one.roc.area.value == pytest.approx(values["auc"], abs=1e-12)
-        assert (one.roc.area.low, one.roc.area.high) == pytest.approx(values["auc_ci95"], abs=1e-12)
-        assert one.roc.decision == pytest.approx((1 - values["specificity"], values["sensitivity"]), abs=1e-12)
-        assert one.precision_recall.decision == pytest.approx((values["sensitivity"], values["ppv"]), abs=1e-12)
-        assert one.positives == values["support"]
-
-
 def test_four_images_by_hand() -> None:
     # Ill: .9 and .6; well: .8 and .1. All but the last are called ill.
     curves = class_curves([1, 0, 1, 0], two_class([0.9, 0.8, 0.6, 0.1]), Bootstrap([1, 2, 3, 4], 1), ["well", "ill"])
@@ -170,24 +152,6 @@ def test_resamples_without_a_class_are_skipped_for_it_counted_and_named() -> Non
     assert np.isfinite(one_of(curves, "C").roc.low).all()
 
 
-def test_a_class_that_no_resample_holds_has_a_curve_without_a_band() -> None:
-    labels, scores = np.array([0, 1]), two_class([0.2, 0.9])
-    # Seeds whose only draw is twice the same patient.
-    seed = next(seed for seed in range(50) if len(set(np.random.default_rng(seed).integers(2, size=2))) == 1)
-    one = class_curves(labels, scores, Bootstrap(["p", "q"], 1, seed), ["A", "B"]).of[0]
-    assert one.roc.y.tolist() == [1.0] * 101
-    assert np.isnan([*one.roc.low, *one.roc.high, one.roc.area.low]).all()
-    assert one.samples_without == 1
-
-
-def test_a_class_that_is_never_predicted_has_no_precision() -> None:
-    curves = class_curves([0, 1, 0, 1], two_class([0.1, 0.4, 0.3, 0.2]), Bootstrap(np.arange(4), 2), ["A", "B"])
-    one = one_of(curves, "B")
-    assert one.roc.decision == (0, 0)
-    assert one.precision_recall.decision == pytest.approx((0, np.nan), nan_ok=True)
-    assert "never predicted" in draw_curves(curves, "precision_recall").alt
-
-
 def test_figures_draw_the_numbers_of_their_tables() -> None:
     labels, scores = predictions(1, 200, 4)
     curves = class_curves(labels, scores, Bootstrap(np.arange(200) // 2, 40, 7), list("ABCD"), ["B", "C"])
@@ -206,34 +170,6 @@ def test_figures_draw_the_numbers_of_their_tables() -> None:
             value, low, high = part.loc["area", ["y", "low", "high"]]
             assert [text.get_text()[3:].strip() for text in axis.texts] == [f"{value:.2f} [{low:.2f}, {high:.2f}]"]
         assert "200 test images of 100 patients" in figure.caption
-
-
-@pytest.mark.parametrize("count", [2, 3, 6, 8])
-def test_figures_are_readable_with_two_to_eight_classes(count: int) -> None:
-    labels, scores = predictions(count, 400, count)
-    bootstrap = Bootstrap(np.arange(400) // 2, 20)
-    curves = class_curves(labels, scores, bootstrap, NAMES[:count], NAMES[:1])
-    reliability = compute_reliability(labels, scores, bootstrap)
-    for figure in (*(draw_curves(curves, kind) for kind in KINDS), draw_reliability(reliability)):
-        assert_readable(figure)
-
-
-@pytest.mark.parametrize("labels", [[0, 1], [0, 0, 0, 0], [1, 0, 1]])
-def test_figures_of_a_tiny_test_set_are_readable(labels: list[int]) -> None:
-    scores = np.tile([0.5, 0.3, 0.2, 0.0], (len(labels), 1))
-    bootstrap = Bootstrap(np.arange(len(labels)), 5)
-    curves = class_curves(labels, scores, bootstrap, list("ABCD"), ["D"])
-    reliability = compute_reliability(labels, scores, bootstrap)
-    for figure in (*(draw_curves(curves, kind) for kind in KINDS), draw_reliability(reliability)):
-        assert_readable(figure)
-
-
-def test_five_hundred_resamples_of_five_thousand_images_take_seconds() -> None:
-    generator = np.random.default_rng(0)
-    labels, scores = generator.integers(8, size=5000), generator.dirichlet(np.ones(8), size=5000)
-    started = time.perf_counter()
-    class_curves(labels, scores, Bootstrap(np.arange(5000) // 2, 500), list("ABCDEFGH"), ["A"])
-    assert time.perf_counter() - started < 20
 
 
 def test_reliability_is_that_of_laid_out_resamples() -> None:

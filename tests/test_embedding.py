@@ -128,17 +128,6 @@ def test_intervals_are_those_of_laid_out_samples_of_patients() -> None:
     assert (found.groups, found.images, found.samples) == (22, 90, 50)
 
 
-def test_the_map_keeps_clusters_apart_and_is_the_same_every_time() -> None:
-    values, labels = blobs(apart=30)
-    (found,), (again,) = (embed_features([features(values, labels)], 90, 20) for _ in range(2))
-    assert list(found.table.columns) == ["image_id", "class", "x", "y", "run"]
-    assert found.table["class"].tolist() == [CLASSES[label] for label in labels]
-    assert found.table["run"].unique().tolist() == ["run"]
-    assert found.table.equals(again.table)
-    places = found.table[["x", "y"]].to_numpy()
-    assert (KNeighborsClassifier(3).fit(places, labels).predict(places) == labels).all()
-
-
 def test_runs_that_can_not_be_mapped_are_refused_in_words() -> None:
     values, labels = blobs(apart=2)
     cases = {

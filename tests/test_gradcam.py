@@ -14,13 +14,11 @@ from torch import Tensor, nn
 
 from dualrefnet.analysis.gradcam import (
     Localisation,
-    draw_localisation,
     energy_inside,
     gradcam,
     localise,
     overlay,
     pointing_game,
-    summarise,
 )
 from dualrefnet.analysis.opened_run import OpenedRun, open_run
 from dualrefnet.data.images import read_mask
@@ -31,7 +29,6 @@ from dualrefnet.models.ensemble import Ensemble
 from dualrefnet.models.registry import METHODS, NEUTRAL, new_model
 from dualrefnet.recipe import ModelSection, load_recipe
 from dualrefnet.run import Run
-from readable import assert_readable
 from stand_in import build, set_linear
 
 WIDTH, CLASSES = 5, 4
@@ -225,26 +222,6 @@ def test_places_of_a_vision_transformer_lie_where_they_lay_in_the_image() -> Non
             assert abs(places[1, 2] - others[0]) > 0.01 * places.max()
 
 
-@pytest.mark.parametrize("backbone", ["mobilenet_v2", "small"])
-def test_a_frozen_encoder_gives_the_same_heat(backbone: str) -> None:
-    model, (images, metadata) = new("concat"), inputs()
-    if backbone == "small":
-        section = ModelSection.model_validate({"method": "concat", "backbone": "vit_b_16"})
-        model = (
-            METHODS["concat"]
-            .network(Architecture(image_size=64, metadata_width=WIDTH, classes=CLASSES, section=section), [small_vit()])
-            .eval()
-        )
-    targets = torch.tensor([0, 1, 2])
-    free = gradcam(model, images, metadata, targets).saliency
-    assert free.any()
-    model.encoder.freeze()
-    before = state(model)
-    torch.testing.assert_close(gradcam(model, images, metadata, targets).saliency, free)
-    assert state(model) == before
-    assert not any(parameter.requires_grad for parameter in model.encoder.parameters())
-
-
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("make", [lambda: new("dualrefnet"), lambda: new("ensemble")], ids=["dualrefnet", "ensemble"])
 def test_a_model_is_left_as_it_was_found(make: Callable[[], Method], fails: bool) -> None:
@@ -353,35 +330,6 @@ def table_of(energy: list[float], labels: str) -> pd.DataFrame:
     )
 
 
-def test_intervals_are_those_of_laid_out_samples_of_patients() -> None:
-    random = np.random.default_rng(5)
-    table = table_of(list(random.uniform(0, 1, 40)), "AB" * 20)
-    patients = np.array([f"p{number}" for number in random.integers(0, 12, 40)])
-    summary = summarise(table, patients, ("A", "B"), samples=300, seed=2).set_index(["class", "measure"])
-    names = list(dict.fromkeys(patients))
-    generator = np.random.default_rng(2)
-    drawn: dict[str, list[dict[str, float]]] = {"all images": [], "B": []}
-    for _ in range(300):
-        sample = pd.concat(
-            [table[patients == names[number]] for number in generator.integers(len(names), size=len(names))]
-        )
-        for name, part in (("all images", sample), ("B", sample[sample["label"] == "B"])):
-            drawn[name].append(
-                {
-                    "": part["energy"].mean(),
-                    "baseline_": part["energy_baseline"].mean(),
-                    "difference_": (part["energy"] - part["energy_baseline"]).mean(),
-                    "area_": part["area"].mean(),
-                }
-            )
-    for name, values in drawn.items():
-        for prefix, column in pd.DataFrame(values).items():
-            row = summary.loc[(name, "energy")]
-            np.testing.assert_allclose(
-                row[[f"{prefix}low", f"{prefix}high"]].astype(float), np.quantile(column.dropna(), [0.025, 0.975])
-            )
-
-
 def test_a_run_is_measured_on_all_test_images_with_their_own_masks(opened: OpenedRun, result: Localisation) -> None:
     test = opened.rows("test").set_index("image_id")
     assert list(result.table["image_id"]) == list(test.index)
@@ -430,14 +378,3 @@ def test_images_without_a_mask_and_empty_masks_are_counted_and_left_out(opened: 
         cv2.imwrite(str(tmp_path / f"{name}.png"), np.zeros((20, 20), dtype=np.uint8))
     with pytest.raises(DataError, match="all masks of the 10 test images that have one are empty"):
         localise(opened, tmp_path)
-
-
-def test_the_figure_of_the_localisation_holds_its_summary(result: Localisation) -> None:
-    drawn = draw_localisation(result)
-    assert_readable(drawn)
-    pd.testing.assert_frame_equal(drawn.data, result.summary)
-    for axis, measure in zip(drawn.figure.axes, ("energy", "pointing"), strict=True):
-        rows = result.summary[result.summary["measure"] == measure]
-        dots = [line for line in axis.get_lines() if line.get_marker() not in ("None", None, "")]
-        for line, column in zip(dots, ("value", "baseline", "area"), strict=True):
-            np.testing.assert_allclose(line.get_xdata(), rows[column].astype(float))

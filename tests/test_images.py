@@ -13,8 +13,6 @@ from PIL import Image
 
 from dualrefnet.data.images import decode_image, find_masks, read_mask
 from dualrefnet.errors import DataError, ImageError
-from dualrefnet.recipe import ImageSection
-from dualrefnet.runtime.preprocessing import preprocess
 
 
 @pytest.fixture(autouse=True)
@@ -51,10 +49,6 @@ FILES = {
 }
 
 
-def png_chunk(kind, data):
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
 def array_or_reason(data, **limits):
     try:
         return decode_image(data, **limits), ""
@@ -63,38 +57,22 @@ def array_or_reason(data, **limits):
 
 
 def tiff_by_hand(bits, photometric, data, more_tags=()):
-    tags = [
-        (256, 16),
-        (257, 16),
-        (258, bits),
-        (259, 1),
-        (262, photometric),
-        (273, 8),
-        (277, 1),
-        (278, 16),
-        (279, len(data)),
-        *more_tags,
-    ]
+    """A TIFF of 16 x 16 pixels."""
+    tags = [(256, 16), (257, 16), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, 16)]
+    tags += [(279, len(data)), *more_tags]
     entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags)
-    return (
-        b"II*\0"
-        + struct.pack("<I", 8 + len(data))
-        + data
-        + struct.pack("<H", len(tags))
-        + entries
-        + struct.pack("<I", 0)
-    )
+    head, count = b"II*\0" + struct.pack("<I", 8 + len(data)), struct.pack("<H", len(tags))
+    return head + data + count + entries + struct.pack("<I", 0)
 
 
-def png_by_hand(width, height, depth, colour, rows, extra=b""):
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + png_chunk(b"IHDR", header)
-        + extra
-        + png_chunk(b"IDAT", zlib.compress(rows))
-        + png_chunk(b"IEND", b"")
+def png_by_hand(width, height):
+    """A PNG that promises a size and holds no pixel."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
+    packed = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
     )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WEBP"])
@@ -158,19 +136,9 @@ def test_transparent_pixels_lie_on_white(kind):
 def test_16_bit_grey_is_scaled_and_not_clipped():
     values = np.linspace(0, 65535, 32 * 32).round().astype(np.uint16).reshape(32, 32)
     wanted = (values.astype(float) / 257).round().astype(np.uint8)
-    for data in (
-        encoded(Image.fromarray(values), "PNG"),
-        encoded(Image.fromarray(values), "TIFF"),
-        encoded(Image.fromarray(values.astype(">u2")), "TIFF"),
-    ):
-        array = decode_image(data)
+    for pixels, kind in ((values, "PNG"), (values, "TIFF"), (values.astype(">u2"), "TIFF")):
+        array = decode_image(encoded(Image.fromarray(pixels), kind))
         np.testing.assert_array_equal(array, np.repeat(wanted[..., None], 3, axis=2))
-
-
-def test_12_bit_tiffs_reach_white_and_white_is_zero_is_inverted():
-    assert (decode_image(tiff_by_hand(12, 1, b"\xff" * (16 * 16 * 3 // 2))) == 255).all()
-    assert (decode_image(tiff_by_hand(16, 1, b"\xff" * (16 * 16 * 2))) == 255).all()
-    assert (decode_image(tiff_by_hand(16, 0, b"\xff" * (16 * 16 * 2))) == 0).all()
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -202,11 +170,8 @@ def test_damaged_exif_is_ignored_without_a_warning():
     data = encoded(IMAGE, "JPEG", exif=exif)
     start = data.index(b"Exif\0\0") + 6
     entry = start + 10
-    damaged = (
-        data[: entry + 8]
-        + struct.pack(">I" if data[start : start + 2] == b"MM" else "<I", 2**31 - 1)
-        + data[entry + 12 :]
-    )
+    offset = struct.pack(">I" if data[start : start + 2] == b"MM" else "<I", 2**31 - 1)
+    damaged = data[: entry + 8] + offset + data[entry + 12 :]
     np.testing.assert_array_equal(decode_image(damaged), decode_image(data))
     np.testing.assert_array_equal(decode_image(data[:start] + b"rubbish!" + data[start + 8 :]), decode_image(data))
 
@@ -219,30 +184,15 @@ def test_the_first_image_of_several_is_taken(kind):
     assert (array == (255, 0, 0)).all()
 
 
-@pytest.mark.parametrize(("mode", "said"), [("F", "floating-point"), ("I", "32-bit"), ("LAB", "LAB")])
-def test_pixels_without_one_reading_are_refused_with_a_way_out(mode, said):
-    with pytest.raises(ImageError, match=f"{said}.*convert it to 8-bit RGB"):
-        decode_image(encoded(Image.new(mode, (20, 20)), "TIFF"))
-
-
 def test_decompression_bombs_are_refused_by_their_header():
     for side in (30_000, 2**31 - 1):
         with pytest.raises(ImageError, match=r"limit|damaged"):
-            decode_image(png_by_hand(side, side, 8, 2, b""))
+            decode_image(png_by_hand(side, side))
     with pytest.raises(ImageError, match=r"60 x 40 pixels; the limit is 2,000"):
         decode_image(FILES["png"], max_pixels=2000)
     vp8x = b"VP8X" + struct.pack("<I", 10) + bytes(4) + (15999).to_bytes(3, "little") * 2
     with pytest.raises(ImageError):
         decode_image(b"RIFF" + struct.pack("<I", 4 + len(vp8x)) + b"WEBP" + vp8x)
-
-
-def test_pillow_s_own_pixel_limit_neither_warns_nor_refuses(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    for kind in ("png", "jpeg", "bmp"):
-        assert decode_image(FILES[kind]).shape == (40, 60, 3)
-    for kind in ("tiff", "webp"):
-        with pytest.raises(ImageError):
-            decode_image(FILES[kind])
 
 
 def test_a_tiff_with_tiles_beyond_the_limit_is_refused():
@@ -263,17 +213,6 @@ def test_limits_of_bytes_and_sides(tmp_path):
     assert decode_image(encoded(Image.new("RGB", (1, 1)), "PNG"), min_side=1).shape == (1, 1, 3)
 
 
-def test_a_missing_file_or_a_folder_is_an_image_error(tmp_path):
-    for source in (tmp_path / "absent.png", tmp_path, "nul\0byte.png", "x" * 5000):
-        with pytest.raises(ImageError):
-            decode_image(source)
-    (tmp_path / "line\nbreak.png").write_bytes(b"no")
-    with pytest.raises(ImageError) as caught:
-        decode_image(tmp_path / "line\nbreak.png")
-    assert "\n" not in str(caught.value)
-    assert str(tmp_path) not in str(caught.value)
-
-
 @settings(max_examples=150)
 @given(kind=st.sampled_from(sorted(FILES)), cut=st.floats(0, 1))
 def test_a_cut_file_is_refused_or_gives_the_whole_image(kind, cut):
@@ -285,7 +224,7 @@ def test_a_cut_file_is_refused_or_gives_the_whole_image(kind, cut):
         np.testing.assert_array_equal(array, whole)
 
 
-@settings(max_examples=400)
+@settings(max_examples=250)
 @given(data=st.data())
 def test_damaged_bytes_give_an_array_or_an_image_error_and_nothing_else(data):
     file = bytearray(FILES[data.draw(st.sampled_from(sorted(FILES)))])
@@ -298,50 +237,14 @@ def test_damaged_bytes_give_an_array_or_an_image_error_and_nothing_else(data):
     if array is None:
         assert len(reason.splitlines()) == 1
     else:
-        assert array.dtype == np.uint8
-        assert array.ndim == 3
-        assert array.shape[2] == 3
+        assert (array.dtype, array.ndim, array.shape[2]) == (np.uint8, 3, 3)
         assert array.shape[0] * array.shape[1] <= 1_000_000
-
-
-@settings(max_examples=100)
-@given(
-    magic=st.sampled_from([b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*", b"RIFF\0\0\0\0WEBP"]),
-    rest=st.binary(max_size=200),
-)
-def test_rubbish_after_a_right_beginning_is_an_image_error(magic, rest):
-    with pytest.raises(ImageError):
-        decode_image(magic + rest)
 
 
 def save(path: Path, pixels: np.ndarray) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
     return path
-
-
-def disc_and_mask(path: Path, height: int, width: int, disc: tuple[int, int, int]) -> tuple[Path, Path]:
-    """Write a image with a white disc (row, column, radius) on black, and the mask of it, squashed to 300x300."""
-    rows, columns = np.mgrid[:height, :width]
-    inside = np.hypot(rows - disc[0], columns - disc[1]) <= disc[2]
-    image = save(path / "images" / "A.png", np.repeat(inside[..., None] * np.uint8(255), 3, axis=2))
-    squashed = cv2.resize(inside.astype(np.float32), (300, 300), interpolation=cv2.INTER_AREA) > 0.5
-    return image, save(path / "masks" / "A.png", squashed)
-
-
-@pytest.mark.parametrize("fit", ["squash", "crop"])
-@pytest.mark.parametrize(
-    ("height", "width", "disc"), [(600, 450, (250, 200, 90)), (400, 800, (180, 480, 120)), (500, 500, (250, 250, 60))]
-)
-def test_a_mask_fits_the_image_that_the_model_sees(tmp_path, fit, height, width, disc):
-    image, path = disc_and_mask(tmp_path, height, width, disc)
-    section = ImageSection(size=96, fit=fit, colour_constancy="none", clahe=False)
-    seen = preprocess(decode_image(image), section)[..., 0] > 127
-    mask = read_mask(path, image, 96, fit)
-    # The mask was squashed to 300 pixels in between, which may cost a pixel along the border.
-    assert mask.shape == (96, 96)
-    assert mask.dtype == bool
-    assert (mask & seen).sum() / (mask | seen).sum() > 0.97
 
 
 def test_a_mask_of_known_pixels_is_squashed_and_cropped(tmp_path):
@@ -362,13 +265,6 @@ def test_a_mask_of_known_pixels_is_squashed_and_cropped(tmp_path):
     right[:, 6:8] = True
     cropped = read_mask(save(tmp_path / "mask.png", right), image, 20, "crop")
     np.testing.assert_array_equal(cropped[0], [False] * 14 + [True] * 6)
-
-
-def test_a_pixel_is_lesion_over_127_in_any_mode(tmp_path):
-    grey = np.array([[0, 127, 128, 255]], np.uint8)
-    for pixels in (grey, np.repeat(grey[..., None], 3, axis=2)):
-        path = save(tmp_path / "mask.png", pixels)
-        np.testing.assert_array_equal(read_mask(path, path, 4, "squash"), [[False, False, True, True]] * 4)
 
 
 def test_a_mask_of_zeros_and_ones_is_refused_and_not_called_empty(tmp_path):

@@ -56,18 +56,6 @@ def test_jobs_that_arrive_while_the_model_is_busy_form_batches_and_everyone_gets
     assert [len(batch) for batch in run.batches] == [8, 8, 4]
 
 
-def test_a_larger_job_counts_as_its_size_and_runs_alone_if_it_must() -> None:
-    run = Recorder(delay=0.02)
-    submit_all(Worker(run, "worker", max_batch=4, size=lambda job: job), [1, 6, 2, 2, 1])
-    assert run.batches == [[1], [6], [2, 2], [1]]
-
-
-def test_one_invalid_job_fails_alone() -> None:
-    results = submit_all(Worker(Recorder(delay=0.02, fails=True), "worker", max_batch=8), list(range(6)))
-    assert isinstance(results.pop(3), ValueError)
-    assert results == [0, 10, 20, 40, 50]
-
-
 def test_a_lone_job_never_waits_and_a_wait_for_expected_jobs_ends() -> None:
     started = time.perf_counter()
     submit_all(Worker(Recorder(), "worker", max_batch=8, max_wait=5.0), [1])
@@ -91,22 +79,6 @@ def test_an_idle_model_waits_for_what_is_being_decoded() -> None:
 
     use(worker, work)
     assert run.batches == [[1, 2]]
-
-
-def test_a_job_that_is_cancelled_before_it_begins_never_runs() -> None:
-    run = Recorder(delay=0.05)
-    worker = Worker(run, "worker")
-
-    async def work() -> None:
-        first = asyncio.ensure_future(worker.submit(1))
-        await asyncio.to_thread(run.begun.wait)
-        second, third = asyncio.ensure_future(worker.submit(2)), asyncio.ensure_future(worker.submit(3))
-        await asyncio.sleep(0)
-        second.cancel()
-        await asyncio.gather(first, third)
-
-    use(worker, work)
-    assert run.batches == [[1], [3]]
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.sampled_from(["enter", "receive", "release", "leave"])), max_size=60))

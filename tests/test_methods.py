@@ -2,13 +2,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given as drawn
-from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
 from dualrefnet.models.base import Architecture
-from dualrefnet.models.concat import reduced_features
 from dualrefnet.models.deepmetaforge import DeepMetadataFusion, MetadataConvolution
 from dualrefnet.models.encoders import (
     BACKBONES,
@@ -26,14 +23,6 @@ from dualrefnet.models.metablock import MetaBlock
 from dualrefnet.models.visual import PlaceAttention
 from dualrefnet.recipe import ModelSection
 from stand_in import build, given, set_linear, set_norm
-
-
-@drawn(width=st.integers(1, 200), factor=st.floats(0.05, 0.95))
-def test_the_share_is_right_to_half_a_feature(width, factor):
-    reduced = reduced_features(width, factor)
-    assert reduced >= 1
-    # A fused vector of n + d has (n + d) c_f image features.
-    assert abs(reduced - factor * (reduced + width)) <= 0.5 * (1 - factor) + 1e-9 or reduced == 1
 
 
 def test_the_reduced_vector_stands_beside_the_form_as_it_is():
@@ -81,16 +70,6 @@ def test_the_block_gives_the_numbers_of_the_formula():
     torch.testing.assert_close(out, torch.tensor([[[0.622459, 0.779299], [0.187852, 0.490530]]]), atol=2e-6, rtol=0)
 
 
-# The released code's, of the encoders that it has.
-RELEASED = {
-    "vgg13": [256, 128, 64],
-    "resnet50": [1024, 512, 256],
-    "densenet121": [512, 256, 128],
-    "mobilenet_v2": [512, 256, 64],
-    "efficientnet_b4": [1024, 512, 256],
-}
-
-
 def test_the_block_gives_the_numbers_of_the_formula_hmfb():
     block = HyperparametricBlock(2, 1).eval()
     set_linear(block.scale[0], [[3], [3]], [0, 0])
@@ -100,14 +79,6 @@ def test_the_block_gives_the_numbers_of_the_formula_hmfb():
     # u = 1: t1 = (1, 1), t2 = (1, -1). SiLU(.7 * 2 + .3) = SiLU(1.7), SiLU(.7 * -.01 - .3) = SiLU(-.307).
     out = block(torch.tensor([[2.0, -1.0]]), torch.tensor([[1.0]]))
     torch.testing.assert_close(out, torch.tensor([[1.437410, -0.130121]]), atol=2e-6, rtol=0)
-
-
-@pytest.mark.parametrize(("backbone", "widths"), RELEASED.items())
-def test_the_funnels_are_those_of_the_released_code(backbone, widths):
-    model = build("hmfb", BACKBONES[backbone].features, metadata_width=73)
-    assert [layer.out_features for layer in model.funnel if isinstance(layer, nn.Linear)] == widths
-    assert [layer.p for layer in model.funnel if isinstance(layer, nn.Dropout)] == [0.4, 0.4, 0.3]
-    assert model.classifier.in_features == widths[-1]
 
 
 def test_mutual_attention_gives_the_numbers_of_the_formula():
@@ -190,15 +161,6 @@ def test_projecting_the_question_is_projecting_the_map():
     looked, own = block(tap, vector)
     torch.testing.assert_close(own.flatten(1), attention)
     torch.testing.assert_close(looked, (places * attention.unsqueeze(1)).sum(dim=2))
-
-
-@pytest.mark.parametrize("channels", [3, 8])
-def test_half_precision_doesnt_reach_the_softmax(channels):
-    torch.manual_seed(0)
-    block, tap, vector = PlaceAttention(channels, 8), 9 * torch.randn(2, channels, 4, 4), 9 * torch.randn(2, 8)
-    with torch.autocast("cpu", torch.bfloat16):
-        looked, attention = block(tap, vector)
-    torch.testing.assert_close((looked, attention), block(tap, vector), rtol=0, atol=0)
 
 
 def test_the_form_weights_the_image_vector_and_stands_last():

@@ -19,7 +19,7 @@ from dualrefnet.evaluation.metrics import (
     equal_width_bins,
     metrics_from_confusion,
 )
-from resampling import CLASSES, Floats, adaptive_ece, ece, predictions, truthful
+from resampling import CLASSES, Floats, adaptive_ece, ece, predictions
 
 
 def names(count: int) -> list[str]:
@@ -157,18 +157,6 @@ def test_calibration_errors_by_hand() -> None:
     for measure in (ece, adaptive_ece):
         with pytest.raises(ValueError, match="bins must be at least 1"):
             measure([0, 1], two_class([0.9, 0.8]), bins=0)
-
-
-def test_an_error_by_chance_is_what_true_probabilities_give() -> None:
-    generator, (labels, scores) = np.random.default_rng(5), truthful(6, 150)
-    errors = []
-    for _ in range(400):
-        drawn = (generator.random(150)[:, None] > scores.cumsum(axis=1)[:, :-1]).sum(axis=1)
-        errors.append([ece(drawn, scores), adaptive_ece(drawn, scores)])
-    found = CalibrationErrors(labels, scores).by_chance(400, 0)
-    for column, key in enumerate(("ece_by_chance", "adaptive_ece_by_chance")):
-        assert found[key][0] == pytest.approx(np.mean(errors, axis=0)[column], rel=0.06)
-        assert found[key][1] == pytest.approx(np.quantile(errors, 0.95, axis=0)[column], rel=0.1)
 
 
 GOOD = np.array([[0.9, 0.1], [0.2, 0.8]])

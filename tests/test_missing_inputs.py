@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from dualrefnet.analysis.availability import draw_present
+from dualrefnet.analysis.evaluate import draw_present
 from dualrefnet.cli import app, deployment  # noqa: F401 (the module registers the commands)
 from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.metadata import MetadataEncoder, missingness_warning

@@ -1,6 +1,5 @@
 """Runs with missing metadata: of hand-made models what is left is known."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +24,9 @@ from dualrefnet.analysis.missing_metadata import (
     find_patterns,
     keep_share,
     measure_missing_metadata,
-    missing_difference_table,
-    missing_metadata_table,
-    missing_pattern_table,
 )
 from dualrefnet.analysis.opened_run import OpenedRun
 from dualrefnet.data.schema import DatasetSchema, MetadataField
-from dualrefnet.errors import DataError
 from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.evaluation.metrics import compute_metrics
 from hand_made import FormOnly, PictureOnly, hand_made
@@ -76,16 +71,6 @@ def test_of_each_row_the_share_is_kept_and_more_holds_less(recorded: np.ndarray,
     assert (before == recorded).all()
 
 
-def test_runs_of_one_data_set_lose_the_same_answers_whatever_their_split(opened: OpenedRun) -> None:
-    split = opened.split.copy()
-    split["split"] = "test"
-    every = draw_orders(replace(opened, split=split.sort_values("image_id")), 2, seed=0)
-    ids = split["image_id"].sort_values().tolist()
-    places = [ids.index(image_id) for image_id in opened.rows("test")["image_id"]]
-    np.testing.assert_array_equal(every[:, places], draw_orders(opened, 2, seed=0))
-    assert not np.array_equal(draw_orders(opened, 2, seed=1), draw_orders(opened, 2, seed=0))
-
-
 def test_a_model_of_one_answer_is_right_where_it_was_kept(
     opened: OpenedRun, made: dict[str, MissingMetadata], tmp_path: Path
 ) -> None:
@@ -113,14 +98,6 @@ def test_a_model_of_one_answer_is_right_where_it_was_kept(
         assert values[-1] == 1
         assert values[0] == pytest.approx(1 / 6)
     assert balanced(made["form"], WITHOUT_IMAGE) == balanced(made["age"], WITHOUT_IMAGE)
-
-
-def test_a_model_of_the_lesion_needs_the_photograph_and_no_answer(made: dict[str, MissingMetadata]) -> None:
-    assert balanced(made["centre"], WITH_IMAGE) == [1] * 11
-    assert balanced(made["centre"], WITHOUT_IMAGE) == pytest.approx([1 / 6] * 11)
-    assert balanced(made["picture"], WITH_IMAGE) == [1] * 11
-    assert balanced(made["picture"], WITHOUT_IMAGE) == []
-    assert balanced(made["form"], WITH_IMAGE) == []
 
 
 def test_patterns_remove_what_they_name_and_nothing_else(made: dict[str, MissingMetadata]) -> None:
@@ -165,28 +142,13 @@ def test_runs_are_compared_in_pairs(opened: OpenedRun, made: dict[str, MissingMe
     assert len(merged) == len(other) == len(back)
     np.testing.assert_allclose(merged["difference"], -merged["difference_back"])
     np.testing.assert_allclose(merged["low"], -merged["high_back"])
-
-
-def test_the_interval_of_a_difference_is_that_of_the_paired_bootstrap(
-    opened: OpenedRun, made: dict[str, MissingMetadata]
-) -> None:
     labels = opened.pictures("test").labels
     groups = opened.groups.loc[list(opened.rows("test")["image_id"])].to_numpy()
     # What stands for no photograph has the red of the fifth class.
     right, constant = np.eye(6)[labels], np.eye(6)[np.full(len(labels), 4)]
     pair = paired_difference(labels, right, constant, Bootstrap(groups, 40), opened.classes, "balanced_accuracy")
-    row = compare_missing_metadata(made["form"], made["centre"]).query(
-        "share == 1 and photograph == @WITHOUT_IMAGE and measure == 'balanced_accuracy'"
-    )
+    row = back.query("share == 1 and photograph == @WITHOUT_IMAGE and measure == 'balanced_accuracy'")
     assert [row["low"].iloc[0], row["high"].iloc[0]] == pytest.approx([pair.low, pair.high])
-
-
-def test_runs_that_can_t_be_compared_are_refused(made: dict[str, MissingMetadata]) -> None:
-    first = made["age"]
-    changes = {"image_ids": first.image_ids[::-1], "groups": first.groups[::-1], "seed": 7, "draws": 9, "samples": 7}
-    for attribute, value in changes.items():
-        with pytest.raises(DataError, match=attribute):
-            compare_missing_metadata(first, replace(first, **{attribute: value}))
 
 
 def test_patterns_are_those_of_training_and_those_of_the_schema() -> None:
@@ -211,37 +173,6 @@ def test_patterns_are_those_of_training_and_those_of_the_schema() -> None:
     assert found["itch", "smoke"].name == "only age, sex"
     assert np.isnan(found["itch", "smoke"].training_share)
     assert found["age", "sex", "itch", "smoke"].name == NO_FIELDS
-
-
-def test_patterns_of_many_fields_are_cut_short_but_told_apart() -> None:
-    names = ["a", "b", "c", "d", "e"]
-    schema = DatasetSchema(
-        name="x",
-        title="X",
-        classes=("A", "B"),
-        fields=tuple(MetadataField(name=name, kind="boolean") for name in names),
-    )
-    rows = pd.DataFrame("True", index=range(30), columns=names)
-    rows.loc[:9, ["a", "b", "c", "d"]] = np.nan
-    shown = [pattern.name for pattern in find_patterns(rows, schema)]
-    assert shown == [ALL_FIELDS, "4 fields missing: a, b, c, ...", NO_FIELDS]
-    rows.loc[10:14, ["a", "b", "c", "e"]] = np.nan
-    shown = [pattern.name for pattern in find_patterns(rows, schema)]
-    assert shown == [ALL_FIELDS, "4 fields missing: a, b, c, d", "4 fields missing: a, b, c, e", NO_FIELDS]
-
-
-def test_tables_print_what_was_measured(made: dict[str, MissingMetadata], real: MissingMetadata) -> None:
-    table = missing_metadata_table(real)
-    assert [row[0].text for row in table.rows] == [f"{share:.0%}" for share in SHARES]
-    assert [row[2].text for row in table.rows] == [f"{value:.3f}" for value in balanced(real, WITH_IMAGE)]
-    patterns = missing_pattern_table(made["picture"])
-    assert patterns.columns[-1] == WITH_IMAGE
-    assert patterns.rows[0][0].text == ALL_FIELDS
-    differences = missing_difference_table(compare_missing_metadata(made["centre"], made["form"]), "centre", "form")
-    texts = [row[0].text for row in differences.rows]
-    assert len(set(texts)) == len(texts)
-    assert differences.rows[texts.index(f"{WITH_IMAGE}, 0% of the values")][3].text == "+0.833"
-    assert not any(NO_FIELDS in text for text in texts)
 
 
 @pytest.mark.parametrize("names", [["age"], ["age", "form"], ["age", "form", "centre", "picture"]])

@@ -5,7 +5,6 @@ from torch import Tensor, nn
 from dualrefnet.errors import RunError
 from dualrefnet.files import write_tensors
 from dualrefnet.models.base import Method, Output, mark_missing
-from dualrefnet.models.components import DecisionFusion
 from dualrefnet.models.encoders import BACKBONES, Encoded, EncoderOutput
 from dualrefnet.models.registry import METHODS, load_model, new_model
 from dualrefnet.recipe import WITH_DECODER, Recipe, load_recipe
@@ -27,10 +26,6 @@ PAIRS = [
 
 # A method that reads no image has no encoder: for it one backbone's name is as good as another.
 IMAGELESS = [("mobilenet_v2", name) for name, method in METHODS.items() if not method.reads_image]
-
-
-# Fused length D + 512 of the paper's backbones (D + 512 with the metadata network's last width).
-FUSED = {"vgg13": 1024, "resnet50": 2560, "mobilenet_v2": 1792, "efficientnet_b4": 2304, "densenet121": 1536}
 
 
 # Four columns of values, and four that say which of them are missing.
@@ -148,14 +143,6 @@ def test_every_method_says_what_it_is() -> None:
             )
 
 
-@pytest.mark.parametrize(("backbone", "fused"), FUSED.items())
-def test_fused_lengths_are_those_of_the_specification(backbone: str, fused: int) -> None:
-    model, _, _ = new_model(recipe_of("dualrefnet", backbone), metadata_width=73, classes=6)
-    assert model.head.hidden.in_features == fused
-    assert model.head.hidden.out_features == 256
-    assert model.head.classifier.out_features == 6
-
-
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.needs_metadata])
 def test_without_metadata_the_image_vector_is_classified_alone(method: str) -> None:
     model, _, _ = new_model(
@@ -192,18 +179,6 @@ def test_missing_or_foreign_parameters_are_refused(tmp_path) -> None:
     description["architecture"]["section"]["method"] = "of_the_future"
     with pytest.raises(RunError, match="of_the_future"):
         load_model(description, tmp_path / "model.safetensors")
-
-
-def test_methods_with_several_heads_decide_by_all_of_them() -> None:
-    several = {name for name in METHODS if isinstance(getattr(small(name), "decision", None), DecisionFusion)}
-    assert several == {"jif_mmfa", "ensemble"}
-    for name in several:
-        model, image, form = small(name), torch.randn(2, 3, 32, 32), torch.randn(2, 5)
-        trained, asked = model.train()(image, form), model.eval()(image, form)
-        assert len(trained.heads) == 2
-        assert tuple(asked.heads) == model.decision.names
-        mean = torch.stack([scores.softmax(dim=1) for scores in asked.heads.values()]).mean(dim=0)
-        torch.testing.assert_close(asked.logits.exp(), mean)
 
 
 def small(method: str) -> Method:
@@ -253,30 +228,3 @@ def test_a_gap_is_answered_as_the_token_written_in_its_place() -> None:
     written[1, 2], written[3] = 2.0, model.missing.columns.detach()
     assert torch.equal(model(images, gap).logits, model(images, written).logits)
     assert not torch.allclose(model(images, gap).logits[1], model(images, forms).logits[1])
-
-
-def test_the_tokens_learn_and_what_they_replace_does_not() -> None:
-    model = tiny().train()
-    images, forms = some_input(model)
-    forms[1, 4] = NAN
-    images.requires_grad_(), forms.requires_grad_()
-    # Without the normalisation layers, which let every image touch every other.
-    read = mark_missing(model.eval().encode(images), torch.tensor([True, False, False, False]))
-    model(read, forms).logits.square().sum().backward()
-    assert model.missing.places[0].grad.abs().sum() > 0
-    assert model.missing.columns.grad[4] != 0
-    assert (model.missing.columns.grad[:4] == 0).all()
-    assert forms.grad[1, 4] == 0
-    assert (images.grad[0] == 0).all()
-    assert images.grad[1].abs().sum() > 0
-
-
-def test_without_a_token_for_images_one_must_be_there() -> None:
-    model = new_model(load_recipe("pad_ufes_20", {**TINY, "modality_dropout": {"fields": 0.5}}), 5, 3)[0].eval()
-    images, forms = some_input(model)
-    forms[1] = NAN
-    assert model.needs_image
-    assert not tiny().needs_image
-    assert torch.isfinite(model(images, forms).logits).all()
-    images[2] = NAN
-    assert model(images, forms).logits[2].isnan().all()

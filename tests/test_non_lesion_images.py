@@ -1,4 +1,3 @@
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +8,10 @@ from dualrefnet.analysis import non_lesion_images as module
 from dualrefnet.analysis.non_lesion_images import (
     CROPS,
     DOCUMENTS,
-    MEDICAL,
     PHOTOGRAPHS,
     PLAIN,
     crop_skin,
     everyday_images,
-    medical_images,
 )
 
 SKIN, LESION = (200, 150, 120), (60, 30, 20)
@@ -46,14 +43,6 @@ def test_the_seed_fixes_them_and_another_draws_others(monkeypatch: pytest.Monkey
     assert not any(np.array_equal(first[place].pixels, other[place].pixels) for place in drawn)
 
 
-def test_nothing_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a connection was opened")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    assert {item.group for item in medical_images()} == {MEDICAL}
-
-
 def _photograph(
     folder: Path, centre: tuple[int, int], radius: int, size: tuple[int, int] = (400, 600)
 ) -> tuple[Path, Path]:
@@ -75,24 +64,6 @@ def test_the_largest_square_beside_the_lesion_holds_none_of_it(tmp_path: Path) -
     assert lesion.shape == skin.shape
     # As large a square holds all of the lesion, which would have 20106 pixels.
     assert (lesion == LESION).all(axis=2).sum() == pytest.approx(np.pi * 80**2, rel=0.01)
-
-
-def test_the_lesions_square_is_centred_on_it_or_as_near_as_the_edge_allows(tmp_path: Path) -> None:
-    found = crop_skin(*_photograph(tmp_path, centre=(200, 300), radius=60))
-    assert found is not None
-    rows, columns = np.nonzero((found[1] == LESION).all(axis=2))
-    assert rows.mean() == pytest.approx(len(found[1]) / 2, abs=4)
-    assert columns.mean() == pytest.approx(len(found[1]) / 2, abs=4)
-    corner = crop_skin(*_photograph(tmp_path, centre=(30, 30), radius=25))
-    assert corner is not None
-    assert (corner[1][0, 30] == LESION).all() or (corner[1][10, 30] == LESION).all()
-
-
-def test_without_room_or_without_a_lesion_there_is_nothing_to_cut(tmp_path: Path) -> None:
-    assert crop_skin(*_photograph(tmp_path, centre=(200, 300), radius=400)) is None
-    assert crop_skin(*_photograph(tmp_path, centre=(200, 300), radius=255)) is None
-    photograph, mask = _photograph(tmp_path, centre=(-900, 0), radius=10)
-    assert crop_skin(photograph, mask) is None
 
 
 def test_real_photographs_give_skin_that_is_unlike_the_lesion(real_pad: Path) -> None:

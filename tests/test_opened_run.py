@@ -63,19 +63,6 @@ def test_a_sample_has_its_size_and_every_class_in_proportion(counts: list[int], 
     assert (np.diff(found[order])[np.diff(amounts[order]) > 0] >= 0).all()
 
 
-@pytest.mark.parametrize("side", ["train", "val", "test"])
-def test_examples_pictures_and_rows_of_a_side_are_in_one_order(opened: OpenedRun, side: str) -> None:
-    split = opened.run.split
-    ids = split.loc[split["split"] == side, "image_id"].tolist()
-    examples, pictures, rows = opened.examples(side), opened.pictures(side), opened.rows(side)
-    assert list(examples.image_ids) == list(pictures.image_ids) == rows["image_id"].tolist() == ids
-    assert [opened.classes[label] for label in examples.labels] == rows["label"].tolist()
-    assert (examples.labels == pictures.labels).all()
-    assert (examples.metadata == pictures.metadata).all()
-    assert (examples.metadata == opened.metadata.encode(rows).values).all()
-    assert [opened.groups[image_id] for image_id in ids] == rows["patient_id"].tolist()
-
-
 def test_what_was_opened_predicts_what_the_run_predicted(opened: OpenedRun) -> None:
     examples = opened.examples("test")
     found = predict_logits(

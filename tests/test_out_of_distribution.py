@@ -5,8 +5,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from sklearn.covariance import LedoitWolf
 from sklearn.metrics import roc_auc_score
@@ -25,12 +23,10 @@ from dualrefnet.analysis.out_of_distribution import (
     fit_score,
     measure_out_of_distribution,
     save_score,
-    share_interval,
     summarise,
 )
-from dualrefnet.errors import DataError, RunError
-from dualrefnet.evaluation.bootstrap import wilson_interval
-from dualrefnet.models.inference import VectorKeeper, predict_logits
+from dualrefnet.deploy.network import TorchNetwork
+from dualrefnet.errors import RunError
 from dualrefnet.run import Run
 from dualrefnet.runtime.out_of_distribution import OutOfDistributionScore
 
@@ -101,36 +97,6 @@ def test_new_photographs_are_warned_of_as_rarely_as_meant_and_others_often(fitte
     assert (fitted.score(3 * other) > 1).mean() > 0.99
 
 
-def test_a_vector_that_is_not_finite_has_no_score_and_disturbs_no_other(fitted: OutOfDistributionScore) -> None:
-    rows = vectors(6, 80, 8)
-    alone = fitted.score(rows)
-    rows[1, 3], rows[4, 0] = np.nan, np.inf
-    scores = fitted.score(rows)
-    assert np.isnan(scores[[1, 4]]).all()
-    np.testing.assert_array_equal(scores[[0, 2, 3, 5]], alone[[0, 2, 3, 5]])
-    train, held_out = vectors(60, 80, 1), vectors(30, 80, 2)
-    with_gaps = np.insert(train, 7, np.nan, axis=0), np.insert(held_out, 3, np.inf, axis=0)
-    np.testing.assert_allclose(fit_score(*with_gaps).score(rows[:1]), fit_score(train, held_out).score(rows[:1]))
-
-
-@settings(max_examples=15)
-@given(st.integers(0, 1000), st.floats(0.01, 100))
-def test_neither_the_order_of_the_numbers_nor_their_unit_matters(seed: int, unit: float) -> None:
-    train, held_out, new = (vectors(number, 30, seed + place) for place, number in enumerate((40, 30, 10)))
-    scores = fit_score(train, held_out).score(new)
-    order = np.random.default_rng(seed).permutation(30)
-    changed = fit_score(unit * train[:, order], unit * held_out[:, order])
-    np.testing.assert_allclose(changed.score(unit * new[:, order]), scores, rtol=1e-3)
-
-
-def test_equal_vectors_and_vectors_of_nothing_are_borne() -> None:
-    same = np.ones((30, 8))
-    fitted = fit_score(same, same[:10])
-    assert np.isfinite(fitted.score(np.vstack([same[:1], np.zeros((1, 8))]))).all()
-    assert fitted.score(np.zeros((1, 8)))[0] > 1
-    assert np.isfinite(fit_score(np.zeros((30, 8)), np.zeros((10, 8))).score(np.zeros((2, 8)))).all()
-
-
 def test_unfit_input_is_refused(fitted: OutOfDistributionScore) -> None:
     with pytest.raises(ValueError, match="2 vectors"):
         fit_score(vectors(1, 5, 0), vectors(9, 5, 0))
@@ -165,14 +131,14 @@ def test_a_damaged_or_foreign_file_says_what_to_do(tmp_path: Path, fitted: OutOf
             _ = run.out_of_scope
 
 
-def test_vectors_are_kept_of_what_is_classified_and_the_answer_stays(opened: OpenedRun) -> None:
+def test_vectors_of_the_predictor_are_those_of_the_run(opened: OpenedRun) -> None:
     examples = opened.pictures("test")
-    keeper = VectorKeeper(opened.model)
-    arguments = (opened.recipe.image.size, opened.normalisation, opened.device)
-    kept = predict_logits(keeper, examples.in_order(7), *arguments).logits
-    assert torch.equal(kept, predict_logits(opened.model, examples.in_order(7), *arguments).logits)
-    np.testing.assert_allclose(keeper.take(), opened.vectors(examples, np.arange(len(examples))), atol=1e-5)
-    assert keeper.take() is None
+    network = TorchNetwork(opened.model, opened.recipe.image.size, opened.normalisation, opened.device)
+    images = examples.batch(np.arange(7)).images.permute(0, 2, 3, 1).numpy()
+    output = network(images, None, examples.metadata[:7])
+    np.testing.assert_allclose(output.vectors, opened.vectors(examples, np.arange(7)), atol=1e-5)
+    expected = opened.model(opened.encode(examples.batch(np.arange(7))), torch.from_numpy(examples.metadata[:7]))
+    np.testing.assert_allclose(output.logits, expected.logits.detach(), atol=1e-5)
 
 
 def test_evaluation_fits_the_score_and_counts_false_alarms(opened: OpenedRun) -> None:
@@ -205,17 +171,17 @@ def test_the_predictor_warns_beyond_the_limit_and_only_there(
     assert predictor.predict(paths[0], {}).out_of_scope is None
 
 
-def test_an_older_run_says_once_that_it_has_no_check(
+def test_a_run_without_the_score_says_so_once_and_with_every_prediction(
     tiny_run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     older = Run(shutil.copytree(tiny_run.path, tmp_path / "older"))
     older.out_of_scope_file.unlink()
     predictor = Predictor.load(older)
-    picture = np.full((64, 64, 3), 99, np.uint8)
-    prediction = predictor.predict_many([picture, picture], [{}, {}])[1]
+    image = np.full((64, 64, 3), 99, np.uint8)
+    for prediction in predictor.predict_many([image, image], [{}, {}]):
+        assert prediction.out_of_scope is None
+        assert "not checked" in prediction.warnings[0]
     assert capfd.readouterr().err.count("no out-of-distribution score") == 1
-    assert prediction.out_of_scope is None
-    assert not any("doesn't look like" in warning for warning in prediction.warnings)
     with pytest.raises(RunError, match="dualrefnet evaluate"):
         _ = older.out_of_scope
     save_score(fit_score(vectors(9, 5, 0), vectors(9, 5, 1)), older.out_of_scope_file)
@@ -225,19 +191,16 @@ def test_an_older_run_says_once_that_it_has_no_check(
 
 def hand_made() -> pd.DataFrame:
     random = np.random.default_rng(0)
-    parts = [
-        (LESIONS, [f"p{number // 2}" for number in range(40)], random.uniform(0.2, 1.1, 40)),
-        (PHOTOGRAPHS, [f"f{number // 4}" for number in range(24)], random.uniform(0.7, 5, 24)),
-        (DOCUMENTS, [f"d{number // 4}" for number in range(24)], random.uniform(2, 5, 24)),
-        (PLAIN, ["a", "a", "b", "b"], np.array([0.5, 2, 3, 4.0])),
-        (MEDICAL, ["m"] * 4, np.array([0.5, 0.6, 2, 3])),
-        (SKIN, [f"p{number}" for number in range(15)], random.uniform(0.4, 1.5, 15)),
-        (CLOSE_LESION, [f"p{number}" for number in range(15)], random.uniform(0.3, 1.2, 15)),
-    ]
-    return pd.concat(
-        [pd.DataFrame({"group": name, "source": source, "score": score}) for name, source, score in parts],
-        ignore_index=True,
-    )
+    # Group -> images, images a source, lowest and highest score.
+    parts = {LESIONS: (40, 2, 0.2, 1.1), PHOTOGRAPHS: (24, 4, 0.7, 5), DOCUMENTS: (24, 4, 2, 5), PLAIN: (4, 2, 0.5, 4)}
+    parts |= {MEDICAL: (4, 4, 0.5, 3), SKIN: (15, 1, 0.4, 1.5), CLOSE_LESION: (15, 1, 0.3, 1.2)}
+    tables = []
+    for name, (images, each, low, high) in parts.items():
+        # Crops are of the patients of the test images.
+        owner = LESIONS if name in (SKIN, CLOSE_LESION) else name
+        sources = [f"{owner} {number // each}" for number in range(images)]
+        tables.append(pd.DataFrame({"group": name, "source": sources, "score": random.uniform(low, high, images)}))
+    return pd.concat(tables, ignore_index=True)
 
 
 def test_the_table_counts_and_ranks_each_group_against_the_lesions() -> None:
@@ -256,18 +219,6 @@ def test_the_table_counts_and_ranks_each_group_against_the_lesions() -> None:
         assert table.loc[name, "auroc_low"] < table.loc[name, "auroc"] < table.loc[name, "auroc_high"]
     # Two files are too few to draw from.
     assert table.loc[[PLAIN, MEDICAL], ["auroc_low", "auroc_high", "flagged_low", "flagged_high"]].isna().all(axis=None)
-
-
-def test_intervals_draw_sources_not_pictures() -> None:
-    # Ten sources of which half are flagged as wholes: as wide as for ten pictures, however many are cut of each.
-    flagged = np.repeat([True, False], 5)
-    low, high = share_interval(flagged, np.arange(10), 4000, 0)
-    assert share_interval(np.repeat(flagged, 100), np.repeat(np.arange(10), 100), 4000, 0) == (low, high)
-    # The binomial of ten: 2.5% and 97.5% points.
-    assert (low, high) == (0.2, 0.8)
-    assert share_interval(np.zeros(60, bool), np.repeat(np.arange(6), 10), 100, 0) == wilson_interval(0, 6)
-    assert share_interval(np.ones(60, bool), np.repeat(np.arange(6), 10), 100, 0) == wilson_interval(6, 6)
-    assert np.isnan(share_interval(flagged, np.repeat(np.arange(2), 5), 100, 0)).all()
 
 
 @pytest.fixture(scope="module")
@@ -290,13 +241,6 @@ def test_a_run_is_measured_against_all_groups(opened: OpenedRun, measured: OutOf
     assert measured.skin_auroc[0] == pytest.approx(
         roc_auc_score(np.r_[np.ones(len(skin)), np.zeros(len(close))], np.r_[skin, close])
     )
-
-
-def test_without_masks_there_is_no_skin(opened: OpenedRun, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no folder of masks"):
-        measure_out_of_distribution(opened, masks=tmp_path / "none", images=10)
-    section_of = hand_made()[lambda table: ~table["group"].isin([SKIN, CLOSE_LESION])]
-    assert SKIN not in set(summarise(section_of, 50, 0)["group"])
 
 
 def test_the_figure_shows_every_score_and_no_source(measured: OutOfDistributionMeasured) -> None:

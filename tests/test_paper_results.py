@@ -90,19 +90,6 @@ def test_three_printed_npvs_are_impossible_and_repeat_the_specificity() -> None:
         assert (np.abs(npv - printed_value(name, "npv") - 0.0025) > 0.0075).all()
 
 
-def test_the_headline_values_follow_from_the_counts() -> None:
-    measured = metrics_from_confusion(MATRIX, CLASSES)
-    assert round(measured["accuracy"], 4) == 0.8512
-    assert round(measured["balanced_accuracy"], 5) == 0.84505
-    assert round(measured["kappa"], 3) == 0.799
-    # The text of the paper prints kappa .80, Table 3a accuracy .851 and balanced accuracy .845.
-    assert (round(measured["kappa"], 2), round(measured["accuracy"], 3), round(measured["balanced_accuracy"], 3)) == (
-        0.80,
-        0.851,
-        0.845,
-    )
-
-
 def test_table_4_prints_means_of_rounded_entries_for_the_proposed_system() -> None:
     measured = metrics_from_confusion(MATRIX, CLASSES)
     printed = {"precision": 0.828, "recall": 0.847, "f1": 0.837}

@@ -1,6 +1,5 @@
 """Changed inputs: images without the lesion, permuted and replaced metadata, hidden flags."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -15,18 +14,13 @@ from dualrefnet.analysis.perturbations import (
     BORDER,
     CHANGES,
     GROWN,
-    count_flags,
     find_missing,
-    grow,
-    hide_flags,
     permute_across_groups,
     perturb_image,
     predict_perturbed,
-    predict_without_image,
     read_outlines,
     replace_values,
 )
-from dualrefnet.data.schema import Dataset
 from dualrefnet.errors import DataError
 from hand_made import CENTRE, RADIUS, SIDE, SKIN, hand_made
 
@@ -64,29 +58,6 @@ def test_outside_of_the_border_a_picture_stays_as_it_was() -> None:
     assert blurred[mask].std(axis=0).max() < 0.2 * picture[mask].std(axis=0).min()
 
 
-def test_what_fills_is_the_mean_of_the_ring_of_skin_and_not_of_the_picture() -> None:
-    mask = disc(100, 10)
-    away = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, 5)
-    picture = np.zeros((100, 100, 3), np.uint8)
-    picture[away <= 30] = [180, 120, 100]
-    picture[mask] = [10, 10, 10]
-    _, background, lesion = perturb_image(picture, mask)
-    assert background[50, 50].tolist() == [180, 120, 100]
-    assert lesion[2, 2].tolist() == [180, 120, 100]
-
-
-@given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 12))
-def test_an_outline_grows_on_all_sides_and_holds_itself(x: int, y: int, radius: int) -> None:
-    mask = disc(50, radius, (x, y))
-    grown = grow(mask)
-    assert grown[mask].all()
-    rows, columns = np.nonzero(mask)
-    for row, column in ((rows.min() - 2, columns[rows.argmin()]), (rows[columns.argmax()], columns.max() + 2)):
-        if 0 <= row < 50 and 0 <= column < 50:
-            assert grown[row, column]
-    assert grown.sum() < (np.sqrt(mask.sum()) + 2 * 4) ** 2
-
-
 def test_outlines_are_read_as_the_model_sees_the_pictures_and_useless_ones_are_counted(
     opened: OpenedRun, tmp_path: Path
 ) -> None:
@@ -98,6 +69,8 @@ def test_outlines_are_read_as_the_model_sees_the_pictures_and_useless_ones_are_c
     (folder / f"{ids[3]}.png").unlink()
     examples, masks = run.pictures("test"), run.masks()
     assert set(masks) == set(ids) - {ids[3]}
+    with pytest.raises(DataError, match="holds no mask"):
+        run.masks(tmp_path)
     outlines = read_outlines(run, examples, masks)
     assert outlines.places.tolist() == [place for place in range(len(ids)) if place not in (1, 2, 3)]
     assert outlines.left_out == 2
@@ -113,20 +86,6 @@ def test_outlines_are_read_as_the_model_sees_the_pictures_and_useless_ones_are_c
     # The skin's colour is nearest to the colour of the last class.
     assert SKIN > 180
     assert (answers["background_only"][0].argmax(axis=1) == len(run.classes) - 1).all()
-
-
-def test_masks_are_looked_for_where_they_are_and_a_wrong_folder_is_refused(opened: OpenedRun, tmp_path: Path) -> None:
-    wanted = set(opened.rows("test")["image_id"])
-    assert set(opened.masks()) == wanted
-    (tmp_path / "root").mkdir()
-    bare = replace(opened, dataset=Dataset(opened.dataset.table, opened.dataset.schema, tmp_path / "root"))
-    assert bare.masks() == {}
-    with pytest.raises(DataError, match="there is no folder of masks"):
-        opened.masks(tmp_path / "nowhere")
-    (tmp_path / "other").mkdir()
-    cv2.imwrite(str(tmp_path / "other" / "stranger.png"), np.zeros((4, 4), np.uint8))
-    with pytest.raises(DataError, match="no mask of a test image"):
-        opened.masks(tmp_path / "other")
 
 
 @given(st.lists(st.integers(0, 5), min_size=2, max_size=40), st.integers(0, 100))
@@ -163,27 +122,3 @@ def test_replaced_answers_are_those_of_others_and_gaps_stay(opened: OpenedRun) -
     # A value that only one patient has is taken away.
     rows = rows.assign(smoke=pd.Series({0: "True"}, rows.index, dtype=object))
     assert replace_values(rows, metadata, groups, np.random.default_rng(0))["smoke"].isna().all()
-
-
-def test_hidden_flags_change_nothing_but_the_flags(opened: OpenedRun) -> None:
-    forms = opened.metadata.encode(opened.rows("test")).values
-    flags = [index for index, name in enumerate(opened.metadata.names) if name.startswith("missing_")]
-    hidden = hide_flags(opened.metadata, forms)
-    assert count_flags(opened.metadata) == len(flags) > 0
-    assert forms[:, flags].any()
-    assert not hidden[:, flags].any()
-    np.testing.assert_array_equal(np.delete(hidden, flags, axis=1), np.delete(forms, flags, axis=1))
-
-
-def test_without_photograph_is_one_answer_for_equal_forms_in_batches_of_any_size(opened: OpenedRun) -> None:
-    forms = opened.pictures("test").metadata
-    size = opened.recipe.evaluation.batch_size
-    small = opened.recipe.model_copy(
-        update={"evaluation": opened.recipe.evaluation.model_copy(update={"batch_size": 7})}
-    )
-    assert len(forms) % 7
-    assert len(forms) < size
-    first, second = (predict_without_image(run, [forms])[0] for run in (opened, replace(opened, recipe=small)))
-    np.testing.assert_allclose(first, second, atol=1e-6)
-    doubled = predict_without_image(opened, [np.repeat(forms[:1], 3, axis=0)])[0]
-    np.testing.assert_allclose(doubled, np.repeat(first[:1], 3, axis=0), atol=1e-6)

@@ -1,5 +1,3 @@
-from concurrent.futures import ThreadPoolExecutor
-
 import cv2
 import numpy as np
 import pytest
@@ -68,16 +66,6 @@ def test_any_image_becomes_a_square_of_bytes(height, width, side, fit):
     assert (square.shape, square.dtype) == ((side, side, 3), np.uint8)
 
 
-def test_squash_keeps_the_whole_image_and_crop_its_middle():
-    image = np.zeros((100, 300, 3), np.uint8)
-    image[:, :100, 0] = image[:, 100:200, 1] = image[:, 200:, 2] = 200
-    squashed = to_square(image, 30, "squash")
-    assert [squashed[15, column].argmax() for column in (2, 15, 27)] == [0, 1, 2]
-    middle = np.broadcast_to((0, 200, 0), (30, 30, 3))
-    np.testing.assert_array_equal(to_square(image, 30, "crop"), middle)
-    np.testing.assert_array_equal(to_square(image.transpose(1, 0, 2), 30, "crop"), middle)
-
-
 def test_every_setting_of_the_recipe_arrives_in_the_papers_order():
     image = smooth(300, 400)
     default = preprocess(image, ImageSection(size=64))
@@ -97,13 +85,3 @@ def test_every_setting_of_the_recipe_arrives_in_the_papers_order():
     ):
         assert (preprocess(image, ImageSection(size=64, **change)) != default).any(), change
     assert preprocess(image, ImageSection(size=64), 128).shape == (128, 128, 3)
-
-
-def test_threads_do_not_disturb_each_other():
-    # Sides that the grid doesn't divide: OpenCV's filter then also keeps an enlarged copy of the image in its buffers.
-    pictures, section = [smooth(250 + 30 * seed, 250, seed) for seed in range(4)], ImageSection(size=96)
-    expected = [preprocess(image, section) for image in pictures]
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda place: preprocess(pictures[place % 4], section), range(80)))
-    for place, square in enumerate(found):
-        np.testing.assert_array_equal(square, expected[place % 4])

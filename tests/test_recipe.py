@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -42,17 +42,16 @@ def test_a_shipped_recipe_loads_under_its_own_name_and_every_key_of_it_arrives(n
         assert (list(read) if isinstance(read, tuple) else read) == value, path
 
 
-def test_the_recipes_that_ship():
-    paper, rest = (
-        ["isic_2019_paper", "pad_ufes_20_paper"],
-        ["isic_2019", "pad_ufes_20", "pad_ufes_20_frozen", "pad_ufes_20_m3", "sample"],
-    )
-    assert shipped_recipes() == sorted(paper + rest)
-
-
-def test_only_the_paper_recipes_may_leak():
-    for name in shipped_recipes():
-        assert (load_recipe(name).data.protocol == "paper") == name.endswith("_paper")
+def test_the_recipes_that_ship_and_only_the_papers_may_leak():
+    paper = {"isic_2019_paper", "pad_ufes_20_paper"}
+    assert {*shipped_recipes()} == paper | {
+        "isic_2019",
+        "pad_ufes_20",
+        "pad_ufes_20_frozen",
+        "pad_ufes_20_m3",
+        "sample",
+    }
+    assert {name for name in shipped_recipes() if load_recipe(name).data.protocol == "paper"} == paper
 
 
 def test_the_paper_recipes_hold_the_constants_of_the_paper():
@@ -77,18 +76,8 @@ def test_every_key_of_a_recipe_is_read_somewhere_in_the_package():
 
 
 def test_every_key_whose_name_does_not_say_it_all_is_described():
-    plain = {
-        "name",
-        "seed",
-        "description",
-        "enabled",
-        "epochs",
-        "batch_size",
-        "optimizer",
-        "learning_rate",
-        "weight_decay",
-    }
-    plain |= {"plateau_factor", "minimum_learning_rate", "device"}
+    plain = {"name", "seed", "description", "enabled", "epochs", "batch_size", "optimizer", "device"}
+    plain |= {"learning_rate", "weight_decay", "plateau_factor", "minimum_learning_rate"}
     assert [path for path, field in fields() if not field.description and path[-1] not in plain] == []
 
 
@@ -104,11 +93,6 @@ def test_every_key_whose_name_does_not_say_it_all_is_described():
 def test_an_unknown_key_is_refused_with_a_suggestion(key, suggestion):
     with pytest.raises(RecipeError, match=rf"unknown key '{key.split('.')[0]}.*did you mean '{suggestion}'\?"):
         load_recipe("sample", {key: 3})
-
-
-def test_an_unknown_key_that_resembles_none_is_refused_with_the_legal_ones():
-    with pytest.raises(RecipeError, match=r"unknown key 'data.qqqq' \(keys there: dataset, root, .*split_seed\)"):
-        load_recipe("sample", {"data.qqqq": 1})
 
 
 @pytest.mark.parametrize(
@@ -132,16 +116,30 @@ def test_overrides_are_read_as_yaml(text, key, value):
     assert getattr(getattr(load_recipe("sample", parse_overrides([text])), section), name) == value
 
 
-@pytest.mark.parametrize("text", ["training.epochs", "=3", "training.epochs=[1", "data.root=2020-13-45"])
+NESTED = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    "text", ["training.epochs", "=3", "training.epochs=[1", "data.root=2020-13-45", f"name={NESTED}"]
+)
 def test_an_override_that_cannot_be_read_is_named(text):
-    with pytest.raises(RecipeError, match=re.escape(repr(text))):
+    with pytest.raises(RecipeError, match=re.escape(text[:20])):
         parse_overrides([text])
 
 
-@given(st.lists(st.text(max_size=30), max_size=3))
-def test_overrides_of_any_text_are_read_or_refused(arguments):
+KEYS = [".".join(path) for path, _ in fields()]
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | st.integers(), inner, max_size=3),
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=10), values, max_size=3))
+def test_any_value_of_any_key_is_read_or_refused(overrides):
     with contextlib.suppress(RecipeError):
-        assert isinstance(load_recipe("sample", parse_overrides(arguments)), Recipe)
+        recipe = load_recipe("sample", overrides)
+        assert load_recipe(yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json")))) == recipe
 
 
 @pytest.mark.parametrize(
@@ -167,15 +165,19 @@ def test_values_that_contradict_each_other_are_refused(overrides, message):
         ("training.epochs", 0),
         ("training.epochs", 1.5),
         ("training.epochs", "three"),
+        ("training.device", ""),
+        ("training.device", "meta"),
         ("training.learning_rate", float("inf")),
         ("loss.classification", float("nan")),
         ("image.size", 100),
-        ("image.size", 16),
-        ("training.optimizer", "adam"),
         ("data.folds", 2),
+        ("data.root", ["a", "b"]),
+        ("model.hidden", 1e9),
+        ("model.metadata_widths", []),
+        ("model.metadata_widths", [64, -1]),
         ("name", "../escape"),
         ("name", ""),
-        ("name", "a/b"),
+        ("name", "x" * 300),
         ("training", None),
         ("seed", -1),
         ("data.root.x", 1),
@@ -186,26 +188,14 @@ def test_a_wrong_value_is_refused_with_its_key(key, value):
         load_recipe({"name": "x", "data": {"root": "somewhere"}}, {key: value})
 
 
-def test_loading_from_a_mapping_does_not_change_it():
+def test_overrides_change_a_copy():
     mapping = {"name": "x", "training": {"epochs": 3}}
     before = copy.deepcopy(mapping)
     recipe = load_recipe(mapping, {"training.batch_size": 4, "model.hidden": 8})
     assert mapping == before
     assert (recipe.training.epochs, recipe.training.batch_size, recipe.model.hidden) == (3, 4, 8)
-
-
-def test_a_recipe_given_as_a_recipe_is_overridden_in_a_copy():
-    first = load_recipe("sample")
-    second = load_recipe(first, {"training.epochs": 99})
-    assert first == load_recipe("sample")
-    assert second.training.epochs == 99
-    assert second.model == first.model
-
-
-def test_a_resolved_recipe_written_as_yaml_loads_to_the_same():
-    for name in shipped_recipes():
-        recipe = load_recipe(name)
-        assert load_recipe(yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json")))) == recipe
+    assert load_recipe(recipe, {"training.epochs": 99}).training.epochs == 99
+    assert recipe.training.epochs == 3
 
 
 def test_a_file_wins_over_a_shipped_recipe_of_that_name(tmp_path, monkeypatch):
@@ -224,6 +214,8 @@ def test_a_file_wins_over_a_shipped_recipe_of_that_name(tmp_path, monkeypatch):
         (b"description: no name\n", "name: Field required"),
         (b"name: x\ntraining:\n  epochs: 3\ntraining:\n  batch_size: 4\n", "'training' stands twice"),
         (b"name: x\ntraining: {epochs: 3, epochs: 4}\n", "'epochs' stands twice"),
+        (f"name: {NESTED}".encode(), "nested too deeply"),
+        (b"name: x\n" + b"# more\n" * 200_000, "more than"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused(tmp_path, content, message):
@@ -231,8 +223,3 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path, content, message):
     file.write_bytes(content)
     with pytest.raises(RecipeError, match=message):
         load_recipe(file)
-
-
-def test_a_recipe_that_is_not_there_is_told_with_those_that_ship():
-    with pytest.raises(RecipeError, match=r"no recipe file pad_ufes20.*shipped: isic_2019.*did you mean 'pad_ufes_20'"):
-        load_recipe("pad_ufes20")

@@ -4,7 +4,6 @@ import dataclasses
 
 import cv2
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
@@ -12,8 +11,6 @@ from scipy.ndimage import gaussian_filter
 from dualrefnet.analysis.opened_run import OpenedRun, open_run
 from dualrefnet.analysis.reconstruction import (
     Reconstruction,
-    draw_reconstruction,
-    draw_reconstruction_history,
     reconstruct,
 )
 from dualrefnet.run import Run
@@ -121,15 +118,3 @@ def test_shown_are_the_images_at_a_tenth_half_and_nine_tenths_of_the_ranks(
         assert (case.image == opened.store.read(opened.store.rows_of([case.image_id]))[0]).all()
         # Eight bits lose little.
         assert psnr(case.reconstruction / 255, case.target / 255) == pytest.approx(row["psnr"], abs=0.05)
-
-
-def test_figures_show_the_images_and_the_history(opened: OpenedRun, result: Reconstruction) -> None:
-    drawn = draw_reconstruction(result)
-    images = [np.asarray(axis.images[0].get_array()) for axis in drawn.figure.axes]
-    for row, case in enumerate(result.shown):
-        for place, part in enumerate((case.image, case.target, case.reconstruction)):
-            assert (images[3 * row + place] == part).all()
-    # Nobody's id stands in the words.
-    assert not any(image_id in drawn.alt + drawn.caption for image_id in result.table["image_id"])
-    history = opened.run.history
-    pd.testing.assert_frame_equal(draw_reconstruction_history(history).data, history[["epoch", "val_psnr", "val_ssim"]])

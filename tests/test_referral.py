@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import balanced_accuracy_score
 
 from dualrefnet.evaluation.bootstrap import Bootstrap
-from dualrefnet.evaluation.referral import TABLE, draw_referral, draw_selective, measure_selective, referral_curve
+from dualrefnet.evaluation.referral import TABLE, draw_referral, measure_selective, referral_curve
 from dualrefnet.runtime.calibration import malignancy
 from readable import assert_readable
 from resampling import CLASSES, Floats, lay_out, predictions
@@ -100,17 +100,3 @@ def test_the_json_is_strict_and_wrong_coverages_are_refused() -> None:
     for wrong in ([0], [101], []):
         with pytest.raises(ValueError, match="1 to 100"):
             measure_selective(labels, scores, Bootstrap(groups, 0), CLASSES, wrong)
-
-
-@pytest.mark.parametrize(("count", "images"), [(2, 12), (6, 200), (8, 300)])
-def test_the_figure_of_selective_prediction_draws_the_curve(count: int, images: int) -> None:
-    classes = [f"class {index}" for index in range(count)]
-    for samples in (30, 0):
-        labels, scores, groups = example(count, images, count)
-        found = measure_selective(labels, scores, Bootstrap(groups, samples), classes)
-        figure = draw_selective(found)
-        assert_readable(figure)
-        assert figure.data["images"].min() >= min(20, images)
-        upper = figure.figure.axes[0].lines[0]
-        assert (upper.get_xdata()[-1], upper.get_ydata()[-1]) == (100, found.table["accuracy"].iloc[-1])
-        assert ("resamples" in figure.caption) == bool(samples)

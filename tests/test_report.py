@@ -3,7 +3,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,7 @@ from sklearn.metrics import balanced_accuracy_score
 
 import dualrefnet
 from conftest import TINY
-from dualrefnet.analysis.audit import audit_split
-from dualrefnet.analysis.duplicates import fingerprint_files
 from dualrefnet.analysis.opened_run import open_run
-from dualrefnet.data.adapters import load_dataset
-from dualrefnet.data.protocols import split_dataset
 from dualrefnet.display.format import MEASURE_NAMES, PrintedTable
 from dualrefnet.errors import DataError, RunError
 from dualrefnet.files import read_json, write_json, write_yaml
@@ -31,11 +27,10 @@ from read_page import Page
 pytest.importorskip("captum")
 pytest.importorskip("shap")
 
-from dualrefnet.report import ReportOptions
+from dualrefnet.report import ReportOptions, explanations, run_report
 from dualrefnet.report.explanations import comparison_section
 from dualrefnet.report.performance import CLASS_MEASURES, HEADLINE, class_section, read_measured, summary_section
 from dualrefnet.report.run_report import PERSONAL, write_explanations, write_report
-from dualrefnet.report.trust import CHECKS, audit_section
 
 SMALL = ReportOptions(images=40, shap_images=6, each=1)
 CANCERS = ["BCC", "MEL", "SCC"]
@@ -43,32 +38,37 @@ MEASURED = ["summary", "classes", "confusion", "curves", "calibration", "conform
 EXAMINED = ["subgroups", "shortcuts", "missing-metadata", "out-of-distribution", "audit"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _few_samples() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (run_report, explanations):
+            patch.setattr(module, "SAMPLES", 50)
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("reports")
 
 
-@pytest.fixture(scope="module")
-def trained(sample_root: Path, folder: Path) -> Callable[[str, dict[str, float]], Run]:
+def trained(sample_root: Path, out: Path, **changes: Any) -> Run:
     """Train another method on the split of `tiny_run`."""
     from dualrefnet.training.train import train_recipe
 
-    def train(method: str, training: dict[str, float]) -> Run:
-        recipe = load_recipe("sample", {"data.root": str(sample_root), **TINY, "model.method": method, **training})
-        return train_recipe(recipe, folder / method)
-
-    return train
+    changed = {key.replace("__", "."): value for key, value in changes.items()}
+    return train_recipe(load_recipe("sample", {"data.root": str(sample_root), **TINY, **changed}), out)
 
 
 @pytest.fixture(scope="module")
-def image_run(trained: Callable[[str, dict[str, float]], Run]) -> Run:
-    return trained("no_metadata", {"training.epochs": 1})
+def image_run(sample_root: Path, folder: Path) -> Run:
+    return trained(sample_root, folder / "image", model__method="no_metadata", training__epochs=1)
 
 
 @pytest.fixture(scope="module")
-def metadata_run(trained: Callable[[str, dict[str, float]], Run]) -> Run:
+def metadata_run(sample_root: Path, folder: Path) -> Run:
     """A run that has learned something, unlike the others: metadata are learned in a second."""
-    return trained("metadata_only", {"training.epochs": 30, "training.learning_rate": 0.003})
+    training = {"training__epochs": 30, "training__learning_rate": 0.003}
+    return trained(sample_root, folder / "metadata", model__method="metadata_only", **training)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def balanced_accuracy(run: Run) -> float:
 
 def test_ids_are_unique_and_links_and_headings_are_complete(page: Page) -> None:
     found = Counter(one.attributes["id"] for one in page.root.all() if "id" in one.attributes)
-    assert [name for name, count in found.items() if count > 1] == []
+    assert set(found.values()) == {1}
     links = re.findall(r"url\((#[^)]+)\)", page.text)
     for one in page.root.all():
         links += [value for name, value in one.attributes.items() if name in ("href", "xlink:href")]
@@ -118,28 +118,23 @@ def test_ids_are_unique_and_links_and_headings_are_complete(page: Page) -> None:
     places = {link[1:] for link in links if link.startswith("#")}
     assert {"summary", "summary-heading", "provenance"} <= places <= set(found)
     levels = [int(one.tag[1]) for one in page.root.all() if re.fullmatch("h[1-6]", one.tag)]
-    assert levels[0] == 1
-    assert levels.count(1) == 1
+    assert (levels[0], levels.count(1)) == (1, 1)
     assert max(np.diff(levels)) <= 1, "a level is left out"
     headings = [section.own("h2") or section.own("summary")[0].own("h2") for section in page.sections.values()]
     (contents,) = page.root.all("nav")
     assert [heading.words() for (heading,) in headings] == [link.words() for link in contents.all("a")]
     assert [f"#{key}" for key in page.sections] == [link.attributes["href"] for link in contents.all("a")]
-    (html,) = page.root.own("html")
-    assert html.attributes["lang"] == "en"
 
 
 def test_figures_have_texts_and_cells_have_headers(page: Page) -> None:
     figures = list(page.root.all("svg"))
     assert len(figures) == len(page.stems)
     for svg in figures:
-        assert svg.attributes["role"] == "img"
         title, _, alt = svg.attributes["aria-label"].partition(". ")
         assert alt.strip(" .")
-        figure = svg.parent
-        assert figure is not None
-        assert [heading.words() for heading in figure.own("h3")] == [title]
-        assert len(figure.own("figcaption")[0].words()) > 40
+        assert svg.parent is not None
+        assert [heading.words() for heading in svg.parent.own("h3")] == [title]
+        assert len(svg.parent.own("figcaption")[0].words()) > 40
         fills = {(re.findall(r"fill: ([^;]+)", text.attributes["style"]) or ["black"])[0] for text in svg.all("text")}
         on_cells = {"black", "#ffffff"} if title in ("Number of images", "Normalised by true class") else set()
         assert fills - on_cells == {"var(--ink)"}, title
@@ -188,7 +183,6 @@ def test_limitations_and_recipe_are_in_the_page(page: Page) -> None:
     (recipe,) = page.root.all("pre")
     made = Recipe.model_validate(yaml.safe_load("".join(str(part) for part in recipe.parts)))
     assert (made.data.dataset, made.image.size) == ("sample", 32)
-    assert page.table("Images")["total"] == ["72", "23", "25"]
 
 
 # Its numbers.
@@ -204,8 +198,6 @@ def test_tables_and_sentences_hold_the_measures(full: Page, tiny_run: Run) -> No
         bounds = flat.get(f"{name}_ci95")
         expected = f"{flat[name]:.3f}" + (f" [{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else "")
         assert table[MEASURE_NAMES[name]] == [expected]
-    assert float(table["balanced accuracy"][0][:5]) == pytest.approx(balanced_accuracy(tiny_run), abs=6e-4)
-
     table = full.table("Each class versus the rest, with 95% intervals")
     assert table.pop("head") == ["class", "sensitivity", "specificity", "PPV", "NPV"]
     support = rows["label"].value_counts()
@@ -222,20 +214,6 @@ def test_tables_and_sentences_hold_the_measures(full: Page, tiny_run: Run) -> No
     assert first.endswith("(chance: 17%).")
     numbers = re.findall(r"(?:Of|of|,) (\d+) (?:mal|ben|were)", second)
     assert numbers == [str(mask.sum()) for mask in (cancer, cancer & called, ~cancer, ~cancer & ~called)]
-
-
-def test_sentences_of_explanations_hold_the_numbers_of_their_figures(full: Page) -> None:
-    table = pd.read_csv(full.pictures / "localisation.csv").set_index(["class", "measure"])
-    energy, text = table.loc[("all images", "energy")], full.intro("gradcam")[1]
-    assert f"{energy['value']:.0%} [{energy['low']:.0%}, {energy['high']:.0%}]" in text
-    assert f"({energy['baseline']:.0%})" in text
-    assert f"{energy['area']:.0%}." in text
-    mean = pd.read_csv(full.pictures / "reconstruction.csv")[["psnr", "psnr_flat"]].mean()
-    better = "is better" if mean["psnr"] > mean["psnr_flat"] else "is no better"
-    (text,) = full.intro("super-resolution")
-    assert better in text
-    assert f"{mean['psnr']:.1f} dB" in text
-    assert f"{mean['psnr_flat']:.1f} dB" in text
 
 
 def test_sections_of_a_run_that_has_everything(full: Page, tiny_run: Run) -> None:
@@ -265,8 +243,8 @@ def test_two_runs_are_compared(tiny_run: Run, metadata_run: Run) -> None:
     assert low < difference < high
     assert ("Metadata only is better" in section.intro[0]) == (high < 0)
     assert (p < 0.05) == (high < 0) or high == pytest.approx(0, abs=0.02)
-    assert [figure.name for figure in section.pictures] == ["embeddings", "separation", "disagreement"]
-    cases = section.pictures[2].data
+    assert [figure.name for figure in section.figures] == ["embeddings", "separation", "disagreement"]
+    cases = section.figures[2].data
     for run, rows in ((tiny_run, cases[::2]), (metadata_run, cases[1::2])):
         known = rows_of(run).set_index("image_id").loc[rows["image_id"]]
         assert list(rows["predicted"]) == list(known["predicted"])
@@ -340,16 +318,29 @@ def test_a_run_that_reads_no_image(metadata_page: Page, metadata_run: Run) -> No
     assert "ImageNet" not in metadata_page.root.words()
 
 
-def test_explanations_of_a_run_that_reads_no_metadata_are_files(image_run: Run, folder: Path) -> None:
-    out = folder / "explanations"
-    files = write_explanations(image_run, out, options=ReportOptions(20, 6, 1, label="MEL"))
-    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in files)
+def test_a_run_that_reads_no_metadata(image_run: Run, folder: Path) -> None:
+    options = ReportOptions(20, 6, 1, label="MEL")
+    page = Page(write_report(image_run, folder / "image_page", options=options))
+    examined = [name for name in EXAMINED if name != "missing-metadata"]
+    assert list(page.sections) == [*MEASURED, "gallery", "gradcam", "tsne", *examined, "provenance"]
+    assert "no metadata; patient-disjoint split" in page.root.words() or "metadata M0" not in page.root.words()
+
+    files = write_explanations(image_run, folder / "explanations", options=options)
     stems = [path.stem for path in files[::3]]
     assert [stem for stem in stems if not stem.startswith("gallery")] == ["gradcam", "localisation", "embedding"]
-    assert pd.concat([pd.read_csv(path) for path in out.glob("gallery_*.csv")])["answers"].isna().all()
-    maps = pd.read_csv(out / "gradcam.csv")
+    for stem in stems:
+        assert (folder / "explanations" / f"{stem}.csv").read_bytes() == (page.pictures / f"{stem}.csv").read_bytes()
+    assert pd.concat([pd.read_csv(path) for path in page.pictures.glob("gallery_*.csv")])["answers"].isna().all()
+    maps = pd.read_csv(page.pictures / "gradcam.csv")
     assert set(maps.loc[maps["column"] == "other", "class"]) == {"MEL"}
-    assert "image_id" in pd.read_csv(out / "embedding.csv")
+
+
+def test_a_section_that_cant_be_made_says_why_in_its_place(metadata_run: Run, tmp_path: Path) -> None:
+    run = copied(metadata_run, tmp_path / "run")
+    (run.path / "history.csv").unlink()
+    page = Page(write_report(run, tmp_path / "page", explained=False))
+    assert list(page.sections) == [*MEASURED, "provenance"]
+    assert "has no history.csv" in page.intro("training")[0]
 
 
 ELSEWHERE = """
@@ -472,61 +463,3 @@ def test_invalid_options_are_refused_before_anything_is_written(
         with pytest.raises(DataError, match=message):
             write(tiny_run, tmp_path / "page", options=options)
     assert not (tmp_path / "page").exists()
-
-
-def test_masks_of_other_images_are_refused(tiny_run: Run, tmp_path: Path) -> None:
-    masks = tmp_path / "masks"
-    masks.mkdir()
-    with pytest.raises(DataError, match="holds no mask; name them"):
-        write_report(tiny_run, tmp_path / "page", options=ReportOptions(masks=masks))
-    train = tiny_run.split.query("split == 'train'")["image_id"].iloc[0]
-    shutil.copy(Path(str(tiny_run.recipe.data.root)) / "masks" / f"{train}.png", masks)
-    with pytest.raises(DataError, match="holds no mask of a test image"):
-        write_report(tiny_run, tmp_path / "page", options=ReportOptions(masks=masks))
-    assert not (tmp_path / "page").exists()
-
-
-def test_runs_that_cant_be_compared_are_refused(tiny_run: Run, metadata_run: Run, tmp_path: Path) -> None:
-    out = tmp_path / "page"
-    for same in (tiny_run, Run(tiny_run.path / ".." / tiny_run.path.name)):
-        with pytest.raises(RunError, match="can't be compared with itself"):
-            write_report(tiny_run, out, against=same)
-    with pytest.raises(RunError, match="--against needs the explanations"):
-        write_report(tiny_run, out, against=metadata_run, explained=False)
-    other = copied(metadata_run, tmp_path / "other")
-    predictions = other.predictions
-    predictions["image_id"] = "other_" + predictions["image_id"]
-    predictions.to_csv(other.path / "predictions.csv", index=False)
-    with pytest.raises(RunError, match="share no test image"):
-        write_report(tiny_run, out, against=other)
-    (other.path / "metrics.json").unlink()
-    for runs in ((other, None), (tiny_run, other)):
-        with pytest.raises(RunError, match="isn't a finished run"):
-            write_report(runs[0], out, against=runs[1])
-    assert not out.exists()
-
-
-def test_the_section_of_the_audit_has_every_finding_and_its_worst_verdict(sample_root: Path) -> None:
-    dataset = load_dataset("sample", sample_root)
-    split, fingerprints = split_dataset(dataset), fingerprint_files(dataset.with_image)
-    audit = audit_split(dataset, split, fingerprints, forests=False, samples=20)
-    known = {check for _, checks in CHECKS for check in checks}
-    assert {finding.check for finding in audit.findings} <= {*known, "images_compared"}
-    verdicts = audit_section(audit).items[0]
-    assert isinstance(verdicts, PrintedTable)
-    found = {row[0].text: row[1].text for row in verdicts.rows}
-    assert len(found) == len(CHECKS)
-    assert found["No patient crosses the split"] == "passed"
-    assert found["No single column reveals the class"] == "warning"
-
-    split["split"] = ["train", "test", "val"] * 40
-    section = audit_section(audit_split(dataset, split, forests=False, samples=20))
-    assert "test images show a patient that is also in train" in section.intro[1]
-    verdicts = section.items[0]
-    assert isinstance(verdicts, PrintedTable)
-    failed = {row[0].text: row[1] for row in verdicts.rows}
-    assert (failed["No patient crosses the split"].text, failed["No patient crosses the split"].bold) == (
-        "failed",
-        True,
-    )
-    assert "No near-duplicate crosses the split" not in failed

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from dualrefnet.cli import app
+from dualrefnet.cli import app, deployment, reports, runs  # noqa: F401 (the modules register the commands)
 from dualrefnet.deploy.network import run_parts
 from dualrefnet.display.format import availability_line, availability_table, calibration_line, metrics_tables
 from dualrefnet.errors import DualRefNetError, RunError

@@ -15,7 +15,6 @@ from dualrefnet.data.schema import (
     refuse_forbidden_features,
 )
 from dualrefnet.errors import DataError
-from dualrefnet.runtime.metadata import MISSING_WORDS, read_cell
 
 AGE = MetadataField(name="age", kind="numeric", minimum=0, maximum=120, missing_codes=("UNK",))
 SIZE = MetadataField(name="size", kind="numeric")
@@ -106,12 +105,6 @@ def test_a_word_for_nothing_counts_where_it_is_declared():
     assert list(normalise(raw(label=["NA", "MEL", "NA "]), schema)[0]["label"]) == ["NA", "MEL", "NA"]
 
 
-@given(st.text(max_size=6) | st.sampled_from(sorted(MISSING_WORDS)) | st.floats() | st.integers())
-def test_reading_a_cell_twice_changes_nothing_more(value):
-    once = read_cell(value)
-    assert once is None or (read_cell(once) == once == once.strip() and once.casefold() not in MISSING_WORDS)
-
-
 @pytest.mark.parametrize("spelling", ["melanoma ", " Melanoma", "MELANOMA", "mela\u200bnoma", "melanoma\u00a0"])
 def test_a_class_is_one_however_it_is_spelt_and_that_is_said(spelling):
     schema = SCHEMA.model_copy(update={"classes": ("melanoma", "nevus"), "malignant": ()})
@@ -150,11 +143,6 @@ NO = [False, np.False_, 0, 0.0, "false", "FALSE", "no", "No", "N", "0", "0.0", "
 @pytest.mark.parametrize(("value", "word"), [(yes, "True") for yes in YES] + [(no, "False") for no in NO])
 def test_every_spelling_of_yes_and_no_is_understood(value, word):
     assert column(ITCH, [value, "UNK", "maybe"])[0] == [word, "UNK", "maybe"]
-
-
-@pytest.mark.parametrize("dtype", [object, "str"])
-def test_a_category_read_as_a_float_is_the_whole_number(dtype):
-    assert column(SITE, ["3.0", "3", "3.5", " arm ", "", "v1.0"], dtype)[0] == ["3", "3", "3.5", "arm", None, "v1.0"]
 
 
 @given(
@@ -204,11 +192,6 @@ def test_a_field_that_identifies_is_refused(name):
 def test_a_group_is_all_that_a_patient_or_a_lesion_joins(patients, lesions, wanted):
     table, _ = normalise(raw(patient_id=patients, lesion_id=lesions), SCHEMA)
     assert list(groups(table, SCHEMA)) == wanted
-
-
-def test_a_data_set_without_patients_calls_its_groups_after_lesions():
-    table, _ = normalise(raw(patient_id=None, lesion_id=["L", None, "L"]), SCHEMA)
-    assert list(groups(table, SCHEMA.model_copy(update={"group_by": "lesion_id"}))) == ["L", "image:b", "L"]
 
 
 @given(st.lists(st.tuples(*[st.none() | st.sampled_from("abcdef")] * 2), min_size=1, max_size=12))

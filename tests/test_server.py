@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from dualrefnet.errors import DataError
 from dualrefnet.run import Run
 from dualrefnet.service.server import bind
-from live_service import QUICK, Process, metric, multipart, picture, post_head, question, running, wait_for
+from live_service import Process, metric, multipart, picture, post_head, question, running, wait_for
 
 
 @dataclass
@@ -115,38 +115,6 @@ def test_after_the_signal_no_connection_is_taken_and_what_was_accepted_is_answer
             socket.create_connection(("127.0.0.1", process.port))
         assert process.popen.wait(20) == 0
         assert [sent.status for sent in join_all([client])] == [200, None]
-
-
-def test_idle_connections_do_not_hold_the_service_up(tmp_path: Path) -> None:
-    with running(tmp_path) as process:
-        idle = [socket.create_connection(("127.0.0.1", process.port)) for _ in range(5)]
-        time.sleep(0.2)
-        started = time.perf_counter()
-        process.popen.send_signal(signal.SIGINT)
-        assert process.popen.wait(20) == 0
-        assert time.perf_counter() - started < 15
-        for connection in idle:
-            assert connection.recv(10) == b""
-            connection.close()
-
-
-@pytest.mark.slow  # About 15 s.
-@pytest.mark.parametrize("how", ["second signal", "grace is over"])
-def test_a_stop_can_be_forced(tmp_path: Path, how: str) -> None:
-    settings = QUICK.model_copy(update={"grace": 1.0 if how == "grace is over" else 45.0})
-    with running(tmp_path, delay=3.0, settings=settings) as process:
-        # The warm-up has taken 3 s; this request takes as long.
-        client = Client(process.port, keep=False)
-        time.sleep(0.3)
-        process.popen.send_signal(signal.SIGTERM)
-        if how == "second signal":
-            time.sleep(0.3)
-            process.popen.send_signal(signal.SIGTERM)
-        assert process.popen.wait(20) == 1
-        sent = join_all([client])[0]
-        assert sent.status == 503
-        assert b'"stopping"' in sent.answer
-        assert any("without answering 1 request" in event["event"] for event in process.events())
 
 
 def test_a_port_that_is_taken_is_told_in_one_line_before_anything_is_loaded() -> None:

@@ -25,7 +25,6 @@ from dualrefnet.analysis.shap import (
     explain_metadata,
     make_feature_groups,
     read_field_values,
-    scale_colours,
 )
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.schema import DatasetSchema, MetadataField
@@ -33,7 +32,6 @@ from dualrefnet.models.base import Method
 from dualrefnet.models.registry import new_model
 from dualrefnet.recipe import MetadataSection, Recipe, load_recipe
 from dualrefnet.run import Run
-from dualrefnet.training.train import train_recipe
 
 Floats = NDArray[np.float64]
 
@@ -102,21 +100,6 @@ def test_a_model_that_changes_its_mind_is_refused_and_so_is_nan() -> None:
         attribute_prediction(lambda forms: generator.random((len(forms), 2)), form, background, alone(3), 1, 0)
     with pytest.raises(ArithmeticError, match="nan"):
         attribute_prediction(lambda forms: np.full((len(forms), 2), np.nan), form, background, alone(3), 1, 0)
-
-
-def test_the_seed_fixes_the_orders_and_the_callers_random_numbers_stay_as_they_were() -> None:
-    generator = np.random.default_rng(4)
-    form, background = generator.normal(size=6).astype(np.float32), generator.normal(size=(4, 6)).astype(np.float32)
-    classify = lambda forms: np.exp(forms.sum(axis=1, keepdims=True)).astype(float)  # noqa: E731
-    np.random.seed(9)  # noqa: NPY002
-    expected = np.random.random(3)  # noqa: NPY002
-    np.random.seed(9)  # noqa: NPY002
-    one, other, third = (
-        attribute_prediction(classify, form, background, alone(6), 1, seed).values for seed in (5, 5, 6)
-    )
-    np.testing.assert_array_equal(np.random.random(3), expected)  # noqa: NPY002
-    np.testing.assert_array_equal(one, other)
-    assert np.abs(one - third).max() > 1e-6
 
 
 # A form in small: two numbers, a yes-or-no question, a category with an alias and a code for "asked, not known".
@@ -312,32 +295,6 @@ def test_stored_features_of_a_frozen_encoder_give_the_same_values(opened: Opened
     np.testing.assert_allclose(
         explain_metadata(frozen, images=10, background=8, permutations=2).values, by_field.values, atol=1e-5
     )
-
-
-def test_without_a_photograph_all_images_have_the_same_base(
-    tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    recipe = load_recipe(tiny_recipe, {"model.method": "metadata_only", "training.epochs": 1})
-    run = train_recipe(recipe, tmp_path_factory.mktemp("shapley") / "metadata_only")
-    result = explain_metadata(open_run(run), images=8, background=6, permutations=1)
-    assert not result.reads_image
-    np.testing.assert_allclose(result.base, np.tile(result.base[0], (8, 1)), atol=1e-6)
-    written = run.predictions.set_index("image_id").loc[list(result.image_ids)]
-    np.testing.assert_allclose(
-        result.base + result.values.sum(axis=1), written[[f"prob_{name}" for name in result.classes]], atol=1e-4
-    )
-
-
-def test_colours_go_from_the_fifth_to_the_ninetyfifth_percentile_and_keep_what_is_unknown_unknown() -> None:
-    amount = np.append(np.arange(101), np.nan).astype(np.float32)
-    result = scale_colours(amount)
-    assert result[[0, 5, 50, 95, 100]].tolist() == pytest.approx([0, 0, 0.5, 1, 1])
-    assert np.isnan(result[101])
-    rare = np.zeros(100, np.float32)
-    rare[3] = 1
-    assert scale_colours(rare).tolist() == rare.tolist()
-    assert scale_colours(np.array([7, 7, np.nan], np.float32))[:2].tolist() == [0.5, 0.5]
-    assert np.isnan(scale_colours(np.full(3, np.nan, np.float32))).all()
 
 
 def made_up(classes: int, groups: int, images: int = 120) -> MetadataShap:

@@ -16,18 +16,13 @@ from dualrefnet.analysis.shortcuts import (
     PROBES,
     Shortcuts,
     draw_shortcuts,
-    fit_baseline,
     probe_shortcuts,
-    shortcut_sentences,
-    shortcut_table,
-    with_missing_indicators,
 )
 from dualrefnet.cli import app, runs  # noqa: F401 (the module registers the commands)
 from dualrefnet.display.figure import save_figure
-from dualrefnet.errors import DataError, RunError
+from dualrefnet.errors import DataError
 from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.evaluation.metrics import compute_metrics
-from dualrefnet.report.run_report import write_probes
 from dualrefnet.run import Run
 from hand_made import FormOnly, PictureOnly, hand_made
 from readable import assert_readable
@@ -154,41 +149,6 @@ def test_probes_that_make_no_sense_are_left_out_and_said_so(opened: OpenedRun, t
         probe_shortcuts(run, tmp_path / "nowhere", permutations=2, samples=20)
 
 
-def test_a_lead_that_can_t_be_told_from_none_is_not_shared_out(opened: OpenedRun, tmp_path: Path) -> None:
-    # The pictures hold the answer where the model doesn't look.
-    run = hand_made(opened, tmp_path / "run", "centre")
-    blind = np.memmap(tmp_path / "run" / "images.u8", dtype=np.uint8, mode="r+")
-    blind[:] = 60
-    blind.flush()
-    result = probe_shortcuts(run, permutations=2, samples=30)
-    table = result.table[result.table["measure"] == "balanced_accuracy"]
-    assert table["lead"].isna().all()
-    assert table.set_index("probe").loc["whole", "value"] == pytest.approx(CHANCE)
-    assert "isn't significant" in shortcut_sentences(result)[0]
-    assert shortcut_table(result).rows[1][2].text == "–"
-
-
-def test_a_regression_learns_what_is_there_and_only_that() -> None:
-    generator = np.random.default_rng(0)
-    labels = np.repeat([0, 2], 40)
-    train = np.stack([labels + generator.normal(0, 0.1, 80), np.ones(80)], axis=1).astype(np.float32)
-    found = fit_baseline(train, labels, np.array([[0, 1], [2, 1]], np.float32), 3)
-    assert found.argmax(axis=1).tolist() == [0, 2]
-    assert (found[:, 1] == 0).all()
-    np.testing.assert_allclose(found.sum(axis=1), 1)
-    noise = fit_baseline(
-        generator.normal(size=(80, 2)).astype(np.float32), labels, generator.normal(size=(400, 2)).astype(np.float32), 3
-    )
-    assert noise.max() < 0.9
-
-
-def test_gaps_of_encoded_forms_become_columns() -> None:
-    train, test = np.array([[1, np.nan], [2, 3]], np.float32), np.array([[np.nan, 5]], np.float32)
-    first, second = with_missing_indicators(train, test)
-    np.testing.assert_array_equal(first, [[1, 0, 0, 1], [2, 3, 0, 0]])
-    np.testing.assert_array_equal(second, [[0, 5, 1, 0]])
-
-
 def test_all_probes_are_drawn_and_can_be_read(real: Shortcuts, tmp_path: Path) -> None:
     figure = draw_shortcuts(real)
     assert_readable(figure)
@@ -221,15 +181,3 @@ def test_the_command_leaves_tables_and_pictures(tiny_run: Run, tmp_path: Path) -
     assert f"{whole['value']:.3f} [{whole['low']:.2f}, {whole['high']:.2f}]" in result.output
     assert written["permutations"] == 2
     assert set(pd.read_csv(tmp_path / "availability.csv")["run"]) == {"tiny"}
-
-
-def test_what_can_t_be_probed_is_refused_at_once(tiny_run: Run, tmp_path: Path) -> None:
-    unfinished = Run(tmp_path / "unfinished")
-    for run, against, why in (
-        (unfinished, [], "isn't a finished run"),
-        (tiny_run, [tiny_run], "compared with itself"),
-        (tiny_run, [unfinished] * 4, "at most 3 times"),
-        (tiny_run, [unfinished], "isn't a finished run"),
-    ):
-        with pytest.raises(RunError, match=why):
-            write_probes(run, against)

@@ -139,16 +139,6 @@ def test_broken_images_are_listed_and_the_others_are_there(table, cache):
     assert fill_store(table, SECTION, cache=cache) == store
 
 
-def test_images_that_are_fixed_are_read(table, cache):
-    file = Path(table["image_path"][3])
-    content = file.read_bytes()
-    for data, broken in ((content[:100], ["i3"]), (content, [])):
-        file.write_bytes(data)
-        store = fill_store(table, SECTION, cache=cache)
-        assert list(store.broken) == broken
-        assert right(store, table)
-
-
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupted_filling_goes_on_where_it_stopped(table, cache, decoded, error):
     def interrupt(done, total):
@@ -234,34 +224,6 @@ def test_a_disk_that_fills_up_while_images_are_written_loses_nothing(table, smal
     assert right(store, table, section, 64)
 
 
-def test_a_disk_with_room_for_the_images_alone_keeps_them(table, small_disk, decoded):
-    disk, enlarge = small_disk
-    # 36,864 bytes of images and their marks are 10 pages of 16; the rest of the disk is taken, but for one page.
-    (disk / "other").write_bytes(bytes(4096 * 5))
-    long = table.assign(image_id=["x" * 1000 + image_id for image_id in table["image_id"]])
-    with pytest.raises(DataError, match="the disk is full"):
-        fill_store(long, SECTION, cache=disk)
-    assert ready_rows(disk) == COUNT
-    enlarge("1m")
-    decoded.clear()
-    store = fill_store(long, SECTION, cache=disk)
-    assert decoded == []
-    assert right(store, long)
-
-
-@pytest.mark.parametrize("file", ["images.u8", "status.u8"])
-def test_a_half_written_partial_folder_is_filled_again(table, cache, file):
-    with pytest.raises(KeyboardInterrupt):
-        fill_store(table, SECTION, cache=cache, progress=_interrupt_at_once)
-    damaged = partial_folder(cache) / file
-    damaged.write_bytes(damaged.read_bytes()[:-1])
-    assert right(fill_store(table, SECTION, cache=cache), table)
-
-
-def _interrupt_at_once(done, total):
-    raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("damage", ["images.u8", "index.json", "broken.csv", "half an index", "half the images"])
 def test_a_damaged_store_is_reported_with_what_to_do(table, cache, damage):
     path = fill_store(table, SECTION, cache=cache).path
@@ -274,12 +236,6 @@ def test_a_damaged_store_is_reported_with_what_to_do(table, cache, damage):
         open_store(path)
     shutil.rmtree(path)
     assert right(fill_store(table, SECTION, cache=cache), table)
-
-
-def test_a_vanished_image_is_told(table, cache):
-    Path(table["image_path"][7]).unlink()
-    with pytest.raises(DataError, match="the image of i7 has vanished"):
-        fill_store(table, SECTION, cache=cache)
 
 
 ROWS, EDGE = 10, 4
@@ -332,10 +288,3 @@ def test_a_filling_that_was_cut_short_goes_on_where_it_stopped(source: ImageStor
     assert again == [3, 1]
     assert shown == [(9, ROWS), (10, ROWS)]
     np.testing.assert_array_equal(store.read(np.arange(ROWS))["half"], source.read(np.arange(ROWS))[:, ::2, ::2])
-
-
-def test_a_damaged_store_is_reported(source: ImageStore) -> None:
-    store = fill_derived_store(source, "test", {}, PARTS, compute)
-    (store.path / "half").write_bytes(b"short")
-    with pytest.raises(DataError, match="damaged; delete that folder"):
-        fill_derived_store(source, "test", {}, PARTS, compute)

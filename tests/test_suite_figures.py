@@ -11,7 +11,6 @@ from dualrefnet.display.figure import PAPER
 from dualrefnet.errors import RunError
 from dualrefnet.report.suite_figures import draw_ablation, draw_systems
 from dualrefnet.suite.results import SuiteResults, aggregate
-from suite_folder import paper_suite
 
 
 def system(label: str, **values: object) -> dict[str, object]:
@@ -95,20 +94,6 @@ def test_unfinished_systems_are_hatched_and_those_without_a_value_named(small: P
     assert "Concat" in figure.caption
     with pytest.raises(RunError, match="no system of the suite is compared"):
         draw_ablation(found.systems, found.comparisons, "accuracy")
-
-
-def test_the_paper_s_number_is_a_hollow_mark_unless_it_is_averaged_differently(tmp_path: Path) -> None:
-    found = paper_suite(tmp_path, ["dualrefnet", "visual"], ["accuracy"])
-    f1 = {"measure": "f1_macro", "paper": 0.8}
-    rows = [system("dualrefnet", **f1, paper_average="macro"), system("metablock", **f1, paper_average="weighted")]
-    for systems, comparisons, expected in (
-        (found.systems, found.comparisons, [0.851, 0.807]),
-        (pd.DataFrame(rows), compared(), [0.8, np.nan]),
-    ):
-        (axis,) = draw_systems(systems, comparisons, systems["measure"].iloc[0]).figure.axes
-        (diamonds,) = [line for line in axis.lines if line.get_marker() == "D"]
-        assert np.asarray(diamonds.get_xdata()) == pytest.approx(expected, nan_ok=True)
-        assert list(diamonds.get_ydata()) == list(axis.get_yticks())
 
 
 def test_filled_marks_differ_after_correction_and_less_may_be_better() -> None:

@@ -122,19 +122,6 @@ def test_the_grid_is_the_product_of_its_axes(
         assert cell.recipe.training.epochs == variants[cell.key.variant]
 
 
-def test_the_stronger_setting_wins_and_an_axis_that_is_not_given_is_the_recipe_s() -> None:
-    (cell,) = expand(suite_of(Block(recipe="pad_ufes_20", set={"seed": 3})))
-    assert cell.name == "pad_ufes_20-dualrefnet-efficientnet_lite0-fold0-seed3"
-    variants = (Variant(name="v", set={"training.epochs": 3, "model.backbone": "vgg13"}),)
-    block = Block(
-        recipe="pad_ufes_20", set={"training.epochs": 2, "model.hidden": 8}, backbones=("resnet50",), variants=variants
-    )
-    (cell,) = expand(suite_of(block))
-    assert (cell.recipe.training.epochs, cell.recipe.model.hidden, cell.key.backbone) == (3, 8, "vgg13")
-    (cell,) = expand(override(suite_of(block), {"training.epochs": 4, "model.backbone": "densenet121"}))
-    assert (cell.recipe.training.epochs, cell.key.backbone) == (4, "densenet121")
-
-
 def test_an_override_of_an_axis_takes_a_list_and_one_root_for_two_data_sets_is_refused() -> None:
     overrides = {"seed": [0, 1, 2], "model.backbone": "mobilenet_v2", "data.root": "/there"}
     suite = override(load_suite("table3a"), overrides)

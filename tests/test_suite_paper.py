@@ -45,25 +45,6 @@ def test_every_number_is_found() -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "expected"),
-    [
-        (("isic_2019", "3b", "auxnet", "vgg13", "accuracy"), None),
-        (("pad_ufes_20", "3a", "dualrefnet", "vgg13", "mcc"), None),
-        (("pad_ufes_20", "3a", "dualrefnet", "efficientnet_lite0", "accuracy"), None),
-        (("sample", "3a", "dualrefnet", "vgg13", "accuracy"), None),
-        # Table 4 fits any backbone, and kappa stands in the text.
-        (("pad_ufes_20", "4", "jif_mmfa", "resnet50", "accuracy"), (0.83, "")),
-        (("pad_ufes_20", "3a", "dualrefnet", "vgg13", "kappa"), (0.8, "")),
-    ],
-)
-def test_what_the_paper_does_not_print_is_none(place: tuple[str, ...], expected: tuple[float, str] | None) -> None:
-    assert reported(*place) == expected
-    assert reported_class("pad_ufes_20", "metablock", "vgg13", "MEL", "ppv") is None
-    assert reported_class("pad_ufes_20", "dualrefnet", "resnet50", "MEL", "ppv") is None
-    assert (reported_splits("sample"), caveats("sample", "3a", ["dualrefnet"])) == ({}, [])
-
-
-@pytest.mark.parametrize(
     ("method", "average"),
     [("metablock", "weighted"), ("ensemble", "weighted"), ("auxnet", "macro"), ("dualrefnet", "macro")],
 )

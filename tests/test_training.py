@@ -19,7 +19,6 @@ from dualrefnet.run import Run
 from dualrefnet.training.loop import (
     Trainer,
     create_optimizer,
-    create_schedule,
     load_checkpoint,
     save_checkpoint,
 )
@@ -235,19 +234,6 @@ def test_early_stopping_follows_the_recipe(tiny_recipe: Recipe, tmp_path: Path) 
     }
     history = train_recipe(load_recipe(tiny_recipe, values), tmp_path / "run").history
     assert 4 <= len(history) < 20
-
-
-def test_a_plateau_cuts_the_rate_after_the_patience() -> None:
-    recipe = load_recipe(
-        {"name": "x"}, {"model.method": "metadata_only", "training.schedule": "plateau", "training.plateau_patience": 2}
-    )
-    optimizer = create_optimizer(new_model(recipe, 4, 3)[0], recipe.training)
-    schedule = create_schedule(optimizer, recipe.training, 40)
-    rates = []
-    for loss in (1.0, 0.9, 0.95, 0.95, 0.95, 0.95):
-        schedule.step(loss)
-        rates.append(optimizer.param_groups[0]["lr"] / recipe.training.learning_rate)
-    assert rates == pytest.approx([1, 1, 1, 1, 0.1, 0.1])
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """Report sections on calibration, conformal sets and subgroups: their figures and tables."""
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,7 +16,6 @@ from dualrefnet.data.isic_2019 import SCHEMA as ISIC
 from dualrefnet.data.pad_ufes_20 import SCHEMA as PAD
 from dualrefnet.data.schema import DatasetSchema, MetadataField
 from dualrefnet.display.format import PrintedTable
-from dualrefnet.errors import DataError
 from dualrefnet.report.performance import read_measured
 from dualrefnet.report.trust import calibration_section, conformal_section, subgroups_section
 from dualrefnet.run import Run
@@ -67,17 +64,6 @@ def test_the_figures_of_subgroups_hold_their_numbers(count: int) -> None:
     assert np.ravel(spans) == pytest.approx(np.ravel(table.loc[["FEMALE", "MALE"], ["gap_low", "gap_high"]]))
 
 
-def test_a_measure_without_any_value_is_not_drawn() -> None:
-    found = subgroups_of(2)
-    with pytest.raises(DataError, match="nothing to draw"):
-        draw_subgroup_gaps(found, "ece")
-    nobody = subgroups_of(2, images=16)
-    with pytest.raises(DataError, match="nothing to draw"):
-        draw_subgroups(nobody, "accuracy")
-    section = subgroups_section(nobody)
-    assert section.pictures == []
-
-
 def test_the_section_on_subgroups_counts_the_gaps() -> None:
     found = subgroups_of(3, levels=("FEMALE", "MALE", None))
     section = subgroups_section(found)
@@ -88,7 +74,7 @@ def test_the_section_on_subgroups_counts_the_gaps() -> None:
     first = tables[0].rows[0]
     values = found.table[(found.table["level"] == "FEMALE")].set_index("measure")["value"]
     assert [cell.text for cell in first[1:3]] == [f"{values[name]:.3f}" for name in ("balanced_accuracy", "accuracy")]
-    for picture in section.pictures:
+    for picture in section.figures:
         assert_readable(picture)
 
 
@@ -96,7 +82,7 @@ def test_the_sections_on_calibration_show_what_the_run_measured(tiny_run: Run) -
     measured = read_measured(tiny_run)
     values = measured.metrics["calibrated"]
     calibration, conformal = calibration_section(measured, 20, 0), conformal_section(measured, 20, 0)
-    pictures = [*calibration.pictures, *conformal.pictures]
+    pictures = [*calibration.figures, *conformal.figures]
     assert [one.name for one in pictures] == ["reliability", "reliability_calibrated", "selective", "referral"]
     for picture in pictures:
         assert_readable(picture)
@@ -106,28 +92,11 @@ def test_the_sections_on_calibration_show_what_the_run_measured(tiny_run: Run) -
     assert [row[0].text for row in tables[2].rows] == ["100%", "90%", "80%", "70%", "50%"]
 
 
-def test_the_section_on_calibration_can_do_without_intervals_and_without_cancers(tiny_run: Run) -> None:
-    measured = read_measured(tiny_run)
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(inner) for key, inner in value.items() if not key.endswith(("_ci95", "_by_chance"))}
-        return [plain(inner) for inner in value] if isinstance(value, list) else value
-
-    values = plain(measured.metrics["calibrated"])
-    for kind in ("marginal", "by_class"):
-        values["conformal"][kind]["promise"] = None
-    measured.metrics["calibrated"] = {**values, "referral": None}
-    words = " ".join([*calibration_section(measured, 20, 0).intro, *conformal_section(measured, 20, 0).intro])
-    assert "There is no referral threshold" in words
-    assert "perfectly calibrated" not in words
-
-
 def test_a_run_can_be_divided_into_the_subgroups_of_its_data_set(opened: OpenedRun) -> None:
     found = subgroups_of_run(opened, samples=20)
     images = found.levels.groupby("field", sort=False)["images"].sum().to_dict()
     assert images == dict.fromkeys(["age", "gender", "fitspatrick", "region"], len(opened.rows("test")))
-    for picture in subgroups_section(found).pictures:
+    for picture in subgroups_section(found).figures:
         assert_readable(picture)
 
 

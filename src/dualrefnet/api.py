@@ -11,7 +11,7 @@ import pandas as pd
 
 from dualrefnet.data.csv_table import DEFAULT_DESCRIPTION, TableDescription, classes_of, describe
 from dualrefnet.errors import DataError
-from dualrefnet.files import write_csv, write_yaml
+from dualrefnet.files import write_text, write_yaml
 from dualrefnet.progress import note
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import Run
@@ -101,7 +101,8 @@ def fit(
         classes=classes_of(dataframe[label]),
     )
     data = out.with_name(out.name + "-data")
-    write_csv(data / description.table, table)
+    # As the names of files and classes are, for the reader of data sets; it isn't a result.
+    write_text(data / description.table, table.to_csv(index=False))
     write_yaml(data / DEFAULT_DESCRIPTION, description.model_dump(mode="json", exclude_none=True))
     # About 10,000 image views: enough to fine-tune, and some minutes on a CPU.
     epochs = max(5, min(30, round(10_000 / max(len(dataframe), 1))))

@@ -1,6 +1,4 @@
-"""The demonstration: from nothing to a measured and explained model on synthetic images, in a few minutes and without a
-network.
-"""
+"""The demonstration: from nothing to a measured and explained model on synthetic images, in minutes, offline."""
 
 from __future__ import annotations
 
@@ -20,15 +18,9 @@ IMAGES = 420
 
 
 def run_demo(out: Path) -> tuple[Run, Path]:
-    """Make the synthetic sample in `out/data`, train the recipe `sample` into `out/run`, and report on it.
+    """Make the sample in `out/data`, train into `out/run`, and return the run and the page about it.
 
     An interrupted demonstration goes on where it stopped.
-
-    Returns:
-        The run and the page about it.
-
-    Raises:
-        RunError: `out` is in use by something else.
     """
     # Says at once, and not after the training, if an extra isn't installed.
     import_module("dualrefnet.report.explanations")
@@ -41,4 +33,4 @@ def run_demo(out: Path) -> tuple[Run, Path]:
     run = train_recipe(recipe, out / "run", resume=True, cache=out / "cache")
     note("writing the report")
     # Enough for a look; `dualrefnet report` takes more images.
-    return run, write_report(run, options=ReportOptions(shap_images=40), cache=out / "cache")
+    return run, write_report(run, options=ReportOptions(shap_images=40, cache=out / "cache"))

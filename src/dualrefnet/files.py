@@ -1,24 +1,25 @@
-"""Atomic writing of the four formats of state on disk: JSON, CSV, YAML and safetensors.
+"""Reading and atomic writing of the formats of state on disk: JSON, CSV, YAML and safetensors.
 
 A reader sees the old file or the new one, never half of one: every write goes to a neighbour and is then renamed.
 """
 
 from __future__ import annotations
 
+import csv
 import errno
 import hashlib
 import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dualrefnet.errors import DataError
+from dualrefnet.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,32 +28,62 @@ if TYPE_CHECKING:
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+# Characters of a YAML file at most.
+YAML_LIMIT = 1_000_000
+
+
+@contextmanager
+def enough_space(path: Path | str) -> Iterator[None]:
+    """Say in one line that `path` wasn't written because the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise not_written(path, error) from error
+
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Give a temporary neighbour of `path`, and rename it to `path` if the block ends without an error.
 
-    Raises:
-        DataError: the disk is full; what stood at `path` before is untouched.
+    What stood at `path` before stays until then. Folders above it are made. Only a regular file is ever replaced.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = None
+    make_folder(path.parent)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        # mkstemp makes the file private; an ordinary file has the rights that the user's umask leaves.
-        temporary.chmod(0o666 & ~_UMASK)
-        os.replace(temporary, path)
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise DataError(f"{path} is a folder, a link or a device, and only a file is replaced; name another one")
+        handle, name = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.parent)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(f"the disk is full: {path} was not written; free some space and run again") from error
-        raise
+        raise not_written(path, error) from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        with enough_space(path):
+            yield temporary
+            # mkstemp makes the file private; an ordinary file has the rights that the user's umask leaves.
+            temporary.chmod(0o666 & ~_UMASK)
+            os.replace(temporary, path)
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def not_written(path: Path | str, error: OSError) -> DataError:
+    """Return the error to raise where the system refuses to write a file or to make a folder."""
+    if error.errno in FULL:
+        return DataError(f"the disk is full: {path} was not written; free some space and run again")
+    return DataError(f"{path} can't be written ({error.strerror or error}); name another place, or change its rights")
+
+
+def make_folder(folder: Path) -> Path:
+    """Make a folder and those above it, if they aren't there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_written(folder, error) from error
+    return folder
 
 
 def remove_partial(folder: Path) -> None:
@@ -62,40 +93,121 @@ def remove_partial(folder: Path) -> None:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write `text` as UTF-8, atomically."""
+    """Write `text` as UTF-8."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Write strict JSON (no NaN, no Infinity: other programs read these files), atomically."""
+    """Write strict JSON (no NaN, no Infinity: other programs read these files)."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path | str) -> Any:
-    """Read a JSON file."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """Read a JSON file; what isn't JSON raises a ValueError."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
+
+
+def is_file(path: Path) -> bool:
+    """Say whether a file is there; a name that no file can have is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def read_yaml_text(path: Path) -> str:
+    """Read a YAML file that a user wrote; larger ones than any such file are refused."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(YAML_LIMIT + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} isn't YAML: {error}") from None
+    if len(text) > YAML_LIMIT:
+        raise RecipeError(f"{path} isn't YAML of a user: it has more than {YAML_LIMIT:,} characters")
+    return text
+
+
+def parse_yaml(text: str, source: str | Path) -> Any:
+    """Parse YAML; `source` names it in errors."""
+    try:
+        return yaml.load(text, Loader=StrictLoader)
+    except RecursionError:
+        raise RecipeError(f"{source} isn't YAML: it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that doesn't exist.
+        raise RecipeError(f"{source} isn't YAML: {' '.join(str(error).split())}") from None
+
+
+class StrictLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice: YAML readers keep the last one, and a whole section would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                twice = f"the key {key.value!r} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, twice, key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def write_yaml(path: Path | str, value: Mapping[str, Any]) -> None:
-    """Write YAML in the order of the mapping, atomically."""
+    """Write YAML in the order of the mapping."""
     write_text(path, yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True))
 
 
+# A spreadsheet takes a cell that begins so for a formula, and would run what a name from outside holds (CSV injection,
+# OWASP). A quote before it keeps it text, and one more is put before those that are there already, so that `read_csv`
+# gives every text back. A number is no formula.
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def escape_cell(value: Any) -> Any:
+    """Return a cell of a CSV that no spreadsheet reads as a formula; what isn't text stays as it is."""
+    if not isinstance(value, str) or not _FORMULA.match(value) or _NUMBER.fullmatch(value):
+        return value
+    return f"'{value}"
+
+
+def _unescape_cell(value: Any) -> Any:
+    return value[1:] if isinstance(value, str) and value.startswith("'") and _FORMULA.match(value) else value
+
+
+def _map_cells(table: pd.DataFrame, change: Callable[[Any], Any]) -> pd.DataFrame:
+    """Change the head and all cells that can be text."""
+    changed = table.rename(columns=change)
+    for place, kind in enumerate(table.dtypes):
+        if kind.kind not in "biufcmM":
+            changed.isetitem(place, table.iloc[:, place].astype(object).map(change).to_numpy())
+    return changed
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    """Return a table as CSV without the index, each cell as `escape_cell` makes it."""
+    safe = _map_cells(table, escape_cell)
+    text = safe.to_csv(index=False, lineterminator="\n")
+    # Python's writer doesn't quote a carriage return, and readers take it for the end of the row.
+    return safe.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC) if "\r" in text else text
+
+
 def write_csv(path: Path | str, table: pd.DataFrame) -> None:
-    """Write a CSV without the index, atomically."""
-    with atomic_path(path) as temporary:
-        table.to_csv(temporary, index=False)
+    """Write a CSV for people and for `read_csv`, atomically; see `csv_text`."""
+    write_text(path, csv_text(table))
+
+
+def read_csv(path: Path | str, **options: Any) -> pd.DataFrame:
+    """Read what `write_csv` wrote; `options` are those of pandas."""
+    import pandas as pd
+
+    return _map_cells(pd.read_csv(path, **options), _unescape_cell)
 
 
 def write_tensors(path: Path | str, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, atomically.
-
-    Args:
-        path: the file.
-        tensors: name -> torch tensor.
-        metadata: strings for the header.
-    """
+    """Write torch tensors as a safetensors file, atomically; equal tensors and metadata give equal bytes."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -104,14 +216,23 @@ def write_tensors(path: Path | str, tensors: Mapping[str, Any], metadata: Mappin
     with atomic_path(path) as temporary:
         try:
             save_file(copies, str(temporary), metadata=dict(metadata or {}))
+            _sort_header(temporary)
         except SafetensorError as error:
             # It tells the system's error in words only: "... I/O error: No space left on device (os error 28)".
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
 
 
+def _sort_header(path: Path) -> None:
+    """Sort a safetensors file's header, whose metadata have a random order: the same run must give the same bytes."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.dumps(json.loads(file.read(size)), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        file.seek(8)
+        file.write(header.encode().ljust(size))
+
+
 def sha256_of_file(path: Path | str) -> str:
-    """Return the SHA-256 of a file's bytes as hexadecimal digits."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,4 +1,4 @@
-"""What a person sees while something takes longer than a few seconds: progress bars and notes, on standard error."""
+"""What a person sees on the terminal: results on standard output; notes, warnings, errors and bars on the other."""
 
 from __future__ import annotations
 
@@ -8,43 +8,59 @@ from typing import Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+# Characters a line where the output goes into a file.
+PIPED = 140
+
+
+def terminal(stderr: bool = False, width: int | None = None) -> Console:
+    """Return a console on which text stands as it is: names in square brackets are no markup, `:car:` is no picture."""
+    return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
+
 
 Item = TypeVar("Item")
 
 # Standard output is for results; progress and notes must not mix with a table that is piped elsewhere.
-console = Console(stderr=True, highlight=False)
+console = terminal(stderr=True)
+
+
+def output() -> Console:
+    """Return the console of results: as wide as the terminal, or as a page where there is none."""
+    found = terminal()
+    return found if found.is_terminal else terminal(width=PIPED)
 
 
 class ShowProgress(Protocol):
     """Shows how many of how many things are done."""
 
-    def __call__(self, done: int, total: int) -> None:
-        """Show that `done` of `total` are done."""
+    def __call__(self, done: int, total: int) -> None: ...
 
 
 def note(message: str) -> None:
     """Say something that the user should know."""
-    console.print(f"[dim]·[/dim] {message}", soft_wrap=True)
+    console.print(Text.assemble(("· ", "dim"), message), soft_wrap=True)
 
 
 def warn(message: str) -> None:
     """Say something that may spoil the result."""
-    console.print(f"[bold yellow]warning:[/bold yellow] {message}", soft_wrap=True)
+    console.print(Text.assemble(("warning: ", "bold yellow"), message), soft_wrap=True)
+
+
+def error(message: str) -> None:
+    """Say what went wrong and what to do."""
+    console.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
 
 
 @contextmanager
 def progress_bar(description: str, enabled: bool = True) -> Iterator[ShowProgress]:
     """Give a function that takes (done, in all) and shows a bar with the remaining time."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns, console=console, transient=True, disable=not enabled or not console.is_terminal
-    ) as progress:
+    text = TextColumn("{task.description}", markup=False)
+    columns = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    disable = not enabled or not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=disable) as progress:
         task = progress.add_task(description, total=None)
-
-        def update(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
-
-        yield update
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def track(items: Sequence[Item], description: str) -> Iterator[Item]:

@@ -10,12 +10,12 @@ import typing
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dualrefnet.errors import RecipeError
+from dualrefnet.files import is_file, parse_yaml, read_yaml_text
 
 
 class Section(BaseModel):
@@ -25,15 +25,17 @@ class Section(BaseModel):
 
 
 AnySection = typing.TypeVar("AnySection", bound=Section)
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
+# Units of a layer; what is larger fits no memory.
+Width = Annotated[int, Field(ge=1, le=65_536)]
+Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class DataSection(Section):
     """Which images, and how they become train, validation and test rows."""
 
     dataset: str = Field("pad_ufes_20", description="adapter: pad_ufes_20, isic_2019, sample or csv_table")
-    root: str | None = Field(
-        None, description="the data set's folder; empty: the folder of that name in $DUALREFNET_DATA"
-    )
+    root: str | None = Field(None, description="the data's folder; empty: the one of that name in $DUALREFNET_DATA")
     description: str | None = Field(None, description="csv_table only: the YAML file that describes the columns")
     rows: Literal["with_image", "all"] = Field(
         "with_image", description="all: rows without an image too (metadata_only alone can use them)"
@@ -43,33 +45,24 @@ class DataSection(Section):
     )
     fold: int = Field(0, ge=0, description="which fold of grouped-cv is the test set")
     folds: int = Field(5, ge=3, le=50, description="grouped, grouped-cv: number of folds; one is the test set")
-    split_seed: int = Field(
-        0,
-        ge=0,
-        le=2**31 - 1,
-        description="shuffles the grouped split; apart from `seed`, so that several seeds share a split",
-    )
+    split_seed: Seed = Field(0, description="shuffles the grouped split; apart from `seed`: several seeds, one split")
 
 
 class MetadataSection(Section):
     """How the patient's metadata becomes a vector."""
 
     tier: Literal["M0", "M1", "M2", "M3"] = Field(
-        "M2",
-        description="M0 none, M1 always recorded, M2 all fields, M3 all fields and missingness flags (research only)",
+        "M2", description="M0 none, M1 always recorded, M2 all fields, M3 those and missingness flags (research only)"
     )
     imputation: Literal["neural", "zero", "token", "label_leaking"] = Field(
         "neural",
-        description="missing fields: predicted without labels; zero (which shows that they are missing); a "
-        "learned token (which shows it "
-        "too, and lets images be missing: see modality_dropout); "
-        "label_leaking: predicted from the diagnosis, only to demonstrate that leak: such a model can't be used",
+        description="missing fields: predicted without labels; zero (which shows that they are missing); a learned "
+        "token (which shows it too, and lets images be missing: see modality_dropout); label_leaking: predicted from "
+        "the diagnosis, only to demonstrate that leak: such a model can't be used",
     )
-    unknown: Literal["level", "missing"] = Field(
-        "level", description="codes such as UNK: a category of its own, or missing"
-    )
+    unknown: Literal["level", "missing"] = Field("level", description="codes such as UNK: a category, or missing")
     scale: Literal["zscore", "raw"] = Field(
-        "zscore", description="numbers: standardised with the training mean and std, or as they are"
+        "zscore", description="numbers: standardised as in training, or as they are"
     )
     merge_aliases: bool = Field(True, description="BRASIL is BRAZIL")
 
@@ -79,7 +72,7 @@ class ImageSection(Section):
 
     size: int = Field(224, ge=32, le=1024, multiple_of=32, description="side of the model's input, pixels")
     colour_constancy: Literal["shades_of_gray", "none"] = Field(
-        "shades_of_gray", description="take the colour of the light out"
+        "shades_of_gray", description="remove the light's colour"
     )
     minkowski_p: float = Field(6.0, ge=1, description="norm of Shades of Gray; 1 is Grey World")
     gamma: float | None = Field(None, gt=0, description="decode this gamma before colour constancy (2.2), or empty")
@@ -89,27 +82,21 @@ class ImageSection(Section):
     clahe_channel_order: Literal["correct", "hm_compat"] = Field(
         "correct", description="hm_compat: red and blue swapped in L, as in released code of the lineage"
     )
-    fit: Literal["squash", "crop"] = Field(
-        "squash", description="to a square: squash both sides, or crop the longer one"
-    )
+    fit: Literal["squash", "crop"] = Field("squash", description="to a square: squash, or crop the longer side")
 
 
 class AugmentationSection(Section):
     """What happens to a training image before the model sees it; probabilities are per image."""
 
     enabled: bool = True
-    horizontal_flip: float = Field(0.5, ge=0, le=1, description="probability")
-    vertical_flip: float = Field(0.5, ge=0, le=1, description="probability")
-    scale: tuple[float, float] = Field(
-        (0.7, 1.0), description="side of the random crop, as a share of the image's side"
-    )
+    horizontal_flip: Probability = Field(0.5, description="probability")
+    vertical_flip: Probability = Field(0.5, description="probability")
+    scale: tuple[float, float] = Field((0.7, 1.0), description="side of the random crop, as a share of the image's")
     rotation: float = Field(0.0, ge=0, le=180, description="rotate by up to this many degrees")
-    brightness: float = Field(0.15, ge=0, le=1, description="multiply by 1 +- this")
-    contrast: float = Field(0.15, ge=0, le=1, description="stretch about the mean by 1 +- this")
-    saturation: float = Field(0.15, ge=0, le=1, description="mix with grey by 1 +- this")
-    noise: float = Field(
-        0.02, ge=0, le=0.5, description="std of Gaussian noise is drawn from 0..this (image range 0..1)"
-    )
+    brightness: Probability = Field(0.15, description="multiply by 1 +- this")
+    contrast: Probability = Field(0.15, description="stretch about the mean by 1 +- this")
+    saturation: Probability = Field(0.15, description="mix with grey by 1 +- this")
+    noise: float = Field(0.02, ge=0, le=0.5, description="std of Gaussian noise is drawn from 0..this (range 0..1)")
 
     @model_validator(mode="after")
     def _scale_in_order(self) -> AugmentationSection:
@@ -128,22 +115,12 @@ class ModalityDropoutSection(Section):
 
     model_config = ConfigDict(populate_by_name=True)
 
-    fields: float = Field(
-        0.0, ge=0, le=1, description="probability of hiding a random share of the fields, drawn evenly from none to all"
-    )
-    pattern: float = Field(
-        0.0, ge=0, le=1, description="probability of hiding the fields that are missing in another training case"
-    )
+    fields: Probability = Field(0.0, description="probability of hiding a random share of the fields, from none to all")
+    pattern: Probability = Field(0.0, description="probability of hiding what is missing in another training case")
     metadata: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        alias="form",
-        description="share of the classification loss that is of the images without metadata",
+        0.0, ge=0, lt=1, alias="form", description="share of the classification loss that is of images alone"
     )
-    image: float = Field(
-        0.0, ge=0, lt=1, description="share of the classification loss that is of the metadata without images"
-    )
+    image: float = Field(0.0, ge=0, lt=1, description="share of the classification loss that is of metadata alone")
 
     @property
     def enabled(self) -> bool:
@@ -153,60 +130,44 @@ class ModalityDropoutSection(Section):
     @model_validator(mode="after")
     def _something_whole(self) -> ModalityDropoutSection:
         if self.metadata + self.image >= 1:
-            raise ValueError(
-                "modality_dropout.metadata and image leave nothing to cases with both: together they must stay below 1"
-            )
+            raise ValueError("modality_dropout.metadata and image must stay below 1: nothing is left to whole cases")
         return self
 
 
 class ModelSection(Section):
     """The architecture."""
 
-    method: str = Field(
-        "dualrefnet", description="the system: dualrefnet, auxnet, metablock, ...; `dualrefnet methods` lists them"
-    )
+    method: str = Field("dualrefnet", description="the system; `dualrefnet methods` lists them")
     backbone: str = Field(
         "mobilenet_v2", description="image encoder, by its paper name; `dualrefnet doctor` lists them"
     )
     members: tuple[str, ...] = Field(
         (),
-        description="ensemble: its image encoders; as published efficientnet_b4, densenet121, resnet50; empty: "
-        "three of `backbone`",
+        description="ensemble: its encoders, published: efficientnet_b4, densenet121, resnet50; empty: 3 `backbone`s",
     )
-    weights: str = Field(
-        "auto", description="auto: local file, installed package, then hub; hub; none (from scratch); or a file"
-    )
+    weights: str = Field("auto", description="auto: local file, package, then hub; hub; none (from scratch); or a file")
     metadata_encoder: Literal["mlp", "attention", "transformer"] = Field(
-        "mlp",
-        description="dualrefnet, auxnet: the four-layer network; the same on columns weighted by attention; or a "
-        "transformer",
+        "mlp", description="dualrefnet, auxnet: four layers; the same on columns weighted by attention; a transformer"
     )
-    metadata_widths: tuple[int, ...] = Field((64, 128, 256, 512), description="layers of the metadata network")
+    metadata_widths: tuple[Width, ...] = Field(
+        (64, 128, 256, 512), min_length=1, max_length=32, description="layers of the metadata network"
+    )
     fusion: Literal["concat", "hadamard", "cross_attention"] = Field(
-        "concat",
-        description="dualrefnet, auxnet: concatenation; product; or four heads of attention from the metadata to "
-        "the image",
+        "concat", description="dualrefnet, auxnet: concatenation; product; or attention from the metadata to the image"
     )
-    combination_factor: float = Field(
-        0.8, gt=0, lt=1, description="concat: share of image features in the fused vector"
-    )
+    combination_factor: float = Field(0.8, gt=0, lt=1, description="concat: share of image features in the vector")
     metanet_variant: Literal["original", "mb_compat"] = Field(
-        "original",
-        description="metanet: one gate a channel; mb_compat: the re-implementation behind the published table",
+        "original", description="metanet: one gate a channel; mb_compat: the one behind the published table"
     )
-    hidden: int = Field(256, ge=1, description="width of the layer before the classifier")
+    hidden: Width = Field(256, description="width of the layer before the classifier")
     dropout: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="before the classifier and after the fused vector; methods with published rates keep those",
+        0.0, ge=0, lt=1, description="before the classifier and after the fused vector; published rates of others stay"
     )
     decoder: Literal["bottleneck", "plain", "none"] = Field(
         "bottleneck", description="dualrefnet, auxnet: plain is the literal reading; none: no auxiliary task"
     )
     target: Literal["bilinear", "bicubic", "native", "carn_m", "ninasr_b0", "ninasr_b1", "edsr"] = Field(
-        "bilinear",
-        description="x2 image to rebuild: interpolated; native: the real image at 2x size; or a network's output",
+        "bilinear", description="x2 image to rebuild: interpolated; native: the real one; or a network's output"
     )
     target_weights: str = Field("auto", description="weights of the network that makes the target: auto, or a file")
 
@@ -229,8 +190,7 @@ class LossSection(Section):
     )
     reduction: Literal["sum", "mean"] = Field("sum", description="R sums over the weights, or averages")
     class_weights: Literal["inverse", "none", "logit_adjustment"] = Field(
-        "inverse",
-        description="cross-entropy: N/n_c, equal, or equal with the log frequency added to the logits in training",
+        "inverse", description="cross-entropy: N/n_c, equal, or equal with log frequencies added to training logits"
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the cross-entropy")
 
@@ -239,12 +199,10 @@ class TrainingSection(Section):
     """How the parameters are found."""
 
     encoder: Literal["fine_tuned", "frozen"] = Field(
-        "fine_tuned",
-        description="frozen: image features are computed once and the rest is trained on them: seconds a run, no "
-        "augmentation",
+        "fine_tuned", description="frozen: image features are computed once: seconds a run, no augmentation"
     )
-    epochs: int = Field(12, ge=1)
-    batch_size: int = Field(32, ge=2)
+    epochs: int = Field(12, ge=1, le=1_000_000)
+    batch_size: int = Field(32, ge=2, le=65_536)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.02, ge=0)
@@ -255,13 +213,9 @@ class TrainingSection(Section):
     plateau_patience: int = Field(5, ge=0, description="epochs without a lower validation loss before the rate is cut")
     plateau_factor: float = Field(0.1, gt=0, lt=1)
     minimum_learning_rate: float = Field(1e-6, ge=0)
-    early_stopping: int | None = Field(
-        None, ge=1, description="stop after this many epochs without a better selection value; empty: never"
-    )
+    early_stopping: int | None = Field(None, ge=1, description="stop after so many epochs without a better selection")
     selection: Literal["balanced_accuracy", "accuracy", "loss", "last"] = Field(
-        "balanced_accuracy",
-        description="best epoch by this value on validation; last: the last epoch, so that validation serves "
-        "calibration alone",
+        "balanced_accuracy", description="best epoch by this on validation; last: validation serves calibration alone"
     )
     gradient_clip: float | None = Field(None, gt=0, description="largest norm of the gradient; empty: no limit")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
@@ -272,14 +226,10 @@ class TrainingSection(Section):
 class EvaluationSection(Section):
     """How the run is measured."""
 
-    bootstrap: int = Field(1000, ge=0, description="patient-level bootstrap samples for the intervals; 0: none")
-    coverage: float = Field(
-        0.9, gt=0, lt=1, description="how often a conformal set of classes shall hold the right one"
-    )
-    referral_sensitivity: float = Field(
-        0.95, gt=0, le=1, description="share of the cancers that the threshold of referral shall find"
-    )
-    batch_size: int = Field(64, ge=1)
+    bootstrap: int = Field(1000, ge=0, le=1_000_000, description="bootstrap samples for the intervals; 0: none")
+    coverage: float = Field(0.9, gt=0, lt=1, description="how often a conformal set shall hold the right class")
+    referral_sensitivity: float = Field(0.95, gt=0, le=1, description="share of the cancers that referral shall find")
+    batch_size: int = Field(64, ge=1, le=65_536)
 
 
 # Methods with the super-resolution branch.
@@ -289,9 +239,9 @@ WITH_DECODER = ("dualrefnet", "auxnet")
 class Recipe(Section):
     """Everything a run needs. See the YAML files that ship in `dualrefnet/recipes/`."""
 
-    name: str = Field(..., pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="names the run folder")
+    name: str = Field(..., pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="names the run folder", max_length=200)
     description: str = ""
-    seed: int = Field(0, ge=0, le=2**31 - 1)
+    seed: Seed = 0
     data: DataSection = DataSection()
     metadata: MetadataSection = MetadataSection()
     image: ImageSection = ImageSection()
@@ -305,36 +255,43 @@ class Recipe(Section):
     @property
     def rebuilds_image(self) -> bool:
         """True if the auxiliary task is part of the training: a frozen encoder has nothing to learn from it."""
-        return (
-            self.model.method in WITH_DECODER and self.model.decoder != "none" and self.training.encoder == "fine_tuned"
-        )
+        has_decoder = self.model.method in WITH_DECODER and self.model.decoder != "none"
+        return has_decoder and self.training.encoder == "fine_tuned"
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if self.data.fold >= self.data.folds:
-            raise ValueError(
-                f"data.fold {self.data.fold} doesn't exist: data.folds is {self.data.folds} and folds count from 0"
-            )
-        if self.data.protocol != "grouped-cv" and self.data.fold != 0:
-            raise ValueError(f"data.fold is for the protocol grouped-cv; {self.data.protocol} has one split")
-        if self.model.method == "metadata_only" and self.metadata.tier == "M0":
-            raise ValueError("model.method metadata_only needs metadata: set metadata.tier to M1, M2 or M3")
-        if self.modality_dropout.enabled and self.metadata.imputation != "token":
-            raise ValueError(
-                "modality_dropout needs something in place of what it takes away: set metadata.imputation to "
-                "token, or modality_dropout={}"
-            )
-        if self.training.selection == "last" and self.training.early_stopping is not None:
-            raise ValueError(
-                "training.early_stopping waits for a better epoch, and training.selection last takes the last "
-                "one: choose one"
-            )
-        if self.model.members and self.model.method != "ensemble":
-            raise ValueError(f"model.members is for model.method ensemble, not {self.model.method}")
-        if self.data.rows == "all" and self.model.method != "metadata_only":
-            raise ValueError(f"data.rows all is for model.method metadata_only; {self.model.method} needs images")
-        if self.data.description is not None and self.data.dataset != "csv_table":
-            raise ValueError("data.description is for data.dataset csv_table")
+        data, model, method = self.data, self.model, self.model.method
+        contradictions = (
+            (data.fold >= data.folds, f"data.fold {data.fold} doesn't exist: there are {data.folds}, counted from 0"),
+            (
+                data.protocol != "grouped-cv" and data.fold != 0,
+                f"data.fold is for the protocol grouped-cv; {data.protocol} has one split",
+            ),
+            (
+                method == "metadata_only" and self.metadata.tier == "M0",
+                "model.method metadata_only needs metadata: set metadata.tier to M1, M2 or M3",
+            ),
+            (
+                self.modality_dropout.enabled and self.metadata.imputation != "token",
+                "modality_dropout needs metadata.imputation token in place of what it hides; else modality_dropout={}",
+            ),
+            (
+                self.training.selection == "last" and self.training.early_stopping is not None,
+                "training.early_stopping waits for a better epoch, and training.selection last takes the last: choose",
+            ),
+            (bool(model.members) and method != "ensemble", f"model.members is for model.method ensemble, not {method}"),
+            (
+                data.rows == "all" and method != "metadata_only",
+                f"data.rows all is for model.method metadata_only; {method} needs images",
+            ),
+            (
+                data.description is not None and data.dataset != "csv_table",
+                "data.description is for data.dataset csv_table",
+            ),
+        )
+        for wrong, message in contradictions:
+            if wrong:
+                raise ValueError(message)
         return self
 
 
@@ -345,32 +302,15 @@ def shipped_recipes() -> list[str]:
 
 
 def recipe_text(name_or_file: str | Path) -> str:
-    """Return the YAML text of a shipped recipe or of a file; a file of that name wins.
-
-    Raises:
-        RecipeError: there is neither.
-    """
+    """Return the YAML text of a shipped recipe or of a file; a file of that name wins."""
     return shipped_text("recipe", name_or_file, "recipes", shipped_recipes())
 
 
 def shipped_text(kind: str, name_or_file: str | Path, folder: str, shipped: list[str]) -> str:
-    """Return the text of a YAML file, or of one that ships; a file of that name wins.
-
-    Args:
-        kind: what it is, for the error: `recipe` or `suite`.
-        name_or_file: of what is wanted.
-        folder: inside the package, where those that ship are.
-        shipped: their names.
-
-    Raises:
-        RecipeError: there is neither.
-    """
+    """Return the text of a YAML file, or of one of the `shipped` in the package's `folder`; `kind` is for the error."""
     path = Path(name_or_file)
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise RecipeError(f"{path} isn't YAML: {error}") from None
+    if is_file(path):
+        return read_yaml_text(path)
     if str(name_or_file) in shipped:
         return resources.files("dualrefnet").joinpath(folder, f"{name_or_file}.yaml").read_text(encoding="utf-8")
     names = f"{', '.join(shipped)}{suggestion(str(name_or_file), shipped)}"
@@ -400,10 +340,7 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapp
 
 def parse_mapping(text: str, source: str | Path) -> dict[str, Any]:
     """Parse the YAML text of a recipe or suite; `source` names it in errors."""
-    try:
-        values = yaml.load(text, Loader=StrictLoader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that doesn't exist.
-        raise RecipeError(f"{source} isn't YAML: {' '.join(str(error).split())}") from None
+    values = parse_yaml(text, source)
     if not isinstance(values, dict):
         raise RecipeError(f"{source} must hold `key: value` lines")
     return values
@@ -436,43 +373,14 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
-    """Turn `["training.epochs=3"]` into `{"training.epochs": 3}`; values are read as YAML.
-
-    Raises:
-        RecipeError: an argument isn't `key=value`.
-    """
+    """Turn `["training.epochs=3"]` into `{"training.epochs": 3}`; values are read as YAML."""
     overrides: dict[str, Any] = {}
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if not equals or not key:
             raise RecipeError(f"{argument!r} isn't key=value; for example training.epochs=3")
-        try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):
-            raise RecipeError(f"the value of {argument!r} isn't YAML") from None
-        overrides[key] = value
+        overrides[key] = parse_yaml(text, f"the value of {argument!r}")
     return overrides
-
-
-class StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice; YAML readers keep the last one, and a whole section would be lost without a
-    word.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Make a dict of a mapping.
-
-        Raises:
-            yaml.YAMLError: a key stands twice.
-        """
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def suggestion(word: str, legal: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from importlib import metadata as packages
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from dualrefnet import run_schema
 from dualrefnet.data.protocols import refuse_crossing
 from dualrefnet.data.schema import Dataset
 from dualrefnet.errors import DualRefNetError, RecipeError, RunError
-from dualrefnet.files import remove_partial, sha256_of_file, sha256_of_json, write_csv, write_json, write_yaml
+from dualrefnet.files import remove_partial, sha256_of_file, sha256_of_json, write_csv, write_yaml
 from dualrefnet.recipe import Recipe, differences, load_recipe
 
 if TYPE_CHECKING:
@@ -34,13 +35,15 @@ if TYPE_CHECKING:
 MEASURED = ("predictions.csv", "calibration.json", "out_of_scope.safetensors", "metrics.json")
 
 
+# Libraries that numbers depend on, and how they are imported.
+LIBRARIES = {name: name for name in ("torch", "torchvision", "timm", "accelerate")}
+LIBRARIES |= {"opencv-python-headless": "cv2", "pillow": "PIL", "numpy": "numpy", "pandas": "pandas"}
+LIBRARIES |= {"scikit-learn": "sklearn"}
+
+
 @dataclass(frozen=True)
 class Run:
-    """A run folder.
-
-    Attributes:
-        path: the folder.
-    """
+    """A run folder."""
 
     path: Path
 
@@ -197,24 +200,13 @@ class Run:
     def _existing(self, name: str) -> Path:
         path = self.path / name
         if not path.is_file():
-            raise RunError(
-                f"{self.path} has no {name}: it isn't a run folder, or its training was cut short (`dualrefnet "
-                "train ... --resume`)"
-            )
+            cut = "it isn't a run folder, or its training was cut short (`dualrefnet train ... --resume`)"
+            raise RunError(f"{self.path} has no {name}: {cut}")
         return path
 
 
 def start_run(path: Path, recipe: Recipe, resume: bool) -> Run:
-    """Open the folder of a run that begins or goes on.
-
-    Args:
-        path: the folder.
-        recipe: what is to be run; written down resolved.
-        resume: go on with what is there, if anything is.
-
-    Raises:
-        RunError: the folder holds another run, or this one and `resume` is False, or something that isn't a run.
-    """
+    """Open the folder of a run that begins or goes on."""
     run = Run(path)
     if path.exists() and not path.is_dir():
         raise RunError(f"{path} is a file; name a folder for the run")
@@ -236,18 +228,12 @@ def start_run(path: Path, recipe: Recipe, resume: bool) -> Run:
 
 
 def write_split(run: Run, split: pd.DataFrame) -> None:
-    """Write the split, or check that a resumed run has the same one.
-
-    Raises:
-        RunError: the data have changed since the run was started.
-    """
+    """Write the split, or check that a resumed run has the same one."""
     split = split.astype(str)
     if (run.path / "split.csv").is_file():
         if not run.split.equals(split.reset_index(drop=True)):
-            raise RunError(
-                f"the data have changed since {run.path} was started: its split.csv doesn't fit any more; start "
-                "anew with --out"
-            )
+            what = "its split.csv doesn't fit any more; start anew with --out"
+            raise RunError(f"the data have changed since {run.path} was started: {what}")
         return
     write_csv(run.path / "split.csv", split)
 
@@ -261,34 +247,13 @@ def fingerprint(
     precision: str,
     processes: int,
 ) -> dict[str, Any]:
-    """Describe all that a number depends on: versions, code, data, seed, hardware and the weights that it started from.
-
-    Args:
-        recipe: of the run.
-        dataset: that was read.
-        split: of its rows.
-        weights: what each image encoder started from.
-        target_weights: of the network that made the auxiliary task's targets; None if none did.
-        precision: of the training, fp32 or bf16.
-        processes: that trained together.
-    """
+    """Describe all that a number depends on: versions, code, data, seed, hardware, weights and processes."""
     import torch
 
-    names = (
-        "torch",
-        "torchvision",
-        "timm",
-        "accelerate",
-        "opencv-python-headless",
-        "pillow",
-        "numpy",
-        "pandas",
-        "scikit-learn",
-    )
     return {
         "dualrefnet": dualrefnet.__version__,
         "python": platform.python_version(),
-        "packages": {name: packages.version(name) for name in names},
+        "packages": {name: _version(name) for name in LIBRARIES},
         "git_commit": _git_commit(),
         "seed": recipe.seed,
         "data": {
@@ -313,30 +278,24 @@ def fingerprint(
     }
 
 
-def save_fingerprint(run: Run, value: dict[str, Any]) -> None:
-    """Write `fingerprint.json`."""
-    write_json(run.path / "fingerprint.json", value)
+def _version(package: str) -> str:
+    try:
+        return packages.version(package)
+    except packages.PackageNotFoundError:
+        # OpenCV and others come under several names, and conda's say nothing to pip.
+        return str(import_module(LIBRARIES[package]).__version__)
 
 
 def _git_commit() -> str | None:
     """Return the commit of the source tree, with `+changes` if it is not clean; None for an installed wheel."""
     here = Path(__file__).parent
+
+    def git(*arguments: str | Path) -> str:
+        command = ["git", "-C", here, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        known = subprocess.run(
-            ["git", "-C", here, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10
-        )
-        if known.returncode:
-            return None
-        commit = subprocess.run(
-            ["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-        dirty = subprocess.run(
-            ["git", "-C", here, "status", "--porcelain", "--", here],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        ).stdout.strip()
+        git("ls-files", "--error-unmatch", __file__)
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", here) else "")
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + ("+changes" if dirty else "")

@@ -6,7 +6,6 @@ column, and compared with the files that it must fit. A check that fails is a Va
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import GenericAlias
@@ -19,11 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.protocols import SPLIT_COLUMNS
 from dualrefnet.evaluation.metrics import CLASS_MEASURES, HEADLINE_MEASURES, check_predictions
+from dualrefnet.files import read_csv, read_json
 from dualrefnet.recipe import ImageSection, ModelSection, Recipe, differences
 from dualrefnet.runtime.availability import ALWAYS_RECORDED, IMAGE_ONLY, METADATA_ONLY
 from dualrefnet.runtime.metadata import NeuralImputer, Span
 
-HISTORY = ("epoch", "train_classification", "val_loss", "val_accuracy", "val_balanced_accuracy")
+HISTORY = ("epoch", "train_classification", "val_loss", "val_accuracy", "val_balanced_accuracy", "seconds")
 
 
 class FileSchema(BaseModel):
@@ -105,6 +105,7 @@ Metrics = schema(
     dataset=str,
     drawn=bool,
     optional={
+        **{f"{measure}_ci95": Interval for measure in HEADLINE_MEASURES},
         "malignant": Values,
         "bootstrap": schema(samples=int, level=Share, groups=int, samples_without=dict[str, int]),
         "calibrated": Calibrated,
@@ -142,7 +143,9 @@ Calibration = schema(
 )
 
 # What an image encoder started from, and the images that it expects.
-Source = schema(kind=str, description=str, mean=Triple, std=Triple, optional={"options": dict[str, Any]})
+Source = schema(
+    kind=str, description=str, sha256=str | None, mean=Triple, std=Triple, optional={"options": dict[str, Any]}
+)
 Model = schema(
     format=Literal[2],
     dualrefnet=str,
@@ -179,13 +182,12 @@ Fingerprint = schema(
 
 def read_checked(path: Path, schema: Any) -> dict[str, Any]:
     """Return the content of a JSON file that fits a schema."""
-    text = path.read_text(encoding="utf-8")
     try:
-        schema.model_validate_json(text)
+        schema.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False)[0]
         raise ValueError(": ".join(filter(None, (".".join(map(str, found["loc"])), found["msg"])))) from None
-    content: dict[str, Any] = json.loads(text)
+    content: dict[str, Any] = read_json(path)
     return content
 
 
@@ -272,7 +274,7 @@ def check_fits_recipe(model: dict[str, Any], recipe: Recipe) -> None:
 
 
 def read_split(path: Path) -> pd.DataFrame:
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    table = read_csv(path, dtype=str, keep_default_na=False)
     if list(table.columns) != list(SPLIT_COLUMNS):
         raise ValueError(f"its columns must be {', '.join(SPLIT_COLUMNS)}")
     if not len(table) or table.isna().any(axis=None) or (table == "").any(axis=None):
@@ -286,7 +288,7 @@ def read_split(path: Path) -> pd.DataFrame:
 def read_predictions(path: Path, split: pd.DataFrame, classes: Sequence[str]) -> pd.DataFrame:
     texts = ["image_id", "split", "label", "predicted"]
     columns = [*texts, *(f"prob_{name}" for name in classes)]
-    table = pd.read_csv(path, dtype=dict.fromkeys(texts, str), keep_default_na=False)
+    table = read_csv(path, dtype=dict.fromkeys(texts, str), keep_default_na=False)
     if list(table.columns) != columns:
         raise ValueError(f"its columns must be {', '.join(columns)}")
     for name in ("label", "predicted"):
@@ -300,11 +302,12 @@ def read_predictions(path: Path, split: pd.DataFrame, classes: Sequence[str]) ->
 
 
 def read_history(path: Path) -> pd.DataFrame:
-    table = pd.read_csv(path)
+    table = read_csv(path)
     lost = [name for name in HISTORY if name not in table]
     if lost or not len(table):
         raise ValueError(f"it has no column {lost[0]}" if lost else "it has no rows")
     words = [name for name in table if not pd.api.types.is_numeric_dtype(table[name])]
+    words += [name for name in HISTORY if table[name].isna().any()]
     if words or not np.array_equal(table["epoch"], np.arange(1, len(table) + 1)):
         raise ValueError(f"column {words[0] if words else 'epoch'} doesn't hold the numbers that it must")
     return table

@@ -28,10 +28,11 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
-from dualrefnet.data.images import MAX_BYTES, decode_image
+from dualrefnet.data.images import decode_image
 from dualrefnet.data.store import map_ahead
 from dualrefnet.errors import ImageError
 from dualrefnet.progress import progress_bar
+from dualrefnet.runtime.images import MAX_BYTES
 
 # 16 x 16 low frequencies of a 64 x 64 image.
 HASH_SIDE, REDUCED_SIDE, SMALL_SIDE = 16, 64, 32

@@ -22,7 +22,7 @@ from dualrefnet.analysis.perturbations import (
     predict_without_image,
 )
 from dualrefnet.data.schema import DatasetSchema
-from dualrefnet.display.figure import COLOURS, INK, MARKERS, ReportFigure, new_figure, styled
+from dualrefnet.display.figure import COLOURS, INK, MARKERS, ReportFigure, label_rows, new_figure, styled
 from dualrefnet.display.format import MEASURE_NAMES, Cell, PrintedTable, interval, number
 from dualrefnet.errors import DataError
 from dualrefnet.evaluation.bootstrap import Bootstrap, percentile_interval
@@ -414,9 +414,7 @@ def draw_missing_patterns(runs: Sequence[MissingMetadata]) -> ReportFigure:
         values = f"{number(row['value'], '.2f')} {interval(row['low'], row['high'])}"
         texts.append(f"{row['run']}, {row['photograph']}, {row['pattern']}: {values}")
     axis.set_ylim(sum(heights), 0)
-    axis.set_yticks(list(middles.values()), labels)
-    axis.tick_params(axis="y", length=0, labelsize=7)
-    axis.grid(visible=False, axis="y")
+    label_rows(axis, list(middles.values()), labels)
     axis.set_xlabel(MEASURE_NAMES[MEASURES[0]])
     columns = 1 if len(runs) > 1 else 2
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns)

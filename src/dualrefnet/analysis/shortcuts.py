@@ -35,7 +35,17 @@ from dualrefnet.analysis.perturbations import (
     replace_values,
     without_fields,
 )
-from dualrefnet.display.figure import FAINT, INK, PAPER, PRIMARY, SECONDARY, ReportFigure, new_figure, styled
+from dualrefnet.display.figure import (
+    FAINT,
+    INK,
+    PAPER,
+    PRIMARY,
+    SECONDARY,
+    ReportFigure,
+    label_rows,
+    new_figure,
+    styled,
+)
 from dualrefnet.display.format import MEASURE_NAMES, Cell, PrintedTable, interval, sentence
 from dualrefnet.errors import DataError
 from dualrefnet.evaluation.bootstrap import Bootstrap, percentile_interval
@@ -443,14 +453,7 @@ def draw_shortcuts(shortcuts: Shortcuts) -> ReportFigure:
     for top in (below - heights - GAP)[before > 0]:
         axis.axhline(top, color=FAINT, linewidth=0.8)
     axis.set_ylim(below[-1], 0)
-    axis.set_yticks(middles, labels)
-    axis.tick_params(axis="y", length=0, labelsize=7)
-    axis.grid(visible=False, axis="y")
-    axis.locator_params(axis="x", nbins=5)
-    values = axis.secondary_yaxis("right")
-    values.set_yticks(middles, [f"{value:.2f}" for value in drawn["value"]])
-    values.tick_params(length=0, labelsize=7)
-    values.spines["right"].set_visible(False)
+    label_rows(axis, middles, labels, [f"{value:.2f}" for value in drawn["value"]])
     axis.set_xlabel(MEASURE_NAMES[BALANCED])
     mark: dict[str, Any] = {"linestyle": "", "markersize": 4.5}
     handles = [

@@ -13,7 +13,18 @@ from numpy.typing import NDArray
 
 from dualrefnet.analysis.opened_run import OpenedRun
 from dualrefnet.data.schema import DatasetSchema, MetadataField
-from dualrefnet.display.figure import FAINT, INK, PAPER, PRIMARY, SECONDARY, ReportFigure, new_figure, styled, truncate
+from dualrefnet.display.figure import (
+    FAINT,
+    INK,
+    PAPER,
+    PRIMARY,
+    SECONDARY,
+    ReportFigure,
+    label_rows,
+    new_figure,
+    styled,
+    truncate,
+)
 from dualrefnet.display.format import interval, number
 from dualrefnet.errors import DataError
 from dualrefnet.evaluation.bootstrap import NAN, Bootstrap, Floats, divide, percentile_interval, wilson_interval
@@ -400,14 +411,8 @@ def _draw_panel(axis: Axes, part: pd.DataFrame, value: str, low: str, high: str,
         face = PAPER if value == "gap" and not flagged else colour
         axis.plot(row[value], place, marker, color=colour, markerfacecolor=face, markersize=4.5)
     axis.set_ylim(len(shown) - 0.2, -0.8)
-    axis.set_yticks(range(len(shown)), [f"{truncate(str(row['level']), LETTERS)} ({row['images']})" for row in shown])
-    axis.tick_params(axis="y", length=0)
-    axis.grid(visible=False, axis="y")
-    axis.locator_params(axis="x", nbins=6)
-    numbers = axis.secondary_yaxis("right")
-    numbers.set_yticks(range(len(shown)), [number(row[value], form) for row in shown])
-    numbers.tick_params(length=0, labelsize=7)
-    numbers.spines["right"].set_visible(False)
+    labels = [f"{truncate(str(row['level']), LETTERS)} ({row['images']})" for row in shown]
+    label_rows(axis, range(len(shown)), labels, [number(row[value], form) for row in shown])
 
 
 def _not_drawn(rows: pd.DataFrame) -> str:

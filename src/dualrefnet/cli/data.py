@@ -7,20 +7,14 @@ from typing import Annotated
 
 import typer
 
-from dualrefnet.cli import Workers, app
+from dualrefnet.cli import COLOURS, Workers, app, print_findings, print_table, refuse_without_effect
 
 DatasetName = Annotated[str, typer.Argument(metavar="DATASET", help="pad_ufes_20, isic_2019, sample or csv_table")]
 Root = Annotated[
-    Path | None,
-    typer.Option(
-        "--root", metavar="DIR", help="The data set's folder; default: the folder of that name in $DUALREFNET_DATA."
-    ),
+    Path | None, typer.Option("--root", metavar="DIR", help="The data set's folder; default: in $DUALREFNET_DATA.")
 ]
 Description = Annotated[
-    Path | None,
-    typer.Option(
-        "--description", metavar="YAML", help="csv_table: what the columns mean; default: dataset.yaml in the folder."
-    ),
+    Path | None, typer.Option("--description", metavar="YAML", help="csv_table: its columns; default: dataset.yaml.")
 ]
 Protocol = Annotated[
     str, typer.Option(help="paper (Table 1 to the row; leaks), grouped (patient-disjoint) or grouped-cv.")
@@ -53,9 +47,7 @@ def sample(
 def fetch(
     dataset: DatasetName,
     root: Annotated[Path, typer.Option("--root", metavar="DIR", help="Folder to fill.")],
-    accept_licence: Annotated[
-        bool, typer.Option("--accept-licence", help="You accept the data set's licence.")
-    ] = False,
+    accept_licence: Annotated[bool, typer.Option("--accept-licence", help="You accept the data's licence.")] = False,
 ) -> None:
     """Download the official release of a data set. Running it again resumes.
 
@@ -79,7 +71,6 @@ def check(
 
     Exit status 1 if something FAILs.
     """
-    from dualrefnet.cli.show import print_findings
     from dualrefnet.data.check import check_dataset
     from dualrefnet.files import write_json
     from dualrefnet.progress import progress_bar
@@ -94,6 +85,7 @@ def check(
 
 @app.command()
 def split(
+    context: typer.Context,
     dataset: DatasetName,
     root: Root = None,
     description: Description = None,
@@ -101,27 +93,23 @@ def split(
     fold: Fold = 0,
     folds: Folds = 5,
     seed: SplitSeed = 0,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="CSV", help="Write image_id, patient_id, label, split.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="CSV", help="Write the split, one row an image.")] = None,
 ) -> None:
     """Divide a data set into train, validation and test, and say what leaks. Works from the CSVs alone."""
-    from rich.console import Console
-    from rich.table import Table
-
     from dualrefnet.data.adapters import load_dataset
     from dualrefnet.data.protocols import leakage, missing_classes, split_counts, split_dataset
+    from dualrefnet.display.format import PrintedTable, text_rows
     from dualrefnet.files import write_csv
     from dualrefnet.progress import note, warn
 
+    _check_protocol(context)
     loaded = load_dataset(dataset, root, description)
     for message in loaded.warnings:
         warn(message)
     rows = split_dataset(loaded, protocol, fold, folds, seed)
-    table = Table("class", "train", "val", "test", title=f"{loaded.schema.title}, protocol {protocol}")
-    for name, counts in split_counts(rows, loaded.schema.classes).iterrows():
-        table.add_row(str(name), *(f"{count}" for count in counts), end_section=bool(name == loaded.schema.classes[-1]))
-    Console().print(table)
+    counts = text_rows(split_counts(rows, loaded.schema.classes).itertuples(name=None))
+    title = f"{loaded.schema.title}, protocol {protocol}"
+    print_table(PrintedTable(title, ("class", "train", "val", "test"), counts))
     for message in missing_classes(rows, loaded.schema.classes):
         warn(message)
     for name, shares in leakage(loaded, rows).items():
@@ -140,8 +128,15 @@ def split(
         typer.echo(out)
 
 
+def _check_protocol(context: typer.Context) -> None:
+    protocol = context.params["protocol"]
+    unused = {"grouped": ["fold"], "paper": ["fold", "folds", "seed"]}.get(protocol, [])
+    refuse_without_effect(context, f"with the protocol {protocol}", *unused)
+
+
 @app.command()
 def audit(
+    context: typer.Context,
     dataset: DatasetName,
     root: Root = None,
     description: Description = None,
@@ -150,29 +145,29 @@ def audit(
     folds: Folds = 5,
     seed: SplitSeed = 0,
     json_file: Json = None,
-    without_images: Annotated[
-        bool, typer.Option("--without-images", help="Read no image; duplicates aren't searched.")
-    ] = False,
-    without_forests: Annotated[
-        bool, typer.Option("--without-forests", help="Train no random forests on the metadata: faster.")
-    ] = False,
+    without_images: Annotated[bool, typer.Option("--without-images", help="Read no image, find no duplicate.")] = False,
+    without_forests: Annotated[bool, typer.Option("--without-forests", help="No random forests: faster.")] = False,
     workers: Workers = None,
 ) -> None:
     """Audit a data set and its split: patients, lesions and duplicate images in two splits, and label-leaking metadata.
 
     Exit status 1 if something FAILs.
     """
-    from dualrefnet.analysis.audit import audit_dataset, printed_tables
-    from dualrefnet.cli.show import COLOURS, output, print_findings, print_table
-    from dualrefnet.files import write_json
+    from rich.text import Text
 
+    from dualrefnet.analysis.audit import audit_dataset, printed_tables
+    from dualrefnet.files import write_json
+    from dualrefnet.progress import output
+
+    _check_protocol(context)
     result = audit_dataset(
         dataset, root, description, protocol, fold, folds, seed, not without_images, not without_forests, workers
     )
     print_findings(result.findings)
     for table in printed_tables(result).values():
         print_table(table)
-    output().print(f"{result.dataset}, protocol {result.protocol}: [{COLOURS[result.verdict]}]{result.verdict}[/]")
+    verdict = (result.verdict, COLOURS[result.verdict])
+    output().print(Text.assemble(f"{result.dataset}, protocol {result.protocol}: ", verdict))
     if json_file:
         write_json(json_file, result.to_json())
     raise typer.Exit(1 if result.failed else 0)

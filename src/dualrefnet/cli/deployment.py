@@ -24,23 +24,13 @@ def export(
     run: RunFolder,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the bundle; replaced if it exists.")],
     int8: Annotated[
-        bool | None,
-        typer.Option(
-            "--int8/--no-int8",
-            help="Also an 8-bit network: smaller, as a rule faster on CPUs, and measured. It needs the run's images. "
-            "Default: if they are available.",
-        ),
+        bool | None, typer.Option("--int8/--no-int8", help="Also an 8-bit network; default: if the images are there.")
     ] = None,
     root: Root = None,
     cache: Cache = None,
     accept_missingness_shortcut: Accept = False,
     push_to: Annotated[
-        str | None,
-        typer.Option(
-            "--push-to",
-            metavar="ORG/NAME",
-            help="Then push the bundle to the Hugging Face Hub (`hf auth login` first). A new repository is private.",
-        ),
+        str | None, typer.Option("--push-to", metavar="ORG/NAME", help="Then push it to the Hugging Face Hub, private.")
     ] = None,
 ) -> None:
     """Export a trained run as a bundle: a folder that predicts without torch, and says what it is (extra `export`).
@@ -73,28 +63,24 @@ def serve(
     model: ModelFolder,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: a free one.")] = 8000,
-    workers: Annotated[
-        int, typer.Option(min=1, help="Processes, each with a copy of the model and its share of the cores.")
-    ] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, each with a copy of the model.")] = 1,
     api_key_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--api-key-file",
-            metavar="FILE",
-            help="Keys, one a line, of which every request must name one. Also: $DUALREFNET_API_KEY.",
-        ),
+        Path | None, typer.Option("--api-key-file", metavar="FILE", help="Keys, one a line; or $DUALREFNET_API_KEY.")
     ] = None,
     max_upload: Annotated[int, typer.Option("--max-upload", min=1, metavar="MB", help="Largest request.")] = 64,
-    queue: Annotated[
-        int, typer.Option(min=1, help="Requests that a worker holds at once; more are told to retry later.")
-    ] = 64,
-    timeout: Annotated[
-        float, typer.Option(min=0.1, metavar="SECONDS", help="From a complete request to its response.")
-    ] = 30.0,
+    max_image: Annotated[int, typer.Option("--max-image", min=1, metavar="MB", help="Largest image in it.")] = 20,
+    max_megapixels: Annotated[int, typer.Option("--max-megapixels", min=1, help="Most pixels of an image.")] = 50,
+    queue: Annotated[int, typer.Option(min=1, help="Requests that a worker holds at once.")] = 64,
+    timeout: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="From request to response.")] = 30.0,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-origin", metavar="ORIGIN", help="A web site whose pages may use the service; or several."
+        ),
+    ] = None,
     page: Annotated[bool, typer.Option("--page/--no-page", help="The web page at /.")] = True,
     root_path: Annotated[
-        str,
-        typer.Option("--root-path", metavar="PATH", help="Path under which a proxy serves it, such as /lesions."),
+        str, typer.Option("--root-path", metavar="PATH", help="Path under which a proxy serves it, such as /lesions.")
     ] = "",
     device: PredictionDevice = "cpu",
     variant: Variant = "float32",
@@ -102,8 +88,8 @@ def serve(
 ) -> None:
     """Serve a model over HTTP, with a web page at / and the API's documentation at /docs.
 
-    SIGTERM or Ctrl+C stops the service after every accepted request is answered; a second one stops it at once. Needs
-    the extra `deploy`.
+    SIGTERM, SIGHUP or Ctrl+C stops the service after every accepted request is answered; a second one stops it at
+    once. Needs the extra `deploy`.
     """
     from pydantic import ValidationError
 
@@ -117,23 +103,22 @@ def serve(
         settings = ServiceSettings(
             page=page,
             root_path=root_path,
+            allow_origins=tuple(allow_origin or ()),
             max_upload=size,
+            max_image=max_image * 2**20,
+            max_pixels=max_megapixels * 10**6,
             queue_bytes=max(4 * size, 256 * 2**20),
             queue=queue,
             timeout=timeout,
             accept_missingness_shortcut=accept_missingness_shortcut,
         )
-    except ValidationError:
+    except ValidationError as error:
         # All other options have been checked by their types.
-        raise DataError(f"--root-path {root_path} isn't a path such as /lesions, without a slash at its end") from None
-    served = Served(
-        source=model.resolve(),
-        settings=settings,
-        api_key_file=api_key_file and api_key_file.resolve(),
-        variant=variant,
-        device=device,
-        host=host,
-        port=port,
-        workers=workers,
-    )
+        wanted = {"root_path": "a path such as /lesions", "allow_origins": "an origin such as https://example.org"}
+        name = str(error.errors()[0]["loc"][0])
+        option = "--" + name.removesuffix("s").replace("_", "-")
+        raise DataError(f"{option} must be {wanted[name]}, without a slash at its end") from None
+    keys = api_key_file and api_key_file.resolve()
+    where = {"device": device, "host": host, "port": port, "workers": workers}
+    served = Served(source=model.resolve(), settings=settings, api_key_file=keys, variant=variant, **where)
     raise typer.Exit(run_server(served))

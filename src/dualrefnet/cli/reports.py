@@ -7,39 +7,34 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dualrefnet.cli import Cache, Device, Masks, RayAddress, Root, RunFolder, app
+from dualrefnet.cli import Cache, Device, Masks, Overrides, RayAddress, Root, RunFolder, app, refuse_without_effect
 from dualrefnet.errors import DualRefNetError
 
 if TYPE_CHECKING:
     from dualrefnet.suite.grid import Cell
 
 Against = Annotated[
-    Path | None,
-    typer.Option("--against", metavar="RUN2", help="Compare a second run, on the test images of both."),
+    Path | None, typer.Option("--against", metavar="RUN2", help="Compare a second run, on the test images of both.")
 ]
-Label = Annotated[
-    str | None, typer.Option("--class", metavar="CLASS", help="Also show where images speak for this class.")
-]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder; default: in the run's or suite's.")]
+Label = Annotated[str | None, typer.Option("--class", metavar="CLASS", help="Also show the Grad-CAM of this class.")]
 Images = Annotated[int, typer.Option(min=20, help="Test images at most, stratified by class.")]
 ShapImages = Annotated[int, typer.Option(min=20, help="Of these at most so many for SHAP, about 0.2 s each.")]
 Each = Annotated[int, typer.Option(min=1, help="Correct and wrong predictions of each class in the gallery.")]
 Seed = Annotated[int, typer.Option(help="Of the sampling of images and of all resamples.")]
 NoPhotographs = Annotated[
-    bool,
-    typer.Option(
-        "--no-photographs",
-        help="Leave out images and whatever identifies a single one, so that the result can be shared.",
-    ),
+    bool, typer.Option("--no-photographs", help="Leave out images and whatever identifies one: it can be shared.")
 ]
+
+# Parameters of what needs a run's model.
+OF_MODEL = ("label", "masks", "images", "shap_images", "each", "seed", "device")
 
 
 @app.command()
 def explain(
     run: RunFolder,
     against: Against = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Folder; default: explanations/ in the run folder.")
-    ] = None,
+    out: Out = None,
     label: Label = None,
     masks: Masks = None,
     images: Images = 500,
@@ -59,25 +54,20 @@ def explain(
     from dualrefnet.report.run_report import write_explanations
     from dualrefnet.run import Run
 
-    options = ReportOptions(images, min(shap_images, images), each, label, masks, not no_photographs, seed)
-    files = write_explanations(Run(run), out, Run(against) if against else None, options, root, cache, device)
-    typer.echo(f"{len(files)} files in {files[0].parent}")
+    shap_images, photographs = min(shap_images, images), not no_photographs
+    options = ReportOptions(images, shap_images, each, label, masks, photographs, seed, root, cache, device)
+    files = write_explanations(Run(run), out, Run(against) if against else None, options)
+    typer.echo(f"{len(files)} files in {out or run / 'explanations'}")
 
 
 @app.command()
 def report(
+    context: typer.Context,
     folder: Annotated[Path, typer.Argument(metavar="RUN|SUITE", help="A finished run's folder, or a suite's.")],
     against: Against = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="DIR", help="Folder; default: report/ in the run's or suite's folder."),
-    ] = None,
+    out: Out = None,
     without_explanations: Annotated[
-        bool,
-        typer.Option(
-            "--without-explanations",
-            help="Only what follows from the predictions: seconds, without data and model.",
-        ),
+        bool, typer.Option("--without-explanations", help="What predictions alone tell: seconds, no data, no model.")
     ] = False,
     label: Label = None,
     masks: Masks = None,
@@ -104,12 +94,14 @@ def report(
     if (folder / "suite.yaml").is_file():
         from dualrefnet.report.suite_report import write_suite_report
 
+        refuse_without_effect(context, "on a suite", "against", "without_explanations", *OF_MODEL)
         page = write_suite_report(folder, out, not no_photographs, root, cache)
     else:
-        options = ReportOptions(images, min(shap_images, images), each, label, masks, not no_photographs, seed)
-        page = write_report(
-            Run(folder), out, Run(against) if against else None, options, not without_explanations, root, cache, device
-        )
+        if without_explanations:
+            refuse_without_effect(context, "without explanations", *OF_MODEL, "root", "cache")
+        shap_images, photographs = min(shap_images, images), not no_photographs
+        options = ReportOptions(images, shap_images, each, label, masks, photographs, seed, root, cache, device)
+        page = write_report(Run(folder), out, Run(against) if against else None, options, not without_explanations)
     typer.echo(f"report: {page}")
 
 
@@ -130,47 +122,26 @@ def list_suites(
 
 @app.command()
 def suite(
-    name: Annotated[
-        str,
-        typer.Argument(metavar="SUITE", help="A YAML file, or the name of a suite that ships (`dualrefnet suites`)."),
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[KEY=VALUE]...",
-            help="Change the recipe of every run: data.root=DIR training.epochs=3 ...; model.method, model.backbone, "
-            "data.fold and seed take lists too: seed=[0,1,2].",
-        ),
-    ] = None,
+    name: Annotated[str, typer.Argument(metavar="SUITE", help="A YAML file, or a suite that ships (`suites`).")],
+    overrides: Overrides = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="The suite folder; default: its name in suites/.")
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check every recipe and list the runs; train nothing.")
-    ] = False,
-    smoke: Annotated[
-        bool,
-        typer.Option(
-            "--smoke", help="Minutes on a CPU: synthetic images, one cheap CNN, one epoch. Shows that everything works."
-        ),
-    ] = False,
-    workers: Annotated[
-        int, typer.Option(min=1, help="Runs at the same time on this machine; they share its cores.")
-    ] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every recipe and list the runs.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Synthetic images, one CNN, one epoch: minutes.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at the same time; they share the cores.")] = 1,
     ray: RayAddress = None,
     cores: Annotated[
-        int | None,
-        typer.Option(min=1, help="CPU cores of one run; default: this machine's shared by the workers, on Ray 1."),
+        int | None, typer.Option(min=1, help="CPU cores of one run; default: a worker's share, on Ray 1.")
     ] = None,
     discard_models: Annotated[
-        bool,
-        typer.Option(
-            "--discard-models", help="Remove the parameters of finished runs; the tables need their predictions alone."
-        ),
+        bool, typer.Option("--discard-models", help="Remove the parameters of finished runs; tables need none.")
     ] = False,
     cache: Cache = None,
 ) -> None:
     """Train a grid of recipes: a table or figure of the paper, or your own. Running it again goes on where it stopped.
+
+    KEY=VALUE changes every run; model.method, model.backbone, data.fold and seed take lists too: seed=[0,1,2].
 
     A run that fails is reported at the end, doesn't stop the others, and is tried again by the next call. Exit status 1
     if one failed. `dualrefnet tables DIR` makes the tables.

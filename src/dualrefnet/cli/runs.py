@@ -12,6 +12,7 @@ from dualrefnet.cli import (
     Device,
     Masks,
     ModelFolder,
+    Overrides,
     PredictionDevice,
     RayAddress,
     Root,
@@ -19,16 +20,12 @@ from dualrefnet.cli import (
     Variant,
     Workers,
     app,
+    print_findings,
+    print_table,
 )
 from dualrefnet.errors import DualRefNetError
 
-RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name (`dualrefnet recipes`).")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Change the recipe: training.epochs=3 data.root=DIR ..."),
-]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe (`recipes`).")]
 Out = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="The run folder; default: the recipe's name in runs/.")
 ]
@@ -37,7 +34,6 @@ Out = Annotated[
 @app.command()
 def doctor() -> None:
     """Check the environment, the weights and the data: PASS, WARN or FAIL, each with the fix. Exit status 1 on FAIL."""
-    from dualrefnet.cli.show import print_findings
     from dualrefnet.doctor import examine
 
     findings = examine()
@@ -67,15 +63,15 @@ def demo(
 @app.command()
 def methods() -> None:
     """List the methods (`train RECIPE model.method=NAME`), and what of each is a reconstruction."""
-    from rich.console import Console
     from rich.table import Table
 
     from dualrefnet.models.registry import METHODS
+    from dualrefnet.progress import output
 
     table = Table("name", "method", "published", "filled in by us", show_lines=True)
     for name, method in METHODS.items():
         table.add_row(name, method.title, method.reference, method.reconstruction or "–")
-    Console().print(table)
+    output().print(table)
 
 
 @app.command()
@@ -84,14 +80,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe."
     from dualrefnet.recipe import load_recipe, recipe_text, shipped_recipes
 
     if name is not None:
-        from rich.console import Console
-        from rich.syntax import Syntax
-
-        text, console = recipe_text(name), Console()
-        if console.is_terminal:
-            console.print(Syntax(text, "yaml", background_color="default"))
-        else:
-            typer.echo(text, nl=False)
+        typer.echo(recipe_text(name), nl=False)
         return
     for shipped in shipped_recipes():
         typer.echo(f"{shipped:<20} {load_recipe(shipped).description}")
@@ -113,9 +102,7 @@ def train(
     recipe: RecipeName,
     overrides: Overrides = None,
     out: Out = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an unfinished run in the folder; start it if there is none.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run, or start it.")] = False,
     cache: Cache = None,
     workers: Workers = None,
 ) -> None:
@@ -143,11 +130,7 @@ def train(
 
 
 @app.command()
-def evaluate(
-    run: RunFolder,
-    root: Root = None,
-    cache: Cache = None,
-) -> None:
+def evaluate(run: RunFolder, root: Root = None, cache: Cache = None) -> None:
     """Evaluate a trained run again: writes predictions.csv and metrics.json, prints the metrics."""
     from dualrefnet.analysis.evaluate import evaluate_run
     from dualrefnet.run import Run
@@ -159,8 +142,7 @@ def evaluate(
 def probe(
     run: RunFolder,
     against: Annotated[
-        list[Path] | None,
-        typer.Option("--against", metavar="RUN2", help="Compare a run of the same test images; several times allowed."),
+        list[Path] | None, typer.Option("--against", metavar="RUN2", help="A run of the same test images; or several.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Folder; default: probes/ in the run folder.")
@@ -178,15 +160,14 @@ def probe(
     Then with fewer and fewer fields, with and without the image. Writes tables as CSV and, with the extra `report`,
     figures.
     """
-    from dualrefnet.cli.show import print_table
+    from dualrefnet.report import ReportOptions
     from dualrefnet.report.run_report import write_probes
     from dualrefnet.run import Run
 
     others = [Run(path) for path in against or []]
     out = out or run / "probes"
-    for table in write_probes(
-        Run(run), others, out, masks, permutations, draws, seed=seed, root=root, cache=cache, device=device
-    ):
+    options = ReportOptions(masks=masks, seed=seed, root=root, cache=cache, device=device)
+    for table in write_probes(Run(run), others, out, options, permutations, draws):
         print_table(table)
     typer.echo(f"the probes: {out}")
 
@@ -195,16 +176,10 @@ def probe(
 def predict(
     model: ModelFolder,
     out: Annotated[
-        Path,
-        typer.Option(
-            "--out",
-            metavar="CSV",
-            help="Result: image, predicted, prob_CLASS of every class, malignancy, warnings, error.",
-        ),
+        Path, typer.Option("--out", metavar="CSV", help="image, predicted, prob_CLASS, malignancy, warnings, error.")
     ],
     images: Annotated[
-        list[Path] | None,
-        typer.Option("--images", metavar="PATH", help="An image or a folder of them; several times allowed."),
+        list[Path] | None, typer.Option("--images", metavar="PATH", help="An image or a folder of them; or several.")
     ] = None,
     table: Annotated[
         Path | None,
@@ -217,19 +192,11 @@ def predict(
     ] = None,
     metadata: Annotated[
         Path | None,
-        typer.Option(
-            "--metadata",
-            metavar="CSV",
-            help="Beside --images: one row an image, column image (file name or id) and any of the fields.",
-        ),
+        typer.Option("--metadata", metavar="CSV", help="Beside --images: column image (file name or id) and fields."),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an interrupted call with the same arguments, if there was one.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted call of these arguments.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 32,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads that decode; default: one a core. On Ray: CPUs of each model, 1.")
-    ] = None,
+    workers: Workers = None,
     device: PredictionDevice = "cpu",
     variant: Variant = "float32",
     ray: RayAddress = None,
@@ -282,10 +249,10 @@ def predict(
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:
-    from rich.console import Console
+    from rich.text import Text
 
-    from dualrefnet.cli.show import print_table
     from dualrefnet.display.format import availability_line, calibration_line, metrics_tables
+    from dualrefnet.progress import output
     from dualrefnet.runtime.availability import missingness_shortcut
 
     title = f"{metrics['dataset']}, test set, protocol {metrics['protocol']}" + (
@@ -300,4 +267,5 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
         typer.echo(availability_line(metrics["availability"]))
         reason = missingness_shortcut(metrics)
         if reason is not None:
-            Console().print(f"[red]not to be used where metadata may be missing[/red]: {reason}", soft_wrap=True)
+            verdict = ("not to be used where metadata may be missing", "red")
+            output().print(Text.assemble(verdict, f": {reason}"), soft_wrap=True)

@@ -19,6 +19,7 @@ ADAPTERS: dict[str, Callable[[Path, Path | None], Dataset]] = {
     "sample": lambda root, _: pad_ufes_20.load(root, synthetic.SCHEMA),
     "csv_table": csv_table.load,
 }
+SCHEMAS = {schema.name: schema for schema in (pad_ufes_20.SCHEMA, isic_2019.SCHEMA, synthetic.SCHEMA)}
 
 
 def load_dataset(name: str, root: Path | str | None = None, description: Path | str | None = None) -> Dataset:

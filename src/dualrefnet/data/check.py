@@ -13,10 +13,11 @@ from typing import Any, Literal, NamedTuple
 import pandas as pd
 
 from dualrefnet.data.adapters import load_dataset
-from dualrefnet.data.images import IMAGE_SUFFIXES, MAX_BYTES, decode_image, list_files
+from dualrefnet.data.images import IMAGE_SUFFIXES, decode_image, list_files
 from dualrefnet.data.schema import BOOLEAN_VALUES, Dataset, MetadataField
 from dualrefnet.data.store import map_ahead
 from dualrefnet.errors import ImageError
+from dualrefnet.runtime.images import MAX_BYTES
 
 Level = Literal["PASS", "WARN", "FAIL"]
 
@@ -41,7 +42,7 @@ class Finding:
         return {**asdict(self), "examples": list(self.examples)}
 
 
-def finding_or_pass(level: Level, check: str, ids: Sequence[str], problem: str, otherwise: str) -> Finding:
+def finding_or_pass(level: Level, check: str, ids: Sequence[str], problem: str, otherwise: str = "") -> Finding:
     """Return a finding of `level` that says the `problem` of the `ids`, or a PASS (`otherwise`) if there are none."""
     if not ids:
         return Finding("PASS", check, otherwise)
@@ -50,16 +51,13 @@ def finding_or_pass(level: Level, check: str, ids: Sequence[str], problem: str, 
 
 def identical_images(images: Iterable[tuple[str, str, str]]) -> Iterator[Finding]:
     """Report byte-identical images, given id, label and hash of the bytes (empty: unknown) of every image."""
-    same_bytes: dict[str, list[tuple[str, str]]] = {}
-    for image_id, label, sha256 in images:
-        if sha256:
-            same_bytes.setdefault(sha256, []).append((image_id, label))
+    table = pd.DataFrame(images, columns=["image_id", "label", "sha256"])
     other_label, same_label = [], []
-    for group in same_bytes.values():
-        if len({label for _, label in group}) > 1:
-            other_label.append(" = ".join(f"{image_id} ({label})" for image_id, label in group))
+    for _, group in table[table["sha256"] != ""].groupby("sha256", sort=False):
+        if group["label"].nunique() > 1:
+            other_label.append(" = ".join(group["image_id"] + " (" + group["label"] + ")"))
         elif len(group) > 1:
-            same_label.append(" = ".join(image_id for image_id, _ in group))
+            same_label.append(" = ".join(group["image_id"]))
     problem = "byte-identical images under different labels (at least one label is wrong), groups"
     otherwise = "no images of different labels are identical"
     yield finding_or_pass("WARN", "identical_other_label", other_label, problem, otherwise)
@@ -71,11 +69,9 @@ def identical_images(images: Iterable[tuple[str, str, str]]) -> Iterator[Finding
 
 @dataclass(frozen=True)
 class CheckReport:
-    """The findings about one data set, in the order of the checks."""
-
     dataset: str
     root: Path
-    findings: list[Finding]
+    findings: list[Finding]  # in the order of the checks
 
     @property
     def failed(self) -> bool:
@@ -109,21 +105,22 @@ def check_dataset(
 
 
 def _rows(dataset: Dataset) -> Iterator[Finding]:
-    rows, official = len(dataset.table), dataset.schema.official_rows
-    message = f"{rows:,} rows{'' if official is None else ', as published'}"
-    if official not in (None, rows):
+    schema, rows = dataset.schema, len(dataset.table)
+    official = schema.official_rows
+    if official in (None, rows):
+        yield Finding("PASS", "rows", f"{rows:,} rows{'' if official is None else ', as published'}", count=rows)
+    else:
         message = f"{rows:,} rows where {official:,} were published; get the metadata again"
-    yield Finding("PASS" if official in (None, rows) else "FAIL", "rows", message, count=rows)
-    counts = {label: int((dataset.table["label"] == label).sum()) for label in dataset.schema.classes}
+        yield Finding("FAIL", "rows", message, count=rows)
+    counts = dataset.table["label"].value_counts().reindex(schema.classes, fill_value=0)
     listed = "rows a class: " + ", ".join(f"{label} {count:,}" for label, count in counts.items())
-    published = OFFICIAL_CLASS_COUNTS.get(dataset.schema.name, counts)
-    wrong = [f"{label} ({published[label]:,} published)" for label in counts if counts[label] != published[label]]
-    empty = [label for label, count in counts.items() if count == 0]
-    if wrong:
-        yield finding_or_pass("FAIL", "classes", wrong, f"{listed}; classes that differ from the publication", "")
+    published = OFFICIAL_CLASS_COUNTS.get(schema.name)
+    if published and published != counts.to_dict():
+        wrong = [f"{label} ({count:,} published)" for label, count in published.items() if counts[label] != count]
+        yield finding_or_pass("FAIL", "classes", wrong, f"{listed}; classes that differ from the publication")
     else:
         problem = "classes without a row (take them out of the classes)"
-        yield finding_or_pass("FAIL", "classes", empty, problem, listed)
+        yield finding_or_pass("FAIL", "classes", list(counts.index[counts == 0]), problem, listed)
 
 
 def _patients(dataset: Dataset) -> Iterator[Finding]:
@@ -154,15 +151,13 @@ def _metadata(dataset: Dataset) -> Iterator[Finding]:
     missing, total = [], 0
     for field in fields:
         values = dataset.table[field.name]
-        counts = {"": int(values.isna().sum())} | {
-            f" {code}": int((values == code).sum()) for code in field.missing_codes
-        }
+        counts = {"": values.isna().sum(), **{f" {code}": (values == code).sum() for code in field.missing_codes}}
         total += sum(counts.values())
         if any(counts.values()):
             missing.append(f"{field.name} {' + '.join(f'{count:,}{code}' for code, count in counts.items() if count)}")
     if fields:
         message = f"missing cells: {', '.join(missing)}" if missing else "no metadata cell is missing"
-        yield Finding("PASS", "missing_metadata", message, count=total)
+        yield Finding("PASS", "missing_metadata", message, count=int(total))
 
 
 def _unusual_values(table: pd.DataFrame, field: MetadataField) -> Iterator[Finding]:
@@ -172,7 +167,7 @@ def _unusual_values(table: pd.DataFrame, field: MetadataField) -> Iterator[Findi
     alias = values.isin(field.aliases)
     if alias.any():
         used = ", ".join(f"{value} means {field.aliases[value]}" for value in values[alias].value_counts().index)
-        yield finding_or_pass("WARN", "aliases", ids[alias].tolist(), f"{field.name}: {used}; rows", "")
+        yield finding_or_pass("WARN", "aliases", ids[alias].tolist(), f"{field.name}: {used}; rows")
     legal = BOOLEAN_VALUES if field.kind == "boolean" else field.categories
     unknown = values.notna() & ~values.isin([*legal, *field.missing_codes]) & ~alias
     # Without categories of its own a field learns them from the training rows, and nothing is unknown.
@@ -183,13 +178,13 @@ def _unusual_values(table: pd.DataFrame, field: MetadataField) -> Iterator[Findi
     named = f" ({', '.join(words[:MAX_EXAMPLES])})" if field.kind == "categorical" and words else ""
     known = "True, False" if field.kind == "boolean" else "a category"
     problem = f"{field.name}: values that aren't {known} or a missing code{named}"
-    yield finding_or_pass("WARN", "unknown_codes", ids[unknown].tolist(), problem, "")
+    yield finding_or_pass("WARN", "unknown_codes", ids[unknown].tolist(), problem)
 
 
 def _missing_images(dataset: Dataset) -> Iterator[Finding]:
     missing = dataset.table.loc[dataset.table["image_path"].isna(), "image_id"].tolist()
     if len(missing) == len(dataset.table):
-        yield finding_or_pass("FAIL", "rows_without_image", missing, dataset.no_image, "")
+        yield finding_or_pass("FAIL", "rows_without_image", missing, dataset.no_image)
     else:
         problem = "rows without an image (methods that read images leave them out)"
         yield finding_or_pass("WARN", "rows_without_image", missing, problem, "every row has its image")
@@ -206,8 +201,6 @@ def _missing_images(dataset: Dataset) -> Iterator[Finding]:
 
 
 class _ImageFile(NamedTuple):
-    """What reading one image file showed."""
-
     image_id: str
     label: str
     sha256: str  # of its bytes
@@ -217,17 +210,14 @@ class _ImageFile(NamedTuple):
 
 def _read_image(row: tuple[str, str, str]) -> _ImageFile:
     image_id, label, path = row
+    sha256 = ""
     try:
         with Path(path).open("rb") as file:
             data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        return _ImageFile(image_id, label, "", 0, str(error.strerror))
-    sha256 = hashlib.sha256(data).hexdigest()
-    try:
-        height, width, _ = decode_image(data).shape
-    except ImageError as error:
-        return _ImageFile(image_id, label, sha256, 0, str(error))
-    return _ImageFile(image_id, label, sha256, min(height, width), None)
+        sha256 = hashlib.sha256(data).hexdigest()
+        return _ImageFile(image_id, label, sha256, min(decode_image(data).shape[:2]), None)
+    except (OSError, ImageError) as error:
+        return _ImageFile(image_id, label, sha256, 0, getattr(error, "strerror", None) or str(error))
 
 
 def _images(images: list[_ImageFile]) -> Iterator[Finding]:

@@ -20,7 +20,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import requests
-from rich.markup import escape
 
 from dualrefnet.data import isic_2019, pad_ufes_20
 from dualrefnet.data.schema import DatasetSchema
@@ -127,7 +126,7 @@ def fetch_dataset(name: str, root: Path, *, accept_licence: bool) -> list[Path]:
     terms = f"{schema.title} is published under {schema.licence} ({release.page}); cite: {schema.citation}"
     if not accept_licence:
         raise DataError(f"{terms}. If you accept this licence, run it again with --accept-licence")
-    note(escape(terms))
+    note(terms)
     root.mkdir(parents=True, exist_ok=True)
     files, sources = _read_record(root), release.sources
     if release.archive and (release.archive in files or (root / release.archive).is_file()):
@@ -163,7 +162,7 @@ def _fetch(source: Source, root: Path, release: Release) -> dict[str, Any]:
     """Get one file, verify it and unpack it; return its entry in the record."""
     path, partial = root / source.filename, root / f"{source.filename}.partial"
     if path.exists():
-        note(escape(f"{path} is already there and is verified"))
+        note(f"{path} is already there and is verified")
         sha256 = _verify(path, source, f"{path} isn't the published file; move it away and run again")
     else:
         try:
@@ -183,10 +182,10 @@ def _fetch(source: Source, root: Path, release: Release) -> dict[str, Any]:
         _forget(partial)
     if source.sha256 is None:
         done = "only its size was compared" if source.size else "it is taken as it is"
-        note(escape(f"no checksum of {source.filename} is published: {done}"))
+        note(f"no checksum of {source.filename} is published: {done}")
     made = [path]
     if source.folder:
-        note(escape(f"unpacking {path}"))
+        note(f"unpacking {path}")
         made = unpack(path, root / source.folder)
     return {
         "filename": source.filename,
@@ -235,10 +234,10 @@ def _download(source: Source, partial: Path) -> None:
                 if failures >= ATTEMPTS:
                     raise DataError(f"{source.url} failed {failures} times ({reason}); {kept}: run it again to resume")
                 pause = min(60.0, BACKOFF_SECONDS * 2 ** (failures - 1))
-                warn(escape(f"{source.filename}: {reason}; trying again in {pause:.0f} s, {kept}"))
+                warn(f"{source.filename}: {reason}; trying again in {pause:.0f} s, {kept}")
                 time.sleep(pause)
     except KeyboardInterrupt:
-        warn(escape(f"interrupted: {_size(partial):,} bytes of {source.filename} are kept; run it again to resume"))
+        warn(f"interrupted: {_size(partial):,} bytes of {source.filename} are kept; run it again to resume")
         raise
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -299,7 +298,7 @@ def _request(source: Source, partial: Path, show: Callable[[int], None]) -> None
         if "html" in response.headers.get("Content-Type", ""):
             raise _NotTheFileError("the server sent a web page")
         if have and status == 200:
-            warn(escape(f"{source.filename}: the server can't resume or its file has changed, so it starts from zero"))
+            warn(f"{source.filename}: the server can't resume or its file has changed, so it starts from zero")
             _forget(partial)
             have = 0
         length = response.headers.get("Content-Length")

@@ -36,7 +36,6 @@ class Batch:
     labels: Tensor  # (B,) int64
     features: tuple[dict[str, Tensor], ...] = ()  # for each frozen encoder the parts of its features, (B, ...) each
     targets: Tensor | None = None  # (B, 3, 2S, 2S) uint8, the auxiliary task's stored targets
-    absent: Tensor | None = None  # (B,) missing images, for models with a learned token; None: none is missing
 
 
 @dataclass(frozen=True)

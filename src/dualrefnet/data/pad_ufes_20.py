@@ -91,6 +91,7 @@ SCHEMA = DatasetSchema(
     licence="CC BY 4.0",
     citation="Pacheco et al., PAD-UFES-20, Data in Brief 32 (2020) 106221; doi:10.17632/zr7vgbcyr2.1",
     official_rows=2298,
+    missingness_reveals_class=True,
 )
 
 

@@ -75,6 +75,8 @@ class DatasetSchema(BaseModel):
     licence: str = ""  # under which the data may be used
     citation: str = ""  # what to cite
     official_rows: int | None = None  # number of rows of the official release; None if there is none
+    # Metadata are missing where a lesion was not biopsied, and such lesions are benign.
+    missingness_reveals_class: bool = False
     synthetic: bool = False  # True if the images are made by a program; every table and page says so
 
     @model_validator(mode="after")

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from dualrefnet.data.images import decode_image
 from dualrefnet.errors import DataError, ImageError
-from dualrefnet.files import read_json, sha256_of_json, write_csv, write_json
+from dualrefnet.files import read_csv, read_json, sha256_of_json, write_csv, write_json
 from dualrefnet.recipe import ImageSection
 from dualrefnet.runtime.preprocessing import preprocess
 
@@ -124,7 +124,7 @@ def open_store(path: Path) -> ImageStore:
     """Open a filled image store; a DataError if it is damaged."""
     try:
         index = read_json(path / "index.json")
-        broken = pd.read_csv(path / "broken.csv", dtype=str, keep_default_na=False)
+        broken = read_csv(path / "broken.csv", dtype=str, keep_default_na=False)
         if (path / "images.u8").stat().st_size != len(index["image_ids"]) * index["side"] ** 2 * 3:
             raise ValueError
     except (FileNotFoundError, ValueError):

@@ -31,7 +31,7 @@ import dualrefnet
 from dualrefnet.data.images import IMAGE_SUFFIXES
 from dualrefnet.deploy.predictor import Predictor
 from dualrefnet.errors import DataError, ImageError
-from dualrefnet.files import atomic_path, read_json, sha256_of_file, sha256_of_json, write_json
+from dualrefnet.files import atomic_path, escape_cell, read_json, sha256_of_file, sha256_of_json, write_json
 from dualrefnet.progress import ShowProgress, console, note, progress_bar, warn
 from dualrefnet.runtime.prediction import Prediction
 
@@ -372,7 +372,7 @@ def csv_lines(rows: Iterable[Sequence[str]]) -> bytes:
     for row in rows:
         text.seek(0)
         text.truncate()
-        writer.writerow(row)
+        writer.writerow([escape_cell(cell) for cell in row])
         lines.append(text.getvalue().removesuffix("\r\n") + "\n")
     return "".join(lines).encode("utf-8", errors="backslashreplace")
 

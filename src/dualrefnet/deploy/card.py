@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pandas as pd
 import yaml
 
-from dualrefnet.display.format import MEASURE_NAMES, availability_table, interval, interval_of, number, percent
+from dualrefnet.display.format import (
+    MEASURE_NAMES,
+    availability_table,
+    escape_markdown,
+    interval,
+    interval_of,
+    number,
+    percent,
+)
 from dualrefnet.errors import DependencyError
+from dualrefnet.files import read_csv
 from dualrefnet.models.registry import METHODS
 from dualrefnet.report.provenance import run_notes, run_title
 from dualrefnet.run import Run
@@ -41,6 +50,7 @@ FILES = {
     "out_of_scope.safetensors": "the out-of-distribution score",
     "form.schema.json": "JSON Schema (2020-12) of the metadata",
     "DATA_LICENCE.md": "the licence of the training data",
+    "SHA256SUMS": "the SHA-256 of every file, compared when the bundle is loaded, or by `sha256sum --check SHA256SUMS`",
     "runtime/": "the program above that needs no dualrefnet",
 }
 
@@ -59,12 +69,13 @@ def model_card(bundle: Mapping[str, Any], run: Run, files: Sequence[str]) -> str
         lstrip_blocks=True,
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
+        # Names of data sets, classes, fields and categories come from outside; `safe` marks what is Markdown or code.
+        finalize=lambda value: _plain_text(value) if type(value) is str else value,
     )
     environment.filters |= {
         "number": number,
         "percent": percent,
         "interval": interval_of,
-        "cell": lambda value: str(value).replace("|", "\\|"),
         "sentence": lambda text: f"{text[0].upper()}{text[1:]}",
     }
     metrics, dataset = run.metrics, bundle["dataset"]
@@ -81,7 +92,7 @@ def model_card(bundle: Mapping[str, Any], run: Run, files: Sequence[str]) -> str
         licence_terms=_terms(dataset["licence"]),
         protocol=PROTOCOLS.get(dataset["protocol"], dataset["protocol"]),
         reads_metadata=reads_metadata,
-        example=example,
+        example=shlex.quote(example),
         example_python=example.replace(": true", ": True").replace(": false", ": False"),
         metrics=metrics,
         measures=_measures(metrics),
@@ -95,8 +106,8 @@ def model_card(bundle: Mapping[str, Any], run: Run, files: Sequence[str]) -> str
 
 def data_licence(dataset: Mapping[str, Any]) -> str:
     """Return the bundle's DATA_LICENCE.md for a data set with title, licence and citation."""
-    licence = dataset["licence"]
-    terms = _terms(licence) or "Read its terms before you pass the model on or use it."
+    licence, citation = (_plain_text(dataset[name]) for name in ("licence", "citation"))
+    terms = _terms(dataset["licence"]) or "Read its terms before you pass the model on or use it."
     if not licence:
         terms = (
             "Whoever made the model didn't state under which licence the data may be used. Ask before you pass the "
@@ -104,10 +115,10 @@ def data_licence(dataset: Mapping[str, Any]) -> str:
         )
     return f"""# Licence of the training data
 
-The weights in this folder were learned from **{dataset["title"]}**.
+The weights in this folder were learned from **{_plain_text(dataset["title"])}**.
 
 - Licence: {licence or "not stated"}
-- To cite: {dataset["citation"] or "not stated"}
+- To cite: {citation or "not stated"}
 
 {terms}
 
@@ -117,6 +128,11 @@ the metadata, and measures on the test split.
 The software, and with it the folder `runtime/`, is under Apache-2.0. The ImageNet weights from which the image encoder
 started have licences of their own; README.md names them.
 """
+
+
+def _plain_text(text: str) -> str:
+    """Return text that Markdown shows as it is, on one line."""
+    return escape_markdown(" ".join(text.split()))
 
 
 def _terms(licence: str) -> str:
@@ -165,7 +181,7 @@ def _subgroups(run: Run) -> dict[str, Any] | None:
     file = run.path / "probes" / "subgroups.csv"
     if not file.is_file():
         return None
-    table = pd.read_csv(file, keep_default_na=False, na_values=[""])
+    table = read_csv(file, keep_default_na=False, na_values=[""])
     table["interval"] = [interval(low, high, ".2f") for low, high in zip(table["low"], table["high"], strict=True)]
     measured = table[(table["measure"] == "accuracy") & table["value"].notna()]
     few = table[~table["measured"].astype(bool)].drop_duplicates(["field", "level"])

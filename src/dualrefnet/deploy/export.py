@@ -20,9 +20,8 @@ from dualrefnet.deploy.card import data_licence, model_card
 from dualrefnet.deploy.network import (
     ExportedModel,
     ProgramNetwork,
-    TorchNetwork,
-    describe_dataset,
     normalisation_of,
+    run_parts,
     trace,
     write_onnx,
     write_program,
@@ -39,14 +38,13 @@ from dualrefnet.deploy.parity import (
 )
 from dualrefnet.deploy.predictor import refuse_shortcut
 from dualrefnet.errors import DataError, RunError
-from dualrefnet.files import sha256_of_file, write_json, write_text
+from dualrefnet.files import enough_space, sha256_of_file, write_json, write_text
 from dualrefnet.models.base import Architecture
-from dualrefnet.models.registry import load_model
 from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import ImageSection
 from dualrefnet.run import Run
 from dualrefnet.runtime.availability import missingness_shortcut
-from dualrefnet.runtime.bundle import FORMAT, OnnxNetwork
+from dualrefnet.runtime.bundle import DESCRIPTION, FORMAT, SCORE, SUMS, OnnxNetwork
 from dualrefnet.runtime.classifier import Network
 
 # The largest difference between a probability of torch and one of onnxruntime that is taken for rounding.
@@ -83,21 +81,18 @@ def export_run(
         )
     shortcut = missingness_shortcut(run.metrics)
     refuse_shortcut(shortcut, run.path, accept_missingness_shortcut)
-    about = run.model
-    metadata = MetadataEncoder.from_json(about["metadata"])
+    about, parts = run.model, run_parts(run, "cpu")
+    description, image, metadata = parts["description"], parts["image"], parts["encoder"]
+    method, reads_image = parts["network"].model, parts["reads_image"]
     if metadata.leaked_classes:
         raise RunError(
             f"{run.path} imputes metadata from the diagnosis, a demonstration of that leak: nobody can use it"
         )
-    method = load_model(about, run.weights_file).eval()
-    if int8 and not method.reads_image:
+    if int8 and not reads_image:
         raise RunError("int8 is for image encoders, and this model reads no image; export it with --no-int8")
-    image = ImageSection.model_validate(about["preprocessing"]["image"])
-    validation, training, checked_on = _cases(
-        run, root, cache, image if method.reads_image else None, metadata, int8 is not False
-    )
+    validation, training, checked_on = _cases(run, root, cache, image if reads_image else None, metadata, int8)
     no_int8 = None
-    if not method.reads_image:
+    if not reads_image:
         no_int8 = "this model reads no image"
     elif int8 is False:
         no_int8 = "it wasn't asked for"
@@ -108,45 +103,40 @@ def export_run(
                 "int8 is calibrated on training images and measured on validation images, and the run's data aren't "
                 "available: name their folder with --root DIR, or export with --no-int8"
             )
-    dataset, class_names = describe_dataset(about["dataset"])
     versions = {name: packages.version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")}
     with new_folder(out) as folder:
-        normalisation = normalisation_of(about)
-        trained = TorchNetwork(method, image.size, normalisation, torch.device("cpu"))
-        model = ExportedModel(method, Architecture.model_validate(about["architecture"]), normalisation)
-        networks = {"float32": _write_float32(folder, model, trained, validation, checked_on)}
+        model = ExportedModel(method, Architecture.model_validate(about["architecture"]), normalisation_of(about))
+        networks = {"float32": _write_float32(folder, model, parts["network"], validation, checked_on)}
         if no_int8 is None and training is not None:
             networks["int8"] = _write_int8(folder, run, validation, training)
-        if method.reads_image and run.out_of_scope_file.is_file():
-            shutil.copyfile(run.out_of_scope_file, folder / run.out_of_scope_file.name)
+        if parts["out_of_scope"] is not None:
+            shutil.copyfile(run.out_of_scope_file, folder / SCORE)
         bundle = {
             "format": FORMAT,
             "dualrefnet": dualrefnet.__version__,
             "name": run.recipe.name,
             "method": run.recipe.model.method,
-            "dataset": dataset,
+            "dataset": description["dataset"],
             "classes": about["classes"],
-            "class_names": class_names,
+            "class_names": description["class_names"],
             "malignant": about["malignant"],
             "image": about["preprocessing"]["image"],
             "metadata": about["metadata"],
-            "calibration": run.calibration.to_json() if run.calibration_file.is_file() else None,
-            "learned_tokens": not method.needs_image,
-            "reads_image": bool(method.reads_image),
-            "reads_metadata": bool(method.reads_metadata),
+            "calibration": None if parts["decision"] is None else parts["decision"].to_json(),
+            **{name: parts[name] for name in ("learned_tokens", "reads_image", "reads_metadata")},
             "networks": networks,
             "no_int8": no_int8,
             "missingness_shortcut": shortcut,
             "measured": run.metrics,
             "exported_with": {"dualrefnet": dualrefnet.__version__, **versions},
         }
-        write_json(folder / "form.schema.json", metadata_schema(metadata, run.recipe.name, method.reads_metadata))
+        write_json(folder / "form.schema.json", metadata_schema(metadata, run.recipe.name, parts["reads_metadata"]))
+        write_json(folder / DESCRIPTION, bundle)
         hub.copy_runtime(folder)
-        write_text(folder / "DATA_LICENCE.md", data_licence(dataset))
+        write_text(folder / "DATA_LICENCE.md", data_licence(description["dataset"]))
         names = [name for name in hub.FILES if (folder / name).is_file()]
-        write_text(folder / "README.md", model_card(bundle, run, [*names, hub.DESCRIPTION, f"{hub.RUNTIME}/"]))
-        # Written last: a folder is a bundle if it has one.
-        write_json(folder / hub.DESCRIPTION, bundle)
+        write_text(folder / "README.md", model_card(bundle, run, [*names, SUMS, f"{hub.RUNTIME}/"]))
+        hub.write_sums(folder)
     note(f"the bundle is in {out}")
     return bundle
 
@@ -195,9 +185,10 @@ def new_folder(out: Path) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(4)
     made, old = (out.with_name(f".{out.name}.{token}.{suffix}") for suffix in ("partial", "old"))
-    made.mkdir()
     try:
-        yield made
+        with enough_space(out):
+            made.mkdir()
+            yield made
         if out.is_dir():
             out.rename(old)
         try:
@@ -212,7 +203,12 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def _cases(
-    run: Run, root: Path | None, cache: Path | None, image: ImageSection | None, metadata: MetadataEncoder, int8: bool
+    run: Run,
+    root: Path | None,
+    cache: Path | None,
+    image: ImageSection | None,
+    metadata: MetadataEncoder,
+    int8: bool | None,
 ) -> tuple[Cases, Cases | None, str]:
     """Return validation cases, training cases for int8, and what the former are; without the run's data synthetic ones,
     with a warning, and None.
@@ -230,7 +226,7 @@ def _cases(
         return synthetic_cases(SYNTHETIC, image, metadata), None, "on synthetic cases, without the run's images"
     size = opened.recipe.image.size
     validation = real_cases(opened.pictures("val"), size, VALIDATION)
-    training = None if image is None or not int8 else real_cases(opened.pictures("train"), size, TRAINING)
+    training = None if image is None or int8 is False else real_cases(opened.pictures("train"), size, TRAINING)
     return validation, training, "on validation cases of the run"
 
 

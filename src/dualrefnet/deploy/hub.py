@@ -22,18 +22,14 @@ from huggingface_hub.errors import (
 )
 
 from dualrefnet.errors import RunError
-from dualrefnet.files import read_json, sha256_of_file
+from dualrefnet.files import sha256_of_file, write_text
+from dualrefnet.runtime.bundle import DESCRIPTION, NETWORKS, SCORE, SUMS, one_line, read_description, read_sums
 
-DESCRIPTION = "bundle.json"
-NETWORKS = ("model.onnx", "model.int8.onnx")
-FILES = (
-    *(DESCRIPTION, *NETWORKS, "model.pt2", "out_of_scope.safetensors", "form.schema.json"),
-    *("README.md", "DATA_LICENCE.md"),
-)
+FILES = (DESCRIPTION, *NETWORKS, "model.pt2", SCORE, "form.schema.json", "README.md", "DATA_LICENCE.md", SUMS)
 RUNTIME = "runtime"
 # What the client raises if the Hub refuses or isn't reached: in the latter case its library's errors, which differ
 # between versions.
-_REFUSALS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)
+_REFUSALS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError, ValueError)
 
 
 class BundleMixin(ModelHubMixin, ABC, library_name="dualrefnet", tags=["dualrefnet"]):
@@ -84,14 +80,8 @@ class BundleMixin(ModelHubMixin, ABC, library_name="dualrefnet", tags=["dualrefn
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
-            folder = _fetch(
-                str(pretrained_model_name_or_path),
-                force_download=force_download,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                revision=revision,
-            )
+            fetching = {"force_download": force_download, "local_files_only": local_files_only, "revision": revision}
+            folder = _fetch(str(folder), token=token, cache_dir=cache_dir, **fetching)
         check_bundle(folder)
         loaded = cls.load(folder, **options)
         loaded.bundle = folder
@@ -106,7 +96,7 @@ class BundleMixin(ModelHubMixin, ABC, library_name="dualrefnet", tags=["dualrefn
 
 
 class _Folder(BundleMixin):
-    """A bundle that is pushed without being loaded."""
+    """A bundle that is pushed without a network being loaded."""
 
     @classmethod
     def load(cls, *args: Any, **options: Any) -> Self:
@@ -123,10 +113,10 @@ def push_bundle(folder: Path, repository: str, **options: Any) -> str:
     try:
         return str(bundle.push_to_hub(repository, commit_message="Upload a bundle of dualrefnet", **options))
     except HFValidationError as error:
-        raise RunError(f"{repository!r} is no name of a repository, which is ORG/NAME: {_one_line(error)}") from None
+        raise RunError(f"{repository!r} is no name of a repository, which is ORG/NAME: {one_line(error)}") from None
     except _REFUSALS as error:
         raise RunError(
-            f"{folder} couldn't be pushed to {repository}: {_one_line(error)}; is it reachable, and are you logged "
+            f"{folder} couldn't be pushed to {repository}: {one_line(error)}; is it reachable, and are you logged "
             "in (`hf auth login`)?"
         ) from None
 
@@ -136,22 +126,14 @@ def is_bundle(folder: Path) -> bool:
     return (folder / DESCRIPTION).is_file()
 
 
-def check_bundle(folder: Path) -> None:
-    """Check that a bundle's networks are the ones that it describes."""
-    file, again = folder / DESCRIPTION, "fetch or export the bundle again"
+def check_bundle(folder: Path) -> dict[str, Any]:
+    """Return the content of `bundle.json`, after a check of the bundle's files; see `read_description`."""
     if not is_bundle(folder):
         raise RunError(f"{folder} is no bundle: it has no {DESCRIPTION}; `dualrefnet export RUN --out DIR` makes one")
     try:
-        networks = [(str(one["file"]), str(one["sha256"])) for one in read_json(file)["networks"].values()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{file} is damaged: {_one_line(error)}; {again}") from None
-    for name, digest in networks:
-        if name not in NETWORKS:
-            raise RunError(f"{file} names the network {name[:60]!r}; networks are called {' or '.join(NETWORKS)}")
-        if not (folder / name).is_file():
-            raise RunError(f"{folder} has no {name}, which its {DESCRIPTION} describes; {again}")
-        if sha256_of_file(folder / name) != digest:
-            raise RunError(f"{folder / name} isn't the file that {DESCRIPTION} describes (SHA-256); {again}")
+        return read_description(folder)
+    except (ValueError, OSError) as error:
+        raise RunError(one_line(error)) from None
 
 
 def copy_bundle(source: Path, target: Path) -> None:
@@ -165,6 +147,14 @@ def copy_bundle(source: Path, target: Path) -> None:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     copy_runtime(target, source / RUNTIME if (source / RUNTIME).is_dir() else None)
+    write_sums(target)
+
+
+def write_sums(folder: Path) -> None:
+    """List a bundle's own files with their SHA-256, for `sha256sum --check`."""
+    own = [*(folder / name for name in FILES if name != SUMS), *sorted((folder / RUNTIME).glob("*.py"))]
+    lines = [f"{sha256_of_file(file)}  {file.relative_to(folder).as_posix()}\n" for file in own if file.is_file()]
+    write_text(folder / SUMS, "".join(lines))
 
 
 def copy_runtime(target: Path, source: Path | None = None) -> None:
@@ -183,7 +173,12 @@ def copy_runtime(target: Path, source: Path | None = None) -> None:
 def _fetch(model_id: str, **options: Any) -> Path:
     """Fetch a bundle's files, and no others of the repository."""
     try:
-        return Path(snapshot_download(model_id, allow_patterns=list(FILES), library_name="dualrefnet", **options))
+        folder = Path(snapshot_download(model_id, allow_patterns=list(FILES), library_name="dualrefnet", **options))
+        # Where the Hub can't be reached, the client gives what an interrupted download has left.
+        missing = [name for name in read_sums(folder) if name in FILES and not (folder / name).is_file()]
+        if missing:
+            raise RunError(f"{model_id} was fetched incompletely: {', '.join(missing)} is missing; fetch it again")
+        return folder
     except HFValidationError:
         reason = "it is no name on the Hub, which is ORG/NAME"
     except RepositoryNotFoundError:
@@ -191,9 +186,5 @@ def _fetch(model_id: str, **options: Any) -> Path:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         reason = "the Hub can't be reached to fetch it; it isn't in the cache either"
     except _REFUSALS as error:
-        raise RunError(f"{model_id} couldn't be fetched: {_one_line(error)}") from None
+        raise RunError(f"{model_id} couldn't be fetched: {one_line(error)}") from None
     raise RunError(f"there is no folder {model_id}, and {reason}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

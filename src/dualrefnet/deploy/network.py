@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,12 +18,11 @@ from torch.fx import GraphModule
 
 import dualrefnet
 from dualrefnet.data import isic_2019, pad_ufes_20, synthetic
-from dualrefnet.data.loader import Batch
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.errors import RunError
 from dualrefnet.models.base import Architecture, Method, mark_missing
 from dualrefnet.models.encoders import Encoded, Encoder
-from dualrefnet.models.inference import Normalisation, VectorKeeper, predict_logits
+from dualrefnet.models.inference import Normalisation, joined_vectors, normalise, to_unit
 from dualrefnet.models.registry import load_model
 from dualrefnet.progress import warn
 from dualrefnet.recipe import ImageSection
@@ -39,18 +39,21 @@ class TorchNetwork:
 
     def __init__(self, model: Method, size: int, normalisation: Normalisation, device: torch.device) -> None:
         self.model = model.to(device).eval()
-        self._keeper = VectorKeeper(self.model)
         self._size, self._normalisation, self._device = size, normalisation, device
 
+    @torch.inference_mode()
     def __call__(
         self, images: Image | None, missing: NDArray[np.bool_] | None, metadata: NDArray[np.float32]
     ) -> NetworkOutput:
-        pixels = None if images is None else torch.from_numpy(images).permute(0, 3, 1, 2)
-        absent = torch.from_numpy(missing) if missing is not None and missing.any() else None
-        unknown = torch.zeros(len(metadata), dtype=torch.int64)
-        batch = Batch(np.arange(len(metadata)), pixels, torch.from_numpy(metadata), unknown, absent=absent)
-        logits = predict_logits(self._keeper, [batch], self._size, self._normalisation, self._device).logits
-        return NetworkOutput(logits.numpy(), self._keeper.take())
+        read = None
+        if images is not None:
+            unit = to_unit(torch.from_numpy(images).permute(0, 3, 1, 2).to(self._device), self._size)
+            pixels = normalise(unit, self._normalisation)
+            if missing is not None:
+                pixels = pixels.masked_fill(torch.from_numpy(missing).to(self._device).view(-1, 1, 1, 1), torch.nan)
+            read = self.model.encode(pixels)
+        logits = self.model(read, torch.from_numpy(metadata).to(self._device)).logits.float().cpu().numpy()
+        return NetworkOutput(logits, None if read is None else joined_vectors(read))
 
 
 def run_parts(run: Path | str | Run, device: str) -> dict[str, Any]:
@@ -78,8 +81,8 @@ def run_parts(run: Path | str | Run, device: str) -> dict[str, Any]:
         "malignant": about["malignant"],
         "encoder": MetadataEncoder.from_json(about["metadata"]),
         "image": image,
-        "reads_image": model.reads_image,
-        "reads_metadata": model.reads_metadata,
+        "reads_image": bool(model.reads_image),
+        "reads_metadata": bool(model.reads_metadata),
         "learned_tokens": not model.needs_image,
         "out_of_scope": _find_score(run, model) if model.reads_image else None,
         "decision": run.calibration if run.calibration_file.is_file() else None,
@@ -203,6 +206,7 @@ class ProgramNetwork:
         self._module, self._inputs = torch.export.load(file).module(), inputs
 
     @torch.inference_mode()
+    @torch.inference_mode()
     def __call__(
         self, images: Image | None, missing: NDArray[np.bool_] | None, metadata: NDArray[np.float32]
     ) -> NetworkOutput:
@@ -225,16 +229,16 @@ def trace(model: ExportedModel) -> ExportedProgram:
 
 
 def write_program(program: ExportedProgram, file: Path) -> None:
-    """Write a program for `torch.export.load` without the pickle that torch would add: the inputs that it was traced
-    with.
-    """
-    given = program.example_inputs
+    """Write a program for `torch.export.load`, without the inputs that it was traced with, which would be a pickle."""
+    given, content = program.example_inputs, io.BytesIO()
     # The setter wants inputs; what is written in place of none is an empty file.
     program._example_inputs = None
     try:
-        torch.export.save(program, file)
+        # Torch's own writer of files ends the process when the disk is full.
+        torch.export.save(program, content)
     finally:
         program._example_inputs = given
+    file.write_bytes(content.getbuffer())
 
 
 def write_onnx(program: ExportedProgram, model: ExportedModel, file: Path, about: dict[str, str]) -> None:

@@ -5,20 +5,22 @@ A bundle is predicted without torch; of a run folder it is loaded when the run i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dualrefnet.data.images import MAX_BYTES, MAX_PIXELS, decode_image
-from dualrefnet.deploy.hub import BundleMixin, is_bundle
+from dualrefnet.data.images import decode_image
+from dualrefnet.deploy.hub import BundleMixin, check_bundle, is_bundle
 from dualrefnet.errors import DataError, DependencyError, RunError
 from dualrefnet.progress import warn
 from dualrefnet.runtime.availability import missingness_shortcut
+from dualrefnet.runtime.bundle import bundle_parts
 from dualrefnet.runtime.classifier import Classifier
-from dualrefnet.runtime.metadata import MetadataError
+from dualrefnet.runtime.images import MAX_BYTES, MAX_PIXELS
 from dualrefnet.runtime.prediction import Explanation, Prediction
 from dualrefnet.runtime.preprocessing import Image
 
@@ -111,12 +113,10 @@ class Predictor(BundleMixin, Classifier):
             ImageError: it can't be decoded.
             DataError: the array isn't an image, or there is none and the model needs one.
         """
-        try:
+        with _data_errors():
             if image is None:
                 return self._images([None])[0]
             return self.prepare_array(image if isinstance(image, np.ndarray) else self.decode(image))
-        except ValueError as error:
-            raise DataError(str(error)) from None
 
     def check_metadata(self, metadata: Mapping[str, Any]) -> None:
         """Refuse invalid metadata.
@@ -124,10 +124,8 @@ class Predictor(BundleMixin, Classifier):
         Raises:
             DataError: a field is unknown, or a value is invalid.
         """
-        try:
+        with _data_errors():
             self.encoder.encode_records([metadata] if self.reads_metadata else [])
-        except MetadataError as error:
-            raise DataError(str(error)) from None
 
     def predict(self, image: ImageSource | None = None, metadata: Mapping[str, Any] | None = None) -> Prediction:
         """Classify one image.
@@ -170,10 +168,8 @@ class Predictor(BundleMixin, Classifier):
         self, prepared: Sequence[Sequence[Image | None]], metadata: Sequence[Mapping[str, Any]]
     ) -> list[Prediction]:
         """Classify lesions, each with images from `prepare` and one record of metadata."""
-        try:
+        with _data_errors():
             return self.classify(prepared, metadata)
-        except ValueError as error:
-            raise DataError(str(error)) from None
 
     def explain(
         self, image: ImageSource | None, metadata: Mapping[str, Any] | None = None, label: str | None = None
@@ -195,10 +191,16 @@ class Predictor(BundleMixin, Classifier):
         self, prepared: Image | None, metadata: Mapping[str, Any], label: str | None = None
     ) -> Explanation:
         """Explain the prediction for an image from `prepare`; see `explain`."""
-        try:
+        with _data_errors():
             return self.explain_prepared(prepared, metadata, label)
-        except ValueError as error:
-            raise DataError(str(error)) from None
+
+
+@contextmanager
+def _data_errors() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise DataError(str(error)) from None
 
 
 def refuse_shortcut(shortcut: str | None, model: Path | str, accepted: bool) -> None:
@@ -216,14 +218,14 @@ def refuse_shortcut(shortcut: str | None, model: Path | str, accepted: bool) -> 
 
 
 def _bundle_parts(folder: Path, device: str, variant: str) -> dict[str, Any]:
+    description = check_bundle(folder)
     try:
-        from dualrefnet.runtime.bundle import bundle_parts, read_description
+        parts = bundle_parts(folder, description, variant, device)
     except ImportError:
         raise DependencyError(f"{folder} is a bundle: it needs onnxruntime: pip install 'dualrefnet[deploy]'") from None
-    try:
-        description = read_description(folder)
-        parts = bundle_parts(folder, description, variant, device)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except (ValueError, OSError) as error:
         raise RunError(f"{folder} can't be loaded: {error}") from None
+    if parts["reads_image"] and parts["out_of_scope"] is None:
+        warn(f"{folder} has no out-of-distribution score, so images without a lesion get no warning; export it again")
     names = ("name", "dualrefnet", "dataset", "classes", "class_names", "malignant", "measured")
     return {"description": {name: description.get(name) for name in names} | {"variant": variant}, **parts}

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from dualrefnet.errors import DependencyError
@@ -92,10 +92,7 @@ SMALL_BYTES = 8_000
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """A figure with all that goes beside it: the stem of its files, a title of a few words, a caption that says how to
-    read it and how it was made for a reader without statistics, what it says in words and numbers for a screen reader
-    (`alt`), and the numbers that are drawn, one tidy table.
-    """
+    """A figure with all that goes beside it."""
 
     name: str
     title: str
@@ -161,6 +158,19 @@ def truncate(text: str, letters: int) -> str:
     return text if len(text) <= letters else text[: letters - 1] + "…"
 
 
+def label_rows(axis: Axes, places: ArrayLike, labels: Sequence[str], numbers: Sequence[str] = ()) -> None:
+    """Name the rows of an axis on the left, and write their numbers on the right."""
+    axis.set_yticks(places, labels)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(visible=False, axis="y")
+    axis.locator_params(axis="x", nbins=6)
+    if numbers:
+        right = axis.secondary_yaxis("right")
+        right.set_yticks(places, numbers)
+        right.tick_params(length=0, labelsize=7)
+        right.spines["right"].set_visible(False)
+
+
 def show_image(axis: Axes, image: NDArray[np.uint8], title: str) -> None:
     """Fill an axis with an image and a small title."""
     axis.imshow(image, interpolation="none")
@@ -195,7 +205,9 @@ def save_figure(drawn: ReportFigure, folder: Path) -> list[Path]:
 
 def inline_svg(drawn: ReportFigure) -> str:
     """Return the figure as an `<svg>` element for a page that defines the CSS variables `--ink`, `--faint` and
-    `--paper`; its letters are text in the page's own font: searchable, read aloud, and no font to fetch.
+    `--paper`.
+
+    Its letters are text in the page's own font: they can be searched and read aloud, and no font has to be fetched.
     """
     buffer = io.StringIO()
     with _style(**{"svg.fonttype": "none", "svg.hashsalt": drawn.name}):

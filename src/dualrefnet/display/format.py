@@ -7,7 +7,7 @@ as metrics.json holds them, the 95% interval of `auc` as `auc_ci95`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,11 @@ def interval(low: float | None, high: float | None, form: str = ".2f") -> str:
     return "" if low is None or pd.isna(low) else f"[{low:{form}}, {high:{form}}]".replace("-", "−")
 
 
+def estimate(value: float | None, low: float | None, high: float | None, form: str = ".3f") -> str:
+    """Return a value with its interval, both in one format."""
+    return f"{number(value, form)} {interval(low, high, form)}".strip()
+
+
 def interval_of(values: Values, key: str, form: str = ".2f", level: float = 0.95) -> str:
     """Return the interval of a value of metrics.json; empty if it has none."""
     low, high = values.get(f"{key}_ci{100 * level:g}") or (None, None)
@@ -86,7 +91,8 @@ def interval_of(values: Values, key: str, form: str = ".2f", level: float = 0.95
 
 def percent(values: Values, key: str) -> str:
     """Return a fraction of metrics.json in percent with its interval."""
-    return f"{number(values[key], '.0%')} {interval_of(values, key, '.0%')}".strip()
+    low, high = values.get(f"{key}_ci95") or (None, None)
+    return estimate(values[key], low, high, ".0%")
 
 
 def listed(names: Sequence[str]) -> str:
@@ -123,7 +129,7 @@ def escape_markdown(text: str) -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a table: text, what follows in smaller type (such as an interval), bold, the mark of a footnote."""
+    """One cell of a table."""
 
     text: str
     small: str = ""
@@ -164,7 +170,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class PrintedTable:
-    """A table to be printed; the first `left` columns are text and left-aligned, `notes` are sentences below it."""
+    """A table to be printed."""
 
     title: str
     columns: tuple[str, ...]
@@ -197,12 +203,17 @@ class PrintedTable:
         return "\n".join([*lines, r"\end{table}"]) + "\n"
 
 
+def text_rows(rows: Iterable[Sequence[object]]) -> list[list[Cell]]:
+    """Return rows of plain text."""
+    return [[Cell(str(value)) for value in row] for row in rows]
+
+
 def _row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
 def metrics_tables(metrics: Values, title: str = "Test set") -> list[PrintedTable]:
-    """Return the headline measures and those of each class from the content of metrics.json."""
+    """Return the headline measures and those of each class."""
     level = metrics.get("bootstrap", {}).get("level", 0.95)
 
     def cell(values: Values, key: str) -> Cell:
@@ -228,7 +239,7 @@ def metrics_tables(metrics: Values, title: str = "Test set") -> list[PrintedTabl
 
 
 def availability_table(measured: Values) -> PrintedTable:
-    """Return what the measures (`availability` of metrics.json) are when less is given."""
+    """Return what the measures are when less is given."""
     given = {AVAILABILITY_NAMES[name]: values for name, values in measured["inputs"].items()}
     if len(measured["groups"]) > 1:
         given |= {group["name"]: group for group in measured["groups"] if group["group"]["to"] > 0}
@@ -261,7 +272,7 @@ def availability_line(measured: Values) -> str:
 
 
 def calibration_line(calibrated: Values) -> str:
-    """Return what temperature, conformal sets and referral (`calibrated` of metrics.json) achieve on the test split."""
+    """Return what temperature, conformal sets and referral achieve on the test split."""
     sets, referral = calibrated["conformal"]["marginal"], calibrated["referral"]
     before, after = calibrated["before"]["ece"], calibrated["after"]["ece"]
     parts = [

@@ -12,6 +12,7 @@ import pandas as pd
 from dualrefnet.display.figure import ReportFigure, inline_svg
 from dualrefnet.display.format import PrintedTable
 from dualrefnet.errors import DependencyError
+from dualrefnet.files import csv_text
 
 # The data of a larger table are not embedded; they lie beside the page as a file.
 EMBEDDED_BYTES = 100_000
@@ -19,9 +20,7 @@ EMBEDDED_BYTES = 100_000
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the page: anchor, heading, sentences before its tables and figures, monospaced text below them;
-    `folded` is collapsed until it is opened.
-    """
+    """A section of the page."""
 
     key: str
     title: str
@@ -31,15 +30,13 @@ class Section:
     folded: bool = False
 
     @property
-    def pictures(self) -> list[ReportFigure]:
+    def figures(self) -> list[ReportFigure]:
         """The figures among the items."""
         return [item for item in self.items if isinstance(item, ReportFigure)]
 
 
 def render_page(title: str, subtitle: str, notes: Sequence[str], sections: Sequence[Section], photographs: bool) -> str:
-    """Return the page: `notes` on what limits the results stand in a box at the top; `photographs` says that it shows
-    images of patients.
-    """
+    """Return the page."""
     try:
         import jinja2
     except ImportError:
@@ -62,7 +59,7 @@ def render_page(title: str, subtitle: str, notes: Sequence[str], sections: Seque
 
 def _csv_link(data: pd.DataFrame, name: str) -> str:
     """Return a link that saves the numbers of a figure, or the name of the file beside the page that holds them."""
-    text = data.to_csv(index=False).encode()
+    text = csv_text(data).encode()
     if len(text) > EMBEDDED_BYTES:
         return f"Data: <code>pictures/{escape(name)}.csv</code>"
     content = base64.b64encode(text).decode()

@@ -25,13 +25,11 @@ def create_metadata_network(kind: str, metadata_width: int, widths: Sequence[int
     """Return a network (B, M) -> (B, widths[-1]): `mlp` (the paper's), `attention` or `transformer` (its ablations).
     The transformer takes the last width alone.
     """
-    if kind == "mlp":
-        return metadata_mlp(metadata_width, widths)
-    if kind == "attention":
-        return nn.Sequential(ColumnAttention(metadata_width), metadata_mlp(metadata_width, widths))
     if kind == "transformer":
         return MetadataTransformer(metadata_width, widths[-1])
-    raise ValueError(f"there is no metadata network {kind!r}; there are: mlp, attention, transformer")
+    if kind == "attention":
+        return nn.Sequential(ColumnAttention(metadata_width), metadata_mlp(metadata_width, widths))
+    return metadata_mlp(metadata_width, widths)
 
 
 def metadata_mlp(metadata_width: int, widths: Sequence[int]) -> nn.Sequential:
@@ -39,9 +37,9 @@ def metadata_mlp(metadata_width: int, widths: Sequence[int]) -> nn.Sequential:
     last.
     """
     layers: list[nn.Module] = []
-    for number, (narrow, wide) in enumerate(zip([metadata_width, *widths[:-1]], widths, strict=True)):
-        layers += [nn.Linear(narrow, wide)] + ([nn.ReLU()] if number + 1 < len(widths) else [])
-    return nn.Sequential(*layers)
+    for narrow, wide in pairwise([metadata_width, *widths]):
+        layers += [nn.Linear(narrow, wide), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
 
 
 class ColumnAttention(nn.Module):
@@ -90,15 +88,6 @@ class MetadataTransformer(nn.Module):
 
 
 ATTENTION_WIDTH, ATTENTION_HEADS = 512, 4
-
-
-def create_fusion(kind: str, image_features: int, metadata_features: int) -> Fusion:
-    """Return the fusion of an encoder's output (D) with a metadata vector (E): `concat` (equation 3), `hadamard` or
-    `cross_attention`.
-    """
-    if kind not in FUSIONS:
-        raise ValueError(f"there is no fusion {kind!r}; there are: {', '.join(FUSIONS)}")
-    return FUSIONS[kind](image_features, metadata_features)
 
 
 class Concatenation(nn.Module):
@@ -153,8 +142,14 @@ class CrossAttention(nn.Module):
         return torch.cat([answer.squeeze(1), question], dim=1)
 
 
-Fusion = Concatenation | Hadamard | CrossAttention
-FUSIONS: dict[str, type[Fusion]] = {"concat": Concatenation, "hadamard": Hadamard, "cross_attention": CrossAttention}
+# Of an encoder's output (D) with a metadata vector (E), by `model.fusion`.
+FUSIONS: dict[str, type[Concatenation | Hadamard | CrossAttention]] = {
+    "concat": Concatenation,
+    "hadamard": Hadamard,
+    "cross_attention": CrossAttention,
+}
+
+
 # The simplex is searched in steps of a twelfth, so that equal weights of two, three or four heads are among the
 # candidates (91 for three heads).
 STEPS = 12
@@ -207,22 +202,6 @@ class DecisionFusion(nn.Module):
         self.weights.copy_(chosen.to(self.weights.device))
 
 
-def create_decoder(kind: str, in_features: int, stride: int) -> nn.Sequential:
-    """Return a decoder (B,D,h,w) -> (B,3, 2 h stride, 2 w stride) for targets in the range 0..1, `plain` or
-    `bottleneck`.
-
-    `stride` is the side of the input image / side of the map, 32 or 16. The output is linear and not clamped: a clamp
-    would have no gradient where it is needed.
-    """
-    if stride not in (16, 32):
-        raise ValueError(f"decoders are made for encoders of stride 16 or 32, not {stride}")
-    if kind == "plain":
-        return plain_decoder(in_features, stride)
-    if kind == "bottleneck":
-        return bottleneck_decoder(in_features, stride)
-    raise ValueError(f"there is no decoder {kind!r}; there are: plain, bottleneck")
-
-
 def plain_decoder(in_features: int, stride: int) -> nn.Sequential:
     """Six up-sampling stages, D-256-128-64-32-16-3: the literal reading of the paper.
 
@@ -259,7 +238,7 @@ def bottleneck_decoder(in_features: int, stride: int) -> nn.Sequential:
         _Block(24, 16, upscale=2),
         _Block(16, 24),
         last,
-        _Planes(8),
+        _Planes(),
     )
 
 
@@ -276,21 +255,17 @@ class _Block(nn.Sequential):
 
 
 class _Planes(nn.Module):
-    """A pixel shuffle that writes planes: (B,3 u u,h,w) in any memory format -> (B,3,h u,w u), contiguous.
+    """`nn.PixelShuffle`(8) that writes planes: (B,192,h,w) in any memory format -> (B,3,8h,8w), contiguous.
 
-    The same values as `nn.PixelShuffle`, in one copy. On CPUs that takes about half the time, forward and backward, and
-    at the size of the image it was the dearest step of the decoder.
+    In one copy: on CPUs that takes about half the time, forward and backward, and at the size of the image it was the
+    dearest step of the decoder.
     """
-
-    def __init__(self, upscale: int) -> None:
-        super().__init__()
-        self.upscale = upscale
 
     def forward(self, features: Tensor) -> Tensor:
         """Shuffle."""
         batch, _, height, width = features.shape
-        subpixels = features.view(batch, 3, self.upscale, self.upscale, height, width)
-        return subpixels.permute(0, 1, 4, 2, 5, 3).reshape(batch, 3, height * self.upscale, width * self.upscale)
+        subpixels = features.view(batch, 3, 8, 8, height, width)
+        return subpixels.permute(0, 1, 4, 2, 5, 3).reshape(batch, 3, 8 * height, 8 * width)
 
 
 def _equal_subpixels(convolution: nn.Conv2d, upscale: int) -> None:
@@ -308,3 +283,8 @@ def _start_grey(layer: nn.Conv2d | nn.ConvTranspose2d) -> None:
     nn.init.normal_(layer.weight, std=0.02)
     assert layer.bias is not None
     nn.init.constant_(layer.bias, 0.5)
+
+
+# Decoders (B,D,h,w) -> (B,3, 2 h stride, 2 w stride) for targets in 0..1, of an encoder's stride 16 or 32. Their output
+# is linear and not clamped: a clamp would have no gradient where it is needed.
+DECODERS = {"plain": plain_decoder, "bottleneck": bottleneck_decoder}

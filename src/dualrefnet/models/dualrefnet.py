@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dualrefnet.models.base import Architecture, Head, Method, Output
-from dualrefnet.models.components import create_decoder, create_fusion, create_metadata_network
+from dualrefnet.models.components import DECODERS, FUSIONS, create_metadata_network
 from dualrefnet.models.encoders import Encoded, Encoder
 from dualrefnet.recipe import ModelSection
 
@@ -28,11 +28,11 @@ class DualRefNet(Method, name="dualrefnet"):
             self.metadata_network = create_metadata_network(
                 section.metadata_encoder, architecture.metadata_width, section.metadata_widths
             )
-            self.fusion = create_fusion(section.fusion, encoder.features, section.metadata_widths[-1])
+            self.fusion = FUSIONS[section.fusion](encoder.features, section.metadata_widths[-1])
             features = self.fusion.features
         self.head = Head(features, section.hidden, architecture.classes, section.dropout)
         self.decoder = (
-            None if section.decoder == "none" else create_decoder(section.decoder, encoder.features, encoder.stride)
+            None if section.decoder == "none" else DECODERS[section.decoder](encoder.features, encoder.stride)
         )
 
     @classmethod

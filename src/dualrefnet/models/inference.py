@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from dualrefnet.data.loader import Batch
 from dualrefnet.data.store import Arrays, DerivedStore, ImageStore, Part, fill_derived_store
-from dualrefnet.models.base import Method, Output
+from dualrefnet.models.base import Method
 from dualrefnet.models.encoders import Encoded, Encoder, EncoderOutput
 from dualrefnet.progress import progress_bar
 from dualrefnet.recipe import Recipe
@@ -48,15 +48,12 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if precision != "auto":
         return precision
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if device.type == "cpu":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
         # Older processors emulate bf16, and are slower with it than without.
-        return (
-            "bf16"
-            if torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16")
-            else "fp32"
-        )
-    return "fp32"
+        capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return "bf16" if native else "fp32"
 
 
 class Predicted(NamedTuple):
@@ -87,14 +84,11 @@ def predict_logits(
     normalisation: Normalisation,
     device: torch.device,
     precision: str = "fp32",
-    progress: Callable[[int], None] | None = None,
 ) -> Predicted:
-    """Run a model over batches in evaluation mode; `precision` is `fp32` or `bf16`, `progress` gets the number of
-    images done.
-    """
+    """Run a model over batches in evaluation mode; `precision` is `fp32` or `bf16`."""
     was_training = model.training
     model.eval()
-    logits, labels, done = [], [], 0
+    logits, labels = [], []
     heads: dict[str, list[Tensor]] = {}
     for batch in batches:
         images: Tensor | Encoded | None = None
@@ -102,45 +96,14 @@ def predict_logits(
             images = encoded(batch.features, device)
         elif batch.images is not None:
             images = normalise(to_unit(batch.images.to(device, non_blocking=True), size), normalisation)
-            if batch.absent is not None:
-                images = images.masked_fill(batch.absent.to(device).view(-1, 1, 1, 1), torch.nan)
         with autocast(device, precision):
             output = model(images, batch.metadata.to(device))
         logits.append(output.logits.float().cpu())
         labels.append(batch.labels)
         for name, value in output.heads.items():
             heads.setdefault(name, []).append(value.float().cpu())
-        done += len(batch.labels)
-        if progress:
-            progress(done)
     model.train(was_training)
     return Predicted(torch.cat(logits), torch.cat(labels), {name: torch.cat(values) for name, values in heads.items()})
-
-
-class VectorKeeper(nn.Module):
-    """A method that keeps the vectors of what it classifies, so that an image is encoded once for both; in evaluation
-    only.
-    """
-
-    def __init__(self, method: Method) -> None:
-        super().__init__()
-        self.method = method
-        # A new module is in training, and would put the method into it when it is put back into the mode that it had.
-        self.train(method.training)
-        self._kept: list[NDArray[np.float32]] = []
-
-    def forward(self, image: Tensor | Encoded | None, metadata: Tensor) -> Output:
-        """Classify as the method does."""
-        if image is not None:
-            image = self.method.encode(image)
-            self._kept.append(joined_vectors(image))
-        output: Output = self.method(image, metadata)
-        return output
-
-    def take(self) -> NDArray[np.float32] | None:
-        """Return the vectors (N, D) since the last call; None if no image was read."""
-        kept, self._kept = self._kept, []
-        return np.concatenate(kept) if kept else None
 
 
 def joined_vectors(read: Encoded) -> NDArray[np.float32]:
@@ -152,12 +115,12 @@ def fill_features(recipe: Recipe, model: Method, store: ImageStore, device: torc
     """Return what each (untrained) encoder makes of every image; computed once for all runs that share encoder and
     images.
     """
-    keep_map, size = model.maps(recipe.model), recipe.image.size
-    stores = []
-    for module in model.encoders:
-        assert isinstance(module, Encoder)
-        stores.append(_fill(module, store, size, keep_map, device))
-    return tuple(stores)
+    keep_map = model.maps(recipe.model)
+    return tuple(
+        _fill(encoder, store, recipe.image.size, keep_map, device)
+        for encoder in model.encoders
+        if isinstance(encoder, Encoder)
+    )
 
 
 def _fill(encoder: Encoder, store: ImageStore, size: int, keep_map: bool, device: torch.device) -> DerivedStore:

@@ -6,7 +6,7 @@ Nothing here needs torch until a model is built, so that a recipe is checked and
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,6 @@ from dualrefnet.errors import RecipeError, RunError
 from dualrefnet.recipe import Recipe, suggestion
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from dualrefnet.models.base import Architecture, Method
 
 NEUTRAL = (0.5, 0.5, 0.5)
@@ -144,9 +142,10 @@ def new_model(recipe: Recipe, metadata_width: int, classes: int) -> tuple[Method
         missing_tokens=recipe.metadata.imputation == "token" and reads_metadata,
         missing_image=info.reads_image and reads_metadata and recipe.modality_dropout.image > 0,
     )
-    encoders = []
-    for position, name in enumerate(architecture.backbones if info.reads_image else ()):
-        encoders.append(create_encoder(name, section.weights, recipe.image.size, None, method.taps(section), position))
+    encoders = [
+        create_encoder(name, section.weights, recipe.image.size, method.taps(section), position)
+        for position, name in enumerate(architecture.backbones if info.reads_image else ())
+    ]
     model = method(architecture, encoders)
     if recipe.training.encoder == "frozen":
         for encoder in encoders:
@@ -154,7 +153,7 @@ def new_model(recipe: Recipe, metadata_width: int, classes: int) -> tuple[Method
     sources = [encoder.weights for encoder in encoders] or [
         WeightsSource("none", "no image encoder", None, NEUTRAL, NEUTRAL)
     ]
-    return model, architecture, [source.as_dict() for source in sources]
+    return model, architecture, [asdict(source) for source in sources]
 
 
 def load_model(description: Mapping[str, Any], weights_file: Path) -> Method:
@@ -165,7 +164,7 @@ def load_model(description: Mapping[str, Any], weights_file: Path) -> Method:
     from safetensors.torch import load_file
 
     from dualrefnet.models.base import Architecture
-    from dualrefnet.models.encoders import create_encoder
+    from dualrefnet.models.encoders import WeightsSource, create_encoder
     from dualrefnet.run import Run
 
     if not weights_file.is_file():
@@ -178,23 +177,18 @@ def load_model(description: Mapping[str, Any], weights_file: Path) -> Method:
     if section.method not in METHODS:
         raise RunError(f"{weights_file.parent} holds a model of method {section.method!r}, unknown to this version")
     method = METHODS[section.method].network
-    encoders = []
     try:
-        for position, name in enumerate(architecture.backbones if method.reads_image else ()):
-            source = description["weights"][position]
-            encoder = create_encoder(
-                name, "none", architecture.image_size, source["options"], method.taps(section), position
-            )
-            # Built without its weights file, the encoder doesn't know what images it expects; the record does.
-            encoder.mean, encoder.std = tuple(source["mean"]), tuple(source["std"])
-            encoders.append(encoder)
+        sources = [
+            WeightsSource(**{**source, "mean": tuple(source["mean"]), "std": tuple(source["std"])})
+            for source in description["weights"]
+        ]
+        encoders = [
+            create_encoder(name, source, architecture.image_size, method.taps(section), position)
+            for position, (name, source) in enumerate(zip(architecture.backbones, sources, strict=True))
+            if method.reads_image
+        ]
         model = method(architecture, encoders)
         model.load_state_dict(load_file(str(weights_file)))
     except (RuntimeError, OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise RunError(f"{weights_file} doesn't fit its model.json: {str(error).splitlines()[0]}") from error
     return model
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of parameters."""
-    return sum(parameter.numel() for parameter in model.parameters())

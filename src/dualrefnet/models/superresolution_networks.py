@@ -7,31 +7,32 @@ Layers and their names are those of the published state dicts (torchSR; the auth
 from __future__ import annotations
 
 import math
-import os
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import requests
 import torch
-from huggingface_hub import constants as hub_constants
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dualrefnet.errors import RecipeError, WeightsError
+from dualrefnet.errors import WeightsError
 from dualrefnet.files import atomic_path, sha256_of_file
 from dualrefnet.models.encoders import (
     HUB_TIMEOUT,
+    RANDOM,
     SUFFIXES,
-    WEIGHTS_VARIABLE,
     WeightsSource,
+    check_online,
     fill_network,
+    find_weights,
+    given_file,
+    no_file_said,
+    no_weights,
     read_tensors,
-    weights_folder,
 )
-from dualrefnet.recipe import suggestion
 
 # Mean of the channels (RGB, range 0..1) over DIV2K, with which all of these networks were trained.
 DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
@@ -252,131 +253,93 @@ class _LocalAttention(Body):
         return features * super().forward(features)[..., :height, :width]
 
 
-_TORCHSR = "https://github.com/Coloquinte/torchSR"
-_CARN = "https://github.com/nmhkahn/CARN-pytorch"
-
-
 @dataclass(frozen=True)
 class NetworkSpec:
-    """One published network: name in tables, millions of parameters, file name and address of the state dict, who
-    publishes it, licence of the weights, PSNR in dB of enlarging Set5 by two as torchSR reports it (on luminance and
-    without the border), and the file's SHA-256, where it is known.
-    """
+    """One published network by two, whose weights are under the MIT licence."""
 
-    title: str
-    parameters: float
+    title: str  # name in tables
+    parameters: float  # millions
+    build: Callable[[], nn.Module]
+    page: str  # of who publishes it
+    folder: str  # of the published state dict, below `page`
     filename: str
-    url: str
-    page: str
-    licence: str
-    psnr: float
-    sha256: str | None = None
+    sha256: str | None = None  # of that file, where it is known
+
+    @property
+    def url(self) -> str:
+        """Address of the published state dict."""
+        return f"{self.page}/{self.folder}/{self.filename}"
+
+    @property
+    def cached(self) -> Path:
+        """Where torch.hub, and so torchSR itself, puts the file."""
+        return Path(torch.hub.get_dir()) / "checkpoints" / self.filename
+
+    def check(self, path: Path) -> None:
+        """Refuse another file than the published one."""
+        if self.sha256 is not None and sha256_of_file(path) != self.sha256:
+            raise WeightsError(
+                f"{path} isn't the published file (its SHA-256 isn't {self.sha256}); delete it and run again"
+            )
 
 
-def _of_torchsr(title: str, parameters: float, filename: str, psnr: float) -> NetworkSpec:
-    return NetworkSpec(
-        title, parameters, filename, f"{_TORCHSR}/releases/download/v1.0.3/{filename}", _TORCHSR, "MIT", psnr
-    )
-
-
-NETWORKS: dict[str, NetworkSpec] = {
-    "ninasr_b0": _of_torchsr("NinaSR-B0", 0.10, "ninasr_b0_x2.pt", 37.72),
-    "ninasr_b1": _of_torchsr("NinaSR-B1", 1.02, "ninasr_b1_x2.pt", 38.14),
-    "edsr": _of_torchsr("EDSR baseline", 1.37, "edsr64_x2.pt", 37.98),
+_TORCHSR = ("https://github.com/Coloquinte/torchSR", "releases/download/v1.0.3")
+_CARN = ("https://github.com/nmhkahn/CARN-pytorch", "raw/master/checkpoint")
+NETWORKS = {
+    "ninasr_b0": NetworkSpec("NinaSR-B0", 0.10, lambda: NinaSR(10, 16), *_TORCHSR, "ninasr_b0_x2.pt"),
+    "ninasr_b1": NetworkSpec("NinaSR-B1", 1.02, lambda: NinaSR(26, 32), *_TORCHSR, "ninasr_b1_x2.pt"),
+    "edsr": NetworkSpec("EDSR baseline", 1.37, lambda: EDSR(16, 64), *_TORCHSR, "edsr64_x2.pt"),
     "carn_m": NetworkSpec(
         "CARN-M",
         0.41,
+        CARNM,
+        *_CARN,
         "carn_m.pth",
-        f"{_CARN}/raw/master/checkpoint/carn_m.pth",
-        _CARN,
-        "MIT",
-        37.68,
         "d48a759a84509351facb6b7c6d5bd6edec98b98519b8c464ee4ab44d2ba964ff",
     ),
 }
 
 
-def network_spec(name: str) -> NetworkSpec:
-    """Return the network of that name; RecipeError: there is none."""
-    if name not in NETWORKS:
-        raise RecipeError(
-            f"no super-resolution network is called {name!r}{suggestion(name, NETWORKS)} (there are: "
-            f"{', '.join(NETWORKS)})"
-        )
-    return NETWORKS[name]
-
-
-def create_network(name: str) -> nn.Module:
-    """Build a network (a key of `NETWORKS`) with random parameters: (B,3,H,W) in 0..1 -> (B,3,2H,2W), not clamped."""
-    network_spec(name)
-    if name == "edsr":
-        return EDSR(blocks=16, features=64)
-    if name == "carn_m":
-        return CARNM()
-    return NinaSR(blocks=10, features=16) if name == "ninasr_b0" else NinaSR(blocks=26, features=32)
-
-
 def load_network(name: str, weights: str = "auto") -> tuple[nn.Module, WeightsSource]:
-    """Build a network and fill it with published weights; on the CPU, in evaluation mode, its parameters without
-    gradients.
+    """Build a network (a key of `NETWORKS`) and fill it with published weights: (B,3,H,W) in 0..1 -> (B,3,2H,2W), not
+    clamped; on the CPU, in evaluation mode, its parameters without gradients.
 
     `weights` is `auto` (a file in the folder $DUALREFNET_WEIGHTS, under the network's name or the published one; the
     cache of downloads; the published address: the first that there is), `none` (random), or a file. `mean` and `std` of
     the record change nothing: the network takes images in 0..1 and subtracts its mean itself.
-
-    Raises:
-        WeightsError: the weights are not available, or the file holds others; the message says what was tried and
-            what to do.
     """
-    spec = network_spec(name)
+    spec = NETWORKS[name]
     # Whether a teacher is loaded must not change what the caller draws next.
     with torch.random.fork_rng(devices=[]):
-        network = create_network(name).eval().requires_grad_(False)
+        network = spec.build().eval().requires_grad_(False)
+    neutral = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     if weights == "none":
-        return network, WeightsSource("none", "random, not pretrained", None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    if weights == "auto":
-        path = find_network_file(name)
-        if path is None:
-            path = _download(name, network)
-    else:
-        path = Path(weights).expanduser()
-        if not path.is_file():
-            raise WeightsError(f"there is no weights file {path}; give a file, or auto or none (random)")
+        return network, WeightsSource("none", RANDOM, None, *neutral)
+    path = find_network_file(name) if weights == "auto" else given_file(weights)
+    if path is None:
+        path = _download(name, network)
     fill_network(network, read_tensors(path), f"{path} doesn't hold weights of {name} by two")
-    published = path == _cached(spec)
-    if published:
-        _check_published(path, spec)
-    description = spec.url if published else path.name
-    source = WeightsSource(
-        "hub" if published else "file", description, sha256_of_file(path), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    )
-    return network, source
+    if path == spec.cached:
+        spec.check(path)
+        return network, WeightsSource("hub", spec.url, sha256_of_file(path), *neutral)
+    return network, WeightsSource("file", path.name, sha256_of_file(path), *neutral)
 
 
 def find_network_file(name: str) -> Path | None:
     """Return the file that `auto` would load now without downloading anything, or None."""
-    spec = network_spec(name)
-    folder = weights_folder()
-    if folder is not None and not folder.is_dir():
-        raise WeightsError(f"{WEIGHTS_VARIABLE} is {folder}, which is no folder; correct it or unset it")
-    names = [*(f"{name}{suffix}" for suffix in SUFFIXES), spec.filename]
-    places = [folder / filename for filename in names] if folder else []
-    return next((path for path in [*places, _cached(spec)] if path.is_file()), None)
+    spec = NETWORKS[name]
+    path = find_weights([*(f"{name}{suffix}" for suffix in SUFFIXES), spec.filename])
+    return path or (spec.cached if spec.cached.is_file() else None)
 
 
 @torch.inference_mode()
-def enlarge(network: nn.Module, images: NDArray[np.uint8], batch_size: int | None = None) -> NDArray[np.uint8]:
-    """Enlarge RGB bytes (B,H,W,3) by two, to the nearest bytes, (B,2H,2W,3).
-
-    `batch_size` images at a time take about 0.2 GB each for CARN-M and 224 px; None: 1 on CPUs, where more take longer,
-    else 16.
-    """
-    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-        raise ValueError(f"images must be (B,H,W,3) uint8, not {images.shape} {images.dtype}")
+def enlarge(network: nn.Module, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Enlarge RGB bytes (B,H,W,3) by two, to the nearest bytes, (B,2H,2W,3)."""
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     count, height, width, _ = images.shape
     enlarged = np.empty((count, 2 * height, 2 * width, 3), np.uint8)
-    step = batch_size or (1 if device.type == "cpu" else 16)
+    # On CPUs more at a time take longer; an image of 224 px takes about 0.2 GB of CARN-M.
+    step = 1 if device.type == "cpu" else 16
     for start in range(0, count, step):
         # A copy, since a store is read-only and torch wants memory that may be written. It stays channels_last:
         # the convolutions are faster so.
@@ -386,43 +349,23 @@ def enlarge(network: nn.Module, images: NDArray[np.uint8], batch_size: int | Non
     return enlarged
 
 
-def _cached(spec: NetworkSpec) -> Path:
-    # Where torch.hub, and so torchSR itself, puts this file.
-    return Path(torch.hub.get_dir()) / "checkpoints" / spec.filename
-
-
-def _check_published(path: Path, spec: NetworkSpec) -> None:
-    if spec.sha256 is not None and sha256_of_file(path) != spec.sha256:
-        raise WeightsError(
-            f"{path} isn't the published file (its SHA-256 isn't {spec.sha256}); delete it and run again"
-        )
-
-
 def _download(name: str, network: nn.Module) -> Path:
     """Fetch the published file into the cache; one that isn't what it must be doesn't stay there."""
     spec = NETWORKS[name]
-    path = _cached(spec)
-    folder = weights_folder()
+    path = spec.cached
     try:
-        # Who keeps the hub's client offline means downloads of weights, not one company's.
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in hub_constants.ENV_VARS_TRUE_VALUES:
-            raise WeightsError("HF_HUB_OFFLINE is set")
+        check_online()
         answer = requests.get(spec.url, timeout=HUB_TIMEOUT)
         answer.raise_for_status()
         with atomic_path(path) as temporary:
             temporary.write_bytes(answer.content)
         try:
-            fill_network(network, read_tensors(path), f"{path} doesn't hold weights of {name} by two")
-            _check_published(path, spec)
+            fill_network(network, read_tensors(path), name)
+            spec.check(path)
         except WeightsError as error:
             path.unlink()
             raise WeightsError("sends something else than the published file") from error
     except (requests.RequestException, WeightsError) as error:
-        reason = str(error) if isinstance(error, WeightsError) else f"out of reach ({type(error).__name__})"
-        tried = f"no file for it in {folder}" if folder else f"{WEIGHTS_VARIABLE} isn't set"
-        place = folder or f"a folder, set {WEIGHTS_VARIABLE} to it"
-        raise WeightsError(
-            f"no weights for {name}: {tried}; not in the cache {path.parent}; {spec.url}: {reason}. "
-            f"Put {spec.filename} from {spec.page} into {place}, or go online, or choose another target"
-        ) from error
+        tried = [no_file_said(), f"not in the cache {path.parent}", spec.url]
+        raise no_weights(name, tried, error, f"{spec.filename} from {spec.page}", "choose another target") from error
     return path

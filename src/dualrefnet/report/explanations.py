@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable
+from functools import cached_property
 
 from dualrefnet.analysis.cases import (
     ChosenCase,
@@ -21,7 +21,7 @@ from dualrefnet.analysis.opened_run import OpenedRun
 from dualrefnet.analysis.reconstruction import draw_reconstruction, reconstruct
 from dualrefnet.analysis.shap import MetadataShap, draw_beeswarm, draw_importance, draw_waterfall, explain_metadata
 from dualrefnet.display.figure import ReportFigure
-from dualrefnet.display.format import Cell
+from dualrefnet.display.format import estimate
 from dualrefnet.display.page import Section
 from dualrefnet.errors import DataError
 from dualrefnet.progress import note, progress_bar
@@ -32,138 +32,148 @@ from dualrefnet.report.provenance import run_names
 GALLERY_VALUES, CASES, SAMPLES = 3, 3, 1000
 
 
-def explanation_sections(opened: OpenedRun, options: ReportOptions) -> Iterator[Section]:
-    """Return the sections, each computed when it is requested; invalid options are refused at once.
+class Explanations:
+    """The sections about a model; what several of them show is computed once."""
 
-    Raises:
-        DataError: `options.label` is no class, fewer images are requested than there are classes, or
-            `options.masks` isn't a folder with masks of test images.
-    """
-    if options.label is not None and options.label not in opened.classes:
-        raise DataError(f"there is no class {options.label}; the classes are {', '.join(opened.classes)}")
-    fewest = min(options.images, options.shap_images)
-    if fewest < len(opened.classes):
-        raise DataError(f"{fewest} images are too few for {len(opened.classes)} classes; request more")
-    return _sections(opened, options, opened.masks(options.masks) if opened.model.reads_image else {})
+    def __init__(self, opened: OpenedRun, options: ReportOptions) -> None:
+        if options.label is not None and options.label not in opened.classes:
+            raise DataError(f"there is no class {options.label}; the classes are {', '.join(opened.classes)}")
+        fewest = min(options.images, options.shap_images)
+        if fewest < len(opened.classes):
+            raise DataError(f"{fewest} images are too few for {len(opened.classes)} classes; request more")
+        self.opened, self.options = opened, options
+        self.masks = opened.masks(options.masks) if opened.model.reads_image else {}
 
+    @cached_property
+    def cases(self) -> list[ChosenCase]:
+        opened, test = self.opened, self.opened.run.predictions.query("split == 'test'")
+        return choose_cases(test, opened.groups.loc[test["image_id"]], opened.classes, self.options.each)
 
-def _sections(opened: OpenedRun, options: ReportOptions, masks: dict[str, Path]) -> Iterator[Section]:
-    test = opened.run.predictions.query("split == 'test'")
-    cases = choose_cases(test, opened.groups.loc[test["image_id"]], opened.classes, options.each)
-    gallery_shap = None
-    if opened.reads_metadata and options.photographs:
-        image_ids = [case.image_id for case in cases]
+    @cached_property
+    def gallery_shap(self) -> MetadataShap | None:
+        if not self.opened.reads_metadata or not self.options.photographs:
+            return None
+        image_ids = [case.image_id for case in self.cases]
         with progress_bar("SHAP of the gallery") as show:
-            gallery_shap = explain_metadata(opened, image_ids=image_ids, seed=options.seed, progress=show)
-    shown: list[ShownCase] = []
-    if opened.model.reads_image and options.photographs:
+            return explain_metadata(self.opened, image_ids=image_ids, seed=self.options.seed, progress=show)
+
+    @cached_property
+    def shown(self) -> list[ShownCase]:
+        """The cases of the gallery with their Grad-CAM; none without images of patients."""
+        if not self.options.photographs:
+            return []
         values = {}
-        if gallery_shap is not None:
-            for row, (image_id, case) in enumerate(zip(gallery_shap.image_ids, cases, strict=True)):
-                values[image_id] = gallery_shap.top_groups(row, case.predicted, GALLERY_VALUES)
+        if self.gallery_shap is not None:
+            for row, (image_id, case) in enumerate(zip(self.gallery_shap.image_ids, self.cases, strict=True)):
+                values[image_id] = self.gallery_shap.top_groups(row, case.predicted, GALLERY_VALUES)
         with progress_bar("Grad-CAM of the gallery") as show:
-            shown = show_cases(opened, cases, options.label, values, masks, show)
-        yield _gallery_section(opened, shown)
-    if opened.model.reads_image:
-        yield _gradcam_section(opened, options, shown, bool(masks))
-    else:
-        note("this method reads no image: no Grad-CAM, no gallery")
-    if opened.reads_metadata:
-        yield _shap_section(opened, options, gallery_shap)
-    else:
-        note("this method reads no metadata: no SHAP")
-    with progress_bar("features") as show:
-        found = embed(opened, options.images, SAMPLES, options.seed, opened.run.path.resolve().name, show)
-    intro = [
-        "t-SNE of the fused features, the input of the classifier. The scores are measured on the features "
-        "themselves, as distances in the figure are distorted."
-    ]
-    yield Section("tsne", "t-SNE", intro, [draw_embedding(found)])
-    if opened.recipe.rebuilds_image:
-        yield _super_resolution_section(opened, options)
+            return show_cases(self.opened, self.cases, self.options.label, values, self.masks, show)
 
+    def gallery(self) -> Section:
+        names = self.opened.dataset.schema.class_names
+        by_class = {label: [case for case in self.shown if case.chosen.label == label] for label in self.opened.classes}
+        figures = [draw_gallery(cases, label, names.get(label, "")) for label, cases in by_class.items() if cases]
+        with_values = any(case.attributions for case in self.shown)
+        values = ", and the metadata with the largest SHAP values, in percentage points" if with_values else ""
+        intro = [
+            "The most confident correct and incorrect predictions of each class, selected by probability only.",
+            f"Beside each image: Grad-CAM of the predicted class, the highest probabilities{values}.",
+        ]
+        return Section("gallery", "Gallery", intro, figures)
 
-def _gallery_section(opened: OpenedRun, shown: Sequence[ShownCase]) -> Section:
-    names = opened.dataset.schema.class_names
-    by_class = {label: [case for case in shown if case.chosen.label == label] for label in opened.classes}
-    figures = [draw_gallery(cases, label, names.get(label, "")) for label, cases in by_class.items() if cases]
-    values = ", and the metadata with the largest SHAP values, in percentage points" * any(
-        case.attributions for case in shown
-    )
-    intro = [
-        "The most confident correct and incorrect predictions of each class, selected by probability only.",
-        f"Beside each image: Grad-CAM of the predicted class, the highest probabilities{values}.",
-    ]
-    return Section("gallery", "Gallery", intro, figures)
-
-
-def _gradcam_section(opened: OpenedRun, options: ReportOptions, shown: Sequence[ShownCase], masks: bool) -> Section:
-    intro = ["Grad-CAM shows which regions of the image are evidence for a class, given the metadata of the case."]
-    figures: list[ReportFigure] = []
-    # Of each class the most confident correct case, which comes first, or else the most confident incorrect one.
-    first = {}
-    for case in shown:
-        if case.chosen.label not in first:
-            first[case.chosen.label] = case
-    if first:
-        other = "the true class, or the second likeliest if the prediction is correct"
-        other = f"class {options.label}" if options.label else other
-        choice = f"The most confident case of each class, correct if there is one; the last column is {other}."
-        figures.append(draw_gradcam(list(first.values()), choice, options.label, len(opened.model.encoders)))
-    if masks:
+    def gradcam(self) -> Section:
+        opened, options = self.opened, self.options
+        intro = ["Grad-CAM shows which regions of the image are evidence for a class, given the metadata of the case."]
+        figures: list[ReportFigure] = []
+        # Of each class the most confident correct case, which comes first, or else the most confident incorrect one.
+        first: dict[str, ShownCase] = {}
+        for case in self.shown:
+            first.setdefault(case.chosen.label, case)
+        if first:
+            other = "the true class, or the second likeliest if the prediction is correct"
+            other = f"class {options.label}" if options.label else other
+            choice = f"The most confident case of each class, correct if there is one; the last column is {other}."
+            figures.append(draw_gradcam(list(first.values()), choice, options.label, len(opened.model.encoders)))
+        if not self.masks:
+            intro.append("Without lesion masks (--masks) the saliency inside the lesion is not measured.")
+            return Section("gradcam", "Grad-CAM", intro, figures)
         with progress_bar("Grad-CAM and masks") as show:
             found = localise(opened, options.masks, options.images, SAMPLES, options.seed, show)
         figures.append(draw_localisation(found))
-        row = found.summary.query(
-            "`class` == @ALL_IMAGES and measure == 'energy'", local_dict={"ALL_IMAGES": ALL_IMAGES}
-        ).iloc[0]
+        summary = found.summary
+        row = summary[(summary["class"] == ALL_IMAGES) & (summary["measure"] == "energy")].iloc[0]
         compared = "not significantly different from"
         if row["difference_low"] > 0 or row["difference_high"] < 0:
             compared = "more than" if row["difference_low"] > 0 else "less than"
         intro.append(
-            f"In images with a lesion mask, {row['value']:.0%} [{row['low']:.0%}, {row['high']:.0%}] of the saliency "
-            f"is inside the lesion: {compared} that of a centred Gaussian ({row['baseline']:.0%}); uniform saliency "
-            f"would have {row['area']:.0%}."
+            f"In images with a lesion mask, {estimate(row['value'], row['low'], row['high'], '.0%')} of the "
+            f"saliency is inside the lesion: {compared} that of a centred Gaussian ({row['baseline']:.0%}); uniform "
+            f"saliency would have {row['area']:.0%}."
         )
+        return Section("gradcam", "Grad-CAM", intro, figures)
+
+    def shap(self) -> Section:
+        opened, options, gallery = self.opened, self.options, self.gallery_shap
+        results, seed = [], options.seed
+        for by in ("field", "column"):
+            with progress_bar(f"SHAP by {by}") as show:
+                results.append(explain_metadata(opened, images=options.shap_images, by=by, seed=seed, progress=show))
+        figures = [draw_importance(result) for result in results]
+        if gallery is not None:
+            # The first malignant case, or the first if no class is malignant.
+            malignant = [opened.classes[label] in opened.dataset.schema.malignant for label in gallery.labels]
+            case = malignant.index(True) if any(malignant) else 0
+            predicted = opened.classes[int(gallery.prediction[case].argmax())]
+            figures.append(draw_waterfall(gallery, gallery.image_ids[case], predicted))
+        figures += [
+            draw_beeswarm(results[0], label) for label in ([options.label] if options.label else opened.classes)
+        ]
+        intro = [
+            "SHAP values: how much each metadata field changes the probability of a class while the image stays the "
+            "same. They show what the model uses, not what causes a disease."
+        ]
+        return Section("shap", "SHAP", intro, figures)
+
+    def tsne(self) -> Section:
+        name = self.opened.run.path.resolve().name
+        with progress_bar("features") as show:
+            found = embed(self.opened, self.options.images, SAMPLES, self.options.seed, name, show)
+        intro = [
+            "t-SNE of the fused features, the input of the classifier. The scores are measured on the features "
+            "themselves, as distances in the figure are distorted."
+        ]
+        return Section("tsne", "t-SNE", intro, [draw_embedding(found)])
+
+    def superresolution(self) -> Section:
+        with progress_bar("super-resolution") as show:
+            found = reconstruct(self.opened, min(self.options.images, 200), seed=self.options.seed, progress=show)
+        psnr, flat = found.table["psnr"].mean(), found.table["psnr_flat"].mean()
+        intro = [
+            "In training a decoder reconstructs the image at twice its resolution from the encoder's last feature map; "
+            f"predictions don't use it. Its PSNR, {psnr:.1f} dB, is {'better' if psnr > flat else 'no better'} than "
+            f"that of the mean colour, {flat:.1f} dB."
+        ]
+        figures = [draw_reconstruction(found)] if self.options.photographs else []
+        return Section("super-resolution", "Super-resolution", intro, figures)
+
+
+def explanation_parts(opened: OpenedRun, options: ReportOptions) -> list[tuple[str, Callable[[], Section]]]:
+    """Return the sections to make; invalid options are refused at once."""
+    found, parts = Explanations(opened, options), []
+    if not opened.model.reads_image:
+        note("this method reads no image: no Grad-CAM, no gallery")
+    elif options.photographs:
+        parts += [("Gallery", found.gallery), ("Grad-CAM", found.gradcam)]
     else:
-        intro.append("Without lesion masks (--masks) the saliency inside the lesion is not measured.")
-    return Section("gradcam", "Grad-CAM", intro, figures)
-
-
-def _shap_section(opened: OpenedRun, options: ReportOptions, gallery: MetadataShap | None) -> Section:
-    results = []
-    for by in ("field", "column"):
-        with progress_bar(f"SHAP by {by}") as show:
-            results.append(
-                explain_metadata(opened, images=options.shap_images, by=by, seed=options.seed, progress=show)
-            )
-    figures = [draw_importance(result) for result in results]
-    if gallery is not None:
-        # The first malignant case, or the first if no class is malignant.
-        malignant = [opened.classes[label] in opened.dataset.schema.malignant for label in gallery.labels]
-        case = malignant.index(True) if any(malignant) else 0
-        predicted = opened.classes[int(gallery.prediction[case].argmax())]
-        figures.append(draw_waterfall(gallery, gallery.image_ids[case], predicted))
-    figures += [draw_beeswarm(results[0], label) for label in ([options.label] if options.label else opened.classes)]
-    intro = [
-        "SHAP values: how much each metadata field changes the probability of a class while the image stays the same. "
-        "They show what the model uses, not what causes a disease."
-    ]
-    return Section("shap", "SHAP", intro, figures)
-
-
-def _super_resolution_section(opened: OpenedRun, options: ReportOptions) -> Section:
-    with progress_bar("super-resolution") as show:
-        found = reconstruct(opened, min(options.images, 200), seed=options.seed, progress=show)
-    psnr, flat = found.table["psnr"].mean(), found.table["psnr_flat"].mean()
-    compared = "better" if psnr > flat else "no better"
-    intro = [
-        "In training a decoder reconstructs the image at twice its resolution from the encoder's last feature map; "
-        f"predictions don't use it. Its PSNR, {psnr:.1f} dB, is {compared} than "
-        f"that of the mean colour, {flat:.1f} dB."
-    ]
-    figures = [draw_reconstruction(found)] if options.photographs else []
-    return Section("super-resolution", "Super-resolution", intro, figures)
+        parts += [("Grad-CAM", found.gradcam)]
+    if opened.reads_metadata:
+        parts.append(("SHAP", found.shap))
+    else:
+        note("this method reads no metadata: no SHAP")
+    parts.append(("t-SNE", found.tsne))
+    if opened.recipe.rebuilds_image:
+        parts.append(("Super-resolution", found.superresolution))
+    return parts
 
 
 def comparison_section(first: OpenedRun, second: OpenedRun, options: ReportOptions) -> Section:
@@ -183,11 +193,11 @@ def comparison_section(first: OpenedRun, second: OpenedRun, options: ReportOptio
         verdict = "no significant difference"
     alone = found.only_a + found.only_b
     left_out = f" ({alone:,} images tested by only one of them are left out)" if alone else ""
-    difference = Cell.estimate(found.difference.value, low, high, "+.3f", "+.3f")
+    difference = estimate(found.difference.value, low, high, "+.3f")
     intro = [
         f"On the {len(found.table):,} test images that both share{left_out}, the balanced accuracy is "
         f"{found.balanced_accuracy_a:.3f} for {names[0]}, {found.balanced_accuracy_b:.3f} for {names[1]}; difference "
-        f"{difference.text} {difference.small}, p = {found.difference.p:.3f}: {verdict}.",
+        f"{difference}, p = {found.difference.p:.3f}: {verdict}.",
         *(comparison.sentence(measure) for measure in MEASURES),
     ]
     return Section("comparison", f"Comparison with {names[1]}", intro, figures)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -64,9 +64,7 @@ FEW_IMAGES = 20
 
 @dataclass(frozen=True)
 class Measured:
-    """The test split of a run, read from its folder: labels (N,), probabilities (N, C), and the group (patient or
-    lesion) of each image.
-    """
+    """The test split of a run, read from its folder."""
 
     run: Run
     metrics: dict[str, Any]
@@ -83,11 +81,7 @@ class Measured:
 
 
 def read_measured(run: Run) -> Measured:
-    """Read a finished run.
-
-    Raises:
-        RunError: it isn't finished.
-    """
+    """Read a finished run."""
     metrics, description, predictions = run.metrics, run.model, run.predictions
     classes = tuple(description["classes"])
     test = predictions[predictions["split"] == "test"].reset_index(drop=True)
@@ -130,12 +124,11 @@ def _headline_table(measured: Measured) -> PrintedTable:
     values = metrics | {f"malignant_{key}": value for key, value in metrics.get("malignant", {}).items()}
     measures = [measure for measure in HEADLINE if measure in values]
     table = PAPER_TABLES.get(recipe.data.dataset, ("", ""))[0] if recipe.data.protocol == "paper" else ""
-    printed = {
-        measure: reported(recipe.data.dataset, table, recipe.model.method, recipe.model.backbone, measure)
-        for measure in measures
-        if table
-    }
-    paper = {measure: found.value for measure, found in printed.items() if found and found.comparable(measure)}
+    paper = {}
+    for measure in measures if table else ():
+        found = reported(recipe.data.dataset, table, recipe.model.method, recipe.model.backbone, measure)
+        if found and found.comparable(measure):
+            paper[measure] = found.value
     rows = [[Cell(MEASURE_NAMES[measure]), Cell.of(values, measure)] for measure in measures]
     notes = [
         f"In brackets: 95% interval from a bootstrap over {measured.unit}.",
@@ -178,16 +171,18 @@ def class_section(measured: Measured) -> Section:
     return Section("classes", "Per-class metrics", intro, tables)
 
 
-def curve_sections(measured: Measured, samples: int, seed: int) -> Iterator[Section]:
-    """Return the confusion matrix and the ROC and precision-recall curves."""
+def confusion_section(measured: Measured) -> Section:
     matrices = [draw_confusion(measured.metrics, shares, measured.malignant, measured.unit) for shares in (False, True)]
-    yield Section("confusion", "Confusion matrix", [], matrices)
+    return Section("confusion", "Confusion matrix", [], matrices)
+
+
+def curve_section(measured: Measured, samples: int, seed: int) -> Section:
+    """Return the ROC and precision-recall curves."""
     with progress_bar("curves") as show:
         bootstrap = Bootstrap(measured.groups, samples, seed, progress=show)
         curves = class_curves(measured.labels, measured.probabilities, bootstrap, measured.classes, measured.malignant)
-    yield Section(
-        "curves", "ROC and precision-recall", [], [draw_curves(curves, kind, measured.unit) for kind in KINDS]
-    )
+    figures = [draw_curves(curves, kind, measured.unit) for kind in KINDS]
+    return Section("curves", "ROC and precision-recall", [], figures)
 
 
 def history_section(measured: Measured) -> Section:
@@ -215,10 +210,7 @@ LEVEL = 40
 def draw_confusion(
     metrics: Mapping[str, Any], shares: bool = False, malignant: Sequence[str] = (), unit: str = "patients"
 ) -> ReportFigure:
-    """Draw the confusion matrix of metrics.json: rows are true classes, columns predicted ones.
-
-    `shares`: of the true class (each row sums to 1; NaN for a class without images) instead of numbers of images.
-    """
+    """Draw the confusion matrix: rows are true classes, columns predicted ones."""
     import matplotlib
 
     classes = list(metrics["per_class"])
@@ -247,14 +239,8 @@ def draw_confusion(
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
 
-    data = pd.DataFrame(
-        {
-            "true": np.repeat(classes, len(classes)),
-            "predicted": np.tile(classes, len(classes)),
-            "images": counts.ravel(),
-            "share": portion.ravel(),
-        }
-    )
+    data = pd.DataFrame({"true": np.repeat(classes, len(classes)), "predicted": np.tile(classes, len(classes))})
+    data = data.assign(images=counts.ravel(), share=portion.ravel())
     caption = f"{metrics['support']} test images"
     caption += f" of {metrics['bootstrap']['groups']} {unit}" if "bootstrap" in metrics else ""
     caption += ". Rows: true class, with its number of images; columns: predicted class. Each cell is "
@@ -269,10 +255,8 @@ def draw_confusion(
         wrong = counts[index] * (np.arange(len(classes)) != index)
         text = f"{classes[index]}: {counts[index, index]} of {support[index]} correct"
         alt.append(text + f", most often taken for {classes[wrong.argmax()]} ({wrong.max()})" * bool(wrong.any()))
-    name, title = (
-        ("confusion_shares", "Normalised by true class") if shares else ("confusion_counts", "Number of images")
-    )
-    return ReportFigure(name, title, caption, "; ".join(alt), figure, data)
+    name, title = ("shares", "Normalised by true class") if shares else ("counts", "Number of images")
+    return ReportFigure(f"confusion_{name}", title, caption, "; ".join(alt), figure, data)
 
 
 def _text_colour(colour: Sequence[float]) -> str:
@@ -288,11 +272,7 @@ TERMS = {"train_total": "total loss", "train_reconstruction": "reconstruction lo
 
 
 def selected_epoch(history: pd.DataFrame, selection: str) -> int:
-    """Return the epoch whose parameters were kept, as training chose it by `training.selection`.
-
-    The highest validation accuracy wins (a tie goes to the lower loss), or the lowest loss; the earliest of equal
-    epochs.
-    """
+    """Return the epoch whose parameters were kept, as training chose it."""
     if selection == "last":
         return int(history["epoch"].iloc[-1])
     if f"val_{selection}" not in history:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pandas as pd
 import torch
 
-from dualrefnet.analysis.audit import audit_split
+from dualrefnet.analysis.audit import Audit, audit_split
 from dualrefnet.analysis.duplicates import fingerprint_files
 from dualrefnet.analysis.missing_metadata import (
-    MissingMetadata,
     compare_missing_metadata,
     draw_missing_metadata,
     draw_missing_patterns,
@@ -24,24 +24,19 @@ from dualrefnet.analysis.missing_metadata import (
 )
 from dualrefnet.analysis.opened_run import OpenedRun, open_run
 from dualrefnet.analysis.out_of_distribution import OutOfDistributionMeasured, measure_out_of_distribution
-from dualrefnet.analysis.shortcuts import (
-    Shortcuts,
-    draw_shortcuts,
-    probe_shortcuts,
-    shortcut_sentences,
-    shortcut_table,
-)
-from dualrefnet.analysis.subgroups import Subgroups, subgroups_of_run
-from dualrefnet.display.figure import ReportFigure, save_figure
-from dualrefnet.display.format import PrintedTable
+from dualrefnet.analysis.shortcuts import Shortcuts, draw_shortcuts, probe_shortcuts, shortcut_sentences, shortcut_table
+from dualrefnet.analysis.subgroups import subgroups_of_run
+from dualrefnet.display.figure import ReportFigure, file_stem, save_figure
+from dualrefnet.display.format import PrintedTable, sentence
 from dualrefnet.display.page import Section, render_page
-from dualrefnet.errors import DependencyError, RunError
-from dualrefnet.files import write_csv, write_json, write_text
-from dualrefnet.progress import note
+from dualrefnet.errors import DataError, DependencyError, RunError
+from dualrefnet.files import make_folder, write_csv, write_json, write_text
+from dualrefnet.progress import note, warn
 from dualrefnet.report import ReportOptions
 from dualrefnet.report.performance import (
     class_section,
-    curve_sections,
+    confusion_section,
+    curve_section,
     history_section,
     read_measured,
     summary_section,
@@ -67,32 +62,35 @@ SINGLE = ["image_id", "answer"]
 # Runs that one figure can hold beside the first.
 MOST_AGAINST = 3
 
+# A section's name for its error, and how it is made.
+Part: TypeAlias = tuple[str, Callable[[], Section]]
+
 
 def write_explanations(
-    run: Run,
-    out: Path | None = None,
-    against: Run | None = None,
-    options: ReportOptions | None = None,
-    root: Path | None = None,
-    cache: Path | None = None,
-    device: str | None = None,
+    run: Run, out: Path | None = None, against: Run | None = None, options: ReportOptions | None = None
 ) -> list[Path]:
-    """Explain the predictions of a run's model: figures and their numbers as files in `out` (None: `explanations` in
-    the run folder), which are returned. `against` is a second run to compare it with; `root` the data's folder, if it
-    has moved.
+    """Explain the predictions of a run's model: figures and their numbers as files.
+
+    Args:
+        run: a finished run.
+        out: folder; None: `explanations` in the run folder.
+        against: a second run to compare it with.
+        options: how many images, which class, which masks.
+
+    Returns:
+        The files.
 
     Raises:
-        RunError: a run isn't finished, the two can't be compared, or images of patients are to be left out and are
-            in `out` already.
+        RunError: a run isn't finished, the two can't be compared, or images of patients are to be left out and are in
+            `out` already.
         DataError: an option is invalid for these data.
     """
     options, out = options or ReportOptions(), out or run.path / "explanations"
     _check(run, against, options, out)
-    files = []
-    for section in _model_sections(run, against, options, root, cache, device):
-        files += [path for picture in section.pictures for path in save_figure(picture, out)]
-        if section.pictures:
-            note(f"{section.title}: {', '.join(picture.name for picture in section.pictures)}")
+    parts, files = _model_parts(run, against, options), []
+    make_folder(out)
+    for section in _made(parts, options):
+        files += [path for figure in section.figures for path in save_figure(figure, out)]
     return files
 
 
@@ -102,45 +100,53 @@ def write_report(
     against: Run | None = None,
     options: ReportOptions | None = None,
     explained: bool = True,
-    root: Path | None = None,
-    cache: Path | None = None,
-    device: str | None = None,
 ) -> Path:
-    """Write the report of a run, one HTML page, and its figures and their numbers in `pictures/` beside it; return the
-    page.
+    """Write the report of a run, one HTML page, and its figures and their numbers in `pictures/` beside it.
 
-    `out` is a folder (None: `report` in the run folder). `explained` includes the sections that need the model and the
-    data; without them the extra `explain` isn't needed. The rest and the errors are as in `write_explanations`.
+    A section that can't be made says why in its place.
+
+    Args:
+        run: a finished run.
+        out: folder; None: `report` in the run folder.
+        against: a second run to compare it with.
+        options: how many images, which class, which masks.
+        explained: include the sections that need the model and the data; without them the extra `explain` isn't needed.
+
+    Returns:
+        The page.
+
+    Raises:
+        RunError: a run isn't finished, the two can't be compared, or images of patients are to be left out and are in
+            `out` already.
+        DataError: an option is invalid for these data.
     """
     options, out = options or ReportOptions(), out or run.path / "report"
     _check(run, against, options, out / "pictures")
     if against is not None and not explained:
         raise RunError("a comparison needs both models, so --against needs the explanations")
     measured = read_measured(run)
-    of_model: Iterator[Section] = iter(())
-    if explained:
-        of_model = _model_sections(run, against, options, root, cache, device, examined=True)
     samples, seed = run.recipe.evaluation.bootstrap or SAMPLES, run.recipe.seed
-
-    def sections() -> Iterator[Section]:
-        yield summary_section(measured)
-        yield class_section(measured)
-        yield from curve_sections(measured, samples, seed)
-        yield calibration_section(measured, samples, seed)
-        if run.calibration_file.is_file():
-            yield conformal_section(measured, samples, seed)
-        else:
-            note(f"the run has no calibration; `dualrefnet evaluate {run.path}` adds it")
-        yield history_section(measured)
-        yield from of_model
-        yield provenance_section(run)
-
+    parts: list[Part] = [
+        ("Summary", lambda: summary_section(measured)),
+        ("Per-class metrics", lambda: class_section(measured)),
+        ("Confusion matrix", lambda: confusion_section(measured)),
+        ("Curves", lambda: curve_section(measured, samples, seed)),
+        ("Calibration", lambda: calibration_section(measured, samples, seed)),
+        ("Training", lambda: history_section(measured)),
+    ]
+    if run.calibration_file.is_file():
+        parts.insert(-1, ("Conformal", lambda: conformal_section(measured, samples, seed)))
+    else:
+        note(f"the run has no calibration; `dualrefnet evaluate {run.path}` adds it")
+    if explained:
+        parts += _model_parts(run, against, options, examined=True)
+    parts.append(("Provenance", lambda: provenance_section(run)))
+    make_folder(out)
     done = []
-    for section in sections():
-        for picture in section.pictures:
-            save_figure(picture, out / "pictures")
+    for section in _made(parts, options):
+        for figure in section.figures:
+            save_figure(figure, out / "pictures")
         done.append(section)
-        note(f"done: {section.title}")
     title, subtitle = run_title(run)
     notes, shortcut = run_notes(run), missingness_shortcut(measured.metrics)
     if shortcut is not None:
@@ -148,6 +154,18 @@ def write_report(
     of_patients = explained and options.photographs and not measured.metrics["drawn"]
     write_text(out / PAGE, render_page(title, subtitle, notes, done, of_patients))
     return out / PAGE
+
+
+def _made(parts: Sequence[Part], options: ReportOptions) -> Iterator[Section]:
+    """Make the sections; one that can't be made of these data says why."""
+    for name, make in parts:
+        try:
+            section = make()
+        except (DataError, RunError, ValueError) as error:
+            warn(f"no section {name}: {error}")
+            section = Section(file_stem(name.lower()), name, [sentence(f"this section could not be made: {error}")])
+        note(f"done: {section.title}")
+        yield section if options.photographs else _anonymous(section)
 
 
 def _check(run: Run, against: Run | None, options: ReportOptions, pictures: Path) -> None:
@@ -170,37 +188,26 @@ def _check_finished(runs: Sequence[Run]) -> None:
             raise RunError(f"{run.path} isn't a finished run; train it, or continue with --resume")
 
 
-def _open(run: Run, root: Path | None, cache: Path | None, device: str | None) -> OpenedRun:
-    return open_run(run, root, cache=cache, device=torch.device(device) if device else None)
+def _open(run: Run, options: ReportOptions) -> OpenedRun:
+    device = torch.device(options.device) if options.device else None
+    return open_run(run, options.root, cache=options.cache, device=device)
 
 
-def _model_sections(
-    run: Run,
-    against: Run | None,
-    options: ReportOptions,
-    root: Path | None,
-    cache: Path | None,
-    device: str | None,
-    examined: bool = False,
-) -> Iterator[Section]:
-    """Open the runs, check the options, and return the sections, each computed when it is requested."""
+def _model_parts(run: Run, against: Run | None, options: ReportOptions, examined: bool = False) -> list[Part]:
+    """Open the runs, check the options, and return the sections to make."""
     # These need captum and shap; the sections on the predictions don't.
-    from dualrefnet.report.explanations import comparison_section, explanation_sections
+    from dualrefnet.report.explanations import comparison_section, explanation_parts
 
-    opened = _open(run, root, cache, device)
-    second = _open(against, root, cache, device) if against is not None else None
-    explanations = explanation_sections(opened, options)
+    opened = _open(run, options)
+    second = _open(against, options) if against is not None else None
+    parts = explanation_parts(opened, options)
     if not opened.dataset.schema.synthetic and options.photographs:
         note("the result shows images of patients: treat it as patient data, or use --no-photographs")
-
-    def sections() -> Iterator[Section]:
-        yield from explanations
-        if examined:
-            yield from _examination_sections(opened, options)
-        if second is not None:
-            yield comparison_section(opened, second, options)
-
-    return sections() if options.photographs else map(_anonymous, sections())
+    if examined:
+        parts += _examination_parts(opened, options)
+    if second is not None:
+        parts.append(("Comparison", lambda: comparison_section(opened, second, options)))
+    return parts
 
 
 def _anonymous(section: Section) -> Section:
@@ -215,102 +222,106 @@ def _anonymous(section: Section) -> Section:
     return replace(section, items=items)
 
 
-def _examination_sections(opened: OpenedRun, options: ReportOptions) -> Iterator[Section]:
-    unit = opened.dataset.schema.unit
-    subgroups = _subgroups(opened, SAMPLES, options.seed)
-    if subgroups is not None:
-        yield subgroups_section(subgroups, f"{unit}s")
-    yield shortcuts_section(probe_shortcuts(opened, options.masks, samples=SAMPLES, seed=options.seed))
+def _examination_parts(opened: OpenedRun, options: ReportOptions) -> list[Part]:
+    masks, seed, unit = options.masks, options.seed, opened.dataset.schema.unit
+    parts: list[Part] = [
+        ("Shortcut probes", lambda: shortcuts_section(probe_shortcuts(opened, masks, samples=SAMPLES, seed=seed)))
+    ]
+    if _has_subgroups(opened):
+        parts.insert(0, ("Subgroups", lambda: subgroups_section(subgroups_of_run(opened, SAMPLES, seed), f"{unit}s")))
     if opened.reads_metadata:
-        yield missing_metadata_section(measure_missing_metadata(opened, samples=SAMPLES, seed=options.seed))
-    found = _out_of_distribution(opened, options.masks, SAMPLES, options.seed, options.images)
-    if found is not None:
-        yield out_of_distribution_section(found, unit)
+        measure = partial(measure_missing_metadata, opened, samples=SAMPLES, seed=seed)
+        parts.append(("Missing metadata", lambda: missing_metadata_section(measure())))
+    if _has_score(opened):
+        found = partial(_out_of_distribution, opened, options)
+        parts.append(("Out-of-distribution", lambda: out_of_distribution_section(found(), unit)))
+    return [*parts, ("Data audit", lambda: audit_section(_audit(opened)))]
+
+
+def _audit(opened: OpenedRun) -> Audit:
     # Of the files, not of the stored images, which colour constancy and CLAHE have changed.
     used = opened.dataset.with_image[opened.dataset.with_image["image_id"].isin(opened.split["image_id"])]
     fingerprints = fingerprint_files(used) if len(used) else None
     # Without the forests, which take minutes; the command `audit` has them.
     protocol = opened.recipe.data.protocol
-    audit = audit_split(opened.dataset, opened.split, fingerprints, forests=False, protocol=protocol)
-    yield audit_section(audit)
+    return audit_split(opened.dataset, opened.split, fingerprints, forests=False, protocol=protocol)
 
 
-def _subgroups(opened: OpenedRun, samples: int, seed: int) -> Subgroups | None:
+def _has_subgroups(opened: OpenedRun) -> bool:
     if any(field.subgroup for field in opened.dataset.schema.fields):
-        return subgroups_of_run(opened, samples, seed)
+        return True
     note("no field of the data set is marked `subgroup: true`: no subgroup results")
-    return None
+    return False
 
 
-def _out_of_distribution(
-    opened: OpenedRun, masks: Path | None, samples: int, seed: int, images: int = 500
-) -> OutOfDistributionMeasured | None:
-    if not opened.model.reads_image:
-        return None
-    if not opened.run.out_of_scope_file.is_file():
+def _has_score(opened: OpenedRun) -> bool:
+    if opened.model.reads_image and not opened.run.out_of_scope_file.is_file():
         note(f"the run has no out-of-distribution score; `dualrefnet evaluate {opened.run.path}` adds it")
-        return None
-    return measure_out_of_distribution(opened, masks, images, samples, seed)
+        return False
+    return opened.model.reads_image
+
+
+def _out_of_distribution(opened: OpenedRun, options: ReportOptions) -> OutOfDistributionMeasured:
+    return measure_out_of_distribution(opened, options.masks, options.images, SAMPLES, options.seed)
 
 
 def write_probes(
     run: Run,
     against: Sequence[Run] = (),
     out: Path | None = None,
-    masks: Path | None = None,
+    options: ReportOptions | None = None,
     permutations: int = 10,
     draws: int = 5,
-    samples: int = 1000,
-    seed: int = 0,
-    root: Path | None = None,
-    cache: Path | None = None,
-    device: str | None = None,
 ) -> list[PrintedTable]:
-    """Probe a run: tables as CSV, settings as JSON, and figures if matplotlib is installed; return the tables to print.
+    """Probe a run: tables as CSV, settings as JSON, and figures if matplotlib is installed; return tables to print.
 
-    `against`: up to three others with the same test images; `out`: folder (None: `probes` in the run folder);
-    `permutations` across patients, `draws` random selections of fields for each share.
-
-    Raises:
-        RunError: a run isn't finished, is given twice or has other test images, or there are too many.
-        DataError: `masks` isn't a folder with masks of test images.
+    `permutations` are across patients, `draws` are random selections of fields for each share.
     """
-    out = out or run.path / "probes"
+    options, out = options or ReportOptions(), out or run.path / "probes"
+    seed = options.seed
     _check_probes(run, against)
-    opened = _open(run, root, cache, device)
-    shortcuts = probe_shortcuts(opened, masks, permutations, samples, seed)
+    make_folder(out)
+    opened = _open(run, options)
+    shortcuts = probe_shortcuts(opened, options.masks, permutations, SAMPLES, seed)
     write_csv(out / "shortcuts.csv", shortcuts.table)
     write_json(out / "shortcuts.json", _shortcuts_json(shortcuts))
     note("done: shortcut probes")
-    subgroups = _subgroups(opened, samples, seed)
-    if subgroups is not None:
+    if _has_subgroups(opened):
+        subgroups = subgroups_of_run(opened, SAMPLES, seed)
         write_csv(out / "subgroups.csv", subgroups.frame())
         count, expected = subgroups.flagged, subgroups.by_chance
         note(f"subgroups: {count} of {subgroups.looked_at} gaps exclude 0, about {expected:.0f} expected by chance")
-    scores = _out_of_distribution(opened, masks, samples, seed)
-    if scores is not None:
-        write_csv(out / "out_of_scope.csv", scores.table)
+    if _has_score(opened):
+        write_csv(out / "out_of_scope.csv", _out_of_distribution(opened, options).table)
         note("done: out-of-distribution")
-    runs = [opened, *(open_run(other, root, cache=cache, device=opened.device) for other in against)]
+    runs = [opened, *(open_run(other, options.root, cache=options.cache, device=opened.device) for other in against)]
     names = [one.run.path.resolve().name for one in runs]
     if len(set(names)) < len(names):
         names = [str(one.run.path) for one in runs]
     found = []
     for name, one in zip(names, runs, strict=True):
-        found.append(measure_missing_metadata(one, draws=draws, samples=samples, seed=seed, name=name))
+        found.append(measure_missing_metadata(one, draws=draws, samples=SAMPLES, seed=seed, name=name))
         note(f"done: missing metadata, {name}")
-    write_csv(out / "availability.csv", pd.concat([one.curve.assign(run=one.name) for one in found], ignore_index=True))
-    write_csv(out / "patterns.csv", pd.concat([one.patterns.assign(run=one.name) for one in found], ignore_index=True))
-    tables = [shortcut_table(shortcuts), missing_metadata_table(found[0]), missing_pattern_table(found[0])]
+    for name, tables in {
+        "availability": [one.curve for one in found],
+        "patterns": [one.patterns for one in found],
+    }.items():
+        named = [table.assign(run=one.name) for one, table in zip(found, tables, strict=True)]
+        write_csv(out / f"{name}.csv", pd.concat(named, ignore_index=True))
+    printed = [shortcut_table(shortcuts), missing_metadata_table(found[0]), missing_pattern_table(found[0])]
     differences = []
     for other in found[1:]:
         table = compare_missing_metadata(found[0], other)
-        tables.append(missing_difference_table(table, found[0].name, other.name))
+        printed.append(missing_difference_table(table, found[0].name, other.name))
         differences.append(table.assign(run=found[0].name, against=other.name))
     if differences:
         write_csv(out / "availability-differences.csv", pd.concat(differences, ignore_index=True))
-    _draw_probes(shortcuts, found, out / "pictures")
-    return tables
+    try:
+        for figure in (draw_shortcuts(shortcuts), draw_missing_metadata(found), draw_missing_patterns(found)):
+            save_figure(figure, out / "pictures")
+    except DependencyError as error:
+        note(f"no figures: {error}")
+    return printed
 
 
 def _check_probes(run: Run, against: Sequence[Run]) -> None:
@@ -339,11 +350,3 @@ def _shortcuts_json(shortcuts: Shortcuts) -> dict[str, Any]:
         "in_words": shortcut_sentences(shortcuts),
         "probes": rows,
     }
-
-
-def _draw_probes(shortcuts: Shortcuts, found: list[MissingMetadata], folder: Path) -> None:
-    try:
-        for picture in (draw_shortcuts(shortcuts), draw_missing_metadata(found), draw_missing_patterns(found)):
-            save_figure(picture, folder)
-    except DependencyError as error:
-        note(f"no figures: {error}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 
 from dualrefnet.display.figure import COLOURS, FAINT, INK, PAPER, ReportFigure, new_figure, styled
-from dualrefnet.display.format import MEASURE_NAMES, interval, number
+from dualrefnet.display.format import MEASURE_NAMES, estimate, number
 from dualrefnet.errors import RunError
 from dualrefnet.models.encoders import BACKBONES
 from dualrefnet.models.registry import METHODS
@@ -24,24 +24,14 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 KEY = list(Key._fields)
-
 # Inches: between two marks, between the lines of a label, of a line of a panel's title, and below the panels.
 SLOT, LINE, TITLE, BELOW = 0.165, 0.125, 0.17, 0.95
-
 # Letters of a line: of a label, of a panel's title, of an axis.
 LABEL, TITLE_LETTERS, AXIS_LETTERS = 25, 40, 34
-
 # Marks that one line of a panel can hold, and systems that a caption names one by one.
 STYLES = ((COLOURS[0], "o"), (COLOURS[4], "s"), (COLOURS[2], "^"), (COLOURS[3], "v"))
 NAMED = 6
-
-_HATCHED: dict[str, Any] = {
-    "facecolor": "none",
-    "edgecolor": FAINT,
-    "hatch": "////",
-    "linewidth": 0,
-    "hatch_linewidth": 0.5,
-}
+_HATCHED: dict[str, Any] = {"facecolor": "none", "edgecolor": FAINT, "hatch": "////", "linewidth": 0}
 _PAPER: dict[str, Any] = {"color": INK, "fillstyle": "none", "markersize": 4.5, "markeredgewidth": 0.9}
 
 
@@ -57,12 +47,7 @@ class Panel(NamedTuple):
 
 
 def describe(systems: pd.DataFrame, comparisons: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """Return the systems' rows of one measure with their names.
-
-    Columns are added: `panel`, `label` (of a line of the panel), `series` (which of several marks in a line; empty if
-    every line has one) and its number `place`, `name` (for captions), and `is_reference`. RunError: the suite doesn't
-    have the measure.
-    """
+    """Return the systems' rows of one measure with their names."""
     if systems.empty or not (systems["measure"] == measure).any():
         measures = ", ".join(dict.fromkeys(systems.get("measure", [])))
         raise RunError(f"the suite doesn't measure {measure}; it measures: {measures}")
@@ -291,9 +276,8 @@ def _caption(*sentences: str) -> str:
 
 
 def _alt(rows: pd.DataFrame, value: str, form: str, ends: list[str]) -> str:
-    bounds = [interval(low, high, form) for low, high in zip(rows["low"], rows["high"], strict=True)]
-    parts = zip(rows["name"], [number(each, form) for each in rows[value]], bounds, ends, strict=True)
-    return "; ".join(f"{name} {estimate} {between}".rstrip() + end for name, estimate, between, end in parts)
+    each = zip(rows["name"], rows[value], rows["low"], rows["high"], ends, strict=True)
+    return "; ".join(f"{name} {estimate(middle, low, high, form)}{end}" for name, middle, low, high, end in each)
 
 
 def _data(rows: pd.DataFrame, columns: list[str]) -> pd.DataFrame:

@@ -17,14 +17,13 @@ from dualrefnet.analysis.cases import KINDS, Disagreement, find_disagreement
 from dualrefnet.data.loader import read_dataset
 from dualrefnet.data.store import fill_store
 from dualrefnet.display.figure import ReportFigure, new_figure, save_figure, styled
-from dualrefnet.display.format import MEASURE_NAMES, Cell, PrintedTable, interval, listed, number, sentence
+from dualrefnet.display.format import MEASURE_NAMES, Cell, PrintedTable, estimate, listed, number, sentence
 from dualrefnet.display.page import Section, render_page
 from dualrefnet.errors import DataError, RecipeError, RunError
 from dualrefnet.files import write_text
-from dualrefnet.models.registry import METHODS
 from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import load_recipe
-from dualrefnet.report import provenance
+from dualrefnet.report import ReportOptions, provenance
 from dualrefnet.report.suite_figures import by_flag, describe, draw_ablation, draw_systems, names, sizes, units
 from dualrefnet.run import Run
 from dualrefnet.suite.results import (
@@ -42,13 +41,10 @@ from dualrefnet.suite.tables import LESS_IS_BETTER, SIGNIFICANT, printed_tables
 
 # Measures that get a figure; the tables have all of them.
 DRAWN = 3
-
 # Measure -> the one that it equals by definition.
 SAME = {"recall_macro": "balanced_accuracy", "recall_weighted": "accuracy"}
-
 # Systems that a sentence names one by one.
 LISTED = 16
-
 # Flag of a system -> what it means.
 NOTES = {
     LABEL_LEAKING: provenance.LABEL_LEAKING,
@@ -67,23 +63,12 @@ TERMS = (
 )
 
 BASELINE = "no_metadata"
-
 # Images of each kind of disagreement, and their size at most.
 CASES, SIZE = 6, 224
-
 # Names of the figures that show images begin so.
 CASE_FIGURES = "cases"
-
 # Cases in a row, letters of a line above an image; inches: an image, such a line, and the gap between two rows.
 COLUMNS, LETTERS, IMAGE, LINE, GAP = 3, 21, 1.27, 0.118, 0.12
-
-
-class ImageSource(NamedTuple):
-    """Whether images are shown, where the data are now (None: where the recipe says), and where prepared images are."""
-
-    shown: bool
-    root: Path | None
-    cache: Path | None
 
 
 class Pair(NamedTuple):
@@ -104,10 +89,20 @@ def write_suite_report(
     cache: Path | None = None,
     samples: int = 1000,
 ) -> Path:
-    """Write the report of a suite, and its figures with their data in `pictures/` beside it; return the page.
+    """Write the report of a suite, and its figures with their data in `pictures/` beside it.
 
-    Only what the runs left is read, and with `photographs` the data for a few images on which two systems differ; so
-    `--discard-models` does not matter.
+    Only what the runs left is read, and the data for a few images; so `--discard-models` does not matter.
+
+    Args:
+        folder: of the suite, whether all its runs are finished or not.
+        out: folder; None: `report` in the suite folder.
+        photographs: show images on which two systems differ; without them the data are not needed.
+        root: where the data are now, if not where the recipes say.
+        cache: where prepared images are; None: the user's cache folder.
+        samples: bootstrap samples.
+
+    Returns:
+        The page.
 
     Raises:
         RunError: it is not the folder of a suite, or nothing of it is finished.
@@ -126,23 +121,21 @@ def write_suite_report(
     sections = [
         _summary_section(found),
         *_figure_section(found),
-        *_pair_sections(found, ImageSource(photographs, root, cache), samples),
+        *_pair_sections(found, ReportOptions(photographs=photographs, root=root, cache=cache), samples),
         *_table_sections(found),
     ]
     # Images that an earlier call showed must not stay where a later one leaves them out.
     for left in (out / "pictures").glob(f"{CASE_FIGURES}*"):
         left.unlink()
-    figures = [figure for section in sections for figure in section.pictures]
+    figures = [figure for section in sections for figure in section.figures]
     for figure in figures:
         save_figure(figure, out / "pictures")
     shows = any(figure.name.startswith(CASE_FIGURES) for figure in figures)
     shows = shows and not all(SYNTHETIC in system.flags for system in found.members if system.runs)
     if shows:
         note("the report shows images of patients: treat it as patient data, or leave them out with --no-photographs")
-    write_text(
-        out / "report.html",
-        render_page(found.suite.title, found.suite.description, suite_notes(found), sections, shows),
-    )
+    page = render_page(found.suite.title, found.suite.description, suite_notes(found), sections, shows)
+    write_text(out / "report.html", page)
     return out / "report.html"
 
 
@@ -161,7 +154,9 @@ def suite_notes(found: SuiteResults) -> list[str]:
                 f"Runs are missing of: {names(partial, rows)}."
             )
         flags = {NOTES.get(flag, flag): some for flag, some in by_flag(rows).items()}
-        reads_missingness = rows[[_reads_missingness(system) for system in found.members]]
+        reads_missingness = rows[
+            [any(provenance.reads_missingness(run.recipe) for run in system.runs) for system in found.members]
+        ]
         if len(reads_missingness):
             flags[provenance.MISSINGNESS] = reads_missingness
         notes += [sentence(f"{note} ({names(some, rows)})") for note, some in flags.items()]
@@ -172,13 +167,6 @@ def suite_notes(found: SuiteResults) -> list[str]:
     if splits:
         notes.append(f"Not counted yet: {splits} split{'s' * (splits > 1)} of the suite.")
     return notes
-
-
-def _reads_missingness(system: System) -> bool:
-    method = METHODS.get(system.key.method)
-    reads = method is not None and method.reads_metadata
-    reads = reads and system.key.dataset in provenance.MISSINGNESS_REVEALS_CLASS
-    return reads and any(run.recipe.metadata.tier in ("M2", "M3") for run in system.runs)
 
 
 def _summary_section(found: SuiteResults) -> Section:
@@ -210,23 +198,20 @@ def _verdict(found: SuiteResults, rows: pd.DataFrame) -> Iterator[str]:
     """Yield the result of one data set and protocol: the reference, what differs from it, and the best system."""
     measure = found.suite.measures[0]
     name, less = MEASURE_NAMES.get(measure, measure), measure in LESS_IS_BETTER
+    rows = rows.assign(value=list(map(estimate, rows["pooled"], rows["low"], rows["high"])))
     valid = rows[rows["pooled"].notna() & ~rows["flags"].map(lambda flags: LABEL_LEAKING in flags)]
     references = valid[valid["is_reference"]]
     if len(references):
-        each = [f"{row['name']} with {_value(row)}" for row in references.to_dict("records")]
+        each = [f"{row['name']} with {row['value']}" for row in references.to_dict("records")]
         yield f"Reference in {name}: {listed(each)}."
     pairs = found.comparisons[found.comparisons["measure"] == measure]
-    pairs = rows.drop(columns="difference").merge(
-        pairs.drop(columns=["measure", "low", "high"]), on=rows.columns[:5].tolist()
-    )
+    others = pairs.drop(columns=["measure", "low", "high"])
+    pairs = rows.drop(columns="difference").merge(others, on=rows.columns[:5].tolist())
     tested = pairs[pairs["p_holm"].notna() & pairs["name"].isin(valid["name"])]
     if len(tested):
         differs, worse = tested["p_holm"] < SIGNIFICANT, (tested["difference"] > 0) == less
-        kinds = {
-            "worse": tested[differs & worse],
-            "better": tested[differs & ~worse],
-            "not significantly different": tested[~differs],
-        }
+        kinds = {"worse": tested[differs & worse], "better": tested[differs & ~worse]}
+        kinds["not significantly different"] = tested[~differs]
         parts = [
             f"{len(some)} {kind} ({names(some, most=LISTED)})" if len(some) else f"none {kind}"
             for kind, some in kinds.items()
@@ -242,11 +227,7 @@ def _verdict(found: SuiteResults, rows: pd.DataFrame) -> Iterator[str]:
         yield sentence(f"{text} ({names(some, most=LISTED)})")
     if len(valid) > 1:
         best = valid.sort_values("pooled", ascending=less, kind="stable").to_dict("records")[0]
-        yield f"{'Lowest' if less else 'Highest'} {name}: {best['name']}, {_value(best)}."
-
-
-def _value(row: Mapping[Any, Any]) -> str:
-    return f"{number(row['pooled'])} {interval(row['low'], row['high'], '.3f')}".strip()
+        yield f"{'Lowest' if less else 'Highest'} {name}: {best['name']}, {best['value']}."
 
 
 def _figure_section(found: SuiteResults) -> Iterator[Section]:
@@ -284,11 +265,11 @@ def _table_sections(found: SuiteResults) -> Iterator[Section]:
     yield Section("provenance", "Provenance", intro, items, text, folded=True)
 
 
-def _pair_sections(found: SuiteResults, source: ImageSource, samples: int) -> Iterator[Section]:
+def _pair_sections(found: SuiteResults, options: ReportOptions, samples: int) -> Iterator[Section]:
     """Yield the comparison, image by image, of two systems of each data set and protocol."""
     pairs = list(choose_pairs(found))
     datasets = sorted({pair.dataset for pair in pairs})
-    if source.root is not None and source.shown and len(datasets) > 1:
+    if options.root is not None and options.photographs and len(datasets) > 1:
         raise RecipeError(
             f"--root is the folder of one data set, and the suite has {' and '.join(datasets)}; "
             "set DUALREFNET_DATA instead"
@@ -299,14 +280,14 @@ def _pair_sections(found: SuiteResults, source: ImageSource, samples: int) -> It
         intro = [
             pair.rule,
             f"Balanced accuracy of these two runs: {number(found_cases.balanced_accuracy_a)} for {a}, "
-            f"{number(found_cases.balanced_accuracy_b)} for {b}, difference {number(gap.value, '+.3f')} "
-            f"{interval(gap.low, gap.high, '+.3f')}.",
+            f"{number(found_cases.balanced_accuracy_b)} for {b}, difference "
+            f"{estimate(gap.value, gap.low, gap.high, '+.3f')}.",
         ]
         items: list[PrintedTable | ReportFigure] = [_agreement_table(found_cases, pair.names)]
         several = len(pairs) > 1
-        if source.shown and len(found_cases.chosen):
+        if options.photographs and len(found_cases.chosen):
             try:
-                images = read_images(pair.runs[0], found_cases.chosen["image_id"].tolist(), source)
+                images = read_images(pair.runs[0], found_cases.chosen["image_id"].tolist(), options)
                 items += _case_figures(pair, found_cases, images, f"{CASE_FIGURES}{place if several else ''}")
             except DataError as error:
                 intro.append("Images are left out: they could not be read.")
@@ -361,13 +342,13 @@ def _common_runs(one: System, other: System) -> list[tuple[FinishedRun, Finished
     return [(run, rival) for run, rival in pairs if run.run.path != rival.run.path]
 
 
-def read_images(run: Run, image_ids: Sequence[str], source: ImageSource) -> dict[str, NDArray[np.uint8]]:
+def read_images(run: Run, image_ids: Sequence[str], options: ReportOptions) -> dict[str, NDArray[np.uint8]]:
     """Return image id -> (S, S, 3), S at most `SIZE`, prepared as the run's model reads them."""
-    recipe = load_recipe(run.recipe, {"data.root": str(source.root)} if source.root is not None else {})
+    recipe = load_recipe(run.recipe, {"data.root": str(options.root)} if options.root is not None else {})
     dataset = read_dataset(recipe)
     wanted = dataset.with_image[dataset.with_image["image_id"].isin(image_ids)]
     # A store of its own for these few: that of the whole data set may be gone, and takes long to fill.
-    store = fill_store(wanted, recipe.image, min(SIZE, recipe.image.size), source.cache) if len(wanted) else None
+    store = fill_store(wanted, recipe.image, min(SIZE, recipe.image.size), options.cache) if len(wanted) else None
     readable = set(store.image_ids) - set(store.broken) if store else set()
     if store is None or readable != set(image_ids):
         missing = len(set(image_ids) - readable)
@@ -402,9 +383,9 @@ def _case_figures(
 def draw_cases(
     cases: pd.DataFrame, images: Mapping[str, NDArray[np.uint8]], names: tuple[str, str], stem: str
 ) -> ReportFigure:
-    """Draw images that one system classifies correctly and the other not, each below what both predicted.
+    """Draw images (S, S, 3) by id that one system classifies correctly and the other not, below what both predicted.
 
-    `cases`: `image_id`, `label`, and of both systems (`_a`, `_b`) `predicted`, `p_predicted` and `p_true`, the
+    `cases` has `image_id`, `label`, and of both systems (`_a`, `_b`) `predicted`, `p_predicted` and `p_true`, the
     probabilities of the predicted and of the true class; at least one, all of one kind.
     """
     rows, titles, texts = [], [], []

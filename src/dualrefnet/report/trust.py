@@ -28,13 +28,7 @@ from dualrefnet.analysis.out_of_distribution import (
     OutOfDistributionMeasured,
     draw_out_of_distribution,
 )
-from dualrefnet.analysis.shortcuts import (
-    BALANCED,
-    Shortcuts,
-    draw_shortcuts,
-    shortcut_sentences,
-    shortcut_table,
-)
+from dualrefnet.analysis.shortcuts import BALANCED, Shortcuts, draw_shortcuts, shortcut_sentences, shortcut_table
 from dualrefnet.analysis.subgroups import (
     MINIMUM_IMAGES,
     MINIMUM_PATIENTS,
@@ -44,7 +38,7 @@ from dualrefnet.analysis.subgroups import (
     draw_subgroups,
 )
 from dualrefnet.display.figure import ReportFigure
-from dualrefnet.display.format import Cell, PrintedTable, interval, interval_of, listed, number, percent, sentence
+from dualrefnet.display.format import Cell, PrintedTable, estimate, interval_of, listed, number, percent, sentence
 from dualrefnet.display.page import Section
 from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.evaluation.calibration import Calibration
@@ -76,11 +70,10 @@ def calibration_section(measured: Measured, samples: int, seed: int) -> Section:
         return Section("calibration", "Calibration", intro, [before])
     calibration, values = measured.run.calibration, measured.metrics["calibrated"]
     low, high = calibration.temperature_interval or (None, None)
-    effect = "lowers" if calibration.temperature > 1 else "raises"
-    effect = f"it {effect} the confidence of the model"
+    effect = f"it {'lowers' if calibration.temperature > 1 else 'raises'} the confidence of the model"
     if low is not None and high is not None and low <= 1 <= high:
         effect = "as the interval includes 1, no change of confidence is clearly needed"
-    temperature = f"{number(calibration.temperature, '.2f')} {interval(low, high)}".strip()
+    temperature = estimate(calibration.temperature, low, high, ".2f")
     errors = f"{number(values['before']['ece'])} before and {number(values['after']['ece'])} after temperature scaling"
     by_chance = values["after"].get("ece_by_chance")
     if by_chance:
@@ -121,14 +114,9 @@ def conformal_section(measured: Measured, samples: int, seed: int) -> Section:
     figures = [draw_selective(selective, measured.unit)]
     malignant = calibration.cancer[measured.labels]
     if calibration.referral is not None and 0 < malignant.sum() < len(malignant):
-        curve = referral_curve(
-            malignant,
-            malignancy(calibrated, calibration.cancer),
-            bootstrap,
-            calibration.referral,
-            calibration.sensitivity,
-            calibration.referral_interval,
-        )
+        threshold = (calibration.referral, calibration.sensitivity, calibration.referral_interval)
+        scores = malignancy(calibrated, calibration.cancer)
+        curve = referral_curve(malignant, scores, bootstrap, *threshold)
         figures.append(draw_referral(curve, measured.unit))
     tables = [_set_table(measured, calibration, values["conformal"]), _selective_table(values["selective"])]
     intro = [_sets(values["conformal"]), _referral(calibration, values["referral"])]
@@ -148,10 +136,9 @@ def _sets(values: Row) -> str:
 def _referral(calibration: Calibration, values: Row | None) -> str:
     if values is None:
         return "There is no referral threshold: no class, or no validation image, is malignant."
-    text = (
-        f"Images with a malignancy score of at least {number(calibration.referral, '.2f')} "
-        f"{interval(*calibration.referral_interval or (None, None))} are referred: {percent(values, 'referred')}"
-    ).replace("  ", " ")
+    low, high = calibration.referral_interval or (None, None)
+    threshold = estimate(calibration.referral, low, high, ".2f")
+    text = f"Images with a malignancy score of at least {threshold} are referred: {percent(values, 'referred')}"
     if values["malignant"] == 0:
         return f"{text}; as no test image is malignant, the sensitivity is unknown."
     low, high = values.get("sensitivity_ci95") or (1, 0)
@@ -287,8 +274,8 @@ def out_of_distribution_section(measured: OutOfDistributionMeasured, unit: str =
         verdict = "separates the two" if low > 0.5 else "does not reliably separate the two"
         intro.append(
             f"Of crops of healthy skin {_estimate(rows[SKIN], 'flagged')} are flagged, of equally large crops of "
-            f"lesions {_estimate(rows[CLOSE_LESION], 'flagged')}: the score {verdict} (AUROC {number(value, '.2f')} "
-            f"{interval(low, high)}), so images of healthy skin often pass without a warning."
+            f"lesions {_estimate(rows[CLOSE_LESION], 'flagged')}: the score {verdict} (AUROC "
+            f"{estimate(value, low, high, '.2f')}), so images of healthy skin often pass without a warning."
         )
     table = [
         [
@@ -314,7 +301,7 @@ def out_of_distribution_section(measured: OutOfDistributionMeasured, unit: str =
 
 def _estimate(row: Row, name: str = "value", form: str = ".1%") -> str:
     low, high = (row[end if name == "value" else f"{name}_{end}"] for end in ("low", "high"))
-    return f"{number(row[name], form)} {interval(low, high, form)}".strip()
+    return estimate(row[name], low, high, form)
 
 
 def shortcuts_section(shortcuts: Shortcuts) -> Section:
@@ -349,10 +336,7 @@ CHECKS = (
     ("No patient crosses the split", ("patients_on_two_sides",)),
     ("No lesion crosses the split", ("lesions_on_two_sides",)),
     ("No near-duplicate crosses the split", ("near_duplicates",)),
-    (
-        "Every image has one id and one label",
-        ("near_duplicates_other", "identical_other_label", "identical_same_label"),
-    ),
+    ("Every image has one label", ("near_duplicates_other", "identical_other_label", "identical_same_label")),
     ("Missingness does not reveal the class", ("missing_block", "missing_mask")),
     ("No single column reveals the class", ("proxy",)),
     ("Metadata do not identify the patient", ("nearest_form", "reidentification", "form_alone")),
@@ -378,9 +362,8 @@ def audit_section(audit: Audit) -> Section:
         worst = next((level for level in VERDICTS if any(finding.level == level for finding in findings)), None)
         if worst is not None:
             messages = dict.fromkeys(finding.message for finding in findings if finding.level == worst)
-            rows.append(
-                [Cell(check), Cell(VERDICTS[worst], bold=worst != "PASS"), Cell(" ".join(map(sentence, messages)))]
-            )
+            verdict = Cell(VERDICTS[worst], bold=worst != "PASS")
+            rows.append([Cell(check), verdict, Cell(" ".join(map(sentence, messages)))])
     compared = [sentence(finding.message) for finding in audit.findings if finding.check == "images_compared"]
     notes = tuple(compared or ["Images were not compared with each other."])
     verdicts = PrintedTable("Checks", ("check", "verdict", "finding"), rows, notes, left=3)

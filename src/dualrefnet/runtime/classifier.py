@@ -1,10 +1,11 @@
 """The classifier: decoded images and metadata in, predictions out, whatever computes the network."""
 
+# ruff: noqa: B905 (zip of Python 3.9 can't be strict)
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +27,12 @@ class NetworkOutput(NamedTuple):
     vectors: NDArray[np.floating] | None
 
 
-# Images (N, S, S, 3) or None, which are missing (N,) or None, and encoded metadata (N, M) -> output.
-Network = Callable[[Image | None, NDArray[np.bool_] | None, NDArray[np.float32]], NetworkOutput]
+class Network(Protocol):
+    """Computes images (N, S, S, 3) or None, which of them are missing (N,) or None, and encoded metadata (N, M)."""
+
+    def __call__(
+        self, images: Image | None, missing: NDArray[np.bool_] | None, metadata: NDArray[np.float32], /
+    ) -> NetworkOutput: ...
 
 
 class Classifier:
@@ -111,9 +116,9 @@ class Classifier:
             decided = self.decision.decide(probabilities, seen, share_given(encoded.missing, self.reads_metadata))
             probabilities = decided.probabilities
         predictions = []
-        for index, (row, lesion_scores) in enumerate(zip(probabilities, np.split(scores, starts[1:]), strict=True)):
+        for index, (row, lesion_scores) in enumerate(zip(probabilities, np.split(scores, starts[1:]))):
             order = [self.classes[place] for place in np.argsort(-row, kind="stable")]
-            by_class = dict(zip(self.classes, row.tolist(), strict=True))
+            by_class = dict(zip(self.classes, row.tolist()))
             malignancy = sum(by_class[label] for label in self.malignant) if self.malignant else None
             known = lesion_scores[~np.isnan(lesion_scores)]
             warnings = self._image_warnings(images[index], lesion_scores)
@@ -148,7 +153,7 @@ class Classifier:
             raise ValueError(f"no class is called {label[:40]!r}; there are: {', '.join(self.classes)}")
         [image], [metadata] = self._images([image]), self._read([metadata])
         missing = self.encoder.encode_records([metadata]).missing
-        given = [field.name for field, gap in zip(self.encoder.fields, missing[0], strict=True) if not gap]
+        given = [field.name for field, gap in zip(self.encoder.fields, missing[0]) if not gap]
         reduced = [{name: value for name, value in metadata.items() if name != left_out} for left_out in given]
         encoded = self.encoder.encode_records([metadata, *reduced]).values
         patches = [] if image is None else occlude(image)
@@ -166,7 +171,7 @@ class Classifier:
         place = int(rows[0].argmax()) if label is None else self.classes.index(label)
         drop = rows[0, place] - rows[1:, place]
         saliency = None if image is None else saliency_map(drop[len(given) :], self.size)
-        fields = dict(zip(given, drop[: len(given)].tolist(), strict=True))
+        fields = dict(zip(given, drop[: len(given)].tolist()))
         return Explanation(self.classes[place], float(rows[0, place]), saliency, fields)
 
     def _read(self, metadata: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
@@ -190,8 +195,13 @@ class Classifier:
             nothing = np.zeros((self.size, self.size, 3), dtype=np.uint8)
             stacked = np.stack([nothing if image is None else image for image in images])
             missing = np.array([image is None for image in images]) if self.learned_tokens else None
-        output = self.network(stacked, missing, values)
-        return softmax(output.logits), output.vectors
+        logits, vectors = self.network(stacked, missing, values)
+        if logits.shape != (len(values), len(self.classes)):
+            raise ValueError(f"the network computes {logits.shape}, not {len(self.classes)} classes of each input")
+        given = [row for row, image in enumerate(images) if image is not None]
+        if not np.isfinite(logits).all() or (vectors is not None and not np.isfinite(vectors[given]).all()):
+            raise ValueError("the network computes no finite numbers for this input: is the model damaged?")
+        return softmax(logits), vectors
 
     def _image_warnings(self, images: Sequence[Image | None], scores: NDArray[np.float64]) -> list[str]:
         warnings = []
@@ -207,6 +217,8 @@ class Classifier:
                 )
         if self.reads_image and images[0] is None:
             warnings.append("predicted without an image")
+        elif self.reads_image and self.out_of_scope is None:
+            warnings.append("not checked whether the image looks like those this model was trained on: no score for it")
         return warnings
 
     def _threshold_warnings(self, label: str, thresholds: Thresholds, refer: bool | None) -> list[str]:
@@ -229,7 +241,7 @@ class Classifier:
     def _metadata_warnings(self, missing: NDArray[np.bool_], metadata: Mapping[str, Any]) -> list[str]:
         if not self.fields:
             return ["this model reads no metadata; what was given is ignored"] if metadata else []
-        names = [field.name for field, gap in zip(self.fields, missing, strict=True) if gap]
+        names = [field.name for field, gap in zip(self.fields, missing) if gap]
         how = "imputed" if self.encoder.imputer is not None else "taken as zero"
         if self.encoder.section.imputation == "token":
             how = "replaced by a learned token"

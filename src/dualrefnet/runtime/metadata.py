@@ -4,6 +4,7 @@ Parsing, imputation and encoding are one code for training tables and for single
 fits what is applied here.
 """
 
+# ruff: noqa: B905 (zip of Python 3.9 can't be strict)
 from __future__ import annotations
 
 import math
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]
-Key = TypeVar("Key", bound=int | str)
+Key = TypeVar("Key", int, str)
 
 # What an empty cell is called by spreadsheets, R, pandas, SQL and SAS; without case.
 MISSING_WORDS = frozenset(
@@ -213,7 +214,7 @@ class NeuralImputer:
         if not missing.any():
             return filled
         output = network(np.concatenate([columns, missing.astype(np.float32)], axis=1), self.weights, np)
-        for index, (span, values) in enumerate(zip(self.spans, self.values, strict=True)):
+        for index, (span, values) in enumerate(zip(self.spans, self.values)):
             rows = np.flatnonzero(missing[:, index])
             width = span.stop - span.start
             # A categorical field without a value in the training rows has no column.
@@ -292,6 +293,9 @@ class MetadataTransform:
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> MetadataTransform:
         """Rebuild from what `dualrefnet.data.metadata.MetadataEncoder.to_json` wrote."""
+        fitted = [state[name] for name in ("fields", "levels", "centre", "spread")]
+        if len({len(values) for values in fitted}) != 1 or 0 in state["spread"]:
+            raise ValueError("the encoding of the metadata doesn't fit its fields")
         section = cast(EncodingSettings, SimpleNamespace(**state["section"]))
         return cls(section, tuple(FieldSpec.from_json(one) for one in state["fields"]), *fitted_state(state))
 
@@ -299,7 +303,7 @@ class MetadataTransform:
     def names(self) -> list[str]:
         """The M column names, such as `age`, `region_FACE`, `missing_smoke`."""
         names = []
-        for one, categories in zip(self.fields, self.categories, strict=True):
+        for one, categories in zip(self.fields, self.categories):
             names += [one.name] if one.kind == "numeric" else [f"{one.name}_{category}" for category in categories]
         return names + [f"missing_{self.fields[index].name}" for index in self._flagged]
 
@@ -312,7 +316,7 @@ class MetadataTransform:
     def spans(self) -> list[Span]:
         """The columns of each field; flags of missing fields come after them."""
         spans, start = [], 0
-        for one, categories in zip(self.fields, self.categories, strict=True):
+        for one, categories in zip(self.fields, self.categories):
             stop = start + (1 if one.kind == "numeric" else len(categories))
             spans.append(Span(start, stop, one.kind == "numeric"))
             start = stop
@@ -356,12 +360,12 @@ class MetadataTransform:
         columns = np.zeros((number, self.spans[-1].stop if self.spans else 0), dtype=np.float32)
         missing = np.ones((number, len(self.fields)), dtype=bool)
         invalid: dict[tuple[int, str], Mask] = {}
-        for index, (one, span, column) in enumerate(zip(self.fields, self.spans, values, strict=True)):
+        for index, (one, span, column) in enumerate(zip(self.fields, self.spans, values)):
             # Patients have the same few values. True, 1 and 1.0 are one key of a dictionary, and different values.
             known: dict[tuple[type, object], ParsedValue] = {}
             not_numbers = 0
             for row, value in enumerate(column or ()):
-                key = (type(value), value if isinstance(value, str | int | float | bool) else str(value))
+                key = (type(value), value if isinstance(value, (str, int, float)) else str(value))
                 try:
                     parsed = known[key] if key in known else self.parse(index, value)
                 except MetadataError:
@@ -426,7 +430,7 @@ class MetadataTransform:
     def _lookup(self) -> list[tuple[dict[str, int], dict[str, int]]]:
         """For every field, category -> index; and the same by `fold`, without those that several categories share."""
         lookup = []
-        for one, categories in zip(self.fields, self.categories, strict=True):
+        for one, categories in zip(self.fields, self.categories):
             exact = {category: index for index, category in enumerate(categories)}
             if self.section.merge_aliases:
                 exact = {alias: exact[name] for alias, name in one.aliases.items() if name in exact} | exact

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,7 +97,7 @@ class OutOfDistributionScore:
         return float(np.interp(score, self.quantiles, np.linspace(0, 1, QUANTILES)))
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: Path) -> OutOfDistributionScore:
         """Read a fitted score; ValueError: the file is damaged or of another version."""
         tensors, header = read_tensors(path)
         if header.get("format") != FORMAT:

@@ -1,5 +1,6 @@
 """Predictions and their explanation by occlusion: parts of the image and values of the metadata are left out."""
 
+# ruff: noqa: B905 (zip of Python 3.9 can't be strict)
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -72,7 +73,7 @@ def occlude(image: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
 def saliency_map(values: NDArray[np.floating], side: int) -> NDArray[np.float32]:
     """Spread one value a patch over (side, side): at each pixel the weighted mean of the patches that hold it."""
     total, weights = np.zeros((side, side)), np.zeros((side, side))
-    for value, (rows, columns) in zip(values, _patches(side), strict=True):
+    for value, (rows, columns) in zip(values, _patches(side)):
         # A patch says most about its middle.
         weight = np.outer(_tent(rows), _tent(columns))
         total[rows, columns] += value * weight

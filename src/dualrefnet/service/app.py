@@ -8,20 +8,14 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import dualrefnet
-from dualrefnet.errors import DependencyError
-
-try:
-    from fastapi import FastAPI
-    from starlette.exceptions import HTTPException
-    from starlette.middleware.cors import CORSMiddleware
-    from starlette.requests import Request
-    from starlette.responses import Response
-except ImportError:
-    raise DependencyError("the web service needs FastAPI: pip install 'dualrefnet[deploy]'") from None
-
+from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
 
+import dualrefnet
 from dualrefnet.deploy.predictor import refuse_shortcut
 from dualrefnet.service import schemas
 from dualrefnet.service.inference import Inference, Reservation

@@ -24,14 +24,16 @@ import numpy as np
 import psutil
 
 import dualrefnet
-from dualrefnet.data.images import decode_image
 from dualrefnet.errors import ImageError
+from dualrefnet.runtime.images import DecodingError, decode_image
 from dualrefnet.runtime.preprocessing import Image, ImageSettings, preprocess
 
 if TYPE_CHECKING:
     from dualrefnet.service.settings import ServiceSettings
 
 log = logging.getLogger("dualrefnet.service")
+# Those that cameras and browsers write.
+FORMATS = ("JPEG", "PNG", "WEBP")
 # A pixel in the copies that decoding, transparency and preprocessing make of an image.
 BYTES_PER_PIXEL = 32
 SPARE_MEMORY = 128 * 2**20
@@ -83,7 +85,7 @@ class Decoders:
             self._processes.discard(process)
             process = None
             log.warning("a decoder has ended", extra={"status": status})
-            reason = "takes too long" if status == -signal.SIGALRM else "makes the decoder fail"
+            reason = "takes too long" if status == -signal.SIGPROF else "makes the decoder fail"
             raise ImageError(f"the image {reason}; save it anew as a plain JPEG or PNG") from None
         finally:
             self._idle.put_nowait(process)
@@ -134,14 +136,14 @@ def main() -> None:
     while head := received.read(LENGTH.size):
         data = received.read(*LENGTH.unpack(head))
         # Unhandled, the signal ends the process in the middle of a library's loop too.
-        signal.setitimer(signal.ITIMER_REAL, order["decode_timeout"])
+        signal.setitimer(signal.ITIMER_PROF, order["decode_timeout"])
         try:
-            pixels = decode_image(data, max_bytes=order["max_image"], max_pixels=order["max_pixels"])
+            pixels = decode_image(data, max_bytes=order["max_image"], max_pixels=order["max_pixels"], formats=FORMATS)
             good, content = True, preprocess(pixels, image).tobytes()
             del pixels
-        except ImageError as error:
+        except DecodingError as error:
             good, content = False, str(error).encode()
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         replies.write(REPLY.pack(good, len(content)) + content)
         replies.flush()
         del data

@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import numpy as np
 
@@ -132,7 +132,8 @@ class Worker(Generic[Job, Result]):
         try:
             return await future
         finally:
-            with suppress(ValueError):
+            # Otherwise `remove` would fail, with an error that takes longer to write than a job to run.
+            if entry in self._waiting:
                 self._waiting.remove(entry)
 
     async def _loop(self) -> None:
@@ -190,7 +191,8 @@ class Upload:
     label: str | None = None
 
 
-class Case(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Case:
     """One lesion: its preprocessed images (None: no image), and its metadata."""
 
     images: list[Image | None]
@@ -220,7 +222,7 @@ class Inference:
 
         def predict(cases: list[Case]) -> list[Prediction]:
             with lock:
-                return predictor.predict_lesions(*zip(*cases, strict=True))
+                return predictor.predict_lesions([case.images for case in cases], [case.metadata for case in cases])
 
         def explain(jobs: list[tuple[Case, str]]) -> list[Explanation]:
             model = explainer or predictor

@@ -12,14 +12,8 @@ from functools import partial
 from pathlib import Path
 
 import psutil
-
-from dualrefnet.errors import DependencyError
-
-try:
-    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-    from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
-except ImportError:
-    raise DependencyError("the web service needs prometheus-client: pip install 'dualrefnet[deploy]'") from None
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 # Of a record only these are written; whatever else a library attaches stays out.
 FIELDS = ("id", "route", "status", "ms", "bytes_in", "bytes_out", "error", "where")

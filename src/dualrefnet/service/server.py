@@ -16,20 +16,17 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import uvicorn
 from filelock import BaseFileLock, FileLock, Timeout
 from pydantic import BaseModel, ConfigDict
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.supervisors import Multiprocess
 
-from dualrefnet.errors import DataError, DependencyError, DualRefNetError
-from dualrefnet.progress import console, note, warn
+from dualrefnet import progress
+from dualrefnet.errors import DataError, DualRefNetError
+from dualrefnet.progress import note, warn
 from dualrefnet.service.observability import FOLDER_VARIABLE, log_to_stderr, traceback_of
 from dualrefnet.service.settings import ServiceSettings, read_keys
-
-try:
-    import uvicorn
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-    from uvicorn.supervisors import Multiprocess
-except ImportError:
-    raise DependencyError("the web service needs uvicorn: pip install 'dualrefnet[deploy]'") from None
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -205,7 +202,7 @@ def make_worker_app(served: Served, folder: Path) -> FastAPI:
         _limit_cores(served.workers, folder)
         return load_app(served)
     except DualRefNetError as error:
-        console.print(f"[bold red]error:[/bold red] {error}", soft_wrap=True, markup=True)
+        progress.error(str(error))
     except Exception as error:
         log.critical("a worker can't start", extra={"error": type(error).__name__, "where": traceback_of(error)})
     (folder / FAILED).touch()

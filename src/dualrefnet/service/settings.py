@@ -49,7 +49,7 @@ class ServiceSettings(BaseModel):
     # For which an idle model waits for images that are being decoded; without any it never waits.
     max_wait: float = Field(default=0.002, ge=0)
     decoders: int = Field(default=2, ge=1)  # processes that decode images
-    decode_timeout: float = Field(default=5.0, gt=0)  # for one image, after which its process ends
+    decode_timeout: float = Field(default=10.0, gt=0)  # of CPU for one image, after which its process ends
     # For research, serve also a model whose referral relies on missing metadata.
     accept_missingness_shortcut: bool = False
 

@@ -9,18 +9,14 @@ import sys
 from collections.abc import AsyncGenerator
 from typing import Any, NoReturn
 
-from dualrefnet.errors import DependencyError
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
+
 from dualrefnet.service.inference import Reservation, Upload
 from dualrefnet.service.schemas import Refusal
 from dualrefnet.service.settings import ServiceSettings
-
-try:
-    from python_multipart.multipart import parse_options_header
-    from starlette.datastructures import Headers, UploadFile
-    from starlette.formparsers import MultiPartException, MultiPartParser
-    from starlette.requests import Request
-except ImportError:
-    raise DependencyError("the web service needs python-multipart: pip install 'dualrefnet[deploy]'") from None
 
 # The characters and the length that RFC 2046 allows.
 BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,./:=? -]{1,70}")

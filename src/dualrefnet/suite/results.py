@@ -23,7 +23,7 @@ from dualrefnet.data.protocols import split_counts
 from dualrefnet.errors import DualRefNetError, RunError
 from dualrefnet.evaluation.bootstrap import NAN, Bootstrap, Difference, Estimate, holm
 from dualrefnet.evaluation.comparison import PooledBootstrap, flat_measures, pooled_bootstrap
-from dualrefnet.files import read_json, sha256_of_json
+from dualrefnet.files import read_csv, read_json, sha256_of_json
 from dualrefnet.models.registry import METHODS
 from dualrefnet.recipe import Recipe
 from dualrefnet.run import Run
@@ -229,7 +229,7 @@ def aggregate(suite_dir: Path, samples: int = 1000, progress: Callable[[int, int
     for split in suite.splits:
         path = suite_dir / "splits" / f"{split.dataset}-{split.protocol}.csv"
         if path.is_file():
-            rows = pd.read_csv(path, dtype=str, keep_default_na=False)
+            rows = read_csv(path, dtype=str, keep_default_na=False)
             split_rows += _split_rows(split.dataset, split.protocol, rows)
         else:
             missing.append((f"split {split.dataset} {split.protocol}", "", "not started", f"there is no {path}"))

@@ -28,9 +28,10 @@ from typing import NamedTuple
 import pandas as pd
 from filelock import FileLock, Timeout
 
+from dualrefnet import progress
 from dualrefnet.errors import DualRefNetError, RunError
 from dualrefnet.files import remove_partial, write_csv, write_json, write_yaml
-from dualrefnet.progress import console, note, progress_bar, warn
+from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import Recipe, differences
 from dualrefnet.run import Run
 from dualrefnet.suite.grid import Cell, Key, Suite, expand, load_suite, with_recipes
@@ -267,7 +268,7 @@ def perform(job: Job) -> Failure | None:
         except Timeout:
             return Failure("a worker of another call still trains it; end that, then run the same command", "RunError")
         except DualRefNetError as error:
-            console.print(f"[bold red]error:[/bold red] {error}", soft_wrap=True)
+            progress.error(str(error))
             return Failure(" ".join(str(error).split()), type(error).__name__)
         except Exception as error:
             traceback.print_exc()

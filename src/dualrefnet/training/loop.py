@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -386,18 +387,13 @@ class Trainer:
                 if better:
                     write_tensors(self.run.weights_file, self.model.state_dict())
                 save_checkpoint(self.run.checkpoint_file, self.model, self.optimizer, progress)
-            self._write_history(progress["history"])
+            write_csv(self.run.path / "history.csv", pd.DataFrame(progress["history"]))
             if not self.frozen or last:
-                note(_line(row, self.recipe.training.epochs) + (" [green]best[/green]" if better else ""))
+                note(_line(row, self.recipe.training.epochs) + (" best" if better else ""))
             before = collapse(history[-1], progress["norms"]) if history else []
             for message in collapse(row, progress["norms"]) if not before else []:
                 warn(f"{message}; see loss.frequency, loss.reduction, loss.penalty_strength and training.learning_rate")
         return progress
-
-    def _write_history(self, history: list[dict[str, float]]) -> None:
-        import pandas as pd
-
-        write_csv(self.run.path / "history.csv", pd.DataFrame(history))
 
     def _stale(self, progress: dict[str, Any]) -> bool:
         patience = self.recipe.training.early_stopping

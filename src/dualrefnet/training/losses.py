@@ -36,12 +36,11 @@ def class_coefficients(
     """
     counts = counts.clamp(min=1).double()
     inverse = 1 / counts
-    if direction == "inverse":
-        f = inverse
-    elif direction == "constant":
-        f = inverse.mean().expand_as(inverse)
-    else:
-        f = counts * (inverse.mean() / counts.mean())
+    f = {
+        "inverse": inverse,
+        "constant": inverse.mean().expand_as(inverse),
+        "proportional": counts * (inverse.mean() / counts.mean()),
+    }[direction]
     if norm == "sum1":
         f = f / f.sum()
     elif norm == "mean1":

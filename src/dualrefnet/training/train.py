@@ -16,11 +16,11 @@ from dualrefnet.data.schema import DatasetSchema
 from dualrefnet.files import remove_partial, sha256_of_file, write_json
 from dualrefnet.models.base import Architecture
 from dualrefnet.models.inference import fill_features
-from dualrefnet.models.registry import check_method, count_parameters, new_model
+from dualrefnet.models.registry import check_method, new_model
 from dualrefnet.models.superresolution import fill_targets
 from dualrefnet.progress import note, warn
 from dualrefnet.recipe import Recipe
-from dualrefnet.run import Run, fingerprint, save_fingerprint, start_run, write_split
+from dualrefnet.run import Run, fingerprint, start_run, write_split
 from dualrefnet.training.loop import Trainer
 
 MODEL_FORMAT = 2
@@ -82,7 +82,8 @@ def train_recipe(
     if state.is_main_process:
         write_json(run.path / "model.json", model_description(recipe, architecture, encoder, dataset.schema, sources))
         start = "; ".join(dict.fromkeys(str(source["description"]) for source in sources))
-        note(f"{recipe.model.method}: {count_parameters(model) / 1e6:.2f} M parameters; encoder starts from: {start}")
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        note(f"{recipe.model.method}: {parameters / 1e6:.2f} M parameters; encoder starts from: {start}")
         if frozen:
             note(
                 "the encoder is frozen: the rest is trained on its features, without augmentation and without "
@@ -95,12 +96,13 @@ def train_recipe(
     counts = torch.bincount(torch.tensor(train.labels), minlength=len(dataset.schema.classes))
     trainer = Trainer(model, recipe, run, counts, (tuple(sources[0]["mean"]), tuple(sources[0]["std"])), encoder.spans)
     if state.is_main_process:
-        save_fingerprint(
-            run, fingerprint(recipe, dataset, split, sources, target_source, trainer.precision, state.num_processes)
+        write_json(
+            run.path / "fingerprint.json",
+            fingerprint(recipe, dataset, split, sources, target_source, trainer.precision, state.num_processes),
         )
     trainer.fit(train, val)
     if state.is_main_process:
-        save_fingerprint(run, {**run.fingerprint, "model_sha256": sha256_of_file(run.weights_file)})
+        write_json(run.path / "fingerprint.json", {**run.fingerprint, "model_sha256": sha256_of_file(run.weights_file)})
         evaluate_run(run, dataset=dataset, cache=cache, device=trainer.device)
         _tidy(run)
     state.wait_for_everyone()
