@@ -24,7 +24,7 @@ from dualrefnet import run_schema
 from dualrefnet.data.protocols import refuse_crossing
 from dualrefnet.data.schema import Dataset
 from dualrefnet.errors import DualRefNetError, RecipeError, RunError
-from dualrefnet.files import remove_partial, sha256_of_file, sha256_of_json, write_csv, write_yaml
+from dualrefnet.files import sha256_of_file, sha256_of_json, sweep, write_csv, write_yaml
 from dualrefnet.recipe import Recipe, differences, load_recipe
 
 if TYPE_CHECKING:
@@ -210,11 +210,10 @@ def start_run(path: Path, recipe: Recipe, resume: bool) -> Run:
     run = Run(path)
     if path.exists() and not path.is_dir():
         raise RunError(f"{path} is a file; name a folder for the run")
-    found = list(path.iterdir()) if path.is_dir() else []
-    if all(file.match(".*.partial") for file in found):
-        # A kill during the very first write leaves no more than this.
-        remove_partial(path)
-    else:
+    # A kill during the very first write leaves no more than what is swept.
+    if path.is_dir():
+        sweep(path)
+    if path.is_dir() and any(path.iterdir()):
         if not (path / "recipe.yaml").is_file():
             raise RunError(f"{path} isn't empty and isn't a run folder; name another one with --out")
         if not resume:

@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 
 from dualrefnet import progress
 from dualrefnet.errors import DualRefNetError, RunError
-from dualrefnet.files import remove_partial, write_csv, write_json, write_yaml
+from dualrefnet.files import write_csv, write_json, write_yaml
 from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import Recipe, differences
 from dualrefnet.run import Run
@@ -104,7 +104,8 @@ def run_suite(
         KeyboardInterrupt: the workers have been stopped; the same call resumes.
     """
     if ray_address is not None:
-        from dualrefnet.suite.ray_runner import require_ray, work_on_ray
+        from dualrefnet.cluster import require_ray
+        from dualrefnet.suite.ray_runner import work_on_ray
 
         require_ray()
     suite = with_recipes(suite)
@@ -211,7 +212,6 @@ def _draw_sample(root: Path) -> None:
 
     if (root / "metadata.csv").is_file():
         return
-    remove_partial(root)
     note("writing the sample data set: synthetic images, not clinical ones")
     with progress_bar("images") as show:
         make_synthetic(root, images=SMOKE_IMAGES, side=SMOKE_SIZE, progress=show)

@@ -13,7 +13,7 @@ from dualrefnet.analysis.evaluate import evaluate_run
 from dualrefnet.data.loader import fill_recipe_store, make_examples, read_dataset, recipe_split, split_rows
 from dualrefnet.data.metadata import MetadataEncoder, missingness_warning
 from dualrefnet.data.schema import DatasetSchema
-from dualrefnet.files import remove_partial, sha256_of_file, write_json
+from dualrefnet.files import sha256_of_file, write_json
 from dualrefnet.models.base import Architecture
 from dualrefnet.models.inference import fill_features
 from dualrefnet.models.registry import check_method, new_model
@@ -47,7 +47,7 @@ def train_recipe(
                 warn(f"{damage}; the run is measured again")
                 evaluate_run(run, cache=cache)
             if not damage or run.weights_file.is_file():
-                _tidy(run)
+                run.checkpoint_file.unlink(missing_ok=True)
                 return run
             warn(f"{damage}; the run is trained again")
             run.metrics_file.unlink()
@@ -104,15 +104,10 @@ def train_recipe(
     if state.is_main_process:
         write_json(run.path / "fingerprint.json", {**run.fingerprint, "model_sha256": sha256_of_file(run.weights_file)})
         evaluate_run(run, dataset=dataset, cache=cache, device=trainer.device)
-        _tidy(run)
+        # Only an unfinished run needs it.
+        run.checkpoint_file.unlink(missing_ok=True)
     state.wait_for_everyone()
     return run
-
-
-def _tidy(run: Run) -> None:
-    """Remove what only an unfinished run needs, and what tries that were killed while they wrote have left."""
-    run.checkpoint_file.unlink(missing_ok=True)
-    remove_partial(run.path)
 
 
 def model_description(
