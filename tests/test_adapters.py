@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from dualrefnet.data import isic_2019, pad_ufes_20
 from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.csv_table import describe, read_csv
+from dualrefnet.data.schema import groups
 from dualrefnet.errors import DataError
 
 PAD = pd.DataFrame(
@@ -166,6 +167,16 @@ def test_a_table_without_a_patient_column_gets_a_warning_and_is_grouped_by_lesio
     assert "no column names the patient" in dataset.warnings[-1]
     assert dataset.schema.group_by == "lesion_id"
     assert dataset.table["patient_id"].isna().all()
+
+
+def test_equal_files_are_one_group_whatever_they_are_called(tmp_path):
+    contents = {"a.jpg": b"x" * 10, "b.jpg": b"x" * 10, "c.jpg": b"y" * 10, "d.jpg": b"x" * 11, "e.jpg": b"y" * 10}
+    table = pd.DataFrame({"photo": [*contents, "lost.jpg"], "kind": "mole", "person": ["P1", None, "P2", "", "", ""]})
+    root = own(tmp_path, table, image="photo", label="kind", patient="person")
+    for name, content in contents.items():
+        (root / name).write_bytes(content)
+    dataset = load_dataset("csv_table", root)
+    assert list(groups(dataset.table, dataset.schema)) == ["P1", "P1", "P2", "image:d", "P2", "image:lost"]
 
 
 def test_a_class_is_called_by_its_most_frequent_spelling(tmp_path):

@@ -1,10 +1,11 @@
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 import dualrefnet
-from dualrefnet.errors import DataError
+from dualrefnet.errors import DataError, RunError
 
 
 @pytest.fixture
@@ -14,14 +15,17 @@ def frame(sample_root: Path) -> pd.DataFrame:
 
 
 def test_fit_trains_on_any_table_and_keeps_patients_apart(frame: pd.DataFrame, tmp_path: Path) -> None:
+    # Columns and classes of a notebook are called as they come.
+    classes = {name: number for number, name in enumerate(sorted(frame["diagnostic"].unique()))}
+    frame = frame.rename(columns={"photo": 0}).assign(diagnostic=frame["diagnostic"].map(classes))
     run = dualrefnet.fit(
         frame,
-        image="photo",
+        image=0,
         label="diagnostic",
         group="patient_id",
         metadata=["age", "region", "itch"],
-        malignant=["MEL", "BCC", "SCC"],
-        out=tmp_path / "mine",
+        malignant=[1, 2],
+        out=tmp_path / "my run 1",
         image__size=32,
         model__weights="none",
         training__epochs=1,
@@ -30,8 +34,10 @@ def test_fit_trains_on_any_table_and_keeps_patients_apart(frame: pd.DataFrame, t
     assert run.finished
     assert (run.split.groupby("patient_id")["split"].nunique() == 1).all()
     assert "sensitivity" in run.metrics["malignant"]
-    prediction = dualrefnet.Predictor.load(run).predict(frame["photo"][0], {"age": 61, "region": "FACE"})
-    assert set(prediction.probabilities) == set(frame["diagnostic"])
+    prediction = dualrefnet.Predictor.load(run).predict(frame[0][0], {"age": 61, "region": "FACE"})
+    assert set(prediction.probabilities) == set(map(str, frame["diagnostic"]))
+    with pytest.raises(RunError, match=r"holds a finished run; .*resume=True"):
+        dualrefnet.fit(frame, image=0, label="diagnostic", out=tmp_path / "my run 1")
 
 
 @pytest.mark.parametrize(
@@ -39,14 +45,17 @@ def test_fit_trains_on_any_table_and_keeps_patients_apart(frame: pd.DataFrame, t
     [
         ({"metadata": ["biopsed"]}, "biopsed"),
         ({"metadata": ["patient_id"]}, "identifies"),
-        ({"metadata": ["shoe_size"]}, "no column shoe_size"),
+        ({"metadata": "shoe_size"}, "no column shoe_size"),
         ({"label": "truth"}, "no column truth"),
+        ({"image": "broken"}, "2 rows of the table name no image"),
+        ({"image": 7}, "no column 7"),
+        ({"metadata": ["twice"]}, "2 columns called twice"),
     ],
 )
-def test_columns_that_cannot_be_features_are_refused(
-    frame: pd.DataFrame, tmp_path: Path, change: dict, words: str
-) -> None:
+def test_columns_that_cannot_be_used_are_refused(frame: pd.DataFrame, tmp_path: Path, change: dict, words: str) -> None:
+    broken = frame["photo"].astype(object).where(frame.index > 1, [None, np.nan] * (len(frame) // 2))
+    table = pd.concat([frame.assign(broken=broken, twice=1), frame[["age"]].set_axis(["twice"], axis=1)], axis=1)
     arguments = {"image": "photo", "label": "diagnostic", "metadata": ["age"], **change}
     with pytest.raises(DataError, match=words):
-        dualrefnet.fit(frame, out=tmp_path / "mine", **arguments)
-    assert not (tmp_path / "mine").exists()
+        dualrefnet.fit(table, out=tmp_path / "mine", **arguments)
+    assert not list(tmp_path.iterdir())

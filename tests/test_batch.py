@@ -105,7 +105,7 @@ def test_images_become_rows_in_order_with_their_metadata(tmp_path: Path) -> None
     (images / "notes.txt").write_text("no image")
     (images / "aa.jpg").write_text("no image either")
     (last,) = draw(tmp_path, ["last.png"])
-    rows = [("file", "age", "shoes"), ("b", "61", "43"), ("x/z.jpg", "7", ""), ("c", "", "1")]
+    rows = [("file", "age", "shoes"), ("b", "61", "43"), ("below/Z.PNG", "7", ""), ("c", "", "1")]
     cases = ImageCases([images, last], table_of(tmp_path / "metadata.csv", rows), Redness())
     assert cases.total == 6
     assert predict(Redness(), cases, tmp_path / "out.csv") == Summary(5, 1, 0)
@@ -124,17 +124,25 @@ def test_a_table_names_images_and_metadata_and_invalid_rows_fail_alone(tmp_path:
     draw(tmp_path / "images", ["a.png", "b.png"])
     b = str(tmp_path / "images/b.png")
     rows = [("age", "image", "region"), ("61", "images/a.png", "FACE"), ("", b, ""), ("old", "images/a.png", "")]
-    rows += [("5", "images/nowhere.png", ""), ("6", "", ""), ("7", "images/b.png")]
+    rows += [("5", "images/nowhere.png", ""), ("6", "", ""), ("7", "images/b.png"), ("8", "images\\B", "")]
     model = Redness()
     cases = TableCases(table_of(tmp_path / "table.csv", rows), model)
-    assert predict(model, cases, tmp_path / "out.csv", size=3) == Summary(2, 4, 0)
+    assert predict(model, cases, tmp_path / "out.csv", size=3) == Summary(3, 4, 0)
     result = pd.read_csv(tmp_path / "out.csv", keep_default_na=False)
-    assert result["image"].tolist() == ["images/a.png", b, "images/a.png", "images/nowhere.png", "5", "images/b.png"]
-    assert result["warnings"].tolist() == ["age 61", "", "", "", "", ""]
-    words = ["", "", "age must be a number", "nowhere.png", "names no image", "2 cells"]
+    assert result["image"].tolist() == [
+        "images/a.png",
+        b,
+        "images/a.png",
+        "images/nowhere.png",
+        "5",
+        "images/b.png",
+        "images\\B",
+    ]
+    assert result["warnings"].tolist() == ["age 61", "", "", "", "", "", "age 8"]
+    words = ["", "", "age must be a number", "nowhere.png", "names no image", "2 cells", ""]
     assert [part in error and bool(part) == bool(error) for part, error in zip(words, result["error"], strict=True)]
     # The second batch had no row that could be predicted.
-    assert model.batches == [2, 0]
+    assert model.batches == [2, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +152,7 @@ def test_a_table_names_images_and_metadata_and_invalid_rows_fail_alone(tmp_path:
         (b"image,age\n", "has no rows"),
         (b"image,shoes\na.png,43\n", "none of the model's fields"),
         (b"image,age,age\na.png,1,2\n", "two columns called age"),
-        (b"image,age\na.png,1\n\xff.png,2\n", "can't be read as CSV"),
+        (b"image,age\na.png,1\n\0.png,2\n", "can't be read as CSV"),
         (b'image,age\na.png,1\n"b' + b"x" * 200_000 + b'",2\n', "field larger"),
     ],
 )
@@ -154,29 +162,69 @@ def test_an_invalid_table_is_refused_before_the_work(content: bytes, words: str,
         TableCases(tmp_path / "table.csv", Redness())
 
 
-def test_metadata_are_joined_by_image_and_an_ambiguous_table_is_refused(tmp_path: Path) -> None:
-    images = draw(tmp_path / "images", ["a.jpeg", "b.png", "ü.png", "c.png"])
-    rows = [("image_id", "region", "age"), ("a", "FACE, left", "61"), ("b.jpg", "", ""), ("ü", "x\ny", "")]
-    path = table_of(tmp_path / "metadata.csv", rows)
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    found = [dict(case.metadata) for case in ImageCases(images, path, Redness())]
-    assert found == [{"age": "61", "region": "FACE, left"}, {}, {"region": "x\ny"}, {}]
+def joined(folder: Path, images: Sequence[str], rows: Sequence[str], sources: Sequence[str] = ("",)) -> list[str]:
+    """The ages that images get from a table whose rows are named so, and are 1, 2, ... years old."""
+    for image in images:
+        draw((folder / image).parent, [Path(image).name])
+    table = table_of(folder / "metadata.csv", [("image", "age"), *((row, str(age)) for age, row in enumerate(rows, 1))])
+    cases = {case.name: case for case in ImageCases([folder / source for source in sources], table, Redness())}
+    return [cases[str(folder / image)].metadata.get("age", "") for image in images]
+
+
+@pytest.mark.parametrize(
+    ("images", "rows", "ages"),
+    [
+        # Patients have images of the same name.
+        (["P01/1.jpg", "P02/1.jpg"], ["P01/1.jpg"], ["1", ""]),
+        (["P01/1.jpg", "P02/1.jpg"], ["P02/1.jpg", "P01/1.jpg"], ["2", "1"]),
+        (["P01/1.jpg", "P02/1.jpg"], ["P01\\1", " ./p02/1.JPG "], ["1", "2"]),
+        (["1.jpg", "P01/1.jpg"], ["1.jpg"], ["1", ""]),
+        (["P02/1.jpg"], ["P01/1.jpg"], [""]),
+        # A short name, or a longer path, means one image.
+        (["P01/a.png", "P02/b.jpeg", "ü.png"], ["b", "A.png", "u\u0308"], ["2", "1", "3"]),
+        (["P01/1.jpg", "P02/1.jpg"], ["new/P02/1.jpg", "new/P01/1"], ["2", "1"]),
+        (["a.png", "a.jpg"], ["a.png", "a.jpg"], ["1", "2"]),
+    ],
+)
+def test_metadata_are_those_of_the_image_with_that_path(
+    images: list[str], rows: list[str], ages: list[str], tmp_path: Path
+) -> None:
+    assert joined(tmp_path / "new", images, rows) == ages
+
+
+@pytest.mark.parametrize(
+    ("images", "rows", "sources", "words"),
+    [
+        (["P01/1.jpg", "P02/1.jpg"], ["1.jpg"], [""], r"two images are called 1\.jpg: .*P01/1\.jpg and .*P02/1\.jpg"),
+        (["P01/1.jpg", "P02/1.jpg"], ["1"], ["P01", "P02/1.jpg"], r"P01/1\.jpg and .*P02/1\.jpg"),
+        (["a.png", "a.jpg"], ["a"], [""], r"a\.jpg and .*a\.png"),
+        (["a.png"], ["a.png", "a"], [""], "two rows for image .*a.png"),
+    ],
+)
+def test_a_name_that_means_two_images_is_refused(
+    images: list[str], rows: list[str], sources: list[str], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=words):
+        joined(tmp_path, images, rows, sources)
+
+
+def test_a_table_that_cannot_be_joined_is_refused(tmp_path: Path) -> None:
+    images = draw(tmp_path / "images", ["a.png", "b.png"])
+    path = tmp_path / "metadata.csv"
     for rows, words in (
         ([("picture", "age"), ("a", "1")], "names no images"),
-        ([("image", "age"), ("a.png", "1"), ("b", "2"), ("a", "3")], "two rows for image a"),
         ([("image", "age"), ("a.png", "1"), ("b", "2", "3")], "row 2: the row has 3 cells"),
     ):
         with pytest.raises(DataError, match=words):
             ImageCases(images, table_of(path, rows), Redness())
-    for sources, table, words in (
-        (images, tmp_path / "nowhere.csv", "no file"),
-        ([tmp_path / "m"], None, "no file or folder"),
+    (tmp_path / "empty").mkdir()
+    for source, table, words in (
+        (tmp_path / "images", tmp_path / "nowhere.csv", "no file"),
+        (tmp_path / "m", None, "no file or folder"),
+        (tmp_path / "empty", None, "no image is in"),
     ):
         with pytest.raises(DataError, match=words):
-            ImageCases(sources, table, Redness())
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no image is in"):
-        ImageCases([tmp_path / "empty"], None, Redness())
+            ImageCases([source], table, Redness())
 
 
 def test_names_that_are_no_text_and_names_with_line_breaks_survive(tmp_path: Path) -> None:
@@ -259,8 +307,7 @@ def test_an_interrupted_prediction_is_resumed_and_ends_the_same_to_the_byte(tmp_
         assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
         # Whole batches are repeated, never parts of them; the first holds the broken image.
         assert again.batches == [3, 4, 4, 2][after:]
-        with pytest.raises(DataError, match="finished and nothing is left to resume"):
-            predict(Redness(), cases, out, resume=True)
+        assert predict(Redness(stop_after=0), cases, out, resume=True) == Summary(13, 1, 14)
         assert predict(Redness(), cases, out).resumed == 0
         out.unlink()
         assert not folder.exists()
@@ -304,8 +351,9 @@ def test_two_processes_do_not_write_one_file_and_a_full_disk_is_an_error(
 
     class Second(Redness):
         def predict_arrays(self, *arguments: Any) -> list[Prediction]:
-            with pytest.raises(DataError, match="another process is writing"):
-                predict(Redness(), cases, tmp_path / "out.csv", resume=True)
+            for resume in (False, True):
+                with pytest.raises(DataError, match=r"another process is writing .*out\.csv; wait"):
+                    predict(Redness(), cases, tmp_path / "out.csv", resume=resume)
             return super().predict_arrays(*arguments)
 
     predict(Second(), cases, tmp_path / "out.csv")

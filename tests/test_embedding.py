@@ -1,6 +1,7 @@
 """Class separation in the fused features, and its map."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from sklearn.metrics import silhouette_samples, silhouette_score
+from sklearn.metrics import silhouette_samples
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
+from dualrefnet.analysis import embedding as separation
 from dualrefnet.analysis.embedding import (
     MEASURES,
     EmbeddingComparison,
@@ -26,8 +28,9 @@ from dualrefnet.analysis.embedding import (
     measure_separation,
     neighbours_right,
 )
-from dualrefnet.analysis.opened_run import open_run
+from dualrefnet.analysis.opened_run import OpenedRun, open_run
 from dualrefnet.errors import RunError
+from dualrefnet.recipe import load_recipe
 from dualrefnet.run import Run
 from readable import assert_readable
 
@@ -55,30 +58,23 @@ def test_classes_far_apart_have_right_neighbours_and_sklearns_silhouette() -> No
     (found,) = embed_features([features(values, labels)], images=90, samples=20)
     standardised = StandardScaler().fit_transform(values.astype(np.float32).astype(float))
     by_image = silhouette_samples(standardised, labels)
+    by_class = [by_image[labels == label].mean() for label in range(3)]
     assert found.value("knn_balanced_accuracy").value == 1
-    assert found.value("silhouette").value == pytest.approx(silhouette_score(standardised, labels), abs=1e-9)
-    assert found.value("silhouette_balanced").value == pytest.approx(
-        np.mean([by_image[labels == label].mean() for label in range(3)]), abs=1e-9
-    )
+    assert found.value("silhouette").value == pytest.approx(by_image.mean(), abs=1e-9)
+    assert found.value("silhouette_balanced").value == pytest.approx(np.mean(by_class), abs=1e-9)
     # Classes of unlike size and spread: the two means are not the same number.
-    assert found.value("silhouette").value != pytest.approx(found.value("silhouette_balanced").value, abs=1e-4)
-    assert found.value("silhouette").value > 0.35
+    assert by_image.mean() != pytest.approx(np.mean(by_class), abs=1e-4)
+    assert by_image.mean() > 0.35
 
 
 def test_an_images_own_patient_is_no_neighbour() -> None:
     # Every patient has 6 images in one place, far from all others of the class; the next patients are of the other
     # class.
-    places, labels, groups = [], [], []
-    for patient in range(8):
-        for image in range(6):
-            places.append([10.0 * patient + 0.01 * image, 0.1 * image])
-            labels.append(patient % 2)
-            groups.append(patient)
-    points, truth = np.array(places), np.array(labels)
+    groups, image = np.repeat(np.arange(8), 6), np.tile(np.arange(6), 8)
+    points, labels = np.stack([10.0 * groups + 0.01 * image, 0.1 * image], axis=1), groups % 2
     # With the own patient among them all neighbours would be right.
-    assert (KNeighborsClassifier(5).fit(points, truth).predict(points) == truth).all()
-    assert not neighbours_right(points, truth, np.array(groups)).any()
-    measured = measure_separation({"run": points}, truth, groups, samples=10)
+    assert (KNeighborsClassifier(5).fit(points, labels).predict(points) == labels).all()
+    measured = measure_separation({"run": points}, labels, groups, samples=10)
     assert measured.value("run", "knn_balanced_accuracy").value == 0
 
 
@@ -101,31 +97,50 @@ def test_neighbours_are_those_of_a_plain_search(seed: int, images: int, patients
 def test_intervals_are_those_of_laid_out_samples_of_patients() -> None:
     values, labels = blobs(apart=2)
     generator = np.random.default_rng(3)
-    # Patients with one class each, so that a class can vanish from a sample.
+    # The third class has two patients of its own, so that it can vanish from a sample.
     groups = np.where(labels == 2, 100 + np.arange(len(labels)) % 2, generator.integers(20, size=len(labels)))
-    found = measure_separation({"run": values}, labels, groups, samples=50, seed=5)
-    silhouette, right = silhouette_samples(values, labels), neighbours_right(values, labels, pd.factorize(groups)[0])
+    other = values + generator.normal(size=values.shape)
+    found = measure_separation({"run": values, "other": other}, labels, groups, samples=50, seed=5)
     names = pd.unique(groups)
     drawn = np.random.default_rng(5).multinomial(len(names), np.full(len(names), 1 / len(names)), size=50)
-    expected: dict[str, list[float]] = {measure: [] for measure in MEASURES}
-    for times in drawn:
-        rows = np.concatenate(
-            [np.flatnonzero(groups == name) for name, often in zip(names, times, strict=True) for _ in range(often)]
+    samples = [
+        np.concatenate(
+            [np.tile(np.flatnonzero(groups == name), often) for name, often in zip(names, times, strict=True)]
         )
-        expected["silhouette"].append(silhouette[rows].mean())
-        present = np.unique(labels[rows])
-        expected["silhouette_balanced"].append(
-            np.mean([silhouette[rows][labels[rows] == label].mean() for label in present])
-        )
-        expected["knn_balanced_accuracy"].append(
-            np.mean([right[rows][labels[rows] == label].mean() for label in present])
-        )
-    assert any(2 not in labels[np.isin(groups, names[times > 0])] for times in drawn)
-    for measure, numbers in expected.items():
-        assert found.drawn["run"][measure] == pytest.approx(np.array(numbers))
-        value = found.value("run", measure)
-        assert (value.low, value.high) == pytest.approx(tuple(np.quantile(numbers, [0.025, 0.975])))
-    assert (found.groups, found.images, found.samples) == (22, 90, 50)
+        for times in drawn
+    ]
+    assert any(2 not in labels[rows] for rows in samples)
+    laid_out: dict[str, pd.DataFrame] = {}
+    for run, space in (("run", values), ("other", other)):
+        silhouette = silhouette_samples(space, labels)
+        right = neighbours_right(space, labels, pd.factorize(groups)[0])
+        table = []
+        for rows in samples:
+            of_class = [rows[labels[rows] == label] for label in np.unique(labels[rows])]
+            balanced = [np.mean([one[rows].mean() for rows in of_class]) for one in (silhouette, right)]
+            table.append([silhouette[rows].mean(), *balanced])
+        laid_out[run] = pd.DataFrame(table, columns=list(MEASURES))
+    for measure in MEASURES:
+        expected = laid_out["run"][measure].to_numpy()
+        assert found.drawn["run"][measure] == pytest.approx(expected)
+        value, difference = found.value("run", measure), found.difference("run", "other", measure)
+        assert (value.low, value.high) == pytest.approx(tuple(np.quantile(expected, [0.025, 0.975])))
+        # Paired: both runs with the same samples.
+        bounds = np.quantile(expected - laid_out["other"][measure].to_numpy(), [0.025, 0.975])
+        assert (difference.low, difference.high) == pytest.approx(tuple(bounds))
+    assert found.groups == 22
+
+
+def test_units_and_dimensions_that_do_not_vary_change_nothing() -> None:
+    values, labels = blobs(apart=2)
+    noise = 7 + 1e-6 * np.random.default_rng(0).normal(size=(90, 1))
+    changed = np.hstack([values * [1000, 1, 1, 1, 0.01, 1] + 3, np.zeros((90, 1)), noise])
+    runs = embed_features(
+        [features(values, labels, name="plain"), features(changed, labels, name="changed")], images=90, samples=20
+    )
+    assert [run.dimensions for run in runs] == [6, 6]
+    for measure in MEASURES:
+        assert runs[0].value(measure).value == pytest.approx(runs[1].value(measure).value, abs=1e-4)
 
 
 def test_runs_that_can_not_be_mapped_are_refused_in_words() -> None:
@@ -144,67 +159,56 @@ def test_runs_that_can_not_be_mapped_are_refused_in_words() -> None:
 def test_the_better_run_is_named_and_a_tie_is_called_one() -> None:
     near, labels = blobs(apart=1, images=300)
     far, _ = blobs(apart=30, images=300)
-    worse, better = embed_features(
-        [features(near, labels, name="near"), features(far, labels, name="far")], images=300, samples=200
-    )
-    comparison = EmbeddingComparison(worse, better)
-    found = comparison.difference("silhouette")
-    assert found.value == pytest.approx(worse.value("silhouette").value - better.value("silhouette").value)
-    assert found.low < found.value < found.high < 0
-    assert comparison.better("silhouette") is better
-    assert "far separates the classes better (near" in comparison.sentence("silhouette")
-    assert EmbeddingComparison(better, worse).better("silhouette") is better
     # The same features, but for a little noise.
     noisy = near + 0.3 * np.random.default_rng(5).normal(size=near.shape)
-    first, second = embed_features(
-        [features(near, labels, name="near"), features(noisy, labels, name="noisy")], images=300, samples=200
-    )
-    tie = EmbeddingComparison(first, second)
+    runs = [features(values, labels, name=name) for name, values in (("near", near), ("far", far), ("noisy", noisy))]
+    worse, better, same = embed_features(runs, images=300, samples=200)
+    found = EmbeddingComparison(worse, better).difference("silhouette")
+    assert found.value == pytest.approx(worse.value("silhouette").value - better.value("silhouette").value)
+    assert found.low < found.value < found.high < 0
+    for pair in ((worse, better), (better, worse)):
+        assert "far separates the classes better (" in EmbeddingComparison(*pair).sentence("silhouette")
+    tie = EmbeddingComparison(worse, same)
     found = tie.difference("knn_balanced_accuracy")
     assert found.low <= 0 <= found.high
-    assert tie.better("knn_balanced_accuracy") is None
     assert "there is no clear difference" in tie.sentence("knn_balanced_accuracy")
 
 
-def test_features_of_a_run_are_what_its_model_classifies(tiny_run: Run) -> None:
-    opened = open_run(tiny_run, device=torch.device("cpu"))
+def test_features_of_a_run_are_what_its_model_classifies(opened: OpenedRun) -> None:
     examples = opened.examples("test")
     calls: list[tuple[int, int]] = []
-    found = embed(opened, samples=20, name="tiny", progress=lambda done, total: calls.append((done, total)))
+    found = embed(opened, samples=20, progress=lambda *done: calls.append(done))
     assert calls[-1] == (len(examples), len(examples))
     assert found.images == len(found.table) == len(examples)
     assert found.table["image_id"].tolist() == list(examples.image_ids)
-    assert found.unit == "patient"
-    one_by_one = []
+    assert (found.name, found.unit) == ("tiny", "patient")
+    batch = examples.batch(np.arange(len(examples)))
     with torch.inference_mode():
-        for row in range(len(examples)):
-            batch = examples.batch(np.array([row]))
-            one_by_one.append(opened.model(opened.images(batch), batch.metadata).features.numpy()[0])
-    values = np.array(one_by_one, dtype=float)
+        values = opened.model(opened.images(batch), batch.metadata).features.double().numpy()
     values = values[:, np.ptp(values, axis=0) > 1e-5 * np.abs(values).max(axis=0)]
-    standardised = StandardScaler().fit_transform(values)
     assert found.dimensions == values.shape[1]
-    assert found.value("silhouette").value == pytest.approx(silhouette_score(standardised, examples.labels), abs=1e-3)
     groups = opened.groups.loc[list(examples.image_ids)].to_numpy()
+    space = {"run": StandardScaler().fit_transform(values)}
+    expected = measure_separation(space, examples.labels, groups, samples=20)
     assert found.separation.groups == len(set(groups))
-    right = neighbours_right(standardised, examples.labels, pd.factorize(groups)[0])
-    by_class = [right[examples.labels == label].mean() for label in np.unique(examples.labels)]
-    assert found.value("knn_balanced_accuracy").value == pytest.approx(np.mean(by_class), abs=0.05)
+    assert found.value("silhouette").value == pytest.approx(expected.value("run", "silhouette").value, abs=1e-3)
+    # Stored features of a frozen encoder are the same ones.
+    frozen = replace(opened, recipe=load_recipe(opened.recipe, {"training.encoder": "frozen"}))
+    assert frozen.examples("test").features
+    stored = embed(frozen, samples=20)
+    assert stored.value("silhouette").value == pytest.approx(found.value("silhouette").value, abs=1e-4)
 
 
-def test_two_runs_are_compared_on_the_images_that_both_tested(tiny_run: Run, tmp_path: Path) -> None:
-    device = torch.device("cpu")
-    opened = open_run(tiny_run, device=device)
-    copy = Run(shutil.copytree(tiny_run.path, tmp_path / "copy"))
-    # In another order, and with one patient fewer on the test side.
+def test_two_runs_are_compared_on_the_images_that_both_tested(opened: OpenedRun, tmp_path: Path) -> None:
+    copy = Run(shutil.copytree(opened.run.path, tmp_path / "copy"))
+    # In another order, and with one patient fewer in the test split.
     split = copy.split
     gone = split.loc[split["split"] == "test", "patient_id"].iloc[0]
     split.loc[split["patient_id"] == gone, "split"] = "val"
     split.iloc[::-1].to_csv(copy.path / "split.csv", index=False)
     calls: list[tuple[int, int]] = []
-    found = compare_embeddings(
-        opened, open_run(copy, device=device), samples=20, progress=lambda *done: calls.append(done)
-    )
+    second = open_run(copy, device=opened.device)
+    found = compare_embeddings(opened, second, ("tiny", "copy"), samples=20, progress=lambda *done: calls.append(done))
     expected = [image for image in opened.examples("test").image_ids if opened.groups[image] != gone]
     for run, name in ((found.first, "tiny"), (found.second, "copy")):
         assert run.table["image_id"].tolist() == expected
@@ -214,10 +218,17 @@ def test_two_runs_are_compared_on_the_images_that_both_tested(tiny_run: Run, tmp
     for measure in MEASURES:
         difference = found.difference(measure)
         assert (difference.value, difference.low, difference.high) == pytest.approx((0, 0, 0), abs=1e-3)
-    named = compare_embeddings(opened, open_run(copy, device=device), samples=5, names=("this", "that"))
-    assert named.second.value("silhouette").value == pytest.approx(found.second.value("silhouette").value)
-    with pytest.raises(RunError, match="can't be compared with itself"):
-        compare_embeddings(opened, opened)
+
+
+def test_thousands_of_images_are_measured_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, labels = blobs(apart=3, images=3000)
+    groups = np.arange(3000) // 3
+    whole = measure_separation({"run": values}, labels, groups, samples=5)
+    # 40 rows of distances at a time.
+    monkeypatch.setattr(separation, "MEMORY", 1)
+    parts = measure_separation({"run": values}, labels, groups, samples=5)
+    for measure in MEASURES:
+        assert parts.value("run", measure).value == pytest.approx(whole.value("run", measure).value, abs=1e-12)
 
 
 def test_maps_and_separations_of_two_runs_are_drawn() -> None:
@@ -230,10 +241,6 @@ def test_maps_and_separations_of_two_runs_are_drawn() -> None:
     assert_readable(maps)
     assert_readable(separation)
     pd.testing.assert_frame_equal(maps.data, pd.concat([run.table for run in runs]))
-    for axis, run in zip(maps.figure.axes, runs, strict=True):
-        for dots in axis.collections:
-            places = run.table.loc[run.table["class"] == dots.get_label(), ["x", "y"]].to_numpy()
-            assert np.asarray(dots.get_offsets()) == pytest.approx(places)
     for row in separation.data.to_dict("records"):
         found = next(run for run in runs if run.name == row["run"]).value(row["measure"])
         assert (row["value"], row["low"], row["high"]) == (found.value, found.low, found.high)

@@ -269,6 +269,7 @@ def test_the_header_of_a_file_gives_normalisation_and_padding(tmp_path, state):
         ({"kwargs": '{"num_classes": 5}'}, "num_classes=5"),
         ({"mean": "0.5"}, "can't be read"),
         ({"kwargs": "[1]"}, "can't be read"),
+        ({"std": "nan, 1, 1"}, "can't be read"),
     ],
 )
 def test_a_header_that_asks_for_something_else_is_refused(tmp_path, header, message):
@@ -282,6 +283,8 @@ def test_missing_unexpected_and_misshapen_tensors_are_named_up_to_five(tmp_path,
     broken = {name: tensor for name, tensor in state.items() if not name.startswith("blocks.0.")}
     broken["decoder.weight"] = torch.zeros(1)
     broken["bn2.bias"] = torch.zeros(7)
+    broken["bn2.weight"] = torch.full((1280,), torch.nan)
+    broken["bn1.weight"] = torch.ones(32, dtype=torch.int32)
     path = tmp_path / "broken.pth"
     torch.save(broken, path)
     with pytest.raises(WeightsError) as caught:
@@ -290,7 +293,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_named_up_to_five(tmp_path,
     assert "missing: blocks.0.0.bn1.bias" in text
     assert "and 5 more" in text
     assert "unexpected: decoder.weight" in text
-    assert "other shape: bn2.bias" in text
+    assert "other shape: bn2.bias; other type: bn1.weight; not finite: bn2.weight" in text
     assert "\n" not in text
 
 
@@ -305,20 +308,22 @@ class Harmful:
         return (os.system, ("true",))
 
 
-@pytest.mark.parametrize("content", [pickle.dumps({"weight": Harmful()}, protocol=2), b"not weights at all", b""])
+def saved(state: object, path: Path) -> bytes:
+    save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
+    return path.read_bytes()
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_a_damaged_or_harmful_file_is_refused_and_not_run(tmp_path, content, suffix):
+def test_a_damaged_or_harmful_file_is_refused_and_not_run(tmp_path, suffix):
     path = tmp_path / f"bad{suffix}"
-    path.write_bytes(content)
-    with pytest.raises(WeightsError, match=r"bad.*can't be read as weights"):
-        create_encoder("mobilenet_v2", weights=str(path), image_size=64)
-
-
-def test_a_harmful_torch_archive_is_refused(tmp_path):
-    path = tmp_path / "bad.pth"
-    torch.save({"weight": Harmful()}, path)
-    with pytest.raises(WeightsError, match="can't be read as weights"):
-        read_tensors(path)
+    whole = saved({"weight": torch.zeros(300)}, path)
+    pickled = [pickle.dumps({"weight": Harmful()}, protocol=2), saved({"weight": Harmful()}, tmp_path / "harmful.pth")]
+    # The last is a header of so many bytes, or a pickle that ends within a string.
+    damaged = [b"", b"not weights at all", whole[:-1], whole[:200], b"\xff" * 7 + b"\x00" + whole[8:], b"\x80\x02U\xff"]
+    for content in [*pickled, *damaged]:
+        path.write_bytes(content)
+        with pytest.raises(WeightsError, match=r"bad.*can't be read as weights"):
+            create_encoder("mobilenet_v2", weights=str(path), image_size=64)
 
 
 def test_a_file_that_is_not_there_or_of_another_kind_is_refused(tmp_path):

@@ -1,11 +1,25 @@
+import copy
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
+from dualrefnet.analysis.audit import audit_split
 from dualrefnet.analysis.evaluate import evaluate_run
-from dualrefnet.errors import RunError
+from dualrefnet.analysis.missing_metadata import measure_missing_metadata
+from dualrefnet.analysis.opened_run import OpenedRun, open_run
+from dualrefnet.analysis.out_of_distribution import measure_out_of_distribution
+from dualrefnet.analysis.perturbations import predict_with_metadata
+from dualrefnet.analysis.shortcuts import probe_shortcuts
+from dualrefnet.analysis.subgroups import subgroups_of_run
+from dualrefnet.errors import DataError, DualRefNetError, RunError
+from dualrefnet.files import write_csv
+from dualrefnet.report.trust import audit_section, missing_metadata_section, shortcuts_section, subgroups_section
 from dualrefnet.run import Run
 
 
@@ -36,3 +50,54 @@ def test_data_that_have_gone_are_named(tiny_run: Run, tmp_path: Path) -> None:
     other = make_synthetic(tmp_path / "other", images=60, seed=9, side=64)
     with pytest.raises(RunError, match="--root"):
         evaluate_run(tiny_run, root=other)
+
+
+CPU = torch.device("cpu")
+SMALL = {
+    "one class": "label == 'NEV'",
+    "nothing malignant": "label not in ['BCC', 'MEL', 'SCC']",
+    "two images": "not patient_id.duplicated()",
+}
+
+
+def with_test_images(run: Run, folder: Path, chosen: pd.DataFrame) -> Run:
+    changed, split = Run(shutil.copytree(run.path, folder)), run.split
+    write_csv(
+        changed.path / "split.csv", split[(split["split"] != "test") | split["image_id"].isin(chosen["image_id"])]
+    )
+    return changed
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_a_small_test_split_is_measured_without_intervals_that_it_can_t_have(
+    kind: str, tiny_run: Run, tmp_path: Path
+) -> None:
+    chosen = tiny_run.split.query("split == 'test'").query(SMALL[kind]).head(2 if kind == "two images" else None)
+    run = with_test_images(tiny_run, tmp_path / "run", chosen)
+    assert evaluate_run(run, device=CPU)["support"] == len(chosen)
+    opened = open_run(run, device=CPU)
+    sections = [
+        subgroups_section(subgroups_of_run(opened, 5)),
+        shortcuts_section(probe_shortcuts(opened, permutations=1, samples=5)),
+        missing_metadata_section(measure_missing_metadata(opened, draws=1, samples=5)),
+        audit_section(audit_split(opened.dataset, opened.split, forests=False, samples=5)),
+    ]
+    assert all(section.intro for section in sections)
+
+
+def test_a_test_split_of_one_patient_says_why_it_can_t_be_measured(tiny_run: Run, tmp_path: Path) -> None:
+    run = with_test_images(tiny_run, tmp_path / "run", tiny_run.split.query("split == 'test'").head(1))
+    opened = open_run(run, device=CPU)
+    for measure in (probe_shortcuts, measure_missing_metadata, measure_out_of_distribution, subgroups_of_run):
+        with pytest.raises(DataError, match="1 images of 1 patients"):
+            measure(opened)
+    with pytest.raises(DataError, match="1 images of 1 patients"):
+        evaluate_run(run, device=CPU)
+
+
+def test_a_model_that_computes_no_numbers_isn_t_measured(opened: OpenedRun) -> None:
+    model, examples = copy.deepcopy(opened.model), opened.image_examples("test")
+    for parameter in model.parameters():
+        parameter.data.fill_(torch.nan)
+    with pytest.raises(DualRefNetError, match="its training has diverged"):
+        predict_with_metadata(replace(opened, model=model), examples, [examples.metadata])

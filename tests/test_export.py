@@ -265,6 +265,7 @@ def test_a_bundle_predicts_as_its_run_does_and_without_dualrefnet(
         assert json.loads(done.stdout)["probabilities"] == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_bundle_without_its_score_says_so_once_and_with_every_prediction(
     bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

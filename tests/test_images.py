@@ -1,5 +1,7 @@
+import contextlib
 import io
 import struct
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -9,9 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, features
 
-from dualrefnet.data.images import decode_image, find_masks, read_mask
+from dualrefnet.data.images import decode_image, find_masks, is_image, read_mask
 from dualrefnet.errors import DataError, ImageError
 
 
@@ -100,6 +102,29 @@ def test_the_type_is_that_of_the_content(tmp_path):
 def test_other_formats_are_refused(data):
     with pytest.raises(ImageError, match="isn't a JPEG"):
         decode_image(data)
+
+
+def test_images_of_phones_are_read_or_it_is_said_what_to_install(monkeypatch):
+    if features.check("avif"):
+        assert np.abs(decode_image(encoded(IMAGE, "AVIF", quality=100)).astype(int) - gradient()).mean() < 3
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        heic = io.BytesIO()
+        pillow_heif.from_pillow(IMAGE).save(heic, quality=100)
+        assert np.abs(decode_image(heic.getvalue()).astype(int) - gradient()).mean() < 3
+    monkeypatch.setitem(sys.modules, "pillow_heif.as_plugin", None)
+    monkeypatch.setitem(sys.modules, "PIL.AvifImagePlugin", None)
+    for brand, needed in ((b"heic", "pip install pillow-heif"), (b"mif1", "pillow-heif"), (b"avif", "pillow>=11.3")):
+        with pytest.raises(ImageError, match=needed):
+            decode_image(b"\0\0\0\x18ftyp" + brand + bytes(50))
+
+
+def test_what_is_listed_as_an_image(tmp_path):
+    contents = {"a.JPG": b"", "b.jfif": b"", "c.heic": b"", "ISIC_1": FILES["jpeg"], "README": b"text", "d.txt": b""}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    assert [name for name in contents if is_image(tmp_path / name)] == ["a.JPG", "b.jfif", "c.heic", "ISIC_1"]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA"])

@@ -104,6 +104,16 @@ def test_a_column_derived_from_the_label_fails_as_a_feature_and_warns_otherwise(
         assert table.set_index("column")["feature"].to_dict() == {"stage": level == "FAIL", "site": True}
 
 
+def test_a_word_for_nothing_is_missing_in_fields_and_other_columns(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"label": ["ill", "well"] * 100, "patient": range(200)})
+    frame["site"] = frame["ward"] = ["NA", "arm", "N/A", "leg", "nan", "arm", "-", "leg"] * 25
+    dataset = write_table(tmp_path, frame, ["site"], "[ill]")
+    rows = AuditedRows.of(dataset, split_dataset(dataset), 20)
+    assert missingness(rows)[0]["ill"].tolist() == [1.0]
+    # Where something is recorded all are well, and nothing is left to be told apart.
+    assert len(label_leaking_columns(rows)[0]) == 0
+
+
 def test_biopsed_is_named_unprompted_and_would_fail_as_a_field_under_another_name(
     sample: Dataset, tmp_path: Path
 ) -> None:

@@ -76,7 +76,7 @@ def test_a_model_of_one_answer_is_right_where_it_was_kept(
 ) -> None:
     run = hand_made(opened, tmp_path / "run", "age")
     rows, names = run.rows("test"), [field.name for field in run.dataset.schema.fields]
-    labels = run.pictures("test").labels
+    labels = run.image_examples("test").labels
     recorded, orders = rows[names].notna().to_numpy(), draw_orders(run, 3, seed=0)
     expected = []
     for order in orders:
@@ -142,7 +142,7 @@ def test_runs_are_compared_in_pairs(opened: OpenedRun, made: dict[str, MissingMe
     assert len(merged) == len(other) == len(back)
     np.testing.assert_allclose(merged["difference"], -merged["difference_back"])
     np.testing.assert_allclose(merged["low"], -merged["high_back"])
-    labels = opened.pictures("test").labels
+    labels = opened.image_examples("test").labels
     groups = opened.groups.loc[list(opened.rows("test")["image_id"])].to_numpy()
     # What stands for no photograph has the red of the fifth class.
     right, constant = np.eye(6)[labels], np.eye(6)[np.full(len(labels), 4)]

@@ -166,19 +166,26 @@ def test_a_model_that_is_loaded_expects_the_images_of_the_one_that_was_saved(tmp
 
 
 def test_missing_or_foreign_parameters_are_refused(tmp_path) -> None:
-    _, architecture, sources = new_model(recipe_of("metadata_only", "mobilenet_v2"), 5, CLASSES)
+    model, architecture, sources = new_model(recipe_of("metadata_only", "mobilenet_v2"), 5, CLASSES)
     description = {"architecture": architecture.model_dump(mode="json"), "weights": sources}
+    file = tmp_path / "model.safetensors"
     with pytest.raises(RunError, match="first epoch"):
-        load_model(description, tmp_path / "model.safetensors")
-    write_tensors(tmp_path / "model.safetensors", {"other": torch.zeros(1)})
-    with pytest.raises(RunError, match="doesn't fit"):
-        load_model(description, tmp_path / "model.safetensors")
-    (tmp_path / "model.safetensors").write_bytes(b"no tensors at all")
-    with pytest.raises(RunError, match="doesn't fit"):
-        load_model(description, tmp_path / "model.safetensors")
+        load_model(description, file)
+    state, name = model.state_dict(), "head.classifier.bias"
+    whole = {"other": torch.zeros(1), name: torch.zeros(7), "head.hidden.bias": torch.full((256,), torch.nan)}
+    for damage in (*({key: value} for key, value in whole.items()), {name: torch.zeros(CLASSES, dtype=torch.int64)}):
+        write_tensors(file, {**state, **damage})
+        with pytest.raises(RunError, match=rf"doesn't fit its model\.json.*{next(iter(damage))}$"):
+            load_model(description, file)
+    write_tensors(file, state)
+    content = file.read_bytes()
+    for damaged in (b"no tensors at all", b"", content[:-1], b"\xff" * 8 + content[8:]):
+        file.write_bytes(damaged)
+        with pytest.raises(RunError, match="can't be read"):
+            load_model(description, file)
     description["architecture"]["section"]["method"] = "of_the_future"
     with pytest.raises(RunError, match="of_the_future"):
-        load_model(description, tmp_path / "model.safetensors")
+        load_model(description, file)
 
 
 def small(method: str) -> Method:

@@ -132,7 +132,7 @@ def test_a_damaged_or_foreign_file_says_what_to_do(tmp_path: Path, fitted: OutOf
 
 
 def test_vectors_of_the_predictor_are_those_of_the_run(opened: OpenedRun) -> None:
-    examples = opened.pictures("test")
+    examples = opened.image_examples("test")
     network = TorchNetwork(opened.model, opened.recipe.image.size, opened.normalisation, opened.device)
     images = examples.batch(np.arange(7)).images.permute(0, 2, 3, 1).numpy()
     output = network(images, None, examples.metadata[:7])
@@ -143,7 +143,7 @@ def test_vectors_of_the_predictor_are_those_of_the_run(opened: OpenedRun) -> Non
 
 def test_evaluation_fits_the_score_and_counts_false_alarms(opened: OpenedRun) -> None:
     said = opened.run.metrics["out_of_scope"]
-    examples = opened.pictures("test")
+    examples = opened.image_examples("test")
     scores = opened.run.out_of_scope.score(opened.vectors(examples, np.arange(len(examples))))
     assert said["images"] == len(examples) == len(scores)
     assert said["false_alarms"] == (scores > 1).sum()
@@ -158,7 +158,7 @@ def test_the_predictor_warns_beyond_the_limit_and_only_there(
     opened: OpenedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     predictor, paths = Predictor.load(opened.run), list(opened.rows("test")["image_path"].head(5))
-    scores = opened.run.out_of_scope.score(opened.vectors(opened.pictures("test"), np.arange(5)))
+    scores = opened.run.out_of_scope.score(opened.vectors(opened.image_examples("test"), np.arange(5)))
     predictions = predictor.predict_many(paths, [{}] * 5)
     np.testing.assert_allclose([prediction.out_of_scope for prediction in predictions], scores, rtol=1e-4)
     for value, warned in ((0.99, False), (1.01, True), (50.0, True)):
@@ -233,12 +233,12 @@ def measured(opened: OpenedRun) -> OutOfDistributionMeasured:
 def test_a_run_is_measured_against_all_groups(opened: OpenedRun, measured: OutOfDistributionMeasured) -> None:
     scores = measured.scores
     counts = scores["group"].value_counts()
-    assert counts[LESIONS] == measured.images == min(20, len(opened.pictures("test")))
+    assert counts[LESIONS] == measured.images == min(20, len(opened.image_examples("test")))
     assert counts[SKIN] == counts[CLOSE_LESION] > 0
     assert set(scores.loc[scores["group"] == SKIN, "source"]) <= set(scores.loc[scores["group"] == LESIONS, "source"])
     assert measured.skin_auroc is not None
     skin, close = (scores.loc[scores["group"] == name, "score"] for name in (SKIN, CLOSE_LESION))
-    assert measured.skin_auroc[0] == pytest.approx(
+    assert measured.skin_auroc.value == pytest.approx(
         roc_auc_score(np.r_[np.ones(len(skin)), np.zeros(len(close))], np.r_[skin, close])
     )
 

@@ -67,7 +67,7 @@ def test_outlines_are_read_as_the_model_sees_the_pictures_and_useless_ones_are_c
     cv2.imwrite(str(folder / f"{ids[1]}.png"), np.zeros((20, 20), np.uint8))
     cv2.imwrite(str(folder / f"{ids[2]}.png"), np.full((20, 20), 255, np.uint8))
     (folder / f"{ids[3]}.png").unlink()
-    examples, masks = run.pictures("test"), run.masks()
+    examples, masks = run.image_examples("test"), run.masks()
     assert set(masks) == set(ids) - {ids[3]}
     with pytest.raises(DataError, match="holds no mask"):
         run.masks(tmp_path)

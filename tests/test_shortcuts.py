@@ -105,7 +105,7 @@ def empty_age(run: OpenedRun) -> int:
 
 
 def test_the_whole_is_what_the_run_predicted_and_differences_are_paired(opened: OpenedRun, real: Shortcuts) -> None:
-    examples = opened.pictures("test")
+    examples = opened.image_examples("test")
     written = opened.run.predictions.query("split == 'test'")[[f"prob_{name}" for name in opened.classes]].to_numpy()
     empty = opened.metadata.encode(
         without_fields(opened.rows("test"), [field.name for field in opened.metadata.fields])

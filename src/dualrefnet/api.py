@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from dualrefnet.errors import DataError
 from dualrefnet.files import write_text, write_yaml
 from dualrefnet.progress import note
 from dualrefnet.recipe import Recipe, load_recipe
-from dualrefnet.run import Run
+from dualrefnet.run import Run, refuse_taken
 from dualrefnet.training.train import train_recipe
 
 
@@ -75,39 +76,45 @@ def fit(
         DataError: a column is missing, can't be a feature, or images don't exist.
         DualRefNetError: see the subclasses.
     """
-    out = Path(out)
-    missing = [
-        column for column in (image, label, group, *metadata) if column is not None and column not in dataframe.columns
-    ]
-    if missing:
-        raise DataError(
-            f"the table has no column {', '.join(missing)}; it has: {', '.join(map(str, dataframe.columns))}"
-        )
-    fields = describe(dataframe, list(metadata))
+    out, used = Path(out), (image, label, group, *_names(metadata))
+    table = dataframe.rename(columns=str)
+    columns = [str(column) for column in dict.fromkeys(used) if column is not None]
+    for column in columns:
+        found = int((table.columns == column).sum())
+        if found == 0:
+            raise DataError(f"the table has no column {column}; it has: {', '.join(table.columns)}")
+        if found > 1:
+            raise DataError(f"the table has {found} columns called {column}; rename all but one")
+    table = table[columns]
+    image, label, group = str(image), str(label), None if group is None else str(group)
+    unnamed = ~table[image].map(lambda path: isinstance(path, str | os.PathLike) and str(path) != "")
+    if unnamed.any():
+        raise DataError(f"{int(unnamed.sum())} rows of the table name no image in the column {image}")
+    fields = describe(table, [str(name) for name in _names(metadata)])
     for field in fields:
         note(f"{field.name}: {field.kind}")
-    paths = [os.path.abspath(path) for path in dataframe[image]]
+    refuse_taken(out, resume)
+    paths = [os.path.abspath(path) for path in table[image]]
     folder = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else "."
-    columns = [column for column in dict.fromkeys([label, group, *metadata]) if column is not None]
-    table = dataframe[columns].assign(**{image: [os.path.relpath(path, folder) for path in paths]})
     description = TableDescription(
         title=out.name,
         images=folder,
         image=image,
         label=label,
         patient=group,
-        malignant=tuple(malignant),
+        malignant=tuple(map(str, _names(malignant))),
         metadata=fields,
-        classes=classes_of(dataframe[label]),
+        classes=classes_of(table[label]),
     )
     data = out.with_name(out.name + "-data")
+    table = table.drop(columns=image).assign(**{image: [os.path.relpath(path, folder) for path in paths]})
     # As the names of files and classes are, for the reader of data sets; it isn't a result.
     write_text(data / description.table, table.to_csv(index=False))
     write_yaml(data / DEFAULT_DESCRIPTION, description.model_dump(mode="json", exclude_none=True))
     # About 10,000 image views: enough to fine-tune, and some minutes on a CPU.
     epochs = max(5, min(30, round(10_000 / max(len(dataframe), 1))))
     recipe = {
-        "name": out.name,
+        "name": re.sub(r"[^A-Za-z0-9_.-]+", "-", out.name).strip("-_.")[:100] or "fit",
         "data": {"dataset": "csv_table", "root": str(data), "protocol": "grouped"},
         # Without flags of what is missing, which may tell the class: a model that shall answer with whatever is given.
         "metadata": {"tier": "M2", "imputation": "token"} if fields else {"tier": "M0"},
@@ -123,3 +130,8 @@ def fit(
         f"{chosen.training.epochs} epochs"
     )
     return train_recipe(chosen, out, resume)
+
+
+def _names(given: Sequence[Any]) -> list[Any]:
+    """Return one name or several as a list."""
+    return [given] if isinstance(given, str) else list(given)

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from filelock import FileLock, Timeout
 
-from dualrefnet.errors import DataError, RecipeError
+from dualrefnet.errors import DataError, RecipeError, RunError
 
 try:
     import fcntl
@@ -39,6 +40,7 @@ PARTIAL = ".dualrefnet.partial"
 _swept: set[Path] = set()
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 # Characters of a YAML file at most.
 YAML_LIMIT = 1_000_000
 
@@ -146,6 +148,24 @@ def make_folder(folder: Path) -> Path:
     except OSError as error:
         raise not_written(folder, error) from error
     return folder
+
+
+@contextmanager
+def locked(path: Path, busy: str = "") -> Iterator[None]:
+    """Hold a lock file, so that one process at a time writes beside it; others wait, or with `busy` are refused so."""
+    try:
+        lock = FileLock(path, timeout=0 if busy else -1)
+        lock.acquire()
+    except Timeout:
+        raise RunError(busy) from None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise not_written(path.parent, error) from error
+        raise DataError(f"{path.parent} is on a file system without locks; name a folder on another one") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -24,7 +24,15 @@ from dualrefnet import run_schema
 from dualrefnet.data.protocols import refuse_crossing
 from dualrefnet.data.schema import Dataset
 from dualrefnet.errors import DualRefNetError, RecipeError, RunError
-from dualrefnet.files import sha256_of_file, sha256_of_json, sweep, write_csv, write_yaml
+from dualrefnet.files import (
+    is_file,
+    locked,
+    make_folder,
+    sha256_of_file,
+    sha256_of_json,
+    write_csv,
+    write_yaml,
+)
 from dualrefnet.recipe import Recipe, differences, load_recipe
 
 if TYPE_CHECKING:
@@ -35,6 +43,8 @@ if TYPE_CHECKING:
 MEASURED = ("predictions.csv", "calibration.json", "out_of_scope.safetensors", "metrics.json")
 
 
+# While a training writes the folder.
+LOCK = ".lock"
 # Libraries that numbers depend on, and how they are imported.
 LIBRARIES = {name: name for name in ("torch", "torchvision", "timm", "accelerate")}
 LIBRARIES |= {"opencv-python-headless": "cv2", "pillow": "PIL", "numpy": "numpy", "pandas": "pandas"}
@@ -205,23 +215,40 @@ class Run:
         return path
 
 
+@contextmanager
+def run_lock(path: Path) -> Iterator[None]:
+    """Keep a second training out of a run folder, which is made."""
+    if is_file(path):
+        raise RunError(f"{path} is a file; name a folder for the run")
+    lock = make_folder(path) / LOCK
+    with locked(lock, f"{path} is in use by another training; wait until it ends, or name another folder with --out"):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def refuse_taken(path: Path, resume: bool) -> bool:
+    """Refuse a folder that holds something else, or a run unless it is resumed; return whether a run is there."""
+    found = [file for file in path.iterdir() if file.name != LOCK] if path.is_dir() else []
+    # A kill during the very first write leaves no more than such a file.
+    if all(file.match(".*.partial") for file in found):
+        return False
+    if not (path / "recipe.yaml").is_file():
+        raise RunError(f"{path} isn't empty and isn't a run folder; name another one with --out (Python: out=)")
+    if not resume:
+        what = "a finished run" if Run(path).finished else "an unfinished run"
+        fix = "continue it with --resume (Python: resume=True), or name another folder with --out (out=)"
+        raise RunError(f"{path} holds {what}; {fix}")
+    return True
+
+
 def start_run(path: Path, recipe: Recipe, resume: bool) -> Run:
     """Open the folder of a run that begins or goes on."""
     run = Run(path)
-    if path.exists() and not path.is_dir():
-        raise RunError(f"{path} is a file; name a folder for the run")
-    # A kill during the very first write leaves no more than what is swept.
-    if path.is_dir():
-        sweep(path)
-    if path.is_dir() and any(path.iterdir()):
-        if not (path / "recipe.yaml").is_file():
-            raise RunError(f"{path} isn't empty and isn't a run folder; name another one with --out")
-        if not resume:
-            what = "a finished run" if run.finished else "an unfinished run"
-            raise RunError(f"{path} holds {what}; continue it with --resume, or name another folder with --out")
-        if run.recipe != recipe:
-            changed = ", ".join(differences(run.recipe, recipe)[:3])
-            raise RunError(f"{path} was started with another recipe ({changed}); name another folder with --out")
+    if refuse_taken(path, resume) and run.recipe != recipe:
+        changed = ", ".join(differences(run.recipe, recipe)[:3])
+        raise RunError(f"{path} was started with another recipe ({changed}); name another folder with --out")
     write_yaml(path / "recipe.yaml", recipe.model_dump(mode="json"))
     return run
 

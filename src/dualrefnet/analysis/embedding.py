@@ -5,7 +5,7 @@ with intervals over patients.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,8 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import pairwise_distances_chunked, silhouette_samples
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # comes with scikit-learn
 
-from dualrefnet.analysis.cases import shared_images
-from dualrefnet.analysis.opened_run import OpenedRun, sample_rows
+from dualrefnet.analysis.disagreement import shared_images
+from dualrefnet.analysis.opened_run import OpenedRun, Progress, in_batches, sample_rows
 from dualrefnet.data.loader import Examples
 from dualrefnet.display.figure import (
     FAINT,
@@ -32,16 +32,15 @@ from dualrefnet.display.figure import (
     new_figure,
     styled,
 )
+from dualrefnet.display.format import interval, number
 from dualrefnet.errors import RunError
 from dualrefnet.evaluation.bootstrap import Difference, Estimate, group_codes
 from dualrefnet.evaluation.comparison import PooledBootstrap
-from dualrefnet.models.inference import encoded
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Floats = NDArray[np.float64]
-Progress = Callable[[int, int], None]
 NEIGHBOURS = 5
 # Measure -> what it is called.
 MEASURES = {
@@ -107,19 +106,15 @@ class EmbeddingComparison:
         """Return how far the first run is above the second by one of `MEASURES`."""
         return self.first.separation.difference(self.first.name, self.second.name, measure)
 
-    def better(self, measure: str) -> Embedding | None:
-        """Return the run that separates the classes better; None: the interval of the difference holds 0."""
-        found = self.difference(measure)
-        if found.low <= 0 <= found.high:
-            return None
-        return self.first if found.low > 0 else self.second
-
     def sentence(self, measure: str) -> str:
         """Say in numbers which run separates the classes better, or that there is no clear difference."""
-        found, winner = self.difference(measure), self.better(measure)
+        found = self.difference(measure)
         values = ", ".join(f"{run.name} {run.value(measure).value:.3f}" for run in (self.first, self.second))
-        difference = f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]".replace("-", "−")
-        result = f"{winner.name} separates the classes better" if winner else "there is no clear difference"
+        difference = f"{number(found.value, '+.3f')} {interval(found.low, found.high, '+.3f')}"
+        result = "there is no clear difference"
+        # The interval doesn't hold 0.
+        if not found.low <= 0 <= found.high:
+            result = f"{(self.first if found.low > 0 else self.second).name} separates the classes better"
         return f"By the {MEASURES[measure]}, {result} ({values}; difference {difference})."
 
 
@@ -128,7 +123,6 @@ def embed(
     images: int = 2000,
     samples: int = 1000,
     seed: int = 0,
-    name: str | None = None,
     progress: Progress | None = None,
 ) -> Embedding:
     """Map at most `images` test images of a run, each class in proportion, and measure how well its features separate
@@ -139,37 +133,38 @@ def embed(
     """
     examples = opened.examples("test")
     rows = sample_rows(examples.labels, images, seed)
-    features = _read(opened, name or opened.run.path.name, examples, rows, progress)
+    features = _read(opened, opened.run.path.resolve().name, examples, rows, progress)
     return embed_features([features], len(examples), samples, seed)[0]
 
 
 def compare_embeddings(
     first: OpenedRun,
     second: OpenedRun,
+    names: tuple[str, str],
     images: int = 2000,
     samples: int = 1000,
     seed: int = 0,
-    names: tuple[str, str] | None = None,
     progress: Progress | None = None,
 ) -> EmbeddingComparison:
-    """Map the images that two runs were both tested on, and compare how well they separate the classes.
+    """Map the images that two runs of different names were both tested on, and compare how well they separate the
+    classes.
 
-    Raises:
-        RunError: see `embed`; they share no test image, or differ in labels or patients, or both are the same run.
+    RunError: see `embed`; they share no test image, or differ in labels or patients.
     """
-    if first.run.path.resolve() == second.run.path.resolve():
-        raise RunError(f"{first.run.path} can't be compared with itself; name two runs")
-    runs, names = (first, second), names or (first.run.path.name, second.run.path.name)
-    if names[0] == names[1]:
-        names = (str(first.run.path), str(second.run.path))
+    runs = (first, second)
     tested = [opened.examples("test") for opened in runs]
     both = shared_images(*(_frame(opened, examples) for opened, examples in zip(runs, tested, strict=True)))
     codes = np.array([first.classes.index(label) for label in both["label"]])
     chosen = both["image_id"].to_numpy()[sample_rows(codes, images, seed)]
     features = []
-    for number, (opened, name, examples) in enumerate(zip(runs, names, tested, strict=True)):
+    for place, (opened, name, examples) in enumerate(zip(runs, names, tested, strict=True)):
         rows = pd.Index(examples.image_ids).get_indexer(pd.Index(chosen))
-        features.append(_read(opened, name, examples, rows, progress, number * len(chosen), 2 * len(chosen)))
+
+        def show(done: int, images: int, before: int = place * len(chosen)) -> None:
+            if progress is not None:
+                progress(before + done, 2 * images)
+
+        features.append(_read(opened, name, examples, rows, show))
     return EmbeddingComparison(*embed_features(features, len(both), samples, seed))
 
 
@@ -202,22 +197,14 @@ def _frame(opened: OpenedRun, examples: Examples) -> pd.DataFrame:
 
 @torch.inference_mode()
 def _read(
-    opened: OpenedRun,
-    name: str,
-    examples: Examples,
-    rows: NDArray[np.int64],
-    progress: Progress | None,
-    done: int = 0,
-    total: int | None = None,
+    opened: OpenedRun, name: str, examples: Examples, rows: NDArray[np.int64], progress: Progress | None
 ) -> Features:
-    """Run the model over rows of examples and keep the features that it classifies; progress goes on from `done`."""
-    parts, size = [], opened.recipe.evaluation.batch_size
-    for start in range(0, len(rows), size):
-        batch = examples.batch(rows[start : start + size])
-        images = encoded(batch.features, opened.device) if batch.features else opened.images(batch)
-        parts.append(opened.model(images, batch.metadata.to(opened.device)).features.float().cpu().numpy())
-        if progress:
-            progress(done + min(start + size, len(rows)), total or len(rows))
+    """Run the model over rows of examples and keep the features that it classifies."""
+    parts = []
+    for some in in_batches(rows, opened.recipe.evaluation.batch_size, progress):
+        batch = examples.batch(some)
+        output = opened.model(opened.encode(batch), batch.metadata.to(opened.device))
+        parts.append(output.features.float().cpu().numpy())
     chosen = _frame(opened, examples).iloc[rows]
     values, unit = np.concatenate(parts), opened.dataset.schema.unit
     ids, groups = tuple(chosen["image_id"]), chosen["group"].to_numpy()
@@ -334,7 +321,7 @@ def draw_embedding(a: Embedding, b: Embedding | None = None) -> ReportFigure:
     for axis, run in zip(axes, maps, strict=True):
         _draw_map(axis, run)
         silhouette, neighbours = (run.value(measure).value for measure in ("silhouette", _KNN))
-        numbers = f"silhouette {silhouette:.2f}, neighbours {neighbours:.2f}".replace("-", "−")
+        numbers = f"silhouette {number(silhouette, '.2f')}, neighbours {number(neighbours, '.2f')}"
         axis.set_title(f"{textwrap.fill(run.name, TITLE)}\n{numbers}")
     handles, labels = axes[0].get_legend_handles_labels()
     handles = [handles[labels.index(name)] for name in shown]
@@ -408,7 +395,7 @@ def draw_separation(comparison: EmbeddingComparison) -> ReportFigure:
 
 def _interval(run: Embedding, measure: str) -> str:
     found = run.value(measure)
-    return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]".replace("-", "−")
+    return f"{number(found.value)} {interval(found.low, found.high, '.3f')}"
 
 
 def _intervals(run: Embedding) -> str:

@@ -6,10 +6,10 @@ the fields, in the same groups of inputs (see `runtime.availability`) and a few 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -71,86 +71,80 @@ class InputPredictions:
         return np.tile(values[self.places], self.draws)
 
 
-@dataclass(frozen=True)
-class SplitPredictions:
-    """All predictions of a run for one split."""
+class _Input(NamedTuple):
+    """One draw of an input of that name; see `InputPredictions`."""
 
-    recorded: Floats  # (N, C) probabilities of the inputs as they were recorded
-    vectors: NDArray[np.float32] | None  # (N, D) of the images; None if none is read
-    groups: list[InputPredictions]  # of each group of availability
-    named: dict[str, InputPredictions]  # of each named input but `as_recorded`
-    share: Floats  # (N,) of the fields with a recorded value
-    # Of validation alone: field -> how much of the probability moves when it is left out, on average over the rows
-    # where it is recorded.
-    field_effects: dict[str, float]
-
-
-@dataclass(frozen=True)
-class _Input:
+    name: str
     group: Availability | None
     image: bool
     metadata: EncodedMetadata
     places: NDArray[np.int64]
 
 
+class SplitPredictions(NamedTuple):
+    """All predictions of a run for one split."""
+
+    inputs: dict[str, InputPredictions]  # `as_recorded`, the groups of availability, and the other named inputs
+    vectors: NDArray[np.float32]  # (N, D) of the images; D is 0 where none is read
+    # Of validation alone: field -> how much of the probability moves when it is left out, on average over the rows
+    # where it is recorded.
+    field_effects: dict[str, float]
+
+
 def predict_split(opened: OpenedRun, split: str, examples: Examples) -> SplitPredictions:
     """Predict the examples of a split (`val` or `test`) as recorded and with less; every image is encoded once."""
     rows, encoder = opened.rows(split), opened.metadata
     recorded = encoder.encode(rows)
-    share = share_given(recorded.missing, opened.reads_metadata)
-    inputs = _inputs(opened, rows, recorded) if opened.reads_metadata else {}
+    inputs = _inputs(opened, rows, recorded)
     # Validation says which fields matter; the test split isn't used for it.
     left_out = encoder.fields if split == "val" and opened.reads_metadata else ()
     without = [encoder.encode(without_fields(rows, [field.name])).values for field in left_out]
-    drawn = [one for draws in inputs.values() for one in draws]
-    beside = [one for one in drawn if one.image or not opened.model.reads_image]
-    alone = [one for one in drawn if opened.model.reads_image and not one.image]
-    versions = [examples.metadata, *without, *(one.metadata.values for one in beside)]
+    beside = [one for one in inputs if one.image or not opened.model.reads_image]
+    alone = [one for one in inputs if opened.model.reads_image and not one.image]
     with progress_bar(f"predicting {split}") as show:
-        (full, *others), vectors = predict_with_metadata(opened, examples, versions, show)
-    blank = predict_without_image(opened, [one.metadata.values for one in alone])
+        versions = [*(one.metadata.values for one in beside), *without]
+        predicted, vectors = predict_with_metadata(opened, examples, versions, show)
+    predicted_alone = predict_without_image(opened, [one.metadata.values for one in alone])
     effects = {}
-    for index, (field, probabilities) in enumerate(zip(left_out, others, strict=False)):
-        moved, known = np.abs(probabilities - full).sum(axis=1) / 2, ~recorded.missing[:, index]
+    for index, (field, probabilities) in enumerate(zip(left_out, predicted[len(beside) :], strict=True)):
+        moved, known = np.abs(probabilities - predicted[0]).sum(axis=1) / 2, ~recorded.missing[:, index]
         effects[field.name] = float(moved[known].mean()) if known.any() else 0.0
-    of_input = dict(zip(map(id, [*beside, *alone]), [*others[len(without) :], *blank], strict=True))
+    of_input = dict(zip(map(id, [*beside, *alone]), [*predicted[: len(beside)], *predicted_alone], strict=True))
     gathered = {}
-    for name, draws in inputs.items():
+    for name in dict.fromkeys(one.name for one in inputs):
+        draws = [one for one in inputs if one.name == name]
         group, image, places = draws[0].group, draws[0].image, draws[0].places
-        shares = np.stack([share_given(one.metadata.missing, True)[places] for one in draws])
-        gathered[name] = InputPredictions(
-            group, image, places, shares, np.stack([of_input[id(one)][places] for one in draws])
-        )
-    groups = [one for one in gathered.values() if one.group is not None]
+        shares = [share_given(one.metadata.missing, opened.reads_metadata)[places] for one in draws]
+        probabilities = np.stack([of_input[id(one)][places] for one in draws])
+        gathered[name] = InputPredictions(group, image, places, np.stack(shares), probabilities)
+    return SplitPredictions(gathered, vectors, effects)
+
+
+def _inputs(opened: OpenedRun, rows: pd.DataFrame, recorded: EncodedMetadata) -> list[_Input]:
+    """Return the inputs as recorded, those of each group of availability, one a draw, and the other named ones."""
+    encoder, model, everything = opened.metadata, opened.model, np.arange(len(rows))
+    inputs = [_Input(AS_RECORDED, None, model.reads_image, recorded, everything)]
     if not opened.reads_metadata:
         (group,) = availability_groups(reads_image=True, needs_image=True, reads_metadata=False)
-        groups = [InputPredictions(group, True, np.arange(len(rows)), share[None], full[None])]
-    named = {name: one for name, one in gathered.items() if one.group is None}
-    return SplitPredictions(full, vectors if opened.model.reads_image else None, groups, named, share, effects)
-
-
-def _inputs(opened: OpenedRun, rows: pd.DataFrame, recorded: EncodedMetadata) -> dict[str, list[_Input]]:
-    """Return the inputs of each group of availability, one a draw, and the named ones."""
-    encoder, model = opened.metadata, opened.model
+        return [*inputs, _Input(group.name, group, True, recorded, everything)]
     names = [field.name for field in encoder.fields]
     known = ~recorded.missing
     patterns = find_patterns(opened.rows("train"), opened.dataset.schema)
     kept = [~np.isin(names, pattern.removed) for pattern in patterns]
     groups = availability_groups(reads_image=model.reads_image, needs_image=model.needs_image, reads_metadata=True)
-    inputs: dict[str, list[_Input]] = {}
     for number, group in enumerate(groups):
         for draw in range(DRAWS if group.to else 1):
             generator = np.random.default_rng([opened.recipe.seed, number, draw])
             present, able = draw_present(known, kept, group, generator)
             if able.any():
                 encoded = encoder.encode(keep_fields(rows, names, present))
-                inputs.setdefault(group.name, []).append(_Input(group, group.image, encoded, np.flatnonzero(able)))
+                inputs.append(_Input(group.name, group, group.image, encoded, np.flatnonzero(able)))
     always = np.array([field.tier == "M1" for field in encoder.fields])
     if always.any() and not always.all() and model.reads_image:
         encoded = encoder.encode(keep_fields(rows, names, known & always))
-        inputs[ALWAYS_RECORDED] = [_Input(None, True, encoded, np.arange(len(rows)))]
+        inputs.append(_Input(ALWAYS_RECORDED, None, True, encoded, everything))
     if model.reads_image and not model.needs_image:
-        inputs[METADATA_ONLY] = [_Input(None, False, recorded, np.arange(len(rows)))]
+        inputs.append(_Input(METADATA_ONLY, None, False, recorded, everything))
     return inputs
 
 
@@ -187,14 +181,11 @@ def draw_present(
 
 
 def measure_availability(
-    calibration: Calibration,
-    predictions: SplitPredictions,
-    labels: NDArray[np.int64],
-    bootstrap: Bootstrap,
+    calibration: Calibration, inputs: Mapping[str, InputPredictions], labels: NDArray[np.int64], bootstrap: Bootstrap
 ) -> dict[str, Any]:
     """Measure a calibrated run's test split by what is given. Intervals are 95%, over patients, given the calibration.
 
-    Predictions, labels (N,) and resamples are of the test split.
+    Inputs, labels (N,) and resamples are of the test split.
 
     Returns:
         `inputs`: named input -> measures; `groups`: of each group of availability its `name`, `group`, `temperature`,
@@ -204,29 +195,22 @@ def measure_availability(
             of the inputs as recorded, `mean_malignancy` over all cases and `cancers_at_recorded_threshold`: what a
             missingness shortcut takes away.
     """
-    of_group, named = predictions.groups, predictions.named
-    share, recorded = predictions.share[None], predictions.recorded[None]
-    as_recorded = InputPredictions(None, predictions.vectors is not None, np.arange(len(labels)), share, recorded)
-    inputs: dict[str, InputPredictions | None] = {
-        AS_RECORDED: as_recorded,
-        ALWAYS_RECORDED: named.get(ALWAYS_RECORDED),
-        IMAGE_ONLY: next((one for one in of_group if one.group and one.group.image and one.group.to == 0), None),
-        METADATA_ONLY: named.get(METADATA_ONLY),
+    measured = {
+        name: _measure(calibration, inputs[name], labels, bootstrap)
+        for name in track(list(inputs), "with missing inputs")
     }
-    given = {name: one for name, one in inputs.items() if one is not None}
-    measured = [
-        _measure(calibration, one, labels, bootstrap)
-        for one in track([*given.values(), *of_group], "with missing inputs")
-    ]
     fitted = {thresholds.group: thresholds for thresholds in calibration.availability}
     by_group = []
-    for one, values in zip(of_group, measured[len(given) :], strict=True):
-        if one.group in fitted:
+    for name, one in inputs.items():
+        if one.group is not None and one.group in fitted:
             thresholds = fitted[one.group]
-            row = {"name": one.group.name, "group": one.group._asdict(), "temperature": thresholds.temperature}
+            row = {"name": name, "group": one.group._asdict(), "temperature": thresholds.temperature}
             row |= {"referral_threshold": thresholds.referral, "remarks": list(thresholds.notes)}
-            by_group.append(row | values)
-    return {"inputs": dict(zip(given, measured, strict=False)), "groups": by_group}
+            by_group.append(row | measured[name])
+    image_only = next((name for name, one in inputs.items() if one.group and one.group.image and one.group.to == 0), "")
+    named = {name: name for name in (AS_RECORDED, ALWAYS_RECORDED)} | {IMAGE_ONLY: image_only}
+    named |= {METADATA_ONLY: METADATA_ONLY}
+    return {"inputs": {key: measured[name] for key, name in named.items() if name in measured}, "groups": by_group}
 
 
 def _measure(
@@ -273,16 +257,14 @@ def evaluate_run(
     The calibration is fitted on the validation split alone. Arguments and errors are those of `open_run`.
     """
     opened = open_run(run, root, dataset, cache, device)
-    recipe, schema, groups = opened.recipe, opened.dataset.schema, opened.groups
+    recipe, schema = opened.recipe, opened.dataset.schema
     wanted, seed, classes, malignant = recipe.evaluation, recipe.seed, schema.classes, schema.malignant
     tables, predicted, arrays, measured = [], {}, {}, {}
     for split in ("val", "test"):
-        examples = opened.examples(split)
+        examples, patients = opened.examples(split), opened.patients(split)
         predicted[split] = predict_split(opened, split, examples)
-        table = prediction_table(examples.image_ids, split, examples.labels, predicted[split].recorded, classes)
-        tables.append(table)
-        probabilities = table[[f"prob_{name}" for name in classes]].to_numpy(dtype=float)
-        patients = groups.loc[table["image_id"]].to_numpy()
+        probabilities = predicted[split].inputs[AS_RECORDED].probabilities[0]
+        tables.append(prediction_table(examples.image_ids, split, examples.labels, probabilities, classes))
         arrays[split] = (examples.labels, probabilities, Bootstrap(patients, wanted.bootstrap, seed))
         with progress_bar("bootstrap") as show:
             bootstrap = Bootstrap(patients, wanted.bootstrap, seed, progress=show)
@@ -290,26 +272,19 @@ def evaluate_run(
     write_csv(run.path / "predictions.csv", pd.concat(tables, ignore_index=True))
     validation, test = predicted["val"], predicted["test"]
     targets = wanted.coverage, wanted.referral_sensitivity
-    thresholds = [
-        fit_thresholds(
-            one.group,
-            one.flat(arrays["val"][0]),
-            one.probabilities.reshape(-1, len(classes)),
-            classes,
-            malignant,
-            *targets,
-            one.draws,
-        )
-        for one in validation.groups
-        if one.group is not None
-    ]
+    thresholds = []
+    for one in validation.inputs.values():
+        if one.group is not None:
+            labels, probabilities = one.flat(arrays["val"][0]), one.probabilities.reshape(-1, len(classes))
+            found = fit_thresholds(one.group, labels, probabilities, classes, malignant, *targets, one.draws)
+            thresholds.append(found)
     calibration = fit_calibration(*arrays["val"], classes, malignant, *targets, thresholds, validation.field_effects)
     write_json(run.calibration_file, calibration.to_json())
     labels, _, resampled = arrays["test"]
     metrics = {
         **measured["test"],
         "calibrated": measure_calibrated(calibration, *arrays["test"]),
-        "availability": measure_availability(calibration, test, labels, resampled),
+        "availability": measure_availability(calibration, test.inputs, labels, resampled),
         "split": "test",
         "protocol": recipe.data.protocol,
         "dataset": schema.title,
@@ -319,7 +294,7 @@ def evaluate_run(
         "leakage": leakage(opened.dataset, opened.split),
         "validation": measured["val"],
     }
-    if validation.vectors is not None and test.vectors is not None:
+    if opened.model.reads_image:
         metrics["out_of_scope"] = fit_run(opened, validation.vectors, test.vectors)
     write_json(run.metrics_file, metrics)
     return metrics

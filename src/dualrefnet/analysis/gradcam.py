@@ -1,24 +1,18 @@
-"""Grad-CAM: which places of an image speak for a class (Selvaraju et al. 2017, with captum's `LayerGradCam`), and how
-much
-of that evidence lies in the lesion.
+"""Grad-CAM: which places of an image speak for a class (Selvaraju et al. 2017), and how much of it lies in the lesion.
 
 With A_k the K maps of an encoder's last layer and z the class's score, saliency = ReLU(sum_k a_k A_k), where a_k is the
-mean of dz / dA_k over the places. The score is that of `Output.logits`: before the softmax, or, of methods that fuse
-decisions, the logarithm of the fused probability. The metadata are given along with the image, so the map is that of
-this patient.
+mean of dz / dA_k over the places. The score is that of `Output.logits`, given the metadata of this patient: before the
+softmax, or, of methods that fuse decisions, the logarithm of the fused probability.
 
 The layer is `Encoder.last_map`, the last one with places. Where the image vector is a class token (ViT, ConViT), which
-the last block makes beside that map, the layer is the first normalisation of the last block without the class token:
-all that the class token still learns of the places goes through it.
-
-The map tells where the evidence is that goes through that layer, not all of what a method knows: not the metadata, not
-what is read from maps further in (Visual's attention), nor, beside a class token, the last map where a method reads
-that too.
+the last block makes beside that map, it is the first normalisation of the last block without the class token: all that
+the class token still learns of the places goes through it. What a method knows otherwise isn't in the map: metadata,
+and maps further in (Visual's attention), nor, beside a class token, the last map.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dualrefnet.analysis.opened_run import OpenedRun, sample_rows
+from dualrefnet.analysis.opened_run import OpenedRun, Progress, in_batches, sample_rows
 from dualrefnet.data.images import find_masks, read_mask
 from dualrefnet.data.loader import Examples
 from dualrefnet.display.figure import (
@@ -47,8 +41,9 @@ from dualrefnet.display.figure import (
     styled,
     truncate,
 )
+from dualrefnet.display.format import interval
 from dualrefnet.errors import DataError, DependencyError, RunError
-from dualrefnet.evaluation.bootstrap import draw_counts, percentile_interval
+from dualrefnet.evaluation.bootstrap import Bootstrap, Estimate
 from dualrefnet.models.base import Method
 from dualrefnet.models.encoders import BACKBONES, Encoder
 
@@ -65,10 +60,11 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 BATCH = 16
-LEVEL = 0.95
 # Measure -> what it is called in the figure.
 MEASURES = {"energy": "energy in lesion", "pointing": "pointing game"}
 ALL_IMAGES = "all images"
+# Means of the summary -> what their bounds are called before `low` and `high`.
+COLUMNS = {"value": "", "baseline": "baseline_", "difference": "difference_", "area": "area_"}
 # Interpolation makes a plateau uneven by rounding: pixels so near to the maximum are maxima too.
 _TIE = 1e-6
 
@@ -94,8 +90,7 @@ def gradcam(model: Method, images: Tensor, metadata: Tensor, targets: Tensor) ->
     """
     if not model.reads_image:
         raise RunError(f"{model.title} reads no image, so there is no Grad-CAM of it")
-    # Detached: where an encoder does nothing at all, its map is the image itself, and captum would mark the caller's
-    # tensor.
+    # Where an encoder does nothing at all, its map is the image itself, and captum would mark the caller's tensor.
     images = images.detach()
     side, maps = images.shape[-1], []
     with _frozen_evaluation(model):
@@ -113,7 +108,9 @@ def gradcam(model: Method, images: Tensor, metadata: Tensor, targets: Tensor) ->
     ]
     if len(enlarged) == 1:
         return SaliencyMaps(enlarged[0], tuple(maps))
-    return SaliencyMaps(torch.stack([_share_of_maximum(places) for places in enlarged]).mean(dim=0), tuple(maps))
+    tiny = torch.finfo(torch.float32).tiny
+    shares = [places / places.amax(dim=(1, 2), keepdim=True).clamp(min=tiny) for places in enlarged]
+    return SaliencyMaps(torch.stack(shares).mean(dim=0), tuple(maps))
 
 
 @contextmanager
@@ -154,37 +151,30 @@ def _target_layer(encoder: Encoder, side: int) -> Iterator[nn.Module]:
         hook.remove()
 
 
-def _share_of_maximum(saliency: Tensor) -> Tensor:
-    """Divide each of (B, S, S) by its maximum; zeros stay zero."""
-    largest = saliency.amax(dim=(1, 2), keepdim=True)
-    return torch.where(largest > 0, saliency / largest.where(largest > 0, torch.ones_like(largest)), 0.0)
-
-
 @dataclass(frozen=True)
 class Localisation:
     """How much of the saliency lies in lesions, beside a centred Gaussian that looks at no image.
 
-    `table`, one row an image: image_id, label, predicted; energy (NaN if there is no saliency) and pointing of
-    Grad-CAM; energy_baseline and pointing_baseline of the Gaussian; area, the lesion's share of the image.
-
-    `summary`, one row a measure and class (first `all images`): value, low, high of Grad-CAM; baseline and difference
-    alike; area for uniform saliency; images, patients. All of a row are means over the same images. A bound is NaN if
-    fewer than two patients are behind it.
-
-    `with_mask` of the test `images` have a mask, and the table a stated sample of these without the `empty_masks`,
-    which mark nothing; `empty_maps` have no saliency: no energy, and a miss in the pointing game. `map_sides`:
-    resolution of each encoder's map.
+    `table` has one row an image: image_id, label, predicted; energy (NaN if there is no saliency) and pointing of
+    Grad-CAM; energy_baseline and pointing_baseline of the Gaussian; area, the lesion's share of the image. `summary`
+    has one row a measure and class (first `ALL_IMAGES`) with means over the same images: value of Grad-CAM, baseline of
+    the Gaussian, difference of the two, area for uniform saliency, each with low and high (NaN if fewer than two
+    patients are behind it); images, patients.
     """
 
     table: pd.DataFrame
     summary: pd.DataFrame
+    # In the test split; how many of them have a mask, of which the table has a sample; masks of it that mark nothing.
     images: int
     with_mask: int
     empty_masks: int
+    # Images without saliency: no energy, and a miss in the pointing game.
     empty_maps: int
+    # Side of the map that was enlarged, in places, one an encoder: the resolution of the measurement.
     map_sides: tuple[int, ...]
     samples: int
     seed: int
+    unit: str
 
 
 def localise(
@@ -193,37 +183,31 @@ def localise(
     images: int = 500,
     samples: int = 1000,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Localisation:
     """Measure where Grad-CAM of the predicted class looks on at most `images` test images that have a mask.
 
-    `masks` is a folder of `<image id>.png`; None: `masks` in the data set's folder.
-
-    Raises:
-        RunError: the method reads no image.
-        DataError: there are no masks, or none of the test images has one that marks a lesion.
-        ImageError: a mask can't be read.
+    `masks` is a folder of `<image id>.png`; None: `masks` in the data set's folder. DataError: there are no masks, or
+    none of the test images has one that marks a lesion.
     """
     if not opened.model.reads_image:
         raise RunError(f"{opened.model.title} reads no image, so there is nothing to localise")
     files = find_masks(opened.dataset.root, masks)
-    examples = opened.pictures("test")
+    examples = opened.image_examples("test")
     masked = np.flatnonzero([image_id in files for image_id in examples.image_ids])
     if not len(masked):
         raise DataError("none of the test images has a mask; masks are named <image id>.png")
     chosen = masked[sample_rows(examples.labels[masked], images, seed)]
     section, paths = opened.recipe.image, opened.rows("test")["image_path"]
     parts: list[pd.DataFrame] = []
-    for start in range(0, len(chosen), BATCH):
-        marked: dict[int, NDArray[np.bool_]] = {}
-        for row in chosen[start : start + BATCH]:
-            mask = read_mask(files[examples.image_ids[row]], Path(paths.iloc[row]), section.size, section.fit)
-            if mask is not None:
-                marked[int(row)] = mask
+    for rows in in_batches(chosen, BATCH, progress):
+        masks_of = {
+            row: read_mask(files[examples.image_ids[row]], Path(paths.iloc[row]), section.size, section.fit)
+            for row in rows
+        }
+        marked = {row: mask for row, mask in masks_of.items() if mask is not None}
         if marked:
             parts.append(_measure(opened, examples, np.array(list(marked)), np.stack(list(marked.values()))))
-        if progress:
-            progress(min(start + BATCH, len(chosen)), len(chosen))
     if not parts:
         raise DataError(f"all masks of the {len(chosen)} test images that have one are empty: none marks a lesion")
     table = pd.concat(parts, ignore_index=True)
@@ -237,13 +221,12 @@ def localise(
         map_sides=tuple(section.size // cast(Encoder, encoder).stride for encoder in opened.model.encoders),
         samples=samples,
         seed=seed,
+        unit=opened.dataset.schema.unit,
     )
 
 
 def energy_inside(saliency: Floats, masks: NDArray[np.bool_]) -> Floats:
-    """Return the share of saliency (B, S, S), not negative, that lies in masks (B, S, S); (B,), NaN where there is
-    none.
-    """
+    """Return the share of saliency (B, S, S) that lies in masks (B, S, S), (B,); NaN where there is none."""
     inside, total = (saliency * masks).sum(axis=(1, 2)), saliency.sum(axis=(1, 2))
     share: Floats = np.divide(inside, total, out=np.full(len(saliency), np.nan), where=total > 0)
     return share
@@ -271,29 +254,28 @@ def centred_gaussian(side: int) -> Floats:
 def summarise(
     table: pd.DataFrame, patients: NDArray[np.object_], classes: tuple[str, ...], samples: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
-    """Average `Localisation.table` over all images and each class, with intervals over patients:
-    `Localisation.summary`.
+    """Return `Localisation.summary` of `Localisation.table`: percentile intervals from a bootstrap over patients.
 
     A class without an image gets no row; a resample without any image of a class is left out for that class.
     """
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, not {samples}")
-    codes, names = pd.factorize(patients)
-    weights = np.concatenate(list(draw_counts(len(names), samples, seed)))
-    rows = []
+    rows: list[dict[str, object]] = []
     for name in (ALL_IMAGES, *(name for name in classes if (table["label"] == name).any())):
         of_class = np.ones(len(table), dtype=bool) if name == ALL_IMAGES else (table["label"] == name).to_numpy()
         for measure in MEASURES:
             # A measure that is undefined leaves its image out of all means of the row, so that they stay comparable.
             used = of_class & table[measure].notna().to_numpy()
-            value, baseline = table[measure].to_numpy()[used], table[f"{measure}_baseline"].to_numpy()[used]
-            columns = {"value": value, "baseline": baseline, "difference": value - baseline}
+            value, baseline = table[measure], table[f"{measure}_baseline"]
+            values = pd.concat([value, baseline, value - baseline, table["area"]], axis=1)
             row: dict[str, object] = {"class": name, "measure": measure}
-            for column, values in (columns | {"area": table["area"].to_numpy()[used]}).items():
-                low, high = _interval(values, codes[used], weights)
-                prefix = "" if column == "value" else f"{column}_"
-                row |= {column: values.mean() if len(values) else np.nan, f"{prefix}low": low, f"{prefix}high": high}
-            rows.append(row | {"images": int(used.sum()), "patients": len(np.unique(codes[used]))})
+            behind = len(np.unique(patients[used]))
+            estimates = [Estimate(mean) for mean in values[used].mean()]
+            if behind > 1:
+                included = np.tile(used[:, None], len(estimates))
+                bootstrap = Bootstrap(patients, samples, seed)
+                estimates = bootstrap.ratios(values, included, proportions=False)
+            for (column, prefix), estimate in zip(COLUMNS.items(), estimates, strict=True):
+                row |= {column: estimate.value, f"{prefix}low": estimate.low, f"{prefix}high": estimate.high}
+            rows.append(row | {"images": int(used.sum()), "patients": behind})
     return pd.DataFrame(rows)
 
 
@@ -320,18 +302,6 @@ def _measure(opened: OpenedRun, examples: Examples, rows: NDArray[np.int64], mas
     )
 
 
-def _interval(values: Floats, codes: NDArray[np.int64], weights: Floats) -> tuple[float, float]:
-    """Return the interval of the mean of (N,) values of the patients `codes`, resampled by `weights` (samples,
-    patients).
-    """
-    if len(np.unique(codes)) < 2:
-        return np.nan, np.nan
-    sums = weights @ np.bincount(codes, values, weights.shape[1])
-    counts = weights @ np.bincount(codes, minlength=weights.shape[1])
-    means = np.divide(sums, counts, out=np.full(len(weights), np.nan), where=counts > 0)
-    return percentile_interval(means, LEVEL) or (np.nan, np.nan)
-
-
 # Opacity at the maximum; from half of the maximum on it stays the same.
 _OPACITY, _FULL_FROM = 0.65, 0.5
 _GREY = 170
@@ -340,15 +310,9 @@ _LETTERS = 18
 
 
 def overlay(image: NDArray[np.uint8], saliency: NDArray[Any]) -> NDArray[np.uint8]:
-    """Blend saliency (S, S), divided by its maximum, over an image (S, S, 3); where it is low the skin stays
-    visible.
-    """
+    """Blend saliency (S, S), divided by its maximum, over an image (S, S, 3): low saliency leaves the skin visible."""
     from matplotlib import colormaps
 
-    if saliency.shape != image.shape[:2]:
-        raise ValueError(f"saliency {saliency.shape} doesn't fit an image {image.shape}")
-    if not np.isfinite(saliency).all() or saliency.min() < 0:
-        raise ValueError("saliency must be finite and not negative")
     largest = float(saliency.max())
     share = saliency.astype(np.float64) / largest if largest > 0 else np.zeros(saliency.shape)
     colour = 255 * colormaps[SALIENCY_CMAP](share)[..., :3]
@@ -437,17 +401,16 @@ def draw_localisation(result: Localisation) -> ReportFigure:
     names = list(dict.fromkeys(summary["class"]))
     figure, axes = new_figure(0.36 * len(names) + 1.15, 1, 2, sharey=True)
     series = (
-        ("value", "", PRIMARY, "Grad-CAM"),
-        ("baseline", "baseline_", SECONDARY, "centred Gaussian"),
-        ("area", "area_", COLOURS[6], "uniform"),
+        ("value", PRIMARY, "Grad-CAM"),
+        ("baseline", SECONDARY, "centred Gaussian"),
+        ("area", COLOURS[6], "uniform"),
     )
     for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
         rows = summary[summary["measure"] == measure].set_index("class").loc[names]
-        for number, (column, prefix, colour, label) in enumerate(series):
-            heights = np.arange(len(names)) + 0.24 * (number - 1)
-            low, high = rows[f"{prefix}low"].to_numpy(), rows[f"{prefix}high"].to_numpy()
-            axis.hlines(heights, low, high, color=colour, linewidth=1.2)
-            axis.plot(rows[column], heights, MARKERS[number], color=colour, markersize=3.8, label=label)
+        for place, (column, colour, label) in enumerate(series):
+            heights = np.arange(len(names)) + 0.24 * (place - 1)
+            axis.hlines(heights, rows[f"{COLUMNS[column]}low"], rows[f"{COLUMNS[column]}high"], colour, linewidth=1.2)
+            axis.plot(rows[column], heights, MARKERS[place], color=colour, markersize=3.8, label=label)
         axis.set_title(title)
         axis.set_xlim(-0.03, 1.03)
         axis.set_xticks([0, 0.5, 1], ["0%", "50%", "100%"])
@@ -456,15 +419,15 @@ def draw_localisation(result: Localisation) -> ReportFigure:
     pointing = summary[summary["measure"] == "pointing"].set_index("class")
     axes[0].set_yticks(range(len(names)), [f"{truncate(name, 14)} ({pointing['images'][name]})" for name in names])
     axes[0].set_ylim(len(names) - 0.5, -0.5)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, columnspacing=1.0, handletextpad=0.2)
+    legend = axes[0].get_legend_handles_labels()
+    figure.legend(*legend, loc="outside lower center", ncols=3, columnspacing=1.0, handletextpad=0.2)
     sides = " and ".join(dict.fromkeys(f"{side} x {side}" for side in result.map_sides))
     caption = (
         f"Share of the saliency for the predicted class that lies in the lesion, and how often its maximum does, in "
-        f"{len(result.table)} test images of {pointing['patients'].iloc[0]} patients (of {result.images} test images, "
-        f"{result.with_mask} have a mask; seed {result.seed}) and by true class (images in brackets). The centred "
-        "Gaussian and the uniform map look at no image. Lines: 95% intervals "
-        f"({result.samples} bootstrap samples over patients). The maps were enlarged from {sides} places."
+        f"{len(result.table)} test images of {pointing['patients'].iloc[0]} {result.unit}s (of {result.images} test "
+        f"images, {result.with_mask} have a mask; seed {result.seed}) and by true class (images in brackets). The "
+        "centred Gaussian and the uniform map look at no image. Lines: 95% intervals "
+        f"({result.samples} bootstrap samples over {result.unit}s). The maps were enlarged from {sides} places."
     )
     if result.empty_masks:
         caption += f" Images left out with an empty mask: {result.empty_masks}."
@@ -472,10 +435,9 @@ def draw_localisation(result: Localisation) -> ReportFigure:
         caption += f" Images without saliency, counted as missed: {result.empty_maps}."
     parts = []
     for row in summary.to_dict("records"):
-        difference, low, high = (100 * row[column] for column in ("difference", "difference_low", "difference_high"))
-        interval = "no interval" if np.isnan(low) else f"{low:+.0f} to {high:+.0f}"
+        bounds = interval(row["difference_low"], row["difference_high"], "+.0%") or "no interval"
         parts.append(
             f"{row['class']}, {MEASURES[row['measure']]}: Grad-CAM {row['value']:.0%}, Gaussian {row['baseline']:.0%}, "
-            f"uniform {row['area']:.0%}, Grad-CAM less Gaussian {difference:+.0f} points ({interval})"
+            f"uniform {row['area']:.0%}, Grad-CAM less Gaussian {row['difference']:+.0%} {bounds}"
         )
     return ReportFigure("localisation", "Grad-CAM and the lesion", caption, "; ".join(parts), figure, summary)

@@ -33,6 +33,7 @@ from dualrefnet.evaluation.bootstrap import NAN, Bootstrap, Estimate, Floats
 from dualrefnet.evaluation.metrics import WeightedMetrics, confusion_metrics
 from dualrefnet.progress import track
 from dualrefnet.recipe import MetadataSection
+from dualrefnet.runtime.metadata import read_cell
 
 Integers = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -58,6 +59,8 @@ class AuditedRows:
         """Take the rows of a split; labels and patients are those of the data set."""
         index = pd.Series(dataset.table.index, index=dataset.table["image_id"]).loc[split["image_id"]]
         table, others = (part.reindex(index).reset_index(drop=True) for part in (dataset.table, dataset.other_columns))
+        # A word for nothing, such as NA, is no value.
+        others = others.map(read_cell)
         units, splits = groups(table, dataset.schema), split["split"]
         return cls(
             table, others, dataset.schema, units.to_numpy(dtype=object), splits.to_numpy(dtype=object), samples, seed
@@ -126,14 +129,9 @@ def _measure(probabilities: Floats, rows: AuditedRows) -> dict[str, float]:
     point, drawn = model.measure(bootstrap.unit_weights), bootstrap.resample_each({"": model.measure})[""]
     result: dict[str, float] = {}
     for name, key in MEASURES.items():
-        result |= _columns(
-            bootstrap.estimate(float(point[key][0]), drawn[key]) if key in drawn else Estimate(NAN), name
-        )
+        one = bootstrap.estimate(float(point[key][0]), drawn[key]) if key in drawn else Estimate(NAN)
+        result |= one.columns(name)
     return result
-
-
-def _columns(one: Estimate, name: str) -> dict[str, float]:
-    return {name: one.value, f"{name}_low": one.low, f"{name}_high": one.high}
 
 
 def _in_words(row: dict[str, Any], name: str) -> str:
@@ -502,7 +500,7 @@ def metadata_alone(rows: AuditedRows, forests: bool) -> tuple[pd.DataFrame, list
             row = {"features": features, "learner": learner, "measured": way}
             row |= {"balanced_accuracy": one.value, "low": one.low, "high": one.high}  # type: ignore[dict-item]
             if way == IMAGES:
-                row |= _columns(difference, "patients_recognised")  # type: ignore[arg-type]
+                row |= difference.columns("patients_recognised")  # type: ignore[arg-type]
             measured.append(row)
     return pd.DataFrame(measured), [_alone_finding(measured, rows)]
 
@@ -574,12 +572,11 @@ def reidentification(rows: AuditedRows) -> tuple[pd.DataFrame, list[Finding]]:
         known = difference.low > FOLD_NOISE
         message = (
             f"the class of the nearest metadata has a balanced accuracy of {images.value:.3f} in folds of images and "
-            f"{grouped.value:.3f} in folds of {unit}s, difference {_in_words(_columns(difference, ''), '')}: metadata "
+            f"{grouped.value:.3f} in folds of {unit}s, difference {_in_words(difference.columns('d'), 'd')}: metadata "
             f"{'nearly' if known else 'do not'} identify the {unit}"
         )
         findings.append(Finding("WARN" if known else "PASS", "reidentification", message))
-    table = [(question, one.value, one.low, one.high) for question, one in measured.items()]
-    return pd.DataFrame(table, columns=["question", "value", "low", "high"]), findings
+    return pd.DataFrame([{"question": question} | one.columns() for question, one in measured.items()]), findings
 
 
 def _nearest(known: Floats, groups: NDArray[np.object_], queries: Floats | None = None) -> NDArray[np.object_]:

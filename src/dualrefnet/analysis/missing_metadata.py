@@ -133,7 +133,7 @@ def measure_missing_metadata(
     """
     if draws < 1:
         raise ValueError(f"draws must be at least 1, not {draws}")
-    rows, schema = opened.rows("test"), opened.dataset.schema
+    rows, groups, schema = opened.rows("test"), opened.patients("test"), opened.dataset.schema
     names = [field.name for field in schema.fields]
     recorded = rows[names].notna().to_numpy()
     orders = draw_orders(opened, draws, seed)
@@ -145,7 +145,6 @@ def measure_missing_metadata(
     patterns = find_patterns(opened.rows("train"), schema)
     kept |= {_input(removed=pattern.fields): [recorded & ~np.isin(names, pattern.removed)] for pattern in patterns}
     predictions = _predict(opened, rows, kept)
-    groups = opened.groups.loc[rows["image_id"]].to_numpy(dtype=object)
     labels = pd.Index(opened.classes).get_indexer(pd.Index(rows["label"]))
     with progress_bar("intervals") as show:
         full = pooled_bootstrap(labels, predictions, Bootstrap(groups, samples, seed, LEVEL, show), opened.classes)
@@ -211,7 +210,7 @@ def _predict(
     opened: OpenedRun, rows: pd.DataFrame, kept: Mapping[str, Sequence[NDArray[np.bool_]]]
 ) -> dict[str, list[Floats]]:
     """Return the probabilities with what is kept of each row's values, one array a draw."""
-    examples = opened.pictures("test")
+    examples = opened.image_examples("test")
     names = [field.name for field in opened.dataset.schema.fields]
     versions = [examples.metadata]
     found: dict[str, list[Floats]] = {}
@@ -242,9 +241,7 @@ def _measured(bootstrap: PooledBootstrap, image: str, key: str, start: dict[str,
     rows, own, full = [], image + key, image + _input()
     for measure in MEASURES:
         value, difference = bootstrap.value(own, measure), bootstrap.difference(own, full, measure)
-        row = start | {"measure": measure, "value": value.value, "low": value.low, "high": value.high}
-        row |= {"difference": difference.value}
-        rows.append(row | {"difference_low": difference.low, "difference_high": difference.high})
+        rows.append(start | {"measure": measure} | value.columns() | difference.columns("difference"))
     return rows
 
 

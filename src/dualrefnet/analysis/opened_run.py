@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +21,20 @@ from dualrefnet.data.store import DerivedStore, ImageStore
 from dualrefnet.errors import DataError, RunError
 from dualrefnet.models.base import Method
 from dualrefnet.models.encoders import Encoded
-from dualrefnet.models.inference import Normalisation, encoded, fill_features, joined_vectors, normalise, to_unit
+from dualrefnet.models.inference import (
+    Normalisation,
+    encoded,
+    fill_features,
+    joined_vectors,
+    normalise,
+    resolve_device,
+    to_unit,
+)
 from dualrefnet.models.registry import load_model
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import Run
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -66,13 +76,24 @@ class OpenedRun:
         """Return one split, with the stored features if the encoder was frozen: the quick way to predictions."""
         return make_examples(self.dataset, self.split, split, self.metadata, self.store, self._features)
 
-    def pictures(self, split: str) -> Examples:
+    def image_examples(self, split: str) -> Examples:
         """Return one split with its images, also if the encoder was frozen: what explanations look at."""
         return make_examples(self.dataset, self.split, split, self.metadata, self.store)
 
     def rows(self, split: str) -> pd.DataFrame:
         """Return the lesion table's rows of one split, in the order of its examples."""
         return split_rows(self.dataset, self.split, split)
+
+    def patients(self, split: str) -> NDArray[np.object_]:
+        """Return the patient or lesion of each example of a split, which can be measured if it has at least two."""
+        patients = self.groups.loc[self.rows(split)["image_id"]].to_numpy(dtype=object)
+        if len(set(patients)) < 2:
+            name, unit = {"val": "validation", "test": "test"}[split], self.dataset.schema.unit
+            raise DataError(
+                f"the {name} split has {len(patients)} images of {len(set(patients))} {unit}s, and measuring needs two "
+                f"{unit}s at least: train with more data, or with another data.protocol or data.split_seed"
+            )
+        return patients
 
     @cached_property
     def _features(self) -> tuple[DerivedStore, ...]:
@@ -95,16 +116,14 @@ class OpenedRun:
 
     @torch.inference_mode()
     def vectors(
-        self, examples: Examples, rows: NDArray[np.int64], progress: Callable[[int, int], None] | None = None
+        self, examples: Examples, rows: NDArray[np.int64], progress: Progress | None = None
     ) -> NDArray[np.float32]:
         """Return the encoders' vectors of the examples at `rows`, concatenated if there are several, (N, D)."""
-        size, kept = self.recipe.evaluation.batch_size, []
-        for start in range(0, len(rows), size):
-            read = self.encode(examples.batch(rows[start : start + size]))
+        kept = []
+        for part in in_batches(rows, self.recipe.evaluation.batch_size, progress):
+            read = self.encode(examples.batch(part))
             assert read is not None
             kept.append(joined_vectors(read))
-            if progress is not None:
-                progress(min(start + size, len(rows)), len(rows))
         return np.concatenate(kept)
 
     def masks(self, folder: Path | None = None) -> dict[str, Path]:
@@ -133,6 +152,14 @@ class OpenedRun:
         return read.rows(torch.zeros(count, dtype=torch.int64, device=self.device))
 
 
+def in_batches(rows: NDArray[np.int64], size: int, progress: Progress | None = None) -> Iterator[NDArray[np.int64]]:
+    """Yield `size` rows at a time; `progress` is called with (rows done, rows in all) when they have been used."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+        if progress is not None:
+            progress(min(start + size, len(rows)), len(rows))
+
+
 def open_run(
     run: Run,
     root: Path | str | None = None,
@@ -154,7 +181,7 @@ def open_run(
             f"{run.path} knows the classes {', '.join(description['classes'])}, but the data in {dataset.root} have "
             f"{', '.join(dataset.schema.classes)}; give the right folder with --root"
         )
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or resolve_device(None)
     model.to(device).eval()
     store = fill_recipe_store(recipe, dataset, cache) if model.reads_image else None
     readable = set(store.image_ids) - set(store.broken) if store else set(dataset.table["image_id"])

@@ -28,7 +28,7 @@ from dualrefnet.analysis.non_lesion_images import (
 from dualrefnet.analysis.opened_run import OpenedRun, sample_rows
 from dualrefnet.display.figure import INK, PRIMARY, SECONDARY, ReportFigure, beeswarm_offsets, new_figure, styled
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.bootstrap import NAN, Bootstrap, Floats, group_codes, percentile_interval
+from dualrefnet.evaluation.bootstrap import NAN, Bootstrap, Estimate, Floats, group_codes, percentile_interval
 from dualrefnet.evaluation.metrics import Ranking
 from dualrefnet.files import write_tensors
 from dualrefnet.models.inference import joined_vectors, normalise, to_unit
@@ -42,6 +42,7 @@ DIRECTIONS = 64
 FALSE_ALARMS = 0.02
 # Training images that the score is fitted on, at most, drawn with the run's seed: more change it little.
 AT_MOST = 5000
+LEVEL = 0.95
 # Of fewer sources no interval is drawn.
 FEW_SOURCES = 5
 BATCH = 32
@@ -128,19 +129,16 @@ def fit_run(opened: OpenedRun, validation: NDArray[np.float32], test: NDArray[np
     with progress_bar("out-of-distribution score") as show:
         score = fit_score(opened.vectors(examples, rows, show), validation)
     save_score(score, opened.run.out_of_scope_file)
-    flagged, samples = score.score(test) > 1, opened.recipe.evaluation.bootstrap
-    result: dict[str, Any] = {
+    flagged = score.score(test) > 1
+    rate = _flagged_share(flagged, opened.patients("test"), opened.recipe.evaluation.bootstrap, seed)
+    return {
         "training": score.training,
         "validation": score.validation,
         "intended_false_alarm_rate": FALSE_ALARMS,
         "images": len(flagged),
         "false_alarms": int(flagged.sum()),
-        "false_alarm_rate": float(flagged.mean()),
+        **rate.to_json("false_alarm_rate", LEVEL),
     }
-    groups = opened.groups.loc[opened.rows("test")["image_id"]]
-    if samples and groups.nunique() >= FEW_SOURCES:
-        result["false_alarm_rate_ci95"] = list(share_interval(flagged, groups, samples, seed))
-    return result
 
 
 @dataclass(frozen=True)
@@ -154,7 +152,7 @@ class OutOfDistributionMeasured:
 
     scores: pd.DataFrame
     table: pd.DataFrame
-    skin_auroc: tuple[float, float, float] | None  # healthy skin, equally large crops of the lesion; None: no masks
+    skin_auroc: Estimate | None  # healthy skin, equally large crops of the lesion; None: no masks
     training: int  # images that the score was fitted on
     validation: int  # images that set the limit
     images: int  # test images, all or a sample
@@ -177,7 +175,8 @@ def measure_out_of_distribution(
     if not opened.model.reads_image:
         raise DataError("this method reads no image, so there is nothing to score")
     score = opened.run.out_of_scope
-    examples, rows = opened.pictures("test"), opened.rows("test")
+    examples, rows = opened.image_examples("test"), opened.rows("test")
+    groups = pd.Series(opened.patients("test"), rows["image_id"])
     chosen = sample_rows(examples.labels, images, seed)
     found = opened.masks(masks)
     files = dict(zip(rows["image_id"].iloc[chosen], rows["image_path"].iloc[chosen], strict=True))
@@ -187,7 +186,6 @@ def measure_out_of_distribution(
     def table(group: str | list[str], source: Sequence[str] | pd.Series, vectors: NDArray[np.float32]) -> pd.DataFrame:
         return pd.DataFrame({"group": group, "source": list(source), "score": score.score(vectors)})
 
-    groups = opened.groups
     with progress_bar("test images") as show:
         parts = [table(LESIONS, groups.loc[list(files)], opened.vectors(examples, chosen, show))]
     for start in track(range(0, len(others), BATCH), "images without a lesion"):
@@ -231,25 +229,22 @@ def summarise(scores: pd.DataFrame, samples: int, seed: int) -> pd.DataFrame:
         part = scores[scores["group"].isin(kinds)]
         if part.empty:
             continue
-        flagged = (part["score"] > 1).to_numpy()
-        auroc = (NAN, NAN, NAN) if name == LESIONS else _auroc(lesions, part, samples, seed)
-        low, high = share_interval(flagged, part["source"], samples, seed)
-        rows.append([name, len(part), part["source"].nunique(), *auroc, flagged.mean(), low, high])
-    columns = ["group", "pictures", "sources"]
-    columns += [f"{name}{end}" for name in ("auroc", "flagged") for end in ("", "_low", "_high")]
-    return pd.DataFrame(rows, columns=columns)
+        auroc = Estimate(NAN) if name == LESIONS else _auroc(lesions, part, samples, seed)
+        flagged = _flagged_share((part["score"] > 1).to_numpy(), part["source"], samples, seed)
+        counts = {"group": name, "pictures": len(part), "sources": part["source"].nunique()}
+        rows.append(counts | auroc.columns("auroc") | flagged.columns("flagged"))
+    return pd.DataFrame(rows)
 
 
-def share_interval(flagged: NDArray[np.bool_], groups: ArrayLike, samples: int, seed: int) -> tuple[float, float]:
-    """Return the 95% interval of a share over resampled groups; NaN for fewer than `FEW_SOURCES` groups."""
+def _flagged_share(flagged: NDArray[np.bool_], groups: ArrayLike, samples: int, seed: int) -> Estimate:
+    """Return a share with its interval over resampled groups; without one for fewer than `FEW_SOURCES` groups."""
     if len(pd.unique(np.asarray(groups))) < FEW_SOURCES:
-        return NAN, NAN
-    bootstrap = Bootstrap(groups, samples, seed)
-    (share,) = bootstrap.ratios(flagged[:, None], np.ones((len(flagged), 1)))
-    return share.low, share.high
+        return Estimate(float(flagged.mean()))
+    (share,) = Bootstrap(groups, samples, seed).ratios(flagged[:, None], np.ones((len(flagged), 1)))
+    return share
 
 
-def _auroc(lesions: pd.DataFrame, others: pd.DataFrame, samples: int, seed: int) -> tuple[float, float, float]:
+def _auroc(lesions: pd.DataFrame, others: pd.DataFrame, samples: int, seed: int) -> Estimate:
     """Return how often another image scores higher than a lesion, and the interval over patients and sources: patients
     are drawn from patients and sources from sources; crops of patients' images are drawn with their patient.
     """
@@ -260,10 +255,10 @@ def _auroc(lesions: pd.DataFrame, others: pd.DataFrame, samples: int, seed: int)
     ranking = Ranking.of(both["score"].to_numpy(), np.arange(len(both)) >= len(lesions), codes)
     value = float(ranking.auc(np.ones((1, patients + sources)))[0])
     if min(patients, sources or patients) < FEW_SOURCES:
-        return value, NAN, NAN
-    parts = [(patients, seed)] + [(sources, seed + 1)] * (sources > 0)
+        return Estimate(value)
+    parts = [(patients, seed), (sources, seed + 1)] if sources else [(patients, seed)]
     weights = [Bootstrap(np.arange(size), samples, of).resample(lambda drawn: drawn) for size, of in parts]
-    return value, *(percentile_interval(ranking.auc(np.hstack(weights)), 0.95) or (NAN, NAN))
+    return Estimate(value, *(percentile_interval(ranking.auc(np.hstack(weights)), LEVEL) or ()))
 
 
 # Values at which the scale may have a tick, and the width of a column of dots in powers of ten, as a share of the axis.

@@ -24,7 +24,7 @@ from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.errors import DataError
 from dualrefnet.evaluation.bootstrap import group_codes
 from dualrefnet.models.encoders import Encoded
-from dualrefnet.models.inference import joined_vectors
+from dualrefnet.models.inference import check_finite, joined_vectors
 
 Floats = NDArray[np.float64]
 # (N, M), encoded.
@@ -93,7 +93,7 @@ def predict_without_image(
 
 def _predict(opened: OpenedRun, encoded: Encoded | None, metadata: Metadata) -> Floats:
     logits = opened.model(encoded, torch.from_numpy(metadata).to(opened.device)).logits
-    probabilities: Floats = logits.double().softmax(dim=1).cpu().numpy()
+    probabilities: Floats = check_finite(logits).double().softmax(dim=1).cpu().numpy()
     return probabilities
 
 

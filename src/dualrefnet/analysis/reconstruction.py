@@ -65,7 +65,7 @@ def reconstruct(
     if not recipe.rebuilds_image or opened.store is None:
         raise RunError(f"{opened.run.path} was trained without the auxiliary task: there is no reconstruction to show")
     targets, _ = fill_targets(recipe, opened.store, opened.device)
-    examples = replace(opened.pictures("test"), targets=targets)
+    examples = replace(opened.image_examples("test"), targets=targets)
     chosen = sample_rows(examples.labels, images, seed)
     rows = []
     for start in range(0, len(chosen), BATCH):

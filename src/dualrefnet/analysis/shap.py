@@ -17,16 +17,15 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from dualrefnet.analysis.opened_run import OpenedRun, sample_rows
-from dualrefnet.data.metadata import MetadataEncoder
-from dualrefnet.data.schema import MetadataField
+from dualrefnet.analysis.opened_run import OpenedRun, Progress, sample_rows
+from dualrefnet.data.metadata import EncodedMetadata, MetadataEncoder
 from dualrefnet.display.figure import (
     COLOURS,
     INK,
@@ -40,6 +39,7 @@ from dualrefnet.display.figure import (
     new_figure,
     styled,
 )
+from dualrefnet.display.format import number
 from dualrefnet.errors import DependencyError, RunError
 from dualrefnet.models.encoders import Encoded, EncoderOutput
 
@@ -47,9 +47,6 @@ try:
     from shap import PermutationExplainer
 except ImportError:
     raise DependencyError("Shapley values need shap: pip install 'dualrefnet[explain]'") from None
-
-if TYPE_CHECKING:
-    from matplotlib.colors import LinearSegmentedColormap
 
 By = Literal["field", "column"]
 Kind = Literal["numeric", "boolean", "categorical", "missing"]
@@ -61,9 +58,9 @@ MISSING_FLAGS = "missing fields (flags)"
 TOLERANCE = 1e-4
 # Orders of the groups; by column there are many more groups, and one order takes longer.
 PERMUTATIONS: dict[By, int] = {"field": 10, "column": 2}
-# Images that the encoders read at once; rows of metadata that the model reads at once, and how many numbers of encoded
-# images (256 MB of float32) these may stand beside: methods that read maps take fewer rows at once.
-BATCH, MOST_ROWS, MOST_NUMBERS = 16, 4096, 2**26
+# Rows of metadata that the model reads at once, and how many numbers of encoded images (256 MB of float32) these may
+# stand beside: methods that read maps take fewer rows at once.
+MOST_ROWS, MOST_NUMBERS = 4096, 2**26
 
 
 class FeatureGroup(NamedTuple):
@@ -92,45 +89,39 @@ class FieldValues(NamedTuple):
 
 def make_feature_groups(encoder: MetadataEncoder, by: By) -> tuple[FeatureGroup, ...]:
     """Divide an encoder's M columns into groups: one a field and one for all flags together, or one a column."""
-    names, groups = encoder.names, []
-    for field, span in zip(encoder.fields, encoder.spans, strict=True):
-        columns = tuple(range(span.start, span.stop))
-        if by == "column":
-            groups += [FeatureGroup(names[column], field.name, field.kind, (column,)) for column in columns]
-        elif columns:  # A category of which the training rows had no value has no column, and no influence.
-            groups.append(FeatureGroup(field.name, field.name, field.kind, columns))
+    names = encoder.names
     flags = tuple(range(encoder.spans[-1].stop if encoder.spans else 0, len(names)))
-    if by == "column":
-        groups += [
-            FeatureGroup(names[column], names[column].removeprefix("missing_"), "missing", (column,))
-            for column in flags
-        ]
-    elif flags:
-        groups.append(FeatureGroup(MISSING_FLAGS, MISSING_FLAGS, "missing", flags))
-    return tuple(groups)
+    owners: list[tuple[str, Kind, tuple[int, ...]]] = [
+        (field.name, field.kind, tuple(range(span.start, span.stop)))
+        for field, span in zip(encoder.fields, encoder.spans, strict=True)
+    ]
+    if by == "field":
+        owners.append((MISSING_FLAGS, "missing", flags))
+        # A category of which the training rows had no value has no column, and no influence.
+        return tuple(FeatureGroup(name, name, kind, columns) for name, kind, columns in owners if columns)
+    owners += [(names[flag].removeprefix("missing_"), "missing", (flag,)) for flag in flags]
+    return tuple(
+        FeatureGroup(names[column], name, kind, (column,)) for name, kind, columns in owners for column in columns
+    )
 
 
 def read_field_values(groups: tuple[FeatureGroup, ...], encoder: MetadataEncoder, rows: pd.DataFrame) -> FieldValues:
     """Return the values of N rows of the lesion table as texts, and as numbers to colour by."""
     encoded = encoder.encode(rows)
-    texts_of, known_of = {}, {}
-    for index, field in enumerate(encoder.fields):
-        known_of[field.name] = ~encoded.missing[:, index]
-        texts_of[field.name] = _field_texts(
-            encoder, field, rows[field.name], encoded.missing[:, index], encoded.invalid[:, index]
-        )
+    places = {field.name: place for place, field in enumerate(encoder.fields)}
     texts, colours, known = [], [], []
     for group in groups:
-        values = encoded.values[:, list(group.columns)]
-        amount = values.sum(axis=1)
+        amount = encoded.values[:, list(group.columns)].sum(axis=1)
         # That a value is missing is known of all.
-        is_known = np.ones(len(rows), dtype=bool) if group.kind == "missing" else known_of[group.field]
+        is_known = np.ones(len(rows), dtype=bool)
         if group.name == MISSING_FLAGS:
             own = [f"{flags:g} of {len(group.columns)}" for flags in amount]
         elif group.kind == "missing":
             own = [_yes_or_no(flag) for flag in amount]
         else:
-            own = texts_of[group.field]
+            place = places[group.field]
+            is_known = ~encoded.missing[:, place]
+            own = _field_texts(encoder, place, rows[group.field], encoded)
             if group.kind != "numeric" and group.name != group.field:
                 # One of the field's indicators: of a known value it says yes or no.
                 pairs = zip(amount, own, is_known, strict=True)
@@ -145,18 +136,12 @@ def read_field_values(groups: tuple[FeatureGroup, ...], encoder: MetadataEncoder
     )
 
 
-def _field_texts(
-    encoder: MetadataEncoder,
-    field: MetadataField,
-    values: pd.Series,
-    missing: NDArray[np.bool_],
-    invalid: NDArray[np.bool_],
-) -> list[str]:
-    imputed = ", imputed" if encoder.imputer is not None else ""
+def _field_texts(encoder: MetadataEncoder, place: int, values: pd.Series, encoded: EncodedMetadata) -> list[str]:
+    field, imputed = encoder.fields[place], ", imputed" if encoder.imputer is not None else ""
     texts = []
-    for value, is_missing, is_invalid in zip(values, missing, invalid, strict=True):
-        if is_missing:
-            texts.append(("unknown to the model" if is_invalid else "not recorded") + imputed)
+    for value, missing, invalid in zip(values, encoded.missing[:, place], encoded.invalid[:, place], strict=True):
+        if missing:
+            texts.append(("unknown to the model" if invalid else "not recorded") + imputed)
         elif field.kind == "numeric":
             texts.append(f"{value:g} {field.unit or ''}".rstrip())
         elif value in field.missing_codes:
@@ -194,14 +179,9 @@ def attribute_prediction(
     """Attribute the prediction for one encoded row (M,) to groups of its columns; absent groups come from `background`
     (B, M).
 
-    `permutations` orders of the groups are tried, each of them forwards and backwards.
-
-    Raises:
-        ValueError: the groups don't cover all columns once, or there is no permutation.
-        ArithmeticError: base and values don't add up to the prediction.
+    `permutations` orders of the groups are tried, each of them forwards and backwards. ArithmeticError: base and values
+    don't add up to the prediction.
     """
-    if permutations < 1:
-        raise ValueError(f"permutations must be at least 1, not {permutations}")
     masker = _Masker(row, background, groups)
     with _numpy_state_kept():
         explainer = PermutationExplainer(classify, masker, seed=seed)
@@ -242,8 +222,8 @@ class _Masker:
         self._row, self._background = row, background
         # (M,): whose column it is.
         self._owner = np.empty(len(row), dtype=np.int64)
-        for number, group in enumerate(groups):
-            self._owner[list(group.columns)] = number
+        for place, group in enumerate(groups):
+            self._owner[list(group.columns)] = place
         same = background == row
         self._same = np.stack([same[:, list(group.columns)].all(axis=1) for group in groups], axis=1)
         self.shape = self._same.shape
@@ -272,8 +252,8 @@ class MetadataShap:
     """Shapley values (N, P, C) of the metadata beside N images, for P groups and C classes; in probabilities.
 
     `errors` are standard errors: other orders would have given about as different values. `base` (N, C): of each image
-    with the background's metadata; `prediction` (N, C): with its own. The N images are chosen from `total_images` of
-    the split, each class in proportion.
+    with the background's metadata; `prediction` (N, C): with its own. The N images are chosen from `total_images` test
+    images, each class in proportion.
     """
 
     values: NDArray[np.float32]
@@ -286,7 +266,6 @@ class MetadataShap:
     labels: NDArray[np.int64]
     fields: FieldValues
     by: By
-    split: str
     total_images: int
     background: int
     permutations: int
@@ -305,49 +284,40 @@ class MetadataShap:
 @torch.inference_mode()
 def explain_metadata(
     opened: OpenedRun,
-    split: str = "test",
     images: int = 200,
     background: int = 50,
     by: By = "field",
     permutations: int | None = None,
     seed: int = 0,
     image_ids: Sequence[str] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> MetadataShap:
-    """Attribute the predictions for at most `images` images of one split, or for `image_ids`, to their metadata.
+    """Attribute the predictions for at most `images` test images, or for `image_ids`, to their metadata.
 
     Each image is encoded once and then predicted with some ten thousand rows of metadata. Most methods are done with an
     image in a fifth of a second on two cores; `visual`, which reads maps for every row, and `ensemble` take seconds.
-
-    Raises:
-        RunError: the model reads no metadata.
-        KeyError: an image of `image_ids` isn't in that split.
-        ArithmeticError: base and values of an image don't add up to its prediction.
+    RunError: the model reads no metadata.
     """
     if not opened.reads_metadata:
         raise RunError(f"{opened.run.path}: this model reads no metadata, so there is nothing to attribute to them")
-    examples = opened.examples(split)
+    examples = opened.examples("test")
     groups = make_feature_groups(opened.metadata, by)
     if permutations is None:
         permutations = PERMUTATIONS[by]
     if image_ids is None:
         chosen = sample_rows(examples.labels, images, seed)
     else:
-        number = {image_id: row for row, image_id in enumerate(examples.image_ids)}
-        chosen = np.array([number[image_id] for image_id in image_ids], dtype=np.int64)
+        chosen = np.array([examples.image_ids.index(image_id) for image_id in image_ids])
     others = opened.examples("train").metadata
     others = others[np.sort(np.random.default_rng(seed).permutation(len(others))[:background])]
     found: list[Attribution] = []
-    for start in range(0, len(chosen), BATCH):
-        batch = examples.batch(chosen[start : start + BATCH])
-        encoded = opened.encode(batch)
-        for place, row in enumerate(batch.rows):
-            # Of each image its own, so that its values are the same in any choice of images.
-            own_seed = int(np.random.SeedSequence([seed, int(row)]).generate_state(1)[0])
-            classify = _classifier(opened, encoded, place)
-            found.append(attribute_prediction(classify, examples.metadata[row], others, groups, permutations, own_seed))
-            if progress:
-                progress(len(found), len(chosen))
+    for row in chosen:
+        # Each image is encoded alone and has a seed of its own, so its values are the same in any choice of images.
+        classify = _classifier(opened, opened.encode(examples.batch(np.array([row]))))
+        own_seed = int(np.random.SeedSequence([seed, int(row)]).generate_state(1)[0])
+        found.append(attribute_prediction(classify, examples.metadata[row], others, groups, permutations, own_seed))
+        if progress:
+            progress(len(found), len(chosen))
     values, errors, base, prediction = (np.stack(parts).astype(np.float32) for parts in zip(*found, strict=True))
     return MetadataShap(
         values,
@@ -358,9 +328,8 @@ def explain_metadata(
         opened.classes,
         image_ids=tuple(examples.image_ids[row] for row in chosen),
         labels=examples.labels[chosen],
-        fields=read_field_values(groups, opened.metadata, opened.rows(split).iloc[chosen]),
+        fields=read_field_values(groups, opened.metadata, opened.rows("test").iloc[chosen]),
         by=by,
-        split=split,
         total_images=len(examples),
         background=len(others),
         permutations=permutations,
@@ -369,19 +338,19 @@ def explain_metadata(
     )
 
 
-def _classifier(opened: OpenedRun, encoded: Encoded | None, place: int) -> Classifier:
-    """Return the model as a function of the metadata alone, with one image of an encoded batch."""
+def _classifier(opened: OpenedRun, encoded: Encoded | None) -> Classifier:
+    """Return the model as a function of the metadata alone, beside one encoded image."""
     model, outputs = opened.model, () if encoded is None else encoded.outputs
     # Only some methods read the map, and it is large.
     keep_map = model.maps(opened.recipe.model)
 
     def repeat(output: EncoderOutput, count: int) -> EncoderOutput:
-        """Show one image's features as `count` equal rows, without copying them."""
-        features = output.map if keep_map else None
+        """Show the image's features as `count` equal rows, without copying them."""
+        places = output.map if keep_map else None
         return EncoderOutput(
-            None if features is None else features[place, None].expand(count, -1, -1, -1),
-            output.vector[place, None].expand(count, -1),
-            tuple(tap[place, None].expand(count, -1, -1, -1) for tap in output.taps),
+            None if places is None else places.expand(count, -1, -1, -1),
+            output.vector.expand(count, -1),
+            tuple(tap.expand(count, -1, -1, -1) for tap in output.taps),
         )
 
     single = [repeat(output, 1) for output in outputs]
@@ -399,6 +368,7 @@ def _classifier(opened: OpenedRun, encoded: Encoded | None, place: int) -> Class
     return classify
 
 
+# Steps of colour of a beeswarm: points of one look are drawn together, and the file is half as large.
 STEPS = 8
 OTHER = COLOURS[6]
 HATCH = "/////"
@@ -413,37 +383,32 @@ def draw_importance(result: MetadataShap, count: int = 15) -> ReportFigure:
     """
     from matplotlib.patches import Patch
 
-    classes, groups = result.classes, result.groups
+    colours = class_colours(result.classes)
     importance = 100 * np.abs(result.values).mean(axis=0, dtype=np.float64)
-    order = np.argsort(-importance.sum(axis=1), kind="stable")
-    top = order[: count if len(order) > count + 1 else len(order)]
-    points, names = importance[top], [groups[group].name for group in top]
-    kinds = [str(groups[group].kind) for group in top]
-    fields = [groups[group].field for group in top]
-    rest = len(order) - len(top)
-    if rest:
-        points = np.vstack([points, importance[order[len(top) :]].sum(axis=0)])
-        names, kinds, fields = [*names, f"{rest} others"], [*kinds, ""], [*fields, ""]
+    top, others = _largest(importance.sum(axis=1), count)
+    points, shown = importance[top], [result.groups[place][:3] for place in top]
+    if len(others):
+        points = np.vstack([points, importance[others].sum(axis=0)])
+        shown.append((f"{len(others)} others", "", ""))
     rows = [
-        (names[place], fields[place], kinds[place], label, value)
-        for place in range(len(names))
-        for label, value in zip(classes, points[place], strict=True)
+        (*group, label, value)
+        for group, values in zip(shown, points, strict=True)
+        for label, value in zip(colours, values, strict=True)
     ]
-    data = pd.DataFrame(rows, columns=["player", "field", "kind", "class", "points"])
-    sums = points.sum(axis=1)
+    names, sums = [name for name, *_ in shown], points.sum(axis=1)
     # Dozens of small ones together would press the others against the axis.
-    drawn = len(names) - (rest > 0 and sums[-1] > sums[0])
+    drawn = len(names) - (len(others) > 0 and sums[-1] > sums[0])
 
     # As many names in a row of the legend as find room.
-    across = min(len(classes), max(1, 64 // (5 + max(map(len, classes)))), 4)
-    figure, (axis,) = new_figure(0.85 + 0.2 * len(names) + 0.16 * -(-len(classes) // across))
+    across = min(len(colours), max(1, 64 // (5 + max(map(len, colours)))), 4)
+    figure, (axis,) = new_figure(0.85 + 0.2 * len(names) + 0.16 * -(-len(colours) // across))
     left = np.zeros(drawn)
     look: Any = {"edgecolor": PAPER, "linewidth": 0.3, "height": 0.75}
-    for number, colour in enumerate(class_colours(classes).values()):
-        bars = axis.barh(np.arange(drawn), points[:drawn, number], left=left, color=colour, **look)
-        for bar, kind in zip(bars, kinds, strict=False):
+    for colour, values in zip(colours.values(), points[:drawn].T, strict=True):
+        bars = axis.barh(np.arange(drawn), values, left=left, color=colour, **look)
+        for bar, (*_, kind) in zip(bars, shown, strict=False):
             bar.set_hatch(HATCH if kind == "missing" else "")
-        left += points[:drawn, number]
+        left += values
     for place, total in enumerate(sums):
         text, end = (f"{total:.1f}", total) if place < drawn else (f"{total:.1f} together, too long to draw", 0)
         axis.annotate(text, (end, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
@@ -453,7 +418,7 @@ def draw_importance(result: MetadataShap, count: int = 15) -> ReportFigure:
     axis.grid(axis="y", visible=False)
     axis.set_xlabel("mean |SHAP value|, summed over classes,\npercentage points")
     # matplotlib fills a legend column by column; here it reads row by row.
-    patches = [Patch(color=colour, label=label) for label, colour in class_colours(classes).items()]
+    patches = [Patch(color=colour, label=label) for label, colour in colours.items()]
     patches = [patches[place] for column in range(across) for place in range(column, len(patches), across)]
     figure.legend(handles=patches, loc="outside upper center", ncols=across, handlelength=1, columnspacing=1.2)
     caption = (
@@ -462,14 +427,24 @@ def draw_importance(result: MetadataShap, count: int = 15) -> ReportFigure:
     )
     best = "; ".join(f"{name} {total:.1f}" for name, total in list(zip(names, sums, strict=True))[:5])
     alt = f"Percentage points summed over classes, the largest first: {best}."
+    data = pd.DataFrame(rows, columns=["player", "field", "kind", "class", "points"])
     return ReportFigure(f"shap_importance_{result.by}", f"Importance by {result.by}", caption, alt, figure, data)
+
+
+def _largest(sizes: NDArray[np.floating], count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the places of the `count` largest sizes, the largest first, and of the others, of which one alone isn't
+    worth a line of its own.
+    """
+    order = np.argsort(-sizes, kind="stable")
+    shown = count if len(order) > count + 1 else len(order)
+    return order[:shown], order[shown:]
 
 
 @styled
 def draw_beeswarm(result: MetadataShap, label: str, count: int = 10) -> ReportFigure:
     """Draw every image's value of the `count` most important groups for one class, coloured by the group's value."""
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize, to_hex
+    from matplotlib.colors import LinearSegmentedColormap, Normalize, to_hex
     from matplotlib.lines import Line2D
 
     points = 100 * result.values[:, :, result.classes.index(label)]
@@ -494,16 +469,12 @@ def draw_beeswarm(result: MetadataShap, label: str, count: int = 10) -> ReportFi
         }
         parts.append(pd.DataFrame(columns))
     data = pd.concat(parts, ignore_index=True)
-    low_to_high = _low_to_high()
-    # A few steps of colour: points of one look are drawn together, and the file is half as large.
+    # From low to high is also from dark to light.
+    low_to_high = LinearSegmentedColormap.from_list("low_to_high", [COLOURS[0], COLOURS[3], COLOURS[1]])
     paints = [OTHER if np.isnan(one) else to_hex(low_to_high(round(one * STEPS) / STEPS)) for one in data["colour"]]
     for (marker, filled, paint), each in data.assign(paint=paints).groupby(["marker", "filled", "paint"]):
-        look: Any = {
-            "color": paint,
-            "markerfacecolor": paint if filled else "none",
-            "markeredgewidth": 0 if filled else 0.6,
-        }
-        axis.plot(each["points"], each["height"], linestyle="", marker=str(marker), markersize=2.7, zorder=3, **look)
+        look: Any = {"markerfacecolor": paint if filled else "none", "markeredgewidth": 0 if filled else 0.6}
+        axis.plot(each["points"], each["height"], str(marker), color=paint, markersize=2.7, zorder=3, **look)
     axis.set_yticks(np.arange(len(order)), [result.groups[group].name for group in order])
     axis.set_ylim(len(order) - 0.45, -0.55)
     axis.grid(axis="y", visible=False)
@@ -544,14 +515,13 @@ def draw_waterfall(result: MetadataShap, image_id: str, label: str, count: int =
     row, column = result.image_ids.index(image_id), result.classes.index(label)
     values, errors = 100 * result.values[row, :, column].astype(float), 100 * result.errors[row, :, column]
     base, prediction = 100 * float(result.base[row, column]), 100 * float(result.prediction[row, column])
-    order = np.argsort(-np.abs(values), kind="stable")
-    top = order[: count if len(order) > count + 1 else len(order)]
+    top, others = _largest(np.abs(values), count)
     steps = [
         (result.groups[group].name, result.fields.texts[row][group], values[group], str(result.groups[group].kind))
         for group in top
     ]
-    if len(top) < len(order):
-        steps.append((f"{len(order) - len(top)} others", "", float(values[order[len(top) :]].sum()), ""))
+    if len(others):
+        steps.append((f"{len(others)} others", "", float(values[others].sum()), ""))
     data = pd.DataFrame(steps, columns=["player", "answer", "points", "kind"])
     data["end"] = base + data["points"].cumsum()
     data["start"] = data["end"] - data["points"]
@@ -562,33 +532,25 @@ def draw_waterfall(result: MetadataShap, image_id: str, label: str, count: int =
     labels += ["with its own metadata"]
     lines = max(text.count("\n") + 1 for text in labels)
     figure, (axis,) = new_figure(0.65 + len(labels) * (0.12 + 0.125 * lines))
+
+    def write(text: str, end: float, place: int, shift: float, **look: Any) -> None:
+        style = {"textcoords": "offset points", "va": "center", "ha": "left" if shift > 0 else "right", **look}
+        axis.annotate(text, (end, place), xytext=(shift, 0), **style)
+
     starts, ends = data["start"].to_numpy(), data["end"].to_numpy()
     for place, (start, end, kind) in enumerate(zip(starts, ends, data["kind"], strict=True), 1):
         colour = SECONDARY if end >= start else PRIMARY
         (bar,) = axis.barh(place, end - start, left=start, height=0.62, color=colour, edgecolor=PAPER, linewidth=0)
         bar.set_hatch(HATCH if kind == "missing" else "")
-        side, shift = ("left", 3) if end >= start else ("right", -3)
-        text = f"{end - start:+.1f}".replace("-", "−")
-        axis.annotate(
-            text, (end, place), xytext=(shift, 0), textcoords="offset points", fontsize=7, va="center", ha=side
-        )
+        write(number(end - start, "+.1f"), end, place, 3 if end >= start else -3, fontsize=7)
         axis.plot([start] * 2, [place - 1, place], color=INK, linewidth=0.6, zorder=1)
     last = len(data) + 1
     axis.plot([prediction] * 2, [last - 1, last], color=INK, linewidth=0.6, zorder=1)
     for place, value in ((0, base), (last, prediction)):
         axis.plot(value, place, marker="D", markersize=4, color=INK)
         # On the side where the figure has room.
-        side, shift = ("left", 5) if value < (base + prediction) / 2 else ("right", -5)
-        axis.annotate(
-            f"{value:.1f} %",
-            (value, place),
-            xytext=(shift, 0),
-            textcoords="offset points",
-            fontsize=7.5,
-            fontweight="bold",
-            va="center",
-            ha=side,
-        )
+        shift = 5 if value < (base + prediction) / 2 else -5
+        write(f"{value:.1f} %", value, place, shift, fontsize=7.5, fontweight="bold")
     axis.set_yticks(range(len(labels)), labels, fontsize=7)
     axis.set_ylim(last + 0.6, -0.6)
     low, high = min(*starts, *ends), max(*starts, *ends)
@@ -624,13 +586,6 @@ def scale_colours(amount: NDArray[np.float32]) -> NDArray[np.float64]:
     return np.clip((amount - low) / (high - low), 0, 1) if high > low else np.where(np.isnan(amount), np.nan, 0.5)
 
 
-def _low_to_high() -> LinearSegmentedColormap:
-    """Return colours from low to high that also go from dark to light."""
-    from matplotlib.colors import LinearSegmentedColormap
-
-    return LinearSegmentedColormap.from_list("low_to_high", [COLOURS[0], COLOURS[3], COLOURS[1]])
-
-
 def _given(result: MetadataShap) -> str:
     return "given the image" if result.reads_image else "by the metadata alone"
 
@@ -638,8 +593,8 @@ def _given(result: MetadataShap) -> str:
 def _sample(result: MetadataShap) -> str:
     images = len(result.image_ids)
     if images == result.total_images:
-        return f"all {images} {result.split} images"
-    return f"{images} of {result.total_images} {result.split} images, each class in proportion, seed {result.seed}"
+        return f"all {images} test images"
+    return f"{images} of {result.total_images} test images, each class in proportion, seed {result.seed}"
 
 
 def _method(result: MetadataShap) -> str:

@@ -48,7 +48,7 @@ from dualrefnet.display.figure import (
 )
 from dualrefnet.display.format import MEASURE_NAMES, Cell, PrintedTable, interval, sentence
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.bootstrap import Bootstrap, percentile_interval
+from dualrefnet.evaluation.bootstrap import Bootstrap, Estimate, percentile_interval
 from dualrefnet.evaluation.comparison import PooledBootstrap, pooled_bootstrap
 from dualrefnet.progress import progress_bar
 
@@ -133,12 +133,12 @@ def probe_shortcuts(
     masked = opened.masks(masks) if model.reads_image else {}
     read = probe.fit_baselines(probe.predict_metadata())
     labels = probe.examples.labels
-    measured = [measure_probes(opened, labels, probe.groups, probe.predictions, FULL, samples, seed)]
+    measured = [measure_probes(opened, labels, probe.predictions, FULL, Bootstrap(probe.groups, samples, seed))]
     if model.reads_image:
         places, perturbed = probe.predict_outlined(masked)
         if perturbed:
-            of_places = labels[places], probe.groups[places]
-            measured.append(measure_probes(opened, *of_places, perturbed, FULL_OUTLINED, samples, seed))
+            bootstrap = Bootstrap(probe.groups[places], samples, seed)
+            measured.append(measure_probes(opened, labels[places], perturbed, FULL_OUTLINED, bootstrap))
     table = pd.concat(measured, ignore_index=True)
     texts = {name: text.format(unit=unit) for name, (text, _) in PROBES.items()} | BASELINES
     baseline = {name: of_input for name, (_, of_input) in PROBES.items() if of_input in probe.predictions}
@@ -156,8 +156,8 @@ class _Probe:
 
     def __init__(self, opened: OpenedRun, seed: int, permutations: int) -> None:
         self.opened, self.permutations, self.seed = opened, permutations, seed
-        self.examples, self.rows = opened.pictures("test"), opened.rows("test")
-        self.groups = opened.groups.loc[list(self.examples.image_ids)].to_numpy(dtype=object)
+        self.examples, self.rows = opened.image_examples("test"), opened.rows("test")
+        self.groups = opened.patients("test")
         self.predictions: dict[str, list[Floats]] = {}
         self.remarks: list[str] = []
         self.incomplete = False
@@ -248,7 +248,7 @@ class _Probe:
 
     def fit_baselines(self, predicted: Predictions) -> int:
         """Fit the regressions on the training split, and return how many images were read for that."""
-        opened, train, read = self.opened, self.opened.pictures("train"), 0
+        opened, train, read = self.opened, self.opened.image_examples("train"), 0
         inputs: dict[str, tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]] = {}
         if opened.reads_metadata:
             inputs["trained_form"] = (*with_missing_indicators(train.metadata, self.examples.metadata), train.labels)
@@ -307,19 +307,15 @@ def with_missing_indicators(train: Metadata, test: Metadata) -> tuple[Metadata, 
 def measure_probes(
     opened: OpenedRun,
     labels: NDArray[np.int64],
-    groups: NDArray[np.object_],
     predictions: Mapping[str, Sequence[Floats]],
     full: str,
-    samples: int,
-    seed: int,
+    resamples: Bootstrap,
 ) -> pd.DataFrame:
     """Measure probes (name -> one (N, C) array of probabilities a repeat, of which the mean is taken) and compare them
     with the probe `full`, all on the same resamples of patients; see `Shortcuts.table`.
     """
-    malignant = opened.dataset.schema.malignant
-    with progress_bar("intervals") as show:
-        resamples = Bootstrap(groups, samples, seed, LEVEL, show)
-        bootstrap = pooled_bootstrap(labels, predictions, resamples, opened.classes, malignant)
+    with progress_bar("intervals") as resamples.progress:
+        bootstrap = pooled_bootstrap(labels, predictions, resamples, opened.classes, opened.dataset.schema.malignant)
     # A resample without any image of a class is one of fewer classes.
     sensitivities = [bootstrap.drawn[full][f"per_class.{name}.sensitivity"] for name in opened.classes]
     present = (~np.isnan(sensitivities)).sum(axis=0)
@@ -332,31 +328,25 @@ def measure_probes(
             if measure == BALANCED:
                 chance, drawn_chance = 1 / len(np.unique(labels)), 1 / present
             value, difference = bootstrap.value(name, measure), bootstrap.difference(name, full, measure)
-            gain, low, high = _share_of_gain(bootstrap, name, full, measure, chance, drawn_chance)
+            gain = _share_of_gain(bootstrap, name, full, measure, chance, drawn_chance)
             row = {"probe": name, "compared_with": full, "measure": measure, "chance": chance}
-            row |= {"value": value.value, "low": value.low, "high": value.high}
-            row |= {"difference": difference.value}
-            row |= {"difference_low": difference.low, "difference_high": difference.high}
-            row |= {"lead": gain, "lead_low": low, "lead_high": high}
+            row |= value.columns() | difference.columns("difference") | gain.columns("lead")
             rows.append(row | {"images": bootstrap.images, "patients": bootstrap.groups, "repeats": len(repeats)})
     return pd.DataFrame(rows)
 
 
 def _share_of_gain(
     bootstrap: PooledBootstrap, name: str, full: str, measure: str, chance: float, drawn_chance: Floats
-) -> tuple[float, float, float]:
-    """Return the share of the full model's gain over chance that a probe keeps, with its interval; NaN if that gain
-    isn't significant.
-    """
+) -> Estimate:
+    """Return the share of the full model's gain over chance that a probe keeps; NaN if that gain isn't significant."""
     gain = bootstrap.drawn[full][measure] - drawn_chance
     bounds = percentile_interval(gain, LEVEL)
     if bounds is None or bounds[0] <= 0:
-        return np.nan, np.nan, np.nan
+        return Estimate(np.nan)
     share = (bootstrap.points[name][measure] - chance) / (bootstrap.points[full][measure] - chance)
     with np.errstate(divide="ignore", invalid="ignore"):
         drawn = np.where(gain > 0, (bootstrap.drawn[name][measure] - drawn_chance) / gain, np.nan)
-    low, high = percentile_interval(drawn, LEVEL) or (np.nan, np.nan)
-    return share, low, high
+    return Estimate(share, *(percentile_interval(drawn, LEVEL) or ()))
 
 
 def shortcut_table(shortcuts: Shortcuts) -> PrintedTable:

@@ -324,7 +324,9 @@ def measure_subgroups(
 def subgroups_of_run(opened: OpenedRun, samples: int = 1000, seed: int = 0) -> Subgroups:
     """Measure the subgroups of a run's test split; see `measure_subgroups`."""
     test = opened.run.predictions.query("split == 'test'")
-    return measure_subgroups(test, opened.rows("test"), opened.groups, opened.dataset.schema, samples, seed)
+    rows = opened.rows("test")
+    groups = pd.Series(opened.patients("test"), rows["image_id"])
+    return measure_subgroups(test, rows, groups, opened.dataset.schema, samples, seed)
 
 
 # Inches: a line of a panel, its title, and what stands above and below the panels.

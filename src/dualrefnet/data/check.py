@@ -61,9 +61,7 @@ def identical_images(images: Iterable[tuple[str, str, str]]) -> Iterator[Finding
     problem = "byte-identical images under different labels (at least one label is wrong), groups"
     otherwise = "no images of different labels are identical"
     yield finding_or_pass("WARN", "identical_other_label", other_label, problem, otherwise)
-    problem = (
-        "byte-identical images under one label (give them one lesion id, or they may be in several splits), groups"
-    )
+    problem = "byte-identical images under one label (only tables of your own keep them in one split), groups"
     yield finding_or_pass("WARN", "identical_same_label", same_label, problem, "no images of one label are identical")
 
 

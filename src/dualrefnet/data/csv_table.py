@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from dualrefnet.data.schema import (
     usual_spelling,
 )
 from dualrefnet.errors import DataError
+from dualrefnet.files import sha256_of_file
 from dualrefnet.progress import warn
 from dualrefnet.runtime.metadata import read_cell, read_number
 
@@ -119,6 +120,7 @@ def load(root: Path, description_file: Path | None = None) -> Dataset:
         ),
         schema,
     )
+    table["same_file"] = same_files(table["image_path"])
     if not description.patient:
         notes.append(("patients", "no column names the patient: images of one person may be in several splits"))
     shared = shared_lesions(table)
@@ -134,6 +136,31 @@ def load(root: Path, description_file: Path | None = None) -> Dataset:
 def classes_of(labels: pd.Series) -> tuple[str, ...]:
     """Return the classes of a column of labels, sorted, each in its most frequent spelling."""
     return tuple(sorted(usual_spelling(labels.map(read_cell)).dropna().unique()))
+
+
+def same_files(paths: pd.Series) -> pd.Series:
+    """Return the hash of every file that has a byte-identical copy among the others, None for the rest."""
+    left = hashes = paths.dropna()
+    # What is cheap to know first: few files are as long as another, or begin like it.
+    for property_of in (os.path.getsize, _beginning, sha256_of_file):
+        hashes = left.map(_if_readable(property_of)).dropna()
+        left = left[hashes.index[hashes.duplicated(keep=False)]]
+    return hashes[left.index].reindex(paths.index)
+
+
+def _beginning(path: str) -> bytes:
+    with Path(path).open("rb") as file:
+        return file.read(2**16)
+
+
+def _if_readable(property_of: Callable[[str], Any]) -> Callable[[str], Any]:
+    def read(path: str) -> Any:
+        try:
+            return property_of(path)
+        except OSError:  # It is named where it is decoded.
+            return None
+
+    return read
 
 
 def find_images(names: pd.Series, folder: Path) -> pd.Series:

@@ -36,10 +36,20 @@ def image_id(name: str) -> str:
     return stem if suffix.lower() in IMAGE_SUFFIXES else stem + suffix
 
 
+def is_image(path: Path | str) -> bool:
+    """Whether a file is listed as an image: by its suffix, or without one by its first bytes."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix or not os.path.isfile(path):
+        return suffix in IMAGE_SUFFIXES
+    with Path(path).open("rb") as file:
+        start = file.read(12)
+    return start[4:8] == b"ftyp" or start.startswith((*images.OPENERS, b"RIFF"))
+
+
 def list_files(folder: Path) -> Iterator[str]:
     """Yield the paths of all files below a folder, links followed, hidden ones left out."""
     seen = set()
-    for where, folders, names in os.walk(folder, followlinks=True):
+    for where, folders, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
         # A link may lead back to where it came from.
         real = os.path.realpath(where)
         if real in seen:
@@ -49,6 +59,10 @@ def list_files(folder: Path) -> Iterator[str]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         paths = (os.path.join(where, name) for name in sorted(names) if not name.startswith("."))
         yield from filter(os.path.isfile, paths)
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise DataError(f"the folder {error.filename} can't be read: {error.strerror}")
 
 
 def files_in(folders: Iterable[Path]) -> Iterator[tuple[str, str]]:

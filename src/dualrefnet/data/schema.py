@@ -160,14 +160,15 @@ def require_columns(table: pd.DataFrame, columns: list[str], what: str) -> None:
 
 
 def groups(table: pd.DataFrame, schema: DatasetSchema) -> pd.Series:
-    """Return the group of every row that must stay within one split: all that a patient or a lesion joins.
+    """Return the group of every row that must stay within one split: all that a patient, a lesion or equal files join.
 
     A group is called after its (first) patient, else after its lesion, else `image:<image_id>`.
     """
+    known = [column for column in ("patient_id", "lesion_id", "same_file") if column in table]
     group = pd.Series(np.arange(len(table), dtype=float), index=table.index)
     while True:
         joined = group
-        for column in ("patient_id", "lesion_id"):
+        for column in known:
             joined = joined.groupby(table[column]).transform("min").fillna(joined)
         if joined.equals(group):
             break
@@ -175,7 +176,7 @@ def groups(table: pd.DataFrame, schema: DatasetSchema) -> pd.Series:
     patient, lesion = (table[column].groupby(group).transform("first") for column in ("patient_id", "lesion_id"))
     prefix = "" if schema.group_by == "lesion_id" else "lesion:"
     lesion = lesion.map(lambda name: f"{prefix}{name}", na_action="ignore")
-    image = "image:" + table["image_id"].astype(str)
+    image = "image:" + table["image_id"].astype(str).groupby(group).transform("first")
     return patient.where(patient.notna(), lesion.where(lesion.notna(), image)).astype(str).rename("group")
 
 

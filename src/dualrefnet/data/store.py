@@ -20,12 +20,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
-from filelock import FileLock
 from numpy.typing import NDArray
 
 from dualrefnet.data.images import decode_image
 from dualrefnet.errors import DataError, ImageError
-from dualrefnet.files import read_csv, read_json, sha256_of_json, write_csv, write_json
+from dualrefnet.files import locked, make_folder, read_csv, read_json, sha256_of_json, write_csv, write_json
 from dualrefnet.recipe import ImageSection
 from dualrefnet.runtime.preprocessing import preprocess
 
@@ -43,7 +42,12 @@ Result = TypeVar("Result")
 def default_cache() -> Path:
     """Return the folder for stores: `$DUALREFNET_CACHE`, else `dualrefnet` in the user's cache folder."""
     chosen = os.environ.get(CACHE_VARIABLE)
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dualrefnet"
+    try:
+        return (
+            Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dualrefnet"
+        )
+    except RuntimeError:
+        raise DataError(f"there is no home folder for the cache; set {CACHE_VARIABLE} to a folder") from None
 
 
 @dataclass(frozen=True)
@@ -237,8 +241,8 @@ def _fill_once(folder: Path, fill: Callable[[Path], None]) -> None:
     if folder.is_dir():
         return
     partial = folder.with_name(folder.name + ".partial")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(folder.name + ".lock")):
+    make_folder(folder.parent)
+    with locked(folder.with_name(folder.name + ".lock")):
         if folder.is_dir():
             return  # Another process has filled it meanwhile.
         partial.mkdir(exist_ok=True)

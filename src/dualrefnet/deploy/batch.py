@@ -20,6 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,10 +29,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 import dualrefnet
-from dualrefnet.data.images import IMAGE_SUFFIXES
+from dualrefnet.data.csv_table import open_csv
+from dualrefnet.data.images import IMAGE_SUFFIXES, ImageIndex, files_in, image_path, list_files
 from dualrefnet.deploy.predictor import Predictor
 from dualrefnet.errors import DataError, ImageError
-from dualrefnet.files import atomic_path, escape_cell, read_json, sha256_of_file, sha256_of_json, write_json
+from dualrefnet.files import (
+    atomic_path,
+    escape_cell,
+    locked,
+    make_folder,
+    read_json,
+    sha256_of_file,
+    sha256_of_json,
+    write_json,
+)
 from dualrefnet.progress import ShowProgress, console, note, progress_bar, warn
 from dualrefnet.runtime.prediction import Prediction
 
@@ -80,12 +91,9 @@ class MetadataTable:
     """A CSV with metadata, read row by row."""
 
     def __init__(self, path: Path, fields: Sequence[str], image_columns: Sequence[str]) -> None:
-        """Read the header, and warn of columns that the model doesn't read.
-
-        DataError: the file is missing, empty, not UTF-8 text, has two columns of one name, or none of the fields.
-        """
+        """Read the header, and warn of columns that the model doesn't read."""
         self.path = path
-        self.columns = next(self._read(), [])
+        self.columns = [name.strip() for name in next(self._read(), [])]
         if not any(self.columns):
             raise DataError(f"{path} is empty")
         twice = {name for name in self.columns if self.columns.count(name) > 1}
@@ -103,33 +111,24 @@ class MetadataTable:
         """Give each row's image ("" if it has none), its values (an empty cell is missing), and its error."""
         place = self.columns.index(self.image_column) if self.image_column else len(self.columns)
         for cells in islice(self._read(), 1, None):
-            image = cells[place] if place < len(cells) else ""
+            image, values, error = (cells[place] if place < len(cells) else ""), {}, ""
             if len(cells) == len(self.columns):
-                yield image, {name: cells[index] for name, index in self.fields.items() if cells[index]}, ""
+                values = {name: cells[index] for name, index in self.fields.items() if cells[index]}
             else:
-                yield (
-                    image,
-                    {},
-                    f"the row has {len(cells)} cells and the header of {self.path.name} {len(self.columns)}",
-                )
+                error = f"the row has {len(cells)} cells and the header of {self.path.name} {len(self.columns)}"
+            yield image, values, error
 
     def _read(self) -> Iterator[list[str]]:
-        if not self.path.is_file():
-            raise DataError(f"there is no file {self.path}")
-        with self.path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
-            try:
-                # An empty line gives no cells.
-                yield from filter(None, reader)
-            except (csv.Error, UnicodeDecodeError) as error:
-                raise DataError(f"{self.path} can't be read as CSV after line {reader.line_num}: {error}") from None
+        with open_csv(self.path) as reader:
+            # An empty line gives no cells.
+            yield from filter(None, reader)
 
 
 class ImageCases:
-    """Image files and folders, and a table of metadata that is joined by the image's name.
+    """Image files and folders, and a table of metadata that is joined by the image's path.
 
-    Folders are walked again for each pass rather than kept; a folder's own names are sorted in memory. The table is
-    held in memory: about 300 bytes a row, so 300 MB for a million of them.
+    Folders are walked again for each pass rather than kept; a folder's own names are sorted in memory. What a table
+    says of the images is held in memory: about 300 bytes an image, and 1 kB while it is read.
     """
 
     def __init__(self, sources: Sequence[Path], metadata: Path | None, predictor: Predictor) -> None:
@@ -137,23 +136,23 @@ class ImageCases:
         self._sources = sources
         self._fields: tuple[str, ...] = ()
         self._metadata: dict[str, tuple[str, ...]] = {}
-        if metadata:
-            self._join(MetadataTable(metadata, [field.name for field in predictor.fields], IMAGE_COLUMNS))
-        digest, self.total, without = hashlib.sha256(), 0, 0
+        digest, self.total = hashlib.sha256(), 0
         for path in walk_images(sources):
             digest.update(os.fsencode(path) + b"\0")
             self.total += 1
-            without += _key(path) not in self._metadata
         if not self.total:
             suffixes = " ".join(IMAGE_SUFFIXES)
             raise DataError(f"no image is in {', '.join(map(str, sources))}; known suffixes: {suffixes}")
-        if metadata and without:
-            warn(f"{without} of {self.total} images have no row in {metadata}: all of their metadata are missing")
+        if metadata:
+            self._join(MetadataTable(metadata, [field.name for field in predictor.fields], IMAGE_COLUMNS))
+            without = self.total - len(self._metadata)
+            if without:
+                warn(f"{without} of {self.total} images have no row in {metadata}: all of their metadata are missing")
         self.fingerprint = {"images": digest.hexdigest(), "metadata": sha256_of_file(metadata) if metadata else ""}
 
     def __iter__(self) -> Iterator[Case]:
         for path in walk_images(self._sources):
-            values = zip(self._fields, self._metadata.get(_key(path), ()), strict=False)
+            values = zip(self._fields, self._metadata.get(str(path), ()), strict=False)
             yield Case(str(path), path, {name: value for name, value in values if value})
 
     def _join(self, table: MetadataTable) -> None:
@@ -163,13 +162,42 @@ class ImageCases:
                 f"{', '.join(table.columns)}"
             )
         self._fields = tuple(table.fields)
+        images = NamedImages(self._sources)
         for number, (image, values, error) in enumerate(table.rows(), start=1):
             if error:
                 raise DataError(f"{table.path}, row {number}: {error}")
-            if _key(image) in self._metadata:
-                raise DataError(f"{table.path} has two rows for image {_key(image)}; keep one")
-            # Most values are those of other rows.
-            self._metadata[_key(image)] = tuple(sys.intern(values.get(name, "")) for name in self._fields)
+            path = images.find(image)
+            if path in self._metadata:
+                raise DataError(f"{table.path} has two rows for image {path}; keep one")
+            if path is not None:
+                # Most values are those of other rows.
+                self._metadata[path] = tuple(sys.intern(values.get(name, "")) for name in self._fields)
+
+
+class NamedImages:
+    """The images of some sources by the names that a table gives them: paths below a source, or ends of paths."""
+
+    def __init__(self, sources: Sequence[Path]) -> None:
+        self._sources = sources
+        self._below = ImageIndex(
+            (path.relative_to(source if source.is_dir() else source.parent).as_posix(), str(path))
+            for source in sources
+            for path in walk_images([source])
+        )
+        # Number of parts of a name -> the images by that many last parts of their paths.
+        self._ends: dict[int, ImageIndex] = {}
+
+    def find(self, name: str) -> str | None:
+        """Return the path of an image, None if there is none; refuse a name that means two."""
+        found = self._below.find(name)
+        if found is not None:
+            return found
+        parts = image_path(name).count("/") + 1
+        if parts not in self._ends:
+            paths = [str(path) for path in walk_images(self._sources)]
+            ends = ("/".join(Path(path).absolute().as_posix().split("/")[-parts:]) for path in paths)
+            self._ends[parts] = ImageIndex(zip(ends, paths, strict=True))
+        return self._ends[parts].find(name)
 
 
 class TableCases:
@@ -191,44 +219,32 @@ class TableCases:
         self.fingerprint = {"table": sha256_of_file(path)}
 
     def __iter__(self) -> Iterator[Case]:
+        images_in = lru_cache(maxsize=8)(lambda folder: ImageIndex(files_in([folder])))
         for number, (image, values, error) in enumerate(self._table.rows(), start=1):
             if not error and not image and self._needs:
                 values, error = {}, "the row names no image, and this model needs one"
-            path = self._table.path.parent / image if image and self._reads and not error else None
+            path = None
+            if image and self._reads and not error:
+                path = self._table.path.parent / image
+                named = self._table.path.parent / image_path(image)
+                if not path.is_file() and named.parent.is_dir():
+                    try:
+                        path = Path(images_in(named.parent).find(named.name) or path)
+                    except DataError as ambiguous:
+                        error = str(ambiguous)
             yield Case(image or str(number), path, values, error)
 
 
 def walk_images(sources: Iterable[Path]) -> Iterator[Path]:
-    """Go through image files: sorted within each folder, then those of the folders in it.
-
-    Hidden files and folders are left out, and links to folders aren't followed.
-    """
+    """Go through image files: sorted within each folder, then those of the folders in it; hidden ones are left out."""
     for source in sources:
-        if not source.is_dir():
-            if not source.is_file():
-                raise DataError(f"there is no file or folder {source}")
+        if source.is_dir():
+            files = list_files(source)
+            yield from (Path(file) for file in files if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES)
+        elif source.is_file():
             yield source
-            continue
-        images, folders = [], []
-        try:
-            with os.scandir(source) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(entry.name)
-                    elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and entry.is_file():
-                        images.append(entry.name)
-        except OSError as error:
-            raise DataError(f"the folder {source} can't be read: {error.strerror}") from None
-        yield from (source / name for name in sorted(images, key=os.fsencode))
-        yield from walk_images(source / name for name in sorted(folders))
-
-
-def _key(name: Path | str) -> str:
-    """Return what joins an image and its metadata: the file's name without folder and image suffix."""
-    path = Path(name)
-    return path.stem if path.suffix.lower() in IMAGE_SUFFIXES else path.name
+        else:
+            raise DataError(f"there is no file or folder {source}")
 
 
 @dataclass(frozen=True)
@@ -274,17 +290,22 @@ def predict_to_csv(
     warnings, error.
 
     `work` predicts chunks: `predict_chunks`, or `ray_work`. `resume` skips chunks that an interrupted call with the
-    same model and arguments finished.
+    same model and arguments finished; of a finished result there is nothing left to do.
 
     Raises:
         DataError: an interrupted call left chunks and `resume` is False, they were made of something else, another
-            process is writing them, there is nothing to resume but a finished file, or the disk is full.
+            process is writing them, or the disk is full.
     """
-    rows = batch * CHUNK
-    folder = out.with_name(f"{out.name}.chunks")
-    _open_folder(folder, out, {**model.fingerprint, **cases.fingerprint, "rows": cases.total, "batch": batch}, resume)
-    files = [folder / f"{number:08}.csv" for number in range(-(-cases.total // rows))]
-    with _locked(folder):
+    rows, folder = batch * CHUNK, out.with_name(f"{out.name}.chunks")
+    head = csv_lines([["image", "predicted", "likely", *(f"prob_{name}" for name in classes), *_AFTER]])
+    with _locked(folder, out):
+        about = {**model.fingerprint, **cases.fingerprint, "rows": cases.total, "batch": batch}
+        if resume and out.is_file() and not (folder / "about.json").is_file():
+            summary = _finished(out, head, cases.total)
+            shutil.rmtree(folder)
+            return summary
+        _open_folder(folder, about, resume)
+        files = [folder / f"{number:08}.csv" for number in range(-(-cases.total // rows))]
         finished = {number for number, file in enumerate(files) if file.is_file()}
         done = resumed = sum(min(rows, cases.total - number * rows) for number in finished)
         if progress:
@@ -300,45 +321,48 @@ def predict_to_csv(
                 progress(done, cases.total)
         if done < cases.total:
             raise DataError(f"there were {cases.total} rows and now are fewer; the list was changed meanwhile")
-        columns = ["image", "predicted", "likely", *(f"prob_{name}" for name in classes), *_AFTER]
-        failed = _join_chunks(files, out, columns)
-    shutil.rmtree(folder)
+        failed = _join_chunks(files, out, head)
+        shutil.rmtree(folder)
     return Summary(cases.total - failed, failed, resumed)
 
 
-def _open_folder(folder: Path, out: Path, fingerprint: Mapping[str, Any], resume: bool) -> None:
-    """Begin a folder of chunks, or check that an earlier one was made of the same."""
-    about = folder / "about.json"
+@contextmanager
+def _locked(folder: Path, out: Path) -> Iterator[None]:
+    """Keep a second call out of the folder of chunks, which is made."""
     if out.is_dir():
         raise DataError(f"{out} is a folder; name a file, such as {out / 'predictions.csv'}")
-    if not folder.exists():
-        if resume and out.exists():
-            raise DataError(f"{out} is finished and nothing is left to resume; without --resume it is made again")
-        write_json(about, fingerprint)
+    busy = f"another process is writing {out}; wait until it ends, or choose another --out"
+    with locked(make_folder(folder) / "lock", busy):
+        yield
+
+
+def _finished(out: Path, head: bytes, total: int) -> Summary:
+    with out.open("rb") as file:
+        same = file.readline() == head
+    with out.open(encoding="utf-8", newline="") as text:
+        errors = [row[-1] != "" for row in islice(csv.reader(text), 1, None)] if same else []
+    if len(errors) != total:
+        raise DataError(f"{out} is finished, of other rows or classes; without --resume it is made again")
+    return Summary(total - sum(errors), sum(errors), total)
+
+
+def _open_folder(folder: Path, about: Mapping[str, Any], resume: bool) -> None:
+    """Begin a folder of chunks, or check that an earlier one was made of the same."""
+    file = folder / "about.json"
+    if not file.is_file():
+        for leftover in folder.glob("*.csv"):
+            leftover.unlink()
+        write_json(file, about)
         return
     if not resume:
         raise DataError(f"{folder} is of an unfinished prediction: --resume goes on with it; remove it to begin anew")
-    before = read_json(about) if about.is_file() else {}
-    changed = [name for name in {**before, **fingerprint} if before.get(name) != fingerprint.get(name)]
+    before = read_json(file)
+    changed = [name for name in {**before, **about} if before.get(name) != about.get(name)]
     if changed:
         raise DataError(
             f"{folder} can't be resumed, since this has changed: {', '.join(changed)}; call it as before, or remove "
             "it to begin anew"
         )
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with (folder / "lock").open("w") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows has no flock; there the user must see to it.
-            pass
-        except BlockingIOError:
-            raise DataError(f"another process is writing {folder}; wait for it, or choose another --out") from None
-        yield
 
 
 def _unfinished(cases: Cases, rows: int, finished: set[int]) -> Iterator[Chunk]:
@@ -349,11 +373,11 @@ def _unfinished(cases: Cases, rows: int, finished: set[int]) -> Iterator[Chunk]:
         number += 1
 
 
-def _join_chunks(files: Sequence[Path], out: Path, columns: Sequence[str]) -> int:
+def _join_chunks(files: Sequence[Path], out: Path, head: bytes) -> int:
     """Write the result, atomically; return how many rows have an error."""
     failed = 0
     with atomic_path(out) as temporary, temporary.open("wb") as whole:
-        whole.write(csv_lines([columns]))
+        whole.write(head)
         for file in files:
             with file.open(encoding="utf-8", newline="") as text:
                 failed += sum(row[-1] != "" for row in csv.reader(text))
@@ -418,15 +442,29 @@ def _prepare(predictor: Predictor, case: Case) -> Prepared:
 
 def _classify(predictor: Predictor, cases: list[Case], prepared: list[Prepared]) -> bytes:
     good = [(case, image) for case, image in zip(cases, prepared, strict=True) if not isinstance(image, str)]
-    predictions = iter(predictor.predict_arrays([image for _, image in good], [case.metadata for case, _ in good]))
+    predictions = iter(_predict(predictor, [image for _, image in good], [case.metadata for case, _ in good]))
     rows = []
     for case, image in zip(cases, prepared, strict=True):
-        if isinstance(image, str):
+        found = image if isinstance(image, str) else next(predictions)
+        if isinstance(found, str):
             blank = [""] * (len(predictor.classes) + len(_AFTER) + 1)
-            rows.append([case.name, *blank, " ".join(image.split())])
+            rows.append([case.name, *blank, " ".join(found.split())])
         else:
-            rows.append([case.name, *_cells(next(predictions))])
+            rows.append([case.name, *_cells(found)])
     return csv_lines(rows)
+
+
+def _predict(
+    predictor: Predictor, images: list[NDArray[np.uint8] | None], metadata: list[Mapping[str, str]]
+) -> list[Prediction | str]:
+    """Return predictions, and errors where the model can't predict; one case that it can't must not spoil others."""
+    try:
+        return [*predictor.predict_arrays(images, metadata)]
+    except DataError as error:
+        if len(images) == 1:
+            return [str(error)]
+        pairs = zip(images, metadata, strict=True)
+        return [_predict(predictor, [image], [values])[0] for image, values in pairs]
 
 
 def _cells(prediction: Prediction) -> list[str]:

@@ -199,8 +199,8 @@ def _cases(
         )
         return synthetic_cases(SYNTHETIC, image, metadata), None, "on synthetic cases, without the run's images"
     size = opened.recipe.image.size
-    validation = real_cases(opened.pictures("val"), size, VALIDATION)
-    training = None if image is None or int8 is False else real_cases(opened.pictures("train"), size, TRAINING)
+    validation = real_cases(opened.image_examples("val"), size, VALIDATION)
+    training = None if image is None or int8 is False else real_cases(opened.image_examples("train"), size, TRAINING)
     return validation, training, "on validation cases of the run"
 
 

@@ -22,7 +22,7 @@ from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.errors import RunError
 from dualrefnet.models.base import Architecture, Method, mark_missing
 from dualrefnet.models.encoders import Encoded, Encoder
-from dualrefnet.models.inference import Normalisation, joined_vectors, normalise, to_unit
+from dualrefnet.models.inference import Normalisation, joined_vectors, normalise, resolve_device, to_unit
 from dualrefnet.models.registry import load_model
 from dualrefnet.progress import warn
 from dualrefnet.recipe import ImageSection
@@ -76,7 +76,7 @@ def run_parts(run: Path | str | Run, device: str) -> dict[str, Any]:
         )
     return {
         "description": description,
-        "network": TorchNetwork(model, image.size, normalisation_of(about), torch.device(device)),
+        "network": TorchNetwork(model, image.size, normalisation_of(about), resolve_device(device)),
         "classes": about["classes"],
         "malignant": about["malignant"],
         "encoder": MetadataEncoder.from_json(about["metadata"]),
@@ -221,10 +221,17 @@ def trace(model: ExportedModel) -> ExportedProgram:
     shapes = {name: {0: Dim(BATCH_AXIS, min=1)} for name in model.inputs}
     # Strict mode reads the code; the other runs it, and would fix the batch size that the code asks for.
     program = torch.export.export(model.eval(), (), model.example(), dynamic_shapes=shapes, strict=True)
+    addresses: dict[str, str] = {}
     for part in program.graph_module.modules():
         for node in part.graph.nodes if isinstance(part, GraphModule) else ():
-            # Folders of this machine, and lines of the source.
+            # Folders of this machine and lines of the source.
             node.meta.pop("stack_trace", None)
+            # Addresses of memory, with which no two exports of a run would be equal.
+            node.meta.pop("from_node", None)
+            stack = node.meta.get("nn_module_stack", {})
+            node.meta["nn_module_stack"] = {
+                addresses.setdefault(key, f"module_{len(addresses)}"): where for key, where in stack.items()
+            }
     return program
 
 

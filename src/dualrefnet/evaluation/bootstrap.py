@@ -40,6 +40,11 @@ class Estimate:
         interval = {} if np.isnan(self.low) else {name + interval_suffix(level): [float(self.low), float(self.high)]}
         return {name: float(self.value), **interval}
 
+    def columns(self, name: str = "") -> dict[str, float]:
+        """Return cells of a table: `value`, `low`, `high`, or for a name `name`, `name_low`, `name_high`."""
+        keys = (name, f"{name}_low", f"{name}_high") if name else ("value", "low", "high")
+        return dict(zip(keys, (self.value, self.low, self.high), strict=True))
+
 
 @dataclass(frozen=True)
 class Difference(Estimate):

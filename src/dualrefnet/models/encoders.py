@@ -10,8 +10,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 import os
-import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -123,10 +123,15 @@ def fill_network(module: nn.Module, tensors: Mapping[str, Tensor], complaint: st
     `complaint` and names the first differences of each kind.
     """
     wanted = module.state_dict()
+    shared = {name: (wanted[name], tensors[name]) for name in wanted.keys() & tensors.keys()}
     differences = {
         "missing": {name for name in wanted.keys() - tensors.keys() if not name.endswith("num_batches_tracked")},
         "unexpected": tensors.keys() - wanted.keys(),
-        "other shape": {name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape},
+        "other shape": {name for name, (own, given) in shared.items() if own.shape != given.shape},
+        "other type": {
+            name for name, (own, given) in shared.items() if own.is_floating_point() != given.is_floating_point()
+        },
+        "not finite": {name for name, (_, given) in shared.items() if not given.isfinite().all()},
     }
     faults = [f"{kind}: {_some(sorted(names))}" for kind, names in differences.items() if names]
     if faults:
@@ -207,7 +212,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             if path.suffix == ".safetensors"
             else torch.load(path, map_location="cpu", weights_only=True)
         )
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # A damaged pickle raises whatever its instructions lead to.
         raise WeightsError(
             f"{path} can't be read as weights ({type(error).__name__}): is it damaged, or more than a state dict?"
         ) from error
@@ -226,7 +231,7 @@ def _from_file(path: Path, mean: Triple, std: Triple) -> tuple[WeightsSource, Pa
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}
-        except safetensors.SafetensorError as error:
+        except Exception as error:
             raise WeightsError(f"{path} can't be read as weights: {error}") from error
     try:
         mean = _triple(header["mean"]) if "mean" in header else mean
@@ -294,6 +299,8 @@ def _adapt(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
 
 def _triple(text: str) -> Triple:
     red, green, blue = (float(part) for part in text.strip("[]()").split(","))
+    if not math.isfinite(red + green + blue):
+        raise ValueError(f"{text} aren't three numbers")
     return red, green, blue
 
 

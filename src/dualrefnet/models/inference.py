@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from dualrefnet.data.loader import Batch
 from dualrefnet.data.store import Arrays, DerivedStore, ImageStore, Part, fill_derived_store
+from dualrefnet.errors import DataError, RunError
 from dualrefnet.models.base import Method
 from dualrefnet.models.encoders import Encoded, Encoder, EncoderOutput
 from dualrefnet.progress import progress_bar
@@ -54,6 +55,35 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
         native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
     return "bf16" if native else "fp32"
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """Return the device of that name (None: a GPU if there is one); one that can't compute here is refused."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    # What torch raises depends on the kind of device and on how torch was built.
+    except (RuntimeError, NotImplementedError, AssertionError, ImportError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"the device {name!r} can't be used ({reason}); use cpu, or leave --device out") from None
+    return device
+
+
+def check_finite(logits: Tensor) -> Tensor:
+    """Return logits (B, C) as they are; RunError if a network computes something else than numbers.
+
+    Their first class would be taken for an answer.
+    """
+    wrong = int((~logits.isfinite()).any(dim=1).sum())
+    if wrong:
+        raise RunError(
+            f"the model computes no finite numbers for {wrong} of {len(logits)} images: its training has diverged "
+            "(lower training.learning_rate, or set training.gradient_clip=1), or a number in the metadata is out of "
+            "all range (see `dualrefnet check`)"
+        )
+    return logits
 
 
 class Predicted(NamedTuple):
@@ -98,7 +128,7 @@ def predict_logits(
             images = normalise(to_unit(batch.images.to(device, non_blocking=True), size), normalisation)
         with autocast(device, precision):
             output = model(images, batch.metadata.to(device))
-        logits.append(output.logits.float().cpu())
+        logits.append(check_finite(output.logits.float().cpu()))
         labels.append(batch.labels)
         for name, value in output.heads.items():
             heads.setdefault(name, []).append(value.float().cpu())

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dualrefnet.errors import RecipeError, RunError
+from dualrefnet.errors import RecipeError, RunError, WeightsError
 from dualrefnet.recipe import Recipe, suggestion
 
 if TYPE_CHECKING:
@@ -160,11 +160,8 @@ def load_model(description: Mapping[str, Any], weights_file: Path) -> Method:
     """Build a trained model from the run's `model.json` and its `model.safetensors`; RunError: they aren't there, or
     don't fit.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     from dualrefnet.models.base import Architecture
-    from dualrefnet.models.encoders import WeightsSource, create_encoder
+    from dualrefnet.models.encoders import WeightsSource, create_encoder, fill_network, read_tensors
     from dualrefnet.run import Run
 
     if not weights_file.is_file():
@@ -188,7 +185,9 @@ def load_model(description: Mapping[str, Any], weights_file: Path) -> Method:
             if method.reads_image
         ]
         model = method(architecture, encoders)
-        model.load_state_dict(load_file(str(weights_file)))
-    except (RuntimeError, OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
+        fill_network(model, read_tensors(weights_file), f"{weights_file} doesn't fit its model.json")
+    except WeightsError as error:
+        raise RunError(str(error)) from error
+    except (LookupError, TypeError, ValueError) as error:
         raise RunError(f"{weights_file} doesn't fit its model.json: {str(error).splitlines()[0]}") from error
     return model

@@ -5,16 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cached_property
 
-from dualrefnet.analysis.cases import (
-    ChosenCase,
-    Disagreement,
-    ShownCase,
-    choose_cases,
-    draw_disagreement,
-    draw_gallery,
-    find_disagreement,
-    show_cases,
-)
+from dualrefnet.analysis.cases import ChosenCase, ShownCase, choose_cases, draw_gallery, show_cases
+from dualrefnet.analysis.disagreement import Disagreement, draw_disagreement, find_disagreement
 from dualrefnet.analysis.embedding import MEASURES, compare_embeddings, draw_embedding, draw_separation, embed
 from dualrefnet.analysis.gradcam import ALL_IMAGES, draw_gradcam, draw_localisation, localise
 from dualrefnet.analysis.opened_run import OpenedRun
@@ -70,9 +62,13 @@ class Explanations:
             return show_cases(self.opened, self.cases, self.options.label, values, self.masks, show)
 
     def gallery(self) -> Section:
-        names = self.opened.dataset.schema.class_names
+        schema = self.opened.dataset.schema
         by_class = {label: [case for case in self.shown if case.chosen.label == label] for label in self.opened.classes}
-        figures = [draw_gallery(cases, label, names.get(label, "")) for label, cases in by_class.items() if cases]
+        figures = [
+            draw_gallery(cases, label, schema.class_names.get(label, ""), schema.unit)
+            for label, cases in by_class.items()
+            if cases
+        ]
         with_values = any(case.attributions for case in self.shown)
         values = ", and the metadata with the largest SHAP values, in percentage points" if with_values else ""
         intro = [
@@ -135,9 +131,8 @@ class Explanations:
         return Section("shap", "SHAP", intro, figures)
 
     def tsne(self) -> Section:
-        name = self.opened.run.path.resolve().name
         with progress_bar("features") as show:
-            found = embed(self.opened, self.options.images, SAMPLES, self.options.seed, name, show)
+            found = embed(self.opened, self.options.images, SAMPLES, self.options.seed, show)
         intro = [
             "t-SNE of the fused features, the input of the classifier. The scores are measured on the features "
             "themselves, as distances in the figure are distorted."
@@ -181,7 +176,7 @@ def comparison_section(first: OpenedRun, second: OpenedRun, options: ReportOptio
     names = run_names(first.run, second.run)
     found = find_disagreement(first.run, second.run, CASES, SAMPLES, options.seed)
     with progress_bar("features of both") as show:
-        comparison = compare_embeddings(first, second, options.images, SAMPLES, options.seed, names, show)
+        comparison = compare_embeddings(first, second, names, options.images, SAMPLES, options.seed, show)
     figures: list[ReportFigure] = [draw_embedding(comparison.first, comparison.second), draw_separation(comparison)]
     if options.photographs and first.model.reads_image and len(found.chosen):
         ours = _shown(first, found, "predicted_a")

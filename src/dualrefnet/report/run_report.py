@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import pandas as pd
-import torch
 
 from dualrefnet.analysis.audit import Audit, audit_split
 from dualrefnet.analysis.duplicates import fingerprint_files
@@ -31,6 +30,7 @@ from dualrefnet.display.format import PrintedTable, sentence
 from dualrefnet.display.page import Section, render_page
 from dualrefnet.errors import DataError, DependencyError, RunError
 from dualrefnet.files import make_folder, write_csv, write_json, write_text
+from dualrefnet.models.inference import resolve_device
 from dualrefnet.progress import note, warn
 from dualrefnet.report import ReportOptions
 from dualrefnet.report.performance import (
@@ -172,7 +172,7 @@ def _check(run: Run, against: Run | None, options: ReportOptions, pictures: Path
     """Refuse at once, and not after minutes, what can't be done."""
     _check_finished([run] if against is None else [run, against])
     if against is not None:
-        from dualrefnet.analysis.cases import find_disagreement
+        from dualrefnet.analysis.disagreement import find_disagreement
 
         run_names(run, against)
         find_disagreement(run, against, seed=options.seed)
@@ -189,8 +189,7 @@ def _check_finished(runs: Sequence[Run]) -> None:
 
 
 def _open(run: Run, options: ReportOptions) -> OpenedRun:
-    device = torch.device(options.device) if options.device else None
-    return open_run(run, options.root, cache=options.cache, device=device)
+    return open_run(run, options.root, cache=options.cache, device=resolve_device(options.device))
 
 
 def _model_parts(run: Run, against: Run | None, options: ReportOptions, examined: bool = False) -> list[Part]:

@@ -13,7 +13,7 @@ import pandas as pd
 import yaml
 from numpy.typing import NDArray
 
-from dualrefnet.analysis.cases import KINDS, Disagreement, find_disagreement
+from dualrefnet.analysis.disagreement import KINDS, Disagreement, find_disagreement
 from dualrefnet.data.loader import read_dataset
 from dualrefnet.data.store import fill_store
 from dualrefnet.display.figure import ReportFigure, new_figure, save_figure, styled

@@ -270,7 +270,7 @@ def out_of_distribution_section(measured: OutOfDistributionMeasured, unit: str =
         f"a lesion (AUROC {_estimate(everyday, 'auroc', '.3f')})."
     ]
     if measured.skin_auroc is not None:
-        value, low, high = measured.skin_auroc
+        value, low, high = measured.skin_auroc.columns().values()
         verdict = "separates the two" if low > 0.5 else "does not reliably separate the two"
         intro.append(
             f"Of crops of healthy skin {_estimate(rows[SKIN], 'flagged')} are flagged, of equally large crops of "

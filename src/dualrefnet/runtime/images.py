@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import re
@@ -23,7 +24,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 MAX_BYTES = 100 * 2**20
 MAX_PIXELS = 100_000_000
 MIN_SIDE = 16
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "HEIF", "AVIF")
 # A decoder may take minutes or gigabytes for a small file that repeats a scan of all pixels, or an empty header.
 # Cameras write up to a dozen scans, and a few dozen segments.
 MAX_SCANS = 100
@@ -40,12 +41,14 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_OPENERS = {
+OPENERS = {
     b"\xff\xd8\xff": JpegImageFile,
     b"\x89PNG\r\n\x1a\n": PngImageFile,
     b"BM": BmpImageFile,
     **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), TiffImageFile),
 }
+# ISO/IEC 23008-12: what phones write.
+_HEIF, _AVIF = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1"), (b"avif", b"avis")
 _MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK")
 # Markers of a JPEG that don't belong to the data of a scan.
 _MARKER = re.compile(rb"\xff([\xc0-\xcf\xd8-\xfe])")
@@ -77,7 +80,7 @@ def decode_image(
     Pillow's own limit, `PIL.Image.MAX_IMAGE_PIXELS`. Raises DecodingError.
     """
     name, data = _read(source, max_bytes)
-    opener = _opener(data)
+    opener = _opener(name, data)
     if opener is None or opener.format not in formats:
         known = f"{', '.join(formats[:-1])} or {formats[-1]}"
         raise DecodingError(f"{name} isn't a {known} image, whatever its name says")
@@ -125,10 +128,23 @@ def _read(source: Path | str | bytes, max_bytes: int) -> tuple[str, bytes]:
     return name, data
 
 
-def _opener(data: bytes) -> type[ImageFile.ImageFile] | None:
+def _opener(name: str, data: bytes) -> type[ImageFile.ImageFile] | None:
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return WebPImageFile
-    return next((opener for magic, opener in _OPENERS.items() if data.startswith(magic)), None)
+    if data[4:8] == b"ftyp" and data[8:12] in (*_HEIF, *_AVIF):
+        return _heif_opener(name, data[8:12] in _AVIF)
+    return next((opener for magic, opener in OPENERS.items() if data.startswith(magic)), None)
+
+
+def _heif_opener(name: str, avif: bool) -> type[ImageFile.ImageFile]:
+    """Return what opens the images of phones; both are optional."""
+    module, attribute = ("PIL.AvifImagePlugin", "AvifImageFile") if avif else ("pillow_heif.as_plugin", "HeifImageFile")
+    try:
+        return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
+    except ImportError:
+        needed = "pip install 'pillow>=11.3'" if avif else "pip install pillow-heif"
+        kind = "an AVIF" if avif else "a HEIC"
+        raise DecodingError(f"{name} is {kind} image: `{needed}` makes it readable, or save it as JPEG") from None
 
 
 def _silence_pillow() -> None:
@@ -194,11 +210,11 @@ def _check_scans(data: bytes, image: ImageFile.ImageFile, ends: list[int]) -> No
 
     In a complete image further data at the end of a scan change nothing.
     """
-    pixels = np.asarray(image)
     restarts = [found[1][0] for found in _RESTART.finditer(data, data.find(b"\xff\xda"), ends[-1])]
     if len(ends) == 1 and any(marker != 0xD0 + place % 8 for place, marker in enumerate(restarts)):
         raise EOFError("parts of its pixels are missing")
-    if len(ends) == 1 and image.mode != "CMYK" and (pixels[-1, -1] != _FILL).any():
+    last = image.getpixel((image.width - 1, image.height - 1))
+    if len(ends) == 1 and image.mode != "CMYK" and np.any(np.array(last) != _FILL):
         return
     # All scans at once: a large progressive JPEG would take seconds for each.
     start, parts = 0, []
@@ -206,7 +222,7 @@ def _check_scans(data: bytes, image: ImageFile.ImageFile, ends: list[int]) -> No
         parts.append(data[start:end])
         start = end
     with JpegImageFile(io.BytesIO(_FURTHER.join(parts))) as changed:
-        if not np.array_equal(np.asarray(changed), pixels):
+        if not np.array_equal(np.asarray(changed), np.asarray(image)):
             raise EOFError("its pixels end early")
 
 

@@ -96,9 +96,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
         404: ("not_found", "there is nothing here; /docs describes what there is"),
         405: ("wrong_method", "this path takes another method; see the header Allow"),
     }.get(error.status_code, ("error", str(error.detail)))
-    content = schemas.error_json(code, message, request.state.request_id)
     headers = {name: "GET, HEAD" if value == "GET" else value for name, value in (error.headers or {}).items()}
-    return Response(content, error.status_code, headers, "application/json")
+    raise schemas.Refusal(error.status_code, code, message, headers)
 
 
 def _add_file(app: FastAPI, path: str, file: Path) -> None:
@@ -123,8 +122,9 @@ def _add_prediction_routes(app: FastAPI, inference: Inference) -> None:
         """Classify one lesion from its images and the patient's metadata."""
         with Reservation(inference.limiter, request.state.length) as reservation:
             upload = await read_upload(request, reservation, settings)
+            images = len(upload.images)
             prediction = await _while_connected(request, inference.predict(upload, reservation))
-        return schemas.prediction_body(prediction, predictor.name, len(upload.images), request.state.request_id)
+        return schemas.prediction_body(prediction, predictor.name, images, request.state.request_id)
 
     @app.post(
         "/v1/explain",
@@ -136,8 +136,9 @@ def _add_prediction_routes(app: FastAPI, inference: Inference) -> None:
         """Classify one lesion from one image and the metadata, and explain the prediction by occlusion."""
         with Reservation(inference.explain_limiter, request.state.length) as reservation:
             upload = await read_upload(request, reservation, settings, explained=True)
+            images = len(upload.images)
             prediction, explanation = await _while_connected(request, inference.explain(upload, reservation))
-        body = schemas.prediction_body(prediction, predictor.name, len(upload.images), request.state.request_id)
+        body = schemas.prediction_body(prediction, predictor.name, images, request.state.request_id)
         return {**body, "explanation": schemas.explanation_body(explanation)}
 
 

@@ -75,8 +75,9 @@ class Decoders:
 
     async def _prepare_in(self, process: Process | None, data: bytes) -> Image:
         try:
-            if process is None or process.returncode is not None:
-                process = await self._start_one()
+            if process is not None and process.returncode is not None:
+                process = None
+            process = process or await self._start_one()
             return await self._exchange(process, data)
         except (asyncio.IncompleteReadError, ConnectionError):
             if process is None or self._stopped:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -37,21 +36,14 @@ class Busy(Exception):
 class Limiter:
     """Bounds the number of requests and the bytes of their bodies. For one event loop."""
 
-    def __init__(
-        self, max_requests: int, max_bytes: int, observe: Callable[[int, int], None] = lambda requests, size: None
-    ) -> None:
+    def __init__(self, max_requests: int, max_bytes: int, observe: Callable[[int, int], None]) -> None:
         self._max_requests, self._max_bytes, self._observe = max_requests, max_bytes, observe
         self.requests = self.bytes = 0
 
-    @property
-    def full(self) -> bool:
-        return self.requests >= self._max_requests
-
     def change(self, requests: int, size: int) -> None:
         """Take requests and bytes, or give them back; if they don't fit nothing is taken, and `Busy` is raised."""
-        if requests > 0 and self.requests + requests > self._max_requests:
-            raise Busy
-        if size > 0 and self.bytes + size > self._max_bytes:
+        too_many = requests > 0 and self.requests + requests > self._max_requests
+        if too_many or (size > 0 and self.bytes + size > self._max_bytes):
             raise Busy
         self.requests += requests
         self.bytes += size
@@ -65,7 +57,7 @@ class Reservation:
 
     def __init__(self, limiter: Limiter, declared: int) -> None:
         limiter.change(1, declared)
-        self._limiter, self._held, self._received = limiter, declared, 0
+        self._limiter, self._held, self._expected = limiter, declared, declared
 
     def __enter__(self) -> Reservation:
         return self
@@ -75,10 +67,10 @@ class Reservation:
 
     def receive(self, size: int) -> None:
         """Count bytes of the body as they arrive, as far as they weren't declared."""
-        self._received += size
-        beyond = max(0, self._received - self._held)
-        self._limiter.change(0, beyond)
-        self._held += beyond
+        declared = min(size, self._expected)
+        self._expected -= declared
+        self._limiter.change(0, size - declared)
+        self._held += size - declared
 
     def release_body(self) -> None:
         """The body has been decoded and is no longer held."""
@@ -89,9 +81,8 @@ class Reservation:
 class Worker(Generic[Job, Result]):
     """Runs jobs in one thread, in batches.
 
-    A lone job starts at once; what arrives while the thread is busy forms the next batch. Only if `expected` says that
-    more jobs are on their way does an idle thread wait for them, `max_wait` seconds at most. A job larger than
-    `max_batch` runs alone.
+    A lone job starts at once; what arrives while the thread is busy forms the next batch. A job larger than `max_batch`
+    runs alone.
     """
 
     def __init__(
@@ -100,13 +91,10 @@ class Worker(Generic[Job, Result]):
         name: str,
         *,
         max_batch: int = 1,
-        max_wait: float = 0.0,
         size: Callable[[Job], int] = lambda job: 1,
-        expected: Callable[[], int] = lambda: 0,
         observe: Callable[[int], None] = lambda size: None,
     ) -> None:
-        self._run, self._name, self._size, self._expected, self._observe = run, name, size, expected, observe
-        self._max_batch, self._max_wait = max_batch, max_wait
+        self._run, self._name, self._max_batch, self._size, self._observe = run, name, max_batch, size, observe
         self._waiting: deque[tuple[Job, asyncio.Future[Result]]] = deque()
         self._arrived = asyncio.Event()
 
@@ -126,38 +114,26 @@ class Worker(Generic[Job, Result]):
     async def submit(self, job: Job) -> Result:
         """Run a job; if the caller is cancelled before it has begun, it never runs."""
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        entry = (job, future)
-        self._waiting.append(entry)
+        self._waiting.append((job, future))
         self._arrived.set()
-        try:
-            return await future
-        finally:
-            # Otherwise `remove` would fail, with an error that takes longer to write than a job to run.
-            if entry in self._waiting:
-                self._waiting.remove(entry)
+        return await future
 
     async def _loop(self) -> None:
         while True:
             await self._arrived.wait()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._max_wait):
-                    while self._expected() and sum(self._size(job) for job, _ in self._waiting) < self._max_batch:
-                        self._arrived.clear()
-                        await self._arrived.wait()
-            batch = self._next_batch()
-            if batch:
+            self._arrived.clear()
+            while batch := self._next_batch():
                 await self._run_batch(batch)
 
     def _next_batch(self) -> list[tuple[Job, asyncio.Future[Result]]]:
         batch: list[tuple[Job, asyncio.Future[Result]]] = []
         left = self._max_batch
         while self._waiting and (not batch or self._size(self._waiting[0][0]) <= left):
-            batch.append(self._waiting.popleft())
-            left -= self._size(batch[-1][0])
-        if self._waiting:
-            self._arrived.set()
-        else:
-            self._arrived.clear()
+            job, future = self._waiting.popleft()
+            # By a caller that is cancelled.
+            if not future.cancelled():
+                batch.append((job, future))
+                left -= self._size(job)
         return batch
 
     async def _run_batch(self, batch: list[tuple[Job, asyncio.Future[Result]]]) -> None:
@@ -211,7 +187,6 @@ class Inference:
         self.given_up = 0
         # Whether the last request that came to an end waited too long.
         self._late = False
-        self._decoding = 0
         explain_bytes = max(settings.max_upload, settings.queue_bytes // 4)
         self.limiter = Limiter(settings.queue, settings.queue_bytes, metrics.held("predict"))
         self.explain_limiter = Limiter(settings.explain_queue, explain_bytes, metrics.held("explain"))
@@ -233,9 +208,7 @@ class Inference:
             predict,
             "predict",
             max_batch=settings.max_batch,
-            max_wait=settings.max_wait,
             size=lambda case: len(case.images),
-            expected=lambda: self._decoding,
             observe=metrics.batches.labels("predict").observe,
         )
         self._explanations = Worker(explain, "explain", observe=metrics.batches.labels("explain").observe)
@@ -260,7 +233,9 @@ class Inference:
     @property
     def readiness(self) -> str:
         """`ready`, or why a request would not be answered now."""
-        if self.state == "ready" and (self.limiter.full or (self._late and self.limiter.requests)):
+        if self.state == "ready" and (
+            self.limiter.requests >= self.settings.queue or (self._late and self.limiter.requests)
+        ):
             return "busy"
         return self.state
 
@@ -270,7 +245,7 @@ class Inference:
         image = np.zeros((size, size, 3), dtype=np.uint8) if self.predictor.reads_image else None
         try:
             await self._decoders.start()
-            await self._classify(Case([image], {}))
+            await self._compute(self._predictions, Case([image], {}))
         except Exception as error:
             log.critical("model failed", extra={"error": type(error).__name__, "where": traceback_of(error)})
             self.state = "broken"
@@ -282,7 +257,8 @@ class Inference:
         self._check(upload)
 
         async def work() -> Prediction:
-            return await self._classify(Case(await self._prepare(upload.images, reservation), upload.metadata))
+            case = Case(await self._prepare(upload.images, reservation), upload.metadata)
+            return await self._compute(self._predictions, case)
 
         return await self._within_timeout(work())
 
@@ -292,8 +268,8 @@ class Inference:
 
         async def work() -> tuple[Prediction, Explanation]:
             case = Case(await self._prepare(upload.images, reservation), upload.metadata)
-            prediction = await self._classify(case)
-            return prediction, await self._explanations.submit((case, upload.label or prediction.label))
+            prediction = await self._compute(self._predictions, case)
+            return prediction, await self._compute(self._explanations, (case, upload.label or prediction.label))
 
         return await self._within_timeout(work())
 
@@ -319,18 +295,18 @@ class Inference:
 
     async def _prepare(self, images: list[bytes], reservation: Reservation) -> list[Image | None]:
         tasks = [asyncio.ensure_future(self._decoders.prepare(image)) for image in images]
-        self._decoding += 1
         try:
             return list(await asyncio.gather(*tasks)) or [None]
         finally:
-            self._decoding -= 1
+            images.clear()
             reservation.release_body()
             # If one is invalid or the client has disconnected, those not begun needn't be decoded.
             for task in tasks:
                 task.cancel()
 
-    async def _classify(self, case: Case) -> Prediction:
-        prediction = await self._predictions.submit(case)
-        if not all(map(math.isfinite, prediction.probabilities.values())):
-            raise Refusal(500, "not_finite", "the model computed no numbers for this input, so there is no prediction")
-        return prediction
+    async def _compute(self, worker: Worker[Job, Result], job: Job) -> Result:
+        try:
+            return await worker.submit(job)
+        except DataError as error:
+            # The input has been checked, so the fault is the model's.
+            raise Refusal(500, "not_finite", str(error)) from None

@@ -175,12 +175,12 @@ def model_body(predictor: Predictor, settings: ServiceSettings) -> ModelBody:
         }
         for field in predictor.fields
     ]
-    limits = {
-        "bytes": settings.max_upload,
-        "pixels": settings.max_pixels,
-        "images": settings.max_images,
-        "metadata_bytes": settings.max_metadata,
-    }
+    limits = LimitsBody(
+        bytes=settings.max_upload,
+        pixels=settings.max_pixels,
+        images=settings.max_images,
+        metadata_bytes=settings.max_metadata,
+    )
     same = ModelBody.model_fields.keys() - {"fields", "limits", "warning", "notice"}
     described = {name: getattr(predictor, name) for name in same}
     warning = predictor.shortcut

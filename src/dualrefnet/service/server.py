@@ -66,16 +66,19 @@ def serve(served: Served) -> int:
             f"the service listens on {served.host} without an API key: whoever reaches this machine may use it. "
             "Set keys with --api-key-file or DUALREFNET_API_KEY, or leave --host out"
         )
+    # As nohup wants it.
+    ignores_hang_up = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     # Before the model is loaded, so that a port in use is reported at once.
     with bind(served.host, served.port) as listener:
         host = f"[{served.host}]" if ":" in served.host else served.host
         address = f"http://{host}:{listener.getsockname()[1]}{served.settings.root_path}/"
         note(f"serving {served.source} on {address} (stop with Ctrl+C)")
         if served.workers > 1:
-            return _serve_workers(served, listener)
+            return _serve_workers(served, listener, ignores_hang_up)
         app = load_app(served)
         server = Server(uvicorn.Config(app, **uvicorn_options(served)))
-        signal.signal(signal.SIGHUP, server.handle_exit)
+        if not ignores_hang_up:
+            signal.signal(signal.SIGHUP, server.handle_exit)
         server.run([listener])
     given_up: int = app.state.inference.given_up
     if given_up:
@@ -139,19 +142,26 @@ class HalfClosedProtocol(H11Protocol):
     skip, makes the machine of one that has gone reset the connection.
     """
 
+    half_closed = False
+
     def eof_received(self) -> bool:  # type: ignore[override]
-        if self.cycle is None or self.cycle.more_body or self.cycle.response_complete:
-            return False
-        self.cycle.keep_alive = False
-        self._look()
-        return True
+        self.half_closed = self.cycle is not None and not (self.cycle.more_body or self.cycle.response_complete)
+        if self.half_closed:
+            self._look()
+        return self.half_closed
 
     def _look(self) -> None:
-        if self.transport.is_closing() or self.cycle.response_started:
+        if self.transport.is_closing():
             return
-        if self.scope["http_version"] == "1.1":
+        if not self.cycle.response_started and self.scope["http_version"] == "1.1":
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.loop.call_later(LOOK, self._look)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        # Otherwise there is another request that came before the end.
+        if self.half_closed and self.cycle.response_complete:
+            self.transport.close()
 
 
 def load_app(served: Served) -> FastAPI:
@@ -172,7 +182,7 @@ class Workers(Multiprocess):
         self.handle_term()
 
 
-def _serve_workers(served: Served, listener: socket.socket) -> int:
+def _serve_workers(served: Served, listener: socket.socket, ignores_hang_up: bool) -> int:
     log_to_stderr()
     with tempfile.TemporaryDirectory(prefix="dualrefnet-workers-") as folder:
         os.environ[FOLDER_VARIABLE] = folder
@@ -186,7 +196,10 @@ def _serve_workers(served: Served, listener: socket.socket) -> int:
                 timeout_worker_healthcheck=20,
                 **uvicorn_options(served),
             )
-            Workers(config, [listener]).run()
+            workers = Workers(config, [listener])
+            if ignores_hang_up:
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            workers.run()
         finally:
             del os.environ[FOLDER_VARIABLE]
         if (Path(folder) / FAILED).exists():

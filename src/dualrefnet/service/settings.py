@@ -46,8 +46,6 @@ class ServiceSettings(BaseModel):
     grace: float = Field(default=45.0, gt=0)  # in which accepted requests are answered when the service stops
     connections: int = Field(default=500, ge=1)  # open at once
     max_batch: int = Field(default=8, ge=1)  # images; on CPUs larger batches take proportionally longer
-    # For which an idle model waits for images that are being decoded; without any it never waits.
-    max_wait: float = Field(default=0.002, ge=0)
     decoders: int = Field(default=2, ge=1)  # processes that decode images
     decode_timeout: float = Field(default=10.0, gt=0)  # of CPU for one image, after which its process ends
     # For research, serve also a model whose referral relies on missing metadata.

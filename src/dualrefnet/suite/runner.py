@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 
 from dualrefnet import progress
 from dualrefnet.errors import DualRefNetError, RunError
-from dualrefnet.files import write_csv, write_json, write_yaml
+from dualrefnet.files import locked, make_folder, write_csv, write_json, write_yaml
 from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import Recipe, differences
 from dualrefnet.run import Run
@@ -157,14 +157,9 @@ def _suite_lock(out: Path) -> Iterator[None]:
     """Keep a second call out of a suite folder."""
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file; name a folder for the suite with --out")
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise RunError(
-            f"{out} is in use by another `dualrefnet suite`; wait until it ends, or name another --out"
-        ) from None
+    busy = f"{out} is in use by another `dualrefnet suite`; wait until it ends, or name another --out"
+    with locked(make_folder(out) / ".lock", busy):
+        yield
 
 
 def _open_folder(out: Path, suite: Suite, cells: list[Cell]) -> None:

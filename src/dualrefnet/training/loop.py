@@ -30,7 +30,7 @@ from dualrefnet.errors import RunError
 from dualrefnet.files import write_csv, write_tensors
 from dualrefnet.models.base import Method
 from dualrefnet.models.components import DecisionFusion
-from dualrefnet.models.encoders import Encoded
+from dualrefnet.models.encoders import Encoded, fill_network
 from dualrefnet.models.inference import Normalisation, autocast, encoded, normalise, predict_logits, resolve_precision
 from dualrefnet.models.superresolution import input_and_target, psnr, ssim
 from dualrefnet.progress import note, progress_bar, warn
@@ -83,9 +83,6 @@ def one_cycle(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - WARM_UP) / (1 - WARM_UP))))
 
 
-FORMAT = 1
-
-
 def save_checkpoint(path: Path, model: nn.Module, optimizer: optim.Optimizer, progress: dict[str, Any]) -> None:
     """Write the state of a bare model after an epoch; `progress` (the next epoch, history, scheduler) is plain JSON."""
     state = optimizer.state_dict()
@@ -97,32 +94,32 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: optim.Optimizer, pr
                 tensors[f"optimizer/{index}/{name}"] = value
             else:
                 numbers.setdefault(str(index), {})[name] = value
-    header = {"format": FORMAT, "progress": progress, "groups": state["param_groups"], "numbers": numbers}
+    header = {"progress": progress, "groups": state["param_groups"], "numbers": numbers}
     write_tensors(path, tensors, {"state": json.dumps(header)})
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: optim.Optimizer) -> dict[str, Any]:
-    """Put a saved state into a model and an optimizer, and return the progress; RunError: the file is damaged."""
+    """Put a saved state into a model and an optimizer, and return the progress."""
     try:
         with safe_open(str(path), framework="pt") as file:
             header = json.loads(file.metadata()["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        slots: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in header["numbers"].items()}
+        state = {}
+        for name, value in tensors.items():
+            if name.startswith("optimizer/"):
+                _, index, slot = name.split("/")
+                slots.setdefault(int(index), {})[slot] = value
+            else:
+                state[name.removeprefix("model/")] = value
+        fill_network(model, state, "its parameters are of another model")
+        optimizer.load_state_dict({"state": slots, "param_groups": header["groups"]})
+        return {name: header["progress"][name] for name in ("epoch", "history", "best", "stale", "norms", "schedule")}
+    # Whatever a damaged file leads to.
     except Exception as error:
-        raise RunError(f"{path} can't be read ({error}); delete it to train from the beginning") from error
-    if header["format"] != FORMAT:
         raise RunError(
-            f"{path} was written by another version of dualrefnet; train from the beginning in another folder"
-        )
-    model.load_state_dict(
-        {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
-    )
-    slots: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in header["numbers"].items()}
-    for name, value in tensors.items():
-        if name.startswith("optimizer/"):
-            _, index, slot = name.split("/")
-            slots.setdefault(int(index), {})[slot] = value
-    optimizer.load_state_dict({"state": slots, "param_groups": header["groups"]})
-    return header["progress"]  # type: ignore[no-any-return]
+            f"{path} can't be read ({error}); delete it to train from the beginning with --resume"
+        ) from error
 
 
 # Parameters of mallopt, from glibc's malloc.h.
@@ -286,7 +283,8 @@ class Trainer:
         terms: dict[str, Tensor] = self.loss(output, labels, target, self.model.penalised, single)
         if not torch.isfinite(terms["total"]):
             raise RunError(
-                "the loss is no longer a number: lower training.learning_rate, or set training.gradient_clip=1"
+                "the training has diverged, its loss is no longer a number: lower training.learning_rate, or set "
+                "training.gradient_clip=1"
             )
         self.accelerator.backward(terms["total"])
         if self.recipe.training.gradient_clip is not None:

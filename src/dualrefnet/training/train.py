@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +15,39 @@ from dualrefnet.analysis.evaluate import evaluate_run
 from dualrefnet.data.loader import fill_recipe_store, make_examples, read_dataset, recipe_split, split_rows
 from dualrefnet.data.metadata import MetadataEncoder, missingness_warning
 from dualrefnet.data.schema import DatasetSchema
+from dualrefnet.errors import RunError
 from dualrefnet.files import sha256_of_file, write_json
 from dualrefnet.models.base import Architecture
 from dualrefnet.models.inference import fill_features
-from dualrefnet.models.registry import check_method, new_model
+from dualrefnet.models.registry import METHODS, check_method, new_model
 from dualrefnet.models.superresolution import fill_targets
 from dualrefnet.progress import note, warn
 from dualrefnet.recipe import Recipe
-from dualrefnet.run import Run, fingerprint, start_run, write_split
+from dualrefnet.run import Run, fingerprint, run_lock, start_run, write_split
 from dualrefnet.training.loop import Trainer
 
 MODEL_FORMAT = 2
+# In errors of torch: its allocators, oneDNN, C++.
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "could not create a primitive", "bad_alloc")
 
 
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Say in one line that a limit of the machine ended the training, and what to set."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+            raise RunError(
+                "there isn't enough memory: lower training.batch_size, evaluation.batch_size or image.size, or raise "
+                "the limit of this process; then go on with --resume"
+            ) from error
+        if "can't start new thread" in str(error):
+            raise RunError("no more threads may be started: lower --workers and OMP_NUM_THREADS") from error
+        raise
+
+
+@enough_memory()
 def train_recipe(
     recipe: Recipe, out: Path, resume: bool = False, cache: Path | None = None, workers: int | None = None
 ) -> Run:
@@ -34,8 +56,21 @@ def train_recipe(
     `resume` goes on with an unfinished run in `out`, and returns a finished one as it is. `cache` is the folder of the
     image stores (None: the user's cache folder); `workers` threads prepare images (None: one a core).
     """
-    method = check_method(recipe)
-    state = PartialState(cpu=recipe.training.device == "cpu")
+    check_method(recipe)
+    try:
+        state = PartialState(cpu=recipe.training.device == "cpu")
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        fix = "start several processes with `accelerate launch`, or unset LOCAL_RANK"
+        raise RunError(f"the processes of this training don't find each other ({reason}); {fix}") from None
+    with run_lock(out) if state.is_main_process else nullcontext():
+        return _train(recipe, out, resume, cache, workers, state)
+
+
+def _train(
+    recipe: Recipe, out: Path, resume: bool, cache: Path | None, workers: int | None, state: PartialState
+) -> Run:
+    method = METHODS[recipe.model.method]
     # Several processes: the first one prepares files, the others wait and then find them.
     with state.main_process_first():
         run = start_run(out, recipe, resume or not state.is_main_process)
@@ -45,7 +80,7 @@ def train_recipe(
                 note(f"{out} is finished already")
             elif run.weights_file.is_file():
                 warn(f"{damage}; the run is measured again")
-                evaluate_run(run, cache=cache)
+                evaluate_run(run, cache=cache, device=state.device)
             if not damage or run.weights_file.is_file():
                 run.checkpoint_file.unlink(missing_ok=True)
                 return run
