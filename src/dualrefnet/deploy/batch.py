@@ -286,15 +286,10 @@ def predict_to_csv(
     resume: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
-    """Classify every case and write image, predicted, likely, prob_<CLASS>..., malignancy, refer, out_of_scope,
-    warnings, error.
+    """Classify every case; `work` predicts chunks: `predict_chunks`, or `ray_work`.
 
-    `work` predicts chunks: `predict_chunks`, or `ray_work`. `resume` skips chunks that an interrupted call with the
-    same model and arguments finished; of a finished result there is nothing left to do.
-
-    Raises:
-        DataError: an interrupted call left chunks and `resume` is False, they were made of something else, another
-            process is writing them, or the disk is full.
+    `resume` skips chunks that an interrupted call with the same model and arguments finished; of a finished result
+    there is nothing left to do.
     """
     rows, folder = batch * CHUNK, out.with_name(f"{out.name}.chunks")
     head = csv_lines([["image", "predicted", "likely", *(f"prob_{name}" for name in classes), *_AFTER]])
