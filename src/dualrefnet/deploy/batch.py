@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 import dualrefnet
 from dualrefnet.data.csv_table import open_csv
-from dualrefnet.data.images import IMAGE_SUFFIXES, ImageIndex, files_in, image_path, list_files
+from dualrefnet.data.images import IMAGE_SUFFIXES, ImageIndex, files_in, image_path, is_image, list_files
 from dualrefnet.deploy.predictor import Predictor
 from dualrefnet.errors import DataError, ImageError
 from dualrefnet.files import (
@@ -239,8 +239,7 @@ def walk_images(sources: Iterable[Path]) -> Iterator[Path]:
     """Go through image files: sorted within each folder, then those of the folders in it; hidden ones are left out."""
     for source in sources:
         if source.is_dir():
-            files = list_files(source)
-            yield from (Path(file) for file in files if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES)
+            yield from map(Path, filter(is_image, list_files(source)))
         elif source.is_file():
             yield source
         else:
