@@ -54,9 +54,8 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     make_folder(path.parent)
+    refuse_special(path)
     try:
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise DataError(f"{path} is a folder, a link or a device, and only a file is replaced; name another one")
         handle, name = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.parent)
     except OSError as error:
         raise not_written(path, error) from error
@@ -70,6 +69,16 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def refuse_special(path: Path) -> None:
+    """Refuse to replace what isn't a regular file."""
+    try:
+        special = path.is_symlink() or (path.exists() and not path.is_file())
+    except OSError as error:
+        raise not_written(path, error) from error
+    if special:
+        raise DataError(f"{path} is a folder, a link or a device, and only a file is replaced; name another one")
 
 
 def not_written(path: Path | str, error: OSError) -> DataError:

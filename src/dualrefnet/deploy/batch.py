@@ -329,8 +329,7 @@ def predict_to_csv(
 @contextmanager
 def _locked(folder: Path, out: Path) -> Iterator[None]:
     """Keep a second call out of the folder of chunks, which is made."""
-    if out.is_dir():
-        raise DataError(f"{out} is a folder; name a file, such as {out / 'predictions.csv'}")
+    refuse_special(out)
     busy = f"another process is writing {out}; wait until it ends, or choose another --out"
     with locked(make_folder(folder) / "lock", busy):
         yield
