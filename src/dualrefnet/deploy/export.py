@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
@@ -38,7 +35,7 @@ from dualrefnet.deploy.parity import (
 )
 from dualrefnet.deploy.predictor import refuse_shortcut
 from dualrefnet.errors import DataError, RunError
-from dualrefnet.files import enough_space, sha256_of_file, write_json, write_text
+from dualrefnet.files import atomic_folder, sha256_of_file, write_json, write_text
 from dualrefnet.models.base import Architecture
 from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import ImageSection
@@ -64,14 +61,7 @@ def export_run(
     """Write the bundle of a finished run's best epoch, and return the content of `bundle.json`.
 
     `out` is replaced if it is a bundle already. `int8`: the int8 network too; None: if the run's images are available.
-    `accept_missingness_shortcut`: export it though missing metadata keep it from referring cancers; the bundle warns of
-    it.
-
-    Raises:
-        RunError: the run isn't finished or must not be used (see `refuse_shortcut`), `out` holds something else, or
-            the exported network doesn't predict as the trained one does.
-        DataError: `root` doesn't hold the run's data, or int8 was asked for and they aren't available.
-        DependencyError: an optional library is missing.
+    `accept_missingness_shortcut`: export it though missing metadata keep it from referring cancers, with a warning.
     """
     check_target(out)
     if not run.finished:
@@ -104,7 +94,7 @@ def export_run(
                 "available: name their folder with --root DIR, or export with --no-int8"
             )
     versions = {name: packages.version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")}
-    with new_folder(out) as folder:
+    with atomic_folder(out) as folder:
         model = ExportedModel(method, Architecture.model_validate(about["architecture"]), normalisation_of(about))
         networks = {"float32": _write_float32(folder, model, parts["network"], validation, checked_on)}
         if no_int8 is None and training is not None:
@@ -179,29 +169,6 @@ def check_target(out: Path) -> None:
         raise RunError(f"{out} isn't empty and isn't a bundle; name another folder with --out")
 
 
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Give an empty neighbour of a folder, and put it in the folder's place if the block ends without an error."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    token = secrets.token_hex(4)
-    made, old = (out.with_name(f".{out.name}.{token}.{suffix}") for suffix in ("partial", "old"))
-    try:
-        with enough_space(out):
-            made.mkdir()
-            yield made
-        if out.is_dir():
-            out.rename(old)
-        try:
-            made.rename(out)
-        except OSError:
-            if old.is_dir():
-                old.rename(out)
-            raise
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
 def _cases(
     run: Run,
     root: Path | None,
@@ -210,9 +177,7 @@ def _cases(
     metadata: MetadataEncoder,
     int8: bool | None,
 ) -> tuple[Cases, Cases | None, str]:
-    """Return validation cases, training cases for int8, and what the former are; without the run's data synthetic ones,
-    with a warning, and None.
-    """
+    """Return cases of validation (synthetic ones, if there are no data) and of training, and what the former are."""
     try:
         opened = open_run(run, root, cache=cache, device=torch.device("cpu"))
     except (DataError, RunError) as error:
