@@ -9,10 +9,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from dualrefnet.data.metadata import MetadataEncoder
+from dualrefnet.data.schema import DatasetSchema
 from dualrefnet.evaluation.metrics import compute_metrics
 from dualrefnet.files import write_csv, write_json, write_yaml
+from dualrefnet.models.base import Architecture
 from dualrefnet.suite.grid import Cell, expand, load_suite
 from dualrefnet.suite.results import SuiteResults, aggregate
+from dualrefnet.training.train import model_description
 
 CLASSES = ["ACK", "BCC", "MEL"]
 IMAGES = 24
@@ -83,9 +87,25 @@ def write_run(
     patients = rows["split"] + [f"-{name[:-2]}{int(name[-2:]) // 2}" for name in rows["image_id"]]
     split = rows.assign(patient_id=patients)[["image_id", "patient_id", "label", "split"]]
     write_csv(folder / "split.csv", split)
-    write_json(folder / "model.json", {"classes": CLASSES, "malignant": ["MEL"]})
-    sources = [{"kind": weights, "description": f"weights of kind {weights}"}]
-    write_json(folder / "fingerprint.json", {"weights": sources})
+    sources = [
+        {
+            "kind": weights,
+            "description": f"weights of kind {weights}",
+            "sha256": None,
+            "mean": [0.5] * 3,
+            "std": [0.2] * 3,
+        }
+    ]
+    architecture = Architecture(
+        image_size=cell.recipe.image.size, metadata_width=0, classes=len(CLASSES), section=cell.recipe.model
+    )
+    encoder = MetadataEncoder(cell.recipe.metadata, (), (), (), (), None)
+    schema = DatasetSchema(name=cell.key.dataset, title="", classes=CLASSES, malignant=["MEL"], fields=())
+    write_json(folder / "model.json", model_description(cell.recipe, architecture, encoder, schema, sources))
+    machine = {"machine": "", "cpu": None, "gpu": None, "cores": 1, "memory_gib": 1.0}
+    data = {"table_sha256": "", "split_sha256": "", "rows_used": 2 * IMAGES}
+    made = {"dualrefnet": "", "git_commit": None, "seed": 0, "packages": {}, "precision": "fp32", "processes": 1}
+    write_json(folder / "fingerprint.json", {**made, "data": data, "hardware": machine, "weights": sources})
     leaks = cell.key.protocol == "paper"
     leakage = {"train": 0.493, "train_or_val": 0.554} if leaks else {"train": 0, "train_or_val": 0}
     metrics = compute_metrics(LABELS, scores, CLASSES, ["MEL"])

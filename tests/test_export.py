@@ -19,7 +19,7 @@ from dualrefnet.cli import app, deployment  # noqa: F401 (the module registers t
 from dualrefnet.data.adapters import load_dataset
 from dualrefnet.deploy import export as export_module
 from dualrefnet.deploy import hub
-from dualrefnet.deploy.export import check_target, export_run, new_folder
+from dualrefnet.deploy.export import check_target, export_run
 from dualrefnet.deploy.hub import FILES, check_bundle
 from dualrefnet.deploy.network import (
     ExportedModel,
@@ -31,7 +31,7 @@ from dualrefnet.deploy.network import (
 )
 from dualrefnet.deploy.parity import Cases, predict_cases
 from dualrefnet.errors import DataError, RunError
-from dualrefnet.files import sha256_of_file
+from dualrefnet.files import atomic_folder, sha256_of_file
 from dualrefnet.models.base import Architecture, Method
 from dualrefnet.models.encoders import BACKBONES, Encoder, WeightsSource
 from dualrefnet.models.registry import METHODS, new_model
@@ -356,9 +356,9 @@ def test_what_lies_at_the_target_is_never_lost(tmp_path: Path) -> None:
     for name, words in (("file", "is a file"), ("folder", "isn't a bundle")):
         with pytest.raises(RunError, match=words):
             check_target(tmp_path / name)
-    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "folder") as made:
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "folder") as made:
         _write_half(made, KeyboardInterrupt())
-    with pytest.raises(DataError, match="disk is full"), new_folder(tmp_path / "folder") as made:
+    with pytest.raises(DataError, match="disk is full"), atomic_folder(tmp_path / "folder") as made:
         _write_half(made, OSError(errno.ENOSPC, "No space left on device"))
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
         "file",

@@ -5,6 +5,7 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -20,11 +21,12 @@ from safetensors.torch import load_file
 
 from dualrefnet.errors import DataError
 from dualrefnet.files import (
+    PARTIAL,
+    atomic_folder,
     atomic_path,
     locked,
     read_csv,
     read_json,
-    remove_partial,
     write_csv,
     write_json,
     write_tensors,
@@ -167,14 +169,17 @@ def test_json_that_is_none_is_a_value_error(tmp_path):
             read_json(tmp_path / "a.json")
 
 
-def test_what_killed_writes_have_left_is_removed_and_nothing_else(tmp_path):
-    with atomic_path(tmp_path / "a.csv") as temporary:
-        # As it is called while it is written, and stays called if the process dies then.
-        shutil.copy(temporary, tmp_path / temporary.name.replace(".partial", "x.partial"))
-    for name in (".hidden", "b.partial", "a.csv"):
+def test_what_killed_writes_have_left_is_swept_and_what_others_are_writing_is_not(tmp_path):
+    (tmp_path / f".of_a_dead_process{PARTIAL}").write_text("half")
+    (tmp_path / f".folder{PARTIAL}").mkdir()
+    for name in (".hidden", ".x.partial", "b.partial"):
         (tmp_path / name).write_text("kept")
-    remove_partial(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {".hidden", "b.partial", "a.csv"}
+    with atomic_folder(tmp_path / "a") as folder, atomic_path(tmp_path / "b") as file:
+        program = "import sys; from dualrefnet.files import write_text; write_text(sys.argv[1], 'c')"
+        subprocess.run([sys.executable, "-c", program, tmp_path / "c"], check=True)
+        assert folder.is_dir()
+        assert file.is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {".hidden", ".x.partial", "b.partial", "a", "b", "c"}
 
 
 @given(st.lists(st.text(st.sampled_from("'=+-@\t\ra1.e"), max_size=6), min_size=1), st.sampled_from(["x", "=x", "-1"]))

@@ -11,9 +11,10 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +23,21 @@ from filelock import FileLock, Timeout
 
 from dualrefnet.errors import DataError, RecipeError, RunError
 
+try:
+    import fcntl
+except ImportError:  # Windows.
+    fcntl = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
     import pandas as pd
 
 # Read once, at import: the umask can only be read by setting it, and another thread must not write a file meanwhile.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
+
+# Ends the name of what is being written.
+PARTIAL = ".dualrefnet.partial"
+_swept: set[Path] = set()
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -54,22 +64,83 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     make_folder(path.parent)
+    refuse_special(path)
     try:
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise DataError(f"{path} is a folder, a link or a device, and only a file is replaced; name another one")
-        handle, name = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.parent)
+        sweep(path.parent)
+        handle, name = tempfile.mkstemp(prefix=".", suffix=PARTIAL, dir=path.parent)
     except OSError as error:
         raise not_written(path, error) from error
-    os.close(handle)
     temporary = Path(name)
     try:
+        _lock(handle)
         with enough_space(path):
             yield temporary
             # mkstemp makes the file private; an ordinary file has the rights that the user's umask leaves.
             temporary.chmod(0o666 & ~_UMASK)
             os.replace(temporary, path)
     finally:
+        os.close(handle)
         temporary.unlink(missing_ok=True)
+
+
+def refuse_special(path: Path) -> None:
+    """Refuse to replace what isn't a regular file."""
+    try:
+        special = path.is_symlink() or (path.exists() and not path.is_file())
+    except OSError as error:
+        raise not_written(path, error) from error
+    if special:
+        raise DataError(f"{path} is a folder, a link or a device, and only a file is replaced; name another one")
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Give an empty neighbour of a folder, and put it in the folder's place if the block ends without an error."""
+    make_folder(path.parent)
+    sweep(path.parent)
+    made, old = (Path(tempfile.mkdtemp(prefix=".", suffix=PARTIAL, dir=path.parent)) for _ in range(2))
+    handles = [os.open(folder, os.O_RDONLY) for folder in (made, old)]
+    try:
+        for handle in handles:
+            _lock(handle)
+        made.chmod(0o777 & ~_UMASK)
+        with enough_space(path):
+            yield made
+        if path.is_dir():
+            path.rename(old / path.name)
+        try:
+            made.rename(path)
+        except OSError:
+            if (old / path.name).is_dir():
+                (old / path.name).rename(path)
+            raise
+    finally:
+        for handle in handles:
+            os.close(handle)
+        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes were writing in a folder, once a process; who still writes holds a lock."""
+    if fcntl is None or folder.resolve() in _swept:
+        return
+    _swept.add(folder.resolve())
+    for leftover in folder.glob(f".*{PARTIAL}"):
+        # The file system may know no locks; then nobody can tell whether the writer lives.
+        with suppress(OSError):
+            handle = os.open(leftover, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            finally:
+                os.close(handle)
+
+
+def _lock(handle: int) -> None:
+    if fcntl is not None:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
 
 
 def not_written(path: Path | str, error: OSError) -> DataError:
@@ -104,12 +175,6 @@ def locked(path: Path, busy: str = "") -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def remove_partial(folder: Path) -> None:
-    """Remove what killed writes have left in a folder. Not while another process may write there."""
-    for leftover in folder.glob(".*.partial"):
-        leftover.unlink(missing_ok=True)
 
 
 def write_text(path: Path | str, text: str) -> None:

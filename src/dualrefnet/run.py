@@ -20,16 +20,15 @@ import pandas as pd
 import psutil
 
 import dualrefnet
-from dualrefnet.data.protocols import SPLIT_COLUMNS, refuse_crossing
+from dualrefnet import run_schema
+from dualrefnet.data.protocols import refuse_crossing
 from dualrefnet.data.schema import Dataset
-from dualrefnet.errors import RunError
+from dualrefnet.errors import DualRefNetError, RecipeError, RunError
 from dualrefnet.files import (
     is_file,
     locked,
     make_folder,
-    read_csv,
-    read_json,
-    remove_partial,
+    sha256_of_file,
     sha256_of_json,
     write_csv,
     write_yaml,
@@ -39,6 +38,9 @@ from dualrefnet.recipe import Recipe, differences, load_recipe
 if TYPE_CHECKING:
     from dualrefnet.evaluation.calibration import Calibration
     from dualrefnet.runtime.out_of_distribution import OutOfDistributionScore
+
+# What `dualrefnet evaluate` writes.
+MEASURED = ("predictions.csv", "calibration.json", "out_of_scope.safetensors", "metrics.json")
 
 
 # While a training writes the folder.
@@ -88,14 +90,14 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         """The resolved recipe."""
-        return load_recipe(self._existing("recipe.yaml"))
+        with self._reading("recipe.yaml") as path:
+            return run_schema.check_recipe(load_recipe(path))
 
     @property
     def split(self) -> pd.DataFrame:
         """The split; a group that crosses it is refused unless the protocol is `paper`."""
-        split = read_csv(self._existing("split.csv"), dtype=str, keep_default_na=False)
-        if list(split.columns) != list(SPLIT_COLUMNS):
-            raise RunError(f"{self.path / 'split.csv'} must have the columns {', '.join(SPLIT_COLUMNS)}")
+        with self._reading("split.csv") as path:
+            split = run_schema.read_split(path)
         if self.recipe.data.protocol != "paper":
             refuse_crossing(split)
         return split
@@ -103,12 +105,19 @@ class Run:
     @property
     def model(self) -> dict[str, Any]:
         """Architecture, classes, metadata encoder and preprocessing, as plain JSON."""
-        return read_json(self._existing("model.json"))  # type: ignore[no-any-return]
+        recipe = self.recipe
+        with self._reading("model.json") as path:
+            model = run_schema.read_model(path)
+        with self._reading("recipe.yaml"):
+            run_schema.check_fits_recipe(model, recipe)
+        return model
 
     @property
     def metrics(self) -> dict[str, Any]:
         """The metrics on the test split."""
-        return read_json(self._existing("metrics.json"))  # type: ignore[no-any-return]
+        classes = self.model["classes"]
+        with self._reading("metrics.json") as path:
+            return run_schema.read_metrics(path, classes)
 
     @property
     def unit(self) -> str:
@@ -122,47 +131,81 @@ class Run:
     @property
     def predictions(self) -> pd.DataFrame:
         """One row an image of validation and test."""
-        return read_csv(
-            self._existing("predictions.csv"),
-            dtype={"image_id": str, "label": str, "predicted": str},
-            keep_default_na=False,
-        )
+        split, classes = self.split, self.model["classes"]
+        with self._reading("predictions.csv") as path:
+            return run_schema.read_predictions(path, split, classes)
 
     @property
     def calibration(self) -> Calibration:
         """Temperature, conformal thresholds and threshold of referral, fitted on the validation split."""
-        if self.finished and not self.calibration_file.is_file():
-            raise RunError(f"{self.path} is older than calibration.json: run `dualrefnet evaluate {self.path}`")
         from dualrefnet.evaluation.calibration import Calibration
 
-        try:
-            return Calibration.from_json(read_json(self._existing(self.calibration_file.name)))
-        except ValueError as error:  # JSONDecodeError is one.
-            fix = f"run `dualrefnet evaluate {self.path}`"
-            raise RunError(f"{self.calibration_file} can't be read ({error}): {fix}") from None
+        if self.finished and not self.calibration_file.is_file():
+            raise RunError(f"{self.path} is older than calibration.json: run `dualrefnet evaluate {self.path}`")
+        classes = self.model["classes"]
+        with self._reading("calibration.json") as path:
+            calibration = Calibration.from_json(run_schema.read_checked(path, run_schema.Calibration))
+            if list(calibration.classes) != classes:
+                raise ValueError("it is of other classes than the model")
+            return calibration
 
     @property
     def out_of_scope(self) -> OutOfDistributionScore:
         """The out-of-distribution score of an image, with its limit."""
-        if self.finished and not self.out_of_scope_file.is_file():
-            raise RunError(f"{self.path} has no out-of-distribution check: run `dualrefnet evaluate {self.path}`")
         from dualrefnet.runtime.out_of_distribution import OutOfDistributionScore
 
-        try:
-            return OutOfDistributionScore.load(self._existing(self.out_of_scope_file.name))
-        except (OSError, ValueError) as error:
-            fix = f"run `dualrefnet evaluate {self.path}`"
-            raise RunError(f"{self.out_of_scope_file} can't be read ({error}): {fix}") from None
+        if self.finished and not self.out_of_scope_file.is_file():
+            raise RunError(f"{self.path} has no out-of-distribution check: run `dualrefnet evaluate {self.path}`")
+        with self._reading("out_of_scope.safetensors") as path:
+            return OutOfDistributionScore.load(path)
 
     @property
     def history(self) -> pd.DataFrame:
         """One row an epoch."""
-        return read_csv(self._existing("history.csv"))
+        with self._reading("history.csv") as path:
+            return run_schema.read_history(path)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What the numbers depend on: versions, code, data, hardware, weights."""
-        return read_json(self._existing("fingerprint.json"))  # type: ignore[no-any-return]
+        with self._reading("fingerprint.json") as path:
+            return run_schema.read_checked(path, run_schema.Fingerprint)
+
+    def check_weights(self) -> None:
+        """Refuse parameters that aren't those of the training; RunError says so. Older runs don't record them."""
+        recorded = self.fingerprint.get("model_sha256") if (self.path / "fingerprint.json").is_file() else None
+        with self._reading(self.weights_file.name) as path:
+            if recorded is not None and sha256_of_file(path) != recorded:
+                raise ValueError("its checksum isn't that in fingerprint.json")
+
+    def damage(self) -> str:
+        """Return what is wrong with the files of a finished run, those that it has; empty: nothing."""
+        optional = {
+            "history": self.path / "history.csv",
+            "calibration": self.calibration_file,
+            "out_of_scope": self.out_of_scope_file,
+        }
+        try:
+            for name in ("metrics", "predictions", "fingerprint", *optional):
+                if name not in optional or optional[name].is_file():
+                    getattr(self, name)
+            if self.weights_file.is_file():
+                self.check_weights()
+        except DualRefNetError as error:
+            return str(error)
+        return ""
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[Path]:
+        """Give the path of a file; what is wrong with it becomes an error that says what to do."""
+        path = self._existing(name)
+        try:
+            yield path
+        except (ValueError, OSError, RecipeError) as error:
+            cure = "restore it from a copy, or train anew in another folder"
+            if name in MEASURED:
+                cure = f"`dualrefnet evaluate {self.path}` writes it anew"
+            raise RunError(f"{path} is damaged ({' '.join(str(error).split())}): {cure}") from None
 
     def _existing(self, name: str) -> Path:
         path = self.path / name
@@ -203,12 +246,9 @@ def refuse_taken(path: Path, resume: bool) -> bool:
 def start_run(path: Path, recipe: Recipe, resume: bool) -> Run:
     """Open the folder of a run that begins or goes on."""
     run = Run(path)
-    if refuse_taken(path, resume):
-        if run.recipe != recipe:
-            changed = ", ".join(differences(run.recipe, recipe)[:3])
-            raise RunError(f"{path} was started with another recipe ({changed}); name another folder with --out")
-    else:
-        remove_partial(path)
+    if refuse_taken(path, resume) and run.recipe != recipe:
+        changed = ", ".join(differences(run.recipe, recipe)[:3])
+        raise RunError(f"{path} was started with another recipe ({changed}); name another folder with --out")
     write_yaml(path / "recipe.yaml", recipe.model_dump(mode="json"))
     return run
 

@@ -39,6 +39,7 @@ from dualrefnet.files import (
     locked,
     make_folder,
     read_json,
+    refuse_special,
     sha256_of_file,
     sha256_of_json,
     write_json,
@@ -323,8 +324,7 @@ def predict_to_csv(
 @contextmanager
 def _locked(folder: Path, out: Path) -> Iterator[None]:
     """Keep a second call out of the folder of chunks, which is made."""
-    if out.is_dir():
-        raise DataError(f"{out} is a folder; name a file, such as {out / 'predictions.csv'}")
+    refuse_special(out)
     busy = f"another process is writing {out}; wait until it ends, or choose another --out"
     with locked(make_folder(folder) / "lock", busy):
         yield

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
@@ -38,7 +35,7 @@ from dualrefnet.deploy.parity import (
 )
 from dualrefnet.deploy.predictor import refuse_shortcut
 from dualrefnet.errors import DataError, RunError
-from dualrefnet.files import enough_space, make_folder, sha256_of_file, write_json, write_text
+from dualrefnet.files import atomic_folder, sha256_of_file, write_json, write_text
 from dualrefnet.models.base import Architecture
 from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import ImageSection
@@ -97,7 +94,7 @@ def export_run(
                 "available: name their folder with --root DIR, or export with --no-int8"
             )
     versions = {name: packages.version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")}
-    with new_folder(out) as folder:
+    with atomic_folder(out) as folder:
         model = ExportedModel(method, Architecture.model_validate(about["architecture"]), normalisation_of(about))
         networks = {"float32": _write_float32(folder, model, parts["network"], validation, checked_on)}
         if no_int8 is None and training is not None:
@@ -170,29 +167,6 @@ def check_target(out: Path) -> None:
         raise RunError(f"{out} is a file; name a folder for the bundle with --out")
     if out.is_dir() and any(out.iterdir()) and not hub.is_bundle(out):
         raise RunError(f"{out} isn't empty and isn't a bundle; name another folder with --out")
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Give an empty neighbour of a folder, and put it in the folder's place if the block ends without an error."""
-    make_folder(out.parent)
-    token = secrets.token_hex(4)
-    made, old = (out.with_name(f".{out.name}.{token}.{suffix}") for suffix in ("partial", "old"))
-    try:
-        with enough_space(out):
-            made.mkdir()
-            yield made
-        if out.is_dir():
-            out.rename(old)
-        try:
-            made.rename(out)
-        except OSError:
-            if old.is_dir():
-                old.rename(out)
-            raise
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _cases(

@@ -6,11 +6,11 @@ and the images must be on a file system that all machines see.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from dualrefnet.cluster import connect
 from dualrefnet.deploy.batch import BATCH, Case, Chunk, ModelFolder, Work, predict_chunks
 from dualrefnet.errors import DependencyError, RunError
 
@@ -45,7 +45,7 @@ def ray_work(model: ModelFolder, address: str, batch: int = BATCH, workers: int 
     def work(chunks: Iterator[Chunk]) -> Iterator[tuple[int, bytes]]:
         connected = ray.is_initialized()
         if not connected:
-            _connect(address)
+            connect(address, **({"include_dashboard": False} if address == "local" else {}))
         try:
             yield from _predict(model, chunks, batch, cpus)
         except ray.exceptions.RayError as error:
@@ -82,11 +82,3 @@ def _predict(model: ModelFolder, chunks: Iterator[Chunk], batch: int, cpus: int)
         pool.submit(lambda actor, chunk: actor.predict.remote(*chunk), (number, absolute))
     while pool.has_next():
         yield pool.get_next_unordered()
-
-
-def _connect(address: str) -> None:
-    local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise RunError(f"no Ray cluster answers at {address}: {' '.join(str(error).split())}") from None

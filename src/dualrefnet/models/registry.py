@@ -162,28 +162,32 @@ def load_model(description: Mapping[str, Any], weights_file: Path) -> Method:
     """
     from dualrefnet.models.base import Architecture
     from dualrefnet.models.encoders import WeightsSource, create_encoder, fill_network, read_tensors
+    from dualrefnet.run import Run
 
     if not weights_file.is_file():
         raise RunError(
             f"there is no {weights_file}: the run's first epoch isn't over (`dualrefnet train ... --resume`)"
         )
+    Run(weights_file.parent).check_weights()
     architecture = Architecture.model_validate(description["architecture"])
     section = architecture.section
     if section.method not in METHODS:
         raise RunError(f"{weights_file.parent} holds a model of method {section.method!r}, unknown to this version")
     method = METHODS[section.method].network
-    sources = [
-        WeightsSource(**{**source, "mean": tuple(source["mean"]), "std": tuple(source["std"])})
-        for source in description["weights"]
-    ]
-    encoders = [
-        create_encoder(name, source, architecture.image_size, method.reads_taps, position)
-        for position, (name, source) in enumerate(zip(architecture.backbones, sources, strict=True))
-        if method.reads_image
-    ]
-    model = method(architecture, encoders)
     try:
+        sources = [
+            WeightsSource(**{**source, "mean": tuple(source["mean"]), "std": tuple(source["std"])})
+            for source in description["weights"]
+        ]
+        encoders = [
+            create_encoder(name, source, architecture.image_size, method.reads_taps, position)
+            for position, (name, source) in enumerate(zip(architecture.backbones, sources, strict=True))
+            if method.reads_image
+        ]
+        model = method(architecture, encoders)
         fill_network(model, read_tensors(weights_file), f"{weights_file} doesn't fit its model.json")
     except WeightsError as error:
         raise RunError(str(error)) from error
+    except (LookupError, TypeError, ValueError) as error:
+        raise RunError(f"{weights_file} doesn't fit its model.json: {str(error).splitlines()[0]}") from error
     return model

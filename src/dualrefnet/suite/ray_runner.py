@@ -8,19 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dualrefnet.cluster import connect
 from dualrefnet.errors import RunError
 from dualrefnet.suite.runner import Event, Failure, Job, available_cores, perform
-
-
-def require_ray() -> Any:
-    """Return the module `ray`; RunError: it is not installed."""
-    try:
-        import ray
-    except ImportError:
-        raise RunError(
-            "Ray isn't installed; it comes with the extra `scale`: pip install 'dualrefnet[scale]'"
-        ) from None
-    return ray
 
 
 def work_on_ray(jobs: list[Job], address: str) -> Generator[Event]:
@@ -32,16 +22,12 @@ def work_on_ray(jobs: list[Job], address: str) -> Generator[Event]:
     Raises:
         RunError: no cluster answers, or it has too few CPUs for one run.
     """
-    ray = require_ray()
     # Where data, weights and prepared images are, which the machines of a cluster cannot know.
     variables = {name: value for name, value in os.environ.items() if name.startswith("DUALREFNET_")}
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "runtime_env": {"env_vars": variables}}
+    options: dict[str, Any] = {"runtime_env": {"env_vars": variables}}
     if address == "local":
         options |= {"num_cpus": available_cores(), "include_dashboard": False}
-    try:
-        ray.init(address=address, **options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise RunError(f"no Ray cluster answers at {address}: {' '.join(str(error).split())}") from None
+    ray = connect(address, **options)
     try:
         resources = ray.cluster_resources()
         needed, cpus = max((job.threads for job in jobs), default=0), resources.get("CPU", 0)

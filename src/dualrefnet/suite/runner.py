@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 
 from dualrefnet import progress
 from dualrefnet.errors import DualRefNetError, RunError
-from dualrefnet.files import locked, make_folder, remove_partial, write_csv, write_json, write_yaml
+from dualrefnet.files import locked, make_folder, write_csv, write_json, write_yaml
 from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import Recipe, differences
 from dualrefnet.run import Run
@@ -104,7 +104,8 @@ def run_suite(
         KeyboardInterrupt: the workers have been stopped; the same call resumes.
     """
     if ray_address is not None:
-        from dualrefnet.suite.ray_runner import require_ray, work_on_ray
+        from dualrefnet.cluster import require_ray
+        from dualrefnet.suite.ray_runner import work_on_ray
 
         require_ray()
     suite = with_recipes(suite)
@@ -181,13 +182,14 @@ def _open_folder(out: Path, suite: Suite, cells: list[Cell]) -> None:
 
 
 def _finished(out: Path, name: str) -> bool:
-    """Return whether a run is finished; then leftovers of an earlier, unfinished try are removed."""
+    """Return whether a run is finished, with files that can be read; then leftovers of earlier tries are removed."""
     run = Run(out / "runs" / name)
-    if run.finished:
+    finished = run.finished and not run.damage()
+    if finished:
         # A kill just after the last file was written leaves these.
         run.checkpoint_file.unlink(missing_ok=True)
         (out / "failures" / f"{name}.json").unlink(missing_ok=True)
-    return run.finished
+    return finished
 
 
 def _record(out: Path, outcome: Outcome, run: str, failure: Failure | None) -> None:
@@ -205,7 +207,6 @@ def _draw_sample(root: Path) -> None:
 
     if (root / "metadata.csv").is_file():
         return
-    remove_partial(root)
     note("writing the sample data set: synthetic images, not clinical ones")
     with progress_bar("images") as show:
         make_synthetic(root, images=SMOKE_IMAGES, side=SMOKE_SIZE, progress=show)

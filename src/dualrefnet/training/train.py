@@ -16,7 +16,7 @@ from dualrefnet.data.loader import fill_recipe_store, make_examples, read_datase
 from dualrefnet.data.metadata import MetadataEncoder, missingness_warning
 from dualrefnet.data.schema import DatasetSchema
 from dualrefnet.errors import RunError
-from dualrefnet.files import remove_partial, write_json
+from dualrefnet.files import sha256_of_file, write_json
 from dualrefnet.models.base import Architecture
 from dualrefnet.models.inference import fill_features
 from dualrefnet.models.registry import METHODS, check_method, new_model
@@ -75,9 +75,17 @@ def _train(
     with state.main_process_first():
         run = start_run(out, recipe, resume or not state.is_main_process)
         if run.finished and resume:
-            note(f"{out} is finished already")
-            _tidy(run)
-            return run
+            damage = run.damage()
+            if not damage:
+                note(f"{out} is finished already")
+            elif run.weights_file.is_file():
+                warn(f"{damage}; the run is measured again")
+                evaluate_run(run, cache=cache, device=state.device)
+            if not damage or run.weights_file.is_file():
+                run.checkpoint_file.unlink(missing_ok=True)
+                return run
+            warn(f"{damage}; the run is trained again")
+            run.metrics_file.unlink()
         dataset = read_dataset(recipe)
         store = None
         if method.reads_image or recipe.data.rows == "with_image":
@@ -129,16 +137,12 @@ def _train(
         )
     trainer.fit(train, val)
     if state.is_main_process:
+        write_json(run.path / "fingerprint.json", {**run.fingerprint, "model_sha256": sha256_of_file(run.weights_file)})
         evaluate_run(run, dataset=dataset, cache=cache, device=trainer.device)
-        _tidy(run)
+        # Only an unfinished run needs it.
+        run.checkpoint_file.unlink(missing_ok=True)
     state.wait_for_everyone()
     return run
-
-
-def _tidy(run: Run) -> None:
-    """Remove what only an unfinished run needs, and what tries that were killed while they wrote have left."""
-    run.checkpoint_file.unlink(missing_ok=True)
-    remove_partial(run.path)
 
 
 def model_description(
