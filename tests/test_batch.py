@@ -32,7 +32,7 @@ from dualrefnet.deploy.batch import (
     walk_images,
 )
 from dualrefnet.deploy.predictor import Predictor
-from dualrefnet.errors import DataError
+from dualrefnet.errors import DataError, RunError
 from dualrefnet.run import Run
 from dualrefnet.runtime.prediction import Prediction
 
@@ -352,7 +352,7 @@ def test_two_processes_do_not_write_one_file_and_a_full_disk_is_an_error(
     class Second(Redness):
         def predict_arrays(self, *arguments: Any) -> list[Prediction]:
             for resume in (False, True):
-                with pytest.raises(DataError, match=r"another process is writing .*out\.csv; wait"):
+                with pytest.raises(RunError, match=r"another process is writing .*out\.csv; wait"):
                     predict(Redness(), cases, tmp_path / "out.csv", resume=resume)
             return super().predict_arrays(*arguments)
 

@@ -9,7 +9,10 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from dualrefnet.cli import app, data, deployment, main, reports, runs  # noqa: F401 (they register the commands)
+from dualrefnet.cli import app, data, deployment, main, print_findings, print_table, reports, runs  # noqa: F401 (they register the commands)
+from dualrefnet.data.check import Finding
+from dualrefnet.display.format import PrintedTable, text_rows
+from dualrefnet.progress import note, warn
 from dualrefnet.recipe import shipped_recipes
 from dualrefnet.run import Run
 
@@ -113,6 +116,9 @@ def test_bad_input_is_one_clear_line(
         ("evaluate", sample_root): "isn't a run folder",
         ("predict", tiny_run.path, "--images", tmp_path / "nowhere.png", *out): "there is no file",
         ("predict", tiny_run.path, "--images", image, "--metadata", tmp_path / "empty.csv", *out): "is empty",
+        ("predict", tiny_run.path, "--images", image, "--device", "meta", *out): "the device 'meta' can't be used",
+        ("predict", tiny_run.path, "--images", image, "--device", "", *out): "the device '' can't be used",
+        ("evaluate", tiny_run.path, "--cache", "/proc/x"): "can't be written",
         ("recipes", "[/x]"): "no recipe file [/x]",
         ("split", "sample", "--root", sample_root, "--fold", "3"): "--fold has no effect",
         ("report", tiny_run.path, "--without-explanations", "--class", "MEL"): "--class has no effect",
@@ -124,6 +130,16 @@ def test_bad_input_is_one_clear_line(
     assert not (tmp_path / "o.csv").exists()
 
 
+def test_text_stands_on_the_terminal_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "width [/mm] [bold] :car: \\[x]"
+    print_findings([Finding("WARN", "units", text, examples=(text,))])
+    print_table(PrintedTable(text, ("class", text), text_rows([(text, text)]), (text,)))
+    note(text)
+    warn(text)
+    shown = capsys.readouterr()
+    assert (shown.out.count(text), shown.err.count(text)) == (7, 2)
+
+
 def test_doctor_examines_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DUALREFNET_DATA", raising=False)
     result = call("doctor")
@@ -132,6 +148,10 @@ def test_doctor_examines_everything(monkeypatch: pytest.MonkeyPatch) -> None:
         assert subject in result.output
     monkeypatch.setenv("DUALREFNET_DATA", os.devnull)
     assert "dualrefnet fetch pad_ufes_20" in call("doctor").output
+    for name in ("DUALREFNET_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pathlib.Path.home", lambda: Path("~nobody").expanduser())
+    assert "set DUALREFNET_CACHE to a folder" in call("doctor").output
 
 
 def test_what_a_terminal_cannot_show_ends_no_command(tmp_path: Path) -> None:

@@ -170,8 +170,8 @@ def test_the_example_of_own_data_loads_without_a_remark_and_divides(tmp_path):
     (tmp_path / "table.csv").write_text(table)
     (tmp_path / "dataset.yaml").write_text(blocks(OWN_DATA, "yaml")[0])
     (tmp_path / "photos").mkdir()
-    for line in table.splitlines()[1:]:
-        cv2.imwrite(str(tmp_path / "photos" / line.split(",")[0]), np.full((8, 8, 3), 128, np.uint8))
+    for number, line in enumerate(table.splitlines()[1:]):
+        cv2.imwrite(str(tmp_path / "photos" / line.split(",")[0]), np.full((8, 8, 3), 128 + number, np.uint8))
     dataset = load_dataset("csv_table", tmp_path)
     assert not dataset.warnings
     assert len(dataset.with_image) == 13

@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import shutil
@@ -29,7 +30,7 @@ from dualrefnet.deploy.network import (
     write_program,
 )
 from dualrefnet.deploy.parity import Cases, predict_cases
-from dualrefnet.errors import RunError
+from dualrefnet.errors import DataError, RunError
 from dualrefnet.files import atomic_folder, sha256_of_file
 from dualrefnet.models.base import Architecture, Method
 from dualrefnet.models.encoders import BACKBONES, Encoder, WeightsSource
@@ -164,6 +165,9 @@ def test_files_hold_no_decoder_no_pickle_and_no_folder_of_this_machine(tmp_path:
     ] == []
     assert [name for name, content in members.items() if here in content or b"decoder" in content] == []
     assert not (tmp_path / "model.onnx.data").exists()
+    # Torch's own writer would end the process.
+    with pytest.raises(OSError, match="No space left"):
+        write_program(torch.export.load(program_file), Path("/dev/full"))
 
 
 @pytest.mark.slow
@@ -339,9 +343,9 @@ def test_runs_that_nobody_could_use_are_refused(tiny_run: Run, tmp_path: Path) -
         export_run(Run(copy), tmp_path / "bundle")
 
 
-def _write_half(folder: Path) -> None:
+def _write_half(folder: Path, error: BaseException) -> None:
     (folder / "half").write_text("half")
-    raise KeyboardInterrupt
+    raise error
 
 
 def test_what_lies_at_the_target_is_never_lost(tmp_path: Path) -> None:
@@ -353,7 +357,9 @@ def test_what_lies_at_the_target_is_never_lost(tmp_path: Path) -> None:
         with pytest.raises(RunError, match=words):
             check_target(tmp_path / name)
     with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "folder") as made:
-        _write_half(made)
+        _write_half(made, KeyboardInterrupt())
+    with pytest.raises(DataError, match="disk is full"), atomic_folder(tmp_path / "folder") as made:
+        _write_half(made, OSError(errno.ENOSPC, "No space left on device"))
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
         "file",
         "folder",

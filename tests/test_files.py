@@ -1,4 +1,5 @@
 import csv
+import errno
 import math
 import os
 import shutil
@@ -23,6 +24,7 @@ from dualrefnet.files import (
     PARTIAL,
     atomic_folder,
     atomic_path,
+    locked,
     read_csv,
     read_json,
     write_csv,
@@ -143,6 +145,16 @@ def test_only_regular_files_are_replaced_and_a_place_that_cant_be_is_one_line(tm
         write_text(tmp_path / name, "x")
     assert "\n" not in str(caught.value)
     assert kinds(tmp_path) == before
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EROFS])
+def test_a_lock_that_cannot_be_is_one_line(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(DataError, match=r"without locks|can't be written"), locked(tmp_path / "lock"):
+        pass
 
 
 def test_errors_of_what_is_read_meanwhile_are_not_of_the_file_that_is_written(tmp_path):

@@ -249,6 +249,35 @@ def test_a_cut_file_is_refused_or_gives_the_whole_image(kind, cut):
         np.testing.assert_array_equal(array, whole)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True}, {"restart_marker_rows": 1}])
+def test_a_jpeg_that_ends_early_is_refused_though_it_has_an_end_marker(mode, options):
+    noise = np.random.default_rng(0).integers(0, 255, (160, 200, 3), np.uint8)
+    whole = encoded(Image.fromarray(noise).convert(mode), "JPEG", **options)
+    assert decode_image(whole).shape == (160, 200, 3)
+    for share in (0.3, 0.6, 0.9):
+        with pytest.raises(ImageError, match="damaged or truncated"):
+            decode_image(whole[: int(share * len(whole))] + b"\xff\xd9")
+    middle = len(whole) // 2
+    if "progressive" not in options:
+        with pytest.raises(ImageError, match="damaged or truncated"):
+            decode_image(whole[:middle] + whole[middle + len(whole) // 10 :])
+    # What a decoder fills up with is a colour that an image may have.
+    for colour in (0, 128, 255):
+        plain = encoded(Image.new("RGB", (64, 50), (colour,) * 3).convert(mode), "JPEG", **options)
+        assert np.ptp(decode_image(plain)) == 0
+
+
+@pytest.mark.parametrize("kind", ["BMP", "WEBP", "PNG", "TIFF"])
+def test_a_file_without_its_last_bytes_is_refused(kind):
+    whole = encoded(IMAGE, kind)
+    for length in (len(whole) // 3, len(whole) - 20):
+        with pytest.raises(ImageError, match="damaged or truncated"):
+            decode_image(whole[:length])
+    with pytest.raises(ImageError, match="damaged or truncated"):
+        decode_image(whole[: len(whole) // 2] + whole[len(whole) // 2 + 50 :])
+
+
 @settings(max_examples=250)
 @given(data=st.data())
 def test_damaged_bytes_give_an_array_or_an_image_error_and_nothing_else(data):

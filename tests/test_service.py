@@ -111,6 +111,8 @@ REFUSED: dict[str, tuple[tuple[bytes, dict], tuple[int, str]]] = {
     "no image": (multipart([("metadata", b"{}")]), (422, "bad_form")),
     "empty image": (multipart([("images", b"")]), (422, "bad_photograph")),
     "GIF": (multipart([("images", b"GIF89a is no image")]), (422, "bad_photograph")),
+    "TIFF": (multipart([("images", picture(kind="TIFF"))]), (422, "bad_photograph")),
+    "BMP": (multipart([("images", picture(kind="BMP"))]), (422, "bad_photograph")),
     "too small": (multipart([("images", picture(side=8))]), (422, "bad_photograph")),
     "half": (multipart([("images", picture()[:60])]), (422, "bad_photograph")),
     "nine": (multipart([IMAGE] * 9), (400, "too_many_parts")),

@@ -565,7 +565,9 @@ def test_a_network_that_computes_no_numbers_is_an_error_and_never_ready(tiny_run
         assert client.get("/readyz").json()["error"]["code"] == "broken"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_the_service_ends_whatever_its_decoders_do_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
@@ -597,7 +599,7 @@ def test_few_file_descriptors_do_not_fill_the_log(tmp_path: Path) -> None:
     with running(tmp_path) as process, httpx.Client(base_url=process.base) as client:
         resource.prlimit(process.popen.pid, resource.RLIMIT_NOFILE, (40, 40))
         idle = [connect(client) for _ in range(60)]
-        time.sleep(3)
+        time.sleep(1.5)
         for connection in idle:
             connection.close()
         wait_for(lambda: process.ready)

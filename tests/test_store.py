@@ -8,10 +8,11 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from dualrefnet.data import store as store_module
 from dualrefnet.data.images import decode_image
-from dualrefnet.data.store import READY, ImageStore, Part, fill_derived_store, fill_store, open_store
+from dualrefnet.data.store import READY, ImageStore, Part, delete_if_changed, fill_derived_store, fill_store, open_store
 from dualrefnet.errors import DataError
 from dualrefnet.recipe import ImageSection
 from dualrefnet.runtime.preprocessing import preprocess
@@ -137,6 +138,26 @@ def test_broken_images_are_listed_and_the_others_are_there(table, cache):
     assert "damaged or truncated" in store.broken["i4"]
     assert right(store, table)
     assert fill_store(table, SECTION, cache=cache) == store
+
+
+def test_an_image_that_was_replaced_by_one_of_the_same_size_and_time_is_found(table, cache):
+    for image_id in ("i2", "i5"):  # Uncompressed, so that all have one size.
+        file = Path(table["image_path"][int(image_id[1:])])
+        Image.fromarray(cv2.imread(str(file))).save(file, "BMP")
+    store = fill_store(table, SECTION, cache=cache)
+    assert delete_if_changed(store, table, SECTION, None, None) == []
+    file, state = Path(table["image_path"][2]), os.stat(table["image_path"][2])
+    derived = cache / "derived" / "features"
+    derived.mkdir(parents=True)
+    for content in (file.read_bytes()[:-3000] + bytes(3000), bytes(state.st_size)):
+        file.write_bytes(content)
+        os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+        assert fill_store(table, SECTION, cache=cache) == store
+        assert delete_if_changed(store, table, SECTION, None, None) == ["i2"]
+        assert not derived.exists()
+        store = fill_store(table, SECTION, cache=cache)
+        assert right(store, table)
+    assert list(store.broken) == ["i2"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

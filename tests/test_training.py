@@ -19,7 +19,7 @@ from dualrefnet.files import write_tensors, write_yaml
 from dualrefnet.models.base import Method
 from dualrefnet.models.registry import new_model
 from dualrefnet.recipe import Recipe, load_recipe
-from dualrefnet.run import Run
+from dualrefnet.run import Run, run_lock
 from dualrefnet.training.loop import (
     Trainer,
     create_optimizer,
@@ -343,6 +343,30 @@ def test_a_split_that_was_tampered_with_is_refused(tiny_run: Run, tmp_path: Path
     split.to_csv(folder.path / "split.csv", index=False)
     with pytest.raises(SplitError, match="more than one split"):
         _ = folder.split
+
+
+def test_two_trainings_do_not_share_a_folder(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    with run_lock(tmp_path / "run"), pytest.raises(RunError, match="in use by another training"):
+        train_recipe(tiny_recipe, tmp_path / "run")
+    assert not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value", ["0", "first"])
+def test_a_process_without_its_group_is_told_so(value: str, sample_root: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "dualrefnet",
+        "train",
+        "sample",
+        f"data.root={sample_root}",
+        "--out",
+        tmp_path / "r",
+    ]
+    done = subprocess.run(command, env={**os.environ, "LOCAL_RANK": value}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "or unset LOCAL_RANK" in done.stderr.splitlines()[-1]
 
 
 def test_a_folder_in_use_is_not_overwritten(tiny_recipe: Recipe, tmp_path: Path) -> None:

@@ -87,13 +87,21 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe."
 
 
 @app.command()
-def prepare(recipe: RecipeName, overrides: Overrides = None, cache: Cache = None, workers: Workers = None) -> None:
+def prepare(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    cache: Cache = None,
+    workers: Workers = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all images again and prepare anew what differs from the store.")
+    ] = False,
+) -> None:
     """Decode and preprocess a recipe's images once, into the image store. `train` does it too if it wasn't done."""
     from dualrefnet.data.loader import fill_recipe_store, read_dataset
     from dualrefnet.recipe import load_recipe, parse_overrides
 
     checked = load_recipe(recipe, parse_overrides(overrides or []))
-    store = fill_recipe_store(checked, read_dataset(checked), cache, workers)
+    store = fill_recipe_store(checked, read_dataset(checked), cache, workers, verify)
     typer.echo(f"{len(store.image_ids) - len(store.broken)} images of {store.side} px are in {store.path}")
 
 

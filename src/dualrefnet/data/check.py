@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import pandas as pd
 
 from dualrefnet.data.adapters import load_dataset
-from dualrefnet.data.images import IMAGE_SUFFIXES, decode_image, list_files
+from dualrefnet.data.images import decode_image, is_image, list_files
 from dualrefnet.data.schema import BOOLEAN_VALUES, Dataset, MetadataField
 from dualrefnet.data.store import map_ahead
 from dualrefnet.errors import ImageError
@@ -191,7 +191,7 @@ def _missing_images(dataset: Dataset) -> Iterator[Finding]:
         file: Path(file).relative_to(folder).as_posix()
         for folder in dataset.image_folders
         for file in list_files(folder)
-        if Path(file).suffix.lower() in IMAGE_SUFFIXES
+        if is_image(file)
     }
     spare = [name for path, name in files.items() if path not in used]
     problem = "image files that belong to no row (never read)"

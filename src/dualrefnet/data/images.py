@@ -62,7 +62,8 @@ def list_files(folder: Path) -> Iterator[str]:
 
 
 def _refuse_folder(error: OSError) -> None:
-    raise DataError(f"the folder {error.filename} can't be read: {error.strerror}")
+    if not isinstance(error, FileNotFoundError):
+        raise DataError(f"the folder {error.filename} can't be read: {error.strerror}")
 
 
 def files_in(folders: Iterable[Path]) -> Iterator[tuple[str, str]]:

@@ -22,7 +22,7 @@ from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.protocols import SPLITS, leakage, missing_classes, split_dataset
 from dualrefnet.data.schema import Dataset
-from dualrefnet.data.store import DerivedStore, ImageStore, fill_store, map_ahead
+from dualrefnet.data.store import DerivedStore, ImageStore, delete_if_changed, fill_store, map_ahead
 from dualrefnet.errors import DataError, SplitError
 from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import AugmentationSection, Recipe
@@ -138,13 +138,19 @@ def stored_size(recipe: Recipe) -> int:
 
 
 def fill_recipe_store(
-    recipe: Recipe, dataset: Dataset, cache: Path | None = None, workers: int | None = None
+    recipe: Recipe, dataset: Dataset, cache: Path | None = None, workers: int | None = None, verify: bool = False
 ) -> ImageStore:
-    """Fill the image store that a recipe needs, and warn of broken images."""
+    """Fill the image store that a recipe needs, and warn of broken images; `verify`: compare it with the files."""
     if len(dataset.with_image) == 0:
         raise DataError(f"{dataset.no_image}; `dualrefnet check {recipe.data.dataset}` says more")
     with progress_bar("preparing images") as show:
         store = fill_store(dataset.with_image, recipe.image, stored_size(recipe), cache, workers, show)
+    if verify:
+        with progress_bar("comparing images") as show:
+            changed = delete_if_changed(store, dataset.with_image, recipe.image, workers, show)
+        if changed:
+            note(f"{len(changed)} images have changed and are prepared again, the first: {changed[0]}")
+            return fill_recipe_store(recipe, dataset, cache, workers)
     if store.broken:
         first, reason = next(iter(store.broken.items()))
         listed = f"(listed in {store.path / 'broken.csv'})"

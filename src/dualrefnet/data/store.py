@@ -124,6 +124,35 @@ def fill_store(
     return open_store(folder)
 
 
+def delete_if_changed(
+    store: ImageStore, table: pd.DataFrame, section: ImageSection, workers: int | None, progress: Progress | None
+) -> list[str]:
+    """Read every image again; return the ids of those that differ from the store, which is then deleted.
+
+    So is all that was derived from images: its name doesn't tell from which.
+    """
+
+    def differs(row: int) -> bool:
+        was_broken = store.image_ids[row] in store.broken
+        try:
+            image = preprocess(decode_image(table["image_path"].iloc[row]), section, store.side)
+        except ImageError:
+            return not was_broken
+        return was_broken or not np.array_equal(image, store.read(np.array([row]))[0])
+
+    changed, count, threads = [], len(table), workers or os.cpu_count() or 1
+    with closing(map_ahead(differs, range(count), threads, 4 * threads)) as results:
+        for done, (image_id, different) in enumerate(zip(store.image_ids, results, strict=True), start=1):
+            if different:
+                changed.append(image_id)
+            if progress:
+                progress(done, count)
+    if changed:
+        shutil.rmtree(store.path)
+        shutil.rmtree(store.path.parent.parent / "derived", ignore_errors=True)
+    return changed
+
+
 def open_store(path: Path) -> ImageStore:
     """Open a filled image store; a DataError if it is damaged."""
     try:

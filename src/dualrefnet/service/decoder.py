@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from dualrefnet.service.settings import ServiceSettings
 
 log = logging.getLogger("dualrefnet.service")
-# Those that cameras and browsers write.
-FORMATS = ("JPEG", "PNG", "WEBP")
+# Those that cameras and browsers write; HEIF needs pillow-heif.
+FORMATS = ("JPEG", "PNG", "WEBP", "HEIF")
 # A pixel in the copies that decoding, transparency and preprocessing make of an image.
 BYTES_PER_PIXEL = 32
 SPARE_MEMORY = 128 * 2**20

@@ -233,7 +233,7 @@ def request_body(predictor: Predictor, settings: ServiceSettings, *, explained: 
             "description": "An image of the lesion." if explained else "Images of one lesion.",
             "minItems": 1,
             "maxItems": 1 if explained else settings.max_images,
-            "items": {"type": "string", "format": "binary", "description": "JPEG, PNG or WebP, by content."},
+            "items": {"type": "string", "format": "binary", "description": "JPEG, PNG, WebP or HEIC, by content."},
         }
         required = ["images"] if predictor.needs_image else []
     names = ", ".join(field.name for field in predictor.fields) or "none"
