@@ -150,7 +150,7 @@ def test_doctor_examines_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "dualrefnet fetch pad_ufes_20" in call("doctor").output
     for name in ("DUALREFNET_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("pathlib.Path.home", lambda: Path("~nobody").expanduser())
+    monkeypatch.setattr("pathlib.Path.home", lambda: Path("~no such user").expanduser())
     assert "set DUALREFNET_CACHE to a folder" in call("doctor").output
 
 

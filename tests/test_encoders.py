@@ -18,6 +18,7 @@ from dualrefnet.models.encoders import (
     IMAGENET_MEAN,
     WEIGHTS_VARIABLE,
     Encoded,
+    Encoder,
     EncoderOutput,
     WeightsSource,
     available_weights,
@@ -28,22 +29,6 @@ from dualrefnet.models.encoders import (
 )
 
 HALF = (0.5, 0.5, 0.5)
-FEATURES = {
-    "vgg13": 512,
-    "resnet50": 2048,
-    "mobilenet_v2": 1280,
-    "efficientnet_b4": 1792,
-    "densenet121": 1024,
-    "efficientnet_lite0": 1280,
-    "efficientnet_lite1": 1280,
-    "efficientnet_lite2": 1280,
-    "swin_b": 1024,
-    "vit_b_16": 768,
-    "convit_b": 768,
-    "beit_b_16": 768,
-}
-
-
 # timm's own vector of these, without a classifier, is the one that the encoder gives.
 TRANSFORMERS = [name for name, spec in BACKBONES.items() if spec.kind == "transformer"]
 
@@ -54,9 +39,9 @@ def test_the_encoder_keeps_its_contract_and_every_parameter_gets_a_gradient(name
     spec = BACKBONES[name]
     side = 64 // spec.stride
     output = encoder.train()(torch.randn(2, 3, 64, 64))
-    assert output.map.shape == (2, FEATURES[name], side, side)
-    assert output.vector.shape == (2, FEATURES[name])
-    assert (encoder.features, encoder.stride, encoder.name) == (FEATURES[name], spec.stride, name)
+    assert output.map.shape == (2, spec.features, side, side)
+    assert output.vector.shape == (2, spec.features)
+    assert (encoder.features, encoder.stride, encoder.name) == (spec.features, spec.stride, name)
     assert sum(parameter.numel() for parameter in encoder.parameters()) / 1e6 == pytest.approx(spec.parameters, abs=0.2)
     if not spec.class_token and name != "beit_b_16":
         torch.testing.assert_close(output.vector, output.map.mean(dim=(2, 3)))
@@ -88,8 +73,7 @@ def test_the_vector_of_a_transformer_is_timms_own(name):
 @pytest.mark.parametrize("name", BACKBONES)
 def test_taps_come_on_request_and_change_nothing_else(name):
     plain = create_encoder(name, weights="none", image_size=64).eval()
-    tapped = create_encoder(name, weights="none", image_size=64, taps=True).eval()
-    tapped.load_state_dict(plain.state_dict())
+    tapped = Encoder(name, plain.body, plain.weights, taps=True).eval()
     image = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         before, after = plain(image), tapped(image)

@@ -86,7 +86,7 @@ def tiny_method(name: str, tokens: bool = False, width: int = WIDTH) -> tuple[Me
         source = WeightsSource(
             "none", "stand-in", None, (0.5, 0.4, 0.3 + position / 10), (0.2, 0.3, 0.4 + position / 10)
         )
-        encoder = Encoder("mobilenet_v2", TinyBody(), source, kind.taps(section), position)
+        encoder = Encoder("mobilenet_v2", TinyBody(), source, kind.reads_taps, position)
         encoder.features = FEATURES
         encoders.append(encoder)
     method = kind(architecture, encoders).eval()

@@ -121,10 +121,25 @@ def test_images_of_phones_are_read_or_it_is_said_what_to_install(monkeypatch):
 
 
 def test_what_is_listed_as_an_image(tmp_path):
-    contents = {"a.JPG": b"", "b.jfif": b"", "c.heic": b"", "ISIC_1": FILES["jpeg"], "README": b"text", "d.txt": b""}
+    contents = {
+        "a.JPG": b"",
+        "b.jfif": b"",
+        "c.heic": b"",
+        "ISIC_1": FILES["jpeg"],
+        "README": b"text",
+        "d.txt": b"BMI,age",
+    }
+    contents |= {
+        "e.jpg_large": FILES["png"],
+        "f.bak": b"\0\0\0\x18ftypheic",
+        "g.mp4": b"\0\0\0\x18ftypisom",
+        "h": FILES["bmp"],
+    }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-    assert [name for name in contents if is_image(tmp_path / name)] == ["a.JPG", "b.jfif", "c.heic", "ISIC_1"]
+    assert [name for name in contents if is_image(tmp_path / name)] == [
+        *("a.JPG", "b.jfif", "c.heic", "ISIC_1", "e.jpg_large", "f.bak", "h")
+    ]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA"])

@@ -195,17 +195,19 @@ def shortcut(telling: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return trained(telling, tmp_path_factory.mktemp("shortcut") / "run", flags)
 
 
-def test_a_shortcut_is_refused_and_the_token_trained_model_accepted(
-    telling: Path, shortcut: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_shortcut_is_neither_exported_nor_served(shortcut: Run, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"missing means benign.*--accept-missingness-shortcut"):
         export_run(shortcut, tmp_path / "refused", int8=False)
     assert not (tmp_path / "refused").exists()
     served = CliRunner().invoke(app, ["serve", str(shortcut.path)])
     assert served.exit_code != 0
     assert "missing means benign" in str(served.exception)
-    capsys.readouterr()
 
+
+@pytest.mark.slow
+def test_a_model_trained_with_tokens_is_accepted(
+    telling: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     token = trained(telling, tmp_path / "token", {})
     assert "shows the model which fields are missing" not in capsys.readouterr().err
     assert export_run(token, tmp_path / "bundle", int8=False)["missingness_shortcut"] is None

@@ -60,7 +60,7 @@ def test_a_pattern_is_that_of_another_case() -> None:
     "changes", [{"metadata.imputation": "neural"}, {"modality_dropout": {"metadata": 0.5, "image": 0.5}}]
 )
 def test_what_can_not_be_taken_away_is_refused(changes: dict[str, object]) -> None:
-    with pytest.raises(RecipeError, match=r"imputation to token|stay below 1"):
+    with pytest.raises(RecipeError, match=r"imputation token|stay below 1"):
         load_recipe("pad_ufes_20", changes)
 
 
@@ -105,6 +105,7 @@ def test_a_model_trained_with_gaps_answers_without_form_or_photograph(
         "metadata.imputation": "token",
         "modality_dropout": {"fields": 0.5, "pattern": 0.2, "metadata": 0.2, "image": 0.4},
         "training.encoder": encoder,
+        "training.epochs": 1,
     }
     run = train_recipe(load_recipe(tiny_recipe, changes), tmp_path / "run")
     predictor = Predictor.load(run)

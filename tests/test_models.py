@@ -9,21 +9,16 @@ from dualrefnet.models.encoders import BACKBONES, Encoded, EncoderOutput
 from dualrefnet.models.registry import METHODS, load_model, new_model
 from dualrefnet.recipe import WITH_DECODER, Recipe, load_recipe
 
-# With transformers only methods that are special there are always tested: a decoder, taps, the encoder of the
-# publication.
-QUICK = ("dualrefnet", "visual", "deepmetaforge")
-
-
+# A method knows its encoder by the lengths of vector, taps and map alone, so one encoder stands for all, but for a
+# decoder of stride 16, taps of a transformer and the encoder of a publication.
+QUICK = {("vit_b_16", "dualrefnet"), ("swin_b", "visual"), ("beit_b_16", "deepmetaforge")}
+QUICK |= {("mobilenet_v2", method) for method in METHODS}
 PAIRS = [
-    pytest.param(
-        backbone, method, marks=[pytest.mark.slow] if spec.kind == "transformer" and method not in QUICK else []
-    )
-    for backbone, spec in BACKBONES.items()
+    pytest.param(backbone, method, marks=[] if (backbone, method) in QUICK else [pytest.mark.slow])
+    for backbone in BACKBONES
     for method in METHODS
     if METHODS[method].reads_image
 ]
-
-
 # A method that reads no image has no encoder: for it one backbone's name is as good as another.
 IMAGELESS = [("mobilenet_v2", name) for name, method in METHODS.items() if not method.reads_image]
 

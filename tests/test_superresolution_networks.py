@@ -11,9 +11,7 @@ from torch import nn
 from dualrefnet.data.images import decode_image
 from dualrefnet.errors import WeightsError
 from dualrefnet.files import sha256_of_file
-from dualrefnet.models import superresolution_networks as carn
 from dualrefnet.models import superresolution_networks as networks
-from dualrefnet.models import superresolution_networks as ninasr
 from dualrefnet.models.encoders import WEIGHTS_VARIABLE
 from dualrefnet.models.superresolution import make_target, psnr, split_native
 from dualrefnet.models.superresolution_networks import (
@@ -138,7 +136,7 @@ def test_an_image_of_any_size_is_doubled(name, height, width):
 
 
 def test_a_block_of_ninasr_scales_before_and_after():
-    block = emptied(ninasr._NinaBlock(2, in_scale=0.5, out_scale=0.4))
+    block = emptied(networks._NinaBlock(2, in_scale=0.5, out_scale=0.4))
     with torch.no_grad():
         block.body[0].weight[3, 0, 1, 1] = 1.0
         block.body[3].weight[1, 3, 1, 1] = 10.0
@@ -151,7 +149,7 @@ def test_a_block_of_ninasr_scales_before_and_after():
 @pytest.mark.parametrize(("height", "width"), [(20, 37), (16, 5), (33, 32)])
 def test_local_attention_weighs_tiles_by_the_mean_about_their_first_pixel(height, width):
     torch.manual_seed(3)
-    attention = ninasr._LocalAttention(4)
+    attention = networks._LocalAttention(4)
     features = torch.randn(1, 4, height, width)
     (squeeze, excite) = (attention.body[1], attention.body[3])
     expected = torch.empty_like(features)
@@ -185,7 +183,7 @@ def test_carn_m_whose_cascades_pass_their_input_on_passes_the_image_on():
 
 @pytest.mark.parametrize("slot", [0, 1, 2, 3])
 def test_a_cascade_fuses_its_input_and_every_output_in_order(slot):
-    block = emptied(carn._CascadingBlock(8, groups=2))
+    block = emptied(networks._CascadingBlock(8, groups=2))
     with torch.no_grad():
         # The residual block adds 1; the first two fusions pass on its newest output.
         block.b1.body[4].bias.fill_(1)
@@ -199,11 +197,10 @@ def test_a_cascade_fuses_its_input_and_every_output_in_order(slot):
 
 
 @every_network
-@pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
-def test_a_file_in_the_folder_is_loaded_strictly_and_frozen(name, suffix, monkeypatch, tmp_path):
+def test_a_file_in_the_folder_is_loaded_strictly_and_frozen(name, monkeypatch, tmp_path):
     state = random_state(name, seed=5)
-    path = tmp_path / f"{name}{suffix}"
-    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    path = tmp_path / f"{name}.safetensors"
+    save_file(state, path)
     monkeypatch.setenv(WEIGHTS_VARIABLE, str(tmp_path))
     network, source = load_network(name)
     assert same_as(network, state)

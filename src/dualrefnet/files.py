@@ -64,9 +64,8 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     make_folder(path.parent)
+    refuse_special(path)
     try:
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise DataError(f"{path} is a folder, a link or a device, and only a file is replaced; name another one")
         sweep(path.parent)
         handle, name = tempfile.mkstemp(prefix=".", suffix=PARTIAL, dir=path.parent)
     except OSError as error:
@@ -82,6 +81,16 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     finally:
         os.close(handle)
         temporary.unlink(missing_ok=True)
+
+
+def refuse_special(path: Path) -> None:
+    """Refuse to replace what isn't a regular file."""
+    try:
+        special = path.is_symlink() or (path.exists() and not path.is_file())
+    except OSError as error:
+        raise not_written(path, error) from error
+    if special:
+        raise DataError(f"{path} is a folder, a link or a device, and only a file is replaced; name another one")
 
 
 @contextmanager

@@ -111,7 +111,6 @@ def audit_split(
     *,
     forests: bool = True,
     samples: int = SAMPLES,
-    seed: int = 0,
     workers: int | None = None,
     protocol: str = "",
 ) -> Audit:
@@ -120,7 +119,7 @@ def audit_split(
 
     Without `fingerprints` images aren't compared; `forests` take most of the time.
     """
-    rows = AuditedRows.of(dataset, split, samples, seed)
+    rows = AuditedRows.of(dataset, split, samples)
     tables: dict[str, pd.DataFrame] = {}
     tables["shared"], findings = shared_ids(dataset, split)
     if fingerprints is not None:

@@ -39,12 +39,14 @@ Integers = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
 FOLDS = 5
+# Of folds and resamples.
+SEED = 0
 MEASURES = {"balanced_accuracy": "balanced_accuracy", "auc": "auc_macro_ovr", "malignant_auc": "malignant.auc"}
 
 
 @dataclass(frozen=True)
 class AuditedRows:
-    """N rows of a split, in its order; folds and resamples of them are drawn with `seed`."""
+    """N rows of a split, in its order."""
 
     table: pd.DataFrame  # of the lesion table, index 0..N-1
     others: pd.DataFrame  # the published columns that aren't features
@@ -52,24 +54,21 @@ class AuditedRows:
     groups: NDArray[np.object_]  # patient or lesion, see `DatasetSchema.unit`
     splits: NDArray[np.object_]  # train, val or test
     samples: int
-    seed: int
 
     @classmethod
-    def of(cls, dataset: Dataset, split: pd.DataFrame, samples: int = 200, seed: int = 0) -> AuditedRows:
+    def of(cls, dataset: Dataset, split: pd.DataFrame, samples: int = 200) -> AuditedRows:
         """Take the rows of a split; labels and patients are those of the data set."""
         index = pd.Series(dataset.table.index, index=dataset.table["image_id"]).loc[split["image_id"]]
         table, others = (part.reindex(index).reset_index(drop=True) for part in (dataset.table, dataset.other_columns))
         # A word for nothing, such as NA, is no value.
         others = others.map(read_cell)
         units, splits = groups(table, dataset.schema), split["split"]
-        return cls(
-            table, others, dataset.schema, units.to_numpy(dtype=object), splits.to_numpy(dtype=object), samples, seed
-        )
+        return cls(table, others, dataset.schema, units.to_numpy(dtype=object), splits.to_numpy(dtype=object), samples)
 
     def where(self, mask: Mask) -> AuditedRows:
         """Take some of the rows, and the classes that these have."""
         table, others = (part[mask].reset_index(drop=True) for part in (self.table, self.others))
-        return AuditedRows(table, others, self.schema, self.groups[mask], self.splits[mask], self.samples, self.seed)
+        return AuditedRows(table, others, self.schema, self.groups[mask], self.splits[mask], self.samples)
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
@@ -95,7 +94,7 @@ class AuditedRows:
     @cached_property
     def bootstrap(self) -> Bootstrap:
         """Resamples of the patients."""
-        return Bootstrap(self.groups, self.samples, self.seed)
+        return Bootstrap(self.groups, self.samples, SEED)
 
     @property
     def enough_for_folds(self) -> bool:
@@ -106,7 +105,7 @@ class AuditedRows:
 
 def predict_in_folds(learner: Any, features: Floats, rows: AuditedRows, by_group: bool = True) -> Floats:
     """Return (N, C) cross-validated probabilities, in folds that keep groups together, or in folds of images."""
-    splitter = (StratifiedGroupKFold if by_group else StratifiedKFold)(FOLDS, shuffle=True, random_state=rows.seed)
+    splitter = (StratifiedGroupKFold if by_group else StratifiedKFold)(FOLDS, shuffle=True, random_state=SEED)
     probabilities = np.zeros((len(rows.labels), len(rows.classes)))
     with _one_thread(), warnings.catch_warnings():
         # A class with fewer images than folds is missing from some of them, and its images count as wrong there.

@@ -10,7 +10,6 @@ import importlib.resources
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import cv2
 import numpy as np
@@ -21,7 +20,6 @@ from dualrefnet.data.images import decode_image, read_mask
 Pixels = NDArray[np.uint8]
 Random = np.random.Generator
 Colour = tuple[int, int, int]
-Half = Literal["choosing", "reporting"]
 
 PHOTOGRAPHS, DOCUMENTS, PLAIN = "everyday photographs", "documents and drawings", "plain areas"
 MEDICAL = "other medical images"
@@ -74,13 +72,13 @@ class NonLesionImage:
     source: str  # the file or the drawing function; images of one source resemble each other
 
 
-def everyday_images(half: Half, seed: int = 0) -> Iterator[NonLesionImage]:
-    """Yield one half of the images, `CROPS` of each source; a score is chosen with one and reported with the other."""
-    random = np.random.default_rng([seed, ("choosing", "reporting").index(half)])
-    for group, names in _BUNDLED[half].items():
+def everyday_images(seed: int = 0) -> Iterator[NonLesionImage]:
+    """Yield `CROPS` images of each source; none of them is of a source that the score was chosen with."""
+    random = np.random.default_rng([seed, 1])
+    for group, names in _BUNDLED.items():
         for name in names:
             yield from _crops(name, group, random)
-    for group, functions in _DRAWN[half].items():
+    for group, functions in _DRAWN.items():
         for function in functions:
             for number in range(CROPS):
                 pixels = function(random)
@@ -99,7 +97,7 @@ def medical_images(seed: int = 0) -> Iterator[NonLesionImage]:
 
 def _crops(name: str, group: str, random: Random) -> Iterator[NonLesionImage]:
     """Yield the image itself first, then parts of it, turned by quarters and mirrored."""
-    package = "sklearn.datasets.images" if name in ("china.jpg", "flower.jpg") else "skimage.data"
+    package = "sklearn.datasets.images" if name == "flower.jpg" else "skimage.data"
     full = decode_image(importlib.resources.files(package).joinpath(name).read_bytes(), min_side=1)
     # Photographs are larger than some of these; the score must not depend on how small they were.
     scale = 400 / min(full.shape[:2])
@@ -119,36 +117,6 @@ INK: Colour = (25, 25, 30)
 LETTERS = np.frombuffer(b"aaaabcdeeeeefghiiiklmnnnoooprrrsssttttuuvwxyz", dtype=np.uint8)
 
 
-def _draw_form(random: Random) -> Pixels:
-    """Draw a questionnaire: questions, lines to write on, boxes to tick."""
-    page = _sheet(random, 1100, 800)
-    _write(page, _words(random, 3), (60, 90), 1.3, 2)
-    for y in range(160, 1040, 55):
-        _write(page, _words(random, 2) + ":", (60, y), 0.7)
-        if random.random() < 0.4:
-            for x in (380, 520, 660):
-                cv2.rectangle(page, (x, y - 18), (x + 20, y + 2), INK, 2)
-                _write(page, _words(random, 1), (x + 28, y), 0.6)
-            ticked = int(random.choice((380, 520, 660)))
-            cv2.line(page, (ticked, y - 18), (ticked + 20, y + 2), (20, 40, 140), 3)
-        else:
-            cv2.line(page, (380, y + 4), (740, y + 4), (120, 120, 120), 1)
-            _write(page, _words(random, 2), (390, y), 0.8, colour=(20, 40, 140))
-    return page
-
-
-def _draw_receipt(random: Random) -> Pixels:
-    """Draw a till receipt: a narrow strip of goods and prices."""
-    page = _sheet(random, 1000, 460)
-    _write(page, _words(random, 2).upper(), (90, 70), 1.1, 2)
-    for y in range(150, 860, 38):
-        _write(page, _words(random, 2), (40, y), 0.65)
-        _write(page, f"{random.uniform(0.5, 90):6.2f}", (330, y), 0.65)
-    cv2.line(page, (40, 880), (420, 880), INK, 2)
-    _write(page, f"TOTAL {random.uniform(20, 400):8.2f}", (120, 940), 1.0, 2)
-    return page
-
-
 def _draw_table(random: Random) -> Pixels:
     """Draw a table of numbers with a coloured head."""
     page = _sheet(random, 800, 1000)
@@ -163,21 +131,6 @@ def _draw_table(random: Random) -> Pixels:
         for column in range(columns):
             text = _words(random, 1) if row == 0 or column == 0 else f"{random.normal(50, 20):.1f}"
             _write(page, text, (int(xs[column]) + 6, int(ys[row + 1]) - 10), 0.5)
-    return page
-
-
-def _draw_bar_chart(random: Random) -> Pixels:
-    """Draw a chart with coloured bars."""
-    page = _sheet(random, 700, 1000)
-    _write(page, _words(random, 4), (120, 60), 1.0, 2)
-    cv2.line(page, (110, 100), (110, 600), INK, 2)
-    cv2.line(page, (110, 600), (950, 600), INK, 2)
-    bars = int(random.integers(4, 12))
-    step, colours = 820 // bars, [_colour(random) for _ in range(3)]
-    for bar in range(bars):
-        left, top = 125 + bar * step, 600 - int(random.integers(40, 480))
-        cv2.rectangle(page, (left, top), (left + int(step * 0.7), 599), colours[bar % 3], -1)
-        _write(page, _words(random, 1)[:6], (left, 630), 0.5)
     return page
 
 
@@ -224,41 +177,10 @@ def _draw_bar_code(random: Random) -> Pixels:
     return page
 
 
-def _draw_landscape(random: Random) -> Pixels:
-    """Draw hills under a sky, in gradients of colour."""
-    height, width = 600, 900
-    down = np.linspace(0, 1, height)[:, None, None]
-    sky_top = np.array([70, 120, 200]) + random.normal(0, 25, 3)
-    sky_bottom = np.array([215, 220, 235]) + random.normal(0, 15, 3)
-    page = np.broadcast_to((1 - down) * sky_top + down * sky_bottom, (height, width, 3)).copy()
-    x, y = np.arange(width), np.arange(height)[:, None]
-    for far in range(4):
-        waves = sum(
-            np.sin(x / random.uniform(60, 260) + random.uniform(0, 6)) * random.uniform(10, 45) for _ in range(3)
-        )
-        ground = np.array([40, 110, 45]) * (1.3 - 0.2 * far) + random.normal(0, 15, 3)
-        page[y > 230 + 90 * far + waves] = ground
-    page += random.normal(0, 5, page.shape)
-    return _bytes(page)
-
-
-def _draw_one_colour(random: Random) -> Pixels:
-    """Draw an area of one colour: a covered lens, a wall."""
-    return np.full((480, 640, 3), random.integers(0, 256, 3), dtype=np.uint8)
-
-
 def _draw_gradient(random: Random) -> Pixels:
     """Draw an area that passes from one colour to another."""
     ends, along = random.uniform(0, 255, (2, 3)), np.linspace(0, 1, 640)[None, :, None]
     return _bytes(np.broadcast_to((1 - along) * ends[0] + along * ends[1], (480, 640, 3)))
-
-
-def _draw_stripes(random: Random) -> Pixels:
-    """Draw stripes of two colours, in any direction."""
-    angle, period = random.uniform(0, np.pi), random.uniform(12, 90)
-    y, x = np.mgrid[0:480, 0:640]
-    first = np.sin(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / period) > 0
-    return np.where(first[:, :, None], random.integers(0, 256, 3), random.integers(0, 256, 3)).astype(np.uint8)
 
 
 def _draw_noise(random: Random) -> Pixels:
@@ -303,27 +225,13 @@ def _bytes(values: NDArray[np.float64]) -> Pixels:
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
 
-# Left out of what scikit-image brings along: astronaut, camera and lfw (people), phantom (drawn tissue).
+# Left out of what scikit-image brings along: astronaut, camera and lfw (people), phantom (drawn tissue), and what the
+# score was chosen with: coffee, coins, brick, clock, motorcycle, Hubble's deep field, page, colour wheel, china.
 _BUNDLED = {
-    "choosing": {
-        PHOTOGRAPHS: (
-            *("coffee.png", "coins.png", "brick.png", "clock_motion.png", "motorcycle_left.png"),
-            *("hubble_deep_field.jpg", "china.jpg"),
-        ),
-        DOCUMENTS: ("page.png", "color.png"),
-    },
-    "reporting": {
-        PHOTOGRAPHS: ("chelsea.png", "rocket.jpg", "grass.png", "gravel.png", "moon.png", "flower.jpg"),
-        DOCUMENTS: ("text.png", "logo.png", "horse.png", "chessboard_RGB.png"),
-    },
+    PHOTOGRAPHS: ("chelsea.png", "rocket.jpg", "grass.png", "gravel.png", "moon.png", "flower.jpg"),
+    DOCUMENTS: ("text.png", "logo.png", "horse.png", "chessboard_RGB.png"),
 }
-_DRAWN: dict[str, dict[str, tuple[Callable[[Random], Pixels], ...]]] = {
-    "choosing": {
-        DOCUMENTS: (_draw_form, _draw_receipt, _draw_bar_chart, _draw_landscape),
-        PLAIN: (_draw_one_colour, _draw_stripes),
-    },
-    "reporting": {
-        DOCUMENTS: (_draw_table, _draw_window, _draw_line_chart, _draw_bar_code),
-        PLAIN: (_draw_gradient, _draw_noise),
-    },
+_DRAWN: dict[str, tuple[Callable[[Random], Pixels], ...]] = {
+    DOCUMENTS: (_draw_table, _draw_window, _draw_line_chart, _draw_bar_code),
+    PLAIN: (_draw_gradient, _draw_noise),
 }

@@ -163,7 +163,7 @@ class OutOfDistributionMeasured:
 def measure_out_of_distribution(
     opened: OpenedRun, masks: Path | None = None, images: int = 500, samples: int = 1000, seed: int = 0
 ) -> OutOfDistributionMeasured:
-    """Measure the run's score against the half of the everyday images that it was not chosen with, and harder groups.
+    """Measure the run's score against everyday images that it was not chosen with, and harder groups.
 
     Args:
         opened: the run; a method that reads no image is a DataError, a run without a score a RunError.
@@ -181,7 +181,7 @@ def measure_out_of_distribution(
     found = opened.masks(masks)
     files = dict(zip(rows["image_id"].iloc[chosen], rows["image_path"].iloc[chosen], strict=True))
     with_mask = [image_id for image_id in files if image_id in found]
-    others = [*everyday_images("reporting", seed), *medical_images(seed)]
+    others = [*everyday_images(seed), *medical_images(seed)]
 
     def table(group: str | list[str], source: Sequence[str] | pd.Series, vectors: NDArray[np.float32]) -> pd.DataFrame:
         return pd.DataFrame({"group": group, "source": list(source), "score": score.score(vectors)})

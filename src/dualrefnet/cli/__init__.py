@@ -92,7 +92,7 @@ def main() -> None:
         # What the disk refuses is for the user to fix; without a file's name it is a bug.
         if error.filename is None:
             raise
-        _stop(f"{os.fsdecode(error.filename)}: {error.strerror}; name another place, or change its rights")
+        _stop(f"{os.fsdecode(error.filename)}: {error.strerror or error}; name another place, or change its rights")
 
 
 def refuse_without_effect(context: typer.Context, reason: str, *names: str) -> None:

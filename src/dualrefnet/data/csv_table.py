@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dualrefnet.data.images import ImageIndex, image_id, list_files
@@ -29,8 +28,8 @@ from dualrefnet.data.schema import (
     require_columns,
     usual_spelling,
 )
-from dualrefnet.errors import DataError
-from dualrefnet.files import sha256_of_file
+from dualrefnet.errors import DataError, RecipeError
+from dualrefnet.files import parse_yaml, read_yaml_text, sha256_of_file
 from dualrefnet.progress import warn
 from dualrefnet.runtime.metadata import read_cell, read_number
 
@@ -63,14 +62,12 @@ class TableDescription(BaseModel):
 
 
 def read_description(path: Path) -> TableDescription:
+    if not path.exists():
+        raise DataError(f"there is no description {path}; docs/bring-your-own-data.md shows how to write one")
     try:
-        values: Any = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except FileNotFoundError:
-        raise DataError(f"there is no description {path}; docs/bring-your-own-data.md shows how to write one") from None
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that doesn't exist.
-        raise DataError(f"{path} isn't YAML: {str(error).splitlines()[0]}") from None
+        values: Any = parse_yaml(read_yaml_text(path), path) or {}
+    except RecipeError as error:
+        raise DataError(str(error)) from None
     try:
         return TableDescription.model_validate(values)
     except ValidationError as error:

@@ -37,13 +37,18 @@ def image_id(name: str) -> str:
 
 
 def is_image(path: Path | str) -> bool:
-    """Whether a file is listed as an image: by its suffix, or without one by its first bytes."""
-    suffix = os.path.splitext(path)[1].lower()
-    if suffix or not os.path.isfile(path):
-        return suffix in IMAGE_SUFFIXES
-    with Path(path).open("rb") as file:
-        start = file.read(12)
-    return start[4:8] == b"ftyp" or start.startswith((*images.OPENERS, b"RIFF"))
+    """Whether a file is listed as an image: by its suffix, or else by its first bytes."""
+    if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES:
+        return True
+    try:
+        with Path(path).open("rb") as file:
+            start = file.read(12)
+        # A text may begin with BM.
+        return images.find_opener("", start) is not None and (start[:2] != b"BM" or start[6:10] == bytes(4))
+    except images.DecodingError:  # One that needs another library.
+        return True
+    except OSError:
+        return False
 
 
 def list_files(folder: Path) -> Iterator[str]:

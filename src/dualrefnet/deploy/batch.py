@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 import dualrefnet
 from dualrefnet.data.csv_table import open_csv
-from dualrefnet.data.images import IMAGE_SUFFIXES, ImageIndex, files_in, image_path, list_files
+from dualrefnet.data.images import IMAGE_SUFFIXES, ImageIndex, files_in, image_path, is_image, list_files
 from dualrefnet.deploy.predictor import Predictor
 from dualrefnet.errors import DataError, ImageError
 from dualrefnet.files import (
@@ -39,6 +39,7 @@ from dualrefnet.files import (
     locked,
     make_folder,
     read_json,
+    refuse_special,
     sha256_of_file,
     sha256_of_json,
     write_json,
@@ -239,8 +240,7 @@ def walk_images(sources: Iterable[Path]) -> Iterator[Path]:
     """Go through image files: sorted within each folder, then those of the folders in it; hidden ones are left out."""
     for source in sources:
         if source.is_dir():
-            files = list_files(source)
-            yield from (Path(file) for file in files if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES)
+            yield from map(Path, filter(is_image, list_files(source)))
         elif source.is_file():
             yield source
         else:
@@ -286,15 +286,10 @@ def predict_to_csv(
     resume: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
-    """Classify every case and write image, predicted, likely, prob_<CLASS>..., malignancy, refer, out_of_scope,
-    warnings, error.
+    """Classify every case; `work` predicts chunks: `predict_chunks`, or `ray_work`.
 
-    `work` predicts chunks: `predict_chunks`, or `ray_work`. `resume` skips chunks that an interrupted call with the
-    same model and arguments finished; of a finished result there is nothing left to do.
-
-    Raises:
-        DataError: an interrupted call left chunks and `resume` is False, they were made of something else, another
-            process is writing them, or the disk is full.
+    `resume` skips chunks that an interrupted call with the same model and arguments finished; of a finished result
+    there is nothing left to do.
     """
     rows, folder = batch * CHUNK, out.with_name(f"{out.name}.chunks")
     head = csv_lines([["image", "predicted", "likely", *(f"prob_{name}" for name in classes), *_AFTER]])
@@ -329,8 +324,7 @@ def predict_to_csv(
 @contextmanager
 def _locked(folder: Path, out: Path) -> Iterator[None]:
     """Keep a second call out of the folder of chunks, which is made."""
-    if out.is_dir():
-        raise DataError(f"{out} is a folder; name a file, such as {out / 'predictions.csv'}")
+    refuse_special(out)
     busy = f"another process is writing {out}; wait until it ends, or choose another --out"
     with locked(make_folder(folder) / "lock", busy):
         yield

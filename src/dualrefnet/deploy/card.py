@@ -56,9 +56,7 @@ FILES = {
 
 
 def model_card(bundle: Mapping[str, Any], run: Run, files: Sequence[str]) -> str:
-    """Return the bundle's README.md, from the content of `bundle.json`, its run, and the names of the bundle's
-    files.
-    """
+    """Return the bundle's README.md, from the content of `bundle.json`, its run, and the names of its files."""
     try:
         import jinja2
     except ImportError:

@@ -61,14 +61,7 @@ def export_run(
     """Write the bundle of a finished run's best epoch, and return the content of `bundle.json`.
 
     `out` is replaced if it is a bundle already. `int8`: the int8 network too; None: if the run's images are available.
-    `accept_missingness_shortcut`: export it though missing metadata keep it from referring cancers; the bundle warns of
-    it.
-
-    Raises:
-        RunError: the run isn't finished or must not be used (see `refuse_shortcut`), `out` holds something else, or
-            the exported network doesn't predict as the trained one does.
-        DataError: `root` doesn't hold the run's data, or int8 was asked for and they aren't available.
-        DependencyError: an optional library is missing.
+    `accept_missingness_shortcut`: export it though missing metadata keep it from referring cancers, with a warning.
     """
     check_target(out)
     if not run.finished:
@@ -184,9 +177,7 @@ def _cases(
     metadata: MetadataEncoder,
     int8: bool | None,
 ) -> tuple[Cases, Cases | None, str]:
-    """Return validation cases, training cases for int8, and what the former are; without the run's data synthetic ones,
-    with a warning, and None.
-    """
+    """Return cases of validation (synthetic ones, if there are no data) and of training, and what the former are."""
     try:
         opened = open_run(run, root, cache=cache, device=torch.device("cpu"))
     except (DataError, RunError) as error:

@@ -33,9 +33,7 @@ _REFUSALS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError, Va
 
 
 class BundleMixin(ModelHubMixin, ABC, library_name="dualrefnet", tags=["dualrefnet"]):
-    """The Hub's standard methods for a class that is loaded from `bundle`, a folder (None: it was loaded from something
-    else).
-    """
+    """The Hub's standard methods for a class that is loaded from the folder `bundle`; None: it is of no bundle."""
 
     bundle: Path | None = None
 
@@ -104,11 +102,7 @@ class _Folder(BundleMixin):
 
 
 def push_bundle(folder: Path, repository: str, **options: Any) -> str:
-    """Push a bundle to the repository `ORG/NAME` of the Hub, with options of `ModelHubMixin.push_to_hub`; return the
-    commit's URL.
-
-    RunError: it is no bundle, the name isn't one, or the Hub refuses it.
-    """
+    """Push a bundle to the repository `ORG/NAME` of the Hub, with options of `push_to_hub`; return the commit's URL."""
     bundle = _Folder.from_pretrained(folder)
     try:
         return str(bundle.push_to_hub(repository, commit_message="Upload a bundle of dualrefnet", **options))
@@ -137,9 +131,7 @@ def check_bundle(folder: Path) -> dict[str, Any]:
 
 
 def copy_bundle(source: Path, target: Path) -> None:
-    """Copy a bundle's own files, and nothing else that lies in its folder; a fetched one gets the `runtime/` of this
-    version.
-    """
+    """Copy a bundle's own files, and no others beside them; a fetched one gets the `runtime/` of this version."""
     if source.resolve() == target.resolve():
         return
     target.mkdir(parents=True, exist_ok=True)
@@ -158,9 +150,7 @@ def write_sums(folder: Path) -> None:
 
 
 def copy_runtime(target: Path, source: Path | None = None) -> None:
-    """Copy the package `dualrefnet.runtime` (or that of another bundle) into a bundle, which then needs no
-    dualrefnet.
-    """
+    """Copy the package `dualrefnet.runtime`, or that of another bundle, so that a bundle needs no dualrefnet."""
     source = source or Path(str(resources.files("dualrefnet"))) / RUNTIME
     if not (source / "__main__.py").is_file():
         raise RunError(f"{source} is incomplete; install dualrefnet, or fetch the bundle, again")

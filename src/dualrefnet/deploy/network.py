@@ -57,10 +57,7 @@ class TorchNetwork:
 
 
 def run_parts(run: Path | str | Run, device: str) -> dict[str, Any]:
-    """Return the arguments of `dualrefnet.deploy.predictor.Predictor` for a run.
-
-    RunError: the folder holds no trained model, or its out-of-distribution score is damaged or of another model.
-    """
+    """Return the arguments of `dualrefnet.deploy.predictor.Predictor` for a run."""
     run = run if isinstance(run, Run) else Run(Path(run))
     about = run.model
     model = load_model(about, run.weights_file)
@@ -96,9 +93,7 @@ def normalisation_of(about: Mapping[str, Any]) -> Normalisation:
 
 
 def describe_dataset(about: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the data set of a run's `model.json`, and the names of its classes; the schemas complete what first
-    versions lack.
-    """
+    """Return a run's data set and the names of its classes; the schemas complete what first versions lack."""
     schemas = {schema.name: schema for schema in (pad_ufes_20.SCHEMA, isic_2019.SCHEMA, synthetic.SCHEMA)}
     schema = schemas.get(about["name"])
     citation, names = (schema.citation, dict(schema.class_names)) if schema is not None else ("", {})

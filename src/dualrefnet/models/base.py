@@ -128,6 +128,7 @@ class Method(nn.Module, ABC):
     title: ClassVar[str]
     reads_image: ClassVar[bool] = True
     reads_metadata: ClassVar[bool] = True
+    reads_taps: ClassVar[bool] = False  # maps from inside the encoder
 
     def __init_subclass__(cls, name: str | None = None) -> None:
         super().__init_subclass__()
@@ -151,11 +152,6 @@ class Method(nn.Module, ABC):
         encoder = self.encoders[0]
         assert isinstance(encoder, Encoder)
         return encoder
-
-    @classmethod
-    def taps(cls, section: ModelSection) -> bool:
-        """True if the method reads maps from inside the encoder."""
-        return False
 
     @classmethod
     def maps(cls, section: ModelSection) -> bool:

@@ -42,6 +42,14 @@ def metadata_mlp(metadata_width: int, widths: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+def normalised_layers(widths: Sequence[int], dropout: float, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    """Linear layer, batch normalisation, activation and dropout between each two of the widths."""
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers += [nn.Linear(before, after), nn.BatchNorm1d(after), activation(), nn.Dropout(dropout)]
+    return nn.Sequential(*layers)
+
+
 class ColumnAttention(nn.Module):
     """The ablation's "dynamic" weighting: x -> x * sigmoid(W2 relu(W1 x)), (B, M) -> (B, M).
 

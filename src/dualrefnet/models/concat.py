@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dualrefnet.models.base import Architecture, Method, Output
+from dualrefnet.models.components import normalised_layers
 from dualrefnet.models.encoders import Encoded, Encoder
 
 
@@ -29,9 +30,7 @@ class Concat(Method, name="concat"):
         super().__init__(architecture, encoders)
         width = architecture.metadata_width
         reduced = reduced_features(width, architecture.section.combination_factor)
-        self.reducer = nn.Sequential(
-            nn.Linear(encoders[0].features, reduced), nn.BatchNorm1d(reduced), nn.ReLU(), nn.Dropout(0.5)
-        )
+        self.reducer = normalised_layers([encoders[0].features, reduced], dropout=0.5)
         self.classifier = nn.Linear(reduced + width, architecture.classes)
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:

@@ -236,6 +236,8 @@ def _from_file(path: Path, mean: Triple, std: Triple) -> tuple[WeightsSource, Pa
     try:
         mean = _triple(header["mean"]) if "mean" in header else mean
         std = _triple(header["std"]) if "std" in header else std
+        if min(std) <= 0:
+            raise ValueError(f"the standard deviation {std} isn't positive")
         options = json.loads(header.get("kwargs", "{}"))
         unknown = [f"{key}={value}" for key, value in options.items() if value not in FILE_OPTIONS.get(key, ())]
     except (ValueError, TypeError, AttributeError) as error:

@@ -6,13 +6,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dualrefnet.models.base import Architecture, Method, Output
+from dualrefnet.models.components import normalised_layers
 from dualrefnet.models.encoders import Encoded, Encoder
 
 # The hyperparameters that give the block its name: shares of the image branch and of the metadata branch.
 IMAGE_SHARE, METADATA_SHARE = 0.7, 0.3
 # Widths of the funnel where the released code has others than D/2, D/4, D/8: MobileNet-V2's D, and EfficientNet-B4's.
 FUNNELS = {1280: (512, 256, 64), 1792: (1024, 512, 256)}
-DROPOUTS = (0.4, 0.4, 0.3)
 
 
 class HyperparametricBlock(nn.Module):
@@ -42,14 +42,11 @@ class HyperparametricMetadataFusion(Method, name="hmfb"):
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
         super().__init__(architecture, encoders)
-        before = encoders[0].features
-        self.block = HyperparametricBlock(before, architecture.metadata_width)
-        layers: list[nn.Module] = []
-        for width, dropout in zip(FUNNELS.get(before, (before // 2, before // 4, before // 8)), DROPOUTS, strict=True):
-            layers += [nn.Linear(before, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(dropout)]
-            before = width
-        self.funnel = nn.Sequential(*layers)
-        self.classifier = nn.Linear(before, architecture.classes)
+        features = encoders[0].features
+        funnel = (features, *FUNNELS.get(features, (features // 2, features // 4, features // 8)))
+        self.block = HyperparametricBlock(features, architecture.metadata_width)
+        self.funnel = nn.Sequential(*normalised_layers(funnel[:3], 0.4), *normalised_layers(funnel[2:], 0.3))
+        self.classifier = nn.Linear(funnel[-1], architecture.classes)
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
         features = self.funnel(self.block(images.first.vector, metadata))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dualrefnet.models.base import Architecture, Method, Output
-from dualrefnet.models.components import DecisionFusion
+from dualrefnet.models.components import DecisionFusion, normalised_layers
 from dualrefnet.models.encoders import Encoded, Encoder
 
 WIDTHS, DROPOUT = (512, 128), 0.3
@@ -46,9 +46,9 @@ class JointIndividualFusion(Method, name="jif_mmfa"):
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
         super().__init__(architecture, encoders)
-        wide, narrow = WIDTHS
-        self.image_branch = nn.Sequential(*_layer(encoders[0].features, wide), *_layer(wide, narrow))
-        self.metadata_branch = nn.Sequential(*_layer(architecture.metadata_width, wide), *_layer(wide, narrow))
+        narrow = WIDTHS[-1]
+        self.image_branch = normalised_layers([encoders[0].features, *WIDTHS], DROPOUT, nn.SiLU)
+        self.metadata_branch = normalised_layers([architecture.metadata_width, *WIDTHS], DROPOUT, nn.SiLU)
         self.attention = MutualAttention(narrow)
         self.joint_head = nn.Linear(2 * narrow, architecture.classes)
         self.image_head = nn.Linear(narrow, architecture.classes)
@@ -65,7 +65,3 @@ class JointIndividualFusion(Method, name="jif_mmfa"):
             "metadata": self.metadata_head(individual_metadata),
         }
         return self.decision.output(logits, joint, self.training)
-
-
-def _layer(before: int, after: int) -> list[nn.Module]:
-    return [nn.Linear(before, after), nn.BatchNorm1d(after), nn.SiLU(), nn.Dropout(DROPOUT)]

@@ -143,7 +143,7 @@ def new_model(recipe: Recipe, metadata_width: int, classes: int) -> tuple[Method
         missing_image=info.reads_image and reads_metadata and recipe.modality_dropout.image > 0,
     )
     encoders = [
-        create_encoder(name, section.weights, recipe.image.size, method.taps(section), position)
+        create_encoder(name, section.weights, recipe.image.size, method.reads_taps, position)
         for position, name in enumerate(architecture.backbones if info.reads_image else ())
     ]
     model = method(architecture, encoders)
@@ -180,7 +180,7 @@ def load_model(description: Mapping[str, Any], weights_file: Path) -> Method:
             for source in description["weights"]
         ]
         encoders = [
-            create_encoder(name, source, architecture.image_size, method.taps(section), position)
+            create_encoder(name, source, architecture.image_size, method.reads_taps, position)
             for position, (name, source) in enumerate(zip(architecture.backbones, sources, strict=True))
             if method.reads_image
         ]

@@ -51,6 +51,14 @@ class Body(nn.Module):
         return result
 
 
+class Residual(Body):
+    """x + f(x), f being the layers."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Apply the layers beside a skip."""
+        return features + super().forward(features)
+
+
 def convolution(before: int, after: int, groups: int = 1) -> nn.Conv2d:
     """Return a convolution of 3x3 that keeps the size of the map."""
     return nn.Conv2d(before, after, 3, padding=1, groups=groups)
@@ -75,7 +83,9 @@ class EDSR(nn.Module):
         self.sub_mean = mean_shift(-255)
         self.add_mean = mean_shift(255)
         self.head = nn.Sequential(convolution(3, features))
-        self.body = nn.Sequential(*(_EDSRBlock(features) for _ in range(blocks)), convolution(features, features))
+        pairs = [(convolution(features, features), convolution(features, features)) for _ in range(blocks)]
+        residuals = [Residual(first, nn.ReLU(inplace=True), second) for first, second in pairs]
+        self.body = nn.Sequential(*residuals, convolution(features, features))
         shuffle = nn.Sequential(convolution(features, features * 2 * 2), nn.PixelShuffle(2))
         self.tail = nn.Sequential(shuffle, convolution(features, 3))
 
@@ -84,16 +94,6 @@ class EDSR(nn.Module):
         features = self.head(self.sub_mean(255 * image))
         result: Tensor = self.add_mean(self.tail(features + self.body(features))) / 255
         return result
-
-
-class _EDSRBlock(Body):
-    """x + f(x), f being two 3x3 convolutions; the baseline doesn't scale f."""
-
-    def __init__(self, features: int) -> None:
-        super().__init__(convolution(features, features), nn.ReLU(inplace=True), convolution(features, features))
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features + super().forward(features)
 
 
 class CARNM(nn.Module):
@@ -140,7 +140,7 @@ class _CascadingBlock(nn.Module):
         return _cascade(features, (self.b1, self.b1, self.b1), (self.c1, self.c2, self.c3))
 
 
-class _GroupedBlock(Body):
+class _GroupedBlock(Residual):
     """ReLU(x + f(x)): f is two 3x3 convolutions within groups of channels, and one of 1x1 that mixes the groups."""
 
     def __init__(self, features: int, groups: int) -> None:
@@ -153,7 +153,7 @@ class _GroupedBlock(Body):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        return torch.relu(features + super().forward(features))
+        return super().forward(features).relu()
 
 
 def _cascade(features: Tensor, blocks: Iterable[nn.Module], fusions: Iterable[nn.Module]) -> Tensor:

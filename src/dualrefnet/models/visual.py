@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor, nn
 
 from dualrefnet.models.base import Architecture, Method, Output
+from dualrefnet.models.components import normalised_layers
 from dualrefnet.models.encoders import Encoded, Encoder
-from dualrefnet.recipe import ModelSection
 
 METADATA_DROPOUT, CLASSIFIER_DROPOUT = 0.2, 0.4
 
@@ -52,6 +50,8 @@ class Visual(Method, name="visual"):
     are the released ones, but for the layer of 81 that it puts before those for metadata of ISIC.
     """
 
+    reads_taps = True
+
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
         super().__init__(architecture, encoders)
         features, taps = encoders[0].features, encoders[0].tap_features
@@ -59,16 +59,12 @@ class Visual(Method, name="visual"):
         between = [512] if features > 1024 else [width for width in (256, 512) if width < features]
         self.attentions = nn.ModuleList(PlaceAttention(channels, features) for channels in taps)
         # Its last dropout would hide parts of the image vector itself; the released code has none there.
-        self.metadata_network = nn.Sequential(
-            *_layers([architecture.metadata_width, *between, features], METADATA_DROPOUT)[:-1]
-        )
+        self.metadata_network = normalised_layers([architecture.metadata_width, *between, features], METADATA_DROPOUT)[
+            :-1
+        ]
         funnel = [features, *between[::-1]]
-        self.reducer = nn.Sequential(*_layers([(len(taps) + 1) * features, *funnel], CLASSIFIER_DROPOUT))
+        self.reducer = normalised_layers([(len(taps) + 1) * features, *funnel], CLASSIFIER_DROPOUT)
         self.classifier = nn.Linear(funnel[-1], architecture.classes)
-
-    @classmethod
-    def taps(cls, section: ModelSection) -> bool:
-        return True
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
         encoded = images.first
@@ -77,10 +73,3 @@ class Visual(Method, name="visual"):
         ]
         features = self.reducer(torch.cat([*looked, encoded.vector * self.metadata_network(metadata)], dim=1))
         return Output(self.classifier(features), features, None, {})
-
-
-def _layers(widths: list[int], dropout: float) -> list[nn.Module]:
-    layers: list[nn.Module] = []
-    for before, after in pairwise(widths):
-        layers += [nn.Linear(before, after), nn.BatchNorm1d(after), nn.ReLU(), nn.Dropout(dropout)]
-    return layers

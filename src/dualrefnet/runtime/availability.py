@@ -45,9 +45,7 @@ class Availability(NamedTuple):
         return f"{'an image' if self.image else 'no image'} and {some if self.to else 'no metadata'}"
 
     def contains(self, image: ArrayLike, share: ArrayLike) -> NDArray[np.bool_]:
-        """Return (N,) which inputs belong to the group, by whether there is an image and the share of the fields with a
-        value (1 for a model that reads none).
-        """
+        """Return which inputs belong to the group, (N,), by whether there is an image and `share_given`."""
         share = np.asarray(share, dtype=np.float64)
         inside = (share > self.above + TOLERANCE) & (share <= self.to + TOLERANCE)
         nothing = (self.to == 0) & (share <= TOLERANCE)

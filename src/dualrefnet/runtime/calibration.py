@@ -61,8 +61,7 @@ class Decision:
         return apply_temperature(probabilities, self.temperature)
 
     def decide(self, probabilities: ArrayLike, image: ArrayLike, share: ArrayLike) -> Decisions:
-        """Decide about N inputs with the model's probabilities (N, C), each by the thresholds of its group; see
-        `Availability.contains`.
+        """Decide about N inputs with the model's probabilities (N, C), by the thresholds of the group that holds them.
 
         An input of a group for which nothing was fitted has all classes in its set and is referred.
         """
@@ -143,9 +142,7 @@ def apply_temperature(probabilities: ArrayLike, temperature: float) -> Floats:
 
 
 def prediction_sets(probabilities: ArrayLike, thresholds: float | Sequence[float]) -> NDArray[np.bool_]:
-    """Return which classes reach the threshold (one for all classes, or one for each), (N, C); in an empty set the
-    likeliest.
-    """
+    """Return which classes reach the one threshold, or theirs, (N, C); in an empty set the likeliest."""
     scores = np.asarray(probabilities, dtype=np.float64)
     sets = scores >= np.asarray(thresholds)
     empty = np.flatnonzero(~sets.any(axis=1))

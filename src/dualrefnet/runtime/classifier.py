@@ -88,8 +88,7 @@ class Classifier:
     def classify(
         self, lesions: Sequence[Sequence[Image | None]], metadata: Sequence[Mapping[str, Any]]
     ) -> list[Prediction]:
-        """Classify lesions, each with one or several images from `prepare_array` (None: missing) and any subset of the
-        fields.
+        """Classify lesions, each with images from `prepare_array` (None: missing) and any subset of the fields.
 
         Probabilities are averaged over the images; temperature, set and referral then act on the mean.
 
@@ -142,13 +141,7 @@ class Classifier:
     def explain_prepared(
         self, image: Image | None, metadata: Mapping[str, Any], label: str | None = None
     ) -> Explanation:
-        """Explain a class (None: the likeliest): its prediction is repeated with patches of the image occluded and
-        values left out.
-
-        Raises:
-            MetadataError: a field is unknown, or a value is invalid.
-            ValueError: the class is unknown, or there is no image though the model needs one.
-        """
+        """Explain a class (None: the likeliest) by predictions with patches of the image and values left out."""
         if label is not None and label not in self.classes:
             raise ValueError(f"no class is called {label[:40]!r}; there are: {', '.join(self.classes)}")
         [image], [metadata] = self._images([image]), self._read([metadata])

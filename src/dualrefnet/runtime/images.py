@@ -41,7 +41,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-OPENERS = {
+_OPENERS = {
     b"\xff\xd8\xff": JpegImageFile,
     b"\x89PNG\r\n\x1a\n": PngImageFile,
     b"BM": BmpImageFile,
@@ -80,7 +80,7 @@ def decode_image(
     Pillow's own limit, `PIL.Image.MAX_IMAGE_PIXELS`. Raises DecodingError.
     """
     name, data = _read(source, max_bytes)
-    opener = _opener(name, data)
+    opener = find_opener(name, data)
     if opener is None or opener.format not in formats:
         known = f"{', '.join(formats[:-1])} or {formats[-1]}"
         raise DecodingError(f"{name} isn't a {known} image, whatever its name says")
@@ -128,12 +128,13 @@ def _read(source: Path | str | bytes, max_bytes: int) -> tuple[str, bytes]:
     return name, data
 
 
-def _opener(name: str, data: bytes) -> type[ImageFile.ImageFile] | None:
+def find_opener(name: str, data: bytes) -> type[ImageFile.ImageFile] | None:
+    """Return what opens a file that begins with `data`; None if it is no image that can be decoded."""
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return WebPImageFile
     if data[4:8] == b"ftyp" and data[8:12] in (*_HEIF, *_AVIF):
         return _heif_opener(name, data[8:12] in _AVIF)
-    return next((opener for magic, opener in OPENERS.items() if data.startswith(magic)), None)
+    return next((opener for magic, opener in _OPENERS.items() if data.startswith(magic)), None)
 
 
 def _heif_opener(name: str, avif: bool) -> type[ImageFile.ImageFile]:

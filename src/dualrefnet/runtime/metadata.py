@@ -323,12 +323,7 @@ class MetadataTransform:
         return spans
 
     def encode_records(self, records: Sequence[Mapping[str, Any]]) -> EncodedRecords:
-        """Encode records, each any subset of the fields; one that is left out, None, NaN or empty is missing.
-
-        Raises:
-            MetadataError: a field is unknown, a value isn't a category of its field or a plausible number; or
-                missing fields were imputed from the diagnosis in training.
-        """
+        """Encode records, each any subset of the fields; one that is left out, None, NaN or empty is missing."""
         self.check_names(records)
         if self.leaked_classes:
             raise MetadataError(
@@ -354,9 +349,7 @@ class MetadataTransform:
             raise MetadataError(f"unknown metadata fields: {shown}; this model knows: {', '.join(names)}")
 
     def observe(self, values: Sequence[Sequence[object] | None], number: int) -> Observed:
-        """Parse the N values of every field (None: the whole column is missing); MetadataError: text where a number
-        should be.
-        """
+        """Parse the N values of every field (None: the whole column is missing)."""
         columns = np.zeros((number, self.spans[-1].stop if self.spans else 0), dtype=np.float32)
         missing = np.ones((number, len(self.fields)), dtype=bool)
         invalid: dict[tuple[int, str], Mask] = {}

@@ -118,10 +118,7 @@ def root_shares(rows: Floats) -> Floats:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """Return the tensors of a safetensors file by name, and the strings of its header.
-
-    ValueError: it isn't a safetensors file, is truncated, or has a type that isn't among `TYPES`.
-    """
+    """Return the tensors of a safetensors file by name, and the strings of its header."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > len(data) - 8:

@@ -43,9 +43,7 @@ class ImageSettings(Protocol):
 
 
 def preprocess(image: Image, settings: ImageSettings, side: int | None = None) -> Image:
-    """Apply colour constancy and CLAHE to an image (H, W, 3) RGB at full resolution, then resize to `side` (None:
-    `settings.size`).
-    """
+    """Apply colour constancy and CLAHE to (H, W, 3) RGB, then resize to `side` (None: `settings.size`)."""
     if settings.colour_constancy == "shades_of_gray":
         image = shades_of_gray(image, settings.minkowski_p, settings.gamma)
     if settings.clahe:

@@ -182,13 +182,8 @@ class Trainer:
         self._best: dict[str, Tensor] = {}
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.model, self.recipe, self.run, self.normalisation, self.spans = (
-            model,
-            recipe,
-            run,
-            normalisation,
-            list(spans),
-        )
+        self.model, self.recipe, self.run = model, recipe, run
+        self.normalisation, self.spans = normalisation, spans
         # Convolutions on pixels-with-their-channels are faster on CPUs and on tensor cores alike.
         self.model.to(self.device).to(memory_format=torch.channels_last)
         shares = modality_shares(model, recipe.modality_dropout)
@@ -211,13 +206,8 @@ class Trainer:
             )
         steps = train.steps(section.batch_size)
         schedule = create_schedule(self.optimizer, section, steps * section.epochs)
-        progress: dict[str, Any] = {
-            "epoch": 0,
-            "history": [],
-            "best": None,
-            "stale": 0,
-            "norms": head_norms(self.model),
-        }
+        progress: dict[str, Any] = {"epoch": 0, "history": [], "best": None, "stale": 0}
+        progress["norms"] = head_norms(self.model)
         if self.run.checkpoint_file.is_file():
             progress = load_checkpoint(self.run.checkpoint_file, self.model, self.optimizer)
             if schedule is not None:
@@ -236,15 +226,13 @@ class Trainer:
             torch.manual_seed(int(np.random.SeedSequence([self.recipe.seed, epoch, rank]).generate_state(1)[0]))
             augmented = self.recipe.augmentation.enabled and not self.frozen
             draws = draw(len(train), self.recipe.augmentation, self.recipe.seed, epoch) if augmented else None
-            dropout = self.recipe.modality_dropout
-            hidden = (
-                draw_missing(train.metadata, self.spans, dropout, self.recipe.seed, epoch) if dropout.enabled else None
-            )
+            dropout, hidden = self.recipe.modality_dropout, None
+            if dropout.enabled:
+                hidden = draw_missing(train.metadata, self.spans, dropout, self.recipe.seed, epoch)
             sums: dict[str, float] = {}
             self.model.train()
-            with progress_bar(
-                f"epoch {epoch + 1}/{section.epochs}", accelerator.is_main_process and not self.frozen
-            ) as show:
+            shown = accelerator.is_main_process and not self.frozen
+            with progress_bar(f"epoch {epoch + 1}/{section.epochs}", shown) as show:
                 for step, batch in enumerate(train.shuffled(section.batch_size, self.recipe.seed, epoch, rank, world)):
                     terms = self._step(wrapped, batch, draws, hidden)
                     if isinstance(schedule, optim.lr_scheduler.LambdaLR):
@@ -255,9 +243,8 @@ class Trainer:
             row = {"epoch": epoch + 1, "learning_rate": self.optimizer.param_groups[0]["lr"]}
             row |= {f"train_{name}": value for name, value in sums.items()} | self._validate(val)
             row |= self._rebuild(rebuilt) if rebuilt is not None else {}
-            row |= {f"l1_{name}": value for name, value in head_norms(self.model).items()} | {
-                "seconds": round(time.perf_counter() - started, 2)
-            }
+            row |= {f"l1_{name}": value for name, value in head_norms(self.model).items()}
+            row["seconds"] = round(time.perf_counter() - started, 2)
             if isinstance(schedule, optim.lr_scheduler.ReduceLROnPlateau):
                 schedule.step(row["val_loss"])
             progress = self._remember(progress, row, schedule)
