@@ -144,7 +144,9 @@ def run_of(folder: Path, rows: list[tuple], which: int, classes: list[str] = CLA
     predictions = pd.DataFrame(table)
     validation = predictions.iloc[:2].assign(image_id=["v0", "v1"], split="val")
     write_csv(folder / "predictions.csv", pd.concat([validation, predictions]))
-    split = [(*row[:3], "test") for row in rows] + [("v0", "q0", "A", "val"), ("v1", "q1", "B", "val")]
+    split = [(*row[:3], "test") for row in rows] + [
+        (f"v{place}", f"q{place}", rows[place][2], "val") for place in (0, 1)
+    ]
     write_csv(folder / "split.csv", pd.DataFrame(split, columns=["image_id", "patient_id", "label", "split"]))
     recipe = load_recipe("sample")
     write_yaml(folder / "recipe.yaml", recipe.model_dump(mode="json"))
