@@ -14,6 +14,7 @@ from dualrefnet.data.schema import DatasetSchema
 from dualrefnet.evaluation.metrics import compute_metrics
 from dualrefnet.files import write_csv, write_json, write_yaml
 from dualrefnet.models.base import Architecture
+from dualrefnet.recipe import Recipe
 from dualrefnet.suite.grid import Cell, expand, load_suite
 from dualrefnet.suite.results import SuiteResults, aggregate
 from dualrefnet.training.train import model_description
@@ -66,6 +67,14 @@ def image_ids(cell: Cell) -> list[str]:
     return [f"f{cell.fold}-{index:02}" for index in range(IMAGES)]
 
 
+def write_model(folder: Path, recipe: Recipe, classes: list[str], sources: list[dict[str, Any]]) -> None:
+    """Write the model.json of a recipe, without metadata fields."""
+    built = Architecture(image_size=recipe.image.size, metadata_width=0, classes=len(classes), section=recipe.model)
+    encoder = MetadataEncoder(recipe.metadata, (), (), (), (), None)
+    schema = DatasetSchema(name=recipe.data.dataset, title="", classes=classes, malignant=classes[2:], fields=())
+    write_json(folder / "model.json", model_description(recipe, built, encoder, schema, sources))
+
+
 def write_run(
     folder: Path,
     cell: Cell,
@@ -96,12 +105,7 @@ def write_run(
             "std": [0.2] * 3,
         }
     ]
-    architecture = Architecture(
-        image_size=cell.recipe.image.size, metadata_width=0, classes=len(CLASSES), section=cell.recipe.model
-    )
-    encoder = MetadataEncoder(cell.recipe.metadata, (), (), (), (), None)
-    schema = DatasetSchema(name=cell.key.dataset, title="", classes=CLASSES, malignant=["MEL"], fields=())
-    write_json(folder / "model.json", model_description(cell.recipe, architecture, encoder, schema, sources))
+    write_model(folder, cell.recipe, CLASSES, sources)
     machine = {"machine": "", "cpu": None, "gpu": None, "cores": 1, "memory_gib": 1.0}
     data = {"table_sha256": "", "split_sha256": "", "rows_used": 2 * IMAGES}
     made = {"dualrefnet": "", "git_commit": None, "seed": 0, "packages": {}, "precision": "fp32", "processes": 1}

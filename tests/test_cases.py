@@ -18,10 +18,12 @@ from dualrefnet.data.images import find_masks, read_mask
 from dualrefnet.display.figure import WIDTH, ReportFigure, inline_svg
 from dualrefnet.errors import RunError
 from dualrefnet.evaluation.bootstrap import Bootstrap
+from dualrefnet.evaluation.metrics import compute_metrics
 from dualrefnet.files import write_csv, write_json, write_yaml
 from dualrefnet.recipe import load_recipe
 from dualrefnet.run import Run
 from resampling import paired_difference
+from suite_folder import write_model
 
 
 def predicted(*rows: tuple[str, str, float]) -> pd.DataFrame:
@@ -142,10 +144,17 @@ def run_of(folder: Path, rows: list[tuple], which: int, classes: list[str] = CLA
     predictions = pd.DataFrame(table)
     validation = predictions.iloc[:2].assign(image_id=["v0", "v1"], split="val")
     write_csv(folder / "predictions.csv", pd.concat([validation, predictions]))
-    split = [(*row[:3], "test") for row in rows] + [("v0", "q0", "A", "val"), ("v1", "q1", "B", "val")]
+    split = [(*row[:3], "test") for row in rows] + [
+        (f"v{place}", f"q{place}", rows[place][2], "val") for place in (0, 1)
+    ]
     write_csv(folder / "split.csv", pd.DataFrame(split, columns=["image_id", "patient_id", "label", "split"]))
-    write_yaml(folder / "recipe.yaml", load_recipe("sample").model_dump(mode="json"))
-    write_json(folder / "metrics.json", {"unit": "patient"})
+    recipe = load_recipe("sample")
+    write_yaml(folder / "recipe.yaml", recipe.model_dump(mode="json"))
+    source = {"kind": "none", "description": "", "sha256": None, "mean": [0.5] * 3, "std": [0.2] * 3}
+    write_model(folder, recipe, list(classes), [source])
+    metrics = compute_metrics([0, 1], np.eye(len(classes))[:2], list(classes))
+    about = {"dataset": "sample", "drawn": True, "leakage": {}, "unit": "patient"}
+    write_json(folder / "metrics.json", {**metrics, **about})
     return Run(folder)
 
 

@@ -104,7 +104,7 @@ def test_a_killed_command_leaves_nothing_that_the_same_command_does_not_put_righ
                 ],
                 5,
             ),
-            "report": (["report", trained, "--without-explanations", *root, "--out", str(place / "report")], 6),
+            "report": (["report", trained, "--without-explanations", "--out", str(place / "report")], 6),
             "export": (["export", trained, *root, "--no-int8", "--out", str(place / "bundle")], 5),
             "suite": (["suite", str(tmp_path / "suite.yaml"), "--out", str(place / "suite")], 2),
         }

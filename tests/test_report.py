@@ -372,8 +372,14 @@ def copied(run: Run, path: Path, **changes: dict[str, Any]) -> Run:
     copy = Run(Path(shutil.copytree(run.path, path)))
     recipe = yaml.safe_load((path / "recipe.yaml").read_text())
     write_json(copy.metrics_file, {**read_json(copy.metrics_file), **changes.pop("metrics", {})})
-    changed = {name: {**recipe[name], **values} for name, values in changes.items()}
-    write_yaml(path / "recipe.yaml", {**recipe, **changed})
+    changed = {**recipe, **{name: {**recipe[name], **values} for name, values in changes.items()}}
+    write_yaml(path / "recipe.yaml", changed)
+    # Trained as the recipe says.
+    model = read_json(path / "model.json")
+    model["architecture"]["section"] |= changes.get("model", {})
+    model["metadata"]["section"] = changed["metadata"]
+    model["dataset"]["name"] = changed["data"]["dataset"]
+    write_json(path / "model.json", model)
     return copy
 
 

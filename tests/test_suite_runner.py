@@ -2,6 +2,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -151,6 +152,15 @@ def test_the_next_call_skips_the_finished_and_tries_the_failed(mixed: Suite, fir
     assert logs == [1, 2]
 
 
+def test_a_run_whose_files_are_damaged_isn_t_finished(mixed: Suite, first: tuple[Path, Outcome]) -> None:
+    run = Run(first[0] / "runs" / run_of("last"))
+    before = run.metrics
+    run.metrics_file.write_text(run.metrics_file.read_text()[:300])
+    outcome = run_suite(mixed, first[0])
+    assert (outcome.skipped, outcome.finished) == (1, [run_of("last")])
+    assert run.metrics == before
+
+
 def test_another_suite_in_the_folder_is_refused(mixed: Suite, first: tuple[Path, Outcome], tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"grid\.0\.set\.training\.epochs: 1 there, 2 now"):
         run_suite(override(mixed, {"training.epochs": 2}), first[0])
@@ -291,3 +301,14 @@ def test_too_few_cpus_and_a_missing_ray_are_clear_errors(
     pytest.importorskip("ray", reason="Ray isn't installed (extra `scale`)")
     with pytest.raises(RunError, match="give fewer --cores"):
         run_suite(suite, tmp_path / "out", ray_address="local", cores=10_000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_address_at_which_nobody_answers_is_an_error_in_time(scheme: str) -> None:
+    pytest.importorskip("ray", reason="Ray isn't installed (extra `scale`)")
+    program = "import sys; from dualrefnet import cluster; cluster.PATIENCE = 2; cluster.connect(sys.argv[1])"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"{scheme}127.0.0.1:{silent.getsockname()[1]}"
+        result = subprocess.run([sys.executable, "-c", program, address], capture_output=True, text=True, timeout=60)
+    assert f"RunError: no Ray cluster answers at {address} within 2 seconds" in result.stderr

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import dualrefnet
 from dualrefnet.analysis.evaluate import evaluate_run
 from dualrefnet.errors import RunError, SplitError
-from dualrefnet.files import write_tensors, write_yaml
+from dualrefnet.files import write_json, write_tensors, write_yaml
 from dualrefnet.models.base import Method
 from dualrefnet.models.registry import new_model
 from dualrefnet.recipe import Recipe, load_recipe
@@ -275,9 +275,11 @@ def test_parameters_that_give_no_numbers_are_no_answer(tiny_run: Run, tmp_path: 
     tensors = load_file(run.weights_file)
     huge = torch.full_like(tensors["head.classifier.weight"], 3e38)
     write_tensors(run.weights_file, {**tensors, "head.classifier.weight": huge})
+    made = run.path / "fingerprint.json"
+    write_json(made, {key: value for key, value in run.fingerprint.items() if key != "model_sha256"})
     with pytest.raises(RunError, match="no finite numbers"):
         evaluate_run(run)
-    damaged = {"model.safetensors": run.weights_file.read_bytes()}
+    damaged = {"model.safetensors": run.weights_file.read_bytes(), "fingerprint.json": made.read_bytes()}
     assert contents(run) == contents(tiny_run) | damaged, "and nothing was written"
 
 
