@@ -13,14 +13,8 @@ PAD_TRAIN = torch.tensor([486, 563, 35, 163, 128, 157])  # ACK BCC MEL NEV SCC S
 
 
 def test_class_weights_are_those_of_the_published_code_on_table_1() -> None:
-    assert [round(float(w), 3) for w in class_weights(PAD_TRAIN, "inverse")] == [
-        3.152,
-        2.721,
-        43.771,
-        9.399,
-        11.969,
-        9.758,
-    ]
+    expected = [3.152, 2.721, 43.771, 9.399, 11.969, 9.758]
+    assert class_weights(PAD_TRAIN, "inverse").tolist() == pytest.approx(expected, abs=5e-4)
     assert class_weights(torch.tensor([3, 0]), "inverse").tolist() == [1.0, 0.0]
     assert class_weights(PAD_TRAIN, "none").tolist() == [1.0] * 6
 

@@ -109,13 +109,7 @@ def test_nothing_is_computed_where_nothing_is_rebuilt(recipe: Recipe, overrides:
 def test_input_and_stored_target_show_the_same_crop(recipe: Recipe, tmp_path: Path) -> None:
     """A picture whose target is itself, enlarged: after augmentation the halved target must still be the input."""
     quiet = load_recipe(
-        recipe,
-        {
-            "augmentation.brightness": 0,
-            "augmentation.contrast": 0,
-            "augmentation.saturation": 0,
-            "augmentation.noise": 0,
-        },
+        recipe, {f"augmentation.{name}": 0 for name in ("brightness", "contrast", "saturation", "noise")}
     )
     model, _, _ = new_model(quiet, 5, 6)
     neutral = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))

@@ -155,23 +155,8 @@ def test_two_processes_train_one_model(recipe_file: str, tmp_path: Path) -> None
         port = str(free.getsockname()[1])
     # accelerate's --cpu starts several processes through MPI only; --multi_gpu starts them itself, and on CPUs they use
     # gloo.
-    launcher = (
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        port,
-        "-m",
-        "dualrefnet",
-    )
+    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    launcher = ("-m", "accelerate.commands.launch", *options.split(), "--main_process_port", port, "-m", "dualrefnet")
     process = command("train", recipe_file, "--out", str(tmp_path / "run"), launcher=launcher)
     output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output
