@@ -334,8 +334,7 @@ def test_runs_that_nobody_could_use_are_refused(tiny_run: Run, tmp_path: Path) -
     copy = tmp_path / "run"
     shutil.copytree(tiny_run.path, copy)
     description = json.loads((copy / "model.json").read_text())
-    description["metadata"]["leaked_classes"] = description["classes"]
-    description["metadata"]["imputer"] = None
+    description["metadata"] |= {"leaked_classes": description["classes"], "imputer": None}
     (copy / "model.json").write_text(json.dumps(description))
     with pytest.raises(RunError, match="from the diagnosis"):
         export_run(Run(copy), tmp_path / "bundle")
