@@ -234,7 +234,7 @@ def test_runs_that_can_not_be_compared_are_refused_in_words(tmp_path: Path) -> N
         "share no test image": run_of(tmp_path / "images", [("x" + row[0], *row[1:]) for row in ROWS], 5),
         "1 of 10 test images have another label": run_of(tmp_path / "labels", relabelled, 5),
         "the same patient": run_of(tmp_path / "patients", regrouped, 5),
-        r"has no predictions\.csv": Run(tmp_path / "nothing"),
+        r"has no split\.csv": Run(tmp_path / "nothing"),
     }.items():
         with pytest.raises(RunError, match=message):
             find_disagreement(a, other)

@@ -61,10 +61,9 @@ SMALL = {
 
 
 def with_test_images(run: Run, folder: Path, chosen: pd.DataFrame) -> Run:
-    changed, split = Run(shutil.copytree(run.path, folder)), run.split
-    write_csv(
-        changed.path / "split.csv", split[(split["split"] != "test") | split["image_id"].isin(chosen["image_id"])]
-    )
+    changed = Run(shutil.copytree(run.path, folder))
+    for name, table in (("split.csv", run.split), ("predictions.csv", run.predictions)):
+        write_csv(folder / name, table[(table["split"] != "test") | table["image_id"].isin(chosen["image_id"])])
     return changed
 
 
