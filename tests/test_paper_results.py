@@ -72,6 +72,13 @@ def test_table_2a_is_reproduced_to_its_two_decimals_by_any_table_of_these_margin
         assert f"{per_class[name][measure]:.2f}" == f"{printed_value(name, measure):.2f}", (name, measure)
 
 
+def test_two_printed_specificities_are_truncated_and_not_rounded() -> None:
+    per_class = metrics_from_confusion(MATRIX, CLASSES)["per_class"]
+    for (name, measure), exact in TRUNCATED.items():
+        assert per_class[name][measure] == pytest.approx(exact)
+        assert int(100 * exact) / 100 == printed_value(name, measure) != round(exact, 2)
+
+
 def test_three_printed_npvs_are_impossible_and_repeat_the_specificity() -> None:
     per_class = metrics_from_confusion(MATRIX, CLASSES)["per_class"]
     for (name, measure), exact in IMPOSSIBLE.items():
