@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dualrefnet.data.images import decode_image
+from dualrefnet.data.decode import decode_image
 from dualrefnet.errors import DataError, ImageError
 from dualrefnet.files import locked, make_folder, read_csv, read_json, sha256_of_json, write_csv, write_json
 from dualrefnet.recipe import ImageSection

@@ -1,4 +1,7 @@
-"""Classify the images of one lesion with the bundle in whose folder this runs. Not a medical device."""
+"""Classify the images of one lesion with the bundle in whose folder this runs. Not a medical device.
+
+Tried on Python 3.9 and 3.11.
+"""
 
 from __future__ import annotations
 
