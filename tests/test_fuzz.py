@@ -219,6 +219,8 @@ def damage_rows(draw: random.Random, rows: list[list[str]]) -> list[list[str]]:
 def write_rows(draw: random.Random, path: Path, rows: Sequence[Sequence[str]]) -> None:
     text = io.StringIO(newline="")
     ends = draw.choice(("\n", "\r\n", "\n", "\n"))
+    # The writer quotes a carriage return only if it is part of the line's end.
+    ends = "\r\n" if any("\r" in cell for row in rows for cell in row) else ends
     csv.writer(text, delimiter=draw.choice((*",,,,,", ";", "\t")), lineterminator=ends).writerows(rows)
     encoding = draw.choice((*["utf-8"] * 5, "utf-8-sig", "utf-16", "latin-1", "cp1252"))
     path.write_bytes(text.getvalue().encode(encoding, errors="replace" if encoding != "utf-8" else "surrogateescape"))

@@ -210,7 +210,7 @@ def test_the_command_serves_with_keys_and_warns_without(tiny_run: Run, tmp_path:
     nothing = command_line(tmp_path, "--workers", "2", "--port", "0")
     failed = subprocess.run(nothing, capture_output=True, text=True, timeout=60)
     assert failed.returncode == 2
-    assert "has no model.json" in failed.stderr
+    assert "isn't a run folder" in failed.stderr
     assert "no worker could start" in failed.stderr
     with running(tmp_path, command=command_line(tiny_run.path, "--host", "0.0.0.0")) as process:
         assert "without an API key" in process.log.read_text()

@@ -169,12 +169,12 @@ def load_model(description: Mapping[str, Any], weights_file: Path) -> Method:
             f"there is no {weights_file}: the run's first epoch isn't over (`dualrefnet train ... --resume`)"
         )
     Run(weights_file.parent).check_weights()
-    architecture = Architecture.model_validate(description["architecture"])
-    section = architecture.section
-    if section.method not in METHODS:
-        raise RunError(f"{weights_file.parent} holds a model of method {section.method!r}, unknown to this version")
-    method = METHODS[section.method].network
     try:
+        architecture = Architecture.model_validate(description["architecture"])
+        section = architecture.section
+        if section.method not in METHODS:
+            raise RunError(f"{weights_file.parent} holds a model of method {section.method!r}, unknown to this version")
+        method = METHODS[section.method].network
         sources = [
             WeightsSource(**{**source, "mean": tuple(source["mean"]), "std": tuple(source["std"])})
             for source in description["weights"]
