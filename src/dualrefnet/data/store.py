@@ -7,7 +7,6 @@ and by one process at a time; an interrupted filling goes on where it stopped.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections import deque
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 
 from dualrefnet.data.decode import decode_image
 from dualrefnet.errors import DataError, ImageError
-from dualrefnet.files import locked, make_folder, read_csv, read_json, sha256_of_json, write_csv, write_json
+from dualrefnet.files import FULL, locked, make_folder, read_csv, read_json, sha256_of_json, write_csv, write_json
 from dualrefnet.recipe import ImageSection
 from dualrefnet.runtime.preprocessing import preprocess
 
@@ -278,7 +277,7 @@ def _fill_once(folder: Path, fill: Callable[[Path], None]) -> None:
         try:
             fill(partial)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in FULL:
                 raise
             kept = "what is done is kept, free some space and run again"
             raise DataError(f"the disk is full: {folder.parent} has no room for the store; {kept}") from error
