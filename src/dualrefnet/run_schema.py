@@ -145,7 +145,15 @@ Calibration = schema(
 
 # What an image encoder started from, and the images that it expects.
 Source = schema(
-    kind=str, description=str, sha256=str | None, mean=Triple, std=Triple, optional={"options": dict[str, Any]}
+    kind=str,
+    description=str,
+    sha256=str | None,
+    mean=Triple,
+    std=Triple,
+    optional={
+        "options": dict[str, Any],
+        "trained_on": several(schema(run=str, dataset=str, licence=str, citation=str, model_sha256=str)),
+    },
 )
 Model = schema(
     format=Literal[2],
@@ -241,9 +249,14 @@ def _check_imputer(imputer: NeuralImputer, spans: list[Span], diagnoses: int) ->
         raise ValueError("metadata.imputer: values don't fit the fields, or aren't finite")
 
 
+# Keys that runs of earlier versions lack, and whose defaults are what those versions did.
+LATER = {"model.init_from", "model.init_parts"}
+LATER |= {f"training.{name}" for name in ("warm_up", "layer_decay", "freeze_stages", "ema")}
+
+
 def check_recipe(recipe: Recipe) -> Recipe:
     """A run's recipe is resolved: a key that isn't there was lost, and its default may be another value."""
-    lost = list(_unset(recipe))
+    lost = [key for key in _unset(recipe) if key not in LATER]
     if lost:
         raise ValueError(f"{len(lost)} keys are missing, the first is {lost[0]}")
     return recipe

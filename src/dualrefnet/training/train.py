@@ -25,6 +25,7 @@ from dualrefnet.progress import note, warn
 from dualrefnet.recipe import Recipe
 from dualrefnet.run import Run, fingerprint, run_lock, start_run, write_split
 from dualrefnet.training.loop import Trainer
+from dualrefnet.training.tracking import Tracker, require_tracker
 
 MODEL_FORMAT = 2
 # In errors of torch: its allocators, oneDNN, C++.
@@ -57,6 +58,7 @@ def train_recipe(
     image stores (None: the user's cache folder); `workers` threads prepare images (None: one a core).
     """
     check_method(recipe)
+    require_tracker(recipe.training.tracker)
     try:
         state = PartialState(cpu=recipe.training.device == "cpu")
     except (ValueError, RuntimeError) as error:
@@ -135,12 +137,15 @@ def _train(
             run.path / "fingerprint.json",
             fingerprint(recipe, dataset, split, sources, target_source, trainer.precision, state.num_processes),
         )
-    trainer.fit(train, val)
-    if state.is_main_process:
-        write_json(run.path / "fingerprint.json", {**run.fingerprint, "model_sha256": sha256_of_file(run.weights_file)})
-        evaluate_run(run, dataset=dataset, cache=cache, device=trainer.device)
-        # Only an unfinished run needs it.
-        run.checkpoint_file.unlink(missing_ok=True)
+    with Tracker(run) as tracker:
+        trainer.fit(train, val, tracker)
+        if state.is_main_process:
+            made = {**run.fingerprint, "model_sha256": sha256_of_file(run.weights_file)}
+            write_json(run.path / "fingerprint.json", made)
+            evaluate_run(run, dataset=dataset, cache=cache, device=trainer.device)
+            tracker.log_result()
+            # Only an unfinished run needs it.
+            run.checkpoint_file.unlink(missing_ok=True)
     state.wait_for_everyone()
     return run
 
