@@ -104,8 +104,8 @@ def test_every_recipe_key_exists_and_takes_the_value(document):
         if match is None or match[2] in ("csv", "json", "yaml", "safetensors", "md", "onnx", "pt2"):
             continue
         assert match[2] in Recipe.model_fields[match[1]].annotation.model_fields, code
-        # fold and rows are only legal beside another key; whole commands are checked below.
-        if match[3] and "DIR" not in match[3] and match[2] not in ("fold", "rows"):
+        # These are only legal beside another key; whole commands are checked below.
+        if match[3] and "DIR" not in match[3] and match[2] not in ("fold", "rows", "allow_leak"):
             load_recipe("pad_ufes_20_m3", parse_overrides([code]))
 
 

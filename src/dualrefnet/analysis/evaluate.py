@@ -28,7 +28,7 @@ from dualrefnet.analysis.perturbations import (
 )
 from dualrefnet.data.loader import Examples
 from dualrefnet.data.metadata import EncodedMetadata
-from dualrefnet.data.protocols import leakage
+from dualrefnet.data.protocols import leak_remarks, leakage
 from dualrefnet.data.schema import Dataset
 from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.evaluation.calibration import Calibration, fit_calibration, fit_thresholds, measure_calibrated
@@ -281,10 +281,12 @@ def evaluate_run(
     calibration = fit_calibration(*arrays["val"], classes, malignant, *targets, thresholds, validation.field_effects)
     write_json(run.calibration_file, calibration.to_json())
     labels, _, resampled = arrays["test"]
+    leaks = leak_remarks(opened.split, schema.unit) if recipe.data.allow_leak else []
     metrics = {
         **measured["test"],
         "calibrated": measure_calibrated(calibration, *arrays["test"]),
         "availability": measure_availability(calibration, test.inputs, labels, resampled),
+        "remarks": [*measured["test"]["remarks"], *leaks],
         "split": "test",
         "protocol": recipe.data.protocol,
         "dataset": schema.title,

@@ -41,6 +41,7 @@ PROTOCOLS = {
     "paper": "the split of the paper, in which patients and lesions may be in several splits",
     "grouped": "patient-disjoint (lesion-disjoint where no patients are named)",
     "grouped-cv": "patient-disjoint (lesion-disjoint where no patients are named), one fold of a cross-validation",
+    "own": "the split that its user gave",
 }
 FILES = {
     "model.onnx": "the network, 32-bit",
