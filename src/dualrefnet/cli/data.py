@@ -7,14 +7,11 @@ from typing import Annotated
 
 import typer
 
-from dualrefnet.cli import COLOURS, Workers, app, print_findings, print_table, refuse_without_effect
+from dualrefnet.cli import COLOURS, Description, Workers, app, print_findings, print_table, refuse_without_effect
 
 DatasetName = Annotated[str, typer.Argument(metavar="DATASET", help="pad_ufes_20, isic_2019, sample or csv_table")]
 Root = Annotated[
     Path | None, typer.Option("--root", metavar="DIR", help="The data set's folder; default: in $DUALREFNET_DATA.")
-]
-Description = Annotated[
-    Path | None, typer.Option("--description", metavar="YAML", help="csv_table: its columns; default: dataset.yaml.")
 ]
 Protocol = Annotated[
     str, typer.Option(help="paper (Table 1 to the row; leaks), grouped (patient-disjoint), grouped-cv or own (yours).")

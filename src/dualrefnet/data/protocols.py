@@ -1,8 +1,8 @@
 """Protocols: how the rows of a lesion table become train, validation and test split.
 
 `paper` rebuilds Table 1 of the paper to the row, leaks included. `grouped` and `grouped-cv` keep all rows of one unit
-(`DatasetSchema.unit`: a patient, or a lesion where the data set names no patients) within one split. `own` is what
-the user says.
+(`DatasetSchema.unit`: a patient; a lesion where no patients are named; else a single image) within one split. `own` is
+what the user says.
 """
 
 from __future__ import annotations
@@ -108,6 +108,12 @@ def _own_split(dataset: Dataset, file: Path | str | None) -> pd.Series:
             f"the split of image {ids[others].iloc[0]} is {named[others].iloc[0]!r}, and a split is train, val or "
             f"test; {int(others.sum())} rows have another word"
         )
+    lost = [name for name in SPLITS if not (splits == name).any()]
+    if lost:
+        raise SplitError(
+            f"no row is in {' or '.join(lost)}: training needs train, val (it chooses the epoch and calibrates) and "
+            "test; make one of a part of train"
+        )
     if splits.isna().any():
         note(f"{int(splits.isna().sum()):,} of {len(ids):,} rows are in no split and are left out")
     return splits
@@ -183,8 +189,8 @@ def refuse_crossing(split: pd.DataFrame) -> None:
     crossing = crossing_groups(split)
     if crossing:
         raise SplitError(
-            f"{len(crossing)} patients (groups) are in more than one split, the first: {crossing[0]}; every number "
-            "measured on it would be too good. Only the protocol `paper` may do this, and `own` with "
+            f"{len(crossing)} groups (patients or lesions) are in more than one split, the first: {crossing[0]}; every "
+            "number measured on it would be too good. Only the protocol `paper` may do this, and `own` with "
             "data.allow_leak=true"
         )
 
