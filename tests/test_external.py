@@ -245,8 +245,8 @@ def test_what_cannot_be_an_external_test_is_one_clear_line(
     }
     for arguments, words in expected.items():
         assert words in error_of("evaluate", tiny_run.path, *arguments), arguments
-    (root / "dataset.yaml").write_text((root / "dataset.yaml").read_text().replace("image: img_id", "image: kind"))
-    assert "no image" in error_of("evaluate", tiny_run.path, "--on", root)
+    (root / "dataset.yaml").write_text((root / "dataset.yaml").read_text().replace("images: images", "images: empty"))
+    assert "no image of the" in error_of("evaluate", tiny_run.path, "--on", root)
 
 
 # Several images of one lesion.
