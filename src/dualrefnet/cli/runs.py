@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +24,9 @@ from dualrefnet.cli import (
     print_table,
 )
 from dualrefnet.errors import DualRefNetError
+
+if TYPE_CHECKING:
+    from dualrefnet.run import Run
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe (`recipes`).")]
 Out = Annotated[
@@ -134,6 +137,7 @@ def train(
 
     if PartialState().is_main_process:
         _print_metrics(run.metrics)
+        _print_departures(run)
         typer.echo(f"run folder: {run.path}")
 
 
@@ -144,6 +148,7 @@ def evaluate(run: RunFolder, root: Root = None, cache: Cache = None) -> None:
     from dualrefnet.run import Run
 
     _print_metrics(evaluate_run(Run(run), root, cache=cache))
+    _print_departures(Run(run))
 
 
 @app.command()
@@ -254,6 +259,15 @@ def predict(
         f"{done.classified} rows classified, {done.failed} not, for the reason in their column error{resumed}: {out}"
     )
     raise typer.Exit(2 if done.failed and not done.classified else 0)
+
+
+def _print_departures(run: Run) -> None:
+    from dualrefnet.progress import note
+    from dualrefnet.suite.results import departures, other_experiment
+
+    found = departures(run.recipe, run.split) if run.recipe.data.protocol == "paper" else []
+    if found:
+        note(other_experiment(found))
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:
