@@ -112,6 +112,9 @@ Metrics = schema(
         "calibrated": Calibrated,
         "availability": Availability,
         "out_of_scope": Values,
+        "aggregated": schema(
+            *HEADLINE_MEASURES, by=Literal["lesion", "patient"], images=int, left_out=int, remarks=list[str]
+        ),
         "unit": Unit,
     },
 )
@@ -250,7 +253,7 @@ def _check_imputer(imputer: NeuralImputer, spans: list[Span], diagnoses: int) ->
 
 
 # Keys that runs of earlier versions lack, and whose defaults are what those versions did.
-LATER = {"model.init_from", "model.init_parts"}
+LATER = {"data.split_file", "data.allow_leak", "data.keep", "data.classes", "model.init_from", "model.init_parts"}
 LATER |= {f"training.{name}" for name in ("warm_up", "layer_decay", "freeze_stages", "ema")}
 
 

@@ -214,7 +214,7 @@ class Trainer:
         self.model.to(self.device).to(memory_format=torch.channels_last)
         shares = modality_shares(model, recipe.modality_dropout)
         self.views = ModalityViews(model, list(shares))
-        self.loss = DualRefNetLoss(recipe.loss, counts, shares).to(self.device)
+        self.loss = DualRefNetLoss(recipe.loss, counts, shares, self.accelerator.num_processes).to(self.device)
         self.optimizer = create_optimizer(model, section)
         # Its own decay rises from 0, or the first, random parameters would stay in the average for long.
         self.average = ModelEmaV3(model, decay=section.ema, use_warmup=True) if section.ema is not None else None
