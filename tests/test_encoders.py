@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from dualrefnet.errors import RecipeError, WeightsError
 from dualrefnet.files import sha256_of_file
 from dualrefnet.models import encoders as weights_module
+from dualrefnet.models.backbones import BACKBONES, backbone_spec
 from dualrefnet.models.encoders import (
-    BACKBONES,
     IMAGENET_MEAN,
     WEIGHTS_VARIABLE,
     Encoded,
@@ -22,7 +22,6 @@ from dualrefnet.models.encoders import (
     EncoderOutput,
     WeightsSource,
     available_weights,
-    backbone_spec,
     create_encoder,
     read_tensors,
     resolve_weights,

@@ -32,8 +32,9 @@ from dualrefnet.deploy.network import (
 from dualrefnet.deploy.parity import Cases, predict_cases
 from dualrefnet.errors import DataError, RunError
 from dualrefnet.files import atomic_folder, sha256_of_file
+from dualrefnet.models.backbones import BACKBONES
 from dualrefnet.models.base import Architecture, Method
-from dualrefnet.models.encoders import BACKBONES, Encoder, WeightsSource
+from dualrefnet.models.encoders import Encoder, WeightsSource
 from dualrefnet.models.registry import METHODS, new_model
 from dualrefnet.recipe import ModelSection, Recipe, load_recipe
 from dualrefnet.run import Run

@@ -171,6 +171,13 @@ class ModelSection(Section):
     )
     target_weights: str = Field("auto", description="weights of the network that makes the target: auto, or a file")
 
+    @property
+    def backbones(self) -> tuple[str, ...]:
+        """The image encoders that the method may have, in order: one, or the members of an ensemble."""
+        if self.method != "ensemble":
+            return (self.backbone,)
+        return self.members or (self.backbone,) * 3
+
 
 class LossSection(Section):
     """Equations 4 to 7 and their readings."""

@@ -44,8 +44,9 @@ from dualrefnet.display.figure import (
 from dualrefnet.display.format import interval
 from dualrefnet.errors import DataError, DependencyError, RunError
 from dualrefnet.evaluation.bootstrap import Bootstrap, Estimate, images_of
+from dualrefnet.models.backbones import BACKBONES
 from dualrefnet.models.base import Method
-from dualrefnet.models.encoders import BACKBONES, Encoder
+from dualrefnet.models.encoders import Encoder
 
 try:
     from captum.attr import LayerGradCam

@@ -48,14 +48,11 @@ def split_dataset(
     Raises:
         SplitError: the protocol doesn't exist for the data set, or a class has too few groups to be in every split.
     """
+    check_protocol(dataset, protocol, fold, folds)
     if protocol == "paper":
         splits = _paper_split(dataset)
-    elif protocol in ("grouped", "grouped-cv"):
-        if not 0 <= fold < folds:
-            raise SplitError(f"fold {fold} doesn't exist: there are {folds} folds, counted from 0")
-        splits = _grouped_split(dataset, fold if protocol == "grouped-cv" else 0, folds, seed)
     else:
-        raise SplitError(f"no protocol is called {protocol!r}; there are: {', '.join(PROTOCOLS)}")
+        splits = _grouped_split(dataset, fold if protocol == "grouped-cv" else 0, folds, seed)
     table = dataset.table.assign(patient_id=groups(dataset.table, dataset.schema), split=splits)
     result = table.loc[splits.notna(), list(SPLIT_COLUMNS)].reset_index(drop=True)
     if protocol != "paper":
@@ -63,10 +60,28 @@ def split_dataset(
     return result
 
 
-def _paper_split(dataset: Dataset) -> pd.Series:
-    """Return train / val / test as in Table 1; None for rows that the paper dropped."""
-    from sklearn.model_selection import StratifiedKFold, train_test_split
+def check_protocol(dataset: Dataset, protocol: str = "grouped", fold: int = 0, folds: int = 5) -> None:
+    """Refuse a data set that a protocol can't divide; SplitError says why. Takes no time: nothing is divided."""
+    if protocol not in PROTOCOLS:
+        raise SplitError(f"no protocol is called {protocol!r}; there are: {', '.join(PROTOCOLS)}")
+    if protocol == "paper":
+        _check_published(dataset)
+        return
+    if not 0 <= fold < folds:
+        raise SplitError(f"fold {fold} doesn't exist: there are {folds} folds, counted from 0")
+    table, group, unit = dataset.table, groups(dataset.table, dataset.schema), dataset.schema.unit
+    for label, count in group.groupby(table["label"]).nunique().items():
+        if count < 3:
+            raise SplitError(
+                f"class {label} has {count} {unit}s; train, validation and test that share no {unit} need at least 3: "
+                "add data of this class, or leave the class out of the table"
+            )
+    if min(group.nunique(), table["label"].value_counts().max()) < folds:
+        raise SplitError(f"there are too few {unit}s, or images of any class, for {folds} folds; try fewer folds")
 
+
+def _check_published(dataset: Dataset) -> None:
+    """Refuse whatever isn't the table that the paper divided."""
     table, name, title = dataset.table, dataset.schema.name, dataset.schema.title
     if name not in PUBLISHED_ROWS:
         raise SplitError(f"the paper has no split of {title}; use the protocol grouped or grouped-cv")
@@ -81,8 +96,15 @@ def _paper_split(dataset: Dataset) -> pd.Series:
             f"the rows of {title} aren't in the published order, or ids or labels were changed, and the paper's split "
             "is of row numbers; take the CSV as it was released, or the protocol grouped"
         )
+
+
+def _paper_split(dataset: Dataset) -> pd.Series:
+    """Return train / val / test as in Table 1; None for rows that the paper dropped."""
+    from sklearn.model_selection import StratifiedKFold, train_test_split
+
+    table = dataset.table
     splits = pd.Series("train", index=table.index, dtype=object)
-    if name == "pad_ufes_20":
+    if dataset.schema.name == "pad_ufes_20":
         # The split published with MetaBlock: the sixth of six folds is test; of the rest, the first of five is
         # validation.
         rest, test = list(StratifiedKFold(6, shuffle=True, random_state=8).split(table, table["label"]))[5]
@@ -103,14 +125,6 @@ def _grouped_split(dataset: Dataset, fold: int, folds: int, seed: int) -> pd.Ser
     from sklearn.model_selection import StratifiedGroupKFold
 
     table, group, unit = dataset.table, groups(dataset.table, dataset.schema), dataset.schema.unit
-    for label, count in group.groupby(table["label"]).nunique().items():
-        if count < 3:
-            raise SplitError(
-                f"class {label} has {count} {unit}s; train, validation and test that share no {unit} need at least 3: "
-                "add data of this class, or leave the class out of the table"
-            )
-    if min(group.nunique(), table["label"].value_counts().max()) < folds:
-        raise SplitError(f"there are too few {unit}s, or images of any class, for {folds} folds; try fewer folds")
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         # Classes with fewer images than folds; `missing_classes` tells the user.

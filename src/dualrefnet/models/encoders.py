@@ -29,9 +29,9 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import beit, swin_transformer
 from torch import Tensor, nn
 
-from dualrefnet.errors import RecipeError, WeightsError
+from dualrefnet.errors import WeightsError
 from dualrefnet.files import sha256_of_file
-from dualrefnet.recipe import suggestion
+from dualrefnet.models.backbones import BACKBONES, backbone_spec, check_image_size
 
 WEIGHTS_VARIABLE = "DUALREFNET_WEIGHTS"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -316,45 +316,6 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-@dataclass(frozen=True)
-class BackboneSpec:
-    """One architecture: its name in timm and in tables; `kind`, cnn or transformer (built for one image size); D
-    `features`; millions of parameters without a classifier; `stride`, side of the image / side of the map; whether the
-    vector is the class token, not the mean of the map; and `taps`, which of timm's intermediate maps are given on
-    request: the ends of the last stages before the map (CNNs, Swin), or the blocks after a quarter, a half and three
-    quarters of the network.
-    """
-
-    timm_name: str
-    title: str
-    kind: Literal["cnn", "transformer"]
-    features: int
-    parameters: float
-    stride: int = 32
-    class_token: bool = False
-    taps: tuple[int, ...] = (2, 3, 4)
-
-
-BACKBONES: dict[str, BackboneSpec] = {
-    "vgg13": BackboneSpec("vgg13_bn", "VGG-13", "cnn", 512, 9.4, taps=(1, 2, 3)),
-    "resnet50": BackboneSpec("resnet50", "ResNet-50", "cnn", 2048, 23.5, taps=(1, 2, 3)),
-    "mobilenet_v2": BackboneSpec("mobilenetv2_100", "MobileNet-V2", "cnn", 1280, 2.2),
-    "efficientnet_b4": BackboneSpec("efficientnet_b4", "EfficientNet-B4", "cnn", 1792, 17.5),
-    "densenet121": BackboneSpec("densenet121", "DenseNet-121", "cnn", 1024, 7.0, taps=(1, 2, 3)),
-    "efficientnet_lite0": BackboneSpec("tf_efficientnet_lite0", "EfficientNet-Lite0", "cnn", 1280, 3.4),
-    "efficientnet_lite1": BackboneSpec("tf_efficientnet_lite1", "EfficientNet-Lite1", "cnn", 1280, 4.1),
-    "efficientnet_lite2": BackboneSpec("tf_efficientnet_lite2", "EfficientNet-Lite2", "cnn", 1280, 4.8),
-    "swin_b": BackboneSpec("swin_base_patch4_window7_224", "Swin-B", "transformer", 1024, 86.7, taps=(0, 1, 2)),
-    "vit_b_16": BackboneSpec(
-        "vit_base_patch16_224", "ViT-B/16", "transformer", 768, 85.8, stride=16, class_token=True, taps=(2, 5, 8)
-    ),
-    "convit_b": BackboneSpec(
-        "convit_base", "ConViT-B", "transformer", 768, 85.8, stride=16, class_token=True, taps=(2, 5, 8)
-    ),
-    "beit_b_16": BackboneSpec(
-        "beit_base_patch16_224", "BEiT-B/16", "transformer", 768, 85.8, stride=16, taps=(2, 5, 8)
-    ),
-}
 # timm gives (B, 1 + h w, D) tokens for these, the class token first.
 TOKENS = ("vit_b_16", "convit_b", "beit_b_16")
 
@@ -459,15 +420,6 @@ class Encoder(nn.Module):
         return EncoderOutput(places, self.body.fc_norm(places.mean(dim=(2, 3))), tuple(taps))
 
 
-def backbone_spec(name: str) -> BackboneSpec:
-    """Return the architecture of that paper name; RecipeError: there is none."""
-    if name not in BACKBONES:
-        raise RecipeError(
-            f"no backbone is called {name!r}{suggestion(name, BACKBONES)} (there are: {', '.join(BACKBONES)})"
-        )
-    return BACKBONES[name]
-
-
 def create_encoder(
     name: str, weights: str | WeightsSource = "auto", image_size: int = 224, taps: bool = False, position: int = 0
 ) -> Encoder:
@@ -485,13 +437,7 @@ def create_encoder(
         RecipeError: the name is unknown, or the size isn't legal for it.
         WeightsError: the weights are not available.
     """
-    stride = backbone_spec(name).stride
-    if image_size < stride or image_size % stride:
-        nearest = max(stride, round(image_size / stride) * stride)
-        raise RecipeError(
-            f"{name} takes square images whose side is a multiple of {stride}, not {image_size}; the nearest is "
-            f"{nearest}"
-        )
+    check_image_size(name, image_size)
     source, path = (weights, None) if isinstance(weights, WeightsSource) else resolve_weights(name, weights)
     body = _create_body(name, image_size, source.options)
     if path is not None:

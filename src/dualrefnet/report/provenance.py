@@ -11,8 +11,8 @@ from dualrefnet.data.protocols import split_counts
 from dualrefnet.data.schema import unnamed_patients
 from dualrefnet.display.format import PrintedTable, protocol_name, sentence, text_rows
 from dualrefnet.errors import RunError
+from dualrefnet.models.backbones import BACKBONES
 from dualrefnet.models.base import Architecture
-from dualrefnet.models.encoders import BACKBONES
 from dualrefnet.models.registry import METHODS
 from dualrefnet.recipe import Recipe
 from dualrefnet.run import Run

@@ -13,7 +13,7 @@ from dualrefnet.display.figure import COLOURS, FAINT, INK, PAPER, ReportFigure, 
 from dualrefnet.display.format import MEASURE_NAMES, estimate, number
 from dualrefnet.errors import RunError
 from dualrefnet.evaluation.bootstrap import images_of
-from dualrefnet.models.encoders import BACKBONES
+from dualrefnet.models.backbones import BACKBONES
 from dualrefnet.models.registry import METHODS
 from dualrefnet.suite.grid import Key
 from dualrefnet.suite.results import LABEL_LEAKING, reads_image

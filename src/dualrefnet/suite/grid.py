@@ -232,17 +232,14 @@ def _recipes(suite: Suite, block: Block) -> Iterator[tuple[Recipe, Variant]]:
 def check_names(cells: list[Cell]) -> None:
     """Refuse data sets, methods and backbones that do not exist, before anything is trained."""
     from dualrefnet.data.adapters import ADAPTERS
-    from dualrefnet.models.encoders import backbone_spec
     from dualrefnet.models.registry import check_method
 
     for cell in cells:
-        model, dataset = cell.recipe.model, cell.key.dataset
+        dataset = cell.key.dataset
         try:
             if dataset not in ADAPTERS:
                 raise RecipeError(f"no data set adapter is called {dataset!r}; there are: {', '.join(ADAPTERS)}")
-            if check_method(cell.recipe).reads_image:
-                for backbone in (model.backbone, *model.members):
-                    backbone_spec(backbone)
+            check_method(cell.recipe)
         except RecipeError as error:
             raise RecipeError(f"{cell.name}: {error}") from None
 
@@ -267,7 +264,7 @@ def smoke(suite: Suite, root: Path) -> tuple[Suite, list[str]]:
     Methods and variants stay; data set (the synthetic sample at `root`), recipe, CNNs, size and length become the
     cheapest; folds and seeds the first.
     """
-    from dualrefnet.models.encoders import backbone_spec
+    from dualrefnet.models.backbones import backbone_spec
 
     notes = ["a smoke test: synthetic images, random weights, one epoch; its numbers mean nothing"]
     blocks: dict[tuple[str, str, str], Block] = {}
