@@ -50,8 +50,8 @@ def test_a_run_says_what_it_is(tiny_run: Run, tmp_path: Path) -> None:
     assert "unfinished" in repr(Run(tmp_path))
     page = run.report(tmp_path / "report", explanations=False)
     assert page.parent == tmp_path / "report"
-    with pytest.raises(RunError, match="root="):
-        run.evaluate(root=tmp_path)
+    with pytest.raises(DualRefNetError, match="no folder"):
+        run.evaluate(root="/nowhere")
 
 
 @pytest.mark.parametrize(

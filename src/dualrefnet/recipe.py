@@ -139,7 +139,8 @@ class ModelSection(Section):
 
     method: str = Field("dualrefnet", description="the system; `dualrefnet methods` lists them")
     backbone: str = Field(
-        "mobilenet_v2", description="image encoder, by its paper name; `dualrefnet doctor` lists them"
+        "mobilenet_v2",
+        description="image encoder: the paper's name (`dualrefnet doctor` lists them), or timm:NAME",
     )
     members: tuple[str, ...] = Field(
         (),

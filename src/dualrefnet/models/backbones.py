@@ -1,4 +1,7 @@
-"""The image encoders by name: what a table calls them, and what they give. Nothing here needs torch."""
+"""The image encoders by name: what a table calls them, and what they give. Nothing here needs torch.
+
+The paper's have names of their own; any other network of timm is `timm:NAME`, and examined when it is built.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from typing import Literal
 
 from dualrefnet.errors import RecipeError
 from dualrefnet.recipe import suggestion
+
+TIMM = "timm:"
 
 
 @dataclass(frozen=True)
@@ -54,13 +59,26 @@ def backbone_spec(name: str) -> BackboneSpec:
     """Return the architecture of that paper name; RecipeError: there is none."""
     if name not in BACKBONES:
         raise RecipeError(
-            f"no backbone is called {name!r}{suggestion(name, BACKBONES)} (there are: {', '.join(BACKBONES)})"
+            f"no backbone is called {name!r}{suggestion(name, BACKBONES)} (there are: {', '.join(BACKBONES)}; and any "
+            "encoder of timm as timm:NAME)"
         )
     return BACKBONES[name]
 
 
+def backbone_title(name: str) -> str:
+    """Return what a table calls an encoder."""
+    return BACKBONES[name].title if name in BACKBONES else name.removeprefix(TIMM)
+
+
+def timm_name(name: str) -> str:
+    """Return an encoder's name in timm."""
+    return name.removeprefix(TIMM) if name.startswith(TIMM) else backbone_spec(name).timm_name
+
+
 def check_image_size(name: str, size: int) -> None:
-    """Refuse a side of the images that the encoder can't read."""
+    """Refuse an encoder or a side of the images that can't be; `timm:NAME` is examined when it is built."""
+    if name.startswith(TIMM):
+        return
     stride = backbone_spec(name).stride
     if size < stride or size % stride:
         nearest = max(stride, round(size / stride) * stride)
