@@ -54,6 +54,22 @@ def test_a_run_says_what_it_is(tiny_run: Run, tmp_path: Path) -> None:
         run.evaluate(root="/nowhere")
 
 
+def test_fit_takes_a_column_for_each_class(frame: pd.DataFrame, tmp_path: Path) -> None:
+    names = ["MEL", "NEV", "BCC"]
+    frame = frame[frame["diagnostic"].isin(names)]
+    table = frame.assign(**{name: frame["diagnostic"] == name for name in names})
+    arguments = {"image": "photo", "group": "patient_id", "metadata": ["age"], "malignant": ["MEL", "BCC"]}
+    quick = {"model__method": "metadata_only", "image__size": 32, "training__epochs": 1, "evaluation__bootstrap": 20}
+    run = dualrefnet.fit(table, label=names, out=tmp_path / "run", **arguments, **quick)
+    assert run.model["classes"] == names
+    assert dict(zip(run.split["image_id"] + ".png", run.split["label"], strict=True)) == dict(
+        zip(frame["img_id"], frame["diagnostic"], strict=True)
+    )
+    table.loc[table.index[0], names] = True
+    with pytest.raises(DataError, match="don't have exactly one label"):
+        dualrefnet.fit(table, label=names, out=tmp_path / "wrong", **arguments, **quick)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

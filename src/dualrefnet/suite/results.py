@@ -96,12 +96,12 @@ class System:
         # The recipes of one system differ in name, fold and seed only.
         alike = {"name": "", "description": "", "seed": 0}
         different = {
-            recipe.model_copy(update={**alike, "data": recipe.data.model_copy(update={"fold": 0})})
+            recipe.model_copy(update={**alike, "data": recipe.data.model_copy(update={"fold": 0})}).model_dump_json()
             for recipe in recipes
         }
         flags = {
             LABEL_LEAKING: any(recipe.metadata.imputation == "label_leaking" for recipe in recipes),
-            LEAKING_SPLIT: self.key.protocol == "paper",
+            LEAKING_SPLIT: any(recipe.data.may_leak for recipe in recipes),
             UNGROUPED: self.unit == "image",
             SYNTHETIC: any(run.metrics.get("drawn") for run in self.runs),
             FROZEN: image and any(recipe.training.encoder == "frozen" for recipe in recipes),
