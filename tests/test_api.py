@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 import dualrefnet
-from dualrefnet.errors import DualRefNetError, RunError
+from dualrefnet.errors import DataError, DualRefNetError, RunError
 from dualrefnet.run import Run
 
 

@@ -207,10 +207,11 @@ class TableCases:
 
     def __init__(self, path: Path, predictor: Predictor) -> None:
         """Read the CSV once, to count its rows and to check that all of it can be read."""
-        self._folders, columns = [path.parent], IMAGE_COLUMNS[:1]
+        self._folders = [path.parent]
+        columns: tuple[str, ...] = IMAGE_COLUMNS[:1]
         if (path.parent / DEFAULT_DESCRIPTION).is_file():
             description = read_description(path.parent / DEFAULT_DESCRIPTION)
-            self._folders.append(path.parent / description.images)
+            self._folders += description.image_folders(path.parent)
             columns = (description.image, *columns)
         self._table = MetadataTable(path, [field.name for field in predictor.fields], columns)
         self._reads, self._needs = predictor.reads_image, predictor.needs_image

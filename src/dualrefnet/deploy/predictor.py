@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -160,7 +160,7 @@ class Predictor(BundleMixin, Classifier):
 
             if metadata is not None:
                 raise DataError("the metadata of a DataFrame's cases are its columns")
-            return predict_table(self, image)
+            return predict_table(self, cast("pd.DataFrame", image))
         return self.predict_many([image], [metadata or {}])[0]
 
     def __repr__(self) -> str:

@@ -490,11 +490,12 @@ def _examined(name: str, image_size: int, options: Mapping[str, str]) -> tuple[n
 
     RecipeError: it can't be built for images of that size, or has no last map of a 16th or 32nd of their side.
     """
-    model, arguments = timm_name(name), dict(options)
+    model = timm_name(name)
+    arguments: dict[str, Any] = dict(options)
     config = _timm_config(name)
     transformer = config is not None and config.fixed_input_size
     if transformer:
-        arguments["img_size"] = image_size  # type: ignore[assignment]
+        arguments["img_size"] = image_size
     try:
         body: Any = timm.create_model(model, pretrained=False, num_classes=0, **arguments).eval()
         features = _as_map(body.forward_features(torch.zeros(2, 3, image_size, image_size)), body)
