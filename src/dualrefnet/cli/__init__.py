@@ -17,8 +17,10 @@ import typer
 from dualrefnet.errors import DataError, DualRefNetError
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from dualrefnet.data.check import Finding
-    from dualrefnet.display.format import PrintedTable
+    from dualrefnet.display.format import Cell, PrintedTable
 
 app = typer.Typer(
     name="dualrefnet",
@@ -176,11 +178,19 @@ def print_table(table: PrintedTable) -> None:
         for row in table.rows:
             # A number stands beside its interval, or above it.
             between = {number: " " if width >= columns[number].full else "\n" for number, width in part.items()}
-            shown.add_row(*(f"{row[number].text}{mark}{row[number].small}".strip() for number, mark in between.items()))
+            shown.add_row(*(_cell(row[number], space) for number, space in between.items()))
         console.print(shown)
         console.print()
     for note in table.notes:
         console.print(f"- {note}")
+
+
+def _cell(cell: Cell, space: str) -> Text:
+    from rich.text import Text
+
+    text = Text.assemble((cell.text, "bold" if cell.bold else ""), f"{cell.mark}{space}{cell.small}")
+    text.rstrip()
+    return text
 
 
 class _Column(NamedTuple):
@@ -192,8 +202,10 @@ class _Column(NamedTuple):
     @classmethod
     def of(cls, table: PrintedTable, number: int, room: int) -> _Column:
         name, cells = table.columns[number], [row[number] for row in table.rows]
-        full = max(len(text) for text in (name, *(f"{cell.text} {cell.small}".strip() for cell in cells), " "))
-        words = [word for text in (name, *(cell.text for cell in cells)) for word in text.split()]
+        full = max(
+            len(text) for text in (name, *(f"{cell.text}{cell.mark} {cell.small}".strip() for cell in cells), " ")
+        )
+        words = [word for text in (name, *(cell.text + cell.mark for cell in cells)) for word in text.split()]
         least = max(map(len, [*words, *(cell.small for cell in cells), " "]))
         # What is said at the left is read first, and gets some room.
         return cls(full, max(least, min(full, room // 3)) if number < table.left else least)

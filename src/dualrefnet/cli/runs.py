@@ -30,6 +30,7 @@ from dualrefnet.errors import DualRefNetError
 if TYPE_CHECKING:
     from dualrefnet.deploy.batch import Case
     from dualrefnet.deploy.predictor import Predictor
+    from dualrefnet.run import Run
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe (`recipes`).")]
 Out = Annotated[
@@ -163,6 +164,7 @@ def train(
 
     if PartialState().is_main_process:
         _print_metrics(run.metrics, run.unit)
+        _print_departures(run)
         typer.echo(f"run folder: {run.path}")
 
 
@@ -207,6 +209,7 @@ def evaluate(
         evaluated = Run(run)
         evaluate_run(evaluated, root, cache=cache, device=resolve_device(device), aggregate=aggregate)
         _print_metrics(evaluated.metrics, evaluated.unit)
+        _print_departures(evaluated)
         return
     from dualrefnet.deploy.external import evaluate_external, load_external
     from dualrefnet.display.format import deployed_line
@@ -372,6 +375,15 @@ def _print_prediction(predictor: Predictor, case: Case) -> None:
     for sentence in found.warnings:
         warn(sentence)
     typer.echo("Not a medical device: for research and teaching.")
+
+
+def _print_departures(run: Run) -> None:
+    from dualrefnet.progress import note
+    from dualrefnet.suite.results import departures, other_experiment
+
+    found = departures(run.recipe, run.split) if run.recipe.data.protocol == "paper" else []
+    if found:
+        note(other_experiment(found))
 
 
 def _print_metrics(metrics: dict[str, Any], unit: str) -> None:
