@@ -129,6 +129,7 @@ def test_bad_input_is_one_clear_line(
         ("evaluate", tiny_run.path, "--cache", "/proc/x"): "can't be written",
         ("recipes", "[/x]"): "no recipe file [/x]",
         ("split", "sample", "--root", sample_root, "--fold", "3"): "--fold has no effect",
+        ("predict", tiny_run.path, "--images", image, "--resume"): "--resume has no effect",
         ("report", tiny_run.path, "--without-explanations", "--class", "MEL"): "--class has no effect",
         ("fetch", "pad_ufes_20", "--root", tmp_path / "pad"): "--accept-licence",
         ("export", tiny_run.path, "--out", sample_root): "isn't a bundle",

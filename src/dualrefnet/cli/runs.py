@@ -257,6 +257,7 @@ def probe(
 
 @app.command()
 def predict(
+    context: typer.Context,
     model: ModelFolder,
     out: Annotated[
         Path | None,
@@ -310,6 +311,8 @@ def predict(
     )
     from dualrefnet.progress import progress_bar
 
+    if out is None:
+        refuse_without_effect(context, "without --out", "resume", "batch", "workers", "ray")
     if bool(images) == (table is not None) or (table is not None and metadata is not None):
         raise DualRefNetError("give --images, with --metadata if you have them, or --csv, a table with both")
     folder = ModelFolder(model, device, variant)
