@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 from dualrefnet import Predictor
 from dualrefnet.deploy.card import data_licence
 from dualrefnet.errors import DualRefNetError
-from dualrefnet.models.encoders import trained_on
-from dualrefnet.models.registry import new_model
+from dualrefnet.models.registry import new_model, trained_on
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.report.provenance import provenance_section
 from dualrefnet.run import Run

@@ -253,8 +253,20 @@ def _check_imputer(imputer: NeuralImputer, spans: list[Span], diagnoses: int) ->
 
 
 # Keys that runs of earlier versions lack, and whose defaults are what those versions did.
-LATER = {"data.split_file", "data.allow_leak", "data.keep", "data.classes", "model.init_from", "model.init_parts"}
-LATER |= {f"training.{name}" for name in ("warm_up", "layer_decay", "freeze_stages", "ema")}
+LATER = {
+    "data.split_file",
+    "data.allow_leak",
+    "data.keep",
+    "data.classes",
+    "model.init_from",
+    "model.init_parts",
+    "model.vgg_head",
+    "loss.classification_reduction",
+    "training.ema",
+    "training.freeze_stages",
+    "training.layer_decay",
+    "training.warm_up",
+}
 
 
 def check_recipe(recipe: Recipe) -> Recipe:

@@ -37,7 +37,7 @@ from dualrefnet.deploy.predictor import refuse_shortcut
 from dualrefnet.errors import DataError, RunError
 from dualrefnet.files import atomic_folder, sha256_of_file, write_json, write_text
 from dualrefnet.models.base import Architecture
-from dualrefnet.models.encoders import trained_on
+from dualrefnet.models.registry import trained_on
 from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import ImageSection
 from dualrefnet.run import Run

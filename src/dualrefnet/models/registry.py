@@ -5,13 +5,14 @@ Nothing here needs torch until a model is built, so that a recipe is checked and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dualrefnet.errors import RecipeError, RunError, WeightsError
+from dualrefnet.models.backbones import check_image_size
 from dualrefnet.recipe import Recipe, suggestion
 
 if TYPE_CHECKING:
@@ -109,7 +110,10 @@ METHODS = {
 
 
 def check_method(recipe: Recipe) -> MethodInfo:
-    """Return the method of a recipe; RecipeError: there is none of that name, or it can't work without metadata."""
+    """Return the method of a recipe.
+
+    RecipeError: there is no such method or encoder, it can't read images of that size, or needs metadata.
+    """
     name = recipe.model.method
     if name not in METHODS:
         raise RecipeError(
@@ -117,7 +121,14 @@ def check_method(recipe: Recipe) -> MethodInfo:
         )
     if METHODS[name].needs_metadata and recipe.metadata.tier == "M0":
         raise RecipeError(f"model.method {name} needs metadata: set metadata.tier to M1, M2 or M3, or take no_metadata")
+    for backbone in recipe.model.backbones if METHODS[name].reads_image else ():
+        check_image_size(backbone, recipe.image.size)
     return METHODS[name]
+
+
+def trained_on(weights: Iterable[Mapping[str, Any]]) -> list[Mapping[str, str]]:
+    """Return the records of the runs from which encoders started, each once, from those of their weights."""
+    return list({one["model_sha256"]: one for record in weights for one in record.get("trained_on", ())}.values())
 
 
 def new_model(recipe: Recipe, metadata_width: int, classes: int) -> tuple[Method, Architecture, list[dict[str, Any]]]:
@@ -144,7 +155,7 @@ def new_model(recipe: Recipe, metadata_width: int, classes: int) -> tuple[Method
         missing_image=info.reads_image and reads_metadata and recipe.modality_dropout.image > 0,
     )
     backbones = architecture.backbones if info.reads_image else ()
-    start = None if section.init_from is None else SourceRun.open(recipe, backbones)
+    start = None if section.init_from is None else SourceRun.open(recipe)
     weights: Sequence[str | WeightsSource] = [section.weights] * len(backbones) if start is None else start.sources
     encoders = [
         create_encoder(name, weight, recipe.image.size, method.reads_taps, position)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from dualrefnet.errors import RunError
 from dualrefnet.files import sha256_of_file
 from dualrefnet.models.base import Architecture, Method
-from dualrefnet.models.encoders import BACKBONES, Encoder, WeightsSource, fill_network, read_tensors, some
+from dualrefnet.models.encoders import Encoder, WeightsSource, fill_network, read_tensors, some
 from dualrefnet.progress import note
 from dualrefnet.recipe import ImageSection, Recipe, differences
 from dualrefnet.run import Run
@@ -26,7 +25,7 @@ class SourceRun:
     tensors: dict[str, Tensor]
 
     @classmethod
-    def open(cls, recipe: Recipe, backbones: Sequence[str]) -> SourceRun:
+    def open(cls, recipe: Recipe) -> SourceRun:
         """Open the run of `model.init_from`; RunError: there is none, or its encoders can't be those of the recipe."""
         path = Path(str(recipe.model.init_from)).expanduser()
         run = Run(path)
@@ -40,17 +39,14 @@ class SourceRun:
             )
         run.check_weights()
         about = run.model
-        there = Architecture.model_validate(about["architecture"]).backbones
+        there, backbones = Architecture.model_validate(about["architecture"]).backbones, recipe.model.backbones
         # A method that reads no image records one source that isn't an encoder's.
-        if len(about["weights"]) != len(there) or tuple(backbones) != there or not _reads_image(run):
+        if len(about["weights"]) != len(there) or backbones != there or not _reads_image(run):
             had = "+".join(there) if _reads_image(run) else "no image encoder"
             raise RunError(
                 f"model.init_from: {path} has {had}, and this recipe {'+'.join(backbones)}: "
                 f"set model.backbone (model.members) to what it has, or start from another run"
             )
-        size, transformer = about["architecture"]["image_size"], any(BACKBONES[name].kind != "cnn" for name in there)
-        if transformer and size != recipe.image.size:
-            raise RunError(f"model.init_from: {path} has a transformer for images of {size} px: set image.size={size}")
         # Another size or fit shows the same colours.
         changed = differences(ImageSection.model_validate(about["preprocessing"]["image"]), recipe.image)
         changed = [text for text in changed if not text.startswith(("size:", "fit:"))]
@@ -73,12 +69,13 @@ class SourceRun:
     def fill(self, model: Method, parts: str) -> None:
         """Put the encoders' tensors into a model, and of `parts` all the others that fit by name and shape; say so."""
         state = model.state_dict()
+        complaint = f"model.init_from: {self.path} doesn't fit (transformers are bound to their image.size)"
         taken = 0
         for position, encoder in enumerate(model.encoders):
             assert isinstance(encoder, Encoder)
             prefix = f"encoders.{position}.body."
             own = {name.removeprefix(prefix): value for name, value in self.tensors.items() if name.startswith(prefix)}
-            fill_network(encoder.body, own, f"model.init_from: {self.path} doesn't hold a {encoder.name}")
+            fill_network(encoder.body, own, complaint)
             taken += len(own)
         others = {name: value for name, value in self.tensors.items() if not name.startswith("encoders.")}
         fitting = {
