@@ -192,7 +192,7 @@ class _Probe:
             for probabilities, order in zip(found.get("other_forms", []), orders, strict=True)
         ]
         for name, versions in alone.items():
-            found[name] = predict_without_image(opened, versions)
+            found[name] = predict_without_image(opened, self.examples, versions)
         self.predictions |= {name: found[name] for name in PROBES if found.get(name)}
         return predicted
 

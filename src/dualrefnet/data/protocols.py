@@ -1,7 +1,8 @@
 """Protocols: how the rows of a lesion table become train, validation and test split.
 
 `paper` rebuilds Table 1 of the paper to the row, leaks included. `grouped` and `grouped-cv` keep all rows of one unit
-(`DatasetSchema.unit`: a patient, or a lesion where the data set names no patients) within one split.
+(`DatasetSchema.unit`: a patient, or a lesion where the data set names no patients) within one split. `cross-fitted`
+divides all rows into folds, each of which is the test split of one model.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import pandas as pd
 from dualrefnet.data.schema import Dataset, groups
 from dualrefnet.errors import SplitError
 
-PROTOCOLS = ("paper", "grouped", "grouped-cv")
+PROTOCOLS = ("paper", "grouped", "grouped-cv", "cross-fitted")
 SPLITS = ("train", "val", "test")
 # SHA-256 of the lines `image_id label` as published: the paper's split is of row numbers, so a table in another order
 # would silently give another split.
@@ -24,6 +25,8 @@ PUBLISHED_ROWS = {
     "isic_2019": "fa3757a4bc3bd7d3616c4ae195e12def7d14c1b71a35900436fa15f212658df4",
 }
 SPLIT_COLUMNS = ("image_id", "patient_id", "label", "split")
+# A further column of cross-fitted runs.
+FOLD = "fold"
 
 
 def split_dataset(
@@ -36,28 +39,34 @@ def split_dataset(
 
     Args:
         dataset: the data set.
-        protocol: `paper`, `grouped` (fold 0 of the folds) or `grouped-cv`.
+        protocol: `paper`, `grouped` (fold 0 of the folds), `grouped-cv` or `cross-fitted`.
         fold: which fold is the test split (`grouped-cv`).
         folds: number of folds; the next one is the validation split.
         seed: shuffles the grouped protocols; the paper's have the paper's seeds.
 
     Returns:
         Table `image_id, patient_id, label, split` in the order of the lesion table, without the rows that the protocol
-        drops; `patient_id` holds the group that is kept together (see `dualrefnet.data.schema.groups`).
+        drops; `patient_id` holds the group that is kept together (see `dualrefnet.data.schema.groups`). Of
+        `cross-fitted` all rows are `test`, and the column `fold` says of which model (see `member_split`).
 
     Raises:
         SplitError: the protocol doesn't exist for the data set, or a class has too few groups to be in every split.
     """
+    columns = list(SPLIT_COLUMNS)
+    fold_of = pd.Series(0, index=dataset.table.index)
     if protocol == "paper":
         splits = _paper_split(dataset)
+    elif protocol == "cross-fitted":
+        splits = pd.Series("test", index=dataset.table.index)
+        fold_of, columns = _folds(dataset, folds, seed), [*columns, FOLD]
     elif protocol in ("grouped", "grouped-cv"):
         if not 0 <= fold < folds:
             raise SplitError(f"fold {fold} doesn't exist: there are {folds} folds, counted from 0")
         splits = _grouped_split(dataset, fold if protocol == "grouped-cv" else 0, folds, seed)
     else:
         raise SplitError(f"no protocol is called {protocol!r}; there are: {', '.join(PROTOCOLS)}")
-    table = dataset.table.assign(patient_id=groups(dataset.table, dataset.schema), split=splits)
-    result = table.loc[splits.notna(), list(SPLIT_COLUMNS)].reset_index(drop=True)
+    table = dataset.table.assign(patient_id=groups(dataset.table, dataset.schema), split=splits, fold=fold_of)
+    result = table.loc[splits.notna(), columns].reset_index(drop=True)
     if protocol != "paper":
         refuse_crossing(result)
     return result
@@ -98,8 +107,37 @@ def _paper_split(dataset: Dataset) -> pd.Series:
     return splits
 
 
+def member_split(split: pd.DataFrame, fold: int, chooses: bool) -> pd.DataFrame:
+    """Return the split of the model that is tested on a fold, from the split of a `cross-fitted` run.
+
+    It trains on all other folds and is watched on its own (`val`). One that `chooses` something by validation, such as
+    the epoch, does so on the next fold, and its own stays unseen (`test`).
+    """
+    folds = int(split[FOLD].max()) + 1
+    names = pd.Series("train", index=split.index)
+    names[split[FOLD] == fold] = "test" if chooses else "val"
+    if chooses:
+        names[split[FOLD] == (fold + 1) % folds] = "val"
+    return split.assign(split=names)[list(SPLIT_COLUMNS)]
+
+
 def _grouped_split(dataset: Dataset, fold: int, folds: int, seed: int) -> pd.Series:
     """Return splits that no group crosses; classes are as even as the groups allow."""
+    fold_of = _folds(dataset, folds, seed)
+    splits = pd.Series("train", index=fold_of.index, dtype=object)
+    splits[fold_of == fold] = "test"
+    splits[fold_of == (fold + 1) % folds] = "val"
+    lost = sorted(set(dataset.table["label"]) - set(dataset.table["label"][splits == "train"]))
+    if lost:
+        raise SplitError(
+            f"no training row is left of class {', '.join(lost)}: it has too few {dataset.schema.unit}s for {folds} "
+            "folds; try fewer folds or another split_seed"
+        )
+    return splits
+
+
+def _folds(dataset: Dataset, folds: int, seed: int) -> pd.Series:
+    """Return the fold of every row; no group is in two, and classes are as even as the groups allow."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     table, group, unit = dataset.table, groups(dataset.table, dataset.schema), dataset.schema.unit
@@ -116,40 +154,43 @@ def _grouped_split(dataset: Dataset, fold: int, folds: int, seed: int) -> pd.Ser
         # Classes with fewer images than folds; `missing_classes` tells the user.
         warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
         parts = [test for _, test in splitter.split(table, table["label"], group)]
-    splits = pd.Series("train", index=table.index, dtype=object)
-    splits.iloc[parts[fold]] = "test"
-    splits.iloc[parts[(fold + 1) % folds]] = "val"
-    lost = sorted(set(table["label"]) - set(table["label"][splits == "train"]))
-    if lost:
-        raise SplitError(
-            f"no training row is left of class {', '.join(lost)}: it has too few {unit}s for {folds} folds; "
-            "try fewer folds or another split_seed"
-        )
-    return splits
+    fold_of = pd.Series(0, index=table.index)
+    for fold, part in enumerate(parts):
+        fold_of.iloc[part] = fold
+    return fold_of
 
 
 def refuse_crossing(split: pd.DataFrame) -> None:
-    """Raise a SplitError if a group (column `patient_id`) is in several splits."""
-    crossing = int((split.groupby("patient_id")["split"].nunique() > 1).sum())
+    """Raise a SplitError if a group (column `patient_id`) is in several splits or folds."""
+    sides = FOLD if FOLD in split else "split"
+    crossing = int((split.groupby("patient_id")[sides].nunique() > 1).sum())
     if crossing:
         raise SplitError(
-            f"{crossing} patients (groups) are in more than one split; "
+            f"{crossing} patients (groups) are in more than one {sides}; "
             "every number measured on it would be too good. Only the protocol `paper` may do this"
         )
 
 
+def split_parts(split: pd.DataFrame) -> dict[str, pd.Series]:
+    """Return which rows are in train, val and test, or in each fold."""
+    if FOLD not in split:
+        return {name: split["split"] == name for name in SPLITS}
+    return {f"fold {fold}": split[FOLD] == fold for fold in range(int(split[FOLD].max()) + 1)}
+
+
 def split_counts(split: pd.DataFrame, classes: tuple[str, ...]) -> pd.DataFrame:
-    """Count images: one row a class (and `total`), columns train, val, test."""
-    counts = pd.crosstab(split["label"], split["split"])
-    counts = counts.reindex(index=list(classes), columns=list(SPLITS), fill_value=0)
+    """Count images: one row a class (and `total`), columns train, val, test, or the folds."""
+    counts = pd.DataFrame({name: split.loc[rows, "label"].value_counts() for name, rows in split_parts(split).items()})
+    counts = counts.reindex(index=list(classes)).fillna(0).astype(int)
     counts.loc["total"] = counts.sum()
     return counts
 
 
 def missing_classes(split: pd.DataFrame, classes: tuple[str, ...]) -> list[str]:
-    """Say which classes have no image in the validation or test split: their metrics will be undefined."""
+    """Say which classes have no image in the validation or test split, or a fold: their metrics will be undefined."""
     counts = split_counts(split, classes).drop(index="total")
-    missing = [(label, name) for name in ("val", "test") for label in counts.index[counts[name] == 0]]
+    sides = [name for name in counts if name != "train"]
+    missing = [(label, name) for name in sides for label in counts.index[counts[name] == 0]]
     return [f"class {label} has no image in {name}" for label, name in missing]
 
 
@@ -159,7 +200,8 @@ def leakage(dataset: Dataset, split: pd.DataFrame) -> dict[str, Any]:
     `{"patient": {"train": .493, "train_or_val": .554, "per_class": {"MEL": .78, ...}}, "lesion": ...}`, with validation
     counted as seen in the second; None for what the data set doesn't name.
     """
-    table = split[["image_id", "split"]].merge(dataset.table, on="image_id", how="left", validate="one_to_one")
+    table = split.drop(columns=["patient_id", "label"])
+    table = table.merge(dataset.table, on="image_id", how="left", validate="one_to_one")
     in_test, in_train = table["split"] == "test", table["split"] == "train"
     result: dict[str, Any] = {}
     for name in ("patient", "lesion"):
@@ -167,8 +209,12 @@ def leakage(dataset: Dataset, split: pd.DataFrame) -> dict[str, Any]:
         if ids.isna().all():
             result[name] = None
             continue
-        seen = ids.isin(ids[in_train].dropna())[in_test]
-        seen_or_val = ids.isin(ids[~in_test].dropna())[in_test]
+        if FOLD in table:
+            # The model of a fold has been trained on all others.
+            seen = seen_or_val = table.groupby(f"{name}_id")[FOLD].transform("nunique") > 1
+        else:
+            seen = ids.isin(ids[in_train].dropna())[in_test]
+            seen_or_val = ids.isin(ids[~in_test].dropna())[in_test]
         total = max(len(seen), 1)
         result[name] = {
             "train": float(seen.sum() / total),

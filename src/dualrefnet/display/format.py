@@ -271,6 +271,16 @@ def availability_line(measured: Values) -> str:
     return f"cancers referred: {'; '.join(parts)}" if parts else ""
 
 
+def folds_line(folds: Values) -> str:
+    """Return how much the measures differ between the folds of a cross-fitted run."""
+    names = ("balanced_accuracy", "auc_macro_ovr", "accuracy")
+    parts = [
+        f"{MEASURE_NAMES[name]} {number(folds[name]['mean'], '.3f')} (sd {number(folds[name]['sd'], '.3f')})"
+        for name in names
+    ]
+    return f"mean over {folds['count']} folds: {'; '.join(parts)}"
+
+
 def calibration_line(calibrated: Values) -> str:
     """Return what temperature, conformal sets and referral achieve on the test split."""
     sets, referral = calibrated["conformal"]["marginal"], calibrated["referral"]
