@@ -15,7 +15,7 @@ from dualrefnet.errors import DataError
 from dualrefnet.files import write_text, write_yaml
 from dualrefnet.progress import note
 from dualrefnet.recipe import Recipe, load_recipe
-from dualrefnet.run import Run, refuse_taken
+from dualrefnet.run import CROSS_FITTED, Run, refuse_taken
 from dualrefnet.training.train import train_recipe
 
 
@@ -48,11 +48,12 @@ def fit(
     dataframe: pd.DataFrame,
     *,
     image: str,
-    label: str,
+    label: str | Sequence[str],
     group: str | None = None,
     metadata: Sequence[str] = (),
     malignant: Sequence[str] = (),
     out: str | Path = "runs/fit",
+    folds: int | None = None,
     resume: bool = False,
     **overrides: Any,
 ) -> Run:
@@ -61,11 +62,13 @@ def fit(
     Args:
         dataframe: one row an image.
         image: column with the image's path.
-        label: column with the class.
+        label: column with the class; or several, each called as a class and holding 1 in its rows, else 0.
         group: column that names the patient; a patient's images stay in one split.
         metadata: columns that describe the patient or the lesion; their kinds are guessed from the values.
         malignant: the classes that are cancer, for sensitivity and specificity of "malignant".
         out: the run folder; the table is kept beside it in `<out>-data/`, so that the run can be repeated.
+        folds: cross-fit, 5 is usual: one model a fold of the patients, together an ensemble, so that every patient is
+            tested once, by the model that hasn't seen them; takes as many times as long.
         resume: go on with an unfinished run.
         overrides: of the recipe, such as `training__epochs=3`.
 
@@ -76,7 +79,8 @@ def fit(
         DataError: a column is missing, can't be a feature, or images don't exist.
         DualRefNetError: see the subclasses.
     """
-    out, used = Path(out), (image, label, group, *_names(metadata))
+    labels = [str(name) for name in _names(label)]
+    out, used = Path(out), (image, *labels, group, *_names(metadata))
     table = dataframe.rename(columns=str)
     columns = [str(column) for column in dict.fromkeys(used) if column is not None]
     for column in columns:
@@ -86,7 +90,7 @@ def fit(
         if found > 1:
             raise DataError(f"the table has {found} columns called {column}; rename all but one")
     table = table[columns]
-    image, label, group = str(image), str(label), None if group is None else str(group)
+    image, group = str(image), None if group is None else str(group)
     unnamed = ~table[image].map(lambda path: isinstance(path, str | os.PathLike) and str(path) != "")
     if unnamed.any():
         raise DataError(f"{int(unnamed.sum())} rows of the table name no image in the column {image}")
@@ -100,11 +104,11 @@ def fit(
         title=out.name,
         images=folder,
         image=image,
-        label=label,
+        label=labels[0] if len(labels) == 1 else tuple(labels),
         patient=group,
         malignant=tuple(map(str, _names(malignant))),
         metadata=fields,
-        classes=classes_of(table[label]),
+        classes=classes_of(table[labels[0]]) if len(labels) == 1 else tuple(labels),
     )
     data = out.with_name(out.name + "-data")
     table = table.drop(columns=image).assign(**{image: [os.path.relpath(path, folder) for path in paths]})
@@ -123,7 +127,8 @@ def fit(
         "loss": {"classification": 1.0, "penalty_strength": 0.003, "class_weights": "logit_adjustment"},
         "training": {"epochs": epochs, "selection": "last"},
     }
-    chosen = load_recipe(recipe, {key.replace("__", "."): value for key, value in overrides.items()})
+    changed = {} if folds is None else {"data.protocol": CROSS_FITTED, "data.folds": folds}
+    chosen = load_recipe(recipe, changed | {key.replace("__", "."): value for key, value in overrides.items()})
     apart = f"no {group} in two splits" if group else "images divided one by one, since no group was given"
     note(
         f"{len(description.classes)} classes; {apart}; {chosen.model.backbone} at {chosen.image.size} px, "
@@ -134,4 +139,4 @@ def fit(
 
 def _names(given: Sequence[Any]) -> list[Any]:
     """Return one name or several as a list."""
-    return [given] if isinstance(given, str) else list(given)
+    return [given] if isinstance(given, str | int) else list(given)

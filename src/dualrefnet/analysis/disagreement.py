@@ -170,7 +170,7 @@ def draw_disagreement(
     caption = (
         f"Of {len(found.table)} shared test images, both runs are right on {counts['both_right']}, only {names[0]} on "
         f"{counts['only_a_right']}, only {names[1]} on {counts['only_b_right']}, none on {counts['both_wrong']}. Shown "
-        "are those in which the probabilities of the true class differ most, each {found.unit} once, with Grad-CAM "
+        f"are those in which the probabilities of the true class differ most, each {found.unit} once, with Grad-CAM "
         "of the predicted class and the probability of the true one."
     )
     if any(second is None for _, second in cases):

@@ -34,7 +34,7 @@ from dualrefnet.display.figure import (
 )
 from dualrefnet.display.format import interval, number
 from dualrefnet.errors import RunError
-from dualrefnet.evaluation.bootstrap import Difference, Estimate, group_codes
+from dualrefnet.evaluation.bootstrap import Difference, Estimate, group_codes, images_of
 from dualrefnet.evaluation.comparison import PooledBootstrap
 
 if TYPE_CHECKING:
@@ -133,6 +133,10 @@ def embed(
     """
     examples = opened.examples("test")
     rows = sample_rows(examples.labels, images, seed)
+    if examples.folds is not None:
+        # Features of different members lie in different spaces: those of one, on the fold that it hasn't seen.
+        rows = np.flatnonzero(examples.folds == 0)
+        rows = rows[sample_rows(examples.labels[rows], images, seed)]
     features = _read(opened, opened.run.path.resolve().name, examples, rows, progress)
     return embed_features([features], len(examples), samples, seed)[0]
 
@@ -153,7 +157,14 @@ def compare_embeddings(
     """
     runs = (first, second)
     tested = [opened.examples("test") for opened in runs]
-    both = shared_images(*(_frame(opened, examples) for opened, examples in zip(runs, tested, strict=True)))
+    frames = [_frame(opened, examples) for opened, examples in zip(runs, tested, strict=True)]
+    # Of a cross-fitted run the first fold; see `embed`.
+    both = shared_images(
+        *(
+            frame if examples.folds is None else frame[examples.folds == 0]
+            for frame, examples in zip(frames, tested, strict=True)
+        )
+    )
     codes = np.array([first.classes.index(label) for label in both["label"]])
     chosen = both["image_id"].to_numpy()[sample_rows(codes, images, seed)]
     features = []
@@ -332,7 +343,7 @@ def draw_embedding(a: Embedding, b: Embedding | None = None) -> ReportFigure:
         f"{run.name}: " + ", ".join(f"{MEASURES[name]} {_interval(run, name)}" for name in MEASURES) for run in maps
     )
     caption = (
-        f"Each mark is a test image, {few} {a.images} {which} of {a.separation.groups} {a.unit}s; images near each "
+        f"Each mark is a test image, {few} {images_of(a.images, a.separation.groups, a.unit, which)}; images near each "
         "other have similar fused features, but axes, sizes of clusters and distances between them mean nothing "
         "(t-SNE). The numbers are measured on the features themselves: the silhouette (−1 to 1), and the nearest "
         f"neighbours from other {a.unit}s (chance {1 / len(shown):.2f}). {values}. {_intervals(a)}"
@@ -385,9 +396,10 @@ def draw_separation(comparison: EmbeddingComparison) -> ReportFigure:
         axis.margins(x=0.08)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=1)
     caption = (
-        f"Class separation in the fused features of two runs on the same {len(first.table)} test images of "
-        f"{first.separation.groups} {first.unit}s; further right is better. Grey line: 0 for the silhouette, chance "
-        f"({chance:.2f}) for the neighbours, which are images of other {first.unit}s. {_intervals(first)}"
+        "Class separation in the fused features of two runs on the same "
+        f"{images_of(len(first.table), first.separation.groups, first.unit)}; further right is better. Grey line: 0 "
+        f"for the silhouette, chance ({chance:.2f}) for the neighbours, which are images of other {first.unit}s. "
+        f"{_intervals(first)}"
     )
     alt = " ".join(comparison.sentence(measure) for measure in MEASURES)
     return ReportFigure("separation", "Class separation", caption, alt, figure, pd.DataFrame(rows))

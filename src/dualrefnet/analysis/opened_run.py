@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -36,6 +37,14 @@ from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import Run
 
 Progress = Callable[[int, int], None]
+
+
+class Fit(NamedTuple):
+    """A model, and the rows that it has been trained on and is tested on."""
+
+    train: Examples  # read by that model
+    rows: NDArray[np.int64]  # of `train`
+    tested: NDArray[np.int64]  # of the examples that are tested
 
 
 @dataclass(frozen=True)
@@ -98,11 +107,27 @@ class OpenedRun:
             )
         return patients
 
+    def fits(self, train: Examples, tested: Examples) -> list[Fit]:
+        """Return what is trained on and tested with what: one pair, or of a cross-fitted run one a member."""
+        if tested.folds is None:
+            return [Fit(train, np.arange(len(train)), np.arange(len(tested)))]
+        assert train.folds is not None
+        return [
+            Fit(
+                replace(train, folds=np.full_like(train.folds, fold)),
+                np.flatnonzero(train.folds != fold),
+                np.flatnonzero(tested.folds == fold),
+            )
+            for fold in np.unique(tested.folds)
+        ]
+
     @cached_property
     def _features(self) -> tuple[DerivedStore, ...]:
         if self.store is None or self.recipe.training.encoder != "frozen":
             return ()
-        return fill_features(self.recipe, self.model, self.store, self.device)
+        # Frozen encoders are those of all members.
+        model = self.model.parts[0] if isinstance(self.model, CrossFitted) else self.model
+        return fill_features(self.recipe, model, self.store, self.device)
 
     def images(self, batch: Batch) -> Tensor | None:
         """Return a batch's images (B, 3, S, S) as the model reads them; None if the method reads none."""

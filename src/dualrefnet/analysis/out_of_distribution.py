@@ -7,7 +7,7 @@ vector from those of the training images, over a limit that a known share of the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -149,16 +149,13 @@ def fit_run(opened: OpenedRun, validation: NDArray[np.float32], test: NDArray[np
     images that each member hasn't been trained on.
     """
     examples, seed = opened.examples("train"), opened.recipe.seed
-    folds = np.zeros(len(examples), dtype=np.int64) if examples.folds is None else examples.folds
     members = []
     with progress_bar("out-of-distribution score") as show:
-        for fold in range(int(folds.max()) + 1):
-            rows = np.arange(len(folds)) if examples.folds is None else np.flatnonzero(folds != fold)
+        for fit in opened.fits(examples, opened.examples("val")):
+            rows = fit.rows
             if len(rows) > AT_MOST:
                 rows = np.sort(np.random.default_rng(seed).choice(rows, AT_MOST, replace=False))
-            reader = examples if examples.folds is None else replace(examples, folds=np.full_like(folds, fold))
-            held_out = validation if examples.folds is None else validation[folds == fold]
-            members.append((opened.vectors(reader, rows, show), held_out))
+            members.append((opened.vectors(fit.train, rows, show), validation[fit.tested]))
     score = fit_scores(members)
     save_score(score, opened.run.out_of_scope_file)
     flagged = score_rows(score, test, examples.folds) > 1

@@ -48,7 +48,7 @@ from dualrefnet.display.figure import (
 )
 from dualrefnet.display.format import MEASURE_NAMES, Cell, PrintedTable, interval, sentence
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.bootstrap import Bootstrap, Estimate, percentile_interval
+from dualrefnet.evaluation.bootstrap import Bootstrap, Estimate, images_of, percentile_interval
 from dualrefnet.evaluation.comparison import PooledBootstrap, pooled_bootstrap
 from dualrefnet.progress import progress_bar
 
@@ -249,25 +249,34 @@ class _Probe:
     def fit_baselines(self, predicted: Predictions) -> int:
         """Fit the regressions on the training split, and return how many images were read for that."""
         opened, train, read = self.opened, self.opened.image_examples("train"), 0
-        inputs: dict[str, tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]] = {}
+        inputs: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
         if opened.reads_metadata:
-            inputs["trained_form"] = (*with_missing_indicators(train.metadata, self.examples.metadata), train.labels)
+            inputs["trained_form"] = with_missing_indicators(train.metadata, self.examples.metadata)
         if self.incomplete:
             both = (find_missing(opened.rows(split), opened.metadata) for split in ("train", "test"))
             first, second = (np.concatenate(missing, axis=1).astype(np.float32) for missing in both)
-            inputs["trained_gaps"] = (first, second, train.labels)
-        if opened.model.reads_image:
-            places = sample_rows(train.labels, TRAIN_IMAGES, self.seed)
-            read = len(places)
-            with progress_bar("training images") as show:
-                vectors = opened.vectors(train, places, show)
-            inputs["trained_photograph"] = (vectors, predicted.vectors, train.labels[places])
+            inputs["trained_gaps"] = (first, second)
+        names = [*inputs, *(["trained_photograph"] if opened.model.reads_image else [])]
+        found = {name: np.zeros((len(self.examples), len(opened.classes))) for name in names}
+        for fit in opened.fits(train, self.examples):
+            for name, (features, test) in inputs.items():
+                found[name][fit.tested] = fit_baseline(
+                    features[fit.rows], train.labels[fit.rows], test[fit.tested], len(opened.classes)
+                )
+            if opened.model.reads_image:
+                places = fit.rows[sample_rows(train.labels[fit.rows], TRAIN_IMAGES, self.seed)]
+                read = max(read, len(places))
+                with progress_bar("training images") as show:
+                    vectors = opened.vectors(fit.train, places, show)
+                found["trained_photograph"][fit.tested] = fit_baseline(
+                    vectors, train.labels[places], predicted.vectors[fit.tested], len(opened.classes)
+                )
+        if read:
             self.remarks.append(
                 f"the image features were learned on the same {read} training images as their regression, which may "
                 "trust them too much"
             )
-        for name, (features, test, labels) in inputs.items():
-            self.predictions[name] = [fit_baseline(features, labels, test, len(opened.classes))]
+        self.predictions |= {name: [probabilities] for name, probabilities in found.items()}
         return read
 
     def _permute(self, groups: NDArray[np.object_], stream: int) -> list[NDArray[np.int64]]:
@@ -363,7 +372,7 @@ def shortcut_table(shortcuts: Shortcuts) -> PrintedTable:
     columns = ["input", "balanced accuracy", "share of gain", "macro AUC"]
     columns += [*(["malignant AUC"] if cancer else []), "baseline"]
     full, outlined = values[FULL, BALANCED], values.get((FULL_OUTLINED, BALANCED))
-    sizes = f"{full['images']:,} test images of {full['patients']:,} {shortcuts.unit}s"
+    sizes = images_of(full["images"], full["patients"], shortcuts.unit)
     sizes += f", {outlined['images']:,} of them with an outline of the lesion" if outlined else ""
     notes = [
         f"Chance: balanced accuracy {full['chance']:.3f}, AUC 0.5. Share of gain: of the full model's gain in balanced "
@@ -454,10 +463,11 @@ def draw_shortcuts(shortcuts: Shortcuts) -> ReportFigure:
     if len(baselines):
         handles.append(Line2D([], [], linestyle="", markerfacecolor=PAPER, label="baseline", **hollow))
     figure.legend(handles=handles, loc="outside lower center", ncols=4, handletextpad=0.3, columnspacing=1)
+    sizes = images_of(drawn["images"].iloc[0], drawn["patients"].iloc[0], unit)
     caption = (
-        f"Trained model on {drawn['images'].iloc[0]:,} test images of {drawn['patients'].iloc[0]:,} {unit}s with parts "
-        f"of the input removed or permuted across {unit}s (mean of {shortcuts.permutations}); lines: 95% intervals "
-        f"from {shortcuts.samples:,} resamples of the {unit}s (seed {shortcuts.seed})."
+        f"Trained model on {sizes} with parts of the input removed or permuted across {unit}s (mean of "
+        f"{shortcuts.permutations}); lines: 95% intervals from {shortcuts.samples:,} resamples of the {unit}s (seed "
+        f"{shortcuts.seed})."
     )
     if len(baselines):
         caption += " Hollow diamonds: a logistic regression that was trained on that input alone."

@@ -88,8 +88,8 @@ def run_suite(
                     continue
                 _record(out, outcome, event.run, event.failure)
                 if event.failure is None and not keep_models:
-                    run = Run(out / "runs" / event.run)
-                    for one in run.members or [run]:
+                    trained = Run(out / "runs" / event.run)
+                    for one in trained.members or [trained]:
                         one.weights_file.unlink(missing_ok=True)
                 done = outcome.skipped + len(outcome.finished) + len(outcome.failed)
                 show(done, outcome.total)
@@ -168,7 +168,9 @@ def _count_splits(out: Path, suite: Suite) -> None:
 
     for split in suite.splits:
         data = split.recipe.data
-        rows = split_dataset(read_dataset(split.recipe), data.protocol, data.fold, data.folds, data.split_seed)
+        rows = split_dataset(
+            read_dataset(split.recipe), data.protocol, data.fold, data.folds, data.split_seed, data.split_file
+        )
         write_csv(out / "splits" / f"{data.dataset}-{data.protocol}.csv", rows)
 
 
@@ -183,7 +185,7 @@ def _fill_stores(recipes: dict[str, Recipe], cache: Path | None) -> dict[str, Fa
     for run, recipe in recipes.items():
         if recipe.data.rows == "all":
             continue
-        source = recipe.data.model_dump_json(include={"dataset", "root", "description"})
+        source = recipe.data.model_dump_json(include={"dataset", "root", "description", "keep", "classes"})
         key = f"{source} {recipe.image.model_dump_json()} {stored_size(recipe)}"
         if key not in stores:
             stores[key] = None
