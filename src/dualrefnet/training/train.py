@@ -14,19 +14,20 @@ from accelerate import PartialState
 import dualrefnet
 from dualrefnet.analysis.evaluate import evaluate_run
 from dualrefnet.data.loader import fill_recipe_store, make_examples, read_dataset, recipe_split, split_rows
-from dualrefnet.data.metadata import MetadataEncoder, missingness_warning
+from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.protocols import member_split
 from dualrefnet.data.schema import Dataset, DatasetSchema
 from dualrefnet.data.store import ImageStore
 from dualrefnet.errors import RunError
 from dualrefnet.files import make_folder, sha256_of_file, sha256_of_json, write_csv, write_json
 from dualrefnet.models.base import Architecture, Method
+from dualrefnet.models.encoders import resolve_weights
 from dualrefnet.models.inference import fill_features
 from dualrefnet.models.registry import METHODS, check_method, new_model
 from dualrefnet.models.superresolution import fill_targets
 from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import Recipe, load_recipe
-from dualrefnet.run import CROSS_FITTED, MEMBERS, Run, fingerprint, run_lock, start_run, write_split
+from dualrefnet.run import CROSS_FITTED, MEMBERS, Run, fingerprint, refuse_taken, run_lock, start_run, write_split
 from dualrefnet.training.loop import Trainer
 from dualrefnet.training.workers import Job, available_cores, work
 
@@ -69,12 +70,15 @@ def train_recipe(
     workers: int | None = None,
     jobs: int = 1,
     ray_address: str | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Run:
     """Train and evaluate a checked recipe into the folder `out`; return the finished run.
 
-    `resume` goes on with an unfinished run in `out`, and returns a finished one as it is. `cache` is the folder of the
-    image stores (None: the user's cache folder); `workers` threads prepare images (None: one a core). Of a cross-fitted
-    run `jobs` members are trained at the same time, or those for which a Ray cluster has room.
+    `resume` goes on with an unfinished run in `out`, and returns a finished one as it is; `overwrite` replaces either.
+    `cache` is the folder of the image stores (None: the user's cache folder); `workers` threads prepare images (None:
+    one a core). Of a cross-fitted run `jobs` members are trained at the same time, or those for which a Ray cluster has
+    room.
     """
     check_method(recipe)
     try:
@@ -83,10 +87,14 @@ def train_recipe(
         reason = str(error).splitlines()[0]
         fix = "start several processes with `accelerate launch`, or unset LOCAL_RANK"
         raise RunError(f"the processes of this training don't find each other ({reason}); {fix}") from None
+    if state.is_main_process:
+        refuse_taken(out, resume, overwrite)
+    if not (resume and Run(out).finished):
+        _check_machine(recipe, state)
     with run_lock(out) if state.is_main_process else nullcontext():
         # Several processes: the first one prepares files, the others wait and then find them.
         with state.main_process_first():
-            run = start_run(out, recipe, resume or not state.is_main_process)
+            run = start_run(out, recipe, resume, overwrite) if state.is_main_process else Run(out)
             if run.finished and resume and _mend(run, cache, state.device):
                 return run
             prepared = _prepare(run, cache, workers, state.is_main_process)
@@ -100,6 +108,19 @@ def train_recipe(
             run.checkpoint_file.unlink(missing_ok=True)
         state.wait_for_everyone()
         return run
+
+
+def _check_machine(recipe: Recipe, state: PartialState) -> None:
+    """Refuse a device or weights that aren't here, before a folder is made and an image is read."""
+    device = recipe.training.device
+    if device not in ("auto", "cpu", state.device.type):
+        raise RunError(
+            f"training.device is {device}, and this machine offers {state.device.type}; use training.device=auto"
+        )
+    if METHODS[recipe.model.method].reads_image:
+        with state.main_process_first():
+            for backbone in dict.fromkeys(recipe.model.backbones):
+                resolve_weights(backbone, recipe.model.weights)
 
 
 def train_member(run: Run, fold: int, cache: Path | None = None, workers: int | None = None) -> None:
@@ -141,13 +162,8 @@ def _prepare(run: Run, cache: Path | None, workers: int | None, shown: bool) -> 
     if not method.reads_image:
         # The rows are those of the image methods, so that the numbers can be compared; the pixels aren't read.
         store = None
-    rows = split_rows(dataset, split, "train")
     # The members of a cross-fitted run share one encoder of the metadata, which has seen all rows, but no label.
-    encoder = MetadataEncoder.fit(rows, dataset.schema, recipe.metadata, recipe.seed)
-    if shown and method.reads_metadata:
-        telling = missingness_warning(encoder, rows, dataset.schema)
-        if telling is not None:
-            warn(telling)
+    encoder = MetadataEncoder.fit(split_rows(dataset, split, "train"), dataset.schema, recipe.metadata, recipe.seed)
     if (
         shown
         and recipe.modality_dropout.enabled
