@@ -51,14 +51,15 @@ def _findings(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
 
 
 def check_recipe(recipe: Recipe) -> Dataset:
-    """Refuse a recipe whose method, weights or data aren't there; return the data set."""
+    """Refuse a recipe whose method, weights or data aren't there; return the data set, with all of its classes."""
     method, weights, data = check_method(recipe), recipe.model.weights, recipe.data
     if method.reads_image and weights not in ("auto", "hub", "none") and not Path(weights).expanduser().is_file():
         raise WeightsError(f"there is no weights file {weights}; give a file, or auto, hub or none (from scratch)")
-    dataset = load_dataset(data.dataset, data.root, data.description).of_task(data.keep, data.classes)
+    whole = load_dataset(data.dataset, data.root, data.description)
+    dataset = whole.of_task(data.keep, data.classes)
     if (method.reads_image or data.rows == "with_image") and len(dataset.with_image) == 0:
         raise DataError(f"{dataset.no_image}; `dualrefnet check {data.dataset}` says more")
     if len(dataset.schema.classes) < 2:
         raise DataError(f"{dataset.schema.title} has one class, {dataset.schema.classes[0]}, and nothing to learn")
     check_protocol(dataset, data.protocol, data.fold, data.folds, data.split_file)
-    return dataset
+    return whole
