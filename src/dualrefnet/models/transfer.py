@@ -32,7 +32,11 @@ class SourceRun:
         if not (path / "recipe.yaml").is_file():
             kind = "is a bundle, and training goes on from a run" if (path / "bundle.json").is_file() else "isn't a run"
             raise RunError(f"model.init_from: {path} {kind}; name the folder that `dualrefnet train` wrote")
-        if not run.weights_file.is_file() or not run.finished:
+        if run.members:
+            raise RunError(
+                f"model.init_from: {path} is several models; name one of them, such as {run.members[0].path}"
+            )
+        if not run.weights_file.is_file() or not (run.finished or run.trained):
             raise RunError(
                 f"model.init_from: {path} holds no trained model: its training isn't over, or its parameters were "
                 "removed"
