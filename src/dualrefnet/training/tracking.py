@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 from PIL import Image
 
 from dualrefnet.errors import DependencyError, RunError
@@ -34,7 +36,7 @@ START = {
 
 def require_tracker(name: str) -> None:
     """Refuse a tracker that isn't installed, before anything is computed."""
-    if name != "none" and find_spec(name) is None:
+    if name != "none" and LoggerType(name) not in get_available_trackers():
         extra = " (extra `track`)" if name == "tensorboard" else ""
         raise DependencyError(
             f"training.tracker={name} needs {name}{extra}: pip install {name}, or train with training.tracker=none"
