@@ -255,6 +255,8 @@ LATER = {
     "data.classes",
     "model.vgg_head",
     "loss.classification_reduction",
+    "loss.teacher",
+    "loss.teacher_share",
 }
 
 
