@@ -167,6 +167,7 @@ Model = schema(
     preprocessing=schema(image=ImageSection, mean=Triple, std=Triple),
     metadata=dict[str, Any],
     weights=Annotated[several(Source), Field(min_length=1)],
+    optional={"cost": schema(parameters=int, multiply_adds=int)},
 )
 
 Fingerprint = schema(

@@ -24,6 +24,7 @@ from dualrefnet.models.superresolution import fill_targets
 from dualrefnet.progress import note, warn
 from dualrefnet.recipe import Recipe
 from dualrefnet.run import Run, fingerprint, run_lock, start_run, write_split
+from dualrefnet.training.cost import prediction_cost
 from dualrefnet.training.loop import Trainer
 
 MODEL_FORMAT = 2
@@ -115,7 +116,8 @@ def _train(
     train = make_examples(dataset, split, "train", encoder, store, features, targets)
     val = make_examples(dataset, split, "val", encoder, store, features)
     if state.is_main_process:
-        write_json(run.path / "model.json", model_description(recipe, architecture, encoder, dataset.schema, sources))
+        description = model_description(recipe, architecture, encoder, dataset.schema, sources)
+        write_json(run.path / "model.json", {**description, "cost": prediction_cost(model, architecture)})
         start = "; ".join(dict.fromkeys(str(source["description"]) for source in sources))
         parameters = sum(parameter.numel() for parameter in model.parameters())
         note(f"{recipe.model.method}: {parameters / 1e6:.2f} M parameters; encoder starts from: {start}")
