@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from dualrefnet.cli import app, reports  # noqa: F401 (the module registers the commands)
 from dualrefnet.errors import RecipeError
-from dualrefnet.models.encoders import BACKBONES
+from dualrefnet.models.backbones import BACKBONES
 from dualrefnet.suite.grid import (
     Block,
     Suite,
@@ -32,7 +32,7 @@ SHIPPED = {
     "figure1e": (12, 11),
     "figure7": (8, 8),
     "ablations": (7, 7),
-    "readings": (19, 19),
+    "readings": (28, 28),
 }
 CNNS = ["vgg13", "resnet50", "efficientnet_b4", "mobilenet_v2", "densenet121"]
 METHODS_3A = ["no_metadata", "concat", "metanet", "metablock", "visual", "auxnet", "dualrefnet"]

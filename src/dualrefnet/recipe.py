@@ -162,7 +162,8 @@ class ModelSection(Section):
 
     method: str = Field("dualrefnet", description="the system; `dualrefnet methods` lists them")
     backbone: str = Field(
-        "mobilenet_v2", description="image encoder, by its paper name; `dualrefnet doctor` lists them"
+        "mobilenet_v2",
+        description="image encoder: the paper's name (`dualrefnet doctor` lists them), or timm:NAME",
     )
     members: tuple[str, ...] = Field(
         (),
@@ -198,6 +199,13 @@ class ModelSection(Section):
         "bilinear", description="x2 image to rebuild: interpolated; native: the real one; or a network's output"
     )
     target_weights: str = Field("auto", description="weights of the network that makes the target: auto, or a file")
+
+    @property
+    def backbones(self) -> tuple[str, ...]:
+        """The image encoders that the method may have, in order: one, or the members of an ensemble."""
+        if self.method != "ensemble":
+            return (self.backbone,)
+        return self.members or (self.backbone,) * 3
 
 
 class LossSection(Section):

@@ -246,7 +246,14 @@ def _check_imputer(imputer: NeuralImputer, spans: list[Span], diagnoses: int) ->
 
 
 # Keys that runs of earlier versions lack, and whose defaults are what those versions did.
-LATER = {"data.split_file", "data.allow_leak", "data.keep", "data.classes"}
+LATER = {
+    "data.split_file",
+    "data.allow_leak",
+    "data.keep",
+    "data.classes",
+    "model.vgg_head",
+    "loss.classification_reduction",
+}
 
 
 def check_recipe(recipe: Recipe) -> Recipe:

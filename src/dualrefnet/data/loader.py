@@ -95,11 +95,11 @@ def read_dataset(recipe: Recipe) -> Dataset:
     dataset = load_dataset(recipe.data.dataset, recipe.data.root, recipe.data.description)
     for message in dataset.warnings:
         warn(message)
+    task = dataset.of_task(recipe.data.keep, recipe.data.classes)
     if recipe.data.keep:
-        rows = len(dataset.table)
-        dataset = dataset.keep_classes(recipe.data.keep)
-        note(f"{rows - len(dataset.table):,} rows of other classes than {', '.join(recipe.data.keep)} are left out")
-    return dataset.group_classes(recipe.data.classes) if recipe.data.classes else dataset
+        left_out = len(dataset.table) - len(task.table)
+        note(f"{left_out:,} rows of other classes than {', '.join(recipe.data.keep)} are left out")
+    return task
 
 
 def recipe_split(recipe: Recipe, dataset: Dataset, store: ImageStore | None) -> pd.DataFrame:

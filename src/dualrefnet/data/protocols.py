@@ -63,16 +63,15 @@ def split_dataset(
         SplitError: the protocol doesn't exist for the data set, a class has too few groups to be in every split, or
             `own` names an unknown image or split, or has a patient in several.
     """
+    check_protocol(dataset, protocol, fold, folds, split_file)
     if protocol == "paper":
         splits = _paper_split(dataset)
-    elif protocol in ("grouped", "grouped-cv"):
-        if not 0 <= fold < folds:
-            raise SplitError(f"fold {fold} doesn't exist: there are {folds} folds, counted from 0")
-        splits = _grouped_split(dataset, fold if protocol == "grouped-cv" else 0, folds, seed)
     elif protocol == "own":
         splits = _own_split(dataset, split_file)
+        if splits.isna().any():
+            note(f"{int(splits.isna().sum()):,} of {len(splits):,} rows are in no split and are left out")
     else:
-        raise SplitError(f"no protocol is called {protocol!r}; there are: {', '.join(PROTOCOLS)}")
+        splits = _grouped_split(dataset, fold if protocol == "grouped-cv" else 0, folds, seed)
     table = dataset.table.assign(patient_id=groups(dataset.table, dataset.schema), split=splits)
     result = table.loc[splits.notna(), list(SPLIT_COLUMNS)].reset_index(drop=True)
     if protocol != "paper" and not (protocol == "own" and allow_leak):
@@ -80,8 +79,37 @@ def split_dataset(
     return result
 
 
+def check_protocol(
+    dataset: Dataset,
+    protocol: str = "grouped",
+    fold: int = 0,
+    folds: int = 5,
+    split_file: Path | str | None = None,
+) -> None:
+    """Refuse a data set that a protocol can't divide; SplitError says why. Takes no time: nothing is divided."""
+    if protocol not in PROTOCOLS:
+        raise SplitError(f"no protocol is called {protocol!r}; there are: {', '.join(PROTOCOLS)}")
+    if protocol == "own":
+        _own_split(dataset, split_file)
+        return
+    if protocol == "paper":
+        _check_published(dataset)
+        return
+    if not 0 <= fold < folds:
+        raise SplitError(f"fold {fold} doesn't exist: there are {folds} folds, counted from 0")
+    table, group, unit = dataset.table, groups(dataset.table, dataset.schema), dataset.schema.unit
+    for label, count in group.groupby(table["label"]).nunique().items():
+        if count < 3:
+            raise SplitError(
+                f"class {label} has {count} {unit}s; train, validation and test that share no {unit} need at least 3: "
+                "add data of this class, or leave the class out of the table"
+            )
+    if min(group.nunique(), table["label"].value_counts().max()) < folds:
+        raise SplitError(f"there are too few {unit}s, or images of any class, for {folds} folds; try fewer folds")
+
+
 def _own_split(dataset: Dataset, file: Path | str | None) -> pd.Series:
-    """Return the splits that the user names; None for rows that are in none, which are counted aloud."""
+    """Return the splits that the user names; None for rows that are in none."""
     ids, title = dataset.table["image_id"], dataset.schema.title
     if file is not None:
         table = read_csv(Path(file))
@@ -114,15 +142,11 @@ def _own_split(dataset: Dataset, file: Path | str | None) -> pd.Series:
             f"no row is in {' or '.join(lost)}: training needs train, val (it chooses the epoch and calibrates) and "
             "test; make one of a part of train"
         )
-    if splits.isna().any():
-        note(f"{int(splits.isna().sum()):,} of {len(ids):,} rows are in no split and are left out")
     return splits
 
 
-def _paper_split(dataset: Dataset) -> pd.Series:
-    """Return train / val / test as in Table 1; None for rows that the paper dropped."""
-    from sklearn.model_selection import StratifiedKFold, train_test_split
-
+def _check_published(dataset: Dataset) -> None:
+    """Refuse whatever isn't the table that the paper divided."""
     table, name, title = dataset.table, dataset.schema.name, dataset.schema.title
     if name not in PUBLISHED_ROWS:
         raise SplitError(f"the paper has no split of {title}; use the protocol grouped or grouped-cv")
@@ -137,8 +161,15 @@ def _paper_split(dataset: Dataset) -> pd.Series:
             f"the rows of {title} aren't in the published order, or ids or labels were changed, and the paper's split "
             "is of row numbers; take the CSV as it was released, or the protocol grouped"
         )
+
+
+def _paper_split(dataset: Dataset) -> pd.Series:
+    """Return train / val / test as in Table 1; None for rows that the paper dropped."""
+    from sklearn.model_selection import StratifiedKFold, train_test_split
+
+    table = dataset.table
     splits = pd.Series("train", index=table.index, dtype=object)
-    if name == "pad_ufes_20":
+    if dataset.schema.name == "pad_ufes_20":
         # The split published with MetaBlock: the sixth of six folds is test; of the rest, the first of five is
         # validation.
         rest, test = list(StratifiedKFold(6, shuffle=True, random_state=8).split(table, table["label"]))[5]
@@ -159,14 +190,6 @@ def _grouped_split(dataset: Dataset, fold: int, folds: int, seed: int) -> pd.Ser
     from sklearn.model_selection import StratifiedGroupKFold
 
     table, group, unit = dataset.table, groups(dataset.table, dataset.schema), dataset.schema.unit
-    for label, count in group.groupby(table["label"]).nunique().items():
-        if count < 3:
-            raise SplitError(
-                f"class {label} has {count} {unit}s; train, validation and test that share no {unit} need at least 3: "
-                "add data of this class, or leave the class out of the table"
-            )
-    if min(group.nunique(), table["label"].value_counts().max()) < folds:
-        raise SplitError(f"there are too few {unit}s, or images of any class, for {folds} folds; try fewer folds")
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         # Classes with fewer images than folds; `missing_classes` tells the user.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dualrefnet.errors import RecipeError, RunError, WeightsError
+from dualrefnet.models.backbones import check_image_size
 from dualrefnet.recipe import Recipe, suggestion
 
 if TYPE_CHECKING:
@@ -109,7 +110,10 @@ METHODS = {
 
 
 def check_method(recipe: Recipe) -> MethodInfo:
-    """Return the method of a recipe; RecipeError: there is none of that name, or it can't work without metadata."""
+    """Return the method of a recipe.
+
+    RecipeError: there is no such method or encoder, it can't read images of that size, or needs metadata.
+    """
     name = recipe.model.method
     if name not in METHODS:
         raise RecipeError(
@@ -117,6 +121,8 @@ def check_method(recipe: Recipe) -> MethodInfo:
         )
     if METHODS[name].needs_metadata and recipe.metadata.tier == "M0":
         raise RecipeError(f"model.method {name} needs metadata: set metadata.tier to M1, M2 or M3, or take no_metadata")
+    for backbone in recipe.model.backbones if METHODS[name].reads_image else ():
+        check_image_size(backbone, recipe.image.size)
     return METHODS[name]
 
 

@@ -11,8 +11,8 @@ from dualrefnet.data.protocols import leak_remarks, split_counts
 from dualrefnet.data.schema import unnamed_patients
 from dualrefnet.display.format import PrintedTable, protocol_name, sentence, text_rows
 from dualrefnet.errors import RunError
+from dualrefnet.models.backbones import backbone_title
 from dualrefnet.models.base import Architecture
-from dualrefnet.models.encoders import BACKBONES
 from dualrefnet.models.registry import METHODS
 from dualrefnet.recipe import Recipe
 from dualrefnet.run import Run
@@ -47,7 +47,7 @@ def run_title(run: Run) -> tuple[str, str]:
     """Return the title of a run's report and the line below it."""
     recipe, description = run.recipe, run.model
     method, architecture = METHODS[recipe.model.method], Architecture.model_validate(description["architecture"])
-    backbones = " + ".join(BACKBONES[name].title for name in architecture.backbones)
+    backbones = " + ".join(backbone_title(name) for name in architecture.backbones)
     metadata = "no metadata" if recipe.metadata.tier == "M0" else f"metadata {recipe.metadata.tier}"
     protocol = protocol_name(recipe.data.protocol, run.unit)
     protocol += f", fold {recipe.data.fold}" if recipe.data.protocol == "grouped-cv" else ""

@@ -13,17 +13,18 @@ from accelerate import PartialState
 import dualrefnet
 from dualrefnet.analysis.evaluate import evaluate_run
 from dualrefnet.data.loader import fill_recipe_store, make_examples, read_dataset, recipe_split, split_rows
-from dualrefnet.data.metadata import MetadataEncoder, missingness_warning
+from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.schema import DatasetSchema
 from dualrefnet.errors import RunError
 from dualrefnet.files import sha256_of_file, write_json
 from dualrefnet.models.base import Architecture
+from dualrefnet.models.encoders import resolve_weights
 from dualrefnet.models.inference import fill_features
 from dualrefnet.models.registry import METHODS, check_method, new_model
 from dualrefnet.models.superresolution import fill_targets
 from dualrefnet.progress import note, warn
 from dualrefnet.recipe import Recipe
-from dualrefnet.run import Run, fingerprint, run_lock, start_run, write_split
+from dualrefnet.run import Run, fingerprint, refuse_taken, run_lock, start_run, write_split
 from dualrefnet.training.cost import prediction_cost
 from dualrefnet.training.loop import Trainer
 
@@ -50,12 +51,19 @@ def enough_memory() -> Iterator[None]:
 
 @enough_memory()
 def train_recipe(
-    recipe: Recipe, out: Path, resume: bool = False, cache: Path | None = None, workers: int | None = None
+    recipe: Recipe,
+    out: Path,
+    resume: bool = False,
+    cache: Path | None = None,
+    workers: int | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Run:
     """Train and evaluate a checked recipe into the folder `out`; return the finished run.
 
-    `resume` goes on with an unfinished run in `out`, and returns a finished one as it is. `cache` is the folder of the
-    image stores (None: the user's cache folder); `workers` threads prepare images (None: one a core).
+    `resume` goes on with an unfinished run in `out`, and returns a finished one as it is; `overwrite` replaces either.
+    `cache` is the folder of the image stores (None: the user's cache folder); `workers` threads prepare images (None:
+    one a core).
     """
     check_method(recipe)
     try:
@@ -64,17 +72,40 @@ def train_recipe(
         reason = str(error).splitlines()[0]
         fix = "start several processes with `accelerate launch`, or unset LOCAL_RANK"
         raise RunError(f"the processes of this training don't find each other ({reason}); {fix}") from None
+    if state.is_main_process:
+        refuse_taken(out, resume, overwrite)
+    if not (resume and Run(out).finished):
+        _check_machine(recipe, state)
     with run_lock(out) if state.is_main_process else nullcontext():
-        return _train(recipe, out, resume, cache, workers, state)
+        return _train(recipe, out, resume, cache, workers, state, overwrite)
+
+
+def _check_machine(recipe: Recipe, state: PartialState) -> None:
+    """Refuse a device or weights that aren't here, before a folder is made and an image is read."""
+    device = recipe.training.device
+    if device not in ("auto", "cpu", state.device.type):
+        raise RunError(
+            f"training.device is {device}, and this machine offers {state.device.type}; use training.device=auto"
+        )
+    if METHODS[recipe.model.method].reads_image:
+        with state.main_process_first():
+            for backbone in dict.fromkeys(recipe.model.backbones):
+                resolve_weights(backbone, recipe.model.weights)
 
 
 def _train(
-    recipe: Recipe, out: Path, resume: bool, cache: Path | None, workers: int | None, state: PartialState
+    recipe: Recipe,
+    out: Path,
+    resume: bool,
+    cache: Path | None,
+    workers: int | None,
+    state: PartialState,
+    overwrite: bool,
 ) -> Run:
     method = METHODS[recipe.model.method]
     # Several processes: the first one prepares files, the others wait and then find them.
     with state.main_process_first():
-        run = start_run(out, recipe, resume or not state.is_main_process)
+        run = start_run(out, recipe, resume, overwrite) if state.is_main_process else Run(out)
         if run.finished and resume:
             damage = run.damage()
             if not damage:
@@ -97,10 +128,6 @@ def _train(
         # The rows are those of the image methods, so that the numbers can be compared; the pixels aren't read.
         store = None
     encoder = MetadataEncoder.fit(split_rows(dataset, split, "train"), dataset.schema, recipe.metadata, recipe.seed)
-    if state.is_main_process and method.reads_metadata:
-        shown = missingness_warning(encoder, split_rows(dataset, split, "train"), dataset.schema)
-        if shown is not None:
-            warn(shown)
     if (
         recipe.modality_dropout.enabled
         and state.is_main_process
