@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from dualrefnet.models.backbones import backbone_spec
 from dualrefnet.models.base import Architecture, Method
-from dualrefnet.models.encoders import backbone_spec
 from dualrefnet.models.registry import METHODS, new_model
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.training.losses import DualRefNetLoss

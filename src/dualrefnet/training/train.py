@@ -136,6 +136,8 @@ def _train(
         note(f"{recipe.model.method} reads one modality: the shares of modality_dropout have no part in its training")
     torch.manual_seed(recipe.seed)
     model, architecture, sources = new_model(recipe, encoder.width, len(dataset.schema.classes))
+    # Before any part of it is moved to a GPU.
+    cost = prediction_cost(model, architecture)
     frozen = recipe.training.encoder == "frozen" and method.reads_image
     with state.main_process_first():
         features = fill_features(recipe, model, store, state.device) if frozen and store is not None else ()
@@ -144,7 +146,7 @@ def _train(
     val = make_examples(dataset, split, "val", encoder, store, features)
     if state.is_main_process:
         description = model_description(recipe, architecture, encoder, dataset.schema, sources)
-        write_json(run.path / "model.json", {**description, "cost": prediction_cost(model, architecture)})
+        write_json(run.path / "model.json", {**description, "cost": cost})
         start = "; ".join(dict.fromkeys(str(source["description"]) for source in sources))
         parameters = sum(parameter.numel() for parameter in model.parameters())
         note(f"{recipe.model.method}: {parameters / 1e6:.2f} M parameters; encoder starts from: {start}")
