@@ -35,4 +35,4 @@ class Concat(Method, name="concat"):
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
         features = torch.cat([self.reducer(images.first.vector), metadata], dim=1)
-        return Output(self.classifier(features), features, None, {})
+        return Output(self.classifier(features), features, features, None, {})

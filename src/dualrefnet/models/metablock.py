@@ -49,4 +49,4 @@ class MetaBlockNet(Method, name="metablock"):
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
         features = self.block(images.first.vector.reshape(len(metadata), -1, GROUP), metadata).flatten(1)
-        return Output(self.classifier(self.dropout(features)), features, None, {})
+        return Output(self.classifier(self.dropout(features)), features, features, None, {})

@@ -39,4 +39,4 @@ class MetaNet(Method, name="metanet"):
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
         gates = self.gate(metadata).repeat_interleave(self.group, dim=1)
         features = images.first.vector * gates
-        return Output(self.classifier(self.dropout(features)), features, None, {})
+        return Output(self.classifier(self.dropout(features)), features, features, None, {})

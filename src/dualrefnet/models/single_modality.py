@@ -22,7 +22,7 @@ class NoMetadata(Method, name="no_metadata"):
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
         features = images.first.vector
-        return Output(self.classifier(self.dropout(features)), features, None, {})
+        return Output(self.classifier(self.dropout(features)), features, features, None, {})
 
 
 class MetadataOnly(Method, name="metadata_only"):
@@ -41,5 +41,4 @@ class MetadataOnly(Method, name="metadata_only"):
         return self.head
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
-        features = self.metadata_network(metadata)
-        return Output(self.head(features), features, None, {})
+        return self.head(self.metadata_network(metadata))  # type: ignore[no-any-return]

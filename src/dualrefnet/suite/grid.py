@@ -78,7 +78,9 @@ class Suite(Section):
     table: str | None = Field(
         None, coerce_numbers_to_str=True, description="the paper's table: 1, 2a, 3a, 3b, 4, text ..."
     )
-    reference: str | None = Field(None, description="the method, or variant, with which the others are compared")
+    reference: str | dict[str, str] | None = Field(
+        None, description="the method, variant or encoder with which the others are compared; or that of each data set"
+    )
     measures: tuple[str, ...] = Field(
         ("accuracy", "balanced_accuracy", "auc_macro_ovr"), description="columns: keys of metrics.json"
     )
@@ -86,6 +88,10 @@ class Suite(Section):
     per_class: bool = Field(False, description="also a table by class")
     splits: tuple[SplitCount, ...] = ()
     grid: tuple[Block, ...] = ()
+
+    def reference_of(self, dataset: str) -> str | None:
+        """Return what the systems of a data set are compared with."""
+        return self.reference.get(dataset) if isinstance(self.reference, dict) else self.reference
 
 
 class Key(NamedTuple):
@@ -267,7 +273,7 @@ def smoke(suite: Suite, root: Path) -> tuple[Suite, list[str]]:
     Methods and variants stay; data set (the synthetic sample at `root`), recipe, CNNs, size and length become the
     cheapest; folds and seeds the first.
     """
-    from dualrefnet.models.encoders import backbone_spec
+    from dualrefnet.models.encoders import BACKBONES, backbone_spec
 
     notes = ["a smoke test: synthetic images, random weights, one epoch; its numbers mean nothing"]
     blocks: dict[tuple[str, str, str], Block] = {}
@@ -292,12 +298,17 @@ def smoke(suite: Suite, root: Path) -> tuple[Suite, list[str]]:
                     variants=(Variant(name=variant.name, set=kept),),
                 ),
             )
+    # One data set is left, and one CNN.
+    reference = next(iter(suite.reference.values())) if isinstance(suite.reference, dict) else suite.reference
+    if reference in BACKBONES and BACKBONES[reference].kind == "cnn":
+        reference = SMOKE_BACKBONE
     splits = (SplitCount(dataset="sample", protocol="grouped", set={"data.root": str(root)}),) if suite.splits else ()
     changed = {
         "name": f"{suite.name}-smoke",
         "title": f"SMOKE TEST ON SYNTHETIC IMAGES: {suite.title}",
         "description": "Synthetic images, random weights, one epoch: a test of the software; the numbers mean nothing.",
         "smoke": True,
+        "reference": reference,
         "splits": splits,
         "grid": tuple(blocks.values()),
     }
