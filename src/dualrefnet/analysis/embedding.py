@@ -126,8 +126,8 @@ class EmbeddingComparison:
 
     def difference(self, measure: str, vector: str) -> Difference:
         """Return how far the first run is above the second by one of `MEASURES`."""
-        names = (_space(run.name, vector) for run in (self.first, self.second))
-        return self.first.separation.difference(*names, measure)
+        first, second = (_space(run.name, vector) for run in (self.first, self.second))
+        return self.first.separation.difference(first, second, measure)
 
     def better(self, measure: str, vector: str) -> str:
         """Return the name of the run that separates the classes better; empty: the interval holds 0."""
@@ -427,7 +427,7 @@ def draw_separation(comparison: EmbeddingComparison) -> ReportFigure:
     places = [(run, vector) for vector in first.vectors for run in runs]
     figure, axes = new_figure(0.4 + len(MEASURES) * (0.4 + 0.17 * len(places)), len(MEASURES))
     chance = 1 / first.table["class"].nunique()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
         if measure not in LESS_IS_BETTER:
             axis.axvline(chance if measure == _KNN else 0, color=FAINT, linewidth=1)
