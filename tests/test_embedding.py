@@ -228,7 +228,9 @@ def test_features_of_a_run_are_what_its_model_classifies(opened: OpenedRun) -> N
     frozen = replace(opened, recipe=load_recipe(opened.recipe, {"training.encoder": "frozen"}))
     assert frozen.examples("test").features
     stored = embed(frozen, samples=20)
-    assert stored.value("silhouette").value == pytest.approx(found.value("silhouette", "fused").value, abs=1e-4)
+    assert stored.value("silhouette", "fused").value == pytest.approx(
+        found.value("silhouette", "fused").value, abs=1e-4
+    )
 
 
 def test_two_runs_are_compared_on_the_images_that_both_tested(opened: OpenedRun, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ VECTORS = {"fused": "fused features", "hidden": "hidden activations"}
 MEASURES = {
     "silhouette": "silhouette (mean over images)",
     "silhouette_balanced": "silhouette (mean over classes)",
-    "within_class_variance": "variance within classes, of all (mean over classes)",
+    "within_class_variance": "variance within classes (less is better)",
     "knn_balanced_accuracy": f"balanced accuracy of the {NEIGHBOURS} nearest neighbours",
 }
 # The smaller it is, the more compact are the classes.
@@ -397,8 +397,10 @@ def draw_embedding(a: Embedding, b: Embedding | None = None) -> ReportFigure:
         "other have similar features, but axes, sizes of clusters and distances between them mean nothing "
         "(t-SNE). The numbers are measured on the vectors themselves: the silhouette (−1 to 1), the variance within "
         f"classes (less is more compact) and the nearest neighbours from other {a.unit}s (chance "
-        f"{1 / len(shown):.2f}). {values}. {_intervals(a)}"
+        f"{1 / len(shown):.2f})."
     )
+    if b is None:
+        caption += f" {values}. {_intervals(a)}"
     if len(vectors) == 1:
         caption += " The network has no hidden layer between the fused features and the scores."
     alt = f"Maps of {a.test_images} test images of {len(shown)} classes. {values}."
@@ -440,7 +442,7 @@ def draw_separation(comparison: EmbeddingComparison) -> ReportFigure:
             axis.plot([found.value], [place], marker, color=colour, markersize=5, markerfacecolor=face, label=label)
             row = {"run": run.name, "vector": vector, "measure": measure}
             rows.append({**row, "value": found.value, "low": found.low, "high": found.high})
-        axis.set_title(title[0].upper() + title[1:] + " (less is better)" * (measure in LESS_IS_BETTER))
+        axis.set_title(title[0].upper() + title[1:])
         axis.set_ylim(len(places) - 0.4, -0.6)
         # The numbers stand where they can't meet a dot.
         axis.yaxis.tick_right()
@@ -452,8 +454,9 @@ def draw_separation(comparison: EmbeddingComparison) -> ReportFigure:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=1)
     caption = (
         f"Class separation of two runs on the same {first.test_images} test images of {first.separation.groups} "
-        f"{first.unit}s; further right is better, but for the variance. Grey line: 0 for the silhouette, chance "
-        f"({chance:.2f}) for the neighbours, which are images of other {first.unit}s. {_intervals(first)}"
+        f"{first.unit}s; further right is better, but for the variance, a share of that of all images. Grey line: 0 "
+        f"for the silhouette, chance ({chance:.2f}) for the neighbours, which are images of other {first.unit}s. "
+        f"{_intervals(first)}"
     )
     each = (f"{row['run']}, {VECTORS[row['vector']]}: {MEASURES[row['measure']]} {row['value']:.3f}" for row in rows)
     return ReportFigure("separation", "Class separation", caption, "; ".join(each), figure, pd.DataFrame(rows))
@@ -466,7 +469,9 @@ def separation_table(comparison: EmbeddingComparison) -> PrintedTable:
     for vector in runs[0].vectors:
         for measure, name in MEASURES.items():
             found = comparison.difference(measure, vector)
-            line = [Cell(VECTORS[vector]), Cell(name), *(Cell(_interval(run, measure, vector)) for run in runs)]
+            found_each = [run.value(measure, vector) for run in runs]
+            line = [Cell(VECTORS[vector]), Cell(name)]
+            line += [Cell.estimate(one.value, one.low, one.high, bounds=".3f") for one in found_each]
             difference = Cell(number(found.value, "+.3f"), interval(found.low, found.high, ".3f"))
             better = comparison.better(measure, vector) or "no clear difference"
             rows.append([*line, difference, Cell(number(found.p)), Cell(better)])

@@ -123,7 +123,7 @@ def write_suite_report(
     sections = [
         _summary_section(found),
         *_figure_section(found),
-        *_pair_sections(found, ReportOptions(photographs=photographs, root=root, cache=cache), samples),
+        *pair_sections(found, ReportOptions(photographs=photographs, root=root, cache=cache), samples),
         *_table_sections(found),
     ]
     # Images that an earlier call showed must not stay where a later one leaves them out.
@@ -267,7 +267,7 @@ def _table_sections(found: SuiteResults) -> Iterator[Section]:
     yield Section("provenance", "Provenance", intro, items, text, folded=True)
 
 
-def _pair_sections(found: SuiteResults, options: ReportOptions, samples: int) -> Iterator[Section]:
+def pair_sections(found: SuiteResults, options: ReportOptions, samples: int) -> Iterator[Section]:
     """Yield the comparison, image by image, of two systems of each data set and protocol."""
     pairs = list(choose_pairs(found))
     datasets = sorted({pair.dataset for pair in pairs})

@@ -193,6 +193,24 @@ def override(suite: Suite, overrides: Mapping[str, Any]) -> Suite:
     return changed
 
 
+def same_training(recipe: Recipe) -> str:
+    """Return what is equal for two recipes that train the same."""
+    return recipe.model_dump_json(exclude={"name", "description"})
+
+
+def prepare(suite: Suite, overrides: Mapping[str, Any], sample: Path | None = None) -> tuple[Suite, list[str]]:
+    """Return a suite with overrides, as a smoke test if there is a folder for its `sample` data, and remarks on what
+    that replaces.
+    """
+    remarks: list[str] = []
+    if sample is not None:
+        suite, remarks = smoke(suite, sample)
+        ignored = [key for key in overrides if key.startswith("data.")]
+        remarks += [f"{key} is ignored: a smoke test has its own data" for key in ignored]
+        overrides = {key: value for key, value in overrides.items() if key not in ignored}
+    return override(suite, overrides), remarks
+
+
 def expand(suite: Suite) -> list[Cell]:
     """Return the cells of a suite, in the order of the file. Cells with equal recipes share a run."""
     cells: dict[str, Cell] = {}
@@ -206,7 +224,7 @@ def expand(suite: Suite) -> list[Cell]:
             if len(name) > LONGEST_NAME:
                 raise RecipeError(f"{suite.name}: {name} is too long for a folder; shorten the name of the variant")
             recipe = recipe.model_copy(update={"name": name})
-            run = runs.setdefault(recipe.model_dump_json(exclude={"name", "description"}), name)
+            run = runs.setdefault(same_training(recipe), name)
             backbone = "+".join(model.members) or model.backbone
             key = Key(data.dataset, data.protocol, model.method, backbone, variant.name)
             cell = Cell(name, run, key, recipe, variant.paper or block.paper)

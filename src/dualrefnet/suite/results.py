@@ -88,6 +88,7 @@ class System:
     paper: Lookup
     pool: Pool | None = None
     problem: str = ""
+    departures: tuple[str, ...] = ()
 
     @property
     def unit(self) -> str:
@@ -391,7 +392,7 @@ def _system_row(system: System, measure: str, drawn: dict[Key, PooledBootstrap],
     values = np.array([flat_measures(run.metrics).get(measure, NAN) for run in runs])
     bootstrap = drawn.get(key)
     pooled = bootstrap.value(key.name, measure) if bootstrap else Estimate(NAN)
-    printed = _reported(system, measure, suite)
+    printed = None if system.departures else printed_value(system, measure, suite)
     encoders = [run.recipe.training.encoder for run in runs] if reads_image(key.method) else ["none"]
     weights = [weights["description"] for run in runs for weights in run.weights]
     return {
@@ -418,7 +419,8 @@ def _system_row(system: System, measure: str, drawn: dict[Key, PooledBootstrap],
     }
 
 
-def _reported(system: System, measure: str, suite: Suite) -> Reported | None:
+def printed_value(system: System, measure: str, suite: Suite) -> Reported | None:
+    """Return the paper's number for a system, whatever the runs are."""
     key, metrics = system.key, system.paper.metrics
     table = system.paper.table or suite.table or ""
     if key.variant and table == "text" and measure not in metrics:

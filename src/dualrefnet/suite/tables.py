@@ -158,6 +158,10 @@ def _group_tables(found: SuiteResults, rows: pd.DataFrame) -> Iterator[tuple[Kin
             *key_values, reference = map(str, values_of)
             if Key(*key_values) in names:
                 pair = (_title(names[Key(*key_values)]), titles[reference])
+                ends = [name.rpartition(" ") for name in pair]
+                if ends[0][2] == ends[1][2] and ends[0][0] != ends[1][0]:
+                    # One encoder for both.
+                    pair = (ends[0][0], ends[1][0])
                 title = f"By class, difference from {pair[1]}: {pair[0]}, {where}"
                 yield "classes", class_difference_table(members, pair, title, family)
 
