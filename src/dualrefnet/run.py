@@ -95,10 +95,10 @@ class Run:
 
     @property
     def split(self) -> pd.DataFrame:
-        """The split; a group that crosses it is refused unless the protocol is `paper`."""
+        """The split; a group that crosses it is refused unless the recipe lets it."""
         with self._reading("split.csv") as path:
             split = run_schema.read_split(path)
-        if self.recipe.data.protocol != "paper":
+        if not self.recipe.data.may_leak:
             refuse_crossing(split)
         return split
 
@@ -121,12 +121,15 @@ class Run:
 
     @property
     def unit(self) -> str:
-        """`patient` or `lesion`: what must not cross the split, and is resampled."""
+        """`patient`, `lesion` or `image`: what must not cross the split, and is resampled."""
         from dualrefnet.data import isic_2019, pad_ufes_20
 
-        # Runs of earlier versions don't record it.
+        metrics = self.metrics
+        # Runs of earlier versions don't record it, or call a single image a patient.
+        if metrics["leakage"] and not any(metrics["leakage"].values()):
+            return "image"
         known = isic_2019.SCHEMA if self.recipe.data.dataset == isic_2019.SCHEMA.name else pad_ufes_20.SCHEMA
-        return str(self.metrics.get("unit", known.unit))
+        return str(metrics.get("unit", known.unit))
 
     @property
     def predictions(self) -> pd.DataFrame:

@@ -35,7 +35,7 @@ from dualrefnet.display.figure import (
 )
 from dualrefnet.display.format import Cell, PrintedTable, interval, number
 from dualrefnet.errors import RunError
-from dualrefnet.evaluation.bootstrap import Difference, Estimate, group_codes
+from dualrefnet.evaluation.bootstrap import Difference, Estimate, group_codes, images_of
 from dualrefnet.evaluation.comparison import PooledBootstrap
 
 if TYPE_CHECKING:
@@ -393,7 +393,7 @@ def draw_embedding(a: Embedding, b: Embedding | None = None) -> ReportFigure:
         for vector in vectors
     )
     caption = (
-        f"Each mark is a test image, {few} {a.images} {which} of {a.separation.groups} {a.unit}s; images near each "
+        f"Each mark is a test image, {few} {images_of(a.images, a.separation.groups, a.unit, which)}; images near each "
         "other have similar features, but axes, sizes of clusters and distances between them mean nothing "
         "(t-SNE). The numbers are measured on the vectors themselves: the silhouette (−1 to 1), the variance within "
         f"classes (less is more compact) and the nearest neighbours from other {a.unit}s (chance "
@@ -453,8 +453,9 @@ def draw_separation(comparison: EmbeddingComparison) -> ReportFigure:
         axis.margins(x=0.08)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=1)
     caption = (
-        f"Class separation of two runs on the same {first.test_images} test images of {first.separation.groups} "
-        f"{first.unit}s; further right is better, but for the variance, a share of that of all images. Grey line: 0 "
+        "Class separation of two runs on the same "
+        f"{images_of(first.test_images, first.separation.groups, first.unit)}; further right is better, but for the "
+        "variance, a share of that of all images. Grey line: 0 "
         f"for the silhouette, chance ({chance:.2f}) for the neighbours, which are images of other {first.unit}s. "
         f"{_intervals(first)}"
     )

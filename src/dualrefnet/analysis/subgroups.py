@@ -394,7 +394,7 @@ def _draw(subgroups: Subgroups, measure: str, unit: str, value: str, title: str,
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     drawn = f"{100 * LEVEL:g}% interval from {subgroups.samples} resamples of the {subgroups.groups} {unit} "
     classes = rows.loc[rows["drawn"], "classes"].ne("").any()
-    extent = "Averages run over the classes for which both have enough patients. " if classes else ""
+    extent = f"Averages run over the classes for which both have enough {unit}. " if classes else ""
     caption = text.format(name, f"{drawn}(seed {subgroups.seed})", extent + _not_drawn(rows))
     stem = f"{'subgroup_gaps' if gaps else 'subgroups'}_{measure.replace('.', '_')}"
     return ReportFigure(stem, title, caption, "; ".join(alt), figure, rows)

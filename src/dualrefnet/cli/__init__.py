@@ -40,6 +40,9 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Change the recipe: training.epochs=3 data.root=DIR"),
 ]
 Root = Annotated[Path | None, typer.Option("--root", metavar="DIR", help="Where the data are now, if they have moved.")]
+Description = Annotated[
+    Path | None, typer.Option("--description", metavar="YAML", help="csv_table: its columns; default: dataset.yaml.")
+]
 Cache = Annotated[
     Path | None, typer.Option("--cache", metavar="DIR", help="Folder of the prepared images; else $DUALREFNET_CACHE.")
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +13,13 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dualrefnet.errors import DataError
+from dualrefnet.errors import DataError, RecipeError
+from dualrefnet.recipe import suggestion
 from dualrefnet.runtime.metadata import MetadataError, by_fold, fold, normalise_value, parse_number, read_cell
 
 Kind = Literal["numeric", "boolean", "categorical"]
 FieldTier = Literal["M1", "M2"]
+Unit = Literal["patient", "lesion", "image"]
 
 ID_COLUMNS = ("image_id", "image_path", "label", "patient_id", "lesion_id")
 BOOLEAN_VALUES = ("False", "True")
@@ -71,7 +74,8 @@ class DatasetSchema(BaseModel):
     malignant: tuple[str, ...] = ()  # the classes that are cancer
     class_names: dict[str, str] = Field(default_factory=dict)  # label -> what it stands for
     fields: tuple[MetadataField, ...] = ()  # the metadata fields
-    group_by: Literal["patient_id", "lesion_id"] = "patient_id"  # the column whose groups stay within one split
+    # the column whose groups stay within one split; image_id: neither patients nor lesions are named
+    group_by: Literal["patient_id", "lesion_id", "image_id"] = "patient_id"
     licence: str = ""  # under which the data may be used
     citation: str = ""  # what to cite
     official_rows: int | None = None  # number of rows of the official release; None if there is none
@@ -92,9 +96,10 @@ class DatasetSchema(BaseModel):
         return self
 
     @property
-    def unit(self) -> Literal["patient", "lesion"]:
+    def unit(self) -> Unit:
         """The independent unit: it stays within one split, and the bootstrap resamples it."""
-        return "lesion" if self.group_by == "lesion_id" else "patient"
+        units: dict[str, Unit] = {"patient_id": "patient", "lesion_id": "lesion", "image_id": "image"}
+        return units[self.group_by]
 
     def field(self, name: str) -> MetadataField:
         return {field.name: field for field in self.fields}[name]
@@ -116,6 +121,68 @@ class Dataset:
     other_columns: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
     image_folders: tuple[Path, ...] = ()  # where its images lie
     shared_lesions: tuple[str, ...] = ()  # published lesion ids that several patients use
+    own_split: pd.Series | None = None  # the user's split of each row, with the index of `table`
+
+    def keep_classes(self, keep: Sequence[str]) -> Dataset:
+        """Return the rows of some classes (`data.keep`); RecipeError: one doesn't exist, or fewer than two are left."""
+        self._refuse_unknown("data.keep", keep)
+        if len(set(keep)) < 2:
+            raise RecipeError(
+                f"data.keep leaves {', '.join(keep)} alone, and a classifier needs two classes: name more"
+            )
+        kept, schema, others, own = self.table["label"].isin(keep), self.schema, self.other_columns, self.own_split
+        return dataclasses.replace(
+            self,
+            table=self.table[kept].reset_index(drop=True),
+            other_columns=others[kept].reset_index(drop=True) if len(others) else others,
+            own_split=None if own is None else own[kept].reset_index(drop=True),
+            schema=_with_classes(
+                schema,
+                tuple(name for name in schema.classes if name in keep),
+                tuple(name for name in schema.malignant if name in keep),
+                {name: text for name, text in schema.class_names.items() if name in keep},
+            ),
+        )
+
+    def group_classes(self, grouped: Mapping[str, Sequence[str]]) -> Dataset:
+        """Return the data set with groups of its classes as classes (`data.classes`).
+
+        A group is malignant if all its classes are; if one mixes both, none is, since no cancer is told apart there.
+
+        Raises:
+            RecipeError: there is one group, or a class doesn't exist, is in no group or in two.
+        """
+        schema, members = self.schema, [name for group in grouped.values() for name in group]
+        self._refuse_unknown("data.classes", members)
+        twice = sorted(name for name, count in Counter(members).items() if count > 1)
+        if twice:
+            raise RecipeError(f"data.classes has {', '.join(twice)} in two groups; a class belongs to one")
+        lost = [name for name in schema.classes if name not in members]
+        if lost:
+            names = ", ".join(lost)
+            raise RecipeError(f"data.classes has no group for {names}: put each into one, or leave it out by data.keep")
+        if len(grouped) < 2 or not all(grouped.values()):
+            raise RecipeError("data.classes needs at least two groups, none of them empty")
+        group_of = {name: group for group, names in grouped.items() for name in names}
+        malignant = tuple(group for group, names in grouped.items() if set(names) <= set(schema.malignant))
+        mixed = {group_of[name] for name in schema.malignant} != set(malignant)
+        return dataclasses.replace(
+            self,
+            table=self.table.assign(label=self.table["label"].map(group_of)),
+            schema=_with_classes(
+                schema,
+                tuple(grouped),
+                () if mixed else malignant,
+                {group: ", ".join(schema.class_names.get(name, name) for name in grouped[group]) for group in grouped},
+            ),
+        )
+
+    def _refuse_unknown(self, key: str, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in self.schema.classes:
+                classes = ", ".join(self.schema.classes)
+                known = f"{classes}{suggestion(name, self.schema.classes)}"
+                raise RecipeError(f"{key} names {name}, which is no class of {self.schema.title}: {known}")
 
     @property
     def warnings(self) -> list[str]:
@@ -136,6 +203,12 @@ class Dataset:
         )
 
 
+def _with_classes(
+    schema: DatasetSchema, classes: tuple[str, ...], malignant: tuple[str, ...], class_names: dict[str, str]
+) -> DatasetSchema:
+    return schema.model_copy(update={"classes": classes, "malignant": malignant, "class_names": class_names})
+
+
 def refuse_forbidden_features(names: list[str]) -> None:
     """Raise a DataError if one of `names` is derived from the label, decided after the diagnosis, or an identifier."""
     for name in names:
@@ -147,6 +220,16 @@ def refuse_forbidden_features(names: list[str]) -> None:
             )
         if word in IDENTIFIER_NAMES:
             raise DataError(f"{name!r} can't be a metadata field: it identifies a person or a file; remove it")
+
+
+def unnamed_patients(unit: str) -> str:
+    """Say what may be in several splits of a data set that names no patients."""
+    if unit == "lesion":
+        return "no patient is named, only lesions: images of one person may be in several splits"
+    return (
+        "NOTHING GROUPS THE IMAGES: neither patients nor lesions are named, so images of one person may be in training "
+        "and in test, and every number may be too good"
+    )
 
 
 def require_columns(table: pd.DataFrame, columns: list[str], what: str) -> None:

@@ -33,7 +33,7 @@ from dualrefnet.display.format import (
     percent,
 )
 from dualrefnet.display.page import Section
-from dualrefnet.evaluation.bootstrap import Bootstrap
+from dualrefnet.evaluation.bootstrap import Bootstrap, images_of
 from dualrefnet.evaluation.curves import KINDS, class_curves, draw_curves
 from dualrefnet.progress import progress_bar
 from dualrefnet.run import Run
@@ -76,7 +76,7 @@ class Measured:
 
     @property
     def unit(self) -> str:
-        """`patients` or `lesions`."""
+        """`patients`, `lesions` or `images`."""
         return f"{self.run.unit}s"
 
 
@@ -100,7 +100,7 @@ def summary_section(measured: Measured) -> Section:
     """Return the headline measures, beside the paper's where the protocol is the paper's."""
     metrics, matrix = measured.metrics, np.array(measured.metrics["confusion_matrix"])
     intro = [
-        f"On {matrix.sum():,} test images of {len(set(measured.groups)):,} {measured.unit}, the accuracy is "
+        f"On {images_of(matrix.sum(), len(set(measured.groups)), measured.unit)}, the accuracy is "
         f"{percent(metrics, 'accuracy')} and the balanced accuracy {percent(metrics, 'balanced_accuracy')} "
         f"(chance: {1 / len(measured.classes):.0%})."
     ]
@@ -241,8 +241,8 @@ def draw_confusion(
 
     data = pd.DataFrame({"true": np.repeat(classes, len(classes)), "predicted": np.tile(classes, len(classes))})
     data = data.assign(images=counts.ravel(), share=portion.ravel())
-    caption = f"{metrics['support']} test images"
-    caption += f" of {metrics['bootstrap']['groups']} {unit}" if "bootstrap" in metrics else ""
+    groups = metrics["bootstrap"]["groups"] if "bootstrap" in metrics else metrics["support"]
+    caption = images_of(metrics["support"], groups, unit if "bootstrap" in metrics else "image")
     caption += ". Rows: true class, with its number of images; columns: predicted class. Each cell is "
     caption += "the fraction of the true class, so rows sum to 1." if shares else "a number of images."
     if malignant:

@@ -166,7 +166,7 @@ def _set_table(measured: Measured, calibration: Calibration, values: Row) -> Pri
     notes = [
         "Coverage is marginal: it holds over all classes together; the class-conditional sets use a threshold a class.",
         f"It is approximate: the {calibration.images:,} validation images also served to choose the {chosen}, and "
-        f"images of one {measured.run.unit} are not independent.",
+        "images of one person are not independent.",
         *map(sentence, calibration.remarks),
     ]
     if marginal["filled"]:

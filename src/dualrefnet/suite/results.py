@@ -37,6 +37,7 @@ from dualrefnet.suite.grid import Cell, Key, Lookup, Suite, expand, load_suite
 
 LABEL_LEAKING = "LABEL-LEAKING IMPUTATION: missing metadata was imputed from the diagnosis; not a valid result"
 LEAKING_SPLIT = "leaking split: the same patients or lesions in training and test"
+UNGROUPED = "nothing groups the images: one person may be in training and test"
 SYNTHETIC = "synthetic data, not clinical"
 FROZEN = "frozen encoder"
 RANDOM = "encoder from random weights"
@@ -92,7 +93,7 @@ class System:
 
     @property
     def unit(self) -> str:
-        """What the bootstrap resamples: `patient` or `lesion`; empty without any run."""
+        """What the bootstrap resamples: `patient`, `lesion` or `image`; empty without any run."""
         return self.runs[0].run.unit if self.runs else ""
 
     @property
@@ -102,12 +103,13 @@ class System:
         # The recipes of one system differ in name, fold and seed only.
         alike = {"name": "", "description": "", "seed": 0}
         different = {
-            recipe.model_copy(update={**alike, "data": recipe.data.model_copy(update={"fold": 0})})
+            recipe.model_copy(update={**alike, "data": recipe.data.model_copy(update={"fold": 0})}).model_dump_json()
             for recipe in recipes
         }
         flags = {
             LABEL_LEAKING: any(recipe.metadata.imputation == "label_leaking" for recipe in recipes),
-            LEAKING_SPLIT: self.key.protocol == "paper",
+            LEAKING_SPLIT: any(recipe.data.may_leak for recipe in recipes),
+            UNGROUPED: self.unit == "image",
             SYNTHETIC: any(run.metrics.get("drawn") for run in self.runs),
             FROZEN: image and any(recipe.training.encoder == "frozen" for recipe in recipes),
             RANDOM: image and any(weights["kind"] == "none" for run in self.runs for weights in run.weights),
