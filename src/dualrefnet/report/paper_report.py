@@ -83,7 +83,7 @@ class _Part:
     def cell(self, row: pd.Series | None, printed: float | None, digits: int) -> Cell:
         """Return our number above the paper's, and keep the verdict."""
         ours = Estimate(NAN) if row is None else Estimate(row["pooled"], row["low"], row["high"])
-        system = None if row is None else system_of(self.found, row.to_dict())
+        system = None if row is None else system_of(self.found, row)
         limits = system.departures if system is not None else ()
         self.limits += [text for text in limits if text not in self.limits]
         verdict: Verdict = UNMEASURED
@@ -130,7 +130,8 @@ def write_paper_report(out: Path, options: ReportOptions | None = None, samples:
     results = {name: part.found for name, part in parts.items()}
     judged = claims(results)
     sections = [section for part in parts.values() for section in _MAKERS[part.name](part, options)]
-    compact, explained = [], []
+    compact: list[Claim] = []
+    explained: list[Section] = []
     if "table2" in parts:
         compact, explained = _explained(results["table2"], options)
     judged += compact
@@ -243,15 +244,15 @@ def _table3(part: _Part, options: ReportOptions) -> Iterator[Section]:
     lines = []
     for method in methods:
         for metric, measure in METRICS.items():
-            line = [Cell(METHODS[method].title if metric == "ACC" else ""), Cell(metric)]
+            line = [Cell(f"{METHODS[method].title}, {metric}")]
             for backbone in backbones:
                 printed = reported(dataset, table, method, backbone, measure)
                 row = part.row(dataset, measure, method=method, backbone=backbone)
                 line.append(part.cell(row, printed.value if printed else None, 3))
             lines.append(line)
-    heads = ("method", "metric", *(BACKBONES[name].title for name in backbones))
+    heads = ("", *(BACKBONES[name].title for name in backbones))
     notes = part.notes(*caveats(dataset, table, list(methods)))
-    yield Section(part.name, TITLES[part.name], [], [PrintedTable(TITLES[part.name], heads, lines, notes, left=2)])
+    yield Section(part.name, TITLES[part.name], [], [PrintedTable(TITLES[part.name], heads, lines, notes)])
 
 
 def _table4(part: _Part, options: ReportOptions) -> Iterator[Section]:
@@ -292,8 +293,8 @@ def _ablations(part: _Part, options: ReportOptions) -> Iterator[Section]:
         *(f"{SCHEMAS[dataset].title}, {BACKBONES[name].title}" for dataset, name in datasets.items()),
     )
     notes = part.notes(*(text for dataset in datasets for text in caveats(dataset, "text", ["dualrefnet"])))
-    table = PrintedTable("Balanced accuracy of other metadata encoders and another fusion", heads, lines, notes)
-    yield Section("ablations", TITLES["ablations"], [], [table])
+    title = "Balanced accuracy of other metadata encoders and another fusion"
+    yield Section("ablations", TITLES["ablations"], [], [PrintedTable(title, heads, lines, notes)])
 
 
 def _figure(part: _Part, options: ReportOptions) -> Iterator[Section]:
@@ -390,7 +391,8 @@ def _model_sections(
         verdict = UNMEASURED if limits else verdict_on_claim(NAN, fewer)
         text = "R makes the classes more compact: less variance within them, hidden activations"
         claim = Claim("Figure 4b", ours.key.dataset, text, NAN, fewer, verdict, limits)
-        items = [draw_embedding(both.first, both.second), draw_separation(both), separation_table(both)]
+        figures = [draw_embedding(both.first, both.second), draw_separation(both)]
+        items: list[PrintedTable | ReportFigure] = [*figures, separation_table(both)]
         return Section("", "", [], items), claim
 
     parts: list[tuple[str, Callable[[], tuple[Section, Claim | None]]]] = [

@@ -124,27 +124,25 @@ def claims(results: Mapping[str, SuiteResults]) -> list[Claim]:
 
 def _judge(claim: Mapping[str, Any], dataset: str, found: SuiteResults) -> Claim:
     sign, of = claim["sign"], claim["of"]
-    if "class" in claim or "others" in claim:
-        rows = _of(found.class_comparisons, found, dataset, of)
-        if len(rows):
-            rows = rows[rows["measure"] == "sensitivity"]
-            rows = rows[rows["class"] == claim["class"]] if "class" in claim else rows[rows["class"] != claim["others"]]
-            # Of several classes the one that loses most.
-            rows = rows.sort_values("difference").head(1)
-        rows = rows.rename(columns={"p_holm": "corrected"})
-    else:
-        rows = _of(found.comparisons, found, dataset, of)
-        rows = rows[rows["measure"] == MEASURE].rename(columns={"p_holm": "corrected"})
+    by_class = "class" in claim or "others" in claim
+    rows = _of(found.class_comparisons if by_class else found.comparisons, found, dataset, of)
+    if len(rows):
+        rows = rows[rows["measure"] == ("sensitivity" if by_class else MEASURE)]
+    if by_class and len(rows):
+        rows = rows[rows["class"] == claim["class"]] if "class" in claim else rows[rows["class"] != claim["others"]]
+        # Of several classes the one that loses most.
+        rows = rows.sort_values("difference").head(1)
     text = claim["text"]
-    ours, limits, printed = Difference(NAN), ("no run of both is finished",), float(claim.get("size", NAN))
+    ours, printed = Difference(NAN), float(claim.get("size", NAN))
+    limits: tuple[str, ...] = ("no run of both is finished",)
     if len(rows):
         row = rows.iloc[0]
-        ends = sorted((sign * row["low"], sign * row["high"])) if not pd.isna(row["low"]) else [NAN, NAN]
-        ours = Difference(sign * row["difference"], *ends, p=row["corrected"])
+        low, high = (row["low"], row["high"]) if sign > 0 else (-row["high"], -row["low"])
+        ours = Difference(sign * row["difference"], low, high, row["p_holm"])
         pair = system_of(found, row), _reference_of(found, row)
         limits = tuple(dict.fromkeys(text for system in pair if system for text in system.departures))
         values = [printed_value(system, MEASURE, found.suite) for system in pair if system]
-        if "class" not in claim and "others" not in claim and len(values) == 2 and values[0] and values[1]:
+        if not by_class and len(values) == 2 and values[0] and values[1]:
             printed = sign * (values[0].value - values[1].value)
         if "others" in claim:
             text += f" (most for {row['class']})"
@@ -165,13 +163,13 @@ def _of(rows: pd.DataFrame, found: SuiteResults, dataset: str, of: Mapping[str, 
     return chosen
 
 
-def system_of(found: SuiteResults, row: Mapping[str, Any]) -> System | None:
+def system_of(found: SuiteResults, row: pd.Series) -> System | None:
     """Return the system that a row of the tables is about."""
     key = Key(*(str(row[name]) for name in Key._fields))
     return next((system for system in found.members if system.key == key), None)
 
 
-def _reference_of(found: SuiteResults, row: Mapping[str, Any]) -> System | None:
+def _reference_of(found: SuiteResults, row: pd.Series) -> System | None:
     for system in found.members:
         same = system.key[:2] == (row["dataset"], row["protocol"])
         if same and " ".join(part for part in system.key[2:] if part) == row["reference"]:
