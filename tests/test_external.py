@@ -237,7 +237,7 @@ def test_what_cannot_be_an_external_test_is_one_clear_line(
         ("--on", tmp_path / "nowhere"): "neither a folder with dataset.yaml nor a data set",
         ("--on", tmp_path): "there is no description",
         ("--on", root, "--root", root): "leave out --root",
-        ("--on", root, *out): "are of one patient",
+        ("--on", root, *out): "of 1 patients: two are needed",
         ("--on", root, "--map", "MEL:melanoma"): "isn't CLASS=LABEL",
         ("--on", root, "--cache", tmp_path): "--cache has no effect with --on",
         ("--map", "MEL=melanoma"): "--map has no effect without --on",

@@ -182,6 +182,11 @@ class ModelSection(Section):
     metanet_variant: Literal["original", "mb_compat"] = Field(
         "original", description="metanet: one gate a channel; mb_compat: the one behind the published table"
     )
+    vgg_head: Literal["pool", "flatten"] = Field(
+        "pool",
+        description="no_metadata, concat, metanet and metablock on vgg13: its last map as its mean, or flattened as "
+        "behind the published table",
+    )
     hidden: Width = Field(256, description="width of the layer before the classifier")
     dropout: float = Field(
         0.0, ge=0, lt=1, description="before the classifier and after the fused vector; published rates of others stay"
@@ -199,6 +204,9 @@ class LossSection(Section):
     """Equations 4 to 7 and their readings."""
 
     classification: float = Field(0.5, ge=0, description="alpha, factor of the weighted cross-entropy")
+    classification_reduction: Literal["weights", "batch", "sum"] = Field(
+        "weights", description="cross-entropy: divided by the weights of the batch, by its images, or summed (eq. 5)"
+    )
     reconstruction: float = Field(1.0, ge=0, description="beta, factor of the super-resolution error")
     penalty: float = Field(1.0, ge=0, description="gamma, factor of the class-frequency-weighted L1 penalty R")
     penalty_strength: float = Field(0.3, ge=0, description="lambda inside R: 0.3 for PAD-UFES-20, 0.2 for ISIC-2019")
@@ -387,12 +395,14 @@ def validate(section: type[AnySection], values: Mapping[str, Any]) -> AnySection
 
 def differences(old: BaseModel, new: BaseModel) -> list[str]:
     """Name the keys in which two recipes or suites differ, with both values."""
+    return [f"{key}: {before} there, {after} now" for key, (before, after) in changes(old, new).items()]
+
+
+def changes(old: BaseModel, new: BaseModel) -> dict[str, tuple[Any, Any]]:
+    """Return the dotted keys in which two recipes or suites differ, each with its value in both."""
     before, after = (_flat(each.model_dump(mode="json")) for each in (old, new))
-    return [
-        f"{key}: {before.get(key)} there, {after.get(key)} now"
-        for key in {**before, **after}
-        if before.get(key) != after.get(key)
-    ]
+    pairs = {key: (before.get(key), after.get(key)) for key in {**before, **after}}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

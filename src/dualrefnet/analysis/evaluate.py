@@ -261,6 +261,8 @@ def evaluate_run(
     """
     opened = open_run(run, root, dataset, cache, device)
     recipe, schema = opened.recipe, opened.dataset.schema
+    if aggregate is not None:
+        refuse_unnamed(aggregate, opened.rows("test"))
     wanted, seed, classes, malignant = recipe.evaluation, recipe.seed, schema.classes, schema.malignant
     tables, predicted, arrays, measured = [], {}, {}, {}
     for split in ("val", "test"):
@@ -310,6 +312,12 @@ def evaluate_run(
     return metrics
 
 
+def refuse_unnamed(by: str, rows: pd.DataFrame) -> None:
+    """Refuse to aggregate by `lesion` or `patient` where no row names one."""
+    if rows[f"{by}_id"].isna().all():
+        raise DataError(f"the data set names no {by}: nothing to aggregate by")
+
+
 def measure_aggregated(
     by: str,
     rows: pd.DataFrame,
@@ -330,9 +338,8 @@ def measure_aggregated(
     Raises:
         DataError: no row names a lesion or patient, or less than two groups are left.
     """
+    refuse_unnamed(by, rows)
     named = rows[f"{by}_id"].notna().to_numpy()
-    if not named.any():
-        raise DataError(f"the data set names no {by}: nothing to aggregate by")
     # A lesion's number may be counted anew for each patient.
     ids = ["patient_id", "lesion_id"] if by == "lesion" else ["patient_id"]
     units = rows.groupby(ids, dropna=False, sort=False).ngroup().to_numpy()

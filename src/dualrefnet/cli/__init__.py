@@ -132,6 +132,7 @@ def print_table(table: PrintedTable) -> None:
     """Print a table and its notes."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     from dualrefnet.progress import output
 
@@ -148,7 +149,10 @@ def print_table(table: PrintedTable) -> None:
         left = number < table.left
         shown.add_column(name, justify="left" if left else "right", max_width=None if left else room)
     for row in table.rows:
-        shown.add_row(*(f"{cell.text} {cell.small}".strip() for cell in row))
+        texts = [Text.assemble((cell.text, "bold" if cell.bold else ""), f"{cell.mark} {cell.small}") for cell in row]
+        for text in texts:
+            text.rstrip()
+        shown.add_row(*texts)
     console.print(shown)
     for note in table.notes:
         console.print(f"- {note}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -26,6 +26,9 @@ from dualrefnet.cli import (
     refuse_without_effect,
 )
 from dualrefnet.errors import DualRefNetError
+
+if TYPE_CHECKING:
+    from dualrefnet.run import Run
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe (`recipes`).")]
 Out = Annotated[
@@ -136,6 +139,7 @@ def train(
 
     if PartialState().is_main_process:
         _print_metrics(run.metrics, run.unit)
+        _print_departures(run)
         typer.echo(f"run folder: {run.path}")
 
 
@@ -180,6 +184,7 @@ def evaluate(
         evaluated = Run(run)
         evaluate_run(evaluated, root, cache=cache, device=resolve_device(device), aggregate=aggregate)
         _print_metrics(evaluated.metrics, evaluated.unit)
+        _print_departures(evaluated)
         return
     from dualrefnet.deploy.external import evaluate_external, load_external
     from dualrefnet.display.format import deployed_line
@@ -299,6 +304,15 @@ def predict(
         f"{done.classified} rows classified, {done.failed} not, for the reason in their column error{resumed}: {out}"
     )
     raise typer.Exit(2 if done.failed and not done.classified else 0)
+
+
+def _print_departures(run: Run) -> None:
+    from dualrefnet.progress import note
+    from dualrefnet.suite.results import departures, other_experiment
+
+    found = departures(run.recipe, run.split) if run.recipe.data.protocol == "paper" else []
+    if found:
+        note(other_experiment(found))
 
 
 def _print_metrics(metrics: dict[str, Any], unit: str) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dualrefnet.analysis.evaluate import measure_aggregated
+from dualrefnet.analysis.evaluate import measure_aggregated, refuse_unnamed
 from dualrefnet.analysis.subgroups import measure_subgroups
 from dualrefnet.data.adapters import ADAPTERS, load_dataset
 from dualrefnet.data.csv_table import same_files
@@ -96,54 +96,43 @@ def evaluate_external(
     predictor = Predictor.load(model, device or ("cpu" if run is None else str(resolve_device(None))))
     grouped = run.recipe.data.classes if run is not None else {}
     class_of = map_classes(schema, predictor.classes, predictor.class_names, grouped, mapping)
-    rows = dataset.with_image if predictor.reads_image else dataset.table
-    if not len(rows):
+    known = dataset.with_image if predictor.reads_image else dataset.table
+    if not len(known):
         raise DataError(dataset.no_image)
-    without_image = len(dataset.table) - len(rows)
-    left_out = rows["label"][~rows["label"].isin(class_of)].value_counts().to_dict()
-    rows = rows[rows["label"].isin(class_of)]
-    if not len(rows):
-        raise DataError(f"no image of {schema.title} that is here has a class of the model")
-    remarks = [f"{without_image} rows without an image are left out"] if without_image else []
+    rows = known[known["label"].isin(class_of)]
+    group = groups(dataset.table, schema)[rows.index]
+    if group.nunique() < 2:
+        raise DataError(f"{schema.title} has {len(rows)} images of {group.nunique()} {schema.unit}s: two are needed")
+    if aggregate is not None:
+        refuse_unnamed(aggregate, rows)
+    left_out = known["label"][~known["label"].isin(class_of)].value_counts().to_dict()
+    seen = find_seen(run, dataset, rows, group)
+    records, absent, remarks = read_records(dataset, rows, predictor)
+    remarks += refuse_seen(seen, rows, f"{schema.title} were seen in the training of {model}", allow_seen)
+    if len(known) < len(dataset.table):
+        remarks.append(f"{len(dataset.table) - len(known)} rows without an image are left out")
     if left_out:
         counts = ", ".join(f"{label} ({count})" for label, count in left_out.items())
         remarks.append(f"labels that are no class of the model are left out: {counts}; --map CLASS=LABEL names one")
-    group = groups(dataset.table, schema)[rows.index]
-    seen = find_seen(run, dataset, rows, group)
-    remarks += [seen.unknown] if seen.unknown else []
-    if (seen.images | seen.patients).any():
-        count = f"{int(seen.images.sum())} images, and {int(seen.patients.sum())} others of their patients,"
-        if not allow_seen:
-            first = rows["image_id"][seen.images | seen.patients].iloc[0]
-            raise DataError(
-                f"{count} of {schema.title} were seen in the training of {model}, the first: {first}; a test on them "
-                "says nothing of new patients. Leave them out of the table (if it is another data set, give it "
-                "another title), or accept it with --allow-seen, which the result then says"
-            )
-        remarks.append(f"{count} were seen in training (--allow-seen): the numbers are too high for new patients")
-    records, absent, invalid = read_records(dataset, rows, predictor)
     if absent:
         remarks.append(f"{schema.title} has no {', '.join(absent)}: missing for every image")
-    remarks += invalid
     threads = workers or min(16, os.cpu_count() or 1)
     predictions = predict_rows(predictor, list(rows["image_path"]), records, threads)
     failed = np.array([isinstance(one, str) for one in predictions])
     if failed.any():
         first = f"{rows['image_id'][failed].iloc[0]}: {next(one for one in predictions if isinstance(one, str))}"
-        if failed.all():
-            raise DataError(f"no image of {schema.title} can be predicted, the first, {first}")
         remarks.append(f"{int(failed.sum())} images can't be predicted and are left out, the first, {first}")
+        if group[~failed].nunique() < 2:
+            raise DataError(f"too few images of {schema.title} are left: {remarks[-1]}")
     rows, group, good = rows[~failed], group[~failed], [one for one in predictions if isinstance(one, Prediction)]
-    labels = rows["label"].map(class_of)
-    table = prediction_rows(rows["image_id"], group, labels, good)
-    codes = labels.map(predictor.classes.index).to_numpy(dtype=np.int64)
+    table = prediction_rows(rows["image_id"], group, rows["label"].map(class_of), good)
+    labels = table["label"].map(predictor.classes.index).to_numpy(dtype=np.int64)
     scores = table[[f"prob_{name}" for name in predictor.classes]].to_numpy(dtype=float)
     samples, seed = (run.recipe.evaluation.bootstrap, run.recipe.seed) if run is not None else (SAMPLES, 0)
-    if group.nunique() < 2:
-        raise DataError(f"all {len(rows)} images of {schema.title} are of one {schema.unit}: measuring needs two")
+    classes = predictor.classes, predictor.malignant
     with progress_bar("bootstrap") as show:
         bootstrap = Bootstrap(group, samples, seed, progress=show)
-        metrics = metrics_with_intervals(codes, scores, bootstrap, predictor.classes, predictor.malignant)
+        metrics = metrics_with_intervals(labels, scores, bootstrap, *classes)
     metrics |= {
         "remarks": [*metrics["remarks"], *remarks],
         "protocol": "external",
@@ -155,18 +144,16 @@ def evaluate_external(
         "left_out": left_out,
         "missing_fields": absent,
         "seen": {"images": int(seen.images.sum()), "patients": int(seen.patients.sum()), "unknown": seen.unknown},
-        "deployed": measure_decisions(predictor, good, codes, bootstrap),
+        "deployed": measure_decisions(predictor, good, labels, bootstrap),
     }
     if aggregate is not None:
-        metrics["aggregated"] = measure_aggregated(
-            aggregate, rows, codes, scores, bootstrap, predictor.classes, predictor.malignant
-        )
+        metrics["aggregated"] = measure_aggregated(aggregate, rows, labels, scores, bootstrap, *classes)
     write_csv(out / "predictions.csv", table)
     write_json(out / "metrics.json", metrics)
     if any(field.subgroup for field in schema.fields):
-        named = {"classes": predictor.classes, "malignant": predictor.malignant, "class_names": predictor.class_names}
+        of_model = {"classes": classes[0], "malignant": classes[1], "class_names": predictor.class_names}
         of_image = pd.Series(group.to_numpy(), rows["image_id"])
-        found = measure_subgroups(table, rows, of_image, schema.model_copy(update=named), samples, seed)
+        found = measure_subgroups(table, rows, of_image, schema.model_copy(update=of_model), samples, seed)
         write_csv(out / "subgroups.csv", found.frame())
         note(
             f"subgroups: of {found.looked_at} gaps {found.flagged} have an interval without 0, {found.by_chance:.1f} "
@@ -247,6 +234,21 @@ def find_seen(run: Run | None, dataset: Dataset, rows: pd.DataFrame, group: pd.S
     if same:
         patients = patients | group.isin(trained["patient_id"]).to_numpy()
     return Seen(images, patients & ~images, unknown)
+
+
+def refuse_seen(seen: Seen, rows: pd.DataFrame, where: str, allowed: bool) -> list[str]:
+    """Raise a DataError if the model was trained on some of the rows; where that is allowed, return what to say."""
+    found, remarks = seen.images | seen.patients, [seen.unknown] if seen.unknown else []
+    if not found.any():
+        return remarks
+    count = f"{int(seen.images.sum())} images, and {int(seen.patients.sum())} others of their patients, of {where}"
+    if not allowed:
+        raise DataError(
+            f"{count}, the first: {rows['image_id'][found].iloc[0]}; a test on them says nothing of new patients. "
+            "Leave them out of the table (or give another data set another title), or accept it with --allow-seen, "
+            "which the result then says"
+        )
+    return [*remarks, f"{count} (--allow-seen): the numbers are too high for new patients"]
 
 
 def read_records(

@@ -7,7 +7,9 @@ printed in the paper, with their caveats (`paper.yaml`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -31,7 +33,7 @@ from dualrefnet.evaluation.comparison import (
 )
 from dualrefnet.files import read_csv, read_json, sha256_of_json
 from dualrefnet.models.registry import METHODS
-from dualrefnet.recipe import Recipe
+from dualrefnet.recipe import Recipe, changes, load_recipe, shipped_recipes
 from dualrefnet.run import Run
 from dualrefnet.suite.grid import Cell, Key, Lookup, Suite, expand, load_suite
 
@@ -41,6 +43,14 @@ UNGROUPED = "nothing groups the images: one person may be in training and test"
 SYNTHETIC = "synthetic data, not clinical"
 FROZEN = "frozen encoder"
 RANDOM = "encoder from random weights"
+
+# What may differ from the paper's recipe without being another experiment: names, places, machines, how the test set is
+# measured, and what chooses the row and the column of a table. Random weights are told by `departures` itself.
+_FREE = re.compile(
+    r"(name|description|seed)$|data\.(root|fold|folds|split_seed)$|training\.(device|tracker)$|evaluation\."
+    r"|model\.(method|backbone|members|weights|target_weights)\b"
+)
+_PARTS = {"train": "training", "val": "validation", "test": "test"}
 
 CLASS_MEASURES = ("sensitivity", "specificity", "ppv", "npv", "f1", "auc")
 
@@ -59,6 +69,7 @@ class FinishedRun:
     weights: list[dict[str, Any]]
     classes: tuple[str, ...]
     malignant: tuple[str, ...]
+    split: pd.DataFrame
     test: pd.DataFrame
     probabilities: NDArray[np.float64]
 
@@ -81,7 +92,9 @@ class Pool:
 
 @dataclass(frozen=True)
 class System:
-    """All runs of one system; `pool` is None if there is no run, or (`problem`) they cannot be pooled."""
+    """All runs of one system; `pool` is None if there is no run, or (`problem`) they cannot be pooled. `departures`: in
+    what they aren't the experiment that the paper's numbers for it are of.
+    """
 
     key: Key
     planned: int
@@ -195,6 +208,36 @@ def reported_splits(dataset: str) -> dict[str, dict[str, int]]:
     return splits
 
 
+def departures(
+    recipe: Recipe, split: pd.DataFrame | None = None, reading: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Say in what a run isn't the experiment that the paper's numbers are of; empty: they may stand side by side.
+
+    Its images (`split`: label, split) are compared with Table 1, its recipe with the one that ships as the paper's,
+    changed by `reading`: keys that the paper's number itself is of, in an ablation.
+    """
+    name = f"{recipe.data.dataset}_paper"
+    if name not in shipped_recipes():
+        return [f"the paper has no results on {recipe.data.dataset}"]
+    found = []
+    if split is not None:
+        for part, expected in reported_splits(recipe.data.dataset).items():
+            labels = Counter(split.loc[split["split"] == part, "label"])
+            if labels.total() != sum(expected.values()):
+                found.append(f"{labels.total():,} of {sum(expected.values()):,} {_PARTS[part]} images")
+            elif labels != Counter(expected):
+                found.append(f"{_PARTS[part]} images of other classes")
+    if recipe.model.weights == "none" and reads_image(recipe.model.method):
+        found.append(RANDOM)
+    differ = changes(load_recipe(name, reading), recipe).items()
+    return found + [f"{key} {ours}, not {theirs}" for key, (theirs, ours) in differ if not _FREE.match(key)]
+
+
+def other_experiment(found: Collection[str]) -> str:
+    """Return, as a sentence, why the paper's numbers are left out."""
+    return f"The paper's numbers are left out, since they are of another experiment. Here: {'; '.join(found)}."
+
+
 def caveats(dataset: str, table: str, methods: Collection[str]) -> list[str]:
     """Return what limits a comparison of `methods` with a table of the paper, one sentence each."""
     return [
@@ -280,7 +323,11 @@ def _read_systems(suite_dir: Path, suite: Suite) -> tuple[list[System], list[tup
             pool = pool_runs(runs) if runs else None
         except RunError as error:
             problem = str(error)
-        systems.append(System(key, len(members), runs, members[0].paper or Lookup(), pool, problem))
+        departing = [departures(run.recipe, run.split, members[0].reading) for run in runs] or [
+            departures(members[0].recipe, None, members[0].reading)
+        ]
+        named = tuple(dict.fromkeys(text for some in departing for text in some))
+        systems.append(System(key, len(members), runs, members[0].paper or Lookup(), pool, problem, named))
     return systems, missing
 
 
@@ -295,7 +342,8 @@ def _load(suite_dir: Path, cell: Cell) -> FinishedRun | tuple[str, str]:
     try:
         description, predictions = run.model, run.predictions
         rows = predictions[predictions["split"] == "test"].sort_values("image_id", kind="stable")
-        groups = run.split.set_index("image_id")["patient_id"].loc[rows["image_id"]]
+        split = run.split
+        groups = split.set_index("image_id")["patient_id"].loc[rows["image_id"]]
         test = rows[["image_id", "label"]].reset_index(drop=True).assign(group=groups.to_numpy())
         return FinishedRun(
             run,
@@ -306,6 +354,7 @@ def _load(suite_dir: Path, cell: Cell) -> FinishedRun | tuple[str, str]:
             run.fingerprint["weights"],
             tuple(description["classes"]),
             tuple(description["malignant"]),
+            split,
             test,
             rows[[f"prob_{name}" for name in description["classes"]]].to_numpy(dtype=np.float64),
         )
@@ -482,7 +531,8 @@ def _class_rows(system: System, drawn: dict[Key, PooledBootstrap]) -> list[dict[
         images = int(bootstrap.points[key.name][f"per_class.{name}.support"])
         for measure in CLASS_MEASURES:
             found = bootstrap.value(key.name, f"per_class.{name}.{measure}")
-            printed = None if key.variant else reported_class(key.dataset, key.method, key.backbone, name, measure)
+            other = key.variant or system.departures
+            printed = None if other else reported_class(key.dataset, key.method, key.backbone, name, measure)
             paper = NAN if printed is None else printed
             numbers = {"pooled": found.value, "low": found.low, "high": found.high, "paper": paper}
             place = {**key._asdict(), "class": name, "images": images, "measure": measure}
