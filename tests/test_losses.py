@@ -86,7 +86,7 @@ def test_equation_5_is_summed_or_divided_by_images_or_by_weights() -> None:
     for reduction, value in expected.items():
         section = LossSection(classification_reduction=reduction)
         loss = DualRefNetLoss(section, PAD_TRAIN)
-        terms = loss(Output(logits, logits, None, {}), labels, None, None)
+        terms = loss(Output(logits, logits, logits, None, {}), labels, None, None)
         assert float(terms["total"]) == pytest.approx(0.5 * float(value), rel=1e-5), reduction
         assert float(terms["classification"]) == pytest.approx(float(expected["weights"]), rel=1e-5)
         # Gradients of two processes, each with half of the batch, are averaged.

@@ -369,6 +369,7 @@ def _model_sections(
     from dualrefnet.models.inference import resolve_device
     from dualrefnet.report.explanations import Explanations
     from dualrefnet.report.performance import confusion_section, read_measured
+    from dualrefnet.report.trust import images_section
 
     def opened(run: Run) -> OpenedRun:
         return open_run(run, options.root, cache=options.cache, device=resolve_device(options.device))
@@ -396,6 +397,7 @@ def _model_sections(
         return Section("", "", [], items), claim
 
     parts: list[tuple[str, Callable[[], tuple[Section, Claim | None]]]] = [
+        ("Figure 1b: classes and colours", lambda: (images_section(explained().opened, options), None)),
         ("Confusion matrix", lambda: (confusion_section(read_measured(run)), None)),
         ("Figure 4b: separation of the classes", tsne),
     ]
