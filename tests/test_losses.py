@@ -92,7 +92,7 @@ def test_equation_5_is_summed_or_divided_by_images_or_by_weights() -> None:
         # Gradients of two processes, each with half of the batch, are averaged.
         halves = DualRefNetLoss(section, PAD_TRAIN, processes=2)
         parts = [
-            halves(Output(logits[k], logits[k], None, {}), labels[k], None, None)["total"]
+            halves(Output(logits[k], logits[k], logits[k], None, {}), labels[k], None, None)["total"]
             for k in (slice(3), slice(3, 6))
         ]
         if reduction != "weights":

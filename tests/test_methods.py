@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from dualrefnet.models.backbones import BACKBONES
 from dualrefnet.models.base import Architecture, Method
 from dualrefnet.models.deepmetaforge import DeepMetadataFusion, MetadataConvolution
 from dualrefnet.models.encoders import (
-    BACKBONES,
     IMAGENET_MEAN,
     IMAGENET_STD,
     Encoded,

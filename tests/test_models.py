@@ -4,8 +4,9 @@ from torch import Tensor, nn
 
 from dualrefnet.errors import RunError
 from dualrefnet.files import write_tensors
+from dualrefnet.models.backbones import BACKBONES
 from dualrefnet.models.base import Method, Output, mark_missing
-from dualrefnet.models.encoders import BACKBONES, Encoded, EncoderOutput
+from dualrefnet.models.encoders import Encoded, EncoderOutput
 from dualrefnet.models.registry import METHODS, load_model, new_model
 from dualrefnet.recipe import WITH_DECODER, Recipe, load_recipe
 

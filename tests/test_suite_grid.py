@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from dualrefnet.cli import app, reports  # noqa: F401 (the module registers the commands)
 from dualrefnet.errors import RecipeError
-from dualrefnet.models.encoders import BACKBONES
+from dualrefnet.models.backbones import BACKBONES
 from dualrefnet.suite.grid import (
     Block,
     Suite,

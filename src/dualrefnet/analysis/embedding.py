@@ -151,6 +151,10 @@ def embed(
     """
     examples = opened.examples("test")
     rows = sample_rows(examples.labels, images, seed)
+    if examples.folds is not None:
+        # Features of different members lie in different spaces: those of one, on the fold that it hasn't seen.
+        rows = np.flatnonzero(examples.folds == 0)
+        rows = rows[sample_rows(examples.labels[rows], images, seed)]
     features = _read(opened, opened.run.path.resolve().name, examples, rows, progress)
     return embed_features([features], len(examples), samples, seed)[0]
 
@@ -171,7 +175,14 @@ def compare_embeddings(
     """
     runs = (first, second)
     tested = [opened.examples("test") for opened in runs]
-    both = shared_images(*(_frame(opened, examples) for opened, examples in zip(runs, tested, strict=True)))
+    frames = [_frame(opened, examples) for opened, examples in zip(runs, tested, strict=True)]
+    # Of a cross-fitted run the first fold; see `embed`.
+    both = shared_images(
+        *(
+            frame if examples.folds is None else frame[examples.folds == 0]
+            for frame, examples in zip(frames, tested, strict=True)
+        )
+    )
     codes = np.array([first.classes.index(label) for label in both["label"]])
     chosen = both["image_id"].to_numpy()[sample_rows(codes, images, seed)]
     features = []

@@ -90,12 +90,12 @@ def statistics_table(measured: pd.DataFrame, classes: Sequence[str]) -> PrintedT
     stages = [stage for stage in STAGES if stage in set(summary["stage"])]
     rows = []
     for name, group in summary.groupby("class", sort=False):
-        found = group.set_index("stage")
-        line = [Cell(str(name)), Cell(f"{int(found['images'].iloc[0]):,}")]
+        found: dict[str, dict[str, float]] = group.set_index("stage").to_dict("index")  # type: ignore[assignment]
+        line = [Cell(str(name)), Cell(f"{group['images'].iloc[0]:,}")]
         for measure in MEASURES:
             for stage in stages:
-                spread = number(found.loc[stage, f"{measure}_std"], ".1f")
-                line.append(Cell(number(found.loc[stage, f"{measure}_mean"], ".1f"), f"± {spread}"))
+                mean, spread = (number(found[stage][f"{measure}_{what}"], ".1f") for what in ("mean", "std"))
+                line.append(Cell(mean, f"± {spread}"))
         rows.append(line)
     heads = [f"{name}, {STAGES[stage]}" for name in MEASURES for stage in stages]
     note = (
@@ -139,7 +139,8 @@ def draw_statistics(measured: pd.DataFrame, classes: Sequence[str]) -> ReportFig
     images = measured["image_id"].nunique()
     spread = measured.groupby("stage")[list(MEASURES)].std()
     each = "; ".join(
-        f"{STAGES[stage]} {' and '.join(number(value, '.1f') for value in spread.loc[stage])}" for stage in stages
+        f"{STAGES[stage]} {' and '.join(number(value, '.1f') for value in spread.loc[stage].tolist())}"
+        for stage in stages
     )
     caption = (
         f"Brightness and colour cast of {images:,} images by class: median, quartiles, and 1.5 times their distance. "

@@ -15,6 +15,7 @@ from dualrefnet.cli import (
     RayAddress,
     Root,
     RunFolder,
+    RunOrSuite,
     app,
     print_table,
     refuse_without_effect,
@@ -29,8 +30,8 @@ Against = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder; default: in the run's or suite's.")]
 Label = Annotated[str | None, typer.Option("--class", metavar="CLASS", help="Also show the Grad-CAM of this class.")]
-Images = Annotated[int, typer.Option(min=20, help="Test images at most, stratified by class.")]
-ShapImages = Annotated[int, typer.Option(min=20, help="Of these at most so many for SHAP, about 0.2 s each.")]
+MaxImages = Annotated[int, typer.Option(min=20, help="Test images at most, stratified by class.")]
+MaxShapImages = Annotated[int, typer.Option(min=20, help="Of these at most so many for SHAP, about 0.2 s each.")]
 Each = Annotated[int, typer.Option(min=1, help="Correct and wrong predictions of each class in the gallery.")]
 Seed = Annotated[int, typer.Option(help="Of the sampling of images and of all resamples.")]
 NoPhotographs = Annotated[
@@ -38,18 +39,26 @@ NoPhotographs = Annotated[
 ]
 
 # Parameters of what needs a run's model.
-OF_MODEL = ("label", "masks", "images", "shap_images", "each", "seed", "device")
+OF_MODEL = ("label", "masks", "max_images", "max_shap_images", "each", "seed", "device")
 
 
 @app.command()
 def explain(
+    context: typer.Context,
     run: RunFolder,
+    image: Annotated[
+        Path | None, typer.Option("--image", metavar="PATH", help="Explain the prediction of this image alone.")
+    ] = None,
+    metadata: Annotated[
+        Path | None,
+        typer.Option("--metadata", metavar="CSV", help="Beside --image: column image (file name or id) and fields."),
+    ] = None,
     against: Against = None,
     out: Out = None,
     label: Label = None,
     masks: Masks = None,
-    images: Images = 500,
-    shap_images: ShapImages = 200,
+    max_images: MaxImages = 500,
+    max_shap_images: MaxShapImages = 200,
     each: Each = 2,
     seed: Seed = 0,
     no_photographs: NoPhotographs = False,
@@ -60,21 +69,49 @@ def explain(
     """Explain a trained run: Grad-CAM, SHAP of the metadata, t-SNE, a gallery, super-resolution (extra `explain`).
 
     Writes every figure as PNG (300 dpi) and SVG, and its data as CSV. `report` puts all of them into one page.
+
+    With `--image` one prediction: patches of the image are occluded and values left out, one at a time. Prints by how
+    much that changes the probability, and writes where in the image as PNG.
     """
+    if image is not None:
+        unused = (*(name for name in OF_MODEL if name not in ("label", "device")), "against", "no_photographs")
+        refuse_without_effect(context, "with --image", *unused, "root", "cache")
+        _explain_image(run, image, metadata, label, out or run / "explanations", device or "cpu")
+        return
+    refuse_without_effect(context, "without --image", "metadata")
     from dualrefnet.report import ReportOptions
     from dualrefnet.report.run_report import write_explanations
     from dualrefnet.run import Run
 
-    shap_images, photographs = min(shap_images, images), not no_photographs
-    options = ReportOptions(images, shap_images, each, label, masks, photographs, seed, root, cache, device)
+    shap_images, photographs = min(max_shap_images, max_images), not no_photographs
+    options = ReportOptions(max_images, shap_images, each, label, masks, photographs, seed, root, cache, device)
     files = write_explanations(Run(run), out, Run(against) if against else None, options)
     typer.echo(f"{len(files)} files in {out or run / 'explanations'}")
+
+
+def _explain_image(run: Path, image: Path, metadata: Path | None, label: str | None, out: Path, device: str) -> None:
+    from dualrefnet.deploy.batch import ImageCases
+    from dualrefnet.deploy.predictor import Predictor
+    from dualrefnet.display.format import PrintedTable, text_rows
+
+    predictor = Predictor.load(run, device)
+    if not image.is_file():
+        raise DualRefNetError(f"there is no image {image}")
+    (case,) = ImageCases([image], metadata, predictor)
+    explanation = predictor.explain(case.path, case.metadata, label)
+    fields = sorted(explanation.fields.items(), key=lambda item: -abs(item[1]))
+    rows = text_rows((name, case.metadata[name], f"{100 * change:+.1f}") for name, change in fields)
+    title = f"{image}: {explanation.label}, probability {explanation.probability:.1%}"
+    note = "Points: of the probability, in percent, that are gone without the value; if negative, it speaks against."
+    print_table(PrintedTable(title, ("field", "value", "points"), rows, (note,) if rows else (), left=2))
+    files = explanation.save(out / f"{image.stem}.png")
+    typer.echo(f"files: {', '.join(map(str, files))}")
 
 
 @app.command()
 def report(
     context: typer.Context,
-    folder: Annotated[Path, typer.Argument(metavar="RUN|SUITE", help="A finished run's folder, or a suite's.")],
+    folder: RunOrSuite,
     against: Against = None,
     out: Out = None,
     without_explanations: Annotated[
@@ -82,8 +119,8 @@ def report(
     ] = False,
     label: Label = None,
     masks: Masks = None,
-    images: Images = 500,
-    shap_images: ShapImages = 200,
+    max_images: MaxImages = 500,
+    max_shap_images: MaxShapImages = 200,
     each: Each = 2,
     seed: Seed = 0,
     no_photographs: NoPhotographs = False,
@@ -110,8 +147,8 @@ def report(
     else:
         if without_explanations:
             refuse_without_effect(context, "without explanations", *OF_MODEL, "root", "cache")
-        shap_images, photographs = min(shap_images, images), not no_photographs
-        options = ReportOptions(images, shap_images, each, label, masks, photographs, seed, root, cache, device)
+        shap_images, photographs = min(max_shap_images, max_images), not no_photographs
+        options = ReportOptions(max_images, shap_images, each, label, masks, photographs, seed, root, cache, device)
         page = write_report(Run(folder), out, Run(against) if against else None, options, not without_explanations)
     typer.echo(f"report: {page}")
 

@@ -106,6 +106,7 @@ def protocol_name(protocol: str, unit: str = "group") -> str:
         "paper": "the paper's split",
         "grouped": f"{unit}-disjoint split" if unit != "image" else "split by image",
         "grouped-cv": f"{unit}-disjoint cross-validation" if unit != "image" else "cross-validation by image",
+        "cross-fitted": f"{unit}-disjoint cross-fitting" if unit != "image" else "cross-fitting by image",
         "own": "the user's own split",
     }
     return names.get(protocol, protocol)
@@ -318,6 +319,16 @@ def availability_line(measured: Values) -> str:
         if values.get("cancers_referred") is not None and values.get("benign_referred") is not None
     ]
     return f"cancers referred: {'; '.join(parts)}" if parts else ""
+
+
+def folds_line(folds: Values) -> str:
+    """Return how much the measures differ between the folds of a cross-fitted run."""
+    names = ("balanced_accuracy", "auc_macro_ovr", "accuracy")
+    parts = [
+        f"{MEASURE_NAMES[name]} {number(folds[name]['mean'], '.3f')} (sd {number(folds[name]['sd'], '.3f')})"
+        for name in names
+    ]
+    return f"mean over {folds['count']} folds: {'; '.join(parts)}"
 
 
 def deployed_line(deployed: Values) -> str:

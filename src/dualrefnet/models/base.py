@@ -117,10 +117,8 @@ class Architecture(BaseModel):
 
     @property
     def backbones(self) -> tuple[str, ...]:
-        """The image encoders that the method may have, in order: one, or the members of an ensemble."""
-        if self.section.method != "ensemble":
-            return (self.section.backbone,)
-        return self.section.members or (self.section.backbone,) * 3
+        """The image encoders that the method may have, in order."""
+        return self.section.backbones
 
 
 class Method(nn.Module, ABC):

@@ -18,7 +18,7 @@ from dualrefnet.display.page import Section, render_page
 from dualrefnet.errors import DataError, RunError
 from dualrefnet.evaluation.bootstrap import NAN, Difference, Estimate
 from dualrefnet.files import write_text
-from dualrefnet.models.encoders import BACKBONES
+from dualrefnet.models.backbones import BACKBONES
 from dualrefnet.models.registry import METHODS
 from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.report import ReportOptions

@@ -25,6 +25,7 @@ from dualrefnet.analysis.opened_run import OpenedRun, open_run
 from dualrefnet.analysis.out_of_distribution import OutOfDistributionMeasured, measure_out_of_distribution
 from dualrefnet.analysis.shortcuts import Shortcuts, draw_shortcuts, probe_shortcuts, shortcut_sentences, shortcut_table
 from dualrefnet.analysis.subgroups import subgroups_of_run
+from dualrefnet.data.protocols import FOLD, member_split
 from dualrefnet.display.figure import ReportFigure, file_stem, save_figure
 from dualrefnet.display.format import PrintedTable, sentence
 from dualrefnet.display.page import Section, render_page
@@ -244,8 +245,11 @@ def _audit(opened: OpenedRun) -> Audit:
     used = opened.dataset.with_image[opened.dataset.with_image["image_id"].isin(opened.split["image_id"])]
     fingerprints = fingerprint_files(used) if len(used) else None
     # Without the forests, which take minutes; the command `audit` has them.
-    protocol = opened.recipe.data.protocol
-    return audit_split(opened.dataset, opened.split, fingerprints, forests=False, protocol=protocol)
+    split, protocol = opened.split, opened.recipe.data.protocol
+    if FOLD in split:
+        # Of the first member's, for example.
+        split = member_split(split, 0, chooses=True)
+    return audit_split(opened.dataset, split, fingerprints, forests=False, protocol=protocol)
 
 
 def _has_subgroups(opened: OpenedRun) -> bool:

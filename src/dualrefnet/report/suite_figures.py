@@ -13,7 +13,7 @@ from dualrefnet.display.figure import COLOURS, FAINT, INK, PAPER, ReportFigure, 
 from dualrefnet.display.format import MEASURE_NAMES, SIGNIFICANT, estimate, number
 from dualrefnet.errors import RunError
 from dualrefnet.evaluation.bootstrap import images_of
-from dualrefnet.models.encoders import BACKBONES
+from dualrefnet.models.backbones import backbone_title
 from dualrefnet.models.registry import METHODS
 from dualrefnet.suite.grid import Key
 from dualrefnet.suite.results import LABEL_LEAKING, reads_image
@@ -88,7 +88,7 @@ def describe(systems: pd.DataFrame, comparisons: pd.DataFrame, measure: str) -> 
 def _backbone(method: str, backbone: str) -> str:
     if not reads_image(method):
         return "no image encoder"
-    return " + ".join(BACKBONES[name].title if name in BACKBONES else name for name in backbone.split("+"))
+    return " + ".join(backbone_title(name) for name in backbone.split("+"))
 
 
 def sizes(rows: pd.DataFrame) -> str:

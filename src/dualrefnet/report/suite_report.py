@@ -32,7 +32,7 @@ from dualrefnet.display.format import (
 from dualrefnet.display.page import Section, render_page
 from dualrefnet.errors import DataError, RecipeError, RunError
 from dualrefnet.files import write_text
-from dualrefnet.models.encoders import BACKBONES
+from dualrefnet.models.backbones import BACKBONES
 from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import load_recipe
 from dualrefnet.report import ReportOptions, provenance

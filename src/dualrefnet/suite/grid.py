@@ -220,7 +220,8 @@ def expand(suite: Suite) -> list[Cell]:
         for recipe, variant in _recipes(suite, block):
             data, model = recipe.data, recipe.model
             slug = re.sub(r"[^A-Za-z0-9_.]+", "-", variant.name).strip("-.")
-            parts = (data.dataset, model.method, model.backbone, slug, f"fold{data.fold}", f"seed{recipe.seed}")
+            backbone = model.backbone.replace(":", "-")
+            parts = (data.dataset, model.method, backbone, slug, f"fold{data.fold}", f"seed{recipe.seed}")
             name = "-".join(part for part in parts if part)
             if len(name) > LONGEST_NAME:
                 raise RecipeError(f"{suite.name}: {name} is too long for a folder; shorten the name of the variant")
@@ -257,17 +258,14 @@ def _recipes(suite: Suite, block: Block) -> Iterator[tuple[Recipe, Variant]]:
 def check_names(cells: list[Cell]) -> None:
     """Refuse data sets, methods and backbones that do not exist, before anything is trained."""
     from dualrefnet.data.adapters import ADAPTERS
-    from dualrefnet.models.encoders import backbone_spec
     from dualrefnet.models.registry import check_method
 
     for cell in cells:
-        model, dataset = cell.recipe.model, cell.key.dataset
+        dataset = cell.key.dataset
         try:
             if dataset not in ADAPTERS:
                 raise RecipeError(f"no data set adapter is called {dataset!r}; there are: {', '.join(ADAPTERS)}")
-            if check_method(cell.recipe).reads_image:
-                for backbone in (model.backbone, *model.members):
-                    backbone_spec(backbone)
+            check_method(cell.recipe)
         except RecipeError as error:
             raise RecipeError(f"{cell.name}: {error}") from None
 
@@ -292,7 +290,7 @@ def smoke(suite: Suite, root: Path) -> tuple[Suite, list[str]]:
     Methods and variants stay; data set (the synthetic sample at `root`), recipe, CNNs, size and length become the
     cheapest; folds and seeds the first.
     """
-    from dualrefnet.models.encoders import BACKBONES, backbone_spec
+    from dualrefnet.models.backbones import BACKBONES
 
     notes = ["a smoke test: synthetic images, random weights, one epoch; its numbers mean nothing"]
     blocks: dict[tuple[str, str, str], Block] = {}
@@ -305,7 +303,8 @@ def smoke(suite: Suite, root: Path) -> tuple[Suite, list[str]]:
             # How metadata is read belongs to what is compared.
             read = {name: getattr(recipe, name).model_dump(mode="json") for name in ("metadata", "modality_dropout")}
             method, backbone = recipe.model.method, recipe.model.backbone
-            backbone = SMOKE_BACKBONE if backbone_spec(backbone).kind == "cnn" else backbone
+            spec = BACKBONES.get(backbone)
+            backbone = backbone if spec is not None and spec.kind == "transformer" else SMOKE_BACKBONE
             # Two data sets collapse into the sample, where their blocks are the same system: the first stays.
             blocks.setdefault(
                 (method, backbone, variant.name),
