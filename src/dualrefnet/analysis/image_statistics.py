@@ -137,10 +137,9 @@ def draw_statistics(measured: pd.DataFrame, classes: Sequence[str]) -> ReportFig
     handles = [Patch(facecolor=COLOURS[place], label=STAGES[stage]) for place, stage in enumerate(stages)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(stages))
     images = measured["image_id"].nunique()
-    spread = measured.groupby("stage")[list(MEASURES)].std()
+    spread = measured.groupby("stage")[list(MEASURES)].std().to_dict("index")
     each = "; ".join(
-        f"{STAGES[stage]} {' and '.join(number(value, '.1f') for value in spread.loc[stage].tolist())}"
-        for stage in stages
+        f"{STAGES[stage]} {' and '.join(number(value, '.1f') for value in spread[stage].values())}" for stage in stages
     )
     caption = (
         f"Brightness and colour cast of {images:,} images by class: median, quartiles, and 1.5 times their distance. "
