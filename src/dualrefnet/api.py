@@ -15,7 +15,7 @@ from dualrefnet.errors import DataError, in_python
 from dualrefnet.files import write_text, write_yaml
 from dualrefnet.progress import note
 from dualrefnet.recipe import Recipe, load_recipe
-from dualrefnet.run import Run, new_folder, refuse_taken
+from dualrefnet.run import CROSS_FITTED, Run, new_folder, refuse_taken
 from dualrefnet.training.preflight import check_start
 
 
@@ -57,6 +57,7 @@ def fit(
     metadata: Sequence[str] = (),
     malignant: Sequence[str] = (),
     out: str | Path | None = None,
+    folds: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
     **overrides: Any,
@@ -72,6 +73,8 @@ def fit(
         malignant: the classes that are cancer, for sensitivity and specificity of "malignant".
         out: the run folder; None: `runs/fit`, with the time behind it if a finished run is there. The table is kept
             beside it in `<out>-data/`, so that the run can be repeated.
+        folds: cross-fit, 5 is usual: one model a fold of the patients, together an ensemble, so that every patient is
+            tested once, by the model that hasn't seen them; takes as many times as long.
         resume: go on with an unfinished run.
         overwrite: replace the run in the folder.
         overrides: of the recipe, such as `training__epochs=3`.
@@ -129,7 +132,8 @@ def fit(
         "loss": {"classification": 1.0, "penalty_strength": 0.003, "class_weights": "logit_adjustment"},
         "training": {"epochs": epochs, "selection": "last"},
     }
-    chosen = load_recipe(recipe, {key.replace("__", "."): value for key, value in overrides.items()})
+    changed = {} if folds is None else {"data.protocol": CROSS_FITTED, "data.folds": folds}
+    chosen = load_recipe(recipe, changed | {key.replace("__", "."): value for key, value in overrides.items()})
     # As the names of files and classes are, for the reader of data sets; it isn't a result.
     write_text(data / description.table, table.to_csv(index=False))
     write_yaml(data / DEFAULT_DESCRIPTION, description.model_dump(mode="json", exclude_none=True))

@@ -24,7 +24,7 @@ import psutil
 
 import dualrefnet
 from dualrefnet import run_schema
-from dualrefnet.data.protocols import refuse_crossing
+from dualrefnet.data.protocols import FOLD, refuse_crossing
 from dualrefnet.data.schema import Dataset
 from dualrefnet.errors import DualRefNetError, RecipeError, RunError, in_python
 from dualrefnet.files import (
@@ -46,8 +46,11 @@ if TYPE_CHECKING:
 MEASURED = ("predictions.csv", "calibration.json", "out_of_scope.safetensors", "metrics.json")
 # What a training writes before its first epoch, and all that a run may have.
 BEGUN = {"recipe.yaml", "split.csv", "model.json", "fingerprint.json"}
+CROSS_FITTED = "cross-fitted"
+# The folder in a cross-fitted run.
+MEMBERS = "members"
 FILES = {*BEGUN, *MEASURED, "model.safetensors", "history.csv", "checkpoint.safetensors"}
-FILES |= {"probes", "explanations", "report", "members", "tracker"}
+FILES |= {"probes", "explanations", "report", "external", MEMBERS, "tracker"}
 # While a training writes the folder.
 LOCK = ".lock"
 # Libraries that numbers depend on, and how they are imported.
@@ -120,6 +123,14 @@ class Run:
         return self.path / "model.safetensors"
 
     @property
+    def members(self) -> list[Run]:
+        """The runs of which a cross-fitted run consists, one a fold; none of any other run."""
+        is_member = self.path.parent.name == MEMBERS and (self.path.parent.parent / "recipe.yaml").is_file()
+        if is_member or self.recipe.data.protocol != CROSS_FITTED:
+            return []
+        return [Run(self.path / MEMBERS / str(fold)) for fold in range(self.recipe.data.folds)]
+
+    @property
     def checkpoint_file(self) -> Path:
         """The state after the last whole epoch; removed when training is over."""
         return self.path / "checkpoint.safetensors"
@@ -149,6 +160,14 @@ class Run:
         """The resolved recipe."""
         with self._reading("recipe.yaml") as path:
             return run_schema.check_recipe(load_recipe(path))
+
+    @property
+    def trained(self) -> bool:
+        """True if training is over, and the parameters are there."""
+        if members := self.members:
+            return all(member.trained for member in members)
+        made = self.path / "fingerprint.json"
+        return self.weights_file.is_file() and made.is_file() and "model_sha256" in self.fingerprint
 
     @property
     def split(self) -> pd.DataFrame:
@@ -233,6 +252,10 @@ class Run:
 
     def check_weights(self) -> None:
         """Refuse parameters that aren't those of the training; RunError says so. Older runs don't record them."""
+        for member in self.members:
+            member.check_weights()
+        if self.members:
+            return
         recorded = self.fingerprint.get("model_sha256") if (self.path / "fingerprint.json").is_file() else None
         with self._reading(self.weights_file.name) as path:
             if recorded is not None and sha256_of_file(path) != recorded:
@@ -249,7 +272,7 @@ class Run:
             for name in ("metrics", "predictions", "fingerprint", *optional):
                 if name not in optional or optional[name].is_file():
                     getattr(self, name)
-            if self.weights_file.is_file():
+            if all(run.weights_file.is_file() for run in self.members or [self]):
                 self.check_weights()
         except DualRefNetError as error:
             return str(error)
@@ -338,7 +361,7 @@ def start_run(path: Path, recipe: Recipe, resume: bool = False, overwrite: bool 
 
 def write_split(run: Run, split: pd.DataFrame) -> None:
     """Write the split, or check that a resumed run has the same one."""
-    split = split.astype(str)
+    split = split.astype({name: str for name in split if name != FOLD})
     if (run.path / "split.csv").is_file():
         if not run.split.equals(split.reset_index(drop=True)):
             what = "its split.csv doesn't fit any more; start anew with --out"

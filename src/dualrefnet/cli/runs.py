@@ -168,11 +168,22 @@ def prepare(
 
 @app.command()
 def train(
+    context: typer.Context,
     recipe: RecipeName,
     overrides: Overrides = None,
     out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run, or start it.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in this folder.")] = False,
+    folds: Annotated[
+        int | None,
+        typer.Option(
+            min=3,
+            help="Cross-fit: one model a fold of the patients, together an ensemble; every patient is tested once, by "
+            "the model that hasn't seen them. 5 is usual. The same as data.protocol=cross-fitted data.folds=N.",
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="With --folds: models trained at the same time.")] = 1,
+    ray: RayAddress = None,
     cache: Cache = None,
     workers: Workers = None,
 ) -> None:
@@ -182,11 +193,16 @@ def train(
     with `--num_processes N` and `training.device=cpu`.
     """
     from dualrefnet.recipe import load_recipe, parse_overrides
+    from dualrefnet.run import CROSS_FITTED, new_folder
 
     if resume and overwrite:
         raise DualRefNetError("--resume keeps the run in a folder and --overwrite replaces it: give one of them")
-    checked = load_recipe(recipe, parse_overrides(overrides or []))
-    from dualrefnet.run import new_folder
+    changed = parse_overrides(overrides or [])
+    if folds is not None:
+        changed |= {"data.protocol": CROSS_FITTED, "data.folds": folds}
+    checked = load_recipe(recipe, changed)
+    if checked.data.protocol != CROSS_FITTED:
+        refuse_without_effect(context, "without --folds", "jobs", "ray")
     from dualrefnet.training.preflight import check_start
 
     folder = out or new_folder(checked.name, resume, overwrite)
@@ -195,10 +211,10 @@ def train(
     from dualrefnet.training.train import train_recipe
 
     try:
-        run = train_recipe(checked, folder, resume, cache, workers, overwrite=overwrite)
+        run = train_recipe(checked, folder, resume, cache, workers, jobs, ray, overwrite=overwrite)
     except KeyboardInterrupt:
         raise DualRefNetError(
-            f"interrupted; the last whole epoch is kept in {folder}, and the same command with --resume goes on"
+            f"interrupted; the last whole epoch is kept, and the command with --out {folder} --resume goes on"
         ) from None
     from accelerate import PartialState
 
@@ -432,12 +448,19 @@ def _print_departures(run: Run) -> None:
 def _print_metrics(metrics: dict[str, Any], unit: str) -> None:
     from rich.text import Text
 
-    from dualrefnet.display.format import availability_line, calibration_line, metrics_tables, protocol_name
+    from dualrefnet.display.format import (
+        availability_line,
+        calibration_line,
+        folds_line,
+        metrics_tables,
+        protocol_name,
+    )
     from dualrefnet.progress import output
     from dualrefnet.runtime.availability import missingness_shortcut
 
-    external = metrics["protocol"] == "external"
-    tested = "external test set" if external else f"test set, {protocol_name(metrics['protocol'], unit)}"
+    tested = f"{'out-of-fold' if 'folds' in metrics else 'test set'}, {protocol_name(metrics['protocol'], unit)}"
+    if metrics["protocol"] == "external":
+        tested = "external test set"
     synthetic = " - SYNTHETIC IMAGES, NOT CLINICAL" if metrics["drawn"] else ""
     tables = metrics_tables(metrics, f"{metrics['dataset']}, {tested}{synthetic}")
     if "aggregated" in metrics:
@@ -445,6 +468,8 @@ def _print_metrics(metrics: dict[str, Any], unit: str) -> None:
         tables += metrics_tables(metrics["aggregated"], f"The same by {by}{synthetic}", f"{by}s")
     for table in tables:
         print_table(table)
+    if "folds" in metrics:
+        typer.echo(folds_line(metrics["folds"]))
     # A run that was finished by an earlier version has none.
     if "calibrated" in metrics:
         typer.echo(calibration_line(metrics["calibrated"]))

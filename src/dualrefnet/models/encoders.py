@@ -353,9 +353,13 @@ class EncoderOutput(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Images that the encoders have read: what each of them gave, in the order of the model's encoders."""
+    """Images that the encoders have read: what each of them gave, in the order of the model's encoders.
+
+    `folds` (B,) of a cross-fitted model: the only member that may classify the image, and whose encoders have read it.
+    """
 
     outputs: tuple[EncoderOutput, ...]
+    folds: Tensor | None = None
 
     @property
     def first(self) -> EncoderOutput:
@@ -372,12 +376,14 @@ class Encoded(NamedTuple):
                     tuple(map(change, output.taps)),
                 )
                 for output in self.outputs
-            )
+            ),
+            self.folds,
         )
 
     def rows(self, index: Tensor) -> Encoded:
         """Return what was read of some of the images: (K,) whole numbers or (B,) truth values."""
-        return self.each(lambda values: values[index])
+        folds = None if self.folds is None else self.folds[index]
+        return self.each(lambda values: values[index])._replace(folds=folds)
 
 
 class Encoder(nn.Module):

@@ -17,6 +17,7 @@ from dualrefnet.recipe import Recipe, suggestion
 
 if TYPE_CHECKING:
     from dualrefnet.models.base import Architecture, Method
+    from dualrefnet.run import Run
 
 NEUTRAL = (0.5, 0.5, 0.5)
 
@@ -160,6 +161,16 @@ def new_model(recipe: Recipe, metadata_width: int, classes: int) -> tuple[Method
         WeightsSource("none", "no image encoder", None, NEUTRAL, NEUTRAL)
     ]
     return model, architecture, [asdict(source) for source in sources]
+
+
+def load_run_model(run: Run) -> Method:
+    """Build the trained model of a run: the best epoch, or of a cross-fitted run all its members in one."""
+    from dualrefnet.models.cross_fitted import CrossFitted
+
+    description = run.model
+    if "members" not in description:
+        return load_model(description, run.weights_file)
+    return CrossFitted([load_model(description, member.weights_file) for member in run.members])
 
 
 def load_model(description: Mapping[str, Any], weights_file: Path) -> Method:

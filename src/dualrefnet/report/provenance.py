@@ -74,6 +74,12 @@ def run_notes(run: Run) -> list[str]:
     recipe, metrics = run.recipe, run.metrics
     method = METHODS[recipe.model.method]
     notes = [f"{SYNTHETIC}."] if metrics["drawn"] else []
+    if run.members:
+        notes.append(
+            f"The model is the mean of {len(run.members)} members, each trained without one fold of the data. Every "
+            "number is of the one member that hasn't seen the image; the mean of all, which Grad-CAM shows, can't be "
+            "measured on these images, and is usually better."
+        )
     for name, leak in metrics["leakage"].items():
         if leak and leak["train_or_val"]:
             notes.append(
