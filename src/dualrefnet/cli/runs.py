@@ -82,17 +82,57 @@ def demo(
 
 
 @app.command()
-def methods() -> None:
-    """List the methods (`train RECIPE model.method=NAME`), and what of each is a reconstruction."""
+def methods(
+    context: typer.Context,
+    cost: Annotated[bool, typer.Option("--cost", help="What each costs instead: size, time and memory.")] = False,
+    backbone: Annotated[
+        list[str] | None, typer.Option("--backbone", metavar="NAME", help="With --cost: image encoder; or several.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="CSV", help="With --cost: also write it as CSV.")] = None,
+) -> None:
+    """List the methods (`train RECIPE model.method=NAME`), and what of each is a reconstruction; or what they cost."""
     from rich.table import Table
 
     from dualrefnet.models.registry import METHODS
     from dualrefnet.progress import output
 
+    if cost:
+        _print_costs(backbone or ["vgg13"], out)
+        return
+    refuse_without_effect(context, "without --cost", "backbone", "out")
     table = Table("name", "method", "published", "filled in by us", show_lines=True)
     for name, method in METHODS.items():
         table.add_row(name, method.title, method.reference, method.reconstruction or "–")
     output().print(table)
+
+
+def _print_costs(backbones: list[str], out: Path | None) -> None:
+    import torch
+
+    from dualrefnet.display.format import COST_COLUMNS, Cell, PrintedTable, billions, millions, number
+    from dualrefnet.files import write_csv
+    from dualrefnet.models.registry import METHODS
+    from dualrefnet.recipe import load_recipe
+    from dualrefnet.training.cost import CLASSES, COLUMNS, RECIPE, measure_costs
+
+    found, recipe = measure_costs(backbones), load_recipe(RECIPE)
+    rows = []
+    for method, encoder, parameters, adds, memory, milliseconds in found.itertuples(index=False):
+        numbers = (millions(parameters), billions(adds), number(memory / 2**30, ".2f"), number(milliseconds, ".1f"))
+        rows.append([Cell(METHODS[method].title), Cell(encoder.replace("+", " + ") or "–"), *map(Cell, numbers)])
+    batch, side = recipe.training.batch_size, recipe.image.size
+    notes = (
+        f"One image of {side} px with {COLUMNS} columns of metadata, {CLASSES} classes, recipe {RECIPE}; without the "
+        "decoder.",
+        f"Training memory: a batch of {batch} in float32: parameters, gradients, the optimizer's state and what is "
+        "kept for the backward pass; without the workspace of kernels.",
+        f"Milliseconds: the model alone, median, {torch.get_num_threads()} threads of this machine.",
+    )
+    columns = ("method", "encoder", *COST_COLUMNS, "training memory (GiB)", "CPU ms")
+    print_table(PrintedTable("Cost of the methods", columns, rows, notes, left=2))
+    if out is not None:
+        write_csv(out, found)
+        typer.echo(out)
 
 
 @app.command()
@@ -174,7 +214,7 @@ def train(
         run = train_recipe(checked, folder, resume, cache, workers, jobs, ray, overwrite=overwrite)
     except KeyboardInterrupt:
         raise DualRefNetError(
-            f"interrupted; the last whole epoch is kept in {folder}, and the same command with --resume goes on"
+            f"interrupted; the last whole epoch is kept, and the command with --out {folder} --resume goes on"
         ) from None
     from accelerate import PartialState
 

@@ -48,6 +48,7 @@ from dualrefnet.report.trust import (
     audit_section,
     calibration_section,
     conformal_section,
+    images_section,
     missing_metadata_section,
     out_of_distribution_section,
     shortcuts_section,
@@ -238,6 +239,7 @@ def _examination_parts(opened: OpenedRun, options: ReportOptions) -> list[Part]:
     if _has_score(opened):
         found = partial(_out_of_distribution, opened, options)
         parts.append(("Out-of-distribution", lambda: out_of_distribution_section(found(), unit)))
+    parts.append(("Images", lambda: images_section(opened, options)))
     return [*parts, ("Data audit", lambda: audit_section(_audit(opened)))]
 
 

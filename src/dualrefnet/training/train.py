@@ -31,6 +31,7 @@ from dualrefnet.models.superresolution import fill_targets
 from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import CROSS_FITTED, MEMBERS, Run, fingerprint, refuse_taken, run_lock, start_run, write_split
+from dualrefnet.training.cost import prediction_cost
 from dualrefnet.training.loop import Trainer
 from dualrefnet.training.workers import Job, available_cores, work
 
@@ -188,7 +189,8 @@ def _train_members(
     if state.is_main_process:
         model, architecture, sources = _new_model(recipe, prepared)
         about = model_description(recipe, architecture, prepared.encoder, prepared.dataset.schema, sources)
-        write_json(run.path / "model.json", about | {"members": len(run.members)})
+        cost = {name: len(run.members) * value for name, value in prediction_cost(model, architecture).items()}
+        write_json(run.path / "model.json", about | {"members": len(run.members), "cost": cost})
         del model
     if jobs == 1 and ray_address is None:
         for fold in waiting:
@@ -255,6 +257,8 @@ def _train(run: Run, prepared: Prepared, state: PartialState) -> None:
     """Train one model, of a run or of one of its members."""
     recipe, (dataset, store, split, encoder) = run.recipe, prepared
     model, architecture, sources = _new_model(recipe, prepared)
+    # Before any part of it is moved to a GPU.
+    cost = prediction_cost(model, architecture)
     frozen = recipe.training.encoder == "frozen" and METHODS[recipe.model.method].reads_image
     with state.main_process_first():
         features = fill_features(recipe, model, store, state.device) if frozen and store is not None else ()
@@ -264,7 +268,8 @@ def _train(run: Run, prepared: Prepared, state: PartialState) -> None:
         train = replace(train, soft_labels=taught(recipe.loss.teacher, train.image_ids, dataset.schema.classes))
     val = make_examples(dataset, split, "val", encoder, store, features)
     if state.is_main_process:
-        write_json(run.path / "model.json", model_description(recipe, architecture, encoder, dataset.schema, sources))
+        description = model_description(recipe, architecture, encoder, dataset.schema, sources)
+        write_json(run.path / "model.json", {**description, "cost": cost})
         start = "; ".join(dict.fromkeys(str(source["description"]) for source in sources))
         parameters = sum(parameter.numel() for parameter in model.parameters())
         note(f"{recipe.model.method}: {parameters / 1e6:.2f} M parameters; encoder starts from: {start}")
