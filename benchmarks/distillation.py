@@ -74,8 +74,8 @@ def main(
     table["ms"] = table["model"].map({name: 1000 * float(np.median(times)) for name, times in seconds.items()})
     note = (
         f"PAD-UFES-20, {len(rows)} images of {rows['patient_id'].nunique()} held-out patients; "
-        f"{' '.join(overrides or [])}; {folds} members; teacher's share {share}; 95% intervals over patients; ms: median "
-        f"of {rounds}, one image"
+        f"{' '.join(overrides or [])}; {folds} members; teacher's share {share}; 95% intervals over patients; "
+        f"ms: median of {rounds}, one image"
     )
     record("distillation", table, note, out)
 
