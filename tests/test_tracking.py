@@ -1,17 +1,15 @@
 import math
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import accelerate.tracking
 import pytest
 from accelerate.tracking import GeneralTracker
+from accelerate.utils import LoggerType
 
 from dualrefnet.errors import DependencyError, RunError
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import Run
-from dualrefnet.training import tracking
 from dualrefnet.training.tracking import Tracker, flat_metrics, require_tracker
 from dualrefnet.training.train import train_recipe
 
@@ -66,8 +64,7 @@ def recorded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     name = str(request.param)
     fake = type("Fake", (Recorded,), {"name": name, "told": Recorded.told, "fails": Recorded.fails})
     monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, name, fake)
-    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: [name])
-    monkeypatch.setattr(tracking, "find_spec", lambda package: SimpleNamespace())
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [LoggerType(name)])
     Recorded.told.clear()
     Recorded.fails.clear()
     return name
@@ -125,8 +122,7 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_is_computed(
     tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("tensorboard", "mlflow", "wandb"):
-        monkeypatch.setitem(sys.modules, name, None)
-        monkeypatch.setattr(tracking, "find_spec", lambda package: None)
+        monkeypatch.setattr(accelerate.tracking, "_available_trackers", [])
         with pytest.raises(DependencyError, match=f"pip install {name}"):
             train_recipe(load_recipe(tiny_recipe, {"training.tracker": name}), tmp_path / "run")
     assert not (tmp_path / "run").exists()

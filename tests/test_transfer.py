@@ -60,7 +60,11 @@ def test_an_encoder_goes_on_under_another_method_and_at_another_size(tiny_recipe
     ("changes", "damage", "message"),
     [
         ({"model__init_from": "nowhere"}, None, "nowhere isn't a run"),
-        ({}, lambda folder: (folder / "metrics.json").unlink(), "holds no trained model"),
+        (
+            {},
+            lambda folder: [(folder / f"{name}.json").unlink() for name in ("metrics", "fingerprint")],
+            "holds no trained",
+        ),
         ({}, lambda folder: (folder / "model.safetensors").unlink(), "holds no trained model"),
         ({}, lambda folder: (folder / "recipe.yaml").rename(folder / "bundle.json"), "is a bundle"),
         ({"model__backbone": "resnet50"}, None, "has mobilenet_v2, and this recipe resnet50: set model.backbone"),

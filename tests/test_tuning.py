@@ -158,6 +158,8 @@ def test_nothing_of_the_test_split_is_read(tiny_recipe: Recipe, sample_root: Pat
         ({"tune": {"training.epochs": {"low": 1.5, "high": 9}}}, None, "training.epochs=1.5"),
         ({"tune": {"training.nesterov": {"values": [True, False]}}}, None, "unknown key"),
         ({"data.protocol": "paper"}, None, "leaks"),
+        ({"data.protocol": "cross-fitted"}, 1, "data.protocol=grouped"),
+        ({"data.protocol": "all"}, None, "--folds 1"),
         ({}, 4, "--folds 4: data.folds is 3"),
     ],
 )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -66,6 +66,14 @@ def check(
     root: Root = None,
     description: Description = None,
     out: Out = None,
+    csv_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--csv",
+            metavar="FILE",
+            help="Also measure brightness and colour cast of every image before and after preprocessing, one row each.",
+        ),
+    ] = None,
     workers: Workers = None,
 ) -> None:
     """Validate a data set: counts, missing, broken and identical images, shared ids, unknown codes.
@@ -79,9 +87,31 @@ def check(
     with progress_bar("reading images") as show:
         report = check_dataset(dataset, root, description, workers, show)
     print_findings(report.findings)
+    result = report.to_json()
+    if csv_file:
+        result["image_statistics"] = _image_statistics(dataset, root, description, csv_file, workers)
     if out:
-        write_json(out, report.to_json())
+        write_json(out, result)
     raise typer.Exit(1 if report.failed else 0)
+
+
+def _image_statistics(
+    dataset: str, root: Path | None, description: Path | None, csv_file: Path, workers: int | None
+) -> list[dict[str, Any]]:
+    """Write brightness and colour cast of every image, print them by class, and return what was printed."""
+    from dualrefnet.analysis.image_statistics import measure_images, statistics_table, summarise
+    from dualrefnet.data.adapters import load_dataset
+    from dualrefnet.files import write_csv
+    from dualrefnet.progress import progress_bar
+    from dualrefnet.recipe import ImageSection
+
+    loaded = load_dataset(dataset, root, description)
+    with progress_bar("brightness and colour") as show:
+        measured = measure_images(loaded.with_image, ImageSection(), workers, show)
+    write_csv(csv_file, measured)
+    print_table(statistics_table(measured, loaded.schema.classes))
+    summary = summarise(measured, loaded.schema.classes)
+    return summary.astype(object).where(summary.notna(), None).to_dict("records")  # type: ignore[return-value]
 
 
 @app.command()

@@ -196,20 +196,14 @@ def suite(
     """
     from dualrefnet.progress import note
     from dualrefnet.recipe import parse_overrides
-    from dualrefnet.suite.grid import check_names, expand, load_suite, override
-    from dualrefnet.suite.grid import smoke as smoke_of
+    from dualrefnet.suite.grid import check_names, expand, load_suite, prepare
     from dualrefnet.suite.runner import run_suite
 
     chosen, values = load_suite(name), parse_overrides(overrides or [])
     folder = out or Path("suites") / (f"{chosen.name}-smoke" if smoke else chosen.name)
-    if smoke:
-        chosen, remarks = smoke_of(chosen, folder.absolute() / "data")
-        ignored = [key for key in values if key.startswith("data.")]
-        remarks += [f"{key} is ignored: a smoke test has its own data" for key in ignored]
-        values = {key: value for key, value in values.items() if key not in ignored}
-        for message in remarks:
-            note(message)
-    chosen = override(chosen, values)
+    chosen, remarks = prepare(chosen, values, folder.absolute() / "data" if smoke else None)
+    for message in remarks:
+        note(message)
     cells = expand(chosen)
     check_names(cells)
     if dry_run:
@@ -233,6 +227,57 @@ def suite(
     else:
         typer.echo(f"now: dualrefnet tables {folder}")
     raise typer.Exit(1 if outcome.failed else 0)
+
+
+@app.command()
+def paper(
+    overrides: Overrides = None,
+    only: Annotated[
+        str,
+        typer.Option("--only", metavar="PARTS", help="Some of table1 to table4, figure1e, figure7, ablations: a,b."),
+    ] = "",
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: paper, or paper-smoke.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say runs, hours and disk; train nothing.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Synthetic images, one CNN, one epoch: minutes.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at the same time; they share the cores.")] = 1,
+    no_photographs: NoPhotographs = False,
+    cache: Cache = None,
+    device: Device = None,
+) -> None:
+    """Train everything in the paper and write one page: its tables and figures as printed, with a verdict on each.
+
+    Running it again goes on where it stopped. A run that several tables share is trained once. Exit status 1 if a run
+    failed; the page is written all the same.
+    """
+    from dualrefnet.progress import note
+    from dualrefnet.recipe import parse_overrides
+    from dualrefnet.report import ReportOptions
+    from dualrefnet.suite.paper import paper_suites, plan_table, run_paper
+
+    folder = out or Path("paper-smoke" if smoke else "paper")
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    suites, remarks = paper_suites(names, parse_overrides(overrides or []), smoke, folder)
+    for message in remarks:
+        note(message)
+    if dry_run:
+        print_table(plan_table(suites))
+        return
+    try:
+        outcomes = run_paper(suites, folder, workers, cache)
+    except KeyboardInterrupt:
+        raise DualRefNetError(
+            f"interrupted; what is finished is kept in {folder}, and the same command goes on"
+        ) from None
+    from dualrefnet.report.paper_report import write_paper_report
+
+    images, shap_images, each = (60, 20, 1) if smoke else (500, 200, 2)
+    options = ReportOptions(images, shap_images, each, photographs=not no_photographs, cache=cache, device=device)
+    page = write_paper_report(folder, options)
+    failed = {name: outcome for name, outcome in outcomes.items() if outcome.failed}
+    for name, outcome in failed.items():
+        typer.echo(f"{name}: {len(outcome.failed)} of {outcome.total} runs failed; {folder / name}/failures says why")
+    typer.echo(f"the paper: {page}")
+    raise typer.Exit(1 if failed else 0)
 
 
 @app.command()

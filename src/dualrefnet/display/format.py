@@ -52,6 +52,7 @@ CLASS_COLUMNS = {
     "auc": "AUC",
     "support": "images",
 }
+COST_COLUMNS = ("parameters (M)", "multiply-adds (G)")
 AVAILABILITY_COLUMNS = {
     "balanced_accuracy": "balanced accuracy",
     "malignant_auc": "malignant AUC",
@@ -71,6 +72,16 @@ AVAILABILITY_NAMES = {
 def number(value: float | None, form: str = ".3f") -> str:
     """Return a value; a dash if it is undefined."""
     return "–" if value is None or pd.isna(value) else format(value, form).replace("-", "−")
+
+
+def millions(value: float | None) -> str:
+    """Return a number of parameters in millions."""
+    return number(None if value is None else value / 1e6, ".2f")
+
+
+def billions(value: float | None) -> str:
+    """Return a number of multiply-adds in billions."""
+    return number(None if value is None else value / 1e9, ".2f")
 
 
 def interval(low: float | None, high: float | None, form: str = ".2f") -> str:
@@ -107,6 +118,7 @@ def protocol_name(protocol: str, unit: str = "group") -> str:
         "grouped": f"{unit}-disjoint split" if unit != "image" else "split by image",
         "grouped-cv": f"{unit}-disjoint cross-validation" if unit != "image" else "cross-validation by image",
         "cross-fitted": f"{unit}-disjoint cross-fitting" if unit != "image" else "cross-fitting by image",
+        "all": "all patients, none for a test",
         "own": "the user's own split",
     }
     return names.get(protocol, protocol)
@@ -213,6 +225,43 @@ class PrintedTable:
             lines += [rf"{escape_latex(note)}\par" for note in self.notes]
             lines += [r"\end{minipage}"]
         return "\n".join([*lines, r"\end{table}"]) + "\n"
+
+
+SIGNIFICANT = 0.05
+
+
+def p_value(p: float) -> str:
+    """Return a corrected p with its sign of equality; empty if there is none."""
+    return "" if pd.isna(p) else "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def class_difference_table(rows: pd.DataFrame, names: tuple[str, str], title: str, family: int) -> PrintedTable:
+    """Return how far the first of two systems is above the second in each class, from `corrected_classes`; `family` is
+    the number of comparisons of a measure for which p is corrected.
+    """
+    measures = list(dict.fromkeys(rows["measure"]))
+    lines = []
+    for name, group in rows.groupby("class", sort=False):
+        found = group.set_index("measure").to_dict("index")
+        line = [Cell(str(name)), Cell(f"{group['images'].iloc[0]:,}")]
+        for measure in measures:
+            one = found[measure]
+            small = f"{interval(one['low'], one['high'], '.3f')} {p_value(one['p_holm'])}".strip()
+            line += [Cell(number(one["value"])), Cell(number(one["reference_value"]))]
+            line.append(Cell(number(one["difference"], "+.3f"), small, bold=one["p_holm"] < SIGNIFICANT))
+        lines.append(line)
+    notes = [
+        f"Difference [95% interval of the paired bootstrap]; p after Holm's correction for {family} comparisons per "
+        "measure. Bold: p < .05."
+    ]
+    for measure in measures:
+        differs = rows[(rows["measure"] == measure) & (rows["p_holm"] < SIGNIFICANT)]
+        higher, lower = (differs[differs["difference"] * sign > 0]["class"].tolist() for sign in (1, -1))
+        word = CLASS_COLUMNS[measure]
+        verdict = f"higher in {listed(higher) or 'no class'}, lower in {listed(lower) or 'no class'}"
+        notes.append(f"{word[0].upper()}{word[1:]} of {names[0]} is significantly {verdict} than that of {names[1]}.")
+    columns = [text for measure in measures for text in (CLASS_COLUMNS[measure], names[1], "difference")]
+    return PrintedTable(title, ("class", "images", *columns), lines, tuple(notes))
 
 
 def text_rows(rows: Iterable[Sequence[object]]) -> list[list[Cell]]:

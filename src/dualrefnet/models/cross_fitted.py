@@ -74,19 +74,22 @@ class CrossFitted(Method):
         return Encoded(tuple(outputs), folds)
 
     def answer(self, images: Encoded, metadata: Tensor) -> Output:
-        """Classify with the mean of all members, or each image with that of its fold; `features` are those of the
-        members that classify, side by side.
+        """Classify with the mean of all members, or each image with that of its fold; `features` and `hidden` are those
+        of the members that classify, side by side.
         """
         if images.folds is not None:
             outputs, order = self._each_fold(
                 images.folds, lambda member, rows: member.answer(images.rows(rows), metadata[rows])
             )
-            logits, features = (torch.cat(parts)[order] for parts in zip(*(one[:2] for one in outputs), strict=True))
-            return Output(logits, features, None, {})
+            found = zip(*(one[:3] for one in outputs), strict=True)
+            logits, features, hidden = (torch.cat(parts)[order] for parts in found)
+            return Output(logits, features, hidden, None, {})
         outputs = [member.answer(own, metadata) for member, own in zip(self.parts, self._own(images), strict=True)]
         logits = torch.stack([output.logits.log_softmax(dim=1) for output in outputs])
-        features = torch.cat([output.features for output in outputs], dim=1)
-        return Output(logits.logsumexp(dim=0) - math.log(len(outputs)), features, None, {})
+        features, hidden = (
+            torch.cat([getattr(output, name) for output in outputs], dim=1) for name in ("features", "hidden")
+        )
+        return Output(logits.logsumexp(dim=0) - math.log(len(outputs)), features, hidden, None, {})
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
         """See `answer`, which leaves it to each member to fill in what is missing."""

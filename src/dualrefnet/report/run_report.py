@@ -12,6 +12,7 @@ import pandas as pd
 
 from dualrefnet.analysis.audit import Audit, audit_split
 from dualrefnet.analysis.duplicates import fingerprint_files
+from dualrefnet.analysis.evaluate import NOT_MEASURED
 from dualrefnet.analysis.missing_metadata import (
     compare_missing_metadata,
     draw_missing_metadata,
@@ -47,6 +48,7 @@ from dualrefnet.report.trust import (
     audit_section,
     calibration_section,
     conformal_section,
+    images_section,
     missing_metadata_section,
     out_of_distribution_section,
     shortcuts_section,
@@ -187,6 +189,8 @@ def _check_finished(runs: Sequence[Run]) -> None:
     for run in runs:
         if not run.finished:
             raise RunError(f"{run.path} isn't a finished run; train it, or continue with --resume")
+        if run.recipe.data.protocol == "all":
+            raise RunError(f"{run.path} is {NOT_MEASURED}")
 
 
 def _open(run: Run, options: ReportOptions) -> OpenedRun:
@@ -235,6 +239,7 @@ def _examination_parts(opened: OpenedRun, options: ReportOptions) -> list[Part]:
     if _has_score(opened):
         found = partial(_out_of_distribution, opened, options)
         parts.append(("Out-of-distribution", lambda: out_of_distribution_section(found(), unit)))
+    parts.append(("Images", lambda: images_section(opened, options)))
     return [*parts, ("Data audit", lambda: audit_section(_audit(opened)))]
 
 

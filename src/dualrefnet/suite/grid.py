@@ -78,7 +78,9 @@ class Suite(Section):
     table: str | None = Field(
         None, coerce_numbers_to_str=True, description="the paper's table: 1, 2a, 3a, 3b, 4, text ..."
     )
-    reference: str | None = Field(None, description="the method, or variant, with which the others are compared")
+    reference: str | dict[str, str] | None = Field(
+        None, description="the method, variant or encoder with which the others are compared; or that of each data set"
+    )
     measures: tuple[str, ...] = Field(
         ("accuracy", "balanced_accuracy", "auc_macro_ovr"), description="columns: keys of metrics.json"
     )
@@ -86,6 +88,10 @@ class Suite(Section):
     per_class: bool = Field(False, description="also a table by class")
     splits: tuple[SplitCount, ...] = ()
     grid: tuple[Block, ...] = ()
+
+    def reference_of(self, dataset: str) -> str | None:
+        """Return what the systems of a data set are compared with."""
+        return self.reference.get(dataset) if isinstance(self.reference, dict) else self.reference
 
 
 class Key(NamedTuple):
@@ -188,6 +194,24 @@ def override(suite: Suite, overrides: Mapping[str, Any]) -> Suite:
     return changed
 
 
+def same_training(recipe: Recipe) -> str:
+    """Return what is equal for two recipes that train the same."""
+    return recipe.model_dump_json(exclude={"name", "description"})
+
+
+def prepare(suite: Suite, overrides: Mapping[str, Any], sample: Path | None = None) -> tuple[Suite, list[str]]:
+    """Return a suite with overrides, as a smoke test if there is a folder for its `sample` data, and remarks on what
+    that replaces.
+    """
+    remarks: list[str] = []
+    if sample is not None:
+        suite, remarks = smoke(suite, sample)
+        ignored = [key for key in overrides if key.startswith("data.")]
+        remarks += [f"{key} is ignored: a smoke test has its own data" for key in ignored]
+        overrides = {key: value for key, value in overrides.items() if key not in ignored}
+    return override(suite, overrides), remarks
+
+
 def expand(suite: Suite) -> list[Cell]:
     """Return the cells of a suite, in the order of the file. Cells with equal recipes share a run."""
     cells: dict[str, Cell] = {}
@@ -202,7 +226,7 @@ def expand(suite: Suite) -> list[Cell]:
             if len(name) > LONGEST_NAME:
                 raise RecipeError(f"{suite.name}: {name} is too long for a folder; shorten the name of the variant")
             recipe = recipe.model_copy(update={"name": name})
-            run = runs.setdefault(recipe.model_dump_json(exclude={"name", "description"}), name)
+            run = runs.setdefault(same_training(recipe), name)
             backbone = "+".join(model.members) or model.backbone
             key = Key(data.dataset, data.protocol, model.method, backbone, variant.name)
             cell = Cell(name, run, key, recipe, variant.paper or block.paper, variant.set if variant.paper else {})
@@ -292,12 +316,17 @@ def smoke(suite: Suite, root: Path) -> tuple[Suite, list[str]]:
                     variants=(Variant(name=variant.name, set=kept),),
                 ),
             )
+    # One data set is left, and one CNN.
+    reference = next(iter(suite.reference.values())) if isinstance(suite.reference, dict) else suite.reference
+    if reference in BACKBONES and BACKBONES[reference].kind == "cnn":
+        reference = SMOKE_BACKBONE
     splits = (SplitCount(dataset="sample", protocol="grouped", set={"data.root": str(root)}),) if suite.splits else ()
     changed = {
         "name": f"{suite.name}-smoke",
         "title": f"SMOKE TEST ON SYNTHETIC IMAGES: {suite.title}",
         "description": "Synthetic images, random weights, one epoch: a test of the software; the numbers mean nothing.",
         "smoke": True,
+        "reference": reference,
         "splits": splits,
         "grid": tuple(blocks.values()),
     }

@@ -6,8 +6,10 @@ for a smoke test, `data/`.
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -21,7 +23,7 @@ from dualrefnet.files import locked, make_folder, write_csv, write_json, write_y
 from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import Recipe, differences
 from dualrefnet.run import Run
-from dualrefnet.suite.grid import Cell, Key, Suite, expand, load_suite, with_recipes
+from dualrefnet.suite.grid import Cell, Key, Suite, expand, load_suite, same_training, with_recipes
 from dualrefnet.training.workers import Failure, Job, available_cores, work
 
 SMOKE_IMAGES, SMOKE_SIZE = 120, 64
@@ -47,12 +49,14 @@ def run_suite(
     ray_address: str | None = None,
     cores: int | None = None,
     keep_models: bool = True,
+    elsewhere: Mapping[str, Path] | None = None,
 ) -> Outcome:
     """Train what a suite folder lacks.
 
     `workers` runs at the same time on this machine, or as Ray has room at `ray_address` (a cluster's, or `local`), each
     with `cores` (None: the machine's, shared by the workers; on Ray: 1). Without `keep_models` the parameters of
-    finished runs are removed: the tables need only their predictions.
+    finished runs are removed: the tables need only their predictions. `elsewhere`: finished runs of other suites, by
+    `same_training`, that are taken over.
 
     Raises:
         DualRefNetError: the folder is in use or holds something else; Ray is not available; nothing can be read.
@@ -66,9 +70,13 @@ def run_suite(
     with _suite_lock(out):
         _open_folder(out, suite, cells)
         if suite.smoke:
-            _draw_sample(out / "data")
+            _draw_sample({cell.recipe.data.root for cell in cells} | {split.recipe.data.root for split in suite.splits})
         _count_splits(out, suite)
         runs = {cell.run: cell.recipe for cell in cells if cell.run == cell.name}
+        for run, recipe in runs.items():
+            source = (elsewhere or {}).get(same_training(recipe))
+            if source is not None and not _finished(out, run):
+                _take_over(source, out / "runs" / run)
         pending = {run: recipe for run, recipe in runs.items() if not _finished(out, run)}
         outcome = Outcome(len(runs), len(runs) - len(pending))
         if outcome.skipped:
@@ -141,6 +149,22 @@ def _finished(out: Path, name: str) -> bool:
     return finished
 
 
+def _take_over(source: Path, run: Path) -> None:
+    """Give a suite a finished run of another one; hard links need no space."""
+
+    def link(file: str, copy: str) -> None:
+        try:
+            os.link(file, copy)
+        except OSError:  # Another disk, or a file system without links.
+            shutil.copy2(file, copy)
+
+    partial = make_folder(run.parent) / f".{run.name}"
+    for folder in (partial, run):
+        shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(source, partial, copy_function=link)
+    os.replace(partial, run)
+
+
 def _record(out: Path, outcome: Outcome, run: str, failure: Failure | None) -> None:
     file = out / "failures" / f"{run}.json"
     if failure is None:
@@ -151,9 +175,10 @@ def _record(out: Path, outcome: Outcome, run: str, failure: Failure | None) -> N
         write_json(file, {**failure._asdict(), "log": f"logs/{run}.log"})
 
 
-def _draw_sample(root: Path) -> None:
+def _draw_sample(roots: Collection[str | None]) -> None:
     from dualrefnet.data.synthetic import make_synthetic
 
+    (root,) = (Path(str(root)) for root in roots)
     if (root / "metadata.csv").is_file():
         return
     note("writing the sample data set: synthetic images, not clinical ones")

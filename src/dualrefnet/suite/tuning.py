@@ -25,7 +25,7 @@ from dualrefnet.files import locked, make_folder, write_csv, write_yaml
 from dualrefnet.models.registry import METHODS
 from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import Recipe, TuneRange, differences, load_recipe
-from dualrefnet.run import Run
+from dualrefnet.run import CROSS_FITTED, Run
 from dualrefnet.training.loop import selection_value
 from dualrefnet.training.preflight import check_recipe
 from dualrefnet.training.workers import Job, available_cores, work
@@ -240,6 +240,8 @@ def _count_folds(recipe: Recipe, folds: int | None) -> int:
         raise RecipeError(
             "the paper's split leaks, and tuning on it chooses what remembers best: data.protocol=grouped"
         )
+    if data.protocol == CROSS_FITTED:
+        raise RecipeError("tune with data.protocol=grouped, and cross-fit best.yaml: `dualrefnet train ... --folds 5`")
     if data.protocol not in ("grouped", "grouped-cv"):
         if folds != 1:
             raise RecipeError(f"the split of data.protocol {data.protocol} is one: tune with --folds 1")

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 from PIL import Image
 
 from dualrefnet.errors import DependencyError, RunError
@@ -34,7 +36,7 @@ START = {
 
 def require_tracker(name: str) -> None:
     """Refuse a tracker that isn't installed, before anything is computed."""
-    if name != "none" and find_spec(name) is None:
+    if name != "none" and LoggerType(name) not in get_available_trackers():
         extra = " (extra `track`)" if name == "tensorboard" else ""
         raise DependencyError(
             f"training.tracker={name} needs {name}{extra}: pip install {name}, or train with training.tracker=none"
@@ -101,6 +103,9 @@ class Tracker:
         metrics = self.run.metrics
         try:
             self._accelerator.log(dict(flat_metrics(metrics)), step=self._step)
+            if metrics.get("split", "test") != "test":
+                # Trained on all patients, and tested on none.
+                return
             tracker, step = self._accelerator.get_tracker(self.name), self._step
             classes, rows = list(metrics["per_class"]), metrics["confusion_matrix"]
             table = pd.DataFrame(rows, columns=classes).assign(true=classes)[["true", *classes]]
@@ -138,10 +143,9 @@ class Tracker:
 
 def flat_metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """Yield the numbers of `metrics.json` by name: `test/...` and `validation/...`; of an interval both ends."""
+    of = "test" if metrics.get("split", "test") == "test" else "validation"
     for name, value in dotted({key: _named(inner) for key, inner in metrics.items()}).items():
-        split, rest = (
-            ("validation", name.removeprefix("validation.")) if name.startswith("validation.") else ("test", name)
-        )
+        split, rest = ("validation", name.removeprefix("validation.")) if name.startswith("validation.") else (of, name)
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             yield f"{split}/{_FOREIGN.sub('_', rest.replace('.', '/'))}", value
 
