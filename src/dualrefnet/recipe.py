@@ -326,7 +326,6 @@ class TuneRange(Section):
 
 # Methods with the super-resolution branch.
 WITH_DECODER = ("dualrefnet", "auxnet")
-CROSS_FITTED = "cross-fitted"
 
 
 class Recipe(Section):

@@ -24,8 +24,8 @@ from dualrefnet.errors import DependencyError, RecipeError, RunError
 from dualrefnet.files import locked, make_folder, write_csv, write_yaml
 from dualrefnet.models.registry import METHODS
 from dualrefnet.progress import note, progress_bar, warn
-from dualrefnet.recipe import Recipe, TuneRange, differences, load_recipe
-from dualrefnet.run import CROSS_FITTED, Run
+from dualrefnet.recipe import CROSS_FITTED, Recipe, TuneRange, differences, load_recipe
+from dualrefnet.run import Run
 from dualrefnet.training.loop import selection_value
 from dualrefnet.training.preflight import check_recipe
 from dualrefnet.training.workers import Job, available_cores, work
