@@ -264,6 +264,7 @@ LATER = {
     "data.keep",
     "data.classes",
     "model.vgg_head",
+    "model.views",
     "loss.classification_reduction",
     "loss.teacher",
     "loss.teacher_share",
