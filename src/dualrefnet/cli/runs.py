@@ -192,8 +192,7 @@ def train(
     Several GPUs: `accelerate launch --multi_gpu -m dualrefnet train RECIPE ...`; several processes on CPUs: the same
     with `--num_processes N` and `training.device=cpu`.
     """
-    from dualrefnet.recipe import load_recipe, parse_overrides
-    from dualrefnet.run import CROSS_FITTED, new_folder
+    from dualrefnet.recipe import CROSS_FITTED, load_recipe, parse_overrides
 
     if resume and overwrite:
         raise DualRefNetError("--resume keeps the run in a folder and --overwrite replaces it: give one of them")
@@ -203,11 +202,12 @@ def train(
     checked = load_recipe(recipe, changed)
     if checked.data.protocol != CROSS_FITTED:
         refuse_without_effect(context, "without --folds", "jobs", "ray")
+    # pandas takes half a second to import, and torch seconds.
+    from dualrefnet.run import new_folder
     from dualrefnet.training.preflight import check_start
 
     folder = out or new_folder(checked.name, resume, overwrite)
     check_start(checked, folder, resume, overwrite)
-    # Torch takes seconds to import.
     from dualrefnet.training.train import train_recipe
 
     try:
@@ -222,6 +222,39 @@ def train(
         _print_metrics(run.metrics, run.unit)
         _print_departures(run)
         typer.echo(f"run folder: {run.path}")
+
+
+@app.command()
+def distil(
+    run: RunFolder,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The new run folder; default: RUN-distilled.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run, or start it.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in this folder.")] = False,
+    cache: Cache = None,
+    workers: Workers = None,
+) -> None:
+    """Train one model on all data towards what a cross-fitted run predicted out of fold: one network to deploy, not K.
+
+    It learns the labels and, to loss.teacher_share, the members' probabilities of images that they hadn't seen. Nothing
+    is left to test it on: the cross-fitted run has the numbers.
+    """
+    from dualrefnet.recipe import load_recipe, parse_overrides
+    from dualrefnet.run import Run
+
+    teacher = Run(run)
+    if not teacher.members:
+        raise DualRefNetError(f"{run} isn't a cross-fitted run: `dualrefnet train RECIPE --folds 5` makes one")
+    given = {"name": f"{teacher.recipe.name[:190]}-distilled", "data.protocol": "all", "loss.teacher": str(run)}
+    checked = load_recipe(teacher.recipe, given | parse_overrides(overrides or []))
+    from dualrefnet.training.train import train_recipe
+
+    folder = out or run.with_name(f"{run.resolve().name}-distilled")
+    student = train_recipe(checked, folder, resume, cache, workers, overwrite=overwrite)
+    _print_metrics(student.metrics, student.unit)
+    typer.echo(f"run folder: {student.path}")
 
 
 @app.command()
@@ -454,10 +487,14 @@ def _print_metrics(metrics: dict[str, Any], unit: str) -> None:
         folds_line,
         metrics_tables,
         protocol_name,
+        sentence,
     )
     from dualrefnet.progress import output
     from dualrefnet.runtime.availability import missingness_shortcut
 
+    if metrics["protocol"] == "all":
+        typer.echo(sentence(metrics["remarks"][0]))
+        return
     tested = f"{'out-of-fold' if 'folds' in metrics else 'test set'}, {protocol_name(metrics['protocol'], unit)}"
     if metrics["protocol"] == "external":
         tested = "external test set"
