@@ -50,7 +50,7 @@ CROSS_FITTED = "cross-fitted"
 # The folder in a cross-fitted run.
 MEMBERS = "members"
 FILES = {*BEGUN, *MEASURED, "model.safetensors", "history.csv", "checkpoint.safetensors"}
-FILES |= {"probes", "explanations", "report", MEMBERS, "tracker"}
+FILES |= {"probes", "explanations", "report", "external", MEMBERS, "tracker"}
 # While a training writes the folder.
 LOCK = ".lock"
 # Libraries that numbers depend on, and how they are imported.

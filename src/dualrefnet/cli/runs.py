@@ -174,7 +174,7 @@ def train(
         run = train_recipe(checked, folder, resume, cache, workers, jobs, ray, overwrite=overwrite)
     except KeyboardInterrupt:
         raise DualRefNetError(
-            f"interrupted; the last whole epoch is kept in {folder}, and the same command with --resume goes on"
+            f"interrupted; the last whole epoch is kept, and the command with --out {folder} --resume goes on"
         ) from None
     from accelerate import PartialState
 
