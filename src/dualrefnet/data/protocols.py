@@ -2,7 +2,8 @@
 
 `paper` rebuilds Table 1 of the paper to the row, leaks included. `grouped` and `grouped-cv` keep all rows of one unit
 (`DatasetSchema.unit`: a patient; a lesion where no patients are named; else a single image) within one split.
-`cross-fitted` divides all rows into folds, each of which is the test split of one model. `own` is what the user says.
+`cross-fitted` divides all rows into folds, each of which is the test split of one model; `all` has one fold for
+validation, and no test split. `own` is what the user says.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dualrefnet.errors import SplitError
 from dualrefnet.progress import note
 from dualrefnet.runtime.metadata import read_cell
 
-PROTOCOLS = ("paper", "grouped", "grouped-cv", "cross-fitted", "own")
+PROTOCOLS = ("paper", "grouped", "grouped-cv", "cross-fitted", "all", "own")
 SPLITS = ("train", "val", "test")
 # SHA-256 of the lines `image_id label` as published: the paper's split is of row numbers, so a table in another order
 # would silently give another split.
@@ -50,7 +51,7 @@ def split_dataset(
 
     Args:
         dataset: the data set.
-        protocol: `paper`, `grouped` (fold 0 of the folds), `grouped-cv`, `cross-fitted` or `own`.
+        protocol: `paper`, `grouped` (fold 0 of the folds), `grouped-cv`, `cross-fitted`, `all` or `own`.
         fold: which fold is the test split (`grouped-cv`).
         folds: number of folds; the next one is the validation split.
         seed: shuffles the grouped protocols; the paper's have the paper's seeds.
@@ -66,7 +67,7 @@ def split_dataset(
         SplitError: the protocol doesn't exist for the data set, a class has too few groups to be in every split, or
             `own` names an unknown image or split, or has a patient in several.
     """
-    check_protocol(dataset, protocol, fold, folds, split_file)
+    check_protocol(dataset, protocol, fold, folds, split_file, allow_leak)
     columns = list(SPLIT_COLUMNS)
     fold_of = pd.Series(0, index=dataset.table.index)
     if protocol == "paper":
@@ -74,15 +75,17 @@ def split_dataset(
     elif protocol == "cross-fitted":
         splits = pd.Series("test", index=dataset.table.index)
         fold_of, columns = _folds(dataset, folds, seed), [*columns, FOLD]
+    elif protocol == "all":
+        splits = pd.Series("train", index=dataset.table.index).mask(_folds(dataset, folds, seed) == 0, "val")
     elif protocol == "own":
-        splits = _own_split(dataset, split_file)
+        splits = _own_split(dataset, split_file, allow_leak)
         if splits.isna().any():
             note(f"{int(splits.isna().sum()):,} of {len(splits):,} rows are in no split and are left out")
     else:
         splits = _grouped_split(dataset, fold if protocol == "grouped-cv" else 0, folds, seed)
     table = dataset.table.assign(patient_id=groups(dataset.table, dataset.schema), split=splits, fold=fold_of)
     result = table.loc[splits.notna(), columns].reset_index(drop=True)
-    if protocol != "paper" and not (protocol == "own" and allow_leak):
+    if protocol not in ("paper", "own"):
         refuse_crossing(result)
     return result
 
@@ -93,12 +96,13 @@ def check_protocol(
     fold: int = 0,
     folds: int = 5,
     split_file: Path | str | None = None,
+    allow_leak: bool = False,
 ) -> None:
     """Refuse a data set that a protocol can't divide; SplitError says why. Takes no time: nothing is divided."""
     if protocol not in PROTOCOLS:
         raise SplitError(f"no protocol is called {protocol!r}; there are: {', '.join(PROTOCOLS)}")
     if protocol == "own":
-        _own_split(dataset, split_file)
+        _own_split(dataset, split_file, allow_leak)
         return
     if protocol == "paper":
         _check_published(dataset)
@@ -116,7 +120,7 @@ def check_protocol(
         raise SplitError(f"there are too few {unit}s, or images of any class, for {folds} folds; try fewer folds")
 
 
-def _own_split(dataset: Dataset, file: Path | str | None) -> pd.Series:
+def _own_split(dataset: Dataset, file: Path | str | None, allow_leak: bool) -> pd.Series:
     """Return the splits that the user names; None for rows that are in none."""
     ids, title = dataset.table["image_id"], dataset.schema.title
     if file is not None:
@@ -150,6 +154,8 @@ def _own_split(dataset: Dataset, file: Path | str | None) -> pd.Series:
             f"no row is in {' or '.join(lost)}: training needs train, val (it chooses the epoch and calibrates) and "
             "test; make one of a part of train"
         )
+    if not allow_leak:
+        refuse_crossing(pd.DataFrame({"patient_id": groups(dataset.table, dataset.schema), "split": splits}))
     return splits
 
 
@@ -263,9 +269,11 @@ def leak_remarks(split: pd.DataFrame, unit: str) -> list[str]:
 
 
 def split_parts(split: pd.DataFrame) -> dict[str, pd.Series]:
-    """Return which rows are in train, val and test, or in each fold."""
+    """Return which rows are in train, val and, if there is one, test; or in each fold."""
     if FOLD not in split:
-        return {name: split["split"] == name for name in SPLITS}
+        # A run that has been trained on all has no test split.
+        names = SPLITS if (split["split"] == "test").any() or split.empty else SPLITS[:2]
+        return {name: split["split"] == name for name in names}
     return {f"fold {fold}": split[FOLD] == fold for fold in range(int(split[FOLD].max()) + 1)}
 
 
