@@ -198,6 +198,11 @@ class ModelSection(Section):
         description="no_metadata, concat, metanet and metablock on vgg13: its last map as its mean, or flattened as "
         "behind the published table",
     )
+    views: Literal[1, 2, 4, 8] = Field(
+        1,
+        description="copies of an image over which its features are averaged in prediction: mirrored (2), upside down "
+        "too (4), turned by a quarter too (8); costs as many passes",
+    )
     hidden: Width = Field(256, description="width of the layer before the classifier")
     dropout: float = Field(
         0.0, ge=0, lt=1, description="before the classifier and after the fused vector; published rates of others stay"
@@ -383,6 +388,11 @@ class Recipe(Section):
             (
                 self.training.selection == "last" and self.training.early_stopping is not None,
                 "training.early_stopping waits for a better epoch, and training.selection last takes the last: choose",
+            ),
+            (
+                model.views > 1 and self.training.encoder == "frozen",
+                "model.views averages over several passes of the encoder, and of a frozen one the features of one are "
+                "stored: set model.views to 1",
             ),
             (
                 model.init_from is not None and model.weights != "auto",

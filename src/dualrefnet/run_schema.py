@@ -274,6 +274,7 @@ LATER = {
     "model.init_from",
     "model.init_parts",
     "model.vgg_head",
+    "model.views",
     "loss.classification_reduction",
     "loss.teacher",
     "loss.teacher_share",
