@@ -101,7 +101,7 @@ def test_figures_show_the_counts_and_every_image(table: pd.DataFrame, opened: Op
 
 def test_check_writes_them_for_every_image(sample_root: Path, tmp_path: Path) -> None:
     command = ["check", "sample", "--root", str(sample_root), "--csv", str(tmp_path / "images.csv")]
-    result = CliRunner().invoke(app, [*command, "--json", str(tmp_path / "check.json")])
+    result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "check.json")])
     assert result.exit_code == 0, result.output
     measured = pd.read_csv(tmp_path / "images.csv")
     assert measured.groupby("stage")["image_id"].nunique().to_dict() == dict.fromkeys(STAGES, 120)

@@ -380,6 +380,11 @@ def _model_sections(
     def explained() -> Explanations:
         return Explanations(opened(run), options)
 
+    def shap() -> Section:
+        # As printed: what each field and column adds for every class.
+        section = explained().shap()
+        return replace(section, items=[figure for figure in section.figures if "importance" in figure.name])
+
     def tsne() -> tuple[Section, Claim | None]:
         if theirs is None or not theirs.runs:
             raise RunError("the run of AuxNet isn't finished")
@@ -403,5 +408,5 @@ def _model_sections(
     ]
     if options.photographs:
         parts.append(("Grad-CAM", lambda: (explained().gradcam(), None)))
-    parts.append(("Figure 6: SHAP of the metadata", lambda: (explained().shap(), None)))
+    parts.append(("Figure 6: SHAP of the metadata", lambda: (shap(), None)))
     return parts
