@@ -47,7 +47,8 @@ def table(tmp_path: Path) -> pd.DataFrame:
 
 def test_brightness_and_cast_are_those_of_the_mean_colour() -> None:
     lightness, a, b = rgb2lab(np.array(PINK)[None, None] / 255)[0, 0]
-    assert colour_statistics(plain(PINK)) == pytest.approx((lightness, np.hypot(a, b)), abs=0.05)
+    # OpenCV interpolates the cube root.
+    assert colour_statistics(plain(PINK)) == pytest.approx((lightness, np.hypot(a, b)), abs=0.15)
     assert colour_statistics(plain(GREY)) == pytest.approx((53.6, 0), abs=0.1)
     # A cast is of the mean: equal parts of opposite colours have none.
     lab = rgb2lab(np.array([[[255, 0, 0], [0, 255, 255]]]) / 255)[0]
