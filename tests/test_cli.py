@@ -26,12 +26,15 @@ from dualrefnet.training.preflight import check_recipe
 
 COMMANDS = ["doctor", "demo", "sample", "fetch", "check", "split", "audit", "methods", "recipes", "prepare", "train"]
 COMMANDS += [
-    "tune",
     "evaluate",
     "probe",
     "predict",
     "suite",
     "suites",
+<<<<<<< HEAD
+=======
+    "paper",
+>>>>>>> next
     "tables",
     "explain",
     "report",
