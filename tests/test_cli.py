@@ -26,15 +26,13 @@ from dualrefnet.training.preflight import check_recipe
 
 COMMANDS = ["doctor", "demo", "sample", "fetch", "check", "split", "audit", "methods", "recipes", "prepare", "train"]
 COMMANDS += [
+    "tune",
     "evaluate",
     "probe",
     "predict",
     "suite",
     "suites",
-<<<<<<< HEAD
-=======
     "paper",
->>>>>>> next
     "tables",
     "explain",
     "report",
