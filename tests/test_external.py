@@ -14,7 +14,7 @@ import yaml
 from sklearn.metrics import balanced_accuracy_score
 
 from bundle_folder import write_bundle
-from dualrefnet.analysis.evaluate import measure_aggregated
+from dualrefnet.analysis.evaluate import evaluate_run, measure_aggregated
 from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.pad_ufes_20 import SCHEMA
 from dualrefnet.data.schema import Dataset, DatasetSchema
@@ -25,6 +25,7 @@ from dualrefnet.errors import DataError
 from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.run import Run
 from test_cli import call, error_of  # noqa: F401 (a fixture)
+from test_evaluate import with_test_images
 
 WORDS = {"MEL": "melanoma", "NEV": "NV", "BCC": "bcc", "ACK": "wart"}
 
@@ -289,7 +290,7 @@ def test_what_cannot_be_aggregated_is_refused() -> None:
         aggregated("patient", ROWS.assign(patient_id=["P1"] * 4 + ["P2"] * 4))
 
 
-def test_evaluate_measures_lesions_beside_images(run: Run, sample_root: Path) -> None:
+def test_evaluate_measures_lesions_beside_images(run: Run, sample_root: Path, tmp_path: Path) -> None:
     before = run.metrics
     assert call("evaluate", run.path, "--aggregate", "lesion").exit_code == 0
     metrics, dataset = run.metrics, load_dataset("sample", sample_root)
@@ -300,6 +301,9 @@ def test_evaluate_measures_lesions_beside_images(run: Run, sample_root: Path) ->
     # Each lesion is of one class.
     assert metrics["aggregated"]["left_out"] == 0
     assert call("evaluate", run.path, "--aggregate", "person").exit_code == 2
+    without_test = with_test_images(run, tmp_path / "without", run.split.iloc[:0])
+    with pytest.raises(DataError, match="has no test split"):
+        evaluate_run(without_test, aggregate="lesion")
 
 
 def test_lesions_of_an_external_test_count_once_too(tiny_run: Run, other_root: Path, tmp_path: Path) -> None:
