@@ -183,6 +183,30 @@ def test_within_one_data_set_ids_tell_what_was_seen_also_without_the_training_im
     assert "nowhere" in seen.unknown
 
 
+def test_what_a_run_started_from_has_seen_counts_too(
+    tiny_run: Run, sample_root: Path, other_root: Path, tmp_path: Path
+) -> None:
+    # A run on other data that started from `tiny_run`; only what is recorded of it matters.
+    started = Run(Path(shutil.copytree(tiny_run.path, tmp_path / "started", copy_function=os.link)))
+    recipe = yaml.safe_load((started.path / "recipe.yaml").read_text())
+    recipe["data"]["root"] = str(other_root)
+    split = tiny_run.split.assign(image_id="x" + tiny_run.split["image_id"])
+    dataset = load_dataset("sample", sample_root)
+    trained = dataset.table["image_id"].isin(tiny_run.split.query("split != 'test'")["image_id"])
+    for start, expected in ((str(tiny_run.path), trained), (str(tmp_path / "gone"), trained & False)):
+        recipe["model"]["init_from"] = start
+        for name, text in (("recipe.yaml", yaml.safe_dump(recipe)), ("split.csv", split.to_csv(index=False))):
+            (started.path / name).unlink()
+            (started.path / name).write_text(text)
+        model = json.loads((tiny_run.path / "model.json").read_text())
+        model["architecture"]["section"]["init_from"] = start
+        (started.path / "model.json").unlink()
+        (started.path / "model.json").write_text(json.dumps(model))
+        seen = find_seen(started, dataset, dataset.table, dataset.table["patient_id"])
+        assert list(seen.images) == list(expected)
+        assert ("gone" in seen.unknown) == ("gone" in start)
+
+
 def test_a_bundle_is_measured_too_and_says_what_it_cannot_know(other_root: Path, tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle")
     mapping = ["DARK=MEL", "BRIGHT=NEV"]
@@ -190,7 +214,7 @@ def test_a_bundle_is_measured_too_and_says_what_it_cannot_know(other_root: Path,
         evaluate_external(bundle, load_dataset("sample", other_root), None, mapping)
     metrics = evaluate_external(bundle, load_dataset("sample", other_root), tmp_path / "out", mapping)
     assert set(metrics["classes"].values()) == {"DARK", "BRIGHT"}
-    assert "isn't checked" in metrics["seen"]["unknown"]
+    assert "bundle" in metrics["seen"]["unknown"]
 
 
 @pytest.mark.parametrize(
