@@ -194,12 +194,12 @@ def test_what_a_run_started_from_has_seen_counts_too(
     dataset = load_dataset("sample", sample_root)
     trained = dataset.table["image_id"].isin(tiny_run.split.query("split != 'test'")["image_id"])
     for start, expected in ((str(tiny_run.path), trained), (str(tmp_path / "gone"), trained & False)):
-        recipe["model"]["init_from"] = start
+        recipe["model"] |= {"init_from": start, "weights": "auto"}
         for name, text in (("recipe.yaml", yaml.safe_dump(recipe)), ("split.csv", split.to_csv(index=False))):
             (started.path / name).unlink()
             (started.path / name).write_text(text)
         model = json.loads((tiny_run.path / "model.json").read_text())
-        model["architecture"]["section"]["init_from"] = start
+        model["architecture"]["section"] |= {"init_from": start, "weights": "auto"}
         (started.path / "model.json").unlink()
         (started.path / "model.json").write_text(json.dumps(model))
         seen = find_seen(started, dataset, dataset.table, dataset.table["patient_id"])
