@@ -12,7 +12,7 @@ from pathlib import Path
 from dualrefnet.data.adapters import DATA_VARIABLE, load_dataset
 from dualrefnet.data.check import Finding
 from dualrefnet.data.store import default_cache
-from dualrefnet.errors import DataError, WeightsError
+from dualrefnet.errors import DataError, WeightsError, install_hint
 
 # Of each extra one library that only it brings.
 EXTRAS = (
@@ -50,7 +50,7 @@ def _libraries() -> Iterator[Finding]:
         try:
             yield Finding("PASS", f"extra {extra}", f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
-            fix = f"if you want it: pip install 'dualrefnet[{extra}]'"
+            fix = f"if you want it: {install_hint(extra)}"
             yield Finding("WARN", f"extra {extra}", f"{package} is not installed; {fix}")
 
 

@@ -3,6 +3,8 @@
 The command line prints them as one line and exits with status 2; everything else is a bug and keeps its traceback.
 """
 
+from __future__ import annotations
+
 
 class DualRefNetError(Exception):
     """Base of every error that the user, not the programmer, can fix."""
@@ -34,3 +36,17 @@ class RunError(DualRefNetError):
 
 class DependencyError(DualRefNetError):
     """An optional library isn't installed; the message names the extra that brings it."""
+
+
+def install_hint(extra: str) -> str:
+    """Return the command that installs an extra, from the clone or the wheel that the package was installed from."""
+    # Only where something is missing, and not at every start.
+    import json
+    from importlib.metadata import PackageNotFoundError, distribution
+    from urllib.parse import unquote, urlsplit
+
+    try:
+        origin = json.loads(distribution("dualrefnet").read_text("direct_url.json") or "{}").get("url", "")
+    except PackageNotFoundError:
+        return f"pip install '.[{extra}]' in the clone"
+    return f"pip install '{unquote(urlsplit(origin).path) or 'dualrefnet'}[{extra}]'"

@@ -165,13 +165,14 @@ def draw_disagreement(
         own = slice(2 * number, 2 * number + 2)
         show_image(plain, first.image, f"true: {truncate(rows[2 * number][1], CLASS_NAME)}")
         for axis, case, (*_, predicted, _), title in zip(panels, (first, second), rows[own], titles[own], strict=True):
-            show_image(axis, first.image if case is None else overlay(case.image, case.saliency[predicted]), title)
+            image = overlay(case.image, case.saliency[predicted]) if case is not None and case.saliency else first.image
+            show_image(axis, image, title)
     counts = found.counts
     caption = (
         f"Of {len(found.table)} shared test images, both runs are right on {counts['both_right']}, only {names[0]} on "
         f"{counts['only_a_right']}, only {names[1]} on {counts['only_b_right']}, none on {counts['both_wrong']}. Shown "
-        "are those in which the probabilities of the true class differ most, each {found.unit} once, with Grad-CAM "
-        "of the predicted class and the probability of the true one."
+        f"are those in which the probabilities of the true class differ most, each {found.unit} once, with the "
+        "probability of the true class and, where its map is fine enough, Grad-CAM of the predicted one."
     )
     if any(second is None for _, second in cases):
         caption += f" {names[1]} reads no image, so it has no Grad-CAM."

@@ -36,6 +36,7 @@ from dualrefnet.display.page import Section
 from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.evaluation.curves import KINDS, class_curves, draw_curves
 from dualrefnet.progress import progress_bar
+from dualrefnet.report.verdict import judge_leak, judge_missingness
 from dualrefnet.run import Run
 from dualrefnet.suite.results import caveats, reported, reported_class
 
@@ -54,7 +55,7 @@ HEADLINE = (
     "ece",
     "brier",
 )
-CLASS_MEASURES = ("sensitivity", "specificity", "ppv", "npv")
+CLASS_MEASURES = ("sensitivity", "specificity", "ppv", "npv", "auc")
 CLASS_HEAD = ("class", *(CLASS_COLUMNS[measure] for measure in CLASS_MEASURES))
 # Table 3 and Table 2 of the paper.
 PAPER_TABLES = {"pad_ufes_20": ("3a", "2a"), "isic_2019": ("3b", "2b")}
@@ -116,7 +117,9 @@ def summary_section(measured: Measured) -> Section:
     tables = [_headline_table(measured)]
     if len(metrics.get("availability", {}).get("inputs", ())) > 1:
         tables.append(availability_table(metrics["availability"]))
-    return Section("summary", "Summary", intro, tables)
+    leaked = measured.run.recipe.metadata.imputation == "label_leaking" and "availability" in metrics
+    findings = [*judge_leak(metrics["leakage"], leaked), *judge_missingness(metrics)]
+    return Section("summary", "Metrics", intro, tables, findings=findings)
 
 
 def _headline_table(measured: Measured) -> PrintedTable:
@@ -156,7 +159,10 @@ def class_section(measured: Measured) -> Section:
         ]
         if recipe.data.protocol == "paper" and any(value is not None for value in paper):
             pairs = zip(CLASS_MEASURES, paper, strict=True)
-            cells = (Cell(number(values[measure]), f"paper {number(value)}") for measure, value in pairs)
+            cells = (
+                Cell(number(values[measure]), f"paper {number(value)}" * (value is not None))
+                for measure, value in pairs
+            )
             paper_rows.append([Cell(label), *cells])
     few = [label for label, values in per_class.items() if values["support"] < FEW_IMAGES]
     notes = (f"Fewer than {FEW_IMAGES} test images, so imprecise: {', '.join(few)}.",) if few else ()
@@ -172,8 +178,8 @@ def class_section(measured: Measured) -> Section:
 
 
 def confusion_section(measured: Measured) -> Section:
-    matrices = [draw_confusion(measured.metrics, shares, measured.malignant, measured.unit) for shares in (False, True)]
-    return Section("confusion", "Confusion matrix", [], matrices)
+    matrix = draw_confusion(measured.metrics, measured.malignant, measured.unit)
+    return Section("confusion", "Confusion matrix", [], [matrix])
 
 
 def curve_section(measured: Measured, samples: int, seed: int) -> Section:
@@ -207,29 +213,25 @@ LEVEL = 40
 
 
 @styled
-def draw_confusion(
-    metrics: Mapping[str, Any], shares: bool = False, malignant: Sequence[str] = (), unit: str = "patients"
-) -> ReportFigure:
-    """Draw the confusion matrix: rows are true classes, columns predicted ones."""
+def draw_confusion(metrics: Mapping[str, Any], malignant: Sequence[str] = (), unit: str = "patients") -> ReportFigure:
+    """Draw the confusion matrix, counts and shares: rows are true classes, columns predicted ones."""
     import matplotlib
 
     classes = list(metrics["per_class"])
     counts = np.array(metrics["confusion_matrix"])
     support = counts.sum(axis=1)
     portion = np.divide(counts, support[:, None], out=np.full(counts.shape, np.nan), where=support[:, None] > 0)
-    cells = portion if shares else counts.astype(float)
-    top = 1 if shares else max(1, int(counts.max()))
     below = [textwrap.fill(name, LINE) for name in classes]
     beside = [textwrap.fill(f"{name} ({images})", LINE) for name, images in zip(classes, support, strict=True)]
     upright = len(classes) * max(len(line) for name in below for line in name.splitlines()) > LEVEL
-    figure, (axis,) = new_figure(WIDTH * min(0.35 + 0.12 * len(classes), 0.92) + (0.7 if upright else 0))
-    axis.pcolormesh(np.ma.masked_invalid(cells), cmap=SEQUENTIAL_CMAP, vmin=0, vmax=top, edgecolor=PAPER, linewidth=1)
+    figure, (axis,) = new_figure(WIDTH * min(0.4 + 0.12 * len(classes), 1) + (0.7 if upright else 0))
+    axis.pcolormesh(np.ma.masked_invalid(portion), cmap=SEQUENTIAL_CMAP, vmin=0, vmax=1, edgecolor=PAPER, linewidth=1)
     scale = matplotlib.colormaps[SEQUENTIAL_CMAP]
     # Five digits must fit a cell of an eighth of the width.
     size = 7 if len(classes) > 6 else 8
-    for (row, column), value in np.ndenumerate(cells):
-        colour = INK if np.isnan(value) else _text_colour(scale(value / top))
-        text = number(value, ".2f" if shares else ".0f")
+    for (row, column), share in np.ndenumerate(portion):
+        colour = INK if np.isnan(share) else _text_colour(scale(float(share)))
+        text = f"{counts[row, column]}\n{share:.0%}" if counts[row, column] else "0"
         axis.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=colour, fontsize=size)
     axis.set_xticks(np.arange(len(classes)) + 0.5, below, rotation=90 if upright else 0)
     axis.set_yticks(np.arange(len(classes)) + 0.5, beside)
@@ -243,8 +245,8 @@ def draw_confusion(
     data = data.assign(images=counts.ravel(), share=portion.ravel())
     caption = f"{metrics['support']} test images"
     caption += f" of {metrics['bootstrap']['groups']} {unit}" if "bootstrap" in metrics else ""
-    caption += ". Rows: true class, with its number of images; columns: predicted class. Each cell is "
-    caption += "the fraction of the true class, so rows sum to 1." if shares else "a number of images."
+    caption += ". Rows: true class, with its number of images; columns: predicted class. Each cell: images, and their "
+    caption += "share of the true class, by which it is coloured."
     if malignant:
         caption += f" Malignant: {', '.join(name for name in classes if name in malignant)}."
     for what, present in (("No test image", support), ("Never predicted", counts.sum(axis=0))):
@@ -255,8 +257,7 @@ def draw_confusion(
         wrong = counts[index] * (np.arange(len(classes)) != index)
         text = f"{classes[index]}: {counts[index, index]} of {support[index]} correct"
         alt.append(text + f", most often taken for {classes[wrong.argmax()]} ({wrong.max()})" * bool(wrong.any()))
-    name, title = ("shares", "Normalised by true class") if shares else ("counts", "Number of images")
-    return ReportFigure(f"confusion_{name}", title, caption, "; ".join(alt), figure, data)
+    return ReportFigure("confusion", "Images and share of the true class", caption, "; ".join(alt), figure, data)
 
 
 def _text_colour(colour: Sequence[float]) -> str:

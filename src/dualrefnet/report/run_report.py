@@ -51,8 +51,8 @@ from dualrefnet.report.trust import (
     shortcuts_section,
     subgroups_section,
 )
+from dualrefnet.report.verdict import make_verdict
 from dualrefnet.run import Run
-from dualrefnet.runtime.availability import missingness_shortcut
 
 PAGE = "report.html"
 SAMPLES = 1000
@@ -148,11 +148,9 @@ def write_report(
             save_figure(figure, out / "pictures")
         done.append(section)
     title, subtitle = run_title(run)
-    notes, shortcut = run_notes(run), missingness_shortcut(measured.metrics)
-    if shortcut is not None:
-        notes.insert(0, f"Not to be used where metadata may be missing: {shortcut}.")
     of_patients = explained and options.photographs and not measured.metrics["drawn"]
-    write_text(out / PAGE, render_page(title, subtitle, notes, done, of_patients))
+    verdict = make_verdict(measured.metrics, len(measured.classes), done)
+    write_text(out / PAGE, render_page(title, subtitle, run_notes(run), done, of_patients, verdict))
     return out / PAGE
 
 

@@ -191,7 +191,7 @@ def _summary_section(found: SuiteResults) -> Section:
             counts = [f"{int(part['images'].sum()):,} {name}" for name, part in rows.groupby("split", sort=False)]
             name = provenance.protocol_name(str(protocol))
             intro.append(f"Images of {dataset}, {name}: {', '.join(counts)}.{beside}")
-    return Section("summary", "Summary", intro)
+    return Section("summary", "Summary", intro, folded=False)
 
 
 def _verdict(found: SuiteResults, rows: pd.DataFrame) -> Iterator[str]:
@@ -247,7 +247,7 @@ def _figure_section(found: SuiteResults) -> Iterator[Section]:
         "Every system with its 95% interval. Overlapping intervals do not mean that two systems are equal: differences "
         "on the same test images have intervals of their own, in the tables."
     ]
-    yield Section("systems", "All systems", intro, items)
+    yield Section("systems", "All systems", intro, items, folded=False)
 
 
 def _table_sections(found: SuiteResults) -> Iterator[Section]:
@@ -256,13 +256,13 @@ def _table_sections(found: SuiteResults) -> Iterator[Section]:
     for kind, table in printed_tables(found):
         tables[kind].append(table)
     intro = ["`dualrefnet tables` writes the same tables as CSV, Markdown and LaTeX."]
-    yield Section("tables", "Tables", intro, tables["results"])
+    yield Section("tables", "Tables", intro, tables["results"], folded=False)
     if tables["classes"]:
-        yield Section("classes", "Per-class metrics", [], tables["classes"], folded=True)
+        yield Section("classes", "Per-class metrics", [], tables["classes"])
     text = yaml.safe_dump(found.suite.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     intro = ["To repeat the suite, save the text below as a file and give it to `dualrefnet suite`."]
     items = [*tables["details"], provenance.terms_table((*TERMS, *provenance.TERMS))]
-    yield Section("provenance", "Provenance", intro, items, text, folded=True)
+    yield Section("provenance", "Provenance", intro, items, text)
 
 
 def _pair_sections(found: SuiteResults, options: ReportOptions, samples: int) -> Iterator[Section]:
