@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from dualrefnet.data import isic_2019, pad_ufes_20
 from dualrefnet.data.adapters import load_dataset
+from dualrefnet.data.check import check_dataset
 from dualrefnet.data.csv_table import describe, read_csv
 from dualrefnet.data.schema import groups
 from dualrefnet.errors import DataError
@@ -162,11 +163,24 @@ def test_an_own_table_is_read_by_its_description(tmp_path):
     assert dataset.warnings == ["years: 1 values outside ..120 are treated as missing"]
 
 
-def test_a_table_without_a_patient_column_gets_a_warning_and_is_grouped_by_lesion_if_it_names_them(tmp_path):
-    dataset = load_dataset("csv_table", own(tmp_path, TABLE, image="photo", label="kind", lesion="person"))
-    assert "no column names the patient" in dataset.warnings[-1]
-    assert dataset.schema.group_by == "lesion_id"
-    assert dataset.table["patient_id"].isna().all()
+@pytest.mark.parametrize(
+    ("columns", "unit"),
+    [
+        ({"patient": "person"}, "patient"),
+        ({"patient": "person", "lesion": "empty"}, "patient"),
+        ({"lesion": "person"}, "lesion"),
+        ({"patient": "empty", "lesion": "person"}, "lesion"),
+        ({"patient": "empty"}, "image"),
+        ({}, "image"),
+    ],
+)
+def test_the_unit_is_what_the_columns_name_and_all_but_patients_get_a_warning(tmp_path, columns, unit):
+    root = own(tmp_path, TABLE.assign(empty=["", "NA", ""]), image="photo", label="kind", **columns)
+    dataset = load_dataset("csv_table", root)
+    assert dataset.schema.unit == unit
+    assert [check for check, _ in dataset.notes if check == "patients"] == ["patients"] * (unit != "patient")
+    found = [finding for finding in check_dataset("csv_table", root).findings if finding.check == "patients"]
+    assert [finding.level for finding in found] == ["PASS" if unit == "patient" else "WARN"]
 
 
 def test_equal_files_are_one_group_whatever_they_are_called(tmp_path):

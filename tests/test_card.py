@@ -1,14 +1,21 @@
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import jsonschema
+import pytest
 
 import dualrefnet
 from dualrefnet.data.isic_2019 import SCHEMA as ISIC
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.pad_ufes_20 import SCHEMA as PAD
+from dualrefnet.data.schema import unnamed_patients
 from dualrefnet.deploy.card import data_licence, model_card
 from dualrefnet.deploy.export import metadata_schema
+from dualrefnet.display.format import protocol_name, sentence
+from dualrefnet.files import write_json
+from dualrefnet.report.provenance import run_notes, run_title
 from dualrefnet.run import Run
 
 FILES = ("bundle.json", "model.onnx", "runtime/")
@@ -81,6 +88,31 @@ def test_the_card_has_the_measures_and_runs(tiny_run: Run) -> None:
     # A table ends at the first line that isn't one of its rows.
     for line in text.splitlines():
         assert line.count("|") != 1
+
+
+# Unit in metrics.json, leakage by patient and by lesion -> the unit that everybody is told.
+@pytest.mark.parametrize(
+    ("unit", "patient", "lesion", "told"),
+    [
+        ("patient", True, True, "patient"),
+        ("lesion", False, True, "lesion"),
+        ("image", False, False, "image"),
+        ("patient", False, False, "image"),
+    ],
+)
+def test_the_card_says_what_was_kept_in_one_split(
+    tiny_run: Run, tmp_path: Path, unit: str, patient: bool, lesion: bool, told: str
+) -> None:
+    run = Run(shutil.copytree(tiny_run.path, tmp_path / "run"))
+    none = {"train": 0.0, "train_or_val": 0.0, "per_class": {}}
+    leakage = {"patient": none if patient else None, "lesion": none if lesion else None}
+    write_json(run.metrics_file, {**run.metrics, "unit": unit, "leakage": leakage})
+    assert run.unit == told
+    text = card(run)
+    assert f"intervals resample {told}s." in text
+    assert [one for one in ("patient", "lesion") if f"{one}-disjoint" in text] == ([told] if told != "image" else [])
+    assert (protocol_name("grouped", told) in run_title(run)[1]) is True
+    assert (sentence(unnamed_patients(told)) in run_notes(run)) is (told != "patient")
 
 
 def test_names_from_outside_are_text_in_the_card(tiny_run: Run) -> None:

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
-from dualrefnet.evaluation.bootstrap import Bootstrap, wilson_interval
+from dualrefnet.evaluation.bootstrap import Bootstrap, images_of, wilson_interval
 from dualrefnet.evaluation.comparison import metrics_with_intervals
 from dualrefnet.evaluation.curves import (
     ALL_MALIGNANT,
@@ -110,6 +110,11 @@ def test_four_images_by_hand() -> None:
     assert ill.precision_recall.area.value == pytest.approx(5 / 6)
     assert ill.roc.decision == (0.5, 1)
     assert ill.precision_recall.decision == (1, pytest.approx(2 / 3))
+
+
+def test_single_images_are_no_group_of_their_own() -> None:
+    assert images_of(1200, 30, "patients") == images_of(1200, 30, "patient") == "1,200 test images of 30 patients"
+    assert images_of(80, 80, "image", "images") == "80 images"
 
 
 def test_curves_are_reproducible_and_ignore_the_order_of_rows_and_the_names_of_patients() -> None:

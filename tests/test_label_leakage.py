@@ -167,6 +167,20 @@ def test_metadata_identify_patients_where_images_share_them(sample: Dataset) -> 
     assert only(findings, "reidentification").level == "WARN"
 
 
+def test_nothing_is_said_of_persons_where_none_is_named(large_root: Path, tmp_path: Path) -> None:
+    frame = pd.read_csv(large_root / "metadata.csv")[["diagnostic", "age", "region"]]
+    frame.assign(image=[f"{n}.png" for n in frame.index]).to_csv(tmp_path / "table.csv", index=False)
+    fields = "[{name: age, kind: numeric}, {name: region, kind: categorical}]"
+    (tmp_path / "dataset.yaml").write_text(f"label: diagnostic\nmetadata: {fields}\n")
+    dataset = load_dataset("csv_table", tmp_path)
+    rows = AuditedRows.of(dataset, split_dataset(dataset))
+    table, findings = metadata_alone(rows, False)
+    assert "patients_recognised" not in table
+    nearest, more = reidentification(rows)
+    assert nearest.empty
+    assert {finding.level for finding in (*findings, *more)} == {"WARN"}
+
+
 @pytest.fixture(scope="module")
 def pad_rows(pad):
     return AuditedRows.of(pad, split_dataset(pad, "paper"))

@@ -14,11 +14,10 @@ from dualrefnet.report import verdict
 from dualrefnet.report.verdict import make_verdict
 
 
-def leak(patient: float | None, lesion: float | None = None) -> list[Finding]:
+def leak(patient: float | None, lesion: float | None = None, unit: str = "patient") -> list[Finding]:
     shares = {"patient": patient, "lesion": lesion}
-    return verdict.judge_leak(
-        {name: None if share is None else {"train": share, "train_or_val": share} for name, share in shares.items()}
-    )
+    known = {name: None if share is None else {"train": share, "train_or_val": share} for name, share in shares.items()}
+    return verdict.judge_leak(known, unit)
 
 
 def missingness(found: float, mean: float) -> list[Finding]:
@@ -63,8 +62,8 @@ def subgroups(flagged: int, gap_high: float = 0.1, looked_at: int = 40) -> list[
 CASES: dict[str, tuple[str, list[Finding]]] = {
     "no patient in both": ("PASS", leak(0.0, 0.0)),
     "one image in a thousand": ("WARN", leak(0.001)),
-    "lesions alone are named": ("WARN", leak(None, 0.0)),
-    "nothing is named": ("WARN", leak(None)),
+    "lesions alone are named": ("WARN", leak(None, 0.0, "lesion")),
+    "nothing is named": ("WARN", leak(None, unit="image")),
     "half of the test images": ("FAIL", leak(0.5)),
     "imputed from the diagnosis": ("FAIL", verdict.judge_leak({"patient": None}, imputed_from_label=True)),
     "missing means benign": ("FAIL", missingness(0.06, 0.2)),

@@ -121,12 +121,15 @@ class Run:
 
     @property
     def unit(self) -> str:
-        """`patient` or `lesion`: what must not cross the split, and is resampled."""
+        """`patient`, `lesion` or `image`: what must not cross the split, and is resampled."""
         from dualrefnet.data import isic_2019, pad_ufes_20
 
-        # Runs of earlier versions don't record it.
+        metrics = self.metrics
+        # Runs of earlier versions don't record it, or call a single image a patient.
+        if metrics["leakage"] and not any(metrics["leakage"].values()):
+            return "image"
         known = isic_2019.SCHEMA if self.recipe.data.dataset == isic_2019.SCHEMA.name else pad_ufes_20.SCHEMA
-        return str(self.metrics.get("unit", known.unit))
+        return str(metrics.get("unit", known.unit))
 
     @property
     def predictions(self) -> pd.DataFrame:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.protocols import SPLIT_COLUMNS
+from dualrefnet.data.schema import Unit
 from dualrefnet.evaluation.metrics import CLASS_MEASURES, HEADLINE_MEASURES, check_predictions
 from dualrefnet.files import read_csv, read_json
 from dualrefnet.recipe import ImageSection, ModelSection, Recipe, differences
@@ -111,7 +112,7 @@ Metrics = schema(
         "calibrated": Calibrated,
         "availability": Availability,
         "out_of_scope": Values,
-        "unit": Literal["patient", "lesion"],
+        "unit": Unit,
     },
 )
 

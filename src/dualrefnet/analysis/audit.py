@@ -307,8 +307,8 @@ def _print_blocks(table: pd.DataFrame) -> PrintedTable:
 def _print_models(table: pd.DataFrame) -> PrintedTable:
     rows = [[Cell(row["mask"]), Cell(f"{row['rows']:,}"), *_measures(row)] for row in table.to_dict("records")]
     note = (
-        "A model that sees only which metadata are missing or unknown, cross-validated with patient-disjoint folds. "
-        "What exceeds an AUC of .5 comes from how the metadata were collected, not from the patient."
+        "A model that sees only which metadata are missing or unknown, cross-validated. What exceeds an AUC of .5 "
+        "comes from how the metadata were collected, not from the patient."
     )
     return PrintedTable("Missingness alone", ("Missing", "Rows", *MEASURE_HEAD), rows, (note,))
 
@@ -335,10 +335,12 @@ def _print_metadata_alone(table: pd.DataFrame, unit: str) -> PrintedTable:
     for (features, learner), part in table.groupby(["features", "learner"], sort=False):
         cells = {row["measured"]: _interval(row, "balanced_accuracy") for row in part.to_dict("records")}
         rows.append([Cell(str(features)), Cell(str(learner)), *(cells.get(way, Cell("–")) for way in ways)])
-    note = (
-        f"Balanced accuracy of models without the image. “{IMAGES}” puts images of one {unit} into several folds, "
-        f"“{group_folds(unit)}” into one: the difference is due to identifying {unit}s by their metadata."
-    )
+    note = "Balanced accuracy of models without the image."
+    if unit != "image":
+        note += (
+            f" “{IMAGES}” puts images of one {unit} into several folds, “{group_folds(unit)}” into one: the difference "
+            f"is due to identifying {unit}s by their metadata."
+        )
     head = ("Columns", "Learner", *(way.capitalize() for way in ways))
     return PrintedTable("Metadata alone", head, rows, (note,), left=2)
 

@@ -34,7 +34,7 @@ from dualrefnet.display.figure import (
 )
 from dualrefnet.display.format import interval, number
 from dualrefnet.errors import RunError
-from dualrefnet.evaluation.bootstrap import Difference, Estimate, group_codes
+from dualrefnet.evaluation.bootstrap import Difference, Estimate, group_codes, images_of
 from dualrefnet.evaluation.comparison import PooledBootstrap
 
 if TYPE_CHECKING:
@@ -332,7 +332,7 @@ def draw_embedding(a: Embedding, b: Embedding | None = None) -> ReportFigure:
         f"{run.name}: " + ", ".join(f"{MEASURES[name]} {_interval(run, name)}" for name in MEASURES) for run in maps
     )
     caption = (
-        f"Each mark is a test image, {few} {a.images} {which} of {a.separation.groups} {a.unit}s; images near each "
+        f"Each mark is a test image, {few} {images_of(a.images, a.separation.groups, a.unit, which)}; images near each "
         "other have similar fused features, but axes, sizes of clusters and distances between them mean nothing "
         "(t-SNE). The numbers are measured on the features themselves: the silhouette (−1 to 1), and the nearest "
         f"neighbours from other {a.unit}s (chance {1 / len(shown):.2f}). {values}. {_intervals(a)}"
@@ -385,9 +385,10 @@ def draw_separation(comparison: EmbeddingComparison) -> ReportFigure:
         axis.margins(x=0.08)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=1)
     caption = (
-        f"Class separation in the fused features of two runs on the same {len(first.table)} test images of "
-        f"{first.separation.groups} {first.unit}s; further right is better. Grey line: 0 for the silhouette, chance "
-        f"({chance:.2f}) for the neighbours, which are images of other {first.unit}s. {_intervals(first)}"
+        "Class separation in the fused features of two runs on the same "
+        f"{images_of(len(first.table), first.separation.groups, first.unit)}; further right is better. Grey line: 0 "
+        f"for the silhouette, chance ({chance:.2f}) for the neighbours, which are images of other {first.unit}s. "
+        f"{_intervals(first)}"
     )
     alt = " ".join(comparison.sentence(measure) for measure in MEASURES)
     return ReportFigure("separation", "Class separation", caption, alt, figure, pd.DataFrame(rows))

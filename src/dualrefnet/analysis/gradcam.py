@@ -43,7 +43,7 @@ from dualrefnet.display.figure import (
 )
 from dualrefnet.display.format import interval
 from dualrefnet.errors import DataError, DependencyError, RunError, install_hint
-from dualrefnet.evaluation.bootstrap import Bootstrap, Estimate
+from dualrefnet.evaluation.bootstrap import Bootstrap, Estimate, images_of
 from dualrefnet.models.base import Method
 from dualrefnet.models.encoders import BACKBONES, Encoder
 
@@ -437,7 +437,7 @@ def draw_localisation(result: Localisation) -> ReportFigure:
     sides = " and ".join(dict.fromkeys(f"{side} x {side}" for side in result.map_sides))
     caption = (
         f"Share of the saliency for the predicted class that lies in the lesion, and how often its maximum does, in "
-        f"{len(result.table)} test images of {pointing['patients'].iloc[0]} {result.unit}s (of {result.images} test "
+        f"{images_of(len(result.table), pointing['patients'].iloc[0], result.unit)} (of {result.images} test "
         f"images, {result.with_mask} have a mask; seed {result.seed}) and by true class (images in brackets). The "
         "centred Gaussian and the uniform map look at no image. Lines: 95% intervals "
         f"({result.samples} bootstrap samples over {result.unit}s). The maps were enlarged from {sides} places."

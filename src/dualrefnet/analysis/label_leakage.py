@@ -479,6 +479,7 @@ def metadata_alone(rows: AuditedRows, forests: bool) -> tuple[pd.DataFrame, list
         images minus folds of patients, in the rows of the former) with `_low` and `_high`. And a finding.
     """
     sets, grouped = feature_sets(rows), group_folds(rows.schema.unit)
+    named = rows.schema.unit != "image"
     if not sets:
         return pd.DataFrame(), [Finding("PASS", "form_alone", "there is no metadata")]
     if not rows.enough_for_folds:
@@ -498,7 +499,7 @@ def metadata_alone(rows: AuditedRows, forests: bool) -> tuple[pd.DataFrame, list
         for way, one in estimates.items():
             row = {"features": features, "learner": learner, "measured": way}
             row |= {"balanced_accuracy": one.value, "low": one.low, "high": one.high}  # type: ignore[dict-item]
-            if way == IMAGES:
+            if way == IMAGES and named:
                 row |= difference.columns("patients_recognised")  # type: ignore[arg-type]
             measured.append(row)
     return pd.DataFrame(measured), [_alone_finding(measured, rows)]
@@ -525,12 +526,14 @@ def _alone_finding(measured: list[dict[str, Any]], rows: AuditedRows) -> Finding
     images = [row for row in measured if row["measured"] == IMAGES]
     grouped = [row for row in measured if row["measured"] == group_folds(unit)]
     best = max(grouped, key=lambda row: row["balanced_accuracy"])
-    one, other = max(zip(images, grouped, strict=True), key=lambda pair: pair[0]["patients_recognised_low"])
+    best_in = f"{best['balanced_accuracy']:.3f} in {group_folds(unit)} ({best['learner']}, {best['features']}; "
     message = (
-        f"metadata alone give a balanced accuracy of {best['balanced_accuracy']:.3f} in {unit}-disjoint folds "
-        f"({best['learner']}, {best['features']}; chance {1 / len(rows.classes):.3f}): a model that also reads images "
-        "must do better"
+        f"metadata alone give a balanced accuracy of {best_in}chance {1 / len(rows.classes):.3f}): a model that also "
+        "reads images must do better"
     )
+    if unit == "image":
+        return Finding("WARN", "form_alone", f"{message}. Whether they identify a person is unknown")
+    one, other = max(zip(images, grouped, strict=True), key=lambda pair: pair[0]["patients_recognised_low"])
     compared = (
         f"{one['learner']}, {one['features']}: {one['balanced_accuracy']:.3f} in folds of images, "
         f"{other['balanced_accuracy']:.3f} in folds of {unit}s, difference {_in_words(one, 'patients_recognised')}"
@@ -548,6 +551,9 @@ def reidentification(rows: AuditedRows) -> tuple[pd.DataFrame, list[Finding]]:
     """
     if not rows.schema.fields:
         return pd.DataFrame(), [Finding("PASS", "reidentification", "there is no metadata")]
+    if rows.schema.unit == "image":
+        message = "nobody is named, so whether metadata identify a person is unknown"
+        return pd.DataFrame(), [Finding("WARN", "reidentification", message)]
     metadata, unit = StandardScaler().fit_transform(encoded_metadata(rows, "M2")), rows.schema.unit
     train, test = rows.splits == "train", rows.splits == "test"
     measured: dict[str, Estimate] = {}

@@ -25,7 +25,7 @@ from dualrefnet.data.schema import DatasetSchema
 from dualrefnet.display.figure import COLOURS, INK, MARKERS, ReportFigure, label_rows, new_figure, styled
 from dualrefnet.display.format import MEASURE_NAMES, Cell, PrintedTable, interval, number
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.bootstrap import Bootstrap, percentile_interval
+from dualrefnet.evaluation.bootstrap import Bootstrap, images_of, percentile_interval
 from dualrefnet.evaluation.comparison import PooledBootstrap, pooled_bootstrap
 from dualrefnet.progress import progress_bar
 
@@ -436,4 +436,4 @@ def _to_draw(runs: Sequence[MissingMetadata], tables: Sequence[pd.DataFrame]) ->
 
 
 def _images(run: MissingMetadata) -> str:
-    return f"{len(run.image_ids):,} test images of {run.bootstrap.groups:,} {run.unit}s"
+    return images_of(len(run.image_ids), run.bootstrap.groups, run.unit)

@@ -48,7 +48,7 @@ from dualrefnet.display.figure import (
 )
 from dualrefnet.display.format import MEASURE_NAMES, Cell, PrintedTable, interval, sentence
 from dualrefnet.errors import DataError
-from dualrefnet.evaluation.bootstrap import Bootstrap, Estimate, percentile_interval
+from dualrefnet.evaluation.bootstrap import Bootstrap, Estimate, images_of, percentile_interval
 from dualrefnet.evaluation.comparison import PooledBootstrap, pooled_bootstrap
 from dualrefnet.progress import progress_bar
 
@@ -363,7 +363,7 @@ def shortcut_table(shortcuts: Shortcuts) -> PrintedTable:
     columns = ["input", "balanced accuracy", "share of gain", "macro AUC"]
     columns += [*(["malignant AUC"] if cancer else []), "baseline"]
     full, outlined = values[FULL, BALANCED], values.get((FULL_OUTLINED, BALANCED))
-    sizes = f"{full['images']:,} test images of {full['patients']:,} {shortcuts.unit}s"
+    sizes = images_of(full["images"], full["patients"], shortcuts.unit)
     sizes += f", {outlined['images']:,} of them with an outline of the lesion" if outlined else ""
     notes = [
         f"Chance: balanced accuracy {full['chance']:.3f}, AUC 0.5. Share of gain: of the full model's gain in balanced "
@@ -371,7 +371,7 @@ def shortcut_table(shortcuts: Shortcuts) -> PrintedTable:
         "Baseline: balanced accuracy of a logistic regression that was trained on that input alone.",
         f"{sizes}. In brackets: 95% intervals from resampling {shortcuts.unit}s; permutations: mean of "
         f"{shortcuts.permutations}.",
-        *(f"{sentence(remark)}." for remark in shortcuts.remarks),
+        *map(sentence, shortcuts.remarks),
     ]
     return PrintedTable(f"Shortcut probes: {shortcuts.title}", tuple(columns), rows, tuple(notes))
 
@@ -454,10 +454,11 @@ def draw_shortcuts(shortcuts: Shortcuts) -> ReportFigure:
     if len(baselines):
         handles.append(Line2D([], [], linestyle="", markerfacecolor=PAPER, label="baseline", **hollow))
     figure.legend(handles=handles, loc="outside lower center", ncols=4, handletextpad=0.3, columnspacing=1)
+    sizes = images_of(drawn["images"].iloc[0], drawn["patients"].iloc[0], unit)
     caption = (
-        f"Trained model on {drawn['images'].iloc[0]:,} test images of {drawn['patients'].iloc[0]:,} {unit}s with parts "
-        f"of the input removed or permuted across {unit}s (mean of {shortcuts.permutations}); lines: 95% intervals "
-        f"from {shortcuts.samples:,} resamples of the {unit}s (seed {shortcuts.seed})."
+        f"Trained model on {sizes} with parts of the input removed or permuted across {unit}s (mean of "
+        f"{shortcuts.permutations}); lines: 95% intervals from {shortcuts.samples:,} resamples of the {unit}s (seed "
+        f"{shortcuts.seed})."
     )
     if len(baselines):
         caption += " Hollow diamonds: a logistic regression that was trained on that input alone."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +24,9 @@ from dualrefnet.cli import (
     print_table,
 )
 from dualrefnet.errors import DualRefNetError
+
+if TYPE_CHECKING:
+    from dualrefnet.run import Run
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe (`recipes`).")]
 Out = Annotated[
@@ -52,7 +55,7 @@ def demo(
     from dualrefnet.demo import run_demo
 
     run, page = run_demo(out)
-    _print_metrics(run.metrics)
+    _print_metrics(run)
     typer.echo(
         f"The run folder is {run.path}; try: dualrefnet predict {run.path} --images {out}/data/images "
         f"--metadata {out}/data/metadata.csv --out predictions.csv"
@@ -133,7 +136,7 @@ def train(
     from accelerate import PartialState
 
     if PartialState().is_main_process:
-        _print_metrics(run.metrics)
+        _print_metrics(run)
         typer.echo(f"run folder: {run.path}")
 
 
@@ -143,7 +146,9 @@ def evaluate(run: RunFolder, root: Root = None, cache: Cache = None) -> None:
     from dualrefnet.analysis.evaluate import evaluate_run
     from dualrefnet.run import Run
 
-    _print_metrics(evaluate_run(Run(run), root, cache=cache))
+    evaluated = Run(run)
+    evaluate_run(evaluated, root, cache=cache)
+    _print_metrics(evaluated)
 
 
 @app.command()
@@ -256,16 +261,16 @@ def predict(
     raise typer.Exit(2 if done.failed and not done.classified else 0)
 
 
-def _print_metrics(metrics: dict[str, Any]) -> None:
+def _print_metrics(run: Run) -> None:
     from rich.text import Text
 
-    from dualrefnet.display.format import availability_line, calibration_line, metrics_tables
+    from dualrefnet.display.format import availability_line, calibration_line, metrics_tables, protocol_name
     from dualrefnet.progress import output
     from dualrefnet.runtime.availability import missingness_shortcut
 
-    title = f"{metrics['dataset']}, test set, protocol {metrics['protocol']}" + (
-        " - SYNTHETIC IMAGES, NOT CLINICAL" if metrics["drawn"] else ""
-    )
+    metrics = run.metrics
+    title = f"{metrics['dataset']}, test set, {protocol_name(metrics['protocol'], run.unit)}"
+    title += " - SYNTHETIC IMAGES, NOT CLINICAL" if metrics["drawn"] else ""
     for table in metrics_tables(metrics, title):
         print_table(table)
     # A run that was finished by an earlier version has none.

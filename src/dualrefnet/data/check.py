@@ -15,7 +15,7 @@ import pandas as pd
 from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.decode import decode_image
 from dualrefnet.data.images import is_image, list_files
-from dualrefnet.data.schema import BOOLEAN_VALUES, Dataset, MetadataField
+from dualrefnet.data.schema import BOOLEAN_VALUES, Dataset, MetadataField, unnamed_patients
 from dualrefnet.data.store import map_ahead
 from dualrefnet.errors import ImageError
 from dualrefnet.runtime.images import MAX_BYTES
@@ -126,8 +126,7 @@ def _patients(dataset: Dataset) -> Iterator[Finding]:
     table = dataset.table
     unnamed = table.loc[table["patient_id"].isna(), "image_id"].tolist()
     if len(unnamed) == len(table):
-        message = "no patient column: images of one person may be in several splits"
-        yield Finding("WARN", "patients", message, count=len(unnamed))
+        yield Finding("WARN", "patients", unnamed_patients(dataset.schema.unit), count=len(unnamed))
         return
     otherwise = f"{table['patient_id'].nunique():,} patients, named in every row"
     problem = "rows without a patient (only a lesion keeps them with others)"

@@ -26,6 +26,7 @@ from dualrefnet.data.schema import (
     normalise,
     refuse_forbidden_features,
     require_columns,
+    unnamed_patients,
     usual_spelling,
 )
 from dualrefnet.errors import DataError, RecipeError
@@ -97,6 +98,8 @@ def load(root: Path, description_file: Path | None = None) -> Dataset:
     names = raw[description.image].map(read_cell)
     if names.isna().any():
         raise DataError(f"{int(names.isna().sum())} rows of {file} name no image")
+    # Columns that group the images: an empty one names nobody.
+    named = [column for column in optional if raw[column].map(read_cell).notna().any()]
     schema = DatasetSchema(
         name="csv_table",
         title=description.title,
@@ -104,7 +107,9 @@ def load(root: Path, description_file: Path | None = None) -> Dataset:
         malignant=description.malignant,
         class_names=description.class_names,
         fields=description.metadata,
-        group_by="lesion_id" if description.lesion and not description.patient else "patient_id",
+        group_by=(
+            "patient_id" if description.patient in named else "lesion_id" if description.lesion in named else "image_id"
+        ),
         licence=description.licence,
     )
     table, notes = normalise(
@@ -118,8 +123,9 @@ def load(root: Path, description_file: Path | None = None) -> Dataset:
         schema,
     )
     table["same_file"] = same_files(table["image_path"])
-    if not description.patient:
-        notes.append(("patients", "no column names the patient: images of one person may be in several splits"))
+    if schema.unit != "patient":
+        advice = f"name the patients' column in {DEFAULT_DESCRIPTION} (patient:), or in `fit` (group=)"
+        notes.append(("patients", f"{unnamed_patients(schema.unit)}; {advice}"))
     shared = shared_lesions(table)
     if shared:
         advice = (

@@ -1,7 +1,7 @@
 """Protocols: how the rows of a lesion table become train, validation and test split.
 
 `paper` rebuilds Table 1 of the paper to the row, leaks included. `grouped` and `grouped-cv` keep all rows of one unit
-(`DatasetSchema.unit`: a patient, or a lesion where the data set names no patients) within one split.
+(`DatasetSchema.unit`: a patient; a lesion where no patients are named; else a single image) within one split.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def refuse_crossing(split: pd.DataFrame) -> None:
     crossing = int((split.groupby("patient_id")["split"].nunique() > 1).sum())
     if crossing:
         raise SplitError(
-            f"{crossing} patients (groups) are in more than one split; "
+            f"{crossing} groups (patients or lesions) are in more than one split; "
             "every number measured on it would be too good. Only the protocol `paper` may do this"
         )
 

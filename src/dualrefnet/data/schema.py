@@ -17,6 +17,7 @@ from dualrefnet.runtime.metadata import MetadataError, by_fold, fold, normalise_
 
 Kind = Literal["numeric", "boolean", "categorical"]
 FieldTier = Literal["M1", "M2"]
+Unit = Literal["patient", "lesion", "image"]
 
 ID_COLUMNS = ("image_id", "image_path", "label", "patient_id", "lesion_id")
 BOOLEAN_VALUES = ("False", "True")
@@ -71,7 +72,8 @@ class DatasetSchema(BaseModel):
     malignant: tuple[str, ...] = ()  # the classes that are cancer
     class_names: dict[str, str] = Field(default_factory=dict)  # label -> what it stands for
     fields: tuple[MetadataField, ...] = ()  # the metadata fields
-    group_by: Literal["patient_id", "lesion_id"] = "patient_id"  # the column whose groups stay within one split
+    # the column whose groups stay within one split; image_id: neither patients nor lesions are named
+    group_by: Literal["patient_id", "lesion_id", "image_id"] = "patient_id"
     licence: str = ""  # under which the data may be used
     citation: str = ""  # what to cite
     official_rows: int | None = None  # number of rows of the official release; None if there is none
@@ -92,9 +94,10 @@ class DatasetSchema(BaseModel):
         return self
 
     @property
-    def unit(self) -> Literal["patient", "lesion"]:
+    def unit(self) -> Unit:
         """The independent unit: it stays within one split, and the bootstrap resamples it."""
-        return "lesion" if self.group_by == "lesion_id" else "patient"
+        units: dict[str, Unit] = {"patient_id": "patient", "lesion_id": "lesion", "image_id": "image"}
+        return units[self.group_by]
 
     def field(self, name: str) -> MetadataField:
         return {field.name: field for field in self.fields}[name]
@@ -147,6 +150,16 @@ def refuse_forbidden_features(names: list[str]) -> None:
             )
         if word in IDENTIFIER_NAMES:
             raise DataError(f"{name!r} can't be a metadata field: it identifies a person or a file; remove it")
+
+
+def unnamed_patients(unit: str) -> str:
+    """Say what may be in several splits of a data set that names no patients."""
+    if unit == "lesion":
+        return "no patient is named, only lesions: images of one person may be in several splits"
+    return (
+        "NOTHING GROUPS THE IMAGES: neither patients nor lesions are named, so images of one person may be in training "
+        "and in test, and every number may be too good"
+    )
 
 
 def require_columns(table: pd.DataFrame, columns: list[str], what: str) -> None:

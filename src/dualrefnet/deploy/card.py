@@ -17,6 +17,7 @@ from dualrefnet.display.format import (
     interval_of,
     number,
     percent,
+    protocol_name,
 )
 from dualrefnet.errors import DependencyError, install_hint
 from dualrefnet.files import read_csv
@@ -36,11 +37,6 @@ LICENCES = {
         "its services is commercial use.",
     ),
     "Apache-2.0": ("apache-2.0", "They are synthetic: drawn by a program that comes with the software."),
-}
-PROTOCOLS = {
-    "paper": "the split of the paper, in which patients and lesions may be in several splits",
-    "grouped": "patient-disjoint (lesion-disjoint where no patients are named)",
-    "grouped-cv": "patient-disjoint (lesion-disjoint where no patients are named), one fold of a cross-validation",
 }
 FILES = {
     "model.onnx": "the network, 32-bit",
@@ -88,7 +84,8 @@ def model_card(bundle: Mapping[str, Any], run: Run, files: Sequence[str]) -> str
         bundle=bundle,
         dataset=dataset,
         licence_terms=_terms(dataset["licence"]),
-        protocol=PROTOCOLS.get(dataset["protocol"], dataset["protocol"]),
+        protocol=protocol_name(dataset["protocol"], run.unit),
+        unit=run.unit,
         reads_metadata=reads_metadata,
         example=shlex.quote(example),
         example_python=example.replace(": true", ": True").replace(": false", ": False"),

@@ -102,6 +102,16 @@ def listed(names: Sequence[str]) -> str:
     return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
 
 
+def protocol_name(protocol: str, unit: str = "group") -> str:
+    """Return a protocol in words; `unit` (`patient`, `lesion`, `image`; `group`: unknown) must not cross the split."""
+    names = {
+        "paper": "the paper's split",
+        "grouped": f"{unit}-disjoint split" if unit != "image" else "split by image",
+        "grouped-cv": f"{unit}-disjoint cross-validation" if unit != "image" else "cross-validation by image",
+    }
+    return names.get(protocol, protocol)
+
+
 def sentence(text: str) -> str:
     """Return a note of metrics.json, which has neither capital nor full stop, as a sentence."""
     return f"{text[:1].upper()}{text[1:]}."

@@ -3,7 +3,7 @@
 Images of one patient resemble each other, so patients are resampled, not images (cluster bootstrap with percentile
 intervals; Efron and Tibshirani 1993, Field and Welsh 2007). No resample is ever laid out: it is a row of weights, how
 often each patient was drawn, and a statistic is a function of such rows, (S, G). The value on the test set itself is
-that of unit weights. "Patient" stands for the unit of grouping of a data set, which may be a lesion.
+that of unit weights. "Patient" stands for the unit of grouping of a data set, which may be a lesion or an image.
 """
 
 from __future__ import annotations
@@ -23,6 +23,12 @@ NAN = float("nan")
 
 # Resamples measured at once: enough to fill the vector units, few enough to stay in the cache.
 CHUNK = 64
+
+
+def images_of(images: int, groups: int, unit: str, what: str = "test images") -> str:
+    """Return `80 test images of 12 patients`; `unit` in the singular or plural."""
+    unit = unit.removesuffix("s")
+    return f"{images:,} {what}" + (f" of {groups:,} {unit}s" if unit != "image" else "")
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,7 @@ class Bootstrap:
 
     def describe(self, unit: str) -> str:
         """Return how a figure's bands were made, for its caption; `unit` is what was resampled, in the plural."""
-        text = f"{self.images} test images of {self.groups} {unit}"
+        text = images_of(self.images, self.groups, unit)
         if self.samples:
             text += f"; {100 * self.level:g}% intervals from {self.samples} resamples of the {unit} (seed {self.seed})"
         return text

@@ -33,7 +33,7 @@ from dualrefnet.display.format import (
     percent,
 )
 from dualrefnet.display.page import Section
-from dualrefnet.evaluation.bootstrap import Bootstrap
+from dualrefnet.evaluation.bootstrap import Bootstrap, images_of
 from dualrefnet.evaluation.curves import KINDS, class_curves, draw_curves
 from dualrefnet.progress import progress_bar
 from dualrefnet.report.verdict import judge_leak, judge_missingness
@@ -77,7 +77,7 @@ class Measured:
 
     @property
     def unit(self) -> str:
-        """`patients` or `lesions`."""
+        """`patients`, `lesions` or `images`."""
         return f"{self.run.unit}s"
 
 
@@ -101,7 +101,7 @@ def summary_section(measured: Measured) -> Section:
     """Return the headline measures, beside the paper's where the protocol is the paper's."""
     metrics, matrix = measured.metrics, np.array(measured.metrics["confusion_matrix"])
     intro = [
-        f"On {matrix.sum():,} test images of {len(set(measured.groups)):,} {measured.unit}, the accuracy is "
+        f"On {images_of(matrix.sum(), len(set(measured.groups)), measured.unit)}, the accuracy is "
         f"{percent(metrics, 'accuracy')} and the balanced accuracy {percent(metrics, 'balanced_accuracy')} "
         f"(chance: {1 / len(measured.classes):.0%})."
     ]
@@ -117,8 +117,8 @@ def summary_section(measured: Measured) -> Section:
     tables = [_headline_table(measured)]
     if len(metrics.get("availability", {}).get("inputs", ())) > 1:
         tables.append(availability_table(metrics["availability"]))
-    leaked = measured.run.recipe.metadata.imputation == "label_leaking" and "availability" in metrics
-    findings = [*judge_leak(metrics["leakage"], leaked), *judge_missingness(metrics)]
+    leaked = measured.run.recipe.metadata.imputation == "label_leaking"
+    findings = [*judge_leak(metrics["leakage"], measured.run.unit, leaked), *judge_missingness(metrics)]
     return Section("summary", "Metrics", intro, tables, findings=findings)
 
 
@@ -174,12 +174,8 @@ def class_section(measured: Measured) -> Section:
         "Sensitivity and specificity are the fractions of a class's images, and of all other images, that are "
         "classified correctly. PPV and NPV depend on how frequent each class is in this test set."
     ]
-    return Section("classes", "Per-class metrics", intro, tables)
-
-
-def confusion_section(measured: Measured) -> Section:
     matrix = draw_confusion(measured.metrics, measured.malignant, measured.unit)
-    return Section("confusion", "Confusion matrix", [], [matrix])
+    return Section("classes", "Classes and confusion matrix", intro, [tables[0], matrix, *tables[1:]])
 
 
 def curve_section(measured: Measured, samples: int, seed: int) -> Section:
@@ -243,8 +239,8 @@ def draw_confusion(metrics: Mapping[str, Any], malignant: Sequence[str] = (), un
 
     data = pd.DataFrame({"true": np.repeat(classes, len(classes)), "predicted": np.tile(classes, len(classes))})
     data = data.assign(images=counts.ravel(), share=portion.ravel())
-    caption = f"{metrics['support']} test images"
-    caption += f" of {metrics['bootstrap']['groups']} {unit}" if "bootstrap" in metrics else ""
+    groups = metrics["bootstrap"]["groups"] if "bootstrap" in metrics else metrics["support"]
+    caption = images_of(metrics["support"], groups, unit if "bootstrap" in metrics else "image")
     caption += ". Rows: true class, with its number of images; columns: predicted class. Each cell: images, and their "
     caption += "share of the true class, by which it is coloured."
     if malignant:
@@ -257,7 +253,7 @@ def draw_confusion(metrics: Mapping[str, Any], malignant: Sequence[str] = (), un
         wrong = counts[index] * (np.arange(len(classes)) != index)
         text = f"{classes[index]}: {counts[index, index]} of {support[index]} correct"
         alt.append(text + f", most often taken for {classes[wrong.argmax()]} ({wrong.max()})" * bool(wrong.any()))
-    return ReportFigure("confusion", "Images and share of the true class", caption, "; ".join(alt), figure, data)
+    return ReportFigure("confusion", "Confusion matrix", caption, "; ".join(alt), figure, data)
 
 
 def _text_colour(colour: Sequence[float]) -> str:

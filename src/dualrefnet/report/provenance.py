@@ -8,7 +8,8 @@ import yaml
 
 from dualrefnet.data.adapters import SCHEMAS
 from dualrefnet.data.protocols import split_counts
-from dualrefnet.display.format import PrintedTable, sentence, text_rows
+from dualrefnet.data.schema import unnamed_patients
+from dualrefnet.display.format import PrintedTable, protocol_name, sentence, text_rows
 from dualrefnet.errors import RunError
 from dualrefnet.models.base import Architecture
 from dualrefnet.models.encoders import BACKBONES
@@ -38,18 +39,8 @@ TERMS = (
     ("kappa", "agreement beyond chance; 0 is chance, 1 is perfect"),
     ("expected calibration error", "the mean difference between confidence and accuracy"),
     ("Brier score", "the mean squared error of the probabilities; 0 is perfect, 2 the worst"),
-    ("95% interval", "percentile bootstrap over patients (or lesions), as images of one patient are not independent"),
+    ("95% interval", "percentile bootstrap over what the split keeps together, whose images are not independent"),
 )
-
-
-def protocol_name(protocol: str, unit: str = "patient") -> str:
-    """Return a protocol in words; `unit` (`patient` or `lesion`) is what must not cross the split."""
-    names = {
-        "paper": "the paper's split",
-        "grouped": f"{unit}-disjoint split",
-        "grouped-cv": f"{unit}-disjoint cross-validation",
-    }
-    return names.get(protocol, protocol)
 
 
 def run_title(run: Run) -> tuple[str, str]:
@@ -89,8 +80,8 @@ def run_notes(run: Run) -> list[str]:
                 f"The split leaks: {leak['train']:.0%} of the test images show a {name} of the training split "
                 f"({leak['train_or_val']:.0%} with validation), so the numbers are too high for new {name}s."
             )
-    if all(leak is None for leak in metrics["leakage"].values()):
-        notes.append("The data set identifies neither patients nor lesions, so leakage can't be measured.")
+    if run.unit != "patient":
+        notes.append(sentence(unnamed_patients(run.unit)))
     if recipe.metadata.imputation == "label_leaking" and method.needs_metadata:
         notes.append(f"{LABEL_LEAKING}.")
     if reads_missingness(recipe):

@@ -35,7 +35,6 @@ from dualrefnet.progress import note, warn
 from dualrefnet.report import ReportOptions
 from dualrefnet.report.performance import (
     class_section,
-    confusion_section,
     curve_section,
     history_section,
     read_measured,
@@ -128,8 +127,7 @@ def write_report(
     samples, seed = run.recipe.evaluation.bootstrap or SAMPLES, run.recipe.seed
     parts: list[Part] = [
         ("Summary", lambda: summary_section(measured)),
-        ("Per-class metrics", lambda: class_section(measured)),
-        ("Confusion matrix", lambda: confusion_section(measured)),
+        ("Classes", lambda: class_section(measured)),
         ("Curves", lambda: curve_section(measured, samples, seed)),
         ("Calibration", lambda: calibration_section(measured, samples, seed)),
         ("Training", lambda: history_section(measured)),

@@ -12,6 +12,7 @@ import pandas as pd
 from dualrefnet.display.figure import COLOURS, FAINT, INK, PAPER, ReportFigure, new_figure, styled
 from dualrefnet.display.format import MEASURE_NAMES, estimate, number
 from dualrefnet.errors import RunError
+from dualrefnet.evaluation.bootstrap import images_of
 from dualrefnet.models.encoders import BACKBONES
 from dualrefnet.models.registry import METHODS
 from dualrefnet.suite.grid import Key
@@ -93,12 +94,14 @@ def _backbone(method: str, backbone: str) -> str:
 def sizes(rows: pd.DataFrame) -> str:
     """Return how many images and patients (or lesions) the systems were tested on."""
     found = rows.drop_duplicates(["dataset", "images", "groups"])
-    return " or ".join(f"{row.images} images of {row.groups} {row.unit}s" for row in found.itertuples())
+    return " or ".join(
+        images_of(row["images"], row["groups"], row["unit"], "images") for row in found.to_dict("records")
+    )
 
 
 def units(rows: pd.DataFrame) -> str:
     """Return what the intervals resample."""
-    return " or ".join(f"{unit}s" for unit in dict.fromkeys(rows["unit"]) if unit) or "patients"
+    return " or ".join(f"{unit}s" for unit in dict.fromkeys(rows["unit"]) if unit) or "groups"
 
 
 def names(some: pd.DataFrame, rows: pd.DataFrame | None = None, most: int = NAMED) -> str:

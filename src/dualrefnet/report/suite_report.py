@@ -15,9 +15,19 @@ from numpy.typing import NDArray
 
 from dualrefnet.analysis.disagreement import KINDS, Disagreement, find_disagreement
 from dualrefnet.data.loader import read_dataset
+from dualrefnet.data.schema import unnamed_patients
 from dualrefnet.data.store import fill_store
 from dualrefnet.display.figure import ReportFigure, new_figure, save_figure, styled
-from dualrefnet.display.format import MEASURE_NAMES, Cell, PrintedTable, estimate, listed, number, sentence
+from dualrefnet.display.format import (
+    MEASURE_NAMES,
+    Cell,
+    PrintedTable,
+    estimate,
+    listed,
+    number,
+    protocol_name,
+    sentence,
+)
 from dualrefnet.display.page import Section, render_page
 from dualrefnet.errors import DataError, RecipeError, RunError
 from dualrefnet.files import write_text
@@ -32,6 +42,7 @@ from dualrefnet.suite.results import (
     LEAKING_SPLIT,
     RANDOM,
     SYNTHETIC,
+    UNGROUPED,
     FinishedRun,
     SuiteResults,
     System,
@@ -50,6 +61,7 @@ NOTES = {
     LABEL_LEAKING: provenance.LABEL_LEAKING,
     LEAKING_SPLIT: "The split leaks: test images show patients or lesions of the training split, so the numbers are "
     "too high for new patients",
+    UNGROUPED: unnamed_patients("image"),
     SYNTHETIC: provenance.SYNTHETIC,
     FROZEN: provenance.FROZEN_ENCODER,
     RANDOM: provenance.RANDOM_ENCODER,
@@ -57,7 +69,7 @@ NOTES = {
 
 TERMS = (
     ("system", "a method with its image encoder and its metadata, trained once or several times"),
-    ("fold, seed", "one of several divisions of the patients into training and test; one of several repeats"),
+    ("fold, seed", "one of several divisions of the images into training and test; one of several repeats"),
     ("M0, M1, M2, M3", "metadata: none; what is recorded of everybody; all fields; those and missingness flags"),
     ("Holm's correction", "adjusts p for many comparisons, so that a false one among all of them is unlikely"),
 )
@@ -180,16 +192,16 @@ def _summary_section(found: SuiteResults) -> Section:
         )
         for (dataset, protocol), members in rows.groupby(["dataset", "protocol"], sort=False):
             tested = members[members["images"] > 0]
-            unit = tested["unit"].iloc[0] if len(tested) else "patient"
+            unit = tested["unit"].iloc[0] if len(tested) else "group"
             on = f"tested on {sizes(tested)}" if len(tested) else "no result yet"
-            intro.append(f"{dataset}, {provenance.protocol_name(str(protocol), unit)}: {on}.")
+            intro.append(f"{dataset}, {protocol_name(str(protocol), unit)}: {on}.")
             intro.append(" ".join(_verdict(found, members)))
     if len(found.splits):
         for (dataset, protocol), rows in found.splits.groupby(["dataset", "protocol"], sort=False):
             known, equal = int((rows["equal"] != "").sum()), int((rows["equal"] == "yes").sum())
             beside = f" {equal} of {known} counts are those of the paper's Table 1." if known else ""
             counts = [f"{int(part['images'].sum()):,} {name}" for name, part in rows.groupby("split", sort=False)]
-            name = provenance.protocol_name(str(protocol))
+            name = protocol_name(str(protocol))
             intro.append(f"Images of {dataset}, {name}: {', '.join(counts)}.{beside}")
     return Section("summary", "Summary", intro, folded=False)
 

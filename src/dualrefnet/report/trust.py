@@ -157,13 +157,13 @@ def _set_table(measured: Measured, calibration: Calibration, values: Row) -> Pri
     notes = [
         "Coverage is marginal: it holds over all classes together; the class-conditional sets use a threshold a class.",
         f"It is approximate: the {calibration.images:,} validation images also served to choose the {chosen}, and "
-        f"images of one {measured.run.unit} are not independent.",
+        "images of one person are not independent.",
         *map(sentence, calibration.remarks),
     ]
     if marginal["filled"]:
         notes.append(f"{marginal['filled']} empty sets were replaced by the likeliest class.")
     if "availability" in measured.metrics:
-        notes.append("Inputs as recorded; predictions with missing inputs use thresholds of their own (see Summary).")
+        notes.append("Inputs as recorded; predictions with missing inputs use thresholds of their own (see Metrics).")
     return PrintedTable(f"Conformal sets, target coverage {calibration.coverage:.0%}", columns, rows, tuple(notes))
 
 

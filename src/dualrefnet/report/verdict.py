@@ -14,7 +14,8 @@ import pandas as pd
 
 from dualrefnet.analysis.audit import TOLERATED_SHARE
 from dualrefnet.data.check import Finding, Level
-from dualrefnet.display.format import estimate, interval_of, number, percent, sentence
+from dualrefnet.data.schema import unnamed_patients
+from dualrefnet.display.format import estimate, interval_of, listed, number, percent, sentence
 from dualrefnet.display.page import Line, Result, Section, Verdict
 from dualrefnet.runtime.availability import missingness_shortcut
 
@@ -38,6 +39,8 @@ MOST = 2
 # Share of the gain over chance that is left with which fields are missing alone, or with the background alone. Neither
 # says anything of a lesion: a tenth is worth knowing, and with half the score is mostly that.
 SHORTCUT_GAIN = {"WARN": 0.1, "FAIL": 0.5}
+# Percentage points, summed over the classes, that nobody would notice.
+SMALL_POINTS = 1.0
 # Expected calibration error beyond what a perfectly calibrated model has by chance: at a tenth, a stated 90% is 80%.
 LARGE_ERROR = 0.1
 # Share of everyday images that must be flagged: a gate that passes one in ten is leaky, one that passes half is none.
@@ -47,8 +50,12 @@ FLAGGED = {"WARN": 0.9, "FAIL": 0.5}
 BY_CHANCE = 1.64
 
 
-def judge_leak(leakage: Mapping[str, Mapping[str, Any] | None], imputed_from_label: bool = False) -> list[Finding]:
-    """Judge which test images show a patient or a lesion of training, as metrics.json counts them."""
+def judge_leak(
+    leakage: Mapping[str, Mapping[str, Any] | None], unit: str = "patient", imputed_from_label: bool = False
+) -> list[Finding]:
+    """Judge which test images show a patient or a lesion of training, as metrics.json counts them; `unit` is what the
+    data set names.
+    """
     findings: list[Finding] = []
     if imputed_from_label:
         findings.append(Finding("FAIL", LEAK, "missing metadata were imputed from the diagnosis"))
@@ -57,22 +64,27 @@ def judge_leak(leakage: Mapping[str, Mapping[str, Any] | None], imputed_from_lab
         if share:
             text = f"{share:.1%} of the test images show a {name} of training or validation"
             findings.append(Finding("FAIL" if share > TOLERATED_SHARE else "WARN", LEAK, text))
-    for name in leakage.keys() - known.keys():
-        if name == "patient" or not known:
-            findings.append(
-                Finding("WARN", LEAK, f"the data name no {name}s, so whether one crosses the split is unknown")
-            )
+    if unit != "patient":
+        findings.append(Finding("WARN", LEAK, unnamed_patients(unit)))
     clean = " or ".join(name for name, share in known.items() if not share)
     return [*findings, *([Finding("PASS", LEAK, f"no {clean} crosses the split")] if clean else [])]
 
 
 def judge_audit(audit: Audit) -> list[Finding]:
-    """Judge near-duplicates across the split, and columns that follow from the diagnosis."""
-    return [
+    """Judge near-duplicates across the split, and features that follow from the diagnosis."""
+    findings = [
         Finding(finding.level, LEAK, finding.message)
         for finding in audit.findings
-        if finding.check in ("near_duplicates", "proxy") and (finding.level != "PASS" or finding.check != "proxy")
+        if finding.check == "near_duplicates"
     ]
+    columns = audit.tables.get("proxies", pd.DataFrame(columns=["column", "feature", "verdict"]))
+    for level in WORST_FIRST[:2]:
+        names = columns.loc[columns["feature"].astype(bool) & (columns["verdict"] == level), "column"].tolist()
+        if names:
+            findings.append(
+                Finding(level, LEAK, f"metadata fields may follow from the diagnosis: {listed(names)}")
+            )
+    return findings
 
 
 def judge_missingness(metrics: Mapping[str, Any]) -> list[Finding]:
@@ -106,7 +118,7 @@ def judge_flags(importance: Mapping[str, float], flags: str) -> list[Finding]:
     if flags not in importance or most is None:
         return []
     points = f"{importance[flags]:.0f} points against {importance[most]:.0f} of {most}"
-    if importance[flags] > importance[most]:
+    if importance[flags] > max(importance[most], SMALL_POINTS):
         return [Finding("FAIL", SHORTCUT, f"flags of missing fields move the probabilities most: {points}")]
     return [Finding("PASS", SHORTCUT, f"flags of missing fields move the probabilities less than a field: {points}")]
 
@@ -150,12 +162,13 @@ def judge_calibration(metrics: Mapping[str, Any]) -> list[Finding]:
 
 def judge_out_of_distribution(measured: OutOfDistributionMeasured) -> list[Finding]:
     """Judge how many everyday images are flagged, and whether healthy skin differs from lesions."""
-    from dualrefnet.analysis.out_of_distribution import EVERYDAY, SKIN
+    from dualrefnet.analysis.out_of_distribution import EVERYDAY, LESIONS, SKIN
 
     flagged = measured.table.set_index("group")["flagged"]
     share = float(flagged[EVERYDAY])
     level: Level = "FAIL" if share < FLAGGED["FAIL"] else "WARN" if share < FLAGGED["WARN"] else "PASS"
-    findings = [Finding(level, OUT_OF_DISTRIBUTION, f"{share:.0%} of everyday images are flagged")]
+    text = f"{share:.0%} of everyday images are flagged, and {flagged[LESIONS]:.0%} of the lesions"
+    findings = [Finding(level, OUT_OF_DISTRIBUTION, text)]
     if measured.skin_auroc is not None:
         apart = measured.skin_auroc.low > 0.5
         told = "the score tells them from lesions" if apart else "the score does not tell them from lesions"

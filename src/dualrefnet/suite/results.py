@@ -31,6 +31,7 @@ from dualrefnet.suite.grid import Cell, Key, Lookup, Suite, expand, load_suite
 
 LABEL_LEAKING = "LABEL-LEAKING IMPUTATION: missing metadata was imputed from the diagnosis; not a valid result"
 LEAKING_SPLIT = "leaking split: the same patients or lesions in training and test"
+UNGROUPED = "nothing groups the images: one person may be in training and test"
 SYNTHETIC = "synthetic data, not clinical"
 FROZEN = "frozen encoder"
 RANDOM = "encoder from random weights"
@@ -85,7 +86,7 @@ class System:
 
     @property
     def unit(self) -> str:
-        """What the bootstrap resamples: `patient` or `lesion`; empty without any run."""
+        """What the bootstrap resamples: `patient`, `lesion` or `image`; empty without any run."""
         return self.runs[0].run.unit if self.runs else ""
 
     @property
@@ -101,6 +102,7 @@ class System:
         flags = {
             LABEL_LEAKING: any(recipe.metadata.imputation == "label_leaking" for recipe in recipes),
             LEAKING_SPLIT: self.key.protocol == "paper",
+            UNGROUPED: self.unit == "image",
             SYNTHETIC: any(run.metrics.get("drawn") for run in self.runs),
             FROZEN: image and any(recipe.training.encoder == "frozen" for recipe in recipes),
             RANDOM: image and any(weights["kind"] == "none" for run in self.runs for weights in run.weights),

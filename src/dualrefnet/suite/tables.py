@@ -18,6 +18,7 @@ from dualrefnet.display.format import (
     interval,
     number,
 )
+from dualrefnet.evaluation.bootstrap import images_of
 from dualrefnet.files import write_csv, write_text
 from dualrefnet.models.registry import METHODS
 from dualrefnet.progress import progress_bar
@@ -242,8 +243,8 @@ def _notes(found: SuiteResults, rows: pd.DataFrame, keys: list[Key]) -> tuple[st
     """Return the notes below the main table of one data set and protocol."""
     suite, dataset = found.suite, keys[0].dataset
     tested = rows[rows["images"] > 0].drop_duplicates(["images", "groups"])
-    sizes = [f"{row.images} images of {row.groups} {row.unit}s" for row in tested.itertuples()]
-    units = " or ".join(dict.fromkeys(f"{unit}s" for unit in tested["unit"])) or "patients"
+    sizes = [images_of(row["images"], row["groups"], row["unit"], "images") for row in tested.to_dict("records")]
+    units = " or ".join(dict.fromkeys(f"{unit}s" for unit in tested["unit"])) or "groups"
     notes = [
         "Value [95% interval]: the test predictions of all folds pooled, measured once per seed, averaged over seeds. "
         f"The interval comes from {found.samples} bootstrap samples of {units}, for the models as trained. "
