@@ -16,7 +16,7 @@ from dualrefnet.data.schema import Dataset
 from dualrefnet.data.synthetic import make_synthetic
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import Run
-from dualrefnet.suite.results import SuiteResults, aggregate
+from dualrefnet.suite.results import SuiteResults, aggregate, paper
 
 # Machines are noisy: how long an example takes says nothing about the software.
 settings.register_profile("noisy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -117,6 +117,15 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from suite_folder import SUITE, write_suite
 
     return write_suite(tmp_path_factory.mktemp("suite") / "small", SUITE)
+
+
+@pytest.fixture
+def small_table_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Table 1 with the counts of the runs that `paper_suite` writes: they are the paper's experiment then."""
+    from suite_folder import CLASSES, IMAGES
+
+    images = dict.fromkeys(CLASSES, IMAGES // len(CLASSES))
+    monkeypatch.setitem(paper()["splits"], "pad_ufes_20", {"train": {}, "val": images, "test": images})
 
 
 @pytest.fixture(scope="session")

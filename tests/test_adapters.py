@@ -261,6 +261,86 @@ def test_a_description_that_does_not_fit_is_refused(tmp_path, change, message):
         load_dataset("csv_table", own(tmp_path, TABLE, **(COLUMNS | change)))
 
 
+ONE_HOT = pd.DataFrame(
+    {"photo": ["a", "b", "c"], "mole": [0, "1.0", 1], "cancer": ["1", 0.0, 0], "years": [40, 50, 60]}
+)
+
+
+def test_labels_may_be_a_column_for_each_class(tmp_path):
+    for table in (ONE_HOT, ONE_HOT.assign(mole=[False, True, True], cancer=[True, False, False])):
+        root = own(tmp_path, table, image="photo", label=["mole", "cancer"], malignant=["cancer"])
+        dataset = load_dataset("csv_table", root)
+        assert dataset.schema.classes == ("mole", "cancer")
+        assert list(dataset.table["label"]) == ["cancer", "mole", "mole"]
+        assert list(dataset.other_columns) == ["years"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mole": [1, 1, 1]}, r"1 rows of .* don't have exactly one label, the first: a \(row 1\)"),
+        ({"mole": [0, 0, 1]}, r"the first: b \(row 2\); one of the columns mole, cancer must hold 1"),
+        ({"mole": [0, 1, None]}, r"the first: c \(row 3\)"),
+        ({"mole": [0, 1, "x"]}, r"the first: c \(row 3\)"),
+        ({"mole": [0, 3, 1], "cancer": [1, -2, 0]}, r"the first: b \(row 2\)"),
+    ],
+)
+def test_a_row_without_exactly_one_label_is_named(tmp_path, change, message):
+    root = own(tmp_path, ONE_HOT.assign(**change), image="photo", label=["mole", "cancer"])
+    with pytest.raises(DataError, match=message):
+        load_dataset("csv_table", root)
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        ({"label": ["mole"]}, "label"),
+        ({"label": ["mole", "cancr"]}, "has no column cancr"),
+        ({"label": ["mole", "cancer"], "classes": ["mole"]}, "unknown labels: cancer"),
+        ({"label": ["mole", "cancer"], "malignant": ["melanoma"]}, "malignant names no class: melanoma"),
+        (
+            {"label": ["mole", "cancer"], "metadata": [{"name": "cancer", "kind": "boolean"}]},
+            "cancer can't be a metadata",
+        ),
+    ],
+)
+def test_columns_of_labels_that_do_not_fit_are_refused(tmp_path, description, message):
+    with pytest.raises(DataError, match=message):
+        load_dataset("csv_table", own(tmp_path, ONE_HOT, image="photo", **description))
+
+
+def test_a_target_of_0_and_1_needs_no_quotes(tmp_path):
+    table = ONE_HOT.rename(columns={"mole": "target"})
+    text = "image: photo\nlabel: target\nmalignant: [1]\nclass_names: {0: benign, 1: malignant}\nclasses: [0, 1]\n"
+    root = own(tmp_path, table)
+    (root / "dataset.yaml").write_text(text)
+    dataset = load_dataset("csv_table", root)
+    assert (dataset.schema.classes, dataset.schema.malignant) == (("0", "1"), ("1",))
+    assert list(dataset.table["label"]) == ["0", "1", "1"]
+    assert dataset.schema.class_names["1"] == "malignant"
+    (root / "dataset.yaml").write_text(text.replace("[1]", "[yes]"))
+    with pytest.raises(DataError, match="needs quotes"):
+        load_dataset("csv_table", root)
+
+
+def test_images_may_lie_in_several_parts(tmp_path):
+    root = own(tmp_path, TABLE.assign(photo=["a", "B.png", "lost"]), **COLUMNS, images=["part1", "part2", "part3"])
+    touch(root / "part1" / "a.jpg")
+    touch(root / "part2" / "b.png")
+    dataset = load_dataset("csv_table", root)
+    assert list(dataset.table["image_path"]) == [str(root / "part1" / "a.jpg"), str(root / "part2" / "b.png"), None]
+    assert len(dataset.image_folders) == 3
+    for name in ("a.jpg", "a.png"):
+        touch(root / "part2" / name)
+        with pytest.raises(DataError, match=r"two images are called a: .*part1/a.jpg and .*part2/a"):
+            load_dataset("csv_table", root)
+        (root / "part2" / name).unlink()
+    own(root, TABLE.assign(photo=["a.jpg", "B.png", "lost"]), **COLUMNS, images=["part1", "part2"])
+    touch(root / "part2" / "a.jpg")
+    with pytest.raises(DataError, match=r"two images are called a.jpg: .*part1/a.jpg and .*part2/a.jpg"):
+        load_dataset("csv_table", root)
+
+
 def test_describe_guesses_the_kinds():
     table = pd.DataFrame(
         {

@@ -40,6 +40,22 @@ def test_fit_trains_on_any_table_and_keeps_patients_apart(frame: pd.DataFrame, t
         dualrefnet.fit(frame, image=0, label="diagnostic", out=tmp_path / "my run 1")
 
 
+def test_fit_takes_a_column_for_each_class(frame: pd.DataFrame, tmp_path: Path) -> None:
+    names = ["MEL", "NEV", "BCC"]
+    frame = frame[frame["diagnostic"].isin(names)]
+    table = frame.assign(**{name: frame["diagnostic"] == name for name in names})
+    arguments = {"image": "photo", "group": "patient_id", "metadata": ["age"], "malignant": ["MEL", "BCC"]}
+    quick = {"model__method": "metadata_only", "image__size": 32, "training__epochs": 1, "evaluation__bootstrap": 20}
+    run = dualrefnet.fit(table, label=names, out=tmp_path / "run", **arguments, **quick)
+    assert run.model["classes"] == names
+    assert dict(zip(run.split["image_id"] + ".png", run.split["label"], strict=True)) == dict(
+        zip(frame["img_id"], frame["diagnostic"], strict=True)
+    )
+    table.loc[table.index[0], names] = True
+    with pytest.raises(DataError, match="don't have exactly one label"):
+        dualrefnet.fit(table, label=names, out=tmp_path / "wrong", **arguments, **quick)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -15,14 +15,17 @@ import pandas as pd
 import pytest
 import typer
 import yaml
+from typer.testing import CliRunner
 
 import dualrefnet
 import dualrefnet.cli
 from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.csv_table import TableDescription
 from dualrefnet.data.protocols import leakage, split_dataset
+from dualrefnet.data.synthetic import make_synthetic
 from dualrefnet.errors import install_hint
 from dualrefnet.recipe import Recipe, load_recipe, parse_overrides, shipped_recipes
+from dualrefnet.run import Run
 
 ROOT = Path(__file__).parents[1]
 OWN_DATA = ROOT / "docs" / "bring-your-own-data.md"
@@ -107,8 +110,8 @@ def test_every_recipe_key_exists_and_takes_the_value(document):
         if match is None or match[2] in ("csv", "json", "yaml", "safetensors", "md", "onnx", "pt2"):
             continue
         assert match[2] in Recipe.model_fields[match[1]].annotation.model_fields, code
-        # fold and rows are only legal beside another key; whole commands are checked below.
-        if match[3] and "DIR" not in match[3] and match[2] not in ("fold", "rows"):
+        # These are only legal beside another key; whole commands are checked below.
+        if match[3] and "DIR" not in match[3] and match[2] not in ("fold", "rows", "allow_leak"):
             load_recipe("pad_ufes_20_m3", parse_overrides([code]))
 
 
@@ -182,6 +185,51 @@ def test_the_example_of_own_data_loads_without_a_remark_and_divides(tmp_path):
     assert set(split["split"]) == {"train", "val", "test"}
     names = [field.name for field in dataset.schema.fields]
     assert set(new.splitlines()[0].split(",")) <= {"image", *names}
+
+
+def section(document, heading):
+    """Return the commands of the first block of a section."""
+    text = document.read_text(encoding="utf-8").partition(f"# {heading}\n")[2]
+    code = re.search(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [shlex.split(line, comments=True)[1:] for line in code[1].splitlines()]
+
+
+def test_the_commands_about_own_tables_run(sample_root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DUALREFNET_DATA", str(tmp_path / "data"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "pad_ufes_20").symlink_to(sample_root)
+    tables = {"clinic": (sample_root, "nevus", "melanoma")}
+    tables["other_clinic"] = (make_synthetic(tmp_path / "other", images=90, seed=4, side=64), "NV", "MEL")
+    description = {"image": "img_id", "label": "diagnostic", "patient": "patient_id", "lesion": "lesion"}
+    for name, (root, nevus, melanoma) in tables.items():
+        table = pd.read_csv(root / "metadata.csv", dtype=str)
+        table = table[table["diagnostic"].isin(["NEV", "MEL", "BCC"])]
+        table["lesion"] = table["patient_id"] + table["lesion_id"]
+        table["diagnostic"] = table["diagnostic"].map({"NEV": nevus, "MEL": melanoma, "BCC": "BCC"})
+        (tmp_path / name).mkdir()
+        table.to_csv(tmp_path / name / "table.csv", index=False)
+        fields = [{"name": "age", "kind": "numeric"}]
+        told = {"title": name, "images": str(root / "images"), "metadata": fields, **description}
+        (tmp_path / name / "dataset.yaml").write_text(yaml.safe_dump(told))
+    split_dataset(load_dataset("csv_table", tmp_path / "clinic"), folds=3).to_csv(tmp_path / "split.csv", index=False)
+    recipe = next(text for text in blocks(OWN_DATA, "yaml") if text.startswith("name:"))
+    (tmp_path / "own.yaml").write_text(recipe)
+    quick = ["model.method=metadata_only", "data.rows=all", "training.epochs=1", "evaluation.bootstrap=20"]
+    quick += ["data.folds=3", "image.size=32", "model.weights=none", "modality_dropout={}", "training.device=cpu"]
+    protocols = ROOT / "docs" / "protocols.md"
+    commands = [["train", "own.yaml", "--out", "runs/our_clinic"]]
+    commands += section(OWN_DATA, "Your own split") + section(OWN_DATA, "Some classes, or groups of them")
+    commands += section(protocols, "External test set") + section(protocols, "Lesions instead of images")
+    assert [command[0] for command in commands] == ["train", "split", "train", "train", "train", "evaluate", "evaluate"]
+    for command in commands:
+        done = CliRunner().invoke(dualrefnet.cli.app, [*command, *(quick if command[0] == "train" else [])])
+        assert done.exit_code == 0, (command, done.output, done.exception)
+    classes = {run.name: Run(run).model["classes"] for run in (tmp_path / "runs").iterdir()}
+    assert classes["two_classes"] == ["melanoma", "nevus"]
+    assert classes["triage"] == ["malignant", "benign"]
+    assert json.loads((tmp_path / "runs/our_clinic/external/other_clinic/metrics.json").read_text())["support"] > 20
+    assert Run(tmp_path / "runs/our_clinic").metrics["aggregated"]["by"] == "lesion"
 
 
 def test_the_leaks_in_protocols_are_those_that_are_measured(real_pad, real_isic):

@@ -74,6 +74,31 @@ def test_total_is_the_weighted_sum_of_the_named_terms() -> None:
     assert float(terms["total"].detach()) == pytest.approx(float(total.detach()), rel=1e-6)
 
 
+def test_equation_5_is_summed_or_divided_by_images_or_by_weights() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(6, 6), torch.tensor([0, 2, 2, 3, 4, 5])
+    each = -logits.log_softmax(1)[torch.arange(6), labels] * class_weights(PAD_TRAIN, "inverse")[labels]
+    expected = {
+        "sum": each.sum(),
+        "batch": each.mean(),
+        "weights": each.sum() / (1532 * (1 / 486 + 2 / 35 + 1 / 163 + 1 / 128 + 1 / 157)),
+    }
+    for reduction, value in expected.items():
+        section = LossSection(classification_reduction=reduction)
+        loss = DualRefNetLoss(section, PAD_TRAIN)
+        terms = loss(Output(logits, logits, None, {}), labels, None, None)
+        assert float(terms["total"]) == pytest.approx(0.5 * float(value), rel=1e-5), reduction
+        assert float(terms["classification"]) == pytest.approx(float(expected["weights"]), rel=1e-5)
+        # Gradients of two processes, each with half of the batch, are averaged.
+        halves = DualRefNetLoss(section, PAD_TRAIN, processes=2)
+        parts = [
+            halves(Output(logits[k], logits[k], None, {}), labels[k], None, None)["total"]
+            for k in (slice(3), slice(3, 6))
+        ]
+        if reduction != "weights":
+            assert float(sum(parts)) / 2 == pytest.approx(0.5 * float(value), rel=1e-5), reduction
+
+
 def test_terms_without_a_part_in_the_model_are_absent() -> None:
     logits = torch.randn(3, 6)
     terms = DualRefNetLoss(LossSection(), PAD_TRAIN)(

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dualrefnet.models.base import Architecture
+from dualrefnet.models.base import Architecture, Method
 from dualrefnet.models.deepmetaforge import DeepMetadataFusion, MetadataConvolution
 from dualrefnet.models.encoders import (
     BACKBONES,
@@ -20,6 +20,7 @@ from dualrefnet.models.ensemble import EfficientChannelAttention, Ensemble
 from dualrefnet.models.hmfb import HyperparametricBlock
 from dualrefnet.models.jif_mmfa import MutualAttention
 from dualrefnet.models.metablock import MetaBlock
+from dualrefnet.models.registry import METHODS, NEUTRAL
 from dualrefnet.models.visual import PlaceAttention
 from dualrefnet.recipe import ModelSection
 from stand_in import build, given, set_linear, set_norm
@@ -56,6 +57,49 @@ def test_in_the_reimplementation_one_gate_of_two_layers_belongs_to_64_channels()
     torch.testing.assert_close(features, torch.tensor([[0.880797] * 64 + [0.119203] * 64]), atol=1e-6, rtol=0)
     # Below zero the ReLU between the layers holds both gates at sigmoid(0).
     torch.testing.assert_close(model(given([1.0] * 128), torch.tensor([[-2.0]])).features, torch.full((1, 128), 0.5))
+
+
+def vgg(name: str, size: int = 224, **settings: object) -> Method:
+    """Return a method as published for VGG-13, for two classes and three columns of metadata."""
+    section = ModelSection.model_validate({"method": name, "backbone": "vgg13", "vgg_head": "flatten", **settings})
+    encoder = Encoder("vgg13", nn.Identity(), WeightsSource("none", "stand-in", None, NEUTRAL, NEUTRAL))
+    architecture = Architecture(image_size=size, metadata_width=3, classes=2, section=section)
+    return METHODS[name].network(architecture, [encoder]).eval()
+
+
+def test_vgg_is_flattened_as_in_the_public_code():
+    widths = {
+        "no_metadata": (25088, 2),
+        "metablock": (25088, 2),
+        "metanet": (25088, 2),
+        # 12 = .8 * 3 / .2 beside the metadata.
+        "concat": (15, 2),
+    }
+    for name, (features, classes) in widths.items():
+        classifier = vgg(name, metanet_variant="mb_compat").classifier
+        assert (classifier.in_features, classifier.out_features) == (features, classes), name
+    assert [layer.in_features for layer in vgg("concat").reducer if isinstance(layer, nn.Linear)] == [25088, 1024]
+    # The numbers of gates of the public code.
+    assert vgg("metablock").block.scale[0].out_features == 784
+    assert vgg("metanet", metanet_variant="mb_compat").gate[2].out_features == 392
+    # The original gates channels, wherever they are.
+    assert vgg("metanet").gate[0].out_features == 512
+    # Only VGG is flattened.
+    assert vgg("no_metadata", backbone="resnet50").classifier.in_features == 512
+
+
+def test_every_place_of_the_map_has_a_weight_of_its_own():
+    model = vgg("no_metadata", size=64)
+    weight = torch.zeros(2, 512 * 4)
+    # Of channel 3 the places (0, 1) and (1, 0).
+    weight[0, 3 * 4 + 1], weight[1, 3 * 4 + 2] = 1.0, 10.0
+    with torch.no_grad():
+        model.classifier.weight.copy_(weight)
+        model.classifier.bias.zero_()
+    places = torch.zeros(1, 512, 2, 2)
+    places[0, 3] = torch.tensor([[5.0, 7.0], [11.0, 13.0]])
+    output = model(Encoded((EncoderOutput(places, places.mean(dim=(2, 3))),)), torch.zeros(1, 3))
+    torch.testing.assert_close(output.logits, torch.tensor([[7.0, 110.0]]))
 
 
 def test_the_block_gives_the_numbers_of_the_formula():

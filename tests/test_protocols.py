@@ -159,7 +159,7 @@ def test_leakage_of_a_table_by_hand():
 
 def test_a_crossing_group_is_refused():
     _, split = by_hand()
-    with pytest.raises(SplitError, match=r"2 patients .* in more than one split"):
+    with pytest.raises(SplitError, match=r"2 groups .* in more than one split"):
         refuse_crossing(split)
     refuse_crossing(split[split["split"] == "test"])
 

@@ -3,12 +3,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn.metrics import balanced_accuracy_score
 
 from dualrefnet.files import write_json, write_yaml
+from dualrefnet.recipe import load_recipe
 from dualrefnet.suite.grid import expand, load_suite
-from dualrefnet.suite.results import FROZEN, LABEL_LEAKING, LEAKING_SPLIT, RANDOM, SYNTHETIC, SuiteResults, aggregate
+from dualrefnet.suite.results import (
+    FROZEN,
+    LABEL_LEAKING,
+    LEAKING_SPLIT,
+    RANDOM,
+    SYNTHETIC,
+    SuiteResults,
+    aggregate,
+    departures,
+    reported_splits,
+)
 from suite_folder import (
     ERRORS,
     IMAGES,
@@ -159,7 +171,7 @@ def test_flags_name_what_limits_a_number(tmp_path: Path) -> None:
     assert leaking.systems["flags"].tolist() == [(LEAKING_SPLIT,)]
 
 
-def test_an_ablation_has_only_the_paper_s_number_for_the_ablated_model(tmp_path: Path) -> None:
+def test_an_ablation_has_only_the_paper_s_number_for_the_ablated_model(tmp_path: Path, small_table_1: None) -> None:
     paper = {"table": "text", "metrics": {"balanced_accuracy": "balanced_accuracy_cross_attention_fusion"}}
     variants = [
         {"name": "cross", "set": {"model.fusion": "cross_attention"}, "paper": paper},
@@ -169,6 +181,38 @@ def test_an_ablation_has_only_the_paper_s_number_for_the_ablated_model(tmp_path:
     found = paper_suite(tmp_path, ["dualrefnet"], measures, table="text", rows="variant", block=block).systems
     printed = found[found["paper"].notna()]
     assert printed[["variant", "measure", "paper"]].to_numpy().tolist() == [["cross", "balanced_accuracy", 0.6899]]
+
+
+TABLE_1 = [
+    (label, part)
+    for part, images in reported_splits("pad_ufes_20").items()
+    for label in images
+    for _ in range(images[label])
+]
+
+
+def test_departures_name_what_is_not_the_paper_s_experiment() -> None:
+    split = pd.DataFrame(TABLE_1, columns=["label", "split"])
+    published = load_recipe("pad_ufes_20_paper")
+    assert departures(published, split) == []
+    # Another row or column of the tables, another place, machine or seed.
+    same = {"model.method": "metablock", "model.backbone": "resnet50", "model.weights": "hub", "seed": 3}
+    same |= {"data.root": "elsewhere", "training.device": "cuda", "evaluation.bootstrap": 9, "name": "other"}
+    assert departures(load_recipe(published, same), split) == []
+    members = ["efficientnet_b4", "densenet121", "resnet50"]
+    ensemble = load_recipe(published, {"model.method": "ensemble", "model.members": members})
+    assert departures(ensemble, split) == []
+    for key, value in {"image.size": 64, "training.epochs": 1, "loss.penalty": 0.0, "model.target": "native"}.items():
+        (found,) = departures(load_recipe(published, {key: value}), split)
+        assert found.startswith(f"{key} {value}, not ")
+        # The paper's number of an ablation is of the ablated model.
+        assert departures(load_recipe(published, {key: value}), split, {key: value}) == []
+        assert len(departures(published, split, {key: value})) == 1
+    assert departures(published, split.drop(len(split) - 1)) == ["382 of 383 validation images"]
+    swapped = split.assign(label=split["label"].where(split["split"] != "test", "ACK"))
+    assert departures(published, swapped) == ["test images of other classes"]
+    assert departures(load_recipe(published, {"model.weights": "none"}), split) == [RANDOM]
+    assert len(departures(load_recipe("sample"))) == 1
 
 
 def test_the_reference_has_the_same_backbone_or_is_the_only_one(tmp_path: Path) -> None:

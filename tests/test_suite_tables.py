@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
+from dualrefnet.cli import app, reports  # noqa: F401 (the module registers the commands)
 from dualrefnet.display.format import Cell, PrintedTable, escape_latex, escape_markdown
 from dualrefnet.files import write_csv, write_yaml
 from dualrefnet.models.registry import METHODS
@@ -42,6 +44,16 @@ def test_the_page_marks_the_best_and_what_differs(written: Path, small_results: 
         "groups paper paper_average difference encoder weights flags"
     )
     assert list(systems.columns) == columns.split()
+
+
+def test_the_terminal_shows_the_tables_without_escapes_and_with_their_marks(small: Path, tmp_path: Path) -> None:
+    shown = CliRunner().invoke(app, ["tables", str(shutil.copytree(small, tmp_path / "suite"))])
+    assert shown.exit_code == 0
+    assert "\\" not in shown.stdout
+    assert "**" not in shown.stdout
+    text = " ".join(shown.stdout.split())
+    assert re.search(r"Concat† efficientnet_lite0 0\.771\* \[0\.\d{3}, 0\.\d{3}\]", text)
+    assert "[95% interval]" in text
 
 
 def test_latex_is_escaped_and_each_row_has_all_its_columns(written: Path) -> None:
@@ -97,7 +109,7 @@ def test_a_label_leaking_system_is_marked_and_never_the_best(tmp_path: Path) -> 
 
 
 def test_the_paper_s_numbers_are_shown_with_the_leak_and_the_caveats(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_table_1: None
 ) -> None:
     monkeypatch.setattr(METHODS["visual"], "reconstruction", "taps_unknown")
     found = paper_suite(tmp_path, ["dualrefnet", "visual"], ["accuracy", "f1_macro"])
@@ -112,7 +124,9 @@ def test_the_paper_s_numbers_are_shown_with_the_leak_and_the_caveats(
     assert "| Visual† |" in page
 
 
-def test_weighted_numbers_of_table_4_are_shown_and_not_subtracted_from_macro_ones(tmp_path: Path) -> None:
+def test_weighted_numbers_of_table_4_are_shown_and_not_subtracted_from_macro_ones(
+    tmp_path: Path, small_table_1: None
+) -> None:
     measures = ["accuracy", "f1_macro", "f1_weighted", "mcc"]
     found = paper_suite(tmp_path, ["metablock", "dualrefnet"], measures, table=4)
     cells = [
@@ -128,7 +142,24 @@ def test_weighted_numbers_of_table_4_are_shown_and_not_subtracted_from_macro_one
     assert "No interval is available for: Matthews correlation." in page
 
 
-def test_classes_have_pooled_values_intervals_and_the_paper_s_numbers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("protocol", ["paper", "grouped"])
+def test_the_paper_s_numbers_of_another_experiment_are_left_out_and_the_departures_named(
+    tmp_path: Path, protocol: str
+) -> None:
+    block = {"set": {"data.protocol": protocol, "image.size": 64}}
+    found = paper_suite(tmp_path, ["dualrefnet"], ["accuracy"], per_class=True, block=block)
+    assert found.systems["paper"].isna().all()
+    assert found.per_class["paper"].isna().all()
+    (system,) = found.members
+    expected = {"0 of 1,532 training images", "24 of 383 validation images", "24 of 383 test images"}
+    expected |= {"image.size 64, not 224"} | ({"data.protocol grouped, not paper"} if protocol == "grouped" else set())
+    assert set(system.departures) == expected
+    page = page_of(tmp_path)
+    assert all(text in page for text in expected)
+    assert "0.851" not in page
+
+
+def test_classes_have_pooled_values_intervals_and_the_paper_s_numbers(tmp_path: Path, small_table_1: None) -> None:
     found = paper_suite(tmp_path, ["dualrefnet"], ["accuracy"], table="2a", per_class=True)
     sensitivity = row(found.per_class, **{"class": "MEL", "measure": "sensitivity"})
     # Image 2 is one of eight melanomas, and is missed.

@@ -48,7 +48,7 @@ def fit(
     dataframe: pd.DataFrame,
     *,
     image: str,
-    label: str,
+    label: str | Sequence[str],
     group: str | None = None,
     metadata: Sequence[str] = (),
     malignant: Sequence[str] = (),
@@ -61,7 +61,7 @@ def fit(
     Args:
         dataframe: one row an image.
         image: column with the image's path.
-        label: column with the class.
+        label: column with the class; or several, each called as a class and holding 1 in its rows, else 0.
         group: column that names the patient; a patient's images stay in one split.
         metadata: columns that describe the patient or the lesion; their kinds are guessed from the values.
         malignant: the classes that are cancer, for sensitivity and specificity of "malignant".
@@ -76,7 +76,8 @@ def fit(
         DataError: a column is missing, can't be a feature, or images don't exist.
         DualRefNetError: see the subclasses.
     """
-    out, used = Path(out), (image, label, group, *_names(metadata))
+    labels = [str(name) for name in _names(label)]
+    out, used = Path(out), (image, *labels, group, *_names(metadata))
     table = dataframe.rename(columns=str)
     columns = [str(column) for column in dict.fromkeys(used) if column is not None]
     for column in columns:
@@ -86,7 +87,7 @@ def fit(
         if found > 1:
             raise DataError(f"the table has {found} columns called {column}; rename all but one")
     table = table[columns]
-    image, label, group = str(image), str(label), None if group is None else str(group)
+    image, group = str(image), None if group is None else str(group)
     unnamed = ~table[image].map(lambda path: isinstance(path, str | os.PathLike) and str(path) != "")
     if unnamed.any():
         raise DataError(f"{int(unnamed.sum())} rows of the table name no image in the column {image}")
@@ -100,11 +101,11 @@ def fit(
         title=out.name,
         images=folder,
         image=image,
-        label=label,
+        label=labels[0] if len(labels) == 1 else tuple(labels),
         patient=group,
         malignant=tuple(map(str, _names(malignant))),
         metadata=fields,
-        classes=classes_of(table[label]),
+        classes=classes_of(table[labels[0]]) if len(labels) == 1 else tuple(labels),
     )
     data = out.with_name(out.name + "-data")
     table = table.drop(columns=image).assign(**{image: [os.path.relpath(path, folder) for path in paths]})
@@ -134,4 +135,4 @@ def fit(
 
 def _names(given: Sequence[Any]) -> list[Any]:
     """Return one name or several as a list."""
-    return [given] if isinstance(given, str) else list(given)
+    return [given] if isinstance(given, str | int) else list(given)

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from dualrefnet.errors import RecipeError
 from dualrefnet.files import is_file, parse_yaml, read_yaml_text
@@ -31,6 +31,16 @@ Width = Annotated[int, Field(ge=1, le=65_536)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
+def _class_name(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("a class called yes, no, true or false needs quotes: YAML reads a truth value")
+    return str(value) if isinstance(value, int) else value
+
+
+# YAML reads the classes 0 and 1 as numbers.
+ClassName = Annotated[str, BeforeValidator(_class_name)]
+
+
 class DataSection(Section):
     """Which images, and how they become train, validation and test rows."""
 
@@ -40,12 +50,25 @@ class DataSection(Section):
     rows: Literal["with_image", "all"] = Field(
         "with_image", description="all: rows without an image too (metadata_only alone can use them)"
     )
-    protocol: Literal["paper", "grouped", "grouped-cv"] = Field(
-        "grouped", description="how rows are divided; only `paper` may leak"
+    protocol: Literal["paper", "grouped", "grouped-cv", "own"] = Field(
+        "grouped", description="how rows are divided; own: as split_file or the table says; only `paper` may leak"
     )
+    split_file: str | None = Field(
+        None, description="own: CSV of image_id and split (train, val, test); empty: the csv_table's column `split`"
+    )
+    allow_leak: bool = Field(False, description="own: a patient may be in two splits, and every output says so")
     fold: int = Field(0, ge=0, description="which fold of grouped-cv is the test set")
     folds: int = Field(5, ge=3, le=50, description="grouped, grouped-cv: number of folds; one is the test set")
     split_seed: Seed = Field(0, description="shuffles the grouped split; apart from `seed`: several seeds, one split")
+    keep: tuple[ClassName, ...] = Field((), description="these classes alone; rows of others are left out; empty: all")
+    classes: dict[ClassName, tuple[ClassName, ...]] = Field(
+        {}, description="groups of the data set's classes, such as {malignant: [MEL, BCC], benign: [NEV]}; empty: none"
+    )
+
+    @property
+    def may_leak(self) -> bool:
+        """True if a patient may be in two splits."""
+        return self.protocol == "paper" or self.allow_leak
 
 
 class MetadataSection(Section):
@@ -159,6 +182,11 @@ class ModelSection(Section):
     metanet_variant: Literal["original", "mb_compat"] = Field(
         "original", description="metanet: one gate a channel; mb_compat: the one behind the published table"
     )
+    vgg_head: Literal["pool", "flatten"] = Field(
+        "pool",
+        description="no_metadata, concat, metanet and metablock on vgg13: its last map as its mean, or flattened as "
+        "behind the published table",
+    )
     hidden: Width = Field(256, description="width of the layer before the classifier")
     dropout: float = Field(
         0.0, ge=0, lt=1, description="before the classifier and after the fused vector; published rates of others stay"
@@ -176,6 +204,9 @@ class LossSection(Section):
     """Equations 4 to 7 and their readings."""
 
     classification: float = Field(0.5, ge=0, description="alpha, factor of the weighted cross-entropy")
+    classification_reduction: Literal["weights", "batch", "sum"] = Field(
+        "weights", description="cross-entropy: divided by the weights of the batch, by its images, or summed (eq. 5)"
+    )
     reconstruction: float = Field(1.0, ge=0, description="beta, factor of the super-resolution error")
     penalty: float = Field(1.0, ge=0, description="gamma, factor of the class-frequency-weighted L1 penalty R")
     penalty_strength: float = Field(0.3, ge=0, description="lambda inside R: 0.3 for PAD-UFES-20, 0.2 for ISIC-2019")
@@ -285,6 +316,14 @@ class Recipe(Section):
                 f"data.rows all is for model.method metadata_only; {method} needs images",
             ),
             (
+                data.protocol != "own" and (data.split_file is not None or data.allow_leak),
+                "data.split_file and data.allow_leak are for data.protocol own",
+            ),
+            (
+                data.protocol == "paper" and bool(data.keep or data.classes),
+                "the paper's split is of all its classes: data.keep and data.classes need another data.protocol",
+            ),
+            (
                 data.description is not None and data.dataset != "csv_table",
                 "data.description is for data.dataset csv_table",
             ),
@@ -356,12 +395,14 @@ def validate(section: type[AnySection], values: Mapping[str, Any]) -> AnySection
 
 def differences(old: BaseModel, new: BaseModel) -> list[str]:
     """Name the keys in which two recipes or suites differ, with both values."""
+    return [f"{key}: {before} there, {after} now" for key, (before, after) in changes(old, new).items()]
+
+
+def changes(old: BaseModel, new: BaseModel) -> dict[str, tuple[Any, Any]]:
+    """Return the dotted keys in which two recipes or suites differ, each with its value in both."""
     before, after = (_flat(each.model_dump(mode="json")) for each in (old, new))
-    return [
-        f"{key}: {before.get(key)} there, {after.get(key)} now"
-        for key in {**before, **after}
-        if before.get(key) != after.get(key)
-    ]
+    pairs = {key: (before.get(key), after.get(key)) for key in {**before, **after}}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

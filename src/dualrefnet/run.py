@@ -95,10 +95,10 @@ class Run:
 
     @property
     def split(self) -> pd.DataFrame:
-        """The split; a group that crosses it is refused unless the protocol is `paper`."""
+        """The split; a group that crosses it is refused unless the recipe lets it."""
         with self._reading("split.csv") as path:
             split = run_schema.read_split(path)
-        if self.recipe.data.protocol != "paper":
+        if not self.recipe.data.may_leak:
             refuse_crossing(split)
         return split
 

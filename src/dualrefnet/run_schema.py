@@ -112,6 +112,9 @@ Metrics = schema(
         "calibrated": Calibrated,
         "availability": Availability,
         "out_of_scope": Values,
+        "aggregated": schema(
+            *HEADLINE_MEASURES, by=Literal["lesion", "patient"], images=int, left_out=int, remarks=list[str]
+        ),
         "unit": Unit,
     },
 )
@@ -241,9 +244,20 @@ def _check_imputer(imputer: NeuralImputer, spans: list[Span], diagnoses: int) ->
         raise ValueError("metadata.imputer: values don't fit the fields, or aren't finite")
 
 
+# Keys that runs of earlier versions lack, and whose defaults are what those versions did.
+LATER = {
+    "data.split_file",
+    "data.allow_leak",
+    "data.keep",
+    "data.classes",
+    "model.vgg_head",
+    "loss.classification_reduction",
+}
+
+
 def check_recipe(recipe: Recipe) -> Recipe:
     """A run's recipe is resolved: a key that isn't there was lost, and its default may be another value."""
-    lost = list(_unset(recipe))
+    lost = [key for key in _unset(recipe) if key not in LATER]
     if lost:
         raise ValueError(f"{len(lost)} keys are missing, the first is {lost[0]}")
     return recipe

@@ -88,15 +88,16 @@ def audit_dataset(
     images: bool = True,
     forests: bool = True,
     workers: int | None = None,
+    split_file: Path | None = None,
 ) -> Audit:
     """Split a data set by a protocol and audit it.
 
-    `images`: they are read and compared, by `workers` threads (None: one a core, at most 16); `forests`: random forests
-    are fitted on the metadata. `progress` is called with (step, done, in all). Errors are those of `load_dataset` and
+    `split_file` is that of the protocol `own`; `images`: they are read and compared, by `workers` threads (None: one a
+    core, at most 16); `forests`: random forests are fitted on the metadata. Errors are those of `load_dataset` and
     `split_dataset`.
     """
     dataset = load_dataset(name, root, description)
-    split = split_dataset(dataset, protocol, fold, folds, seed)
+    split = split_dataset(dataset, protocol, fold, folds, seed, split_file, allow_leak=True)
     fingerprints = None
     if images:
         used = dataset.with_image[dataset.with_image["image_id"].isin(split["image_id"])]

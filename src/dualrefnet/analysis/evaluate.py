@@ -28,9 +28,10 @@ from dualrefnet.analysis.perturbations import (
 )
 from dualrefnet.data.loader import Examples
 from dualrefnet.data.metadata import EncodedMetadata
-from dualrefnet.data.protocols import leakage
+from dualrefnet.data.protocols import leak_remarks, leakage
 from dualrefnet.data.schema import Dataset
-from dualrefnet.evaluation.bootstrap import Bootstrap
+from dualrefnet.errors import DataError
+from dualrefnet.evaluation.bootstrap import Bootstrap, group_sums
 from dualrefnet.evaluation.calibration import Calibration, fit_calibration, fit_thresholds, measure_calibrated
 from dualrefnet.evaluation.comparison import metrics_with_intervals, pooled_bootstrap
 from dualrefnet.files import write_csv, write_json
@@ -251,13 +252,17 @@ def evaluate_run(
     dataset: Dataset | None = None,
     cache: Path | None = None,
     device: torch.device | None = None,
+    aggregate: str | None = None,
 ) -> dict[str, Any]:
     """Predict validation and test, write `predictions.csv`, `calibration.json` and `metrics.json`, return the metrics.
 
-    The calibration is fitted on the validation split alone. Arguments and errors are those of `open_run`.
+    The calibration is fitted on the validation split alone. `aggregate` (`lesion` or `patient`): the metrics also of
+    those, see `measure_aggregated`. Other arguments and errors are those of `open_run`.
     """
     opened = open_run(run, root, dataset, cache, device)
     recipe, schema = opened.recipe, opened.dataset.schema
+    if aggregate is not None:
+        refuse_unnamed(aggregate, opened.rows("test"))
     wanted, seed, classes, malignant = recipe.evaluation, recipe.seed, schema.classes, schema.malignant
     tables, predicted, arrays, measured = [], {}, {}, {}
     for split in ("val", "test"):
@@ -281,10 +286,12 @@ def evaluate_run(
     calibration = fit_calibration(*arrays["val"], classes, malignant, *targets, thresholds, validation.field_effects)
     write_json(run.calibration_file, calibration.to_json())
     labels, _, resampled = arrays["test"]
+    leaks = leak_remarks(opened.split, schema.unit) if recipe.data.allow_leak else []
     metrics = {
         **measured["test"],
         "calibrated": measure_calibrated(calibration, *arrays["test"]),
         "availability": measure_availability(calibration, test.inputs, labels, resampled),
+        "remarks": [*measured["test"]["remarks"], *leaks],
         "split": "test",
         "protocol": recipe.data.protocol,
         "dataset": schema.title,
@@ -294,10 +301,62 @@ def evaluate_run(
         "leakage": leakage(opened.dataset, opened.split),
         "validation": measured["val"],
     }
+    if aggregate is not None:
+        labels, probabilities, resampled = arrays["test"]
+        metrics["aggregated"] = measure_aggregated(
+            aggregate, opened.rows("test"), labels, probabilities, resampled, classes, malignant
+        )
     if opened.model.reads_image:
         metrics["out_of_scope"] = fit_run(opened, validation.vectors, test.vectors)
     write_json(run.metrics_file, metrics)
     return metrics
+
+
+def refuse_unnamed(by: str, rows: pd.DataFrame) -> None:
+    """Refuse to aggregate by `lesion` or `patient` where no row names one."""
+    if rows[f"{by}_id"].isna().all():
+        raise DataError(f"the data set names no {by}: nothing to aggregate by")
+
+
+def measure_aggregated(
+    by: str,
+    rows: pd.DataFrame,
+    labels: NDArray[np.int64],
+    probabilities: Floats,
+    bootstrap: Bootstrap,
+    classes: Sequence[str],
+    malignant: Sequence[str],
+) -> dict[str, Any]:
+    """Measure lesions or patients instead of images: each counts once, with the mean of its images' probabilities.
+
+    `rows` of the lesion table, `labels` (N,), `probabilities` (N, C) and `bootstrap` are of the same images. One whose
+    images have different labels is left out, and an image without an id counts alone.
+
+    Returns:
+        As `metrics_with_intervals`, and `by`, `images` and `left_out`, the number of lesions or patients.
+
+    Raises:
+        DataError: no row names a lesion or patient, or less than two groups are left.
+    """
+    refuse_unnamed(by, rows)
+    named = rows[f"{by}_id"].notna().to_numpy()
+    # A lesion's number may be counted anew for each patient.
+    ids = ["patient_id", "lesion_id"] if by == "lesion" else ["patient_id"]
+    units = rows.groupby(ids, dropna=False, sort=False).ngroup().to_numpy()
+    units = pd.factorize(np.where(named, units, -1 - np.arange(len(rows))))[0]
+    size = int(units.max()) + 1
+    counts = np.bincount(units, minlength=size)
+    means = group_sums(probabilities, units, size) / counts[:, None]
+    first = pd.Series(units).drop_duplicates().index.to_numpy()
+    agree = np.bincount(units[labels == labels[first][units]], minlength=size) == counts
+    kept, left_out = bootstrap.codes[first][agree], int((~agree).sum())
+    if len(np.unique(kept)) < 2:
+        raise DataError(f"less than two {by}s are left whose images have one label: nothing to measure")
+    again = Bootstrap(kept, bootstrap.samples, bootstrap.seed, bootstrap.level)
+    metrics = metrics_with_intervals(labels[first][agree], means[agree], again, classes, malignant)
+    if left_out:
+        metrics["remarks"].append(f"{left_out} {by}s are left out, since the labels of their images differ")
+    return metrics | {"by": by, "images": int(counts[agree].sum()), "left_out": left_out}
 
 
 def prediction_table(

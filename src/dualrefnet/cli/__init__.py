@@ -40,6 +40,9 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Change the recipe: training.epochs=3 data.root=DIR"),
 ]
 Root = Annotated[Path | None, typer.Option("--root", metavar="DIR", help="Where the data are now, if they have moved.")]
+Description = Annotated[
+    Path | None, typer.Option("--description", metavar="YAML", help="csv_table: its columns; default: dataset.yaml.")
+]
 Cache = Annotated[
     Path | None, typer.Option("--cache", metavar="DIR", help="Folder of the prepared images; else $DUALREFNET_CACHE.")
 ]
@@ -129,6 +132,7 @@ def print_table(table: PrintedTable) -> None:
     """Print a table and its notes."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     from dualrefnet.progress import output
 
@@ -145,7 +149,10 @@ def print_table(table: PrintedTable) -> None:
         left = number < table.left
         shown.add_column(name, justify="left" if left else "right", max_width=None if left else room)
     for row in table.rows:
-        shown.add_row(*(f"{cell.text} {cell.small}".strip() for cell in row))
+        texts = [Text.assemble((cell.text, "bold" if cell.bold else ""), f"{cell.mark} {cell.small}") for cell in row]
+        for text in texts:
+            text.rstrip()
+        shown.add_row(*texts)
     console.print(shown)
     for note in table.notes:
         console.print(f"- {note}")

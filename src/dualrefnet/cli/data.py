@@ -7,17 +7,18 @@ from typing import Annotated
 
 import typer
 
-from dualrefnet.cli import COLOURS, Workers, app, print_findings, print_table, refuse_without_effect
+from dualrefnet.cli import COLOURS, Description, Workers, app, print_findings, print_table, refuse_without_effect
 
 DatasetName = Annotated[str, typer.Argument(metavar="DATASET", help="pad_ufes_20, isic_2019, sample or csv_table")]
 Root = Annotated[
     Path | None, typer.Option("--root", metavar="DIR", help="The data set's folder; default: in $DUALREFNET_DATA.")
 ]
-Description = Annotated[
-    Path | None, typer.Option("--description", metavar="YAML", help="csv_table: its columns; default: dataset.yaml.")
-]
 Protocol = Annotated[
-    str, typer.Option(help="paper (Table 1 to the row; leaks), grouped (patient-disjoint) or grouped-cv.")
+    str, typer.Option(help="paper (Table 1 to the row; leaks), grouped (patient-disjoint), grouped-cv or own (yours).")
+]
+SplitFile = Annotated[
+    Path | None,
+    typer.Option("--split-file", metavar="CSV", help="own: image_id and split; default: the column of a csv_table."),
 ]
 Fold = Annotated[int, typer.Option(help="grouped-cv: which fold is the test set, from 0.")]
 Folds = Annotated[int, typer.Option(help="Number of folds.")]
@@ -93,6 +94,7 @@ def split(
     fold: Fold = 0,
     folds: Folds = 5,
     seed: SplitSeed = 0,
+    split_file: SplitFile = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="CSV", help="Write the split, one row an image.")] = None,
 ) -> None:
     """Divide a data set into train, validation and test, and say what leaks. Works from the CSVs alone."""
@@ -106,7 +108,8 @@ def split(
     loaded = load_dataset(dataset, root, description)
     for message in loaded.warnings:
         warn(message)
-    rows = split_dataset(loaded, protocol, fold, folds, seed)
+    # What leaks is said below; `train` refuses it.
+    rows = split_dataset(loaded, protocol, fold, folds, seed, split_file, allow_leak=True)
     counts = text_rows(split_counts(rows, loaded.schema.classes).itertuples(name=None))
     title = f"{loaded.schema.title}, protocol {protocol}"
     print_table(PrintedTable(title, ("class", "train", "val", "test"), counts))
@@ -130,7 +133,9 @@ def split(
 
 def _check_protocol(context: typer.Context) -> None:
     protocol = context.params["protocol"]
-    unused = {"grouped": ["fold"], "paper": ["fold", "folds", "seed"]}.get(protocol, [])
+    whole = ["fold", "folds", "seed"]
+    unused = {"grouped": ["fold"], "paper": whole, "own": whole}.get(protocol, [])
+    unused = unused if protocol == "own" else [*unused, "split_file"]
     refuse_without_effect(context, f"with the protocol {protocol}", *unused)
 
 
@@ -144,6 +149,7 @@ def audit(
     fold: Fold = 0,
     folds: Folds = 5,
     seed: SplitSeed = 0,
+    split_file: SplitFile = None,
     json_file: Json = None,
     without_images: Annotated[bool, typer.Option("--without-images", help="Read no image, find no duplicate.")] = False,
     without_forests: Annotated[bool, typer.Option("--without-forests", help="No random forests: faster.")] = False,
@@ -161,7 +167,17 @@ def audit(
 
     _check_protocol(context)
     result = audit_dataset(
-        dataset, root, description, protocol, fold, folds, seed, not without_images, not without_forests, workers
+        dataset,
+        root,
+        description,
+        protocol,
+        fold,
+        folds,
+        seed,
+        not without_images,
+        not without_forests,
+        workers,
+        split_file,
     )
     print_findings(result.findings)
     for table in printed_tables(result).values():

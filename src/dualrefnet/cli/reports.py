@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dualrefnet.cli import Cache, Device, Masks, Overrides, RayAddress, Root, RunFolder, app, refuse_without_effect
+from dualrefnet.cli import (
+    Cache,
+    Device,
+    Masks,
+    Overrides,
+    RayAddress,
+    Root,
+    RunFolder,
+    app,
+    print_table,
+    refuse_without_effect,
+)
 from dualrefnet.errors import DualRefNetError
 
 if TYPE_CHECKING:
@@ -191,14 +202,14 @@ def suite(
 def tables(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A suite folder, finished or not.")]) -> None:
     """Make the tables of a suite from its runs: CSV, Markdown and LaTeX, with intervals, tests and the paper's numbers.
 
-    Prints the Markdown of the printed table; the files are in DIR/tables.
+    Prints the tables; the files are in DIR/tables.
     """
-    from dualrefnet.suite.tables import write_tables
+    from dualrefnet.suite.tables import printed_tables, read_suite, write_tables
 
-    files = write_tables(folder)
-    printed = next((file for file in files if file.suffix == ".md"), None)
-    if printed is not None:
-        typer.echo(printed.read_text(encoding="utf-8"))
+    found = read_suite(folder)
+    files = write_tables(folder, found)
+    for _, table in printed_tables(found):
+        print_table(table)
     typer.echo(f"files: {', '.join(str(file) for file in files)}")
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from dualrefnet.cli import (
     Cache,
+    Description,
     Device,
     Masks,
     ModelFolder,
@@ -22,6 +23,7 @@ from dualrefnet.cli import (
     app,
     print_findings,
     print_table,
+    refuse_without_effect,
 )
 from dualrefnet.errors import DualRefNetError
 
@@ -55,7 +57,7 @@ def demo(
     from dualrefnet.demo import run_demo
 
     run, page = run_demo(out)
-    _print_metrics(run)
+    _print_metrics(run.metrics, run.unit)
     typer.echo(
         f"The run folder is {run.path}; try: dualrefnet predict {run.path} --images {out}/data/images "
         f"--metadata {out}/data/metadata.csv --out predictions.csv"
@@ -136,19 +138,62 @@ def train(
     from accelerate import PartialState
 
     if PartialState().is_main_process:
-        _print_metrics(run)
+        _print_metrics(run.metrics, run.unit)
+        _print_departures(run)
         typer.echo(f"run folder: {run.path}")
 
 
 @app.command()
-def evaluate(run: RunFolder, root: Root = None, cache: Cache = None) -> None:
-    """Evaluate a trained run again: writes predictions.csv and metrics.json, prints the metrics."""
-    from dualrefnet.analysis.evaluate import evaluate_run
-    from dualrefnet.run import Run
+def evaluate(
+    context: typer.Context,
+    run: ModelFolder,
+    root: Root = None,
+    cache: Cache = None,
+    aggregate: Annotated[
+        Literal["lesion", "patient"] | None,
+        typer.Option(help="Measure lesions or patients too: several images count once, by the mean of probabilities."),
+    ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option("--on", metavar="DATASET", help="External test set: a data set, or a folder with dataset.yaml."),
+    ] = None,
+    description: Description = None,
+    mapping: Annotated[
+        list[str] | None,
+        typer.Option("--map", metavar="CLASS=LABEL", help="With --on: what it calls a class of the run; or several."),
+    ] = None,
+    allow_seen: Annotated[
+        bool, typer.Option("--allow-seen", help="With --on: measure images and patients of the training too.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="With --on: default: external/ in the run folder.")
+    ] = None,
+    workers: Workers = None,
+    device: Device = None,
+) -> None:
+    """Evaluate a trained run again: writes predictions.csv and metrics.json, prints the metrics.
 
-    evaluated = Run(run)
-    evaluate_run(evaluated, root, cache=cache)
-    _print_metrics(evaluated)
+    With --on, evaluate it or a bundle on a data set of another source, and leave the run's own measures as they are.
+    """
+    if on is None:
+        from dualrefnet.analysis.evaluate import evaluate_run
+        from dualrefnet.models.inference import resolve_device
+        from dualrefnet.run import Run
+
+        refuse_without_effect(context, "without --on", "description", "mapping", "allow_seen", "out", "workers")
+        evaluated = Run(run)
+        evaluate_run(evaluated, root, cache=cache, device=resolve_device(device), aggregate=aggregate)
+        _print_metrics(evaluated.metrics, evaluated.unit)
+        _print_departures(evaluated)
+        return
+    from dualrefnet.deploy.external import evaluate_external, load_external
+    from dualrefnet.display.format import deployed_line
+
+    refuse_without_effect(context, "with --on", "cache")
+    dataset = load_external(on, root, description)
+    metrics = evaluate_external(run, dataset, out, mapping or [], allow_seen, aggregate, device, workers)
+    _print_metrics(metrics, metrics["unit"])
+    typer.echo(deployed_line(metrics["deployed"]))
 
 
 @app.command()
@@ -261,17 +306,30 @@ def predict(
     raise typer.Exit(2 if done.failed and not done.classified else 0)
 
 
-def _print_metrics(run: Run) -> None:
+def _print_departures(run: Run) -> None:
+    from dualrefnet.progress import note
+    from dualrefnet.suite.results import departures, other_experiment
+
+    found = departures(run.recipe, run.split) if run.recipe.data.protocol == "paper" else []
+    if found:
+        note(other_experiment(found))
+
+
+def _print_metrics(metrics: dict[str, Any], unit: str) -> None:
     from rich.text import Text
 
     from dualrefnet.display.format import availability_line, calibration_line, metrics_tables, protocol_name
     from dualrefnet.progress import output
     from dualrefnet.runtime.availability import missingness_shortcut
 
-    metrics = run.metrics
-    title = f"{metrics['dataset']}, test set, {protocol_name(metrics['protocol'], run.unit)}"
-    title += " - SYNTHETIC IMAGES, NOT CLINICAL" if metrics["drawn"] else ""
-    for table in metrics_tables(metrics, title):
+    external = metrics["protocol"] == "external"
+    tested = "external test set" if external else f"test set, {protocol_name(metrics['protocol'], unit)}"
+    synthetic = " - SYNTHETIC IMAGES, NOT CLINICAL" if metrics["drawn"] else ""
+    tables = metrics_tables(metrics, f"{metrics['dataset']}, {tested}{synthetic}")
+    if "aggregated" in metrics:
+        by = metrics["aggregated"]["by"]
+        tables += metrics_tables(metrics["aggregated"], f"The same by {by}{synthetic}", f"{by}s")
+    for table in tables:
         print_table(table)
     # A run that was finished by an earlier version has none.
     if "calibrated" in metrics:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -32,6 +32,7 @@ from dualrefnet.data.schema import (
 from dualrefnet.errors import DataError, RecipeError
 from dualrefnet.files import parse_yaml, read_yaml_text, sha256_of_file
 from dualrefnet.progress import warn
+from dualrefnet.recipe import ClassName
 from dualrefnet.runtime.metadata import read_cell, read_number
 
 DEFAULT_DESCRIPTION = "dataset.yaml"
@@ -49,15 +50,19 @@ class TableDescription(BaseModel):
 
     title: str = "own data"  # name for people
     table: str = "table.csv"  # the CSV, relative to the data set's folder
-    images: str = "."  # the folder to which the paths in the `image` column are relative
+    # the folder to which the paths in the `image` column are relative, or the several parts of it
+    images: str | tuple[str, ...] = "."
     image: str = "image"  # column with the image's file name or path
-    label: str = "label"  # column with the class
+    # column with the class, or a column for each class that holds 1 in the rows of that class, else 0
+    label: str | Annotated[tuple[str, ...], Field(min_length=2)] = "label"
     # column with the patient's id (strongly advised: without it one patient may be in several splits)
     patient: str | None = None
     lesion: str | None = None  # column with the lesion's id
-    classes: tuple[str, ...] = ()  # the labels in the order of the model's outputs; empty: those in the table, sorted
-    malignant: tuple[str, ...] = ()  # the classes that are cancer
-    class_names: dict[str, str] = Field(default_factory=dict)  # label -> what it stands for
+    split: str | None = None  # column with train, val or test, for `data.protocol: own`
+    # the labels in the order of the model's outputs; empty: those in the table, sorted, or the columns of `label`
+    classes: tuple[ClassName, ...] = ()
+    malignant: tuple[ClassName, ...] = ()  # the classes that are cancer
+    class_names: dict[ClassName, str] = Field(default_factory=dict)  # label -> what it stands for
     metadata: tuple[MetadataField, ...] = Field(default_factory=tuple)  # the metadata fields
     licence: str = ""  # of the data
 
@@ -85,16 +90,20 @@ def read_description(path: Path) -> TableDescription:
 def load(root: Path, description_file: Path | None = None) -> Dataset:
     """Read the table in `root` that the YAML file (default: `dataset.yaml` in `root`) describes."""
     description = read_description(description_file or root / DEFAULT_DESCRIPTION)
-    file, folder = root / description.table, (root / description.images).resolve()
+    file, parts = root / description.table, description.images
+    folders = tuple(dict.fromkeys((root / part).resolve() for part in ([parts] if isinstance(parts, str) else parts)))
     raw = read_csv(file)
-    optional = [column for column in (description.patient, description.lesion) if column]
-    ids, fields = [description.image, description.label, *optional], [field.name for field in description.metadata]
+    optional = [column for column in (description.patient, description.lesion, description.split) if column]
+    one_hot = () if isinstance(description.label, str) else description.label
+    labels = one_hot or (str(description.label),)
+    ids, fields = [description.image, *labels, *optional], [field.name for field in description.metadata]
     used = [name for name in fields if name in ids]
     if used:
         raise DataError(
-            f"{', '.join(used)} can't be a metadata field: it is the image, label, patient or lesion column"
+            f"{', '.join(used)} can't be a metadata field: it is the image, label, patient, lesion or split column"
         )
     require_columns(raw, ids + fields, str(file))
+    label = read_one_hot(raw, one_hot, description.image, str(file)) if one_hot else raw[labels[0]]
     names = raw[description.image].map(read_cell)
     if names.isna().any():
         raise DataError(f"{int(names.isna().sum())} rows of {file} name no image")
@@ -103,7 +112,7 @@ def load(root: Path, description_file: Path | None = None) -> Dataset:
     schema = DatasetSchema(
         name="csv_table",
         title=description.title,
-        classes=description.classes or classes_of(raw[description.label]),
+        classes=description.classes or one_hot or classes_of(label),
         malignant=description.malignant,
         class_names=description.class_names,
         fields=description.metadata,
@@ -115,8 +124,8 @@ def load(root: Path, description_file: Path | None = None) -> Dataset:
     table, notes = normalise(
         raw.assign(
             image_id=names.map(image_id),
-            image_path=find_images(raw[description.image], folder),
-            label=raw[description.label],
+            image_path=find_images(raw[description.image], folders),
+            label=label,
             patient_id=raw[description.patient] if description.patient else None,
             lesion_id=raw[description.lesion] if description.lesion else None,
         ),
@@ -133,7 +142,26 @@ def load(root: Path, description_file: Path | None = None) -> Dataset:
         )
         notes.append(("shared_lesions", f"{len(shared)} lesion ids are used by several patients: {advice}"))
     others = other_columns(raw, ids + fields)
-    return Dataset(table, schema, root, notes, others, (folder,), shared)
+    own_split = raw[description.split].reset_index(drop=True) if description.split else None
+    return Dataset(table, schema, root, notes, others, folders, shared, own_split)
+
+
+def read_one_hot(table: pd.DataFrame, columns: Sequence[str], image: str, what: str) -> pd.Series:
+    """Return the class of each row, of which one of the columns holds 1 (or True) and the others 0 (or False).
+
+    `image` is the column that names a row in the DataError, and `what` the table.
+    """
+    # Other text becomes NaN, which is no label.
+    cells = table[list(columns)].replace({"True": "1", "False": "0"})
+    values = cells.apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float)
+    wrong = ~np.isin(values, (0, 1)).all(axis=1) | (values.sum(axis=1) != 1)
+    if wrong.any():
+        place, first = int(wrong.argmax()) + 1, table[image][wrong].iloc[0]
+        raise DataError(
+            f"{int(wrong.sum())} rows of {what} don't have exactly one label, the first: {first} (row {place}); one of "
+            f"the columns {', '.join(columns)} must hold 1 and the others 0"
+        )
+    return pd.Series(np.array(columns, dtype=object)[values.argmax(axis=1)], index=table.index)
 
 
 def classes_of(labels: pd.Series) -> tuple[str, ...]:
@@ -166,15 +194,16 @@ def _if_readable(property_of: Callable[[str], Any]) -> Callable[[str], Any]:
     return read
 
 
-def find_images(names: pd.Series, folder: Path) -> pd.Series:
-    """Return the file that each name means, a path below `folder`; None if there is none."""
+def find_images(names: pd.Series, folders: Sequence[Path]) -> pd.Series:
+    """Return the file that each name means, a path below one of the folders; None if there is none."""
     index, paths = None, []
     for name in names:
-        path: str | None = str(folder / name)
-        if not os.path.isfile(folder / name):
-            index = index or ImageIndex((os.path.relpath(file, folder), file) for file in list_files(folder))
-            path = index.find(name)
-        paths.append(path)
+        files = [str(folder / name) for folder in folders if os.path.isfile(folder / name)]
+        if len(files) != 1:
+            below = ((os.path.relpath(file, folder), file) for folder in folders for file in list_files(folder))
+            index = index or ImageIndex(below)
+            files = [path] if (path := index.find(name)) else []
+        paths.append(files[0] if files else None)
     return pd.Series(paths, index=names.index, dtype=object)
 
 

@@ -15,6 +15,8 @@ IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff", ".webp"),
     *(".heic", ".heif", ".avif", ".gif", ".jp2"),
 )
+# Columns that may name the image of a row.
+IMAGE_COLUMNS = ("image", "image_id", "img_id", "isic_id", "file", "filename")
 
 
 def image_path(name: str) -> str:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pandas as pd
-
-from dualrefnet.data.csv_table import other_columns, read_csv
+from dualrefnet.data.csv_table import other_columns, read_csv, read_one_hot
 from dualrefnet.data.images import ImageIndex, files_in
 from dualrefnet.data.schema import (
     ID_COLUMNS,
@@ -77,15 +75,9 @@ def load(root: Path) -> Dataset:
     metadata = read_csv(root / METADATA)
     require_columns(truth, ["image", *CLASSES], str(root / GROUND_TRUTH))
     require_columns(metadata, ["image", "age_approx", "anatom_site_general", "lesion_id", "sex"], str(root / METADATA))
-    # Text among the scores becomes NaN, which is no label.
-    scores = truth[list(CLASSES)].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float)
-    wrong = (scores.sum(axis=1) != 1) | (scores.max(axis=1) != 1)
-    if wrong.any():
-        first = truth["image"][wrong].iloc[0]
-        raise DataError(f"{int(wrong.sum())} rows of {GROUND_TRUTH} don't have exactly one label, the first: {first}")
+    truth = truth.assign(label=read_one_hot(truth, CLASSES, "image", GROUND_TRUTH))
     if set(truth["image"]) != set(metadata["image"]):
         raise DataError(f"{GROUND_TRUTH} and {METADATA} don't name the same images; download both again")
-    truth = truth.assign(label=[CLASSES[index] for index in scores.argmax(axis=1)])
     raw = truth[["image", "label"]].merge(metadata, on="image", how="left").rename(columns={"image": "image_id"})
     folders = image_folders(root)
     images = ImageIndex(files_in(folders))

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.metadata import MetadataEncoder
-from dualrefnet.data.protocols import SPLITS, leakage, missing_classes, split_dataset
+from dualrefnet.data.protocols import SPLITS, leak_remarks, leakage, missing_classes, split_dataset
 from dualrefnet.data.schema import Dataset
 from dualrefnet.data.store import DerivedStore, ImageStore, delete_if_changed, fill_store, map_ahead
 from dualrefnet.errors import DataError, SplitError
@@ -91,22 +91,31 @@ class Examples:
 
 
 def read_dataset(recipe: Recipe) -> Dataset:
-    """Read the recipe's data set and show its warnings."""
+    """Read the recipe's data set, with the classes that it is about, and show its warnings."""
     dataset = load_dataset(recipe.data.dataset, recipe.data.root, recipe.data.description)
     for message in dataset.warnings:
         warn(message)
-    return dataset
+    if recipe.data.keep:
+        rows = len(dataset.table)
+        dataset = dataset.keep_classes(recipe.data.keep)
+        note(f"{rows - len(dataset.table):,} rows of other classes than {', '.join(recipe.data.keep)} are left out")
+    return dataset.group_classes(recipe.data.classes) if recipe.data.classes else dataset
 
 
 def recipe_split(recipe: Recipe, dataset: Dataset, store: ImageStore | None) -> pd.DataFrame:
     """Return the recipe's split of the rows that it can use, and report what was left out."""
     data = recipe.data
-    split = split_dataset(dataset, data.protocol, data.fold, data.folds, data.split_seed)
+    split = split_dataset(
+        dataset, data.protocol, data.fold, data.folds, data.split_seed, data.split_file, data.allow_leak
+    )
     if data.protocol == "paper":
         for unit, shares in leakage(dataset, split).items():
             if shares is not None:
                 share = f"{shares['train']:.1%}"
                 warn(f"the paper's split leaks: {share} of the test images show a {unit} seen in training")
+    if data.allow_leak:
+        for message in leak_remarks(split, dataset.schema.unit):
+            warn(message)
     if store is not None:
         usable = split["image_id"].isin(set(store.image_ids) - set(store.broken))
         if not usable.all():

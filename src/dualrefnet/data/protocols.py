@@ -1,21 +1,27 @@
 """Protocols: how the rows of a lesion table become train, validation and test split.
 
 `paper` rebuilds Table 1 of the paper to the row, leaks included. `grouped` and `grouped-cv` keep all rows of one unit
-(`DatasetSchema.unit`: a patient; a lesion where no patients are named; else a single image) within one split.
+(`DatasetSchema.unit`: a patient; a lesion where no patients are named; else a single image) within one split. `own` is
+what the user says.
 """
 
 from __future__ import annotations
 
 import hashlib
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from dualrefnet.data.schema import Dataset, groups
+from dualrefnet.data.csv_table import read_csv
+from dualrefnet.data.images import IMAGE_COLUMNS, ImageIndex
+from dualrefnet.data.schema import Dataset, groups, require_columns
 from dualrefnet.errors import SplitError
+from dualrefnet.progress import note
+from dualrefnet.runtime.metadata import read_cell
 
-PROTOCOLS = ("paper", "grouped", "grouped-cv")
+PROTOCOLS = ("paper", "grouped", "grouped-cv", "own")
 SPLITS = ("train", "val", "test")
 # SHA-256 of the lines `image_id label` as published: the paper's split is of row numbers, so a table in another order
 # would silently give another split.
@@ -27,7 +33,13 @@ SPLIT_COLUMNS = ("image_id", "patient_id", "label", "split")
 
 
 def split_dataset(
-    dataset: Dataset, protocol: str = "grouped", fold: int = 0, folds: int = 5, seed: int = 0
+    dataset: Dataset,
+    protocol: str = "grouped",
+    fold: int = 0,
+    folds: int = 5,
+    seed: int = 0,
+    split_file: Path | str | None = None,
+    allow_leak: bool = False,
 ) -> pd.DataFrame:
     """Split a data set.
 
@@ -36,17 +48,20 @@ def split_dataset(
 
     Args:
         dataset: the data set.
-        protocol: `paper`, `grouped` (fold 0 of the folds) or `grouped-cv`.
+        protocol: `paper`, `grouped` (fold 0 of the folds), `grouped-cv` or `own`.
         fold: which fold is the test split (`grouped-cv`).
         folds: number of folds; the next one is the validation split.
         seed: shuffles the grouped protocols; the paper's have the paper's seeds.
+        split_file: of `own`, a CSV with the columns `image_id` and `split`; None: the split that the data set names.
+        allow_leak: of `own`, let a patient be in several splits.
 
     Returns:
         Table `image_id, patient_id, label, split` in the order of the lesion table, without the rows that the protocol
         drops; `patient_id` holds the group that is kept together (see `dualrefnet.data.schema.groups`).
 
     Raises:
-        SplitError: the protocol doesn't exist for the data set, or a class has too few groups to be in every split.
+        SplitError: the protocol doesn't exist for the data set, a class has too few groups to be in every split, or
+            `own` names an unknown image or split, or has a patient in several.
     """
     if protocol == "paper":
         splits = _paper_split(dataset)
@@ -54,13 +69,54 @@ def split_dataset(
         if not 0 <= fold < folds:
             raise SplitError(f"fold {fold} doesn't exist: there are {folds} folds, counted from 0")
         splits = _grouped_split(dataset, fold if protocol == "grouped-cv" else 0, folds, seed)
+    elif protocol == "own":
+        splits = _own_split(dataset, split_file)
     else:
         raise SplitError(f"no protocol is called {protocol!r}; there are: {', '.join(PROTOCOLS)}")
     table = dataset.table.assign(patient_id=groups(dataset.table, dataset.schema), split=splits)
     result = table.loc[splits.notna(), list(SPLIT_COLUMNS)].reset_index(drop=True)
-    if protocol != "paper":
+    if protocol != "paper" and not (protocol == "own" and allow_leak):
         refuse_crossing(result)
     return result
+
+
+def _own_split(dataset: Dataset, file: Path | str | None) -> pd.Series:
+    """Return the splits that the user names; None for rows that are in none, which are counted aloud."""
+    ids, title = dataset.table["image_id"], dataset.schema.title
+    if file is not None:
+        table = read_csv(Path(file))
+        column = next((name for name in IMAGE_COLUMNS if name in table), "image_id")
+        require_columns(table, [column, "split"], str(file))
+        index = ImageIndex((image_id, image_id) for image_id in ids)
+        found = pd.Series([index.find(read_cell(name) or "") for name in table[column]], dtype=object)
+        for wrong, what in ((found.isna(), f"are not in {title}"), (found.duplicated(), "stand there twice")):
+            if wrong.any():
+                first = table[column][wrong].iloc[0]
+                raise SplitError(f"{int(wrong.sum())} images of {file} {what}, the first: {first}; correct the file")
+        named = ids.map(dict(zip(found, table["split"], strict=True)))
+    elif dataset.own_split is not None:
+        named = dataset.own_split
+    else:
+        raise SplitError(
+            f"{title} names no split: give data.split_file=CSV (columns image_id and split), or for a csv_table "
+            "`split: COLUMN` in its description"
+        )
+    splits = named.map(read_cell).str.casefold().astype(object)
+    others = splits.notna() & ~splits.isin(SPLITS)
+    if others.any():
+        raise SplitError(
+            f"the split of image {ids[others].iloc[0]} is {named[others].iloc[0]!r}, and a split is train, val or "
+            f"test; {int(others.sum())} rows have another word"
+        )
+    lost = [name for name in SPLITS if not (splits == name).any()]
+    if lost:
+        raise SplitError(
+            f"no row is in {' or '.join(lost)}: training needs train, val (it chooses the epoch and calibrates) and "
+            "test; make one of a part of train"
+        )
+    if splits.isna().any():
+        note(f"{int(splits.isna().sum()):,} of {len(ids):,} rows are in no split and are left out")
+    return splits
 
 
 def _paper_split(dataset: Dataset) -> pd.Series:
@@ -130,12 +186,26 @@ def _grouped_split(dataset: Dataset, fold: int, folds: int, seed: int) -> pd.Ser
 
 def refuse_crossing(split: pd.DataFrame) -> None:
     """Raise a SplitError if a group (column `patient_id`) is in several splits."""
-    crossing = int((split.groupby("patient_id")["split"].nunique() > 1).sum())
+    crossing = crossing_groups(split)
     if crossing:
         raise SplitError(
-            f"{crossing} groups (patients or lesions) are in more than one split; "
-            "every number measured on it would be too good. Only the protocol `paper` may do this"
+            f"{len(crossing)} groups (patients or lesions) are in more than one split, the first: {crossing[0]}; every "
+            "number measured on it would be too good. Only the protocol `paper` may do this, and `own` with "
+            "data.allow_leak=true"
         )
+
+
+def crossing_groups(split: pd.DataFrame) -> list[str]:
+    """Return the groups (column `patient_id`) that are in several splits."""
+    counts = split.groupby("patient_id")["split"].nunique()
+    return list(counts.index[counts > 1])
+
+
+def leak_remarks(split: pd.DataFrame, unit: str) -> list[str]:
+    """Say that groups are in several splits; nothing if none is."""
+    crossing = len(crossing_groups(split))
+    said = f"{crossing} {unit}s are in more than one split (data.allow_leak): the numbers are too high for new {unit}s"
+    return [said] if crossing else []
 
 
 def split_counts(split: pd.DataFrame, classes: tuple[str, ...]) -> pd.DataFrame:

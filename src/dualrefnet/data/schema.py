@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,8 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dualrefnet.errors import DataError
+from dualrefnet.errors import DataError, RecipeError
+from dualrefnet.recipe import suggestion
 from dualrefnet.runtime.metadata import MetadataError, by_fold, fold, normalise_value, parse_number, read_cell
 
 Kind = Literal["numeric", "boolean", "categorical"]
@@ -119,6 +121,68 @@ class Dataset:
     other_columns: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
     image_folders: tuple[Path, ...] = ()  # where its images lie
     shared_lesions: tuple[str, ...] = ()  # published lesion ids that several patients use
+    own_split: pd.Series | None = None  # the user's split of each row, with the index of `table`
+
+    def keep_classes(self, keep: Sequence[str]) -> Dataset:
+        """Return the rows of some classes (`data.keep`); RecipeError: one doesn't exist, or fewer than two are left."""
+        self._refuse_unknown("data.keep", keep)
+        if len(set(keep)) < 2:
+            raise RecipeError(
+                f"data.keep leaves {', '.join(keep)} alone, and a classifier needs two classes: name more"
+            )
+        kept, schema, others, own = self.table["label"].isin(keep), self.schema, self.other_columns, self.own_split
+        return dataclasses.replace(
+            self,
+            table=self.table[kept].reset_index(drop=True),
+            other_columns=others[kept].reset_index(drop=True) if len(others) else others,
+            own_split=None if own is None else own[kept].reset_index(drop=True),
+            schema=_with_classes(
+                schema,
+                tuple(name for name in schema.classes if name in keep),
+                tuple(name for name in schema.malignant if name in keep),
+                {name: text for name, text in schema.class_names.items() if name in keep},
+            ),
+        )
+
+    def group_classes(self, grouped: Mapping[str, Sequence[str]]) -> Dataset:
+        """Return the data set with groups of its classes as classes (`data.classes`).
+
+        A group is malignant if all its classes are; if one mixes both, none is, since no cancer is told apart there.
+
+        Raises:
+            RecipeError: there is one group, or a class doesn't exist, is in no group or in two.
+        """
+        schema, members = self.schema, [name for group in grouped.values() for name in group]
+        self._refuse_unknown("data.classes", members)
+        twice = sorted(name for name, count in Counter(members).items() if count > 1)
+        if twice:
+            raise RecipeError(f"data.classes has {', '.join(twice)} in two groups; a class belongs to one")
+        lost = [name for name in schema.classes if name not in members]
+        if lost:
+            names = ", ".join(lost)
+            raise RecipeError(f"data.classes has no group for {names}: put each into one, or leave it out by data.keep")
+        if len(grouped) < 2 or not all(grouped.values()):
+            raise RecipeError("data.classes needs at least two groups, none of them empty")
+        group_of = {name: group for group, names in grouped.items() for name in names}
+        malignant = tuple(group for group, names in grouped.items() if set(names) <= set(schema.malignant))
+        mixed = {group_of[name] for name in schema.malignant} != set(malignant)
+        return dataclasses.replace(
+            self,
+            table=self.table.assign(label=self.table["label"].map(group_of)),
+            schema=_with_classes(
+                schema,
+                tuple(grouped),
+                () if mixed else malignant,
+                {group: ", ".join(schema.class_names.get(name, name) for name in grouped[group]) for group in grouped},
+            ),
+        )
+
+    def _refuse_unknown(self, key: str, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in self.schema.classes:
+                classes = ", ".join(self.schema.classes)
+                known = f"{classes}{suggestion(name, self.schema.classes)}"
+                raise RecipeError(f"{key} names {name}, which is no class of {self.schema.title}: {known}")
 
     @property
     def warnings(self) -> list[str]:
@@ -137,6 +201,12 @@ class Dataset:
         return (
             f"no image of the {len(self.table):,} rows is there; the first was looked for at {tried} and other suffixes"
         )
+
+
+def _with_classes(
+    schema: DatasetSchema, classes: tuple[str, ...], malignant: tuple[str, ...], class_names: dict[str, str]
+) -> DatasetSchema:
+    return schema.model_copy(update={"classes": classes, "malignant": malignant, "class_names": class_names})
 
 
 def refuse_forbidden_features(names: list[str]) -> None:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 import dualrefnet
 from dualrefnet.data.csv_table import open_csv
-from dualrefnet.data.images import IMAGE_SUFFIXES, ImageIndex, files_in, image_path, is_image, list_files
+from dualrefnet.data.images import IMAGE_COLUMNS, IMAGE_SUFFIXES, ImageIndex, files_in, image_path, is_image, list_files
 from dualrefnet.deploy.predictor import Predictor
 from dualrefnet.errors import DataError, ImageError
 from dualrefnet.files import (
@@ -50,8 +50,6 @@ from dualrefnet.runtime.prediction import Prediction
 BATCH = 32
 # Batches in a chunk: what a killed process loses at most, and what a Ray actor is given at once.
 CHUNK = 16
-# Columns that may name the image of a row of metadata.
-IMAGE_COLUMNS = ("image", "image_id", "img_id", "isic_id", "file", "filename")
 # Seconds between two lines of progress where there is no terminal.
 EVERY = 60.0
 # Files of a run or a bundle that change its predictions; others, such as metrics.json, may be written again meanwhile.

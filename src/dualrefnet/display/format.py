@@ -108,6 +108,7 @@ def protocol_name(protocol: str, unit: str = "group") -> str:
         "paper": "the paper's split",
         "grouped": f"{unit}-disjoint split" if unit != "image" else "split by image",
         "grouped-cv": f"{unit}-disjoint cross-validation" if unit != "image" else "cross-validation by image",
+        "own": "the user's own split",
     }
     return names.get(protocol, protocol)
 
@@ -245,8 +246,8 @@ def _row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def metrics_tables(metrics: Values, title: str = "Test set") -> list[PrintedTable]:
-    """Return the headline measures and those of each class."""
+def metrics_tables(metrics: Values, title: str = "Test set", counted: str = "images") -> list[PrintedTable]:
+    """Return the headline measures and those of each class; `counted` is what they are measured on."""
     level = metrics.get("bootstrap", {}).get("level", 0.95)
 
     def cell(values: Values, key: str) -> Cell:
@@ -258,16 +259,17 @@ def metrics_tables(metrics: Values, title: str = "Test set") -> list[PrintedTabl
     for key, name in MEASURE_NAMES.items():
         if key in metrics or key in malignant:
             found = cell(metrics, key) if key in metrics else cell(metrics["malignant"], malignant[key])
-            rows.append([Cell(name), Cell(found.text), Cell(found.small)])
+            rows.append([Cell(name.replace("images", counted)), Cell(found.text), Cell(found.small)])
     by_class = [
         [Cell(name), *(cell(values, key) for key in CLASS_COLUMNS)] for name, values in metrics["per_class"].items()
     ]
+    columns = [name.replace("images", counted) for name in CLASS_COLUMNS.values()]
     name = f"{100 * level:g}% interval"
     below = f", with the {name}" if "bootstrap" in metrics else ""
     notes = tuple(f"Note: {note}." for note in metrics["remarks"])
     return [
         PrintedTable(title, ("measure", "value", name), rows),
-        PrintedTable(f"Each class versus the rest{below}", ("class", *CLASS_COLUMNS.values()), by_class, notes),
+        PrintedTable(f"Each class versus the rest{below}", ("class", *columns), by_class, notes),
     ]
 
 
@@ -302,6 +304,17 @@ def availability_line(measured: Values) -> str:
         if values.get("cancers_referred") is not None and values.get("benign_referred") is not None
     ]
     return f"cancers referred: {'; '.join(parts)}" if parts else ""
+
+
+def deployed_line(deployed: Values) -> str:
+    """Return what sets, referral and out-of-distribution score of a model give on an external test set."""
+    names = {
+        "coverage": "coverage of the conformal sets",
+        "cancers_referred": "cancers referred",
+        "benign_referred": "benign referred",
+        "out_of_scope": "out-of-distribution warnings",
+    }
+    return "; ".join(f"{text} {percent(deployed, key)}" for key, text in names.items() if deployed.get(key) is not None)
 
 
 def calibration_line(calibrated: Values) -> str:

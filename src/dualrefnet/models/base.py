@@ -216,3 +216,28 @@ class Method(nn.Module, ABC):
     def penalised(self) -> Head | None:
         """The last two layers on which the penalty R acts; None if the method has no such penalty."""
         return None
+
+
+class VectorMethod(Method):
+    """A method of the image as one vector of `features` numbers, `places` of them a channel: its mean, or of VGG with
+    `vgg_head: flatten` every place of the last map (25,088 at 224 px), as in the public code of MetaBlock's authors.
+    """
+
+    def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
+        super().__init__(architecture, encoders)
+        encoder = encoders[0]
+        self.flattens = self.maps(architecture.section)
+        self.places = (architecture.image_size // encoder.stride) ** 2 if self.flattens else 1
+        self.features = encoder.features * self.places
+
+    @classmethod
+    def maps(cls, section: ModelSection) -> bool:
+        return section.vgg_head == "flatten" and section.backbone == "vgg13"
+
+    def vector(self, images: Encoded) -> Tensor:
+        """Return the vector, (B, features)."""
+        read = images.first
+        if not self.flattens:
+            return read.vector
+        assert read.map is not None
+        return read.map.flatten(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from dualrefnet.errors import RecipeError
-from dualrefnet.models.base import Architecture, Method, Output
+from dualrefnet.models.base import Architecture, Output, VectorMethod
 from dualrefnet.models.encoders import Encoded, Encoder
 
 # Values in one "map" of the pooled vector; the published code has 32 for every encoder that it divides (and 56 for
@@ -29,16 +29,15 @@ class MetaBlock(nn.Module):
         return ((maps * scale).tanh() + shift).sigmoid()  # type: ignore[no-any-return]
 
 
-class MetaBlockNet(Method, name="metablock"):
+class MetaBlockNet(VectorMethod, name="metablock"):
     """Pooled image vector (D) as D/32 maps of 32 values -> MetaBlock -> Linear(D -> C).
 
-    The vector is divided, not a map, so every encoder here fits: all D are multiples of 32. The published network for
-    VGG flattens the last map instead of pooling it.
+    The vector is divided, not a map, so every encoder here fits: all D are multiples of 32.
     """
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
         super().__init__(architecture, encoders)
-        features = encoders[0].features
+        features = self.features
         if features % GROUP:
             raise RecipeError(
                 f"metablock divides the image vector into groups of {GROUP}; {encoders[0].name} has {features} features"
@@ -48,5 +47,5 @@ class MetaBlockNet(Method, name="metablock"):
         self.classifier = nn.Linear(features, architecture.classes)
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
-        features = self.block(images.first.vector.reshape(len(metadata), -1, GROUP), metadata).flatten(1)
+        features = self.block(self.vector(images).reshape(len(metadata), -1, GROUP), metadata).flatten(1)
         return Output(self.classifier(self.dropout(features)), features, None, {})

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dualrefnet.models.base import Architecture, Method, Output
+from dualrefnet.models.base import Architecture, Output, VectorMethod
 from dualrefnet.models.encoders import Encoded, Encoder
 
 # Of the re-implementation `mb_compat`: values under one gate (8 x 8), and the width between its two layers.
 GROUP, MIDDLE = 64, 64
 
 
-class MetaNet(Method, name="metanet"):
+class MetaNet(VectorMethod, name="metanet"):
     """Map * sigmoid(A u + b), one gate a channel, then mean over places and Linear(D -> C).
 
     A gate is the same at every place, so gating the mean is gating the map: the same numbers. That is why every encoder
@@ -19,18 +19,19 @@ class MetaNet(Method, name="metanet"):
     had.
 
     With `metanet_variant: mb_compat` the pooled vector is taken as maps of 8 x 8 *channels* under one gate each, from
-    two layers with ReLU between: the re-implementation that Table 3's numbers probably come from. (Its code had other
-    numbers for two encoders: VGG, whose map it flattened, and MobileNet, by mistake; here all have D / 64 gates.)
+    two layers with ReLU between: the re-implementation that Table 3's numbers probably come from. (Its code had another
+    number for MobileNet, by mistake; here all have D / 64 gates.)
     """
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
         super().__init__(architecture, encoders)
-        features, width = encoders[0].features, architecture.metadata_width
-        self.group = 1 if architecture.section.metanet_variant == "original" else GROUP
+        features, width = self.features, architecture.metadata_width
+        original = architecture.section.metanet_variant == "original"
+        self.group = self.places if original else GROUP
         gates = features // self.group
         self.gate = (
             nn.Sequential(nn.Linear(width, gates), nn.Sigmoid())
-            if self.group == 1
+            if original
             else nn.Sequential(nn.Linear(width, MIDDLE), nn.ReLU(), nn.Linear(MIDDLE, gates), nn.Sigmoid())
         )
         self.dropout = nn.Dropout(architecture.section.dropout)
@@ -38,5 +39,5 @@ class MetaNet(Method, name="metanet"):
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
         gates = self.gate(metadata).repeat_interleave(self.group, dim=1)
-        features = images.first.vector * gates
+        features = self.vector(images) * gates
         return Output(self.classifier(self.dropout(features)), features, None, {})

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dualrefnet.models.base import Architecture, Head, Method, Output
+from dualrefnet.models.base import Architecture, Head, Method, Output, VectorMethod
 from dualrefnet.models.components import create_metadata_network
 from dualrefnet.models.encoders import Encoded, Encoder
 
 
-class NoMetadata(Method, name="no_metadata"):
-    """Image vector (D) -> dropout -> Linear(D -> C); metadata are ignored.
-
-    The published network for VGG flattens the last map instead of pooling it; here every encoder gives one vector.
-    """
+class NoMetadata(VectorMethod, name="no_metadata"):
+    """Image vector (D) -> dropout -> Linear(D -> C); metadata are ignored."""
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
         super().__init__(architecture, encoders)
         self.dropout = nn.Dropout(architecture.section.dropout)
-        self.classifier = nn.Linear(encoders[0].features, architecture.classes)
+        self.classifier = nn.Linear(self.features, architecture.classes)
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
-        features = images.first.vector
+        features = self.vector(images)
         return Output(self.classifier(self.dropout(features)), features, None, {})
 
 

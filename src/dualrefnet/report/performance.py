@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,7 +39,7 @@ from dualrefnet.evaluation.curves import KINDS, class_curves, draw_curves
 from dualrefnet.progress import progress_bar
 from dualrefnet.report.verdict import judge_leak, judge_missingness
 from dualrefnet.run import Run
-from dualrefnet.suite.results import caveats, reported, reported_class
+from dualrefnet.suite.results import caveats, departures, other_experiment, reported, reported_class
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,6 +81,11 @@ class Measured:
         """`patients`, `lesions` or `images`."""
         return f"{self.run.unit}s"
 
+    @cached_property
+    def departures(self) -> list[str]:
+        """In what the run isn't the experiment that the paper's numbers are of."""
+        return departures(self.run.recipe, self.run.split)
+
 
 def read_measured(run: Run) -> Measured:
     """Read a finished run."""
@@ -98,7 +104,7 @@ def read_measured(run: Run) -> Measured:
 
 
 def summary_section(measured: Measured) -> Section:
-    """Return the headline measures, beside the paper's where the protocol is the paper's."""
+    """Return the headline measures, beside the paper's where the experiment is the paper's."""
     metrics, matrix = measured.metrics, np.array(measured.metrics["confusion_matrix"])
     intro = [
         f"On {images_of(matrix.sum(), len(set(measured.groups)), measured.unit)}, the accuracy is "
@@ -137,7 +143,8 @@ def _headline_table(measured: Measured) -> PrintedTable:
         f"In brackets: 95% interval from a bootstrap over {measured.unit}.",
         "Expected calibration error and Brier score: lower is better.",
     ]
-    if not paper:
+    if not paper or measured.departures:
+        notes += [other_experiment(measured.departures)] if paper else []
         return PrintedTable("Test set", ("measure", "this run"), rows, tuple(notes))
     rows = [[*row, Cell(number(paper.get(measure)))] for row, measure in zip(rows, measures, strict=True)]
     notes += caveats(recipe.data.dataset, table, {recipe.model.method})
@@ -157,7 +164,7 @@ def class_section(measured: Measured) -> Section:
             reported_class(recipe.data.dataset, recipe.model.method, recipe.model.backbone, label, measure)
             for measure in CLASS_MEASURES
         ]
-        if recipe.data.protocol == "paper" and any(value is not None for value in paper):
+        if not measured.departures and any(value is not None for value in paper):
             pairs = zip(CLASS_MEASURES, paper, strict=True)
             cells = (
                 Cell(number(values[measure]), f"paper {number(value)}" * (value is not None))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from dualrefnet.data.adapters import SCHEMAS
-from dualrefnet.data.protocols import split_counts
+from dualrefnet.data.protocols import leak_remarks, split_counts
 from dualrefnet.data.schema import unnamed_patients
 from dualrefnet.display.format import PrintedTable, protocol_name, sentence, text_rows
 from dualrefnet.errors import RunError
@@ -108,11 +108,13 @@ def provenance_section(run: Run) -> Section:
 
     recipe, made, description = run.recipe, run.fingerprint, run.model
     dataset, data, hardware = description["dataset"], made["data"], made["hardware"]
+    protocol = f"{recipe.data.protocol}: {protocol_name(recipe.data.protocol, run.unit)}"
+    leaks = leak_remarks(run.split, run.unit) if recipe.data.allow_leak else []
     machine = f"{hardware['gpu'] or hardware['cpu'] or hardware['machine']}, {hardware['cores']} cores"
     processes = f"{made['processes']} process{'es' if made['processes'] > 1 else ''}"
     rows = [
         ("data", f"{dataset['title']}, {data['rows_used']:,} rows; licence {dataset['licence'] or 'not stated'}"),
-        ("protocol", f"{recipe.data.protocol}: {protocol_name(recipe.data.protocol, run.unit)}"),
+        ("protocol", "; ".join([protocol, *leaks])),
         ("initial weights", "; ".join(dict.fromkeys(source["description"] for source in made["weights"]))),
         ("software", f"dualrefnet {made['dualrefnet']}, commit {made['git_commit'] or 'unknown (installed package)'}"),
         ("libraries", ", ".join(f"{name} {version}" for name, version in made["packages"].items())),

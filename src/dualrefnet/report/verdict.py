@@ -81,9 +81,7 @@ def judge_audit(audit: Audit) -> list[Finding]:
     for level in WORST_FIRST[:2]:
         names = columns.loc[columns["feature"].astype(bool) & (columns["verdict"] == level), "column"].tolist()
         if names:
-            findings.append(
-                Finding(level, LEAK, f"metadata fields may follow from the diagnosis: {listed(names)}")
-            )
+            findings.append(Finding(level, LEAK, f"metadata fields may follow from the diagnosis: {listed(names)}"))
     return findings
 
 

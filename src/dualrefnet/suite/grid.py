@@ -106,7 +106,7 @@ class Key(NamedTuple):
 class Cell:
     """One point of the grid: one training and test. `name` is unique in the suite; `run` is the folder under `runs/`,
     the cell's own or that of an earlier cell with the same recipe; `paper` says where the paper prints its numbers
-    (None: in the suite's table).
+    (None: in the suite's table), and `reading` which keys of the recipe those numbers are of.
     """
 
     name: str
@@ -114,6 +114,7 @@ class Cell:
     key: Key
     recipe: Recipe
     paper: Lookup | None
+    reading: dict[str, Any]
 
     @property
     def fold(self) -> int:
@@ -203,7 +204,7 @@ def expand(suite: Suite) -> list[Cell]:
             run = runs.setdefault(recipe.model_dump_json(exclude={"name", "description"}), name)
             backbone = "+".join(model.members) or model.backbone
             key = Key(data.dataset, data.protocol, model.method, backbone, variant.name)
-            cell = Cell(name, run, key, recipe, variant.paper or block.paper)
+            cell = Cell(name, run, key, recipe, variant.paper or block.paper, variant.set if variant.paper else {})
             other = cells.setdefault(name, cell)
             if other != cell:
                 found = "; ".join(differences(other.recipe, recipe)) or "the paper's numbers"

@@ -7,7 +7,9 @@ printed in the paper, with their caveats (`paper.yaml`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -25,7 +27,7 @@ from dualrefnet.evaluation.bootstrap import NAN, Bootstrap, Difference, Estimate
 from dualrefnet.evaluation.comparison import PooledBootstrap, flat_measures, pooled_bootstrap
 from dualrefnet.files import read_csv, read_json, sha256_of_json
 from dualrefnet.models.registry import METHODS
-from dualrefnet.recipe import Recipe
+from dualrefnet.recipe import Recipe, changes, load_recipe, shipped_recipes
 from dualrefnet.run import Run
 from dualrefnet.suite.grid import Cell, Key, Lookup, Suite, expand, load_suite
 
@@ -35,6 +37,14 @@ UNGROUPED = "nothing groups the images: one person may be in training and test"
 SYNTHETIC = "synthetic data, not clinical"
 FROZEN = "frozen encoder"
 RANDOM = "encoder from random weights"
+
+# What may differ from the paper's recipe without being another experiment: names, places, machines, how the test set is
+# measured, and what chooses the row and the column of a table. Random weights are told by `departures` itself.
+_FREE = re.compile(
+    r"(name|description|seed)$|data\.(root|fold|folds|split_seed)$|training\.(device|tracker)$|evaluation\."
+    r"|model\.(method|backbone|members|weights|target_weights)\b"
+)
+_PARTS = {"train": "training", "val": "validation", "test": "test"}
 
 CLASS_MEASURES = ("sensitivity", "specificity", "ppv", "npv", "f1", "auc")
 
@@ -53,6 +63,7 @@ class FinishedRun:
     weights: list[dict[str, Any]]
     classes: tuple[str, ...]
     malignant: tuple[str, ...]
+    split: pd.DataFrame
     test: pd.DataFrame
     probabilities: NDArray[np.float64]
 
@@ -75,7 +86,9 @@ class Pool:
 
 @dataclass(frozen=True)
 class System:
-    """All runs of one system; `pool` is None if there is no run, or (`problem`) they cannot be pooled."""
+    """All runs of one system; `pool` is None if there is no run, or (`problem`) they cannot be pooled. `departures`: in
+    what they aren't the experiment that the paper's numbers for it are of.
+    """
 
     key: Key
     planned: int
@@ -83,6 +96,7 @@ class System:
     paper: Lookup
     pool: Pool | None = None
     problem: str = ""
+    departures: tuple[str, ...] = ()
 
     @property
     def unit(self) -> str:
@@ -96,12 +110,12 @@ class System:
         # The recipes of one system differ in name, fold and seed only.
         alike = {"name": "", "description": "", "seed": 0}
         different = {
-            recipe.model_copy(update={**alike, "data": recipe.data.model_copy(update={"fold": 0})})
+            recipe.model_copy(update={**alike, "data": recipe.data.model_copy(update={"fold": 0})}).model_dump_json()
             for recipe in recipes
         }
         flags = {
             LABEL_LEAKING: any(recipe.metadata.imputation == "label_leaking" for recipe in recipes),
-            LEAKING_SPLIT: self.key.protocol == "paper",
+            LEAKING_SPLIT: any(recipe.data.may_leak for recipe in recipes),
             UNGROUPED: self.unit == "image",
             SYNTHETIC: any(run.metrics.get("drawn") for run in self.runs),
             FROZEN: image and any(recipe.training.encoder == "frozen" for recipe in recipes),
@@ -184,6 +198,36 @@ def reported_splits(dataset: str) -> dict[str, dict[str, int]]:
     """Return Table 1: `train`, `val` and `test` -> class -> number of images; empty if the data set isn't in it."""
     splits: dict[str, dict[str, int]] = paper()["splits"].get(dataset, {})
     return splits
+
+
+def departures(
+    recipe: Recipe, split: pd.DataFrame | None = None, reading: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Say in what a run isn't the experiment that the paper's numbers are of; empty: they may stand side by side.
+
+    Its images (`split`: label, split) are compared with Table 1, its recipe with the one that ships as the paper's,
+    changed by `reading`: keys that the paper's number itself is of, in an ablation.
+    """
+    name = f"{recipe.data.dataset}_paper"
+    if name not in shipped_recipes():
+        return [f"the paper has no results on {recipe.data.dataset}"]
+    found = []
+    if split is not None:
+        for part, expected in reported_splits(recipe.data.dataset).items():
+            labels = Counter(split.loc[split["split"] == part, "label"])
+            if labels.total() != sum(expected.values()):
+                found.append(f"{labels.total():,} of {sum(expected.values()):,} {_PARTS[part]} images")
+            elif labels != Counter(expected):
+                found.append(f"{_PARTS[part]} images of other classes")
+    if recipe.model.weights == "none" and reads_image(recipe.model.method):
+        found.append(RANDOM)
+    differ = changes(load_recipe(name, reading), recipe).items()
+    return found + [f"{key} {ours}, not {theirs}" for key, (theirs, ours) in differ if not _FREE.match(key)]
+
+
+def other_experiment(found: Collection[str]) -> str:
+    """Return, as a sentence, why the paper's numbers are left out."""
+    return f"The paper's numbers are left out, since they are of another experiment. Here: {'; '.join(found)}."
 
 
 def caveats(dataset: str, table: str, methods: Collection[str]) -> list[str]:
@@ -269,7 +313,11 @@ def _read_systems(suite_dir: Path, suite: Suite) -> tuple[list[System], list[tup
             pool = pool_runs(runs) if runs else None
         except RunError as error:
             problem = str(error)
-        systems.append(System(key, len(members), runs, members[0].paper or Lookup(), pool, problem))
+        departing = [departures(run.recipe, run.split, members[0].reading) for run in runs] or [
+            departures(members[0].recipe, None, members[0].reading)
+        ]
+        named = tuple(dict.fromkeys(text for some in departing for text in some))
+        systems.append(System(key, len(members), runs, members[0].paper or Lookup(), pool, problem, named))
     return systems, missing
 
 
@@ -284,7 +332,8 @@ def _load(suite_dir: Path, cell: Cell) -> FinishedRun | tuple[str, str]:
     try:
         description, predictions = run.model, run.predictions
         rows = predictions[predictions["split"] == "test"].sort_values("image_id", kind="stable")
-        groups = run.split.set_index("image_id")["patient_id"].loc[rows["image_id"]]
+        split = run.split
+        groups = split.set_index("image_id")["patient_id"].loc[rows["image_id"]]
         test = rows[["image_id", "label"]].reset_index(drop=True).assign(group=groups.to_numpy())
         return FinishedRun(
             run,
@@ -295,6 +344,7 @@ def _load(suite_dir: Path, cell: Cell) -> FinishedRun | tuple[str, str]:
             run.fingerprint["weights"],
             tuple(description["classes"]),
             tuple(description["malignant"]),
+            split,
             test,
             rows[[f"prob_{name}" for name in description["classes"]]].to_numpy(dtype=np.float64),
         )
@@ -379,7 +429,7 @@ def _system_row(system: System, measure: str, drawn: dict[Key, PooledBootstrap],
     values = np.array([flat_measures(run.metrics).get(measure, NAN) for run in runs])
     bootstrap = drawn.get(key)
     pooled = bootstrap.value(key.name, measure) if bootstrap else Estimate(NAN)
-    printed = _reported(system, measure, suite)
+    printed = None if system.departures else printed_value(system, measure, suite)
     encoders = [run.recipe.training.encoder for run in runs] if reads_image(key.method) else ["none"]
     weights = [weights["description"] for run in runs for weights in run.weights]
     return {
@@ -406,7 +456,8 @@ def _system_row(system: System, measure: str, drawn: dict[Key, PooledBootstrap],
     }
 
 
-def _reported(system: System, measure: str, suite: Suite) -> Reported | None:
+def printed_value(system: System, measure: str, suite: Suite) -> Reported | None:
+    """Return the paper's number for a system, whatever the runs are."""
     key, metrics = system.key, system.paper.metrics
     table = system.paper.table or suite.table or ""
     if key.variant and table == "text" and measure not in metrics:
@@ -451,7 +502,8 @@ def _class_rows(system: System, drawn: dict[Key, PooledBootstrap]) -> list[dict[
         images = int(bootstrap.points[key.name][f"per_class.{name}.support"])
         for measure in CLASS_MEASURES:
             found = bootstrap.value(key.name, f"per_class.{name}.{measure}")
-            printed = None if key.variant else reported_class(key.dataset, key.method, key.backbone, name, measure)
+            other = key.variant or system.departures
+            printed = None if other else reported_class(key.dataset, key.method, key.backbone, name, measure)
             paper = NAN if printed is None else printed
             numbers = {"pooled": found.value, "low": found.low, "high": found.high, "paper": paper}
             place = {**key._asdict(), "class": name, "images": images, "measure": measure}

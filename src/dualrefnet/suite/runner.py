@@ -219,7 +219,9 @@ def _count_splits(out: Path, suite: Suite) -> None:
 
     for split in suite.splits:
         data = split.recipe.data
-        rows = split_dataset(read_dataset(split.recipe), data.protocol, data.fold, data.folds, data.split_seed)
+        rows = split_dataset(
+            read_dataset(split.recipe), data.protocol, data.fold, data.folds, data.split_seed, data.split_file
+        )
         write_csv(out / "splits" / f"{data.dataset}-{data.protocol}.csv", rows)
 
 
@@ -234,7 +236,7 @@ def _fill_stores(recipes: dict[str, Recipe], cache: Path | None) -> dict[str, Fa
     for run, recipe in recipes.items():
         if recipe.data.rows == "all":
             continue
-        source = recipe.data.model_dump_json(include={"dataset", "root", "description"})
+        source = recipe.data.model_dump_json(include={"dataset", "root", "description", "keep", "classes"})
         key = f"{source} {recipe.image.model_dump_json()} {stored_size(recipe)}"
         if key not in stores:
             stores[key] = None

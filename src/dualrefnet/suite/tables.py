@@ -23,7 +23,15 @@ from dualrefnet.files import write_csv, write_text
 from dualrefnet.models.registry import METHODS
 from dualrefnet.progress import progress_bar
 from dualrefnet.suite.grid import Key, Suite
-from dualrefnet.suite.results import LABEL_LEAKING, SuiteResults, System, aggregate, caveats
+from dualrefnet.suite.results import (
+    LABEL_LEAKING,
+    SuiteResults,
+    System,
+    aggregate,
+    caveats,
+    other_experiment,
+    printed_value,
+)
 
 # What a table is for: the results, the results by class, or how they came about.
 Kind = Literal["results", "classes", "details"]
@@ -38,15 +46,20 @@ NAMED = 12
 _CLASS_TABLES = {"pad_ufes_20": "2a", "isic_2019": "2b"}
 
 
-def write_tables(suite_dir: Path) -> list[Path]:
+def read_suite(suite_dir: Path) -> SuiteResults:
+    """Measure a suite's systems, with a bar of the bootstrap."""
+    with progress_bar("bootstrap") as show:
+        return aggregate(suite_dir, progress=show)
+
+
+def write_tables(suite_dir: Path, found: SuiteResults | None = None) -> list[Path]:
     """Write `SUITE_DIR/tables/`: systems, comparisons, per_class, splits and missing as CSV (each if it has rows),
-    table.md, table.tex; return these files. Not all cells need be finished.
+    table.md, table.tex; return these files. Not all cells need be finished; `found`: measured before.
 
     Raises:
         RunError: it isn't the folder of a suite, or the suite names a measure that doesn't exist.
     """
-    with progress_bar("bootstrap") as show:
-        found = aggregate(suite_dir, progress=show)
+    found = found or read_suite(suite_dir)
     folder, written = suite_dir / "tables", []
     for name in ("systems", "comparisons", "per_class", "splits", "missing"):
         path, rows = folder / f"{name}.csv", getattr(found, name)
@@ -277,6 +290,13 @@ def _notes(found: SuiteResults, rows: pd.DataFrame, keys: list[Key]) -> tuple[st
     if rows["paper"].notna().any():
         for table in dict.fromkeys(system.paper.table or suite.table or "" for system in systems):
             notes += caveats(dataset, table, methods)
+    departing = [
+        system.departures
+        for system in systems
+        if system.departures and any(printed_value(system, measure, suite) for measure in suite.measures)
+    ]
+    if departing:
+        notes.append(other_experiment(dict.fromkeys(text for some in departing for text in some)))
     return tuple(dict.fromkeys(notes))
 
 

@@ -188,7 +188,7 @@ class Trainer:
         self.model.to(self.device).to(memory_format=torch.channels_last)
         shares = modality_shares(model, recipe.modality_dropout)
         self.views = ModalityViews(model, list(shares))
-        self.loss = DualRefNetLoss(recipe.loss, counts, shares).to(self.device)
+        self.loss = DualRefNetLoss(recipe.loss, counts, shares, self.accelerator.num_processes).to(self.device)
         self.optimizer = create_optimizer(model, section)
 
     def fit(self, train: Examples, val: Examples) -> None:

@@ -99,18 +99,22 @@ class ClassFrequencyPenalty(nn.Module):
 class DualRefNetLoss(nn.Module):
     """L = alpha L_class + beta L_aux + gamma R (equation 7).
 
-    L_class is the weighted cross-entropy (equation 5), divided by the weights of the batch so that the scale of the
-    weights doesn't matter. With `class_weights: logit_adjustment` (Menon et al. 2021, not in the paper) the imbalance
-    is met by log(n_c / N), added to the logits in the loss alone: weights lose their effect once a small training set
-    is learned by heart, this doesn't. L_aux is the mean squared error over all elements of the rebuilt image (equation
-    6).
+    L_class is the weighted cross-entropy: with `classification_reduction: sum` equation 5 as printed, else divided by
+    the images of the batch, or by their weights, so that the scale of the weights doesn't matter. (Processes that share
+    a batch average their gradients: each counts its sum as often as there are `processes`.) With `class_weights:
+    logit_adjustment` (Menon et al. 2021, not in the paper) the imbalance is met by log(n_c / N), added to the logits in
+    the loss alone: weights lose their effect once a small training set is learned by heart, this doesn't. L_aux is the
+    mean squared error over all elements of the rebuilt image (equation 6).
 
     With `modality_dropout` (not in the paper) L_class is the weighted mean of the cross-entropies of both modalities
     and of single ones.
     """
 
-    def __init__(self, section: LossSection, counts: Tensor, shares: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self, section: LossSection, counts: Tensor, shares: Mapping[str, float] | None = None, processes: int = 1
+    ) -> None:
         super().__init__()
+        self.processes = processes
         self.section, self.shares = section, dict(shares or {})
         self.class_weights: Tensor
         self.register_buffer("class_weights", class_weights(counts, section.class_weights))
@@ -129,7 +133,8 @@ class DualRefNetLoss(nn.Module):
         head: Head | None,
         single: Mapping[str, Output] | None = None,
     ) -> dict[str, Tensor]:
-        """Return the named, unweighted terms and `total`, scalars.
+        """Return the named, unweighted terms and `total`, scalars. In `total` alone cross-entropies are reduced as the
+        recipe says; as terms all are divided by the weights of the batch, as in validation, so that runs compare.
 
         `target` (B, 3, 2H, 2W) in 0..1 is needed if the model rebuilt an image; `head` holds the last two layers
         (`hidden`, `classifier`), if there are any; `single` is what the model makes of single modalities, by the names
@@ -143,7 +148,7 @@ class DualRefNetLoss(nn.Module):
             parts = self._classification((single or {})[name], labels)
             terms[f"classification_{name}"] = torch.stack(list(parts.values())).sum()
             mean = mean + share * terms[f"classification_{name}"]
-        total = section.classification * mean
+        total = section.classification * self._undivided(labels) * mean
         if output.reconstruction is not None and target is not None:
             # In float32 also under autocast: half precision would lose small errors of a good reconstruction.
             terms["reconstruction"] = functional.mse_loss(output.reconstruction.float(), target.float())
@@ -153,6 +158,13 @@ class DualRefNetLoss(nn.Module):
             total = total + section.penalty * terms["penalty"]
         return {**terms, "total": total}
 
+    def _undivided(self, labels: Tensor) -> Tensor | float:
+        """Return what turns a cross-entropy that is divided by the weights of the batch into the recipe's."""
+        reduction = self.section.classification_reduction
+        if reduction == "weights":
+            return 1.0
+        return self.class_weights[labels].sum() * (self.processes if reduction == "sum" else 1 / len(labels))
+
     def _classification(self, output: Output, labels: Tensor) -> dict[str, Tensor]:
         """Return the cross-entropy of the answer, and of each further head."""
         named = {"classification": output.logits} | {
@@ -161,7 +173,7 @@ class DualRefNetLoss(nn.Module):
         return {name: self.cross_entropy(logits, labels) for name, logits in named.items()}
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return L_class of (B, C) logits and (B,) labels."""
+        """Return the cross-entropy of (B, C) logits and (B,) labels, divided by the weights of the labels."""
         logits = logits.float() + self.log_frequency
         return functional.cross_entropy(
             logits, labels, self.class_weights, label_smoothing=self.section.label_smoothing
