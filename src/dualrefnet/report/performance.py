@@ -57,6 +57,8 @@ HEADLINE = (
     "brier",
 )
 CLASS_MEASURES = ("sensitivity", "specificity", "ppv", "npv", "auc")
+# The paper gives no AUC of a class.
+PAPER_MEASURES = CLASS_MEASURES[:-1]
 CLASS_HEAD = ("class", *(CLASS_COLUMNS[measure] for measure in CLASS_MEASURES))
 # Table 3 and Table 2 of the paper.
 PAPER_TABLES = {"pad_ufes_20": ("3a", "2a"), "isic_2019": ("3b", "2b")}
@@ -162,21 +164,18 @@ def class_section(measured: Measured) -> Section:
         rows.append([title, *(Cell.of(values, measure) for measure in CLASS_MEASURES)])
         paper = [
             reported_class(recipe.data.dataset, recipe.model.method, recipe.model.backbone, label, measure)
-            for measure in CLASS_MEASURES
+            for measure in PAPER_MEASURES
         ]
         if not measured.departures and any(value is not None for value in paper):
-            pairs = zip(CLASS_MEASURES, paper, strict=True)
-            cells = (
-                Cell(number(values[measure]), f"paper {number(value)}" * (value is not None))
-                for measure, value in pairs
-            )
+            pairs = zip(PAPER_MEASURES, paper, strict=True)
+            cells = (Cell(number(values[measure]), f"paper {number(value)}") for measure, value in pairs)
             paper_rows.append([Cell(label), *cells])
     few = [label for label, values in per_class.items() if values["support"] < FEW_IMAGES]
     notes = (f"Fewer than {FEW_IMAGES} test images, so imprecise: {', '.join(few)}.",) if few else ()
     tables = [PrintedTable("Each class versus the rest, with 95% intervals", CLASS_HEAD, rows, notes)]
     if paper_rows:
         known = caveats(recipe.data.dataset, PAPER_TABLES[recipe.data.dataset][1], {recipe.model.method})
-        tables.append(PrintedTable("Comparison with the paper's Table 2", CLASS_HEAD, paper_rows, tuple(known)))
+        tables.append(PrintedTable("Comparison with the paper's Table 2", CLASS_HEAD[:-1], paper_rows, tuple(known)))
     intro = [
         "Sensitivity and specificity are the fractions of a class's images, and of all other images, that are "
         "classified correctly. PPV and NPV depend on how frequent each class is in this test set."
