@@ -62,14 +62,14 @@ class HandMade(Method):
             self.pairs += list(zip(rows.int().tolist(), age.round().int().tolist(), strict=True))
         if self.looks_at == "flags":
             scores = torch.stack([metadata[:, names.index(f"missing_{name}")] for name in FLAGGED], dim=1)
-            return Output(20 * scores, metadata, None, {})
+            return Output(20 * scores, metadata, metadata, None, {})
         if self.looks_at == "age":
             number = age // 10
         else:
             red = images.first.vector[:, 0 if self.looks_at == "centre" else 3]
             number = (red - FIRST) / STEP
         nearest = number.round().clamp(0, classes - 1).long()
-        return Output(20 * torch.nn.functional.one_hot(nearest, classes).float(), metadata, None, {})
+        return Output(20 * torch.nn.functional.one_hot(nearest, classes).float(), metadata, metadata, None, {})
 
 
 class FormOnly(HandMade):

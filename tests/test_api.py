@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 
 import dualrefnet
-from dualrefnet.errors import DataError, RunError
+from dualrefnet.errors import DataError, DualRefNetError, RunError
+from dualrefnet.run import Run
 
 
 @pytest.fixture
@@ -36,8 +37,21 @@ def test_fit_trains_on_any_table_and_keeps_patients_apart(frame: pd.DataFrame, t
     assert "sensitivity" in run.metrics["malignant"]
     prediction = dualrefnet.Predictor.load(run).predict(frame[0][0], {"age": 61, "region": "FACE"})
     assert set(prediction.probabilities) == set(map(str, frame["diagnostic"]))
-    with pytest.raises(RunError, match=r"holds a finished run; .*resume=True"):
+    with pytest.raises(RunError, match=r"holds a finished run; [^-]*resume=True[^-]*overwrite=True[^-]*out=$"):
         dualrefnet.fit(frame, image=0, label="diagnostic", out=tmp_path / "my run 1")
+
+
+def test_a_run_says_what_it_is(tiny_run: Run, tmp_path: Path) -> None:
+    assert set(dualrefnet.__all__) <= set(dir(dualrefnet))
+    run = Run(str(tiny_run.path))
+    assert run == tiny_run
+    assert f"{run.metrics['balanced_accuracy']:.0%}" in run.summary().splitlines()[0]
+    assert run.summary().splitlines()[0] in repr(run)
+    assert "unfinished" in repr(Run(tmp_path))
+    page = run.report(tmp_path / "report", explanations=False)
+    assert page.parent == tmp_path / "report"
+    with pytest.raises(DualRefNetError, match="no folder"):
+        run.evaluate(root="/nowhere")
 
 
 def test_fit_takes_a_column_for_each_class(frame: pd.DataFrame, tmp_path: Path) -> None:
@@ -66,12 +80,18 @@ def test_fit_takes_a_column_for_each_class(frame: pd.DataFrame, tmp_path: Path) 
         ({"image": "broken"}, "2 rows of the table name no image"),
         ({"image": 7}, "no column 7"),
         ({"metadata": ["twice"]}, "2 columns called twice"),
+        ({"label": "one"}, "one class"),
+        ({"label": "rare"}, "class rare has 1 "),
     ],
 )
 def test_columns_that_cannot_be_used_are_refused(frame: pd.DataFrame, tmp_path: Path, change: dict, words: str) -> None:
     broken = frame["photo"].astype(object).where(frame.index > 1, [None, np.nan] * (len(frame) // 2))
-    table = pd.concat([frame.assign(broken=broken, twice=1), frame[["age"]].set_axis(["twice"], axis=1)], axis=1)
+    rare = np.where(frame.index == 0, "rare", frame["diagnostic"])
+    table = pd.concat(
+        [frame.assign(broken=broken, twice=1, one="same", rare=rare), frame[["age"]].set_axis(["twice"], axis=1)],
+        axis=1,
+    )
     arguments = {"image": "photo", "label": "diagnostic", "metadata": ["age"], **change}
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DualRefNetError, match=words):
         dualrefnet.fit(table, out=tmp_path / "mine", **arguments)
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "mine").exists()

@@ -86,7 +86,7 @@ def test_an_audit_is_strict_json(audited: Audit) -> None:
 
 def test_the_command_says_the_verdict_and_its_exit_status(sample_root: Path, tmp_path: Path) -> None:
     quick, written = ["--without-images", "--without-forests"], tmp_path / "a.json"
-    done = CliRunner().invoke(app, ["audit", "sample", "--root", str(sample_root), *quick, "--json", str(written)])
+    done = CliRunner().invoke(app, ["audit", "sample", "--root", str(sample_root), *quick, "--out", str(written)])
     assert done.exit_code == 0, done.output
     assert "PASS  patients_on_two_sides" in done.output
     assert "protocol grouped: WARN" in done.output

@@ -408,3 +408,14 @@ def test_the_real_predictor_agrees_with_itself_on_images_a_table_and_alone(
         together = result[[f"prob_{name}" for name in model.classes]].iloc[number]
         assert together.tolist() == pytest.approx(list(alone.probabilities.values()), abs=2e-6)
         assert result["predicted"][number] == alone.label
+
+
+def test_the_image_column_is_the_one_that_the_description_beside_the_table_names(tmp_path: Path) -> None:
+    draw(tmp_path / "photos", ["a.png", "b.png"])
+    rows = [("file", "age"), ("a.png", "61"), ("photos/b.png", "5"), ("lost.png", "")]
+    table = table_of(tmp_path / "new.csv", rows)
+    (tmp_path / "dataset.yaml").write_text("image: file\nimages: photos\n")
+    assert predict(Redness(), TableCases(table, Redness()), tmp_path / "out.csv") == Summary(2, 1, 0)
+    # A table with a column `image` is read as ever.
+    table_of(table, [("image", "age"), ("photos/a.png", "61")])
+    assert predict(Redness(), TableCases(table, Redness()), tmp_path / "more.csv") == Summary(1, 0, 0)

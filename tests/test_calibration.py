@@ -133,7 +133,8 @@ def test_thresholds_by_class_cover_a_rare_hard_class_where_one_threshold_does_no
 
 def test_the_measures_of_sets_by_hand() -> None:
     scores = np.array([[0.7, 0.2, 0.1], [0.4, 0.4, 0.2], [0.34, 0.33, 0.33], [0.1, 0.6, 0.3]])
-    result = measure_sets(np.array([0, 1, 2, 2]), scores, 0.35, Bootstrap(np.arange(4), 0), CLASSES, 0.9)
+    sets = prediction_sets(scores, 0.35)
+    result = measure_sets(np.array([0, 1, 2, 2]), sets, 1, Bootstrap(np.arange(4), 0), CLASSES, 0.9)
     per_class = result.pop("per_class")
     # Sets {A}, {A, B}, {} -> {A}, {B}: the first two hold the right class.
     expected = {"coverage": 0.5, "mean_size": 1.25, "singletons": 0.75, "filled": 1, "promise": None}

@@ -185,6 +185,20 @@ def test_the_difference_is_that_of_the_balanced_accuracies_over_patients(found: 
     assert found.difference.p == pytest.approx(expected.p)
 
 
+def test_classes_are_compared_on_the_same_resamples(found: Disagreement) -> None:
+    rows = found.per_class.set_index(["measure", "class"])
+    for name in CLASSES:
+        own = [row for row in ROWS if row[2] == name]
+        a, b = (np.mean([row[place] == name for row in own]) for place in (3, 5))
+        one = rows.loc[("sensitivity", name)]
+        values = (one["images"], one["value"], one["reference_value"], one["difference"])
+        assert values == pytest.approx((len(own), a, b, a - b))
+        assert one["low"] <= one["difference"] <= one["high"]
+        others = [row for row in ROWS if row[3] == name]
+        assert rows.loc[("ppv", name), "value"] == pytest.approx(np.mean([row[2] == name for row in others]))
+    assert (rows["p_holm"].dropna() >= rows["p"].dropna()).all()
+
+
 def test_exchanged_runs_give_the_difference_with_the_other_sign_and_the_same_cases(
     found: Disagreement, tmp_path: Path
 ) -> None:

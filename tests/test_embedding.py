@@ -38,12 +38,16 @@ CLASSES = ("A", "B", "C")
 
 
 def features(
-    values: NDArray[np.floating], labels: NDArray[np.int64], groups: NDArray[np.int64] | None = None, name: str = "run"
+    values: NDArray[np.floating],
+    labels: NDArray[np.int64],
+    groups: NDArray[np.int64] | None = None,
+    name: str = "run",
+    hidden: NDArray[np.floating] | None = None,
 ) -> Features:
     ids = tuple(f"image {number}" for number in range(len(labels)))
-    return Features(
-        name, CLASSES, ids, labels, np.arange(len(labels)) if groups is None else groups, values.astype(np.float32)
-    )
+    patients = np.arange(len(labels)) if groups is None else groups
+    fused = values.astype(np.float32)
+    return Features(name, CLASSES, ids, labels, patients, fused, fused if hidden is None else hidden.astype(np.float32))
 
 
 def blobs(apart: float, seed: int = 0, images: int = 90) -> tuple[NDArray[np.floating], NDArray[np.int64]]:
@@ -59,9 +63,9 @@ def test_classes_far_apart_have_right_neighbours_and_sklearns_silhouette() -> No
     standardised = StandardScaler().fit_transform(values.astype(np.float32).astype(float))
     by_image = silhouette_samples(standardised, labels)
     by_class = [by_image[labels == label].mean() for label in range(3)]
-    assert found.value("knn_balanced_accuracy").value == 1
-    assert found.value("silhouette").value == pytest.approx(by_image.mean(), abs=1e-9)
-    assert found.value("silhouette_balanced").value == pytest.approx(np.mean(by_class), abs=1e-9)
+    assert found.value("knn_balanced_accuracy", "fused").value == 1
+    assert found.value("silhouette", "fused").value == pytest.approx(by_image.mean(), abs=1e-9)
+    assert found.value("silhouette_balanced", "fused").value == pytest.approx(np.mean(by_class), abs=1e-9)
     # Classes of unlike size and spread: the two means are not the same number.
     assert by_image.mean() != pytest.approx(np.mean(by_class), abs=1e-4)
     assert by_image.mean() > 0.35
@@ -114,10 +118,12 @@ def test_intervals_are_those_of_laid_out_samples_of_patients() -> None:
     for run, space in (("run", values), ("other", other)):
         silhouette = silhouette_samples(space, labels)
         right = neighbours_right(space, labels, pd.factorize(groups)[0])
+        own = np.stack([space[labels == label].mean(axis=0) for label in labels])
+        distance = ((space - own) ** 2).sum(axis=1) / ((space - space.mean(axis=0)) ** 2).sum(axis=1).mean()
         table = []
         for rows in samples:
             of_class = [rows[labels[rows] == label] for label in np.unique(labels[rows])]
-            balanced = [np.mean([one[rows].mean() for rows in of_class]) for one in (silhouette, right)]
+            balanced = [np.mean([one[rows].mean() for rows in of_class]) for one in (silhouette, distance, right)]
             table.append([silhouette[rows].mean(), *balanced])
         laid_out[run] = pd.DataFrame(table, columns=list(MEASURES))
     for measure in MEASURES:
@@ -138,9 +144,9 @@ def test_units_and_dimensions_that_do_not_vary_change_nothing() -> None:
     runs = embed_features(
         [features(values, labels, name="plain"), features(changed, labels, name="changed")], images=90, samples=20
     )
-    assert [run.dimensions for run in runs] == [6, 6]
+    assert [run.dimensions for run in runs] == [{"fused": 6}, {"fused": 6}]
     for measure in MEASURES:
-        assert runs[0].value(measure).value == pytest.approx(runs[1].value(measure).value, abs=1e-4)
+        assert runs[0].value(measure, "fused").value == pytest.approx(runs[1].value(measure, "fused").value, abs=1e-4)
 
 
 def test_runs_that_can_not_be_mapped_are_refused_in_words() -> None:
@@ -163,15 +169,39 @@ def test_the_better_run_is_named_and_a_tie_is_called_one() -> None:
     noisy = near + 0.3 * np.random.default_rng(5).normal(size=near.shape)
     runs = [features(values, labels, name=name) for name, values in (("near", near), ("far", far), ("noisy", noisy))]
     worse, better, same = embed_features(runs, images=300, samples=200)
-    found = EmbeddingComparison(worse, better).difference("silhouette")
-    assert found.value == pytest.approx(worse.value("silhouette").value - better.value("silhouette").value)
+    found = EmbeddingComparison(worse, better).difference("silhouette", "fused")
+    values = (worse.value("silhouette", "fused").value, better.value("silhouette", "fused").value)
+    assert found.value == pytest.approx(values[0] - values[1])
     assert found.low < found.value < found.high < 0
+    compact = EmbeddingComparison(worse, better).difference("within_class_variance", "fused")
+    assert compact.low > 0, "classes nearer to each other are less compact"
     for pair in ((worse, better), (better, worse)):
-        assert "far separates the classes better (" in EmbeddingComparison(*pair).sentence("silhouette")
+        both = EmbeddingComparison(*pair)
+        assert [both.better(measure, "fused") for measure in MEASURES] == ["far"] * len(MEASURES)
     tie = EmbeddingComparison(worse, same)
-    found = tie.difference("knn_balanced_accuracy")
+    found = tie.difference("knn_balanced_accuracy", "fused")
     assert found.low <= 0 <= found.high
-    assert "there is no clear difference" in tie.sentence("knn_balanced_accuracy")
+    assert tie.better("knn_balanced_accuracy", "fused") == ""
+
+
+def test_both_vectors_are_measured_where_a_run_has_a_hidden_layer() -> None:
+    (fused, labels), (hidden, _) = blobs(apart=1, images=120), blobs(apart=20, images=120)
+    one = features(fused, labels, name="one", hidden=hidden)
+    (alone,) = embed_features([one], images=120, samples=20)
+    assert alone.vectors == ["fused", "hidden"]
+    assert alone.test_images == 120
+    assert alone.table["vector"].value_counts().to_dict() == {"fused": 120, "hidden": 120}
+    for vector, values in (("fused", fused), ("hidden", hidden)):
+        space = StandardScaler().fit_transform(values.astype(np.float32).astype(float))
+        within = np.mean([space[labels == label].var(axis=0).sum() / space.shape[1] for label in range(3)])
+        assert alone.value("within_class_variance", vector).value == pytest.approx(within, abs=1e-9)
+        assert alone.value("silhouette", vector).value == pytest.approx(silhouette_samples(space, labels).mean())
+    # A network without a hidden layer beside one that has one: its fused features are looked at twice.
+    first, second = embed_features([one, features(fused, labels, name="two")], images=120, samples=20)
+    assert second.value("silhouette", "hidden") == second.value("silhouette", "fused")
+    both = EmbeddingComparison(first, second)
+    assert both.difference("silhouette", "fused").value == 0
+    assert (both.better("silhouette", "hidden"), both.better("silhouette", "fused")) == ("one", "")
 
 
 def test_features_of_a_run_are_what_its_model_classifies(opened: OpenedRun) -> None:
@@ -179,24 +209,28 @@ def test_features_of_a_run_are_what_its_model_classifies(opened: OpenedRun) -> N
     calls: list[tuple[int, int]] = []
     found = embed(opened, samples=20, progress=lambda *done: calls.append(done))
     assert calls[-1] == (len(examples), len(examples))
-    assert found.images == len(found.table) == len(examples)
-    assert found.table["image_id"].tolist() == list(examples.image_ids)
+    assert found.images == found.test_images == len(examples)
+    assert found.table["image_id"].tolist() == 2 * list(examples.image_ids)
     assert (found.name, found.unit) == ("tiny", "patient")
     batch = examples.batch(np.arange(len(examples)))
     with torch.inference_mode():
-        values = opened.model(opened.images(batch), batch.metadata).features.double().numpy()
-    values = values[:, np.ptp(values, axis=0) > 1e-5 * np.abs(values).max(axis=0)]
-    assert found.dimensions == values.shape[1]
+        output = opened.model(opened.images(batch), batch.metadata)
     groups = opened.groups.loc[list(examples.image_ids)].to_numpy()
-    space = {"run": StandardScaler().fit_transform(values)}
-    expected = measure_separation(space, examples.labels, groups, samples=20)
     assert found.separation.groups == len(set(groups))
-    assert found.value("silhouette").value == pytest.approx(expected.value("run", "silhouette").value, abs=1e-3)
+    for vector, tensor in (("fused", output.features), ("hidden", output.hidden)):
+        values = tensor.double().numpy()
+        values = values[:, np.ptp(values, axis=0) > 1e-5 * np.abs(values).max(axis=0)]
+        assert found.dimensions[vector] == values.shape[1]
+        space = {"run": StandardScaler().fit_transform(values)}
+        expected = measure_separation(space, examples.labels, groups, samples=20).value("run", "silhouette")
+        assert found.value("silhouette", vector).value == pytest.approx(expected.value, abs=1e-3)
     # Stored features of a frozen encoder are the same ones.
     frozen = replace(opened, recipe=load_recipe(opened.recipe, {"training.encoder": "frozen"}))
     assert frozen.examples("test").features
     stored = embed(frozen, samples=20)
-    assert stored.value("silhouette").value == pytest.approx(found.value("silhouette").value, abs=1e-4)
+    assert stored.value("silhouette", "fused").value == pytest.approx(
+        found.value("silhouette", "fused").value, abs=1e-4
+    )
 
 
 def test_two_runs_are_compared_on_the_images_that_both_tested(opened: OpenedRun, tmp_path: Path) -> None:
@@ -211,12 +245,12 @@ def test_two_runs_are_compared_on_the_images_that_both_tested(opened: OpenedRun,
     found = compare_embeddings(opened, second, ("tiny", "copy"), samples=20, progress=lambda *done: calls.append(done))
     expected = [image for image in opened.examples("test").image_ids if opened.groups[image] != gone]
     for run, name in ((found.first, "tiny"), (found.second, "copy")):
-        assert run.table["image_id"].tolist() == expected
+        assert run.table["image_id"].tolist() == 2 * expected
         assert (run.name, run.images) == (name, len(expected))
         assert run.table["run"].unique().tolist() == [name]
     assert calls[-1] == (2 * len(expected), 2 * len(expected))
     for measure in MEASURES:
-        difference = found.difference(measure)
+        difference = found.difference(measure, "hidden")
         assert (difference.value, difference.low, difference.high) == pytest.approx((0, 0, 0), abs=1e-3)
 
 
@@ -235,13 +269,18 @@ def test_maps_and_separations_of_two_runs_are_drawn() -> None:
     near, labels = blobs(apart=1)
     far, _ = blobs(apart=9)
     name = "pad_ufes_20-dualrefnet-efficientnet_lite0-metadata-auxiliary-R-fold4-seed0"
-    runs = embed_features([features(near, labels, name="near"), features(far, labels, name=name)], 1000, samples=50)
+    parts = [features(near, labels, name="near", hidden=far), features(far, labels, name=name)]
+    runs = embed_features(parts, 1000, samples=50)
     comparison = EmbeddingComparison(*runs)
     maps, separation = draw_embedding(*runs), draw_separation(comparison)
     assert_readable(maps)
     assert_readable(separation)
     pd.testing.assert_frame_equal(maps.data, pd.concat([run.table for run in runs]))
     for row in separation.data.to_dict("records"):
-        found = next(run for run in runs if run.name == row["run"]).value(row["measure"])
+        run = next(run for run in runs if run.name == row["run"])
+        found = run.value(row["measure"], row["vector"])
         assert (row["value"], row["low"], row["high"]) == (found.value, found.low, found.high)
-    assert len(draw_embedding(runs[0]).figure.axes) == 1
+    assert len(maps.figure.axes) == 4
+    assert len(draw_embedding(runs[0]).figure.axes) == 2
+    (plain,) = embed_features([features(near, labels)], 90, samples=20)
+    assert len(draw_embedding(plain).figure.axes) == 1

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from dualrefnet.errors import RecipeError, WeightsError
 from dualrefnet.files import sha256_of_file
 from dualrefnet.models import encoders as weights_module
+from dualrefnet.models.backbones import BACKBONES, backbone_spec
 from dualrefnet.models.encoders import (
-    BACKBONES,
     IMAGENET_MEAN,
     WEIGHTS_VARIABLE,
     Encoded,
@@ -22,7 +22,6 @@ from dualrefnet.models.encoders import (
     EncoderOutput,
     WeightsSource,
     available_weights,
-    backbone_spec,
     create_encoder,
     read_tensors,
     resolve_weights,
@@ -101,6 +100,67 @@ def test_taps_of_the_papers_encoders_are_the_ends_of_stages():
         encoder = create_encoder(name, weights="none", image_size=64, taps=True).eval()
         with torch.no_grad():
             assert [tuple(tap.shape[1:3]) for tap in encoder(torch.randn(1, 3, 64, 64)).taps] == shapes, name
+
+
+ANY = ["timm:resnet10t", "timm:test_convnext", "timm:test_vit", "timm:mobilenetv3_small_050"]
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_any_encoder_of_timm_keeps_the_contract(name):
+    encoder = create_encoder(name, weights="none", image_size=64)
+    output = encoder.train()(torch.randn(2, 3, 64, 64))
+    side = 64 // encoder.stride
+    assert output.map.shape == (2, encoder.features, side, side)
+    torch.testing.assert_close(output.vector, output.map.mean(dim=(2, 3)))
+    output.vector.sum().backward()
+    assert [key for key, parameter in encoder.named_parameters() if parameter.grad is None] == []
+    tapped = create_encoder(name, weights="none", image_size=64, taps=True).eval()
+    taps = tapped(torch.randn(2, 3, 64, 64)).taps
+    assert [tap.shape[1] for tap in taps] == list(tapped.tap_features)
+    assert len(taps) == 3
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_weights_of_any_encoder_of_timm_are_found_by_its_name(monkeypatch, tmp_path, name):
+    torch.manual_seed(0)
+    model = timm.create_model(name.removeprefix("timm:"), num_classes=1000).eval()
+    save_file(model.state_dict(), tmp_path / f"{name.removeprefix('timm:')}.safetensors")
+    monkeypatch.setenv(WEIGHTS_VARIABLE, str(tmp_path))
+    size = model.pretrained_cfg["input_size"][-1] // 32 * 32
+    encoder = create_encoder(name, image_size=size).eval()
+    assert encoder.weights.kind == "file"
+    assert encoder.mean == tuple(model.pretrained_cfg["mean"])
+    image = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        features = model.forward_features(image)
+        if features.dim() == 3:
+            features = features[:, 1:].transpose(1, 2)
+        torch.testing.assert_close(encoder(image).vector, features.flatten(2).mean(dim=2))
+    assert create_encoder(name, image_size=64).eval()(torch.randn(1, 3, 64, 64)).vector.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "words"),
+    [
+        ("timm:resnet10", 64, "did you mean 'resnet1"),
+        ("timm:inception_v3", 96, "become a map"),
+        ("timm:eva02_tiny_patch14_224", 64, "become a map"),
+        ("timm:test_vit", 72, "timm:test_vit"),
+    ],
+)
+def test_an_encoder_of_timm_that_does_not_fit_is_refused(name, size, words):
+    with pytest.raises(RecipeError, match=words):
+        create_encoder(name, weights="none", image_size=size)
+
+
+def test_the_licence_of_weights_from_the_hub_is_said(monkeypatch, tmp_path):
+    save_file(timm.create_model("test_convnext").state_dict(), tmp_path / "model.safetensors")
+    monkeypatch.setattr(
+        weights_module, "try_to_load_from_cache", lambda *arguments: str(tmp_path / "model.safetensors")
+    )
+    source, _ = resolve_weights("timm:test_convnext", "auto")
+    assert source.kind == "hub"
+    assert source.description.endswith(", licence apache-2.0")
 
 
 def test_what_was_encoded_before_passes_through():

@@ -32,10 +32,12 @@ from dualrefnet.deploy.network import (
 from dualrefnet.deploy.parity import Cases, predict_cases
 from dualrefnet.errors import DataError, RunError
 from dualrefnet.files import atomic_folder, sha256_of_file
+from dualrefnet.models.backbones import BACKBONES
 from dualrefnet.models.base import Architecture, Method
-from dualrefnet.models.encoders import BACKBONES, Encoder, WeightsSource
+from dualrefnet.models.encoders import Encoder, WeightsSource
 from dualrefnet.models.registry import METHODS, new_model
 from dualrefnet.recipe import ModelSection, Recipe, load_recipe
+from dualrefnet.report.provenance import run_title
 from dualrefnet.run import Run
 from dualrefnet.runtime.bundle import OnnxNetwork
 
@@ -239,6 +241,19 @@ def test_a_bundle_holds_what_it_should_and_says_what_it_is(tiny_run: Run, bundle
     for name in ("accuracy", "balanced_accuracy"):
         assert measured["float32"][name] == pytest.approx(validation[name])
     assert 0 < measured["max_probability_difference"] < 0.5
+
+
+@pytest.mark.parametrize("backbone", ["timm:resnet10t", "timm:test_vit"])
+def test_an_encoder_of_timm_goes_the_whole_way(backbone: str, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    from dualrefnet.training.train import train_recipe
+
+    changes = {"model.backbone": backbone, "training.epochs": 1, "metadata.tier": "M2", "metadata.imputation": "token"}
+    run = train_recipe(load_recipe(tiny_recipe, changes), tmp_path / "run")
+    export_run(run, tmp_path / "bundle", int8=False, accept_missingness_shortcut=True)
+    image = next((Path(str(tiny_recipe.data.root)) / "images").iterdir())
+    ours, theirs = (Predictor.load(model).predict(image, {"age": 61}) for model in (run, tmp_path / "bundle"))
+    assert list(theirs.probabilities.values()) == pytest.approx(list(ours.probabilities.values()), abs=1e-4)
+    assert run_title(run)[1].startswith(backbone.removeprefix("timm:"))
 
 
 @pytest.mark.slow

@@ -284,7 +284,7 @@ def fuzz_dataset(draw: random.Random, given: Material, folder: Path) -> None:
     commands: list[tuple[object, ...]] = [
         ("check", "sample"),
         ("split", "sample", "--out", folder / "split.csv"),
-        ("audit", "sample", "--without-images", "--without-forests", "--json", folder / "audit.json"),
+        ("audit", "sample", "--without-images", "--without-forests", "--out", folder / "audit.json"),
     ]
     call(*draw.choice(commands), "--root", folder)
 

@@ -26,8 +26,9 @@ from dualrefnet.analysis.gradcam import (
 from dualrefnet.analysis.opened_run import OpenedRun
 from dualrefnet.data.decode import read_mask
 from dualrefnet.errors import DataError, RunError
+from dualrefnet.models.backbones import BACKBONES
 from dualrefnet.models.base import Architecture, Method
-from dualrefnet.models.encoders import BACKBONES, Encoder, WeightsSource
+from dualrefnet.models.encoders import Encoder, WeightsSource
 from dualrefnet.models.registry import METHODS, NEUTRAL, new_model
 from dualrefnet.recipe import ModelSection, load_recipe
 from readable import assert_readable

@@ -60,7 +60,7 @@ def test_total_is_the_weighted_sum_of_the_named_terms() -> None:
     loss = DualRefNetLoss(section, PAD_TRAIN)
     head, logits, labels = Head(4, 8, 6, 0.0), torch.randn(5, 6), torch.tensor([0, 1, 2, 3, 5])
     rebuilt, target = torch.rand(5, 3, 8, 8), torch.rand(5, 3, 8, 8)
-    terms = loss(Output(logits, logits, rebuilt, {"image": logits * 2}), labels, target, head)
+    terms = loss(Output(logits, logits, logits, rebuilt, {"image": logits * 2}), labels, target, head)
     assert set(terms) == {"classification", "classification_image", "reconstruction", "penalty", "total"}
     weights = class_weights(PAD_TRAIN, "inverse")[labels]
     by_hand = (weights * -logits.log_softmax(1)[torch.arange(5), labels]).sum() / weights.sum()
@@ -86,13 +86,13 @@ def test_equation_5_is_summed_or_divided_by_images_or_by_weights() -> None:
     for reduction, value in expected.items():
         section = LossSection(classification_reduction=reduction)
         loss = DualRefNetLoss(section, PAD_TRAIN)
-        terms = loss(Output(logits, logits, None, {}), labels, None, None)
+        terms = loss(Output(logits, logits, logits, None, {}), labels, None, None)
         assert float(terms["total"]) == pytest.approx(0.5 * float(value), rel=1e-5), reduction
         assert float(terms["classification"]) == pytest.approx(float(expected["weights"]), rel=1e-5)
         # Gradients of two processes, each with half of the batch, are averaged.
         halves = DualRefNetLoss(section, PAD_TRAIN, processes=2)
         parts = [
-            halves(Output(logits[k], logits[k], None, {}), labels[k], None, None)["total"]
+            halves(Output(logits[k], logits[k], logits[k], None, {}), labels[k], None, None)["total"]
             for k in (slice(3), slice(3, 6))
         ]
         if reduction != "weights":
@@ -102,12 +102,12 @@ def test_equation_5_is_summed_or_divided_by_images_or_by_weights() -> None:
 def test_terms_without_a_part_in_the_model_are_absent() -> None:
     logits = torch.randn(3, 6)
     terms = DualRefNetLoss(LossSection(), PAD_TRAIN)(
-        Output(logits, logits, None, {}), torch.tensor([0, 1, 2]), None, None
+        Output(logits, logits, logits, None, {}), torch.tensor([0, 1, 2]), None, None
     )
     assert set(terms) == {"classification", "total"}
     no_penalty = DualRefNetLoss(LossSection(penalty_strength=0), PAD_TRAIN)
     assert "penalty" not in no_penalty(
-        Output(logits, logits, None, {}), torch.tensor([0, 1, 2]), None, Head(2, 2, 6, 0.0)
+        Output(logits, logits, logits, None, {}), torch.tensor([0, 1, 2]), None, Head(2, 2, 6, 0.0)
     )
 
 

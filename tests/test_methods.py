@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from dualrefnet.models.backbones import BACKBONES
 from dualrefnet.models.base import Architecture, Method
 from dualrefnet.models.deepmetaforge import DeepMetadataFusion, MetadataConvolution
 from dualrefnet.models.encoders import (
-    BACKBONES,
     IMAGENET_MEAN,
     IMAGENET_STD,
     Encoded,
@@ -274,7 +274,7 @@ def test_the_answer_is_the_weighted_mean_of_the_members():
     assert tuple(output.heads) == ("member_1", "member_2", "member_3")
     # (.5 + .880797) / 2.
     torch.testing.assert_close(output.logits.exp(), torch.tensor([[0.309602, 0.690398]]), atol=1e-6, rtol=0)
-    assert output.features.shape == (1, 3 * 256)
+    assert output.hidden.shape == (1, 3 * 256)
 
 
 def test_a_channel_is_gated_by_its_neighbours():

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from dualrefnet.analysis.evaluate import draw_present
 from dualrefnet.cli import app, deployment  # noqa: F401 (the module registers the commands)
 from dualrefnet.data.adapters import load_dataset
-from dualrefnet.data.metadata import MetadataEncoder, missingness_warning
+from dualrefnet.data.metadata import missingness_warning
 from dualrefnet.data.pad_ufes_20 import SCHEMA as PAD
 from dualrefnet.data.synthetic import make_synthetic
 from dualrefnet.deploy.export import export_run
@@ -25,6 +25,7 @@ from dualrefnet.recipe import MetadataSection, load_recipe
 from dualrefnet.run import Run
 from dualrefnet.runtime.availability import Availability, Thresholds, availability_groups, missingness_shortcut
 from dualrefnet.runtime.calibration import Decision
+from dualrefnet.training.preflight import check_start
 from dualrefnet.training.train import train_recipe
 
 CLASSES, MALIGNANT = ["A", "B", "MEL"], ["MEL"]
@@ -216,17 +217,24 @@ def test_a_model_trained_with_tokens_is_accepted(
     assert inputs["image_only"]["fields"] == 0
 
 
-def test_training_warns_of_an_encoding_that_shows_the_class(telling: Path, tmp_path: Path) -> None:
+def test_training_warns_of_an_encoding_that_shows_the_class(
+    telling: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     dataset = load_dataset("sample", telling)
     for section, warned in (
         ({"tier": "M3"}, True),
         ({"tier": "M2", "imputation": "zero"}, True),
         ({"tier": "M2"}, False),
     ):
-        encoder = MetadataEncoder.fit(dataset.table, dataset.schema, MetadataSection(**section))
-        said = missingness_warning(encoder, dataset.table, dataset.schema)
+        said = missingness_warning(MetadataSection(**section), dataset.table, dataset.schema)
         assert (said is not None) == warned
-        assert said is None or "0% of the training rows with missing fields are malignant, 100% of" in said
+        assert said is None or "0% of the rows with missing fields are malignant, 100% of" in said
+
+    flags = {"metadata.tier": "M3", "metadata.imputation": "neural", "modality_dropout": {}}
+    check_start(load_recipe("sample", {"data.root": str(telling), **flags}), tmp_path / "run")
+    lines = capsys.readouterr().err.splitlines()
+    assert 1 <= len(lines) <= 3
+    assert "0% of the rows with missing fields are malignant" in lines[0]
 
 
 @pytest.mark.slow

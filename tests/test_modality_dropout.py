@@ -83,7 +83,9 @@ def test_single_modalities_are_answered_as_if_the_other_had_never_been_there() -
 
 def test_the_loss_is_the_mean_over_what_would_have_been_dropped() -> None:
     generator = torch.Generator().manual_seed(0)
-    outputs = [Output(torch.randn(5, 3, generator=generator), torch.zeros(5, 2), None, {}) for _ in range(3)]
+    outputs = [
+        Output(torch.randn(5, 3, generator=generator), torch.zeros(5, 2), torch.zeros(5, 2), None, {}) for _ in range(3)
+    ]
     labels = torch.tensor([0, 1, 2, 1, 0])
     section = load_recipe("pad_ufes_20", {"loss.classification": 2.0}).loss
     counts = torch.tensor([5.0, 3.0, 2.0])

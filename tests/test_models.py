@@ -4,8 +4,9 @@ from torch import Tensor, nn
 
 from dualrefnet.errors import RunError
 from dualrefnet.files import write_tensors
+from dualrefnet.models.backbones import BACKBONES
 from dualrefnet.models.base import Method, Output, mark_missing
-from dualrefnet.models.encoders import BACKBONES, Encoded, EncoderOutput
+from dualrefnet.models.encoders import Encoded, EncoderOutput
 from dualrefnet.models.registry import METHODS, load_model, new_model
 from dualrefnet.recipe import WITH_DECODER, Recipe, load_recipe
 
@@ -33,6 +34,30 @@ def recipe_of(method: str, backbone: str, **overrides: object) -> Recipe:
         # Three transformers would be a gigabyte.
         values["model.members"] = (backbone, "mobilenet_v2", "efficientnet_lite0")
     return load_recipe({"name": "contract"}, {**values, **overrides})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_hidden_is_what_the_last_layer_reads_and_features_what_was_fused(method: str) -> None:
+    torch.manual_seed(0)
+    model = new_model(recipe_of(method, "mobilenet_v2"), WIDTH, CLASSES)[0].eval()
+    image = torch.randn(2, 3, 32, 32) if METHODS[method].reads_image else None
+    read: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module.out_features == CLASSES:
+            module.register_forward_pre_hook(lambda module, inputs, name=name: read.update({name: inputs[0]}))
+    with torch.inference_mode():
+        output = model(image, torch.randn(2, WIDTH))
+    # Of JIF-MMFA the head of both modalities; the others are of one.
+    last = [value for name, value in read.items() if method != "jif_mmfa" or name == "joint_head"]
+    torch.testing.assert_close(output.hidden, torch.cat(last, dim=1))
+    widths = {"dualrefnet": (1280 + 512, 256), "auxnet": (1280 + 512, 256), "metadata_only": (512, 256)}
+    widths |= {"hmfb": (1280, output.hidden.shape[1]), "visual": (4 * 1280, output.hidden.shape[1])}
+    widths |= {"deepmetaforge": (2 * 1280, 512)}
+    if method in widths:
+        assert (output.features.shape[1], output.hidden.shape[1]) == widths[method]
+        assert output.hidden.shape[1] < output.features.shape[1]
+    elif method != "ensemble":
+        assert output.hidden is output.features
 
 
 def without_gradient(model: nn.Module) -> set[str]:

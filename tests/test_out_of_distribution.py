@@ -44,7 +44,7 @@ def fitted() -> OutOfDistributionScore:
 
 def test_the_distance_of_few_numbers_is_that_of_ledoit_and_wolfs_covariance() -> None:
     train, held_out, new = vectors(200, 6, 1), vectors(50, 6, 2), vectors(30, 6, 3)
-    distance = fit_score(train, held_out).vector
+    distance = fit_score(train, held_out).distances[0][0]
     # Five directions and what is beside them are all of six, so nothing is left out.
     assert len(distance.variances) == 5
     reference = LedoitWolf().fit(train)
@@ -57,7 +57,7 @@ def test_the_distance_of_many_numbers_keeps_the_leading_directions_and_the_sum_o
     number: int, length: int
 ) -> None:
     train, new = vectors(number, length, 1), vectors(20, length, 3)
-    distance = fit_score(train, vectors(50, length, 2)).vector
+    distance = fit_score(train, vectors(50, length, 2)).distances[0][0]
     kept = min(DIRECTIONS, number // 2)
     assert distance.directions.shape == (kept, length)
     np.testing.assert_allclose(distance.directions @ distance.directions.T, np.eye(kept), atol=1e-5)
@@ -77,9 +77,8 @@ def test_the_distance_of_many_numbers_keeps_the_leading_directions_and_the_sum_o
 def test_the_score_adds_both_distances_and_is_one_at_the_limit(fitted: OutOfDistributionScore) -> None:
     new = vectors(10, 80, 5)
     roots = np.sqrt(new / new.sum(axis=1, keepdims=True))
-    np.testing.assert_allclose(
-        fitted.score(new) * fitted.limit, fitted.vector.measure(new) + fitted.shares.measure(roots), rtol=1e-6
-    )
+    [(vector, shares)] = fitted.distances
+    np.testing.assert_allclose(fitted.score(new) * fitted.limit, vector.measure(new) + shares.measure(roots), rtol=1e-6)
     scores = np.sort(fitted.score(vectors(209, 80, 2)))
     # Of 209 the 206th is the limit: 206 is 98% of 210, rounded up.
     assert scores[205] == pytest.approx(1)

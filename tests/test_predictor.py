@@ -53,6 +53,49 @@ def test_an_image_may_be_a_file_bytes_or_an_array(predictor: Predictor, path: Pa
     assert predictions[0].malignancy == pytest.approx(sum(probabilities[name] for name in ("BCC", "MEL", "SCC")))
 
 
+def test_an_image_may_be_pillow_s_or_numbers_and_nothing_else(predictor: Predictor, path: Path) -> None:
+    with Image.open(path) as image:
+        array = np.asarray(image.convert("RGB"))
+        expected = predictor.predict(path)
+        assert predictor.predict(image) == predictor.predict(array.tolist()) == expected
+    assert predictor.predict(array.astype(np.int64)) == expected
+    for wrong in (array / 255, array.astype(int) * 2, [[1, 2], [3]], []):
+        with pytest.raises(DataError):
+            predictor.predict(wrong)
+
+
+def test_a_table_gives_a_table(predictor: Predictor, sample_root: Path, tmp_path: Path) -> None:
+    metadata = pd.read_csv(sample_root / "metadata.csv").head(4)
+    paths = [str(sample_root / "images" / name) for name in metadata["img_id"]]
+    table = pd.DataFrame({"image": paths, "age": metadata["age"], "itch": metadata["itch"]})
+    table.index = pd.Index(list("abcd"))
+    table.loc["c", "image"] = str(tmp_path / "lost.png")
+    table.loc["b", "age"] = np.nan
+    found = predictor.predict(table)
+    assert list(found.index) == list("abcd")
+    assert found["error"].ne("").tolist() == [False, False, True, False]
+    one = predictor.predict(paths[1], {"itch": bool(metadata["itch"][1])})
+    assert found.loc["b", "predicted"] == one.label
+    assert found.loc["b", [f"prob_{name}" for name in predictor.classes]].tolist() == pytest.approx(
+        list(one.probabilities.values()), abs=1e-5
+    )
+    with pytest.raises(DataError, match="no column image"):
+        predictor.predict(table.drop(columns="image"))
+
+
+def test_an_explanation_is_saved_as_picture_and_table(predictor: Predictor, path: Path, tmp_path: Path) -> None:
+    explanation = predictor.explain(path, {"age": 61})
+    picture, table = explanation.save(str(tmp_path / "new" / "why.png"))
+    assert pd.read_csv(table)["field"].tolist() == ["age"]
+    shown = np.asarray(Image.open(picture)).astype(int)
+    changed = np.abs(shown - explanation.image).max(axis=2)
+    assert (changed[explanation.saliency <= 0] == 0).all()
+    hottest = np.unravel_index(explanation.saliency.argmax(), explanation.saliency.shape)
+    assert changed[hottest] > 0
+    assert repr(predictor.predict(path)).startswith(f"Prediction({predictor.predict(path).label} ")
+    assert "MEL" in repr(predictor)
+
+
 def test_metadata_may_be_incomplete_and_spelled_otherwise_but_not_invalid(predictor: Predictor, path: Path) -> None:
     assert "region" in predictor.predict(path, {"age": 61}).warnings[-1]
     for one, same in (({"region": " face"}, {"region": "FACE"}), ({"itch": "yes"}, {"itch": True})):

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from dualrefnet.cli import app, reports  # noqa: F401 (the module registers the commands)
 from dualrefnet.errors import RecipeError
-from dualrefnet.models.encoders import BACKBONES
+from dualrefnet.models.backbones import BACKBONES
 from dualrefnet.suite.grid import (
     Block,
     Suite,
@@ -25,11 +25,11 @@ from dualrefnet.suite.results import reported
 # Suite -> cells, runs.
 SHIPPED = {
     "table1": (0, 0),
-    "table2": (2, 2),
+    "table2": (4, 4),
     "table3a": (35, 35),
     "table3b": (25, 25),
     "table4": (6, 6),
-    "figure1e": (12, 11),
+    "figure1e": (24, 22),
     "figure7": (8, 8),
     "ablations": (7, 7),
     "readings": (19, 19),
@@ -56,7 +56,9 @@ def test_every_shipped_suite_is_legal_and_those_of_the_paper_are_complete(name: 
     assert suite.title
     assert suite.description
     rows = {cell.key.method if suite.rows == "method" else cell.key.variant for cell in cells}
-    assert suite.reference is None or suite.reference in rows
+    for dataset in {cell.key.dataset for cell in cells}:
+        encoders = {cell.key.backbone for cell in cells if cell.key.dataset == dataset}
+        assert suite.reference is None or suite.reference_of(dataset) in rows | encoders
     if name in SHIPPED:
         assert (len(cells), len({cell.run for cell in cells})) == SHIPPED[name]
         protocols = {cell.key.protocol for cell in cells} | {split.protocol for split in suite.splits}
@@ -79,6 +81,8 @@ def test_the_tables_have_the_paper_s_cells_and_every_lookup_finds_its_number() -
         ]
         assert looked
         for cell in looked:
+            if (cell.key.dataset, cell.key.method) == ("isic_2019", "auxnet"):
+                continue  # Not in Table 3b.
             place = (cell.key.dataset, cell.paper.table, cell.key.method, cell.key.backbone, "balanced_accuracy")
             assert reported(*place, cell.paper.metrics.get("balanced_accuracy")), cell.name
 

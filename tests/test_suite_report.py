@@ -113,6 +113,11 @@ def test_the_pair_is_the_best_reference_and_its_baseline_or_the_most_distant_sys
     wrong = {"dualrefnet": (0,), "concat": (0, 1), "metablock": (0, 1, 2, 3)}
     values = {"grid_methods": list(wrong), "grid_folds": [0], "grid_seeds": [0, 1]}
     assert choose(tmp_path / "b", lambda cell: wrong[cell.key.method], **values)[:2] == ("DualRefNet", "MetaBlock")
+    # On CNNs and transformers it is the best of each, not those that are farthest apart.
+    wrong = {"vgg13": (0, 1), "resnet50": (0,), "swin_b": tuple(range(9)), "vit_b_16": (2, 3)}
+    values = {"grid_methods": ["dualrefnet"], "grid_backbones": list(wrong), "reference": "vgg13"}
+    values |= {"grid_folds": [0], "grid_seeds": [0]}
+    assert choose(tmp_path / "c", lambda cell: wrong[cell.key.backbone], **values)[:2] == ("ResNet-50", "ViT-B/16")
 
 
 @pytest.fixture(scope="module")

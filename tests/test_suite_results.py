@@ -227,6 +227,46 @@ def test_the_reference_has_the_same_backbone_or_is_the_only_one(tmp_path: Path) 
     assert found[["method", "reference"]].drop_duplicates().to_numpy().tolist() == [["concat", "dualrefnet vgg13"]]
 
 
+def test_an_encoder_may_be_the_reference_of_each_data_set(tmp_path: Path) -> None:
+    errors = {"vgg13": (0, 1), "swin_b": tuple(range(8)), "vit_b_16": (0, 1), "resnet50": ()}
+    first = changed(grid_methods=["dualrefnet", "concat"], grid_backbones=["vgg13", "swin_b", "vit_b_16"], **ONE)
+    second = {"recipe": "pad_ufes_20", "methods": ["dualrefnet"], "backbones": ["resnet50", "swin_b"]}
+    suite = {**first, "reference": {"sample": "vgg13", "pad_ufes_20": "resnet50"}, "grid": [*first["grid"], second]}
+    folder = write_suite(tmp_path, suite, lambda cell: wrong_on(*errors[cell.key.backbone]))
+    found = aggregate(folder, 400).comparisons
+    accuracy = found[found["measure"] == "accuracy"].set_index(["dataset", "method", "backbone"])
+    assert accuracy["reference"].to_dict() == {
+        ("sample", "dualrefnet", "swin_b"): "dualrefnet vgg13",
+        ("sample", "dualrefnet", "vit_b_16"): "dualrefnet vgg13",
+        ("sample", "concat", "swin_b"): "concat vgg13",
+        ("sample", "concat", "vit_b_16"): "concat vgg13",
+        ("pad_ufes_20", "dualrefnet", "swin_b"): "dualrefnet resnet50",
+    }
+    assert accuracy["difference"].tolist() == pytest.approx([-6 / 24, 0, -6 / 24, 0, -8 / 24])
+    assert (accuracy.loc[("sample", "dualrefnet", "swin_b"), "high"]) < 0
+    assert accuracy.loc[("sample", "dualrefnet", "vit_b_16"), "p"] == 1
+
+
+def test_classes_are_compared_on_the_same_resamples_and_corrected_over_all_of_them(tmp_path: Path) -> None:
+    # Of eight images of ACK the reference errs on none, Concat on six; of BCC both on two other ones; of MEL alike.
+    errors = {"dualrefnet": (1, 4, 2), "concat": (0, 3, 6, 9, 12, 15, 7, 10, 2)}
+    suite = changed(grid_methods=["dualrefnet", "concat"], per_class=True, **ONE)
+    found = aggregate(write_suite(tmp_path, suite, lambda cell: wrong_on(*errors[cell.key.method])), samples=50)
+    assert found.samples == 300
+    rows = found.class_comparisons[found.class_comparisons["measure"] == "sensitivity"].set_index("class")
+    assert rows["value"].to_dict() == pytest.approx({"ACK": 2 / 8, "BCC": 6 / 8, "MEL": 7 / 8})
+    assert rows["reference_value"].to_dict() == pytest.approx({"ACK": 1, "BCC": 6 / 8, "MEL": 7 / 8})
+    assert rows["difference"].to_dict() == pytest.approx({"ACK": -6 / 8, "BCC": 0, "MEL": 0})
+    assert rows.loc["ACK", "high"] < 0 <= rows.loc["BCC", "high"]
+    assert (rows.loc["MEL", ["low", "high", "p"]].tolist()) == [0, 0, 1]
+    assert rows.loc["ACK", "p_holm"] == pytest.approx(3 * rows.loc["ACK", "p"])
+    assert rows.loc["ACK", "p_holm"] < 0.05
+    # An ACK taken for BCC costs BCC's precision: 6 of 6 + 1 + 6 (the error of a class is the next one).
+    precision = found.class_comparisons[found.class_comparisons["measure"] == "ppv"].set_index("class")
+    assert precision.loc["BCC", ["value", "reference_value"]].tolist() == pytest.approx([6 / 12, 6 / 6])
+    assert precision["reference"].unique().tolist() == ["dualrefnet efficientnet_lite0"]
+
+
 def test_the_results_of_a_real_run_are_its_metrics(tiny_run: Any, tmp_path: Path) -> None:
     recipe = tiny_run.recipe.model_dump(mode="json", exclude_unset=True)
     measures = ["balanced_accuracy", "malignant.auc"]

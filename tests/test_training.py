@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import signal
 import socket
@@ -14,12 +15,12 @@ from safetensors.torch import load_file
 
 import dualrefnet
 from dualrefnet.analysis.evaluate import evaluate_run
-from dualrefnet.errors import RunError, SplitError
+from dualrefnet.errors import RunError, SplitError, WeightsError
 from dualrefnet.files import write_json, write_tensors, write_yaml
 from dualrefnet.models.base import Method
 from dualrefnet.models.registry import new_model
 from dualrefnet.recipe import Recipe, load_recipe
-from dualrefnet.run import Run, run_lock
+from dualrefnet.run import Run, new_folder, run_lock, start_run
 from dualrefnet.training.loop import (
     Trainer,
     create_optimizer,
@@ -354,6 +355,47 @@ def test_a_process_without_its_group_is_told_so(value: str, sample_root: Path, t
     done = subprocess.run(command, env={**os.environ, "LOCAL_RANK": value}, capture_output=True, text=True)
     assert done.returncode == 2
     assert "or unset LOCAL_RANK" in done.stderr.splitlines()[-1]
+
+
+def test_a_start_that_fails_leaves_no_folder_and_one_before_the_first_epoch_blocks_nothing(
+    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = {"training.device": "mps"}, {"model.backbone": "resnet50", "model.weights": "hub"}
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for changes in wrong:
+        with pytest.raises((RunError, WeightsError)):
+            train_recipe(load_recipe(tiny_recipe, changes), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(Trainer, "fit", lambda *arguments: pytest.fail("it would have begun"))
+    for seed in (0, 1):
+        with pytest.raises(pytest.fail.Exception):
+            train_recipe(load_recipe(tiny_recipe, {"seed": seed}), tmp_path / "run")
+    assert Run(tmp_path / "run").recipe.seed == 1
+
+
+def test_a_run_is_overwritten_on_request_and_nothing_else_is(tiny_run: Run, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(tiny_run.path, tmp_path / "run"))
+    (path / "report").mkdir()
+    (path / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match=r"holds notes\.txt"):
+        start_run(path, tiny_run.recipe, overwrite=True)
+    (path / "notes.txt").unlink()
+    with pytest.raises(RunError, match=r"a finished run.*--overwrite"):
+        start_run(path, tiny_run.recipe)
+    start_run(path, tiny_run.recipe, overwrite=True)
+    assert [file.name for file in path.iterdir()] == ["recipe.yaml"]
+
+
+def test_the_default_folder_is_a_new_one_where_a_finished_run_stays(
+    tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert new_folder("tiny") == Path("runs/tiny")
+    shutil.copytree(tiny_run.path, "runs/tiny")
+    assert re.fullmatch(r"tiny-\d{8}-\d{6}", new_folder("tiny").name)
+    assert new_folder("tiny", resume=True) == new_folder("tiny", overwrite=True) == Path("runs/tiny")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert new_folder("tiny") == Path("runs/tiny")
 
 
 def test_a_folder_in_use_is_not_overwritten(tiny_recipe: Recipe, tmp_path: Path) -> None:

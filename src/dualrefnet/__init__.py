@@ -46,6 +46,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     # Torch takes seconds to import; `dualrefnet --help` shouldn't wait for it.
     if name in _HOMES:

@@ -10,9 +10,11 @@ from importlib import metadata
 from pathlib import Path
 
 from dualrefnet.data.adapters import DATA_VARIABLE, load_dataset
-from dualrefnet.data.check import Finding
+from dualrefnet.data.check import Finding, check_table
 from dualrefnet.data.store import default_cache
-from dualrefnet.errors import DataError, WeightsError, install_hint
+from dualrefnet.errors import DataError, DualRefNetError, WeightsError, install_hint
+from dualrefnet.recipe import Recipe
+from dualrefnet.training.preflight import check_recipe
 
 # Of each extra one library that only it brings.
 EXTRAS = (
@@ -26,10 +28,45 @@ EXTRAS = (
 )
 
 
-def examine() -> list[Finding]:
-    """Examine Python, the libraries, the hardware, the weights, the data and the disk."""
+def examine(recipe: Recipe | None = None, cache: Path | None = None) -> list[Finding]:
+    """Examine Python, the libraries, the hardware, the weights, the data and the disk: all, or what a recipe needs."""
     python = Finding("PASS", "Python", ".".join(map(str, sys.version_info[:3])))
-    return [python, *_libraries(), *_hardware(), *_weights(), *_data(), _cache()]
+    findings = [python, *_libraries(), *_hardware()]
+    if recipe is None:
+        return [*findings, *_weights(), *_data(), _cache(cache)]
+    return [*findings, *_recipe(recipe, cache)]
+
+
+def _recipe(recipe: Recipe, cache: Path | None) -> Iterator[Finding]:
+    """Examine the data, the weights, the device and the disk that a training of this recipe needs."""
+    from dualrefnet.data.loader import stored_size
+    from dualrefnet.models.encoders import available_weights
+    from dualrefnet.models.inference import resolve_device
+    from dualrefnet.models.registry import METHODS
+
+    try:
+        dataset = check_recipe(recipe)
+    except DualRefNetError as error:
+        yield Finding("FAIL", "recipe", str(error))
+        return
+    found, rows = len(dataset.with_image), len(dataset.table)
+    few = "; the others are left out by methods that read images" if found < rows else ""
+    yield Finding("WARN" if few else "PASS", "data", f"{found:,} of {rows:,} rows have their image{few}")
+    yield from (finding for finding in check_table(dataset) if finding.level != "PASS")
+    device = recipe.training.device
+    try:
+        yield Finding("PASS", "device", str(resolve_device(None if device == "auto" else device)))
+    except DataError as error:
+        yield Finding("FAIL", "device", str(error))
+    if not METHODS[recipe.model.method].reads_image:
+        return
+    weights = recipe.model.weights
+    for backbone in dict.fromkeys(recipe.model.backbones):
+        here = available_weights(backbone) if weights == "auto" else [] if weights == "hub" else [weights]
+        later = "fetched from timm's hub at first use; without a network set DUALREFNET_WEIGHTS to a folder with it"
+        message = f"{backbone}: {here[0] if here else later}"
+        yield Finding("PASS" if here else "WARN", "weights", message)
+    yield _cache(cache, found * 3 * stored_size(recipe) ** 2)
 
 
 def _libraries() -> Iterator[Finding]:
@@ -69,7 +106,8 @@ def _hardware() -> Iterator[Finding]:
 
 
 def _weights() -> Iterator[Finding]:
-    from dualrefnet.models.encoders import BACKBONES, available_weights
+    from dualrefnet.models.backbones import BACKBONES
+    from dualrefnet.models.encoders import available_weights
     from dualrefnet.models.superresolution_networks import NETWORKS, find_network_file
 
     sources = {name: available_weights(name) for name in BACKBONES}
@@ -113,15 +151,21 @@ def _data() -> Iterator[Finding]:
         yield Finding("WARN" if few else "PASS", f"data {name}", f"{found} of {rows} rows have their image{few}")
 
 
-def _cache() -> Finding:
+def _cache(chosen: Path | None = None, needed: int = 0) -> Finding:
+    """Examine the folder of the prepared images, which need so many bytes."""
     try:
-        cache = default_cache()
+        cache = chosen or default_cache()
     except DataError as error:
         return Finding("FAIL", "cache", str(error))
     existing = next(parent for parent in (cache, *cache.parents) if parent.exists())
     free = shutil.disk_usage(existing).free / 2**30
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         return Finding("FAIL", "cache", f"{cache} can't be written; set DUALREFNET_CACHE to a folder that can")
+    if needed and free * 2**30 < needed:
+        message = f"{free:.1f} GiB are free at {cache}, and the prepared images take {needed / 2**30:.1f} GiB"
+        return Finding("FAIL", "cache", f"{message}, if they aren't there; set DUALREFNET_CACHE to a larger disk")
+    if needed:
+        return Finding("PASS", "cache", f"{cache}, {free:.0f} GiB free for {needed / 2**30:.2f} GiB of prepared images")
     if free < 5:
         fix = "ISIC-2019 at 224 px takes 3.6 GiB: set DUALREFNET_CACHE to a larger disk"
         return Finding("WARN", "cache", f"{free:.1f} GiB are free at {cache}; {fix}")

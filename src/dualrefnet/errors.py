@@ -5,6 +5,15 @@ The command line prints them as one line and exits with status 2; everything els
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+SWITCHES = ("resume", "overwrite")
+
 
 class DualRefNetError(Exception):
     """Base of every error that the user, not the programmer, can fix."""
@@ -50,3 +59,24 @@ def install_hint(extra: str) -> str:
     except PackageNotFoundError:
         return f"pip install '.[{extra}]' in the clone"
     return f"pip install '{unquote(urlsplit(origin).path) or 'dualrefnet'}[{extra}]'"
+
+
+def in_python(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Spell the options in a function's errors as its arguments: `--resume` is `resume=True`, `--out` is `out=`."""
+
+    @wraps(function)
+    def spelt(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
+        try:
+            return function(*arguments, **named)
+        except DualRefNetError as error:
+            # What stands in backticks is a command.
+            parts = str(error).split("`")
+            parts[::2] = [re.sub(r"--([a-z][a-z-]*)", _argument, part) for part in parts[::2]]
+            raise type(error)("`".join(parts)) from error
+
+    return spelt
+
+
+def _argument(option: re.Match[str]) -> str:
+    name = option[1].replace("-", "_")
+    return f"{name}=True" if name in SWITCHES else f"{name}="

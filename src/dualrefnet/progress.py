@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Protocol, TypeVar
 
 from rich.console import Console
@@ -12,6 +14,8 @@ from rich.text import Text
 
 # Characters a line where the output goes into a file.
 PIPED = 140
+# Seconds between two lines of progress where there is no terminal.
+EVERY = 30.0
 
 
 def terminal(stderr: bool = False, width: int | None = None) -> Console:
@@ -54,13 +58,34 @@ def error(message: str) -> None:
 
 @contextmanager
 def progress_bar(description: str, enabled: bool = True) -> Iterator[ShowProgress]:
-    """Give a function that takes (done, in all) and shows a bar with the remaining time."""
+    """Give a function that takes (done, in all) and shows a bar with the remaining time; without a terminal a line
+    every 30 seconds.
+    """
+    if not console.is_terminal:
+        yield _lines(description) if enabled else lambda done, total: None
+        return
     text = TextColumn("{task.description}", markup=False)
     columns = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    disable = not enabled or not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=disable) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not enabled) as progress:
         task = progress.add_task(description, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _lines(description: str) -> ShowProgress:
+    start = noted = time.monotonic()
+    first: int | None = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal first, noted
+        # What an earlier process did says nothing about the speed.
+        first = done if first is None else first
+        now = time.monotonic()
+        if now - noted >= EVERY and done > first:
+            noted = now
+            left = timedelta(seconds=round((total - done) * (now - start) / (done - first)))
+            note(f"{description}: {done:,} of {total:,}, {left} left")
+
+    return show
 
 
 def track(items: Sequence[Item], description: str) -> Iterator[Item]:

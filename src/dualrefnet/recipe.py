@@ -50,15 +50,17 @@ class DataSection(Section):
     rows: Literal["with_image", "all"] = Field(
         "with_image", description="all: rows without an image too (metadata_only alone can use them)"
     )
-    protocol: Literal["paper", "grouped", "grouped-cv", "own"] = Field(
-        "grouped", description="how rows are divided; own: as split_file or the table says; only `paper` may leak"
+    protocol: Literal["paper", "grouped", "grouped-cv", "cross-fitted", "own"] = Field(
+        "grouped",
+        description="how rows are divided. cross-fitted: one model a fold, each tested on the fold that it hasn't "
+        "seen; together they are an ensemble. own: as split_file or the table says; only `paper` may leak",
     )
     split_file: str | None = Field(
         None, description="own: CSV of image_id and split (train, val, test); empty: the csv_table's column `split`"
     )
     allow_leak: bool = Field(False, description="own: a patient may be in two splits, and every output says so")
     fold: int = Field(0, ge=0, description="which fold of grouped-cv is the test set")
-    folds: int = Field(5, ge=3, le=50, description="grouped, grouped-cv: number of folds; one is the test set")
+    folds: int = Field(5, ge=3, le=50, description="number of folds; one is the test set (not of `paper`)")
     split_seed: Seed = Field(0, description="shuffles the grouped split; apart from `seed`: several seeds, one split")
     keep: tuple[ClassName, ...] = Field((), description="these classes alone; rows of others are left out; empty: all")
     classes: dict[ClassName, tuple[ClassName, ...]] = Field(
@@ -162,7 +164,8 @@ class ModelSection(Section):
 
     method: str = Field("dualrefnet", description="the system; `dualrefnet methods` lists them")
     backbone: str = Field(
-        "mobilenet_v2", description="image encoder, by its paper name; `dualrefnet doctor` lists them"
+        "mobilenet_v2",
+        description="image encoder: the paper's name (`dualrefnet doctor` lists them), or timm:NAME",
     )
     members: tuple[str, ...] = Field(
         (),
@@ -198,6 +201,13 @@ class ModelSection(Section):
         "bilinear", description="x2 image to rebuild: interpolated; native: the real one; or a network's output"
     )
     target_weights: str = Field("auto", description="weights of the network that makes the target: auto, or a file")
+
+    @property
+    def backbones(self) -> tuple[str, ...]:
+        """The image encoders that the method may have, in order: one, or the members of an ensemble."""
+        if self.method != "ensemble":
+            return (self.backbone,)
+        return self.members or (self.backbone,) * 3
 
 
 class LossSection(Section):
@@ -289,14 +299,26 @@ class Recipe(Section):
         has_decoder = self.model.method in WITH_DECODER and self.model.decoder != "none"
         return has_decoder and self.training.encoder == "fine_tuned"
 
+    @property
+    def chooses_by_validation(self) -> bool:
+        """True if training decides something by the validation split, which then can't serve as a test."""
+        section = self.training
+        epoch = section.selection != "last" or section.early_stopping is not None
+        return epoch or section.schedule == "plateau" or self.model.method == "ensemble"
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         data, model, method = self.data, self.model, self.model.method
         contradictions = (
             (data.fold >= data.folds, f"data.fold {data.fold} doesn't exist: there are {data.folds}, counted from 0"),
             (
-                data.protocol != "grouped-cv" and data.fold != 0,
+                data.protocol not in ("grouped-cv", "cross-fitted") and data.fold != 0,
                 f"data.fold is for the protocol grouped-cv; {data.protocol} has one split",
+            ),
+            (
+                data.protocol == "cross-fitted" and self.metadata.imputation == "label_leaking",
+                "metadata.imputation label_leaking demonstrates a leak, and a cross-fitted run is to be used: choose "
+                "another",
             ),
             (
                 method == "metadata_only" and self.metadata.tier == "M0",

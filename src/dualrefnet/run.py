@@ -6,11 +6,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from importlib import import_module
 from importlib import metadata as packages
 from pathlib import Path
@@ -21,9 +24,9 @@ import psutil
 
 import dualrefnet
 from dualrefnet import run_schema
-from dualrefnet.data.protocols import refuse_crossing
+from dualrefnet.data.protocols import FOLD, refuse_crossing
 from dualrefnet.data.schema import Dataset
-from dualrefnet.errors import DualRefNetError, RecipeError, RunError
+from dualrefnet.errors import DualRefNetError, RecipeError, RunError, in_python
 from dualrefnet.files import (
     is_file,
     locked,
@@ -41,8 +44,13 @@ if TYPE_CHECKING:
 
 # What `dualrefnet evaluate` writes.
 MEASURED = ("predictions.csv", "calibration.json", "out_of_scope.safetensors", "metrics.json")
-
-
+# What a training writes before its first epoch, and all that a run may have.
+BEGUN = {"recipe.yaml", "split.csv", "model.json", "fingerprint.json"}
+CROSS_FITTED = "cross-fitted"
+# The folder in a cross-fitted run.
+MEMBERS = "members"
+FILES = {*BEGUN, *MEASURED, "model.safetensors", "history.csv", "checkpoint.safetensors"}
+FILES |= {"probes", "explanations", "report", "external", MEMBERS, "tracker"}
 # While a training writes the folder.
 LOCK = ".lock"
 # Libraries that numbers depend on, and how they are imported.
@@ -51,16 +59,76 @@ LIBRARIES |= {"opencv-python-headless": "cv2", "pillow": "PIL", "numpy": "numpy"
 LIBRARIES |= {"scikit-learn": "sklearn"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False, repr=False)
 class Run:
     """A run folder."""
 
     path: Path
 
+    def __init__(self, path: Path | str) -> None:
+        object.__setattr__(self, "path", Path(path))
+
+    def __repr__(self) -> str:
+        try:
+            said = self.summary().splitlines()[0] if self.finished else "unfinished"
+        except DualRefNetError as error:
+            said = str(error)
+        return f"Run({str(self.path)!r}: {said})"
+
+    def summary(self) -> str:
+        """Return the result in a few lines: what was measured on whom, calibration, what is missing, limitations."""
+        from dualrefnet.display.format import availability_line, calibration_line, percent, protocol_name
+        from dualrefnet.evaluation.bootstrap import images_of
+
+        metrics, recipe, unit = self.metrics, self.recipe, self.unit
+        images = metrics["support"]
+        groups = metrics["bootstrap"]["groups"] if "bootstrap" in metrics else images
+        lines = [
+            f"{recipe.model.method} on {metrics['dataset']}: "
+            f"balanced accuracy {percent(metrics, 'balanced_accuracy')}, "
+            f"{images_of(images, groups, unit if 'bootstrap' in metrics else 'image')}",
+            protocol_name(recipe.data.protocol, unit),
+        ]
+        lines += [calibration_line(metrics["calibrated"])] if "calibrated" in metrics else []
+        lines += [availability_line(metrics["availability"])] if "availability" in metrics else []
+        lines += ["SYNTHETIC IMAGES, NOT CLINICAL"] if metrics["drawn"] else []
+        return "\n".join(filter(None, [*lines, *metrics["remarks"]]))
+
+    @in_python
+    def evaluate(self, root: Path | str | None = None) -> dict[str, Any]:
+        """Measure the trained model again; returns the metrics, which are also written.
+
+        Args:
+            root: where the data are now, if they have moved.
+        """
+        from dualrefnet.analysis.evaluate import evaluate_run
+
+        return evaluate_run(self, root)
+
+    @in_python
+    def report(self, path: Path | str | None = None, *, explanations: bool = True) -> Path:
+        """Write the report; returns the HTML page.
+
+        Args:
+            path: folder; None: `report` in the run folder.
+            explanations: also what needs the model and the data, which takes minutes.
+        """
+        from dualrefnet.report.run_report import write_report
+
+        return write_report(self, None if path is None else Path(path), explained=explanations)
+
     @property
     def weights_file(self) -> Path:
         """The best epoch's parameters."""
         return self.path / "model.safetensors"
+
+    @property
+    def members(self) -> list[Run]:
+        """The runs of which a cross-fitted run consists, one a fold; none of any other run."""
+        is_member = self.path.parent.name == MEMBERS and (self.path.parent.parent / "recipe.yaml").is_file()
+        if is_member or self.recipe.data.protocol != CROSS_FITTED:
+            return []
+        return [Run(self.path / MEMBERS / str(fold)) for fold in range(self.recipe.data.folds)]
 
     @property
     def checkpoint_file(self) -> Path:
@@ -92,6 +160,14 @@ class Run:
         """The resolved recipe."""
         with self._reading("recipe.yaml") as path:
             return run_schema.check_recipe(load_recipe(path))
+
+    @property
+    def trained(self) -> bool:
+        """True if training is over, and the parameters are there."""
+        if members := self.members:
+            return all(member.trained for member in members)
+        made = self.path / "fingerprint.json"
+        return self.weights_file.is_file() and made.is_file() and "model_sha256" in self.fingerprint
 
     @property
     def split(self) -> pd.DataFrame:
@@ -176,6 +252,10 @@ class Run:
 
     def check_weights(self) -> None:
         """Refuse parameters that aren't those of the training; RunError says so. Older runs don't record them."""
+        for member in self.members:
+            member.check_weights()
+        if self.members:
+            return
         recorded = self.fingerprint.get("model_sha256") if (self.path / "fingerprint.json").is_file() else None
         with self._reading(self.weights_file.name) as path:
             if recorded is not None and sha256_of_file(path) != recorded:
@@ -192,7 +272,7 @@ class Run:
             for name in ("metrics", "predictions", "fingerprint", *optional):
                 if name not in optional or optional[name].is_file():
                     getattr(self, name)
-            if self.weights_file.is_file():
+            if all(run.weights_file.is_file() for run in self.members or [self]):
                 self.check_weights()
         except DualRefNetError as error:
             return str(error)
@@ -221,8 +301,6 @@ class Run:
 @contextmanager
 def run_lock(path: Path) -> Iterator[None]:
     """Keep a second training out of a run folder, which is made."""
-    if is_file(path):
-        raise RunError(f"{path} is a file; name a folder for the run")
     lock = make_folder(path) / LOCK
     with locked(lock, f"{path} is in use by another training; wait until it ends, or name another folder with --out"):
         try:
@@ -231,34 +309,59 @@ def run_lock(path: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
-def refuse_taken(path: Path, resume: bool) -> bool:
-    """Refuse a folder that holds something else, or a run unless it is resumed; return whether a run is there."""
+def new_folder(name: str, resume: bool = False, overwrite: bool = False) -> Path:
+    """Return the default folder of a run: `runs/NAME`, or with the time behind it where a finished run stays."""
+    folder = Path("runs") / name
+    # Several processes would each have a time of their own.
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    stays = Run(folder).finished and not resume and not overwrite
+    return folder.with_name(f"{name}-{datetime.now():%Y%m%d-%H%M%S}") if stays and alone else folder
+
+
+def refuse_taken(path: Path, resume: bool = False, overwrite: bool = False) -> bool:
+    """Refuse a folder that holds something else, or a run unless it is resumed or overwritten; return whether there is
+    a run to go on with.
+    """
+    if is_file(path):
+        raise RunError(f"{path} is a file; name a folder for the run")
     found = [file for file in path.iterdir() if file.name != LOCK] if path.is_dir() else []
     # A kill during the very first write leaves no more than such a file.
-    if all(file.match(".*.partial") for file in found):
+    found = [file for file in found if not file.match(".*.partial")]
+    if not found:
         return False
     if not (path / "recipe.yaml").is_file():
-        raise RunError(f"{path} isn't empty and isn't a run folder; name another one with --out (Python: out=)")
+        raise RunError(f"{path} isn't empty and isn't a run folder; name another one with --out")
+    names = {file.name for file in found}
+    if overwrite and names - FILES:
+        strange = sorted(names - FILES)[0]
+        raise RunError(f"{path} holds {strange}, which no run has; take it away, or name another folder with --out")
+    # Before the first epoch there is nothing to lose, and a start that failed must not block the next one.
+    if overwrite or names <= BEGUN:
+        return False
     if not resume:
         what = "a finished run" if Run(path).finished else "an unfinished run"
-        fix = "continue it with --resume (Python: resume=True), or name another folder with --out (out=)"
+        fix = "continue it with --resume, replace it with --overwrite, or name another folder with --out"
         raise RunError(f"{path} holds {what}; {fix}")
     return True
 
 
-def start_run(path: Path, recipe: Recipe, resume: bool) -> Run:
+def start_run(path: Path, recipe: Recipe, resume: bool = False, overwrite: bool = False) -> Run:
     """Open the folder of a run that begins or goes on."""
     run = Run(path)
-    if refuse_taken(path, resume) and run.recipe != recipe:
+    if not refuse_taken(path, resume, overwrite):
+        for name in FILES:
+            shutil.rmtree(path / name) if (path / name).is_dir() else (path / name).unlink(missing_ok=True)
+    elif run.recipe != recipe:
         changed = ", ".join(differences(run.recipe, recipe)[:3])
-        raise RunError(f"{path} was started with another recipe ({changed}); name another folder with --out")
+        fix = "replace it with --overwrite, or name another folder with --out"
+        raise RunError(f"{path} was started with another recipe ({changed}); {fix}")
     write_yaml(path / "recipe.yaml", recipe.model_dump(mode="json"))
     return run
 
 
 def write_split(run: Run, split: pd.DataFrame) -> None:
     """Write the split, or check that a resumed run has the same one."""
-    split = split.astype(str)
+    split = split.astype({name: str for name in split if name != FOLD})
     if (run.path / "split.csv").is_file():
         if not run.split.equals(split.reset_index(drop=True)):
             what = "its split.csv doesn't fit any more; start anew with --out"

@@ -16,7 +16,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from dualrefnet.data.metadata import MetadataEncoder
-from dualrefnet.data.protocols import SPLIT_COLUMNS
+from dualrefnet.data.protocols import FOLD, SPLIT_COLUMNS
 from dualrefnet.data.schema import Unit
 from dualrefnet.evaluation.metrics import CLASS_MEASURES, HEADLINE_MEASURES, check_predictions
 from dualrefnet.files import read_csv, read_json
@@ -112,6 +112,7 @@ Metrics = schema(
         "calibrated": Calibrated,
         "availability": Availability,
         "out_of_scope": Values,
+        "folds": schema(count=int),
         "aggregated": schema(
             *HEADLINE_MEASURES, by=Literal["lesion", "patient"], images=int, left_out=int, remarks=list[str]
         ),
@@ -167,6 +168,8 @@ Model = schema(
     preprocessing=schema(image=ImageSection, mean=Triple, std=Triple),
     metadata=dict[str, Any],
     weights=Annotated[several(Source), Field(min_length=1)],
+    # Of a cross-fitted run: the number of its models.
+    optional={"members": Annotated[int, Field(ge=3, le=50)]},
 )
 
 Fingerprint = schema(
@@ -290,13 +293,17 @@ def check_fits_recipe(model: dict[str, Any], recipe: Recipe) -> None:
 
 def read_split(path: Path) -> pd.DataFrame:
     table = read_csv(path, dtype=str, keep_default_na=False)
-    if list(table.columns) != list(SPLIT_COLUMNS):
-        raise ValueError(f"its columns must be {', '.join(SPLIT_COLUMNS)}")
+    if list(table.columns) not in ([*SPLIT_COLUMNS], [*SPLIT_COLUMNS, FOLD]):
+        raise ValueError(f"its columns must be {', '.join(SPLIT_COLUMNS)}, and {FOLD} if it is cross-fitted")
     if not len(table) or table.isna().any(axis=None) or (table == "").any(axis=None):
         raise ValueError("it has no rows, or an empty cell")
     if not table["image_id"].is_unique:
         raise ValueError("an image stands twice")
     _refuse_others(table["split"], ("train", "val", "test"))
+    if FOLD in table:
+        _refuse_others(table["split"], ("test",))
+        _refuse_others(table[FOLD], list(map(str, range(table[FOLD].nunique()))))
+        table[FOLD] = table[FOLD].astype(int)
     return table
 
 

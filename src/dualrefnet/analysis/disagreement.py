@@ -13,7 +13,7 @@ import pandas as pd
 from dualrefnet.display.figure import WIDTH, ReportFigure, new_figure, show_image, styled, truncate
 from dualrefnet.errors import RunError
 from dualrefnet.evaluation.bootstrap import Bootstrap, Difference
-from dualrefnet.evaluation.comparison import pooled_bootstrap
+from dualrefnet.evaluation.comparison import class_differences, corrected_classes, pooled_bootstrap
 from dualrefnet.run import Run
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ class Disagreement:
     `table`: image_id, label, predicted_a, predicted_b, p_true_a, p_true_b (probability of the true class) and kind (one
     of `KINDS`), in the order of A. `chosen`: rows of it to be shown, first those that only A gets right, then those
     that only B does; the largest difference in the probability of the true class first. `difference`: A - B in balanced
-    accuracy, its interval over patients. `only_a`, `only_b`: test images of one that the other wasn't tested on, and
-    which are left out.
+    accuracy, its interval over patients; `per_class`: the same class by class, see `class_differences`. `only_a`,
+    `only_b`: test images of one that the other wasn't tested on, and which are left out.
     """
 
     table: pd.DataFrame
@@ -45,6 +45,7 @@ class Disagreement:
     balanced_accuracy_a: float
     balanced_accuracy_b: float
     difference: Difference
+    per_class: pd.DataFrame
     patients: int
     only_a: int
     only_b: int
@@ -87,6 +88,7 @@ def find_disagreement(a: Run, b: Run, cases: int = 6, samples: int = 1000, seed:
         found.points["a"]["balanced_accuracy"],
         found.points["b"]["balanced_accuracy"],
         found.difference("a", "b", "balanced_accuracy"),
+        corrected_classes(class_differences(found, "a", "b", classes)),
         found.groups,
         only_a=len(tested[0]) - len(both),
         only_b=len(tested[1]) - len(both),

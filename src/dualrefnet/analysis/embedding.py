@@ -1,5 +1,5 @@
-"""How well classes are apart in the fused features that are classified: a t-SNE map, silhouette and nearest neighbours,
-with intervals over patients.
+"""How well classes are apart in the fused features and in the hidden activations that they become: a t-SNE map,
+silhouette, compactness and nearest neighbours, with intervals over patients.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from dualrefnet.analysis.opened_run import OpenedRun, Progress, in_batches, samp
 from dualrefnet.data.loader import Examples
 from dualrefnet.display.figure import (
     FAINT,
+    PAPER,
     PRIMARY,
     SECONDARY,
     ReportFigure,
@@ -32,7 +33,7 @@ from dualrefnet.display.figure import (
     new_figure,
     styled,
 )
-from dualrefnet.display.format import interval, number
+from dualrefnet.display.format import Cell, PrintedTable, interval, number
 from dualrefnet.errors import RunError
 from dualrefnet.evaluation.bootstrap import Difference, Estimate, group_codes, images_of
 from dualrefnet.evaluation.comparison import PooledBootstrap
@@ -42,12 +43,17 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 NEIGHBOURS = 5
+# Where the classes are looked at -> what it is called: before and after the first of the two layers that R penalises.
+VECTORS = {"fused": "fused features", "hidden": "hidden activations"}
 # Measure -> what it is called.
 MEASURES = {
     "silhouette": "silhouette (mean over images)",
     "silhouette_balanced": "silhouette (mean over classes)",
+    "within_class_variance": "variance within classes (less is better)",
     "knn_balanced_accuracy": f"balanced accuracy of the {NEIGHBOURS} nearest neighbours",
 }
+# The smaller it is, the more compact are the classes.
+LESS_IS_BETTER = ("within_class_variance",)
 LEVEL = 0.95
 # MiB of distances at a time.
 MEMORY = 128
@@ -59,8 +65,8 @@ ROUNDING = 1e-5
 
 @dataclass(frozen=True)
 class Features:
-    """The fused features (N, D) of N test images, the vector that is classified; `groups` are patients or lesions
-    (`unit`).
+    """The fused features (N, D) and hidden activations (N, H) of N test images, the same array in a network without a
+    layer between; `groups` are patients or lesions (`unit`).
     """
 
     name: str
@@ -68,31 +74,47 @@ class Features:
     image_ids: tuple[str, ...]
     labels: NDArray[np.int64]
     groups: NDArray[Any]
-    values: NDArray[np.float32]
+    fused: NDArray[np.float32]
+    hidden: NDArray[np.float32]
     unit: str = "patient"
+
+    def vectors(self) -> dict[str, NDArray[np.float32]]:
+        """Return the arrays by the keys of `VECTORS`."""
+        return {"fused": self.fused, "hidden": self.hidden}
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """A map of test images, and how well the classes are apart in the features that it was made from.
+    """A map of test images, and how well the classes are apart in the vectors that it was made from.
 
-    `table`: image_id, class, x, y, run; a sample of the test `images` (in a comparison: of those in both).
-    `separation`: `MEASURES` of the run, and of the other one in a comparison; intervals resample the `unit`, and an
-    image keeps its neighbours in them. `dimensions`: of the features, without constant ones.
+    `table`: image_id, class, vector (of `VECTORS`; the fused one alone where no run has a hidden layer), x, y, run; a
+    sample of the test `images` (in a comparison: of those in both). `separation`: `MEASURES` of the run, and of the
+    other one in a comparison; intervals resample the `unit`, and an image keeps its neighbours in them. `dimensions`:
+    of each vector, without constant ones.
     """
 
     name: str
     classes: tuple[str, ...]
     table: pd.DataFrame
     separation: PooledBootstrap
-    dimensions: int
+    dimensions: dict[str, int]
     images: int
     seed: int
     unit: str
 
-    def value(self, measure: str) -> Estimate:
-        """Return one of `MEASURES` with its interval."""
-        return self.separation.value(self.name, measure)
+    @property
+    def vectors(self) -> list[str]:
+        """Which of `VECTORS` were looked at."""
+        return list(self.dimensions)
+
+    @property
+    def test_images(self) -> int:
+        """Images in the map."""
+        return len(self.table) // len(self.dimensions)
+
+    def value(self, measure: str, vector: str) -> Estimate:
+        """Return one of `MEASURES` of a vector with its interval."""
+        return self.separation.value(_space(self.name, vector), measure)
 
 
 @dataclass(frozen=True)
@@ -102,20 +124,17 @@ class EmbeddingComparison:
     first: Embedding
     second: Embedding
 
-    def difference(self, measure: str) -> Difference:
+    def difference(self, measure: str, vector: str) -> Difference:
         """Return how far the first run is above the second by one of `MEASURES`."""
-        return self.first.separation.difference(self.first.name, self.second.name, measure)
+        first, second = (_space(run.name, vector) for run in (self.first, self.second))
+        return self.first.separation.difference(first, second, measure)
 
-    def sentence(self, measure: str) -> str:
-        """Say in numbers which run separates the classes better, or that there is no clear difference."""
-        found = self.difference(measure)
-        values = ", ".join(f"{run.name} {run.value(measure).value:.3f}" for run in (self.first, self.second))
-        difference = f"{number(found.value, '+.3f')} {interval(found.low, found.high, '+.3f')}"
-        result = "there is no clear difference"
-        # The interval doesn't hold 0.
-        if not found.low <= 0 <= found.high:
-            result = f"{(self.first if found.low > 0 else self.second).name} separates the classes better"
-        return f"By the {MEASURES[measure]}, {result} ({values}; difference {difference})."
+    def better(self, measure: str, vector: str) -> str:
+        """Return the name of the run that separates the classes better; empty: the interval holds 0."""
+        found = self.difference(measure, vector)
+        if found.low <= 0 <= found.high:
+            return ""
+        return (self.first if (found.low > 0) != (measure in LESS_IS_BETTER) else self.second).name
 
 
 def embed(
@@ -125,14 +144,17 @@ def embed(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Embedding:
-    """Map at most `images` test images of a run, each class in proportion, and measure how well its features separate
-    them.
+    """Map at most `images` test images of a run, each class in proportion, and measure how well it separates them.
 
     Raises:
         RunError: there are too few images, classes or patients; or the features are constant or not finite.
     """
     examples = opened.examples("test")
     rows = sample_rows(examples.labels, images, seed)
+    if examples.folds is not None:
+        # Features of different members lie in different spaces: those of one, on the fold that it hasn't seen.
+        rows = np.flatnonzero(examples.folds == 0)
+        rows = rows[sample_rows(examples.labels[rows], images, seed)]
     features = _read(opened, opened.run.path.resolve().name, examples, rows, progress)
     return embed_features([features], len(examples), samples, seed)[0]
 
@@ -153,7 +175,14 @@ def compare_embeddings(
     """
     runs = (first, second)
     tested = [opened.examples("test") for opened in runs]
-    both = shared_images(*(_frame(opened, examples) for opened, examples in zip(runs, tested, strict=True)))
+    frames = [_frame(opened, examples) for opened, examples in zip(runs, tested, strict=True)]
+    # Of a cross-fitted run the first fold; see `embed`.
+    both = shared_images(
+        *(
+            frame if examples.folds is None else frame[examples.folds == 0]
+            for frame, examples in zip(frames, tested, strict=True)
+        )
+    )
     codes = np.array([first.classes.index(label) for label in both["label"]])
     chosen = both["image_id"].to_numpy()[sample_rows(codes, images, seed)]
     features = []
@@ -169,25 +198,33 @@ def compare_embeddings(
 
 
 def embed_features(runs: Sequence[Features], images: int, samples: int = 1000, seed: int = 0) -> list[Embedding]:
-    """Map and measure features, a sample of `images`; several runs of other names on the same images with the same
+    """Map and measure the vectors of a sample of `images`; several runs of other names on the same images with the same
     resamples.
     """
     labels, groups = runs[0].labels, runs[0].groups
     counts = np.unique(labels, return_counts=True)[1]
     if len(labels) < FEWEST or len(counts) < 2 or counts.max() < 2 or len(set(groups)) < 2:
         raise RunError(f"a map needs at least {FEWEST} test images, of 2 classes (one with 2 images) and 2 patients")
-    spaces = {run.name: _standardise(run) for run in runs}
+    hidden = any(not np.array_equal(run.fused, run.hidden) for run in runs)
+    vectors = list(VECTORS) if hidden else ["fused"]
+    spaces = {_space(run.name, vector): _standardise(run, vector) for run in runs for vector in vectors}
     separation = measure_separation(spaces, labels, groups, samples, seed)
     result = []
     for run in runs:
-        place = _map(spaces[run.name], seed)
-        names = [run.classes[label] for label in run.labels]
-        table = pd.DataFrame(
-            {"image_id": run.image_ids, "class": names, "x": place[:, 0], "y": place[:, 1], "run": run.name}
-        )
-        dimensions = spaces[run.name].shape[1]
+        own = {vector: spaces[_space(run.name, vector)] for vector in vectors}
+        columns = {"image_id": run.image_ids, "class": [run.classes[label] for label in run.labels]}
+        tables = []
+        for vector, space in own.items():
+            place = _map(space, seed)
+            tables.append(pd.DataFrame({**columns, "vector": vector, "x": place[:, 0], "y": place[:, 1]}))
+        table = pd.concat(tables, ignore_index=True).assign(run=run.name)
+        dimensions = {vector: space.shape[1] for vector, space in own.items()}
         result.append(Embedding(run.name, run.classes, table, separation, dimensions, images, seed, run.unit))
     return result
+
+
+def _space(run: str, vector: str) -> str:
+    return f"{run}, {VECTORS[vector]}"
 
 
 def _frame(opened: OpenedRun, examples: Examples) -> pd.DataFrame:
@@ -199,26 +236,27 @@ def _frame(opened: OpenedRun, examples: Examples) -> pd.DataFrame:
 def _read(
     opened: OpenedRun, name: str, examples: Examples, rows: NDArray[np.int64], progress: Progress | None
 ) -> Features:
-    """Run the model over rows of examples and keep the features that it classifies."""
-    parts = []
+    """Run the model over rows of examples and keep what it classifies."""
+    fused, hidden = [], []
     for some in in_batches(rows, opened.recipe.evaluation.batch_size, progress):
         batch = examples.batch(some)
         output = opened.model(opened.encode(batch), batch.metadata.to(opened.device))
-        parts.append(output.features.float().cpu().numpy())
+        fused.append(output.features.float().cpu().numpy())
+        hidden.append(output.hidden.float().cpu().numpy())
     chosen = _frame(opened, examples).iloc[rows]
-    values, unit = np.concatenate(parts), opened.dataset.schema.unit
-    ids, groups = tuple(chosen["image_id"]), chosen["group"].to_numpy()
-    return Features(name, opened.classes, ids, examples.labels[rows], groups, values, unit)
+    ids, groups, labels = tuple(chosen["image_id"]), chosen["group"].to_numpy(), examples.labels[rows]
+    values = (np.concatenate(fused), np.concatenate(hidden))
+    return Features(name, opened.classes, ids, labels, groups, *values, opened.dataset.schema.unit)
 
 
-def _standardise(run: Features) -> Floats:
-    """Return the features with mean 0 and sd 1 in every dimension that varies."""
-    values = run.values.astype(np.float64)
+def _standardise(run: Features, vector: str) -> Floats:
+    """Return a vector of all images with mean 0 and sd 1 in every dimension that varies."""
+    values, name = run.vectors()[vector].astype(np.float64), VECTORS[vector]
     if not np.isfinite(values).all():
-        raise RunError(f"the features of {run.name} aren't finite: its training has failed")
+        raise RunError(f"the {name} of {run.name} aren't finite: its training has failed")
     values = values[:, np.ptp(values, axis=0) > ROUNDING * np.abs(values).max(axis=0)]
     if values.shape[1] < 2:
-        raise RunError(f"the features of {run.name} are the same for all images: its training has failed")
+        raise RunError(f"the {name} of {run.name} are the same for all images: its training has failed")
     standardised: Floats = (values - values.mean(axis=0)) / values.std(axis=0)
     return standardised
 
@@ -240,8 +278,10 @@ def measure_separation(
     """Measure how well the classes are apart in spaces (name -> (N, D)), each with the same resamples of patients.
 
     The silhouette (Rousseeuw 1987) of an image says whether it is nearer to its own class than to the nearest other
-    one, from -1 to 1, by the mean Euclidean distance; that of a class's only image is 0. It and `neighbours_right` are
-    computed once for every image, and the intervals resample these numbers by patient: an image keeps its neighbours.
+    one, from -1 to 1, by the mean Euclidean distance; that of a class's only image is 0. The variance within classes is
+    the mean squared distance to the mean of the class, as a share of that to the mean of all. These and
+    `neighbours_right` are computed once for every image, and the intervals resample these numbers by patient: an image
+    keeps its neighbours.
     Return `MEASURES` of every space; a class of which no image was drawn is left out of that sample.
     """
     codes = group_codes(groups)
@@ -258,16 +298,38 @@ def measure_separation(
     drawn: dict[str, dict[str, Floats]] = {}
     for name, space in spaces.items():
         with config_context(working_memory=MEMORY):
-            values = (np.ones(len(labels)), silhouette_samples(space, labels), neighbours_right(space, labels, codes))
+            values = (
+                np.ones(len(labels)),
+                silhouette_samples(space, labels),
+                _squared_distances(space, labels),
+                neighbours_right(space, labels, codes),
+            )
         sums = [by_patient(one) for one in values]
         points[name] = {measure: float(value[0]) for measure, value in _measure(sums, np.ones((1, patients))).items()}
         drawn[name] = _measure(sums, weights.astype(np.float64))
     return PooledBootstrap(points, drawn, patients, len(labels), LEVEL)
 
 
+def _squared_distances(space: Floats, labels: NDArray[np.int64]) -> Floats:
+    """Return (N,): the squared distance to the mean of the own class, divided by the mean of those to the mean of all
+    images.
+    """
+    centres = np.stack(
+        [
+            space[labels == label].mean(axis=0) if (labels == label).any() else np.zeros(space.shape[1])
+            for label in range(labels.max() + 1)
+        ]
+    )
+    within = ((space - centres[labels]) ** 2).sum(axis=1)
+    total: float = ((space - space.mean(axis=0)) ** 2).sum(axis=1).mean()
+    return np.asarray(within / total, dtype=np.float64)
+
+
 def _measure(sums: list[Floats], weights: Floats) -> dict[str, Floats]:
-    """Return every measure of resamples (S, G), (S,) each, from counts, silhouettes and right neighbours, (G, C)."""
-    counts, silhouettes, right = (weights @ part for part in sums)
+    """Return every measure of resamples (S, G), (S,) each, from counts, silhouettes, squared distances and right
+    neighbours, (G, C).
+    """
+    counts, silhouettes, distances, right = (weights @ part for part in sums)
 
     def over_classes(totals: Floats) -> Floats:
         # A class that wasn't drawn is left out of that sample.
@@ -277,6 +339,7 @@ def _measure(sums: list[Floats], weights: Floats) -> dict[str, Floats]:
     return {
         "silhouette": silhouettes.sum(axis=1) / counts.sum(axis=1),
         "silhouette_balanced": over_classes(silhouettes),
+        "within_class_variance": over_classes(distances),
         "knn_balanced_accuracy": over_classes(right),
     }
 
@@ -307,49 +370,61 @@ def neighbours_right(points: Floats, labels: NDArray[np.int64], groups: NDArray[
 
 
 # Letters that fit into a line: of a panel's title, of the legend.
-TITLE, LEGEND = 44, 52
+TITLE, LEGEND = 30, 52
 _KNN = "knn_balanced_accuracy"
 
 
 @styled
 def draw_embedding(a: Embedding, b: Embedding | None = None) -> ReportFigure:
-    """Draw the map of a run's test images, or of two runs' on the same images one above the other."""
+    """Draw the maps of a run's test images, or of two runs' on the same images one above the other: a column for each
+    vector.
+    """
     maps = [a] if b is None else [a, b]
+    vectors = a.vectors
     shown = [name for name in a.classes if (a.table["class"] == name).any()]
     columns = max(1, min(4, 40 // max(len(name) + 4 for name in shown)))
-    figure, axes = new_figure(3.1 * len(maps) + 0.2 + 0.16 * -(-len(shown) // columns), len(maps))
-    for axis, run in zip(axes, maps, strict=True):
-        _draw_map(axis, run)
-        silhouette, neighbours = (run.value(measure).value for measure in ("silhouette", _KNN))
-        numbers = f"silhouette {number(silhouette, '.2f')}, neighbours {number(neighbours, '.2f')}"
-        axis.set_title(f"{textwrap.fill(run.name, TITLE)}\n{numbers}")
+    tall = 2.2 if len(vectors) > 1 else 3.1
+    height = tall * len(maps) + 0.2 + 0.16 * -(-len(shown) // columns)
+    figure, axes = new_figure(height, len(maps), len(vectors))
+    for axis, (run, vector) in zip(axes, [(run, vector) for run in maps for vector in vectors], strict=True):
+        _draw_map(axis, run, run.table[run.table["vector"] == vector])
+        silhouette, neighbours = (number(run.value(measure, vector).value, ".2f") for measure in ("silhouette", _KNN))
+        title = textwrap.fill(run.name, TITLE) + f"\n{VECTORS[vector]}" * (len(vectors) > 1)
+        axis.set_title(f"{title}\nsilhouette {silhouette}, neighbours {neighbours}", fontsize=7)
     handles, labels = axes[0].get_legend_handles_labels()
     handles = [handles[labels.index(name)] for name in shown]
     figure.legend(handles, shown, loc="outside lower center", ncols=columns, markerscale=1.6, handletextpad=0.1)
-    few = "all" if len(a.table) == a.images else f"{len(a.table)} (each class in proportion, seed {a.seed}) of the"
+    sampled = a.test_images < a.images
+    few = f"{a.test_images} (each class in proportion, seed {a.seed}) of the" if sampled else "all"
     which = "test images" if b is None else "images that both runs were tested on"
     values = "; ".join(
-        f"{run.name}: " + ", ".join(f"{MEASURES[name]} {_interval(run, name)}" for name in MEASURES) for run in maps
+        f"{run.name}, {VECTORS[vector]}: "
+        + ", ".join(f"{MEASURES[name]} {_interval(run, name, vector)}" for name in MEASURES)
+        for run in maps
+        for vector in vectors
     )
     caption = (
         f"Each mark is a test image, {few} {images_of(a.images, a.separation.groups, a.unit, which)}; images near each "
-        "other have similar fused features, but axes, sizes of clusters and distances between them mean nothing "
-        "(t-SNE). The numbers are measured on the features themselves: the silhouette (−1 to 1), and the nearest "
-        f"neighbours from other {a.unit}s (chance {1 / len(shown):.2f}). {values}. {_intervals(a)}"
+        "other have similar features, but axes, sizes of clusters and distances between them mean nothing "
+        "(t-SNE). The numbers are measured on the vectors themselves: the silhouette (−1 to 1), the variance within "
+        f"classes (less is more compact) and the nearest neighbours from other {a.unit}s (chance "
+        f"{1 / len(shown):.2f})."
     )
-    alt = f"Map of {len(a.table)} test images of {len(shown)} classes. {values}."
-    name = "embedding" if b is None else "embeddings"
-    return ReportFigure(
-        name, "t-SNE of the fused features", caption, alt, figure, pd.concat([run.table for run in maps])
-    )
+    if b is None:
+        caption += f" {values}. {_intervals(a)}"
+    if len(vectors) == 1:
+        caption += " The network has no hidden layer between the fused features and the scores."
+    alt = f"Maps of {a.test_images} test images of {len(shown)} classes. {values}."
+    name, title = "embedding" if b is None else "embeddings", " and ".join(VECTORS[vector] for vector in vectors)
+    return ReportFigure(name, f"t-SNE of the {title}", caption, alt, figure, pd.concat([run.table for run in maps]))
 
 
-def _draw_map(axis: Axes, run: Embedding) -> None:
+def _draw_map(axis: Axes, run: Embedding, table: pd.DataFrame) -> None:
     colours, markers = class_colours(run.classes), class_markers(run.classes)
-    size = 9 if len(run.table) > 600 else 14
+    size = 5 if len(table) > 600 else 9
     # Rare classes on top.
-    for name in run.table["class"].value_counts().index:
-        rows = run.table[run.table["class"] == name]
+    for name in table["class"].value_counts().index:
+        rows = table[table["class"] == name]
         look = {"color": colours[name], "marker": markers[name], "alpha": 0.8, "linewidths": 0, "label": name}
         axis.scatter(rows["x"], rows["y"], s=size, **look)
     axis.set_xticks([])
@@ -360,42 +435,65 @@ def _draw_map(axis: Axes, run: Embedding) -> None:
 
 @styled
 def draw_separation(comparison: EmbeddingComparison) -> ReportFigure:
-    """Draw silhouettes and nearest neighbours of two runs on the same images, with intervals."""
+    """Draw the measures of two runs on the same images, with intervals, for each vector."""
     runs = (first := comparison.first, comparison.second)
-    figure, axes = new_figure(3.1, len(MEASURES))
+    places = [(run, vector) for vector in first.vectors for run in runs]
+    figure, axes = new_figure(0.4 + len(MEASURES) * (0.4 + 0.17 * len(places)), len(MEASURES))
     chance = 1 / first.table["class"].nunique()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
-        axis.axvline(chance if measure == _KNN else 0, color=FAINT, linewidth=1)
-        for place, (run, colour, marker) in enumerate(zip(runs, (PRIMARY, SECONDARY), ("o", "s"), strict=True)):
-            found = run.value(measure)
+        if measure not in LESS_IS_BETTER:
+            axis.axvline(chance if measure == _KNN else 0, color=FAINT, linewidth=1)
+        for place, (run, vector) in enumerate(places):
+            found = run.value(measure, vector)
+            colour, marker = (PRIMARY, "o") if run is first else (SECONDARY, "s")
             axis.plot([found.low, found.high], [place, place], color=colour)
-            label = textwrap.fill(run.name, LEGEND)
-            axis.plot([found.value], [place], marker, color=colour, markersize=5, label=label)
-            row = {"run": run.name, "measure": measure, "value": found.value, "low": found.low, "high": found.high}
-            rows.append(row)
+            label = textwrap.fill(f"{run.name}, {VECTORS[vector]}", LEGEND)
+            face = PAPER if vector == "fused" and len(first.vectors) > 1 else colour
+            axis.plot([found.value], [place], marker, color=colour, markersize=5, markerfacecolor=face, label=label)
+            row = {"run": run.name, "vector": vector, "measure": measure}
+            rows.append({**row, "value": found.value, "low": found.low, "high": found.high})
         axis.set_title(title[0].upper() + title[1:])
-        axis.set_ylim(1.6, -0.6)
+        axis.set_ylim(len(places) - 0.4, -0.6)
         # The numbers stand where they can't meet a dot.
         axis.yaxis.tick_right()
-        axis.set_yticks([0, 1], [_interval(run, measure) for run in runs])
+        axis.set_yticks(range(len(places)), [_interval(run, measure, vector) for run, vector in places])
         axis.tick_params(axis="y", length=0)
         axis.spines["left"].set_visible(False)
         axis.grid(visible=False, axis="y")
         axis.margins(x=0.08)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=1)
     caption = (
-        "Class separation in the fused features of two runs on the same "
-        f"{images_of(len(first.table), first.separation.groups, first.unit)}; further right is better. Grey line: 0 "
+        "Class separation of two runs on the same "
+        f"{images_of(first.test_images, first.separation.groups, first.unit)}; further right is better, but for the "
+        "variance, a share of that of all images. Grey line: 0 "
         f"for the silhouette, chance ({chance:.2f}) for the neighbours, which are images of other {first.unit}s. "
         f"{_intervals(first)}"
     )
-    alt = " ".join(comparison.sentence(measure) for measure in MEASURES)
-    return ReportFigure("separation", "Class separation", caption, alt, figure, pd.DataFrame(rows))
+    each = (f"{row['run']}, {VECTORS[row['vector']]}: {MEASURES[row['measure']]} {row['value']:.3f}" for row in rows)
+    return ReportFigure("separation", "Class separation", caption, "; ".join(each), figure, pd.DataFrame(rows))
 
 
-def _interval(run: Embedding, measure: str) -> str:
-    found = run.value(measure)
+def separation_table(comparison: EmbeddingComparison) -> PrintedTable:
+    """Return the measures of two runs and their differences."""
+    runs = (comparison.first, comparison.second)
+    rows = []
+    for vector in runs[0].vectors:
+        for measure, name in MEASURES.items():
+            found = comparison.difference(measure, vector)
+            found_each = [run.value(measure, vector) for run in runs]
+            line = [Cell(VECTORS[vector]), Cell(name)]
+            line += [Cell.estimate(one.value, one.low, one.high, bounds=".3f") for one in found_each]
+            difference = Cell(number(found.value, "+.3f"), interval(found.low, found.high, ".3f"))
+            better = comparison.better(measure, vector) or "no clear difference"
+            rows.append([*line, difference, Cell(number(found.p)), Cell(better)])
+    columns = ("vector", "measure", *(run.name for run in runs), "difference", "p", "better")
+    note = f"{_intervals(runs[0])} Of the variance within classes less is better: more compact classes."
+    return PrintedTable("Class separation", columns, rows, (note,), left=2)
+
+
+def _interval(run: Embedding, measure: str, vector: str) -> str:
+    found = run.value(measure, vector)
     return f"{number(found.value)} {interval(found.low, found.high, '.3f')}"
 
 

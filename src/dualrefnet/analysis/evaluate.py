@@ -7,7 +7,7 @@ the fields, in the same groups of inputs (see `runtime.availability`) and a few 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,12 +28,19 @@ from dualrefnet.analysis.perturbations import (
 )
 from dualrefnet.data.loader import Examples
 from dualrefnet.data.metadata import EncodedMetadata
-from dualrefnet.data.protocols import leak_remarks, leakage
+from dualrefnet.data.protocols import FOLD, leak_remarks, leakage
 from dualrefnet.data.schema import Dataset
 from dualrefnet.errors import DataError
 from dualrefnet.evaluation.bootstrap import Bootstrap, group_sums
-from dualrefnet.evaluation.calibration import Calibration, fit_calibration, fit_thresholds, measure_calibrated
+from dualrefnet.evaluation.calibration import (
+    Calibration,
+    CalibrationByFold,
+    fit_calibration,
+    fit_thresholds,
+    measure_calibrated,
+)
 from dualrefnet.evaluation.comparison import metrics_with_intervals, pooled_bootstrap
+from dualrefnet.evaluation.metrics import HEADLINE_MEASURES, compute_metrics
 from dualrefnet.files import write_csv, write_json
 from dualrefnet.progress import progress_bar, track
 from dualrefnet.run import Run
@@ -67,6 +74,13 @@ class InputPredictions:
         """D."""
         return len(self.probabilities)
 
+    def of(self, rows: NDArray[np.bool_]) -> InputPredictions:
+        """Return those for some of the split's rows, (N,)."""
+        kept = rows[self.places]
+        return replace(
+            self, places=self.places[kept], share=self.share[:, kept], probabilities=self.probabilities[:, kept]
+        )
+
     def flat(self, values: NDArray[Any]) -> NDArray[Any]:
         """Return an attribute (N,) of the split's rows for every prediction, (D * P,), ordered as `probabilities`."""
         return np.tile(values[self.places], self.draws)
@@ -87,29 +101,30 @@ class SplitPredictions(NamedTuple):
 
     inputs: dict[str, InputPredictions]  # `as_recorded`, the groups of availability, and the other named inputs
     vectors: NDArray[np.float32]  # (N, D) of the images; D is 0 where none is read
-    # Of validation alone: field -> how much of the probability moves when it is left out, on average over the rows
-    # where it is recorded.
+    # Of what the calibration is fitted on: field -> how much of the probability moves when it is left out, on average
+    # over the rows where it is recorded.
     field_effects: dict[str, float]
 
 
-def predict_split(opened: OpenedRun, split: str, examples: Examples) -> SplitPredictions:
-    """Predict the examples of a split (`val` or `test`) as recorded and with less; every image is encoded once."""
+def predict_split(opened: OpenedRun, split: str, examples: Examples, effects: bool) -> SplitPredictions:
+    """Predict the examples of a split (`val` or `test`) as recorded and with less, and measure the effects of fields,
+    if asked to; every image is encoded once.
+    """
     rows, encoder = opened.rows(split), opened.metadata
     recorded = encoder.encode(rows)
     inputs = _inputs(opened, rows, recorded)
-    # Validation says which fields matter; the test split isn't used for it.
-    left_out = encoder.fields if split == "val" and opened.reads_metadata else ()
+    left_out = encoder.fields if effects and opened.reads_metadata else ()
     without = [encoder.encode(without_fields(rows, [field.name])).values for field in left_out]
     beside = [one for one in inputs if one.image or not opened.model.reads_image]
     alone = [one for one in inputs if opened.model.reads_image and not one.image]
     with progress_bar(f"predicting {split}") as show:
         versions = [*(one.metadata.values for one in beside), *without]
         predicted, vectors = predict_with_metadata(opened, examples, versions, show)
-    predicted_alone = predict_without_image(opened, [one.metadata.values for one in alone])
-    effects = {}
+    predicted_alone = predict_without_image(opened, examples, [one.metadata.values for one in alone])
+    field_effects = {}
     for index, (field, probabilities) in enumerate(zip(left_out, predicted[len(beside) :], strict=True)):
         moved, known = np.abs(probabilities - predicted[0]).sum(axis=1) / 2, ~recorded.missing[:, index]
-        effects[field.name] = float(moved[known].mean()) if known.any() else 0.0
+        field_effects[field.name] = float(moved[known].mean()) if known.any() else 0.0
     of_input = dict(zip(map(id, [*beside, *alone]), [*predicted[: len(beside)], *predicted_alone], strict=True))
     gathered = {}
     for name in dict.fromkeys(one.name for one in inputs):
@@ -118,7 +133,7 @@ def predict_split(opened: OpenedRun, split: str, examples: Examples) -> SplitPre
         shares = [share_given(one.metadata.missing, opened.reads_metadata)[places] for one in draws]
         probabilities = np.stack([of_input[id(one)][places] for one in draws])
         gathered[name] = InputPredictions(group, image, places, np.stack(shares), probabilities)
-    return SplitPredictions(gathered, vectors, effects)
+    return SplitPredictions(gathered, vectors, field_effects)
 
 
 def _inputs(opened: OpenedRun, rows: pd.DataFrame, recorded: EncodedMetadata) -> list[_Input]:
@@ -182,11 +197,15 @@ def draw_present(
 
 
 def measure_availability(
-    calibration: Calibration, inputs: Mapping[str, InputPredictions], labels: NDArray[np.int64], bootstrap: Bootstrap
+    calibration: Calibration,
+    inputs: Mapping[str, InputPredictions],
+    labels: NDArray[np.int64],
+    bootstrap: Bootstrap,
+    by_fold: CalibrationByFold = (),
 ) -> dict[str, Any]:
     """Measure a calibrated run's test split by what is given. Intervals are 95%, over patients, given the calibration.
 
-    Inputs, labels (N,) and resamples are of the test split.
+    Inputs, labels (N,) and resamples are of the test split; for `by_fold` see `measure_calibrated`.
 
     Returns:
         `inputs`: named input -> measures; `groups`: of each group of availability its `name`, `group`, `temperature`,
@@ -197,7 +216,7 @@ def measure_availability(
             missingness shortcut takes away.
     """
     measured = {
-        name: _measure(calibration, inputs[name], labels, bootstrap)
+        name: _measure(by_fold or [(np.ones(len(labels), dtype=bool), calibration)], inputs[name], labels, bootstrap)
         for name in track(list(inputs), "with missing inputs")
     }
     fitted = {thresholds.group: thresholds for thresholds in calibration.availability}
@@ -215,8 +234,9 @@ def measure_availability(
 
 
 def _measure(
-    calibration: Calibration, one: InputPredictions, labels: NDArray[np.int64], every: Bootstrap
+    by_fold: CalibrationByFold, one: InputPredictions, labels: NDArray[np.int64], every: Bootstrap
 ) -> dict[str, Any]:
+    calibration = by_fold[0][1]
     truth, patients = one.flat(labels), one.flat(every.codes)
     scores = one.probabilities.reshape(len(truth), -1)
     result: dict[str, Any] = {"images": len(one.places), "fields": float(one.share.mean()) if one.share.size else None}
@@ -229,17 +249,22 @@ def _measure(
     drawn = pooled_bootstrap(labels[one.places], systems, once, calibration.classes, calibration.malignant)
     for measure in ("balanced_accuracy", "auc_macro_ovr", *(["malignant.auc"] if calibration.malignant else [])):
         result |= drawn.value("run", measure).to_json(measure.replace(".", "_"), bootstrap.level)
-    decided = calibration.decide(scores, np.full(len(scores), one.image), one.share.ravel())
     everyone, ill = np.ones(len(truth), dtype=bool), calibration.cancer[truth]
-    score = malignancy(calibration.probabilities(scores), calibration.cancer)
-    at_recorded = np.zeros(len(truth), dtype=bool) if calibration.referral is None else score >= calibration.referral
-    refer = decided.refer if decided.refer is not None else at_recorded
-    amounts = np.stack([decided.sets[np.arange(len(truth)), truth], refer, refer, at_recorded], axis=1)
+    sets, score = np.zeros(scores.shape, dtype=bool), np.zeros(len(truth))
+    refer, at_recorded = (np.zeros(len(truth), dtype=bool) for _ in range(2))
+    for of_fold, own in by_fold:
+        rows = one.flat(of_fold)
+        decided = own.decide(scores[rows], np.full(rows.sum(), one.image), one.share.ravel()[rows])
+        sets[rows] = decided.sets
+        score[rows] = malignancy(own.probabilities(scores[rows]), own.cancer)
+        at_recorded[rows] = False if own.referral is None else score[rows] >= own.referral
+        refer[rows] = at_recorded[rows] if decided.refer is None else decided.refer
+    amounts = np.stack([sets[np.arange(len(truth)), truth], refer, refer, at_recorded], axis=1)
     ratios = bootstrap.ratios(amounts, np.stack([everyone, ill, ~ill, ill], axis=1))
     names = ("coverage", "cancers_referred", "benign_referred", "cancers_at_recorded_threshold")
     for name, ratio in zip(names, ratios, strict=True):
         result |= ratio.to_json(name, bootstrap.level)
-    amounts = np.stack([decided.sets.sum(axis=1), score], axis=1)
+    amounts = np.stack([sets.sum(axis=1), score], axis=1)
     means = bootstrap.ratios(amounts, np.ones(amounts.shape, dtype=bool), proportions=False)
     for name, mean in zip(("mean_size", "mean_malignancy"), means, strict=True):
         result |= mean.to_json(name, bootstrap.level)
@@ -256,8 +281,9 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Predict validation and test, write `predictions.csv`, `calibration.json` and `metrics.json`, return the metrics.
 
-    The calibration is fitted on the validation split alone. `aggregate` (`lesion` or `patient`): the metrics also of
-    those, see `measure_aggregated`. Other arguments and errors are those of `open_run`.
+    The calibration is fitted on the validation split alone; of a cross-fitted run on all out-of-fold predictions, and
+    each fold is measured with one that was fitted on the others. `aggregate` (`lesion` or `patient`): the metrics also
+    of those, see `measure_aggregated`. Other arguments and errors are those of `open_run`.
     """
     opened = open_run(run, root, dataset, cache, device)
     recipe, schema = opened.recipe, opened.dataset.schema
@@ -265,9 +291,11 @@ def evaluate_run(
         refuse_unnamed(aggregate, opened.rows("test"))
     wanted, seed, classes, malignant = recipe.evaluation, recipe.seed, schema.classes, schema.malignant
     tables, predicted, arrays, measured = [], {}, {}, {}
-    for split in ("val", "test"):
+    # In a cross-fitted run every image is predicted by the member that hasn't seen it; there is no other split.
+    fitted_on = "test" if FOLD in opened.split else "val"
+    for split in dict.fromkeys((fitted_on, "test")):
         examples, patients = opened.examples(split), opened.patients(split)
-        predicted[split] = predict_split(opened, split, examples)
+        predicted[split] = predict_split(opened, split, examples, effects=split == fitted_on)
         probabilities = predicted[split].inputs[AS_RECORDED].probabilities[0]
         tables.append(prediction_table(examples.image_ids, split, examples.labels, probabilities, classes))
         arrays[split] = (examples.labels, probabilities, Bootstrap(patients, wanted.bootstrap, seed))
@@ -275,22 +303,33 @@ def evaluate_run(
             bootstrap = Bootstrap(patients, wanted.bootstrap, seed, progress=show)
             measured[split] = metrics_with_intervals(examples.labels, probabilities, bootstrap, classes, malignant)
     write_csv(run.path / "predictions.csv", pd.concat(tables, ignore_index=True))
-    validation, test = predicted["val"], predicted["test"]
-    targets = wanted.coverage, wanted.referral_sensitivity
-    thresholds = []
-    for one in validation.inputs.values():
-        if one.group is not None:
-            labels, probabilities = one.flat(arrays["val"][0]), one.probabilities.reshape(-1, len(classes))
-            found = fit_thresholds(one.group, labels, probabilities, classes, malignant, *targets, one.draws)
-            thresholds.append(found)
-    calibration = fit_calibration(*arrays["val"], classes, malignant, *targets, thresholds, validation.field_effects)
+    validation, test, (labels, probabilities, resampled) = predicted[fitted_on], predicted["test"], arrays["test"]
+
+    def fit(rows: NDArray[np.bool_], samples: int) -> Calibration:
+        """Fit on some rows of the split that isn't trained on."""
+        truth, scores, bootstrap = arrays[fitted_on]
+        targets = wanted.coverage, wanted.referral_sensitivity
+        thresholds = []
+        for one in (every.of(rows) for every in validation.inputs.values()):
+            if one.group is not None and len(one.places):
+                drawn = one.probabilities.reshape(-1, len(classes))
+                found = fit_thresholds(one.group, one.flat(truth), drawn, classes, malignant, *targets, one.draws)
+                thresholds.append(found)
+        bootstrap = Bootstrap(bootstrap.codes[rows], samples, seed)
+        effects = validation.field_effects
+        return fit_calibration(truth[rows], scores[rows], bootstrap, classes, malignant, *targets, thresholds, effects)
+
+    calibration = fit(np.ones(len(arrays[fitted_on][0]), dtype=bool), wanted.bootstrap)
     write_json(run.calibration_file, calibration.to_json())
-    labels, _, resampled = arrays["test"]
+    by_fold, folds = [], opened.examples("test").folds
+    if folds is not None:
+        # What is measured had no part in the calibration either.
+        by_fold = [(folds == fold, fit(folds != fold, 0)) for fold in np.unique(folds)]
     leaks = leak_remarks(opened.split, schema.unit) if recipe.data.allow_leak else []
     metrics = {
         **measured["test"],
-        "calibrated": measure_calibrated(calibration, *arrays["test"]),
-        "availability": measure_availability(calibration, test.inputs, labels, resampled),
+        "calibrated": measure_calibrated(calibration, labels, probabilities, resampled, by_fold),
+        "availability": measure_availability(calibration, test.inputs, labels, resampled, by_fold),
         "remarks": [*measured["test"]["remarks"], *leaks],
         "split": "test",
         "protocol": recipe.data.protocol,
@@ -299,10 +338,12 @@ def evaluate_run(
         "unit": schema.unit,
         "method": recipe.model.method,
         "leakage": leakage(opened.dataset, opened.split),
-        "validation": measured["val"],
     }
+    if folds is None:
+        metrics["validation"] = measured["val"]
+    else:
+        metrics["folds"] = measure_folds(labels, probabilities, folds, classes, malignant)
     if aggregate is not None:
-        labels, probabilities, resampled = arrays["test"]
         metrics["aggregated"] = measure_aggregated(
             aggregate, opened.rows("test"), labels, probabilities, resampled, classes, malignant
         )
@@ -310,6 +351,29 @@ def evaluate_run(
         metrics["out_of_scope"] = fit_run(opened, validation.vectors, test.vectors)
     write_json(run.metrics_file, metrics)
     return metrics
+
+
+def measure_folds(
+    labels: NDArray[np.int64],
+    probabilities: Floats,
+    folds: NDArray[np.int64],
+    classes: Sequence[str],
+    malignant: Sequence[str],
+) -> dict[str, Any]:
+    """Return the headline measures of each fold (N,), with mean and standard deviation over the folds where a measure
+    is defined; None: in none of them, or in one alone.
+    """
+    each = [
+        compute_metrics(labels[folds == one], probabilities[folds == one], classes, malignant)
+        for one in np.unique(folds)
+    ]
+    result: dict[str, Any] = {"count": len(each)}
+    for name in HEADLINE_MEASURES:
+        values = [found[name] for found in each]
+        known = [value for value in values if value is not None]
+        mean, sd = np.mean(known) if known else None, np.std(known, ddof=1) if len(known) > 1 else None
+        result[name] = {"values": values, "mean": mean and float(mean), "sd": sd and float(sd)}
+    return result
 
 
 def refuse_unnamed(by: str, rows: pd.DataFrame) -> None:

@@ -45,7 +45,7 @@ from dualrefnet.display.format import interval
 from dualrefnet.errors import DataError, DependencyError, RunError, install_hint
 from dualrefnet.evaluation.bootstrap import Bootstrap, Estimate, images_of
 from dualrefnet.models.base import Method
-from dualrefnet.models.encoders import BACKBONES, Encoder
+from dualrefnet.models.encoders import Encoder
 
 try:
     from captum.attr import LayerGradCam
@@ -148,7 +148,7 @@ def _frozen_evaluation(model: Method) -> Iterator[None]:
 @contextmanager
 def _target_layer(encoder: Encoder, side: int) -> Iterator[nn.Module]:
     """Give the layer through which the places of images of that side pass as a map (B, D, h, w)."""
-    if not BACKBONES[encoder.name].class_token:
+    if not encoder.spec.class_token:
         yield encoder.last_map
         return
     layer, places = nn.Identity(), side // encoder.stride

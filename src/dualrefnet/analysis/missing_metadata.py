@@ -219,7 +219,7 @@ def _predict(
             opened.metadata.encode(keep_fields(rows, names, part)).values for parts in kept.values() for part in parts
         ]
         with progress_bar("predicting without image") as show:
-            found[WITHOUT_IMAGE] = predict_without_image(opened, versions, show)
+            found[WITHOUT_IMAGE] = predict_without_image(opened, examples, versions, show)
     if opened.model.reads_image:
         with progress_bar("predicting with fewer fields") as show:
             found[WITH_IMAGE] = predict_with_metadata(opened, examples, versions, show).probabilities

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,7 @@ from dualrefnet.data.schema import Dataset
 from dualrefnet.data.store import DerivedStore, ImageStore
 from dualrefnet.errors import DataError, RunError
 from dualrefnet.models.base import Method
+from dualrefnet.models.cross_fitted import CrossFitted
 from dualrefnet.models.encoders import Encoded
 from dualrefnet.models.inference import (
     Normalisation,
@@ -30,11 +32,19 @@ from dualrefnet.models.inference import (
     resolve_device,
     to_unit,
 )
-from dualrefnet.models.registry import load_model
+from dualrefnet.models.registry import load_run_model
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import Run
 
 Progress = Callable[[int, int], None]
+
+
+class Fit(NamedTuple):
+    """A model, and the rows that it has been trained on and is tested on."""
+
+    train: Examples  # read by that model
+    rows: NDArray[np.int64]  # of `train`
+    tested: NDArray[np.int64]  # of the examples that are tested
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,8 @@ class OpenedRun:
     `recipe` has the present location of the data; `model` is the best epoch, in evaluation mode, on `device`;
     `normalisation` is the mean and std that the (first) image encoder expects; `store` is None for a method that reads
     no image; `cache` holds the image stores (None: the user's cache folder).
+
+    Of a cross-fitted run every row is in all splits, and `encode` is by the member that hasn't been trained on it.
     """
 
     run: Run
@@ -95,11 +107,27 @@ class OpenedRun:
             )
         return patients
 
+    def fits(self, train: Examples, tested: Examples) -> list[Fit]:
+        """Return what is trained on and tested with what: one pair, or of a cross-fitted run one a member."""
+        if tested.folds is None:
+            return [Fit(train, np.arange(len(train)), np.arange(len(tested)))]
+        assert train.folds is not None
+        return [
+            Fit(
+                replace(train, folds=np.full_like(train.folds, fold)),
+                np.flatnonzero(train.folds != fold),
+                np.flatnonzero(tested.folds == fold),
+            )
+            for fold in np.unique(tested.folds)
+        ]
+
     @cached_property
     def _features(self) -> tuple[DerivedStore, ...]:
         if self.store is None or self.recipe.training.encoder != "frozen":
             return ()
-        return fill_features(self.recipe, self.model, self.store, self.device)
+        # Frozen encoders are those of all members.
+        model = self.model.parts[0] if isinstance(self.model, CrossFitted) else self.model
+        return fill_features(self.recipe, model, self.store, self.device)
 
     def images(self, batch: Batch) -> Tensor | None:
         """Return a batch's images (B, 3, S, S) as the model reads them; None if the method reads none."""
@@ -108,11 +136,20 @@ class OpenedRun:
         return normalise(to_unit(batch.images.to(self.device), self.recipe.image.size), self.normalisation)
 
     def encode(self, batch: Batch) -> Encoded | None:
-        """Return the encoders' outputs for a batch, stored ones where there are; None if the method reads no image."""
+        """Return the encoders' outputs for a batch, stored ones where there are; None if the method reads no image.
+
+        Of a cross-fitted run they are those of the member that hasn't been trained on the image.
+        """
+        folds = None if batch.folds is None else batch.folds.to(self.device)
         if batch.features:
-            return encoded(batch.features, self.device)
+            return encoded(batch.features, self.device)._replace(folds=folds)
         images = self.images(batch)
-        return None if images is None else self.model.encode(images)
+        if images is None:
+            return None if folds is None else Encoded((), folds)
+        if folds is None:
+            return self.model.encode(images)
+        assert isinstance(self.model, CrossFitted)
+        return self.model.encode_held_out(images, folds)
 
     @torch.inference_mode()
     def vectors(
@@ -141,15 +178,29 @@ class OpenedRun:
         return masks
 
     @torch.inference_mode()
-    def blank(self, count: int) -> Encoded:
-        """Return what stands for missing images: the model's learned token, or the encoders' output for their mean
-        colour.
+    def blank(self, examples: Examples) -> Callable[[NDArray[np.int64]], Encoded | None]:
+        """Return a function that gives, for rows of examples, what stands for missing images: the model's learned
+        token, or the encoders' output for their mean colour. None for a method that reads no image.
         """
-        size, pixel = self.recipe.image.size, torch.nan if self.model.missing is not None else 0.0
-        read = self.model.encode(torch.full((1, 3, size, size), pixel, device=self.device))
-        if self.model.missing is not None:
-            read = self.model.missing.fill_images(read)
-        return read.rows(torch.zeros(count, dtype=torch.int64, device=self.device))
+        folds = None if examples.folds is None else torch.from_numpy(examples.folds).to(self.device)
+        read = Encoded(())
+        if self.model.reads_image:
+            size, pixel = self.recipe.image.size, torch.nan if self.model.missing is not None else 0.0
+            image = torch.full((1, 3, size, size), pixel, device=self.device)
+            if isinstance(self.model, CrossFitted):
+                # One row a member.
+                members = torch.arange(len(self.model.members), device=self.device)
+                read = self.model.encode_held_out(image.expand(len(members), -1, -1, -1), members)
+            else:
+                read = self.model.encode(image)
+        elif folds is None:
+            return lambda rows: None
+
+        def select(rows: NDArray[np.int64]) -> Encoded:
+            chosen = torch.zeros(len(rows), dtype=torch.int64, device=self.device) if folds is None else folds[rows]
+            return read.each(lambda values: values[chosen])._replace(folds=None if folds is None else chosen)
+
+        return select
 
 
 def in_batches(rows: NDArray[np.int64], size: int, progress: Progress | None = None) -> Iterator[NDArray[np.int64]]:
@@ -175,7 +226,7 @@ def open_run(
     overrides = {"data.root": str(root)} if root is not None else {}
     recipe, split, description = load_recipe(run.recipe, overrides), run.split, run.model
     dataset = dataset or read_dataset(recipe)
-    model = load_model(description, run.weights_file)
+    model = load_run_model(run)
     if list(dataset.schema.classes) != description["classes"]:
         raise RunError(
             f"{run.path} knows the classes {', '.join(description['classes'])}, but the data in {dataset.root} have "

@@ -31,9 +31,17 @@ from dualrefnet.errors import DataError
 from dualrefnet.evaluation.bootstrap import NAN, Bootstrap, Estimate, Floats, group_codes, percentile_interval
 from dualrefnet.evaluation.metrics import Ranking
 from dualrefnet.files import write_tensors
+from dualrefnet.models.cross_fitted import CrossFitted
 from dualrefnet.models.inference import joined_vectors, normalise, to_unit
 from dualrefnet.progress import progress_bar, track
-from dualrefnet.runtime.out_of_distribution import FORMAT, QUANTILES, Distance, OutOfDistributionScore, root_shares
+from dualrefnet.runtime.out_of_distribution import (
+    FORMAT,
+    QUANTILES,
+    Distance,
+    OutOfDistributionScore,
+    prefixes,
+    root_shares,
+)
 from dualrefnet.runtime.preprocessing import preprocess
 
 # Directions kept of each distance, at most; with few images at most half as many as there are.
@@ -56,21 +64,31 @@ def fit_score(training: NDArray[np.floating], validation: NDArray[np.floating]) 
     The latter set scales and limit, since the network has adapted to those that it was trained on. Rows that aren't
     finite are left out; fewer than 2 in a split, or splits that differ in D, are a ValueError.
     """
-    train, held_out = (
-        np.asarray(rows, dtype=np.float64)[np.isfinite(rows).all(axis=1)] for rows in (training, validation)
-    )
-    if min(len(train), len(held_out)) < 2 or train.shape[1] != held_out.shape[1]:
-        shapes = f"{train.shape} and {held_out.shape}"
-        raise ValueError(f"an out-of-distribution score needs 2 vectors of one length in each split, not {shapes}")
-    vector = _fit_distance(train, held_out)
-    shares = _fit_distance(root_shares(train), root_shares(held_out))
-    scores = np.sort(vector.measure(held_out) + shares.measure(root_shares(held_out)))
+    return fit_scores([(training, validation)])
+
+
+def fit_scores(
+    members: Sequence[tuple[NDArray[np.floating], NDArray[np.floating]]],
+) -> OutOfDistributionScore:
+    """Fit the score of a model of several members, each on vectors of its own; see `fit_score`. The limit is common."""
+    distances, measured, training = [], [], 0
+    for both in members:
+        train, held_out = (np.asarray(rows, dtype=np.float64)[np.isfinite(rows).all(axis=1)] for rows in both)
+        if min(len(train), len(held_out)) < 2 or train.shape[1] != held_out.shape[1]:
+            shapes = f"{train.shape} and {held_out.shape}"
+            raise ValueError(f"an out-of-distribution score needs 2 vectors of one length in each split, not {shapes}")
+        vector = _fit_distance(train, held_out)
+        shares = _fit_distance(root_shares(train), root_shares(held_out))
+        distances.append((vector, shares))
+        measured.append(vector.measure(held_out) + shares.measure(root_shares(held_out)))
+        training = max(training, len(train))
+    scores = np.sort(np.concatenate(measured))
     # The smallest score beyond which at most that share of new images is expected (split conformal); the largest if
     # they are few.
     rank = min(int(np.ceil((1 - FALSE_ALARMS) * (len(scores) + 1))), len(scores))
     limit = float(max(scores[rank - 1], np.finfo(np.float32).tiny))
     quantiles = np.quantile(scores / limit, np.linspace(0, 1, QUANTILES)).astype(np.float32)
-    return OutOfDistributionScore(vector, shares, limit, quantiles, len(train), len(held_out))
+    return OutOfDistributionScore(tuple(distances), limit, quantiles, training, len(scores))
 
 
 def _fit_distance(train: Floats, held_out: Floats) -> Distance:
@@ -105,7 +123,14 @@ def save_score(score: OutOfDistributionScore, path: Path) -> None:
     tensors = {"quantiles": score.quantiles}
     header = {"format": FORMAT, "limit": repr(score.limit)}
     header |= {"training": str(score.training), "validation": str(score.validation)}
-    for name, part in (("vector", score.vector), ("shares", score.shares)):
+    if len(score.distances) > 1:
+        header["members"] = str(len(score.distances))
+    parts = [
+        (prefix + name, part)
+        for prefix, pair in zip(prefixes(len(score.distances)), score.distances, strict=True)
+        for name, part in zip(("vector", "shares"), pair, strict=True)
+    ]
+    for name, part in parts:
         tensors |= {f"{name}.mean": part.mean, f"{name}.directions": part.directions}
         tensors[f"{name}.variances"] = part.variances
         header |= {f"{name}.rest": repr(part.rest), f"{name}.scale": repr(part.scale)}
@@ -120,16 +145,20 @@ def save_score(score: OutOfDistributionScore, path: Path) -> None:
 def fit_run(opened: OpenedRun, validation: NDArray[np.float32], test: NDArray[np.float32]) -> dict[str, Any]:
     """Fit the score on the training images, write `out_of_scope.safetensors`, return its part of metrics.json.
 
-    `validation` and `test` are vectors of these splits, in their order.
+    `validation` and `test` are vectors of these splits, in their order. The limit of a cross-fitted run is that of the
+    images that each member hasn't been trained on.
     """
     examples, seed = opened.examples("train"), opened.recipe.seed
-    rows = np.arange(len(examples))
-    if len(rows) > AT_MOST:
-        rows = np.sort(np.random.default_rng(seed).choice(len(rows), AT_MOST, replace=False))
+    members = []
     with progress_bar("out-of-distribution score") as show:
-        score = fit_score(opened.vectors(examples, rows, show), validation)
+        for fit in opened.fits(examples, opened.examples("val")):
+            rows = fit.rows
+            if len(rows) > AT_MOST:
+                rows = np.sort(np.random.default_rng(seed).choice(rows, AT_MOST, replace=False))
+            members.append((opened.vectors(fit.train, rows, show), validation[fit.tested]))
+    score = fit_scores(members)
     save_score(score, opened.run.out_of_scope_file)
-    flagged = score.score(test) > 1
+    flagged = score_rows(score, test, examples.folds) > 1
     rate = _flagged_share(flagged, opened.patients("test"), opened.recipe.evaluation.bootstrap, seed)
     return {
         "training": score.training,
@@ -139,6 +168,16 @@ def fit_run(opened: OpenedRun, validation: NDArray[np.float32], test: NDArray[np
         "false_alarms": int(flagged.sum()),
         **rate.to_json("false_alarm_rate", LEVEL),
     }
+
+
+def score_rows(score: OutOfDistributionScore, vectors: NDArray[np.floating], folds: NDArray[np.int64] | None) -> Floats:
+    """Return the score (N,) of vectors; with `folds` (N,) they are of those members of a cross-fitted run."""
+    if folds is None:
+        return score.score(vectors)
+    scores = np.empty(len(vectors))
+    for fold in np.unique(folds):
+        scores[folds == fold] = score.member_score(vectors[folds == fold], int(fold))
+    return scores
 
 
 @dataclass(frozen=True)
@@ -184,7 +223,12 @@ def measure_out_of_distribution(
     others = [*everyday_images(seed), *medical_images(seed)]
 
     def table(group: str | list[str], source: Sequence[str] | pd.Series, vectors: NDArray[np.float32]) -> pd.DataFrame:
-        return pd.DataFrame({"group": group, "source": list(source), "score": score.score(vectors)})
+        # Of a cross-fitted run a lesion is read by the one member that hasn't been trained on it, and so is any other
+        # image, by the members in turn: the scores are of one kind.
+        folds = None if examples.folds is None else np.arange(len(vectors)) % len(score.distances)
+        if group == LESIONS and examples.folds is not None:
+            folds = examples.folds[chosen]
+        return pd.DataFrame({"group": group, "source": list(source), "score": score_rows(score, vectors, folds)})
 
     with progress_bar("test images") as show:
         parts = [table(LESIONS, groups.loc[list(files)], opened.vectors(examples, chosen, show))]
@@ -216,7 +260,11 @@ def _encode(opened: OpenedRun, images: Sequence[NDArray[np.uint8]]) -> NDArray[n
     section = opened.recipe.image
     ready = np.stack([preprocess(image, section) for image in images])
     batch = torch.from_numpy(ready).permute(0, 3, 1, 2).to(opened.device)
-    return joined_vectors(opened.model.encode(normalise(to_unit(batch, section.size), opened.normalisation)))
+    pixels = normalise(to_unit(batch, section.size), opened.normalisation)
+    if isinstance(opened.model, CrossFitted):
+        members = torch.arange(len(pixels), device=opened.device) % len(opened.model.members)
+        return joined_vectors(opened.model.encode_held_out(pixels, members))
+    return joined_vectors(opened.model.encode(pixels))
 
 
 def summarise(scores: pd.DataFrame, samples: int, seed: int) -> pd.DataFrame:

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from dualrefnet.analysis.opened_run import OpenedRun
+from dualrefnet.analysis.opened_run import OpenedRun, in_batches
 from dualrefnet.data.decode import read_mask
 from dualrefnet.data.loader import Examples
 from dualrefnet.data.metadata import MetadataEncoder
@@ -56,7 +56,7 @@ def predict_with_metadata(
     for batch in examples.in_order(opened.recipe.evaluation.batch_size):
         with torch.inference_mode():
             encoded = opened.encode(batch)
-            if encoded is not None:
+            if encoded is not None and encoded.outputs:
                 vectors.append(joined_vectors(encoded))
             for result, version in zip(probabilities, versions, strict=True):
                 result[batch.rows] = _predict(opened, encoded, version[batch.rows])
@@ -67,24 +67,17 @@ def predict_with_metadata(
 
 
 def predict_without_image(
-    opened: OpenedRun, versions: Sequence[Metadata], progress: Progress | None = None
+    opened: OpenedRun, examples: Examples, versions: Sequence[Metadata], progress: Progress | None = None
 ) -> list[Floats]:
-    """Return (N, C) probabilities a version of the metadata (N, M) alone; `progress` counts versions.
+    """Return (N, C) probabilities a version of the examples' metadata (N, M) alone; `progress` counts versions.
 
     For a method that reads images stands in for them what stands for a missing image in this run.
     """
-    size = opened.recipe.evaluation.batch_size
-    blank = opened.blank(size) if opened.model.reads_image else None
+    size, blank = opened.recipe.evaluation.batch_size, opened.blank(examples)
     probabilities = []
     with torch.inference_mode():
         for number, version in enumerate(versions, 1):
-            parts = []
-            for start in range(0, len(version), size):
-                part = version[start : start + size]
-                # Only the last batch is smaller.
-                short = blank is not None and len(part) < size
-                encoded = blank.rows(torch.arange(len(part), device=opened.device)) if blank and short else blank
-                parts.append(_predict(opened, encoded, part))
+            parts = [_predict(opened, blank(rows), version[rows]) for rows in in_batches(np.arange(len(version)), size)]
             probabilities.append(np.concatenate(parts))
             if progress:
                 progress(number, len(versions))
@@ -225,9 +218,7 @@ def predict_perturbed(
         ]
         with torch.inference_mode():
             for change, alike in zip(CHANGES, zip(*changed, strict=True), strict=True):
-                images = opened.images(replace(batch, images=torch.from_numpy(np.stack(alike)).permute(0, 3, 1, 2)))
-                assert images is not None
-                encoded = opened.model.encode(images)
+                encoded = opened.encode(replace(batch, images=torch.from_numpy(np.stack(alike)).permute(0, 3, 1, 2)))
                 for kept, version in zip(parts[change], versions, strict=True):
                     kept.append(_predict(opened, encoded, version[start : start + size]))
         if progress:

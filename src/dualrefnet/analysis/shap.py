@@ -347,6 +347,7 @@ def explain_metadata(
 def _classifier(opened: OpenedRun, encoded: Encoded | None) -> Classifier:
     """Return the model as a function of the metadata alone, beside one encoded image."""
     model, outputs = opened.model, () if encoded is None else encoded.outputs
+    folds = None if encoded is None else encoded.folds
     # Only some methods read the map, and it is large.
     keep_map = model.maps(opened.recipe.model)
 
@@ -366,7 +367,8 @@ def _classifier(opened: OpenedRun, encoded: Encoded | None) -> Classifier:
     def classify(rows: NDArray[np.float32]) -> NDArray[np.float64]:
         probabilities = []
         for chunk in np.array_split(rows, math.ceil(len(rows) / most)):
-            image = None if encoded is None else Encoded(tuple(repeat(output, len(chunk)) for output in outputs))
+            same = None if folds is None else folds.expand(len(chunk))
+            image = None if encoded is None else Encoded(tuple(repeat(output, len(chunk)) for output in outputs), same)
             logits = model(image, torch.from_numpy(chunk).to(opened.device)).logits
             probabilities.append(logits.double().softmax(dim=1).cpu().numpy())
         return np.concatenate(probabilities)

@@ -192,7 +192,7 @@ class _Probe:
             for probabilities, order in zip(found.get("other_forms", []), orders, strict=True)
         ]
         for name, versions in alone.items():
-            found[name] = predict_without_image(opened, versions)
+            found[name] = predict_without_image(opened, self.examples, versions)
         self.predictions |= {name: found[name] for name in PROBES if found.get(name)}
         return predicted
 
@@ -249,25 +249,34 @@ class _Probe:
     def fit_baselines(self, predicted: Predictions) -> int:
         """Fit the regressions on the training split, and return how many images were read for that."""
         opened, train, read = self.opened, self.opened.image_examples("train"), 0
-        inputs: dict[str, tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]] = {}
+        inputs: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
         if opened.reads_metadata:
-            inputs["trained_form"] = (*with_missing_indicators(train.metadata, self.examples.metadata), train.labels)
+            inputs["trained_form"] = with_missing_indicators(train.metadata, self.examples.metadata)
         if self.incomplete:
             both = (find_missing(opened.rows(split), opened.metadata) for split in ("train", "test"))
             first, second = (np.concatenate(missing, axis=1).astype(np.float32) for missing in both)
-            inputs["trained_gaps"] = (first, second, train.labels)
-        if opened.model.reads_image:
-            places = sample_rows(train.labels, TRAIN_IMAGES, self.seed)
-            read = len(places)
-            with progress_bar("training images") as show:
-                vectors = opened.vectors(train, places, show)
-            inputs["trained_photograph"] = (vectors, predicted.vectors, train.labels[places])
+            inputs["trained_gaps"] = (first, second)
+        names = [*inputs, *(["trained_photograph"] if opened.model.reads_image else [])]
+        found = {name: np.zeros((len(self.examples), len(opened.classes))) for name in names}
+        for fit in opened.fits(train, self.examples):
+            for name, (features, test) in inputs.items():
+                found[name][fit.tested] = fit_baseline(
+                    features[fit.rows], train.labels[fit.rows], test[fit.tested], len(opened.classes)
+                )
+            if opened.model.reads_image:
+                places = fit.rows[sample_rows(train.labels[fit.rows], TRAIN_IMAGES, self.seed)]
+                read = max(read, len(places))
+                with progress_bar("training images") as show:
+                    vectors = opened.vectors(fit.train, places, show)
+                found["trained_photograph"][fit.tested] = fit_baseline(
+                    vectors, train.labels[places], predicted.vectors[fit.tested], len(opened.classes)
+                )
+        if read:
             self.remarks.append(
                 f"the image features were learned on the same {read} training images as their regression, which may "
                 "trust them too much"
             )
-        for name, (features, test, labels) in inputs.items():
-            self.predictions[name] = [fit_baseline(features, labels, test, len(opened.classes))]
+        self.predictions |= {name: [probabilities] for name, probabilities in found.items()}
         return read
 
     def _permute(self, groups: NDArray[np.object_], stream: int) -> list[NDArray[np.int64]]:

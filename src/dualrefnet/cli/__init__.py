@@ -8,16 +8,19 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 
 from dualrefnet.errors import DataError, DualRefNetError
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from dualrefnet.data.check import Finding
-    from dualrefnet.display.format import PrintedTable
+    from dualrefnet.display.format import Cell, PrintedTable
 
 app = typer.Typer(
     name="dualrefnet",
@@ -30,11 +33,40 @@ app = typer.Typer(
 )
 
 COLOURS = {"PASS": "green", "WARN": "yellow", "FAIL": "red"}
-# Characters that a column of words gets at least, if it needs them.
-LONGEST = 30
 
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")]
-ModelFolder = Annotated[Path, typer.Argument(metavar="RUN_OR_BUNDLE", help="A run folder, or an exported bundle.")]
+
+def _holding(*names: str) -> Callable[[Path], Path]:
+    """Return a check that a folder holds one of these files, before its command imports torch."""
+
+    def check(folder: Path) -> Path:
+        if not any((folder / name).is_file() for name in names):
+            from dualrefnet.run import Run
+
+            _ = Run(folder).recipe  # Says why it isn't a run.
+        return folder
+
+    return check
+
+
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A finished run's folder.", callback=_holding("recipe.yaml"))
+]
+ModelFolder = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN_OR_BUNDLE",
+        help="A run folder, or an exported bundle.",
+        callback=_holding("recipe.yaml", "bundle.json"),
+    ),
+]
+RunOrSuite = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN|SUITE",
+        help="A finished run's folder, or a suite's.",
+        callback=_holding("recipe.yaml", "suite.yaml"),
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Change the recipe: training.epochs=3 data.root=DIR"),
@@ -129,30 +161,69 @@ def print_findings(findings: list[Finding]) -> None:
 
 
 def print_table(table: PrintedTable) -> None:
-    """Print a table and its notes."""
+    """Print a table and its notes; columns that don't fit beside each other stand below, and no word is cut."""
     from rich import box
     from rich.table import Table
-    from rich.text import Text
 
     from dualrefnet.progress import output
 
     console = output()
-    # What is said at the left may be long, and the numbers must leave it some room.
-    words = [
-        max(len(text) for text in (name, *(row[number].text for row in table.rows)))
-        for number, name in enumerate(table.columns)
-    ]
-    taken = sum(min(length, LONGEST) + 2 for length in words[: table.left])
-    room = max(9, (console.width - taken) // max(1, len(table.columns) - table.left) - 2)
-    shown = Table(title=table.title, box=box.SIMPLE_HEAD, title_justify="left")
-    for number, name in enumerate(table.columns):
-        left = number < table.left
-        shown.add_column(name, justify="left" if left else "right", max_width=None if left else room)
-    for row in table.rows:
-        texts = [Text.assemble((cell.text, "bold" if cell.bold else ""), f"{cell.mark} {cell.small}") for cell in row]
-        for text in texts:
-            text.rstrip()
-        shown.add_row(*texts)
-    console.print(shown)
+    console.print(table.title, soft_wrap=True)
+    columns = [_Column.of(table, number, console.width) for number in range(len(table.columns))]
+    for part in _parts(columns, table.left, console.width):
+        shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+        for number, width in part.items():
+            justify: Literal["left", "right"] = "left" if number < table.left else "right"
+            shown.add_column(table.columns[number], justify=justify, width=width)
+        for row in table.rows:
+            # A number stands beside its interval, or above it.
+            between = {number: " " if width >= columns[number].full else "\n" for number, width in part.items()}
+            shown.add_row(*(_cell(row[number], space) for number, space in between.items()))
+        console.print(shown)
+        console.print()
     for note in table.notes:
         console.print(f"- {note}")
+
+
+def _cell(cell: Cell, space: str) -> Text:
+    from rich.text import Text
+
+    text = Text.assemble((cell.text, "bold" if cell.bold else ""), f"{cell.mark}{space}{cell.small}")
+    text.rstrip()
+    return text
+
+
+class _Column(NamedTuple):
+    """Characters of a column in one line, and the fewest with which no word and no interval is cut."""
+
+    full: int
+    least: int
+
+    @classmethod
+    def of(cls, table: PrintedTable, number: int, room: int) -> _Column:
+        name, cells = table.columns[number], [row[number] for row in table.rows]
+        full = max(
+            len(text) for text in (name, *(f"{cell.text}{cell.mark} {cell.small}".strip() for cell in cells), " ")
+        )
+        words = [word for text in (name, *(cell.text + cell.mark for cell in cells)) for word in text.split()]
+        least = max(map(len, [*words, *(cell.small for cell in cells), " "]))
+        # What is said at the left is read first, and gets some room.
+        return cls(full, max(least, min(full, room // 3)) if number < table.left else least)
+
+
+def _parts(columns: list[_Column], left: int, room: int) -> Iterator[dict[int, int]]:
+    """Yield the columns that stand beside each other (the `left` ones and some others), each with its width."""
+    gap, first, others = 2, list(range(left)), list(range(left, len(columns)))
+    while others or first:
+        part = first + others[:1]
+        for number in others[1:]:
+            if sum(columns[one].least + gap for one in (*part, number)) - gap > room:
+                break
+            part.append(number)
+        widths = {number: columns[number].least for number in part}
+        if sum(columns[number].full + gap for number in part) - gap <= room:
+            widths = {number: columns[number].full for number in part}
+        yield widths
+        others = others[len(part) - left :]
+        if not others:
+            return

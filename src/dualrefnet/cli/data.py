@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,13 +23,13 @@ SplitFile = Annotated[
 Fold = Annotated[int, typer.Option(help="grouped-cv: which fold is the test set, from 0.")]
 Folds = Annotated[int, typer.Option(help="Number of folds.")]
 SplitSeed = Annotated[int, typer.Option(help="Shuffles the grouped protocols.")]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="JSON", help="Also write the result as JSON.")]
 
 
 @app.command()
 def sample(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write; new, empty, or an earlier sample.")],
-    images: Annotated[int, typer.Option(help="Number of images.")] = 420,
+    count: Annotated[int, typer.Option("--count", help="Number of images.")] = 420,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
 ) -> None:
     """Make the synthetic sample data set: images of invented lesions with metadata, in PAD-UFES-20's layout.
@@ -40,8 +40,8 @@ def sample(
     from dualrefnet.progress import progress_bar
 
     with progress_bar("drawing") as show:
-        make_synthetic(folder, images=images, seed=seed, progress=show)
-    typer.echo(f"{images} synthetic images with metadata are in {folder}")
+        make_synthetic(folder, images=count, seed=seed, progress=show)
+    typer.echo(f"{count} synthetic images with metadata are in {folder}")
 
 
 @app.command()
@@ -65,7 +65,15 @@ def check(
     dataset: DatasetName,
     root: Root = None,
     description: Description = None,
-    json_file: Json = None,
+    out: Out = None,
+    csv_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--csv",
+            metavar="FILE",
+            help="Also measure brightness and colour cast of every image before and after preprocessing, one row each.",
+        ),
+    ] = None,
     workers: Workers = None,
 ) -> None:
     """Validate a data set: counts, missing, broken and identical images, shared ids, unknown codes.
@@ -79,9 +87,31 @@ def check(
     with progress_bar("reading images") as show:
         report = check_dataset(dataset, root, description, workers, show)
     print_findings(report.findings)
-    if json_file:
-        write_json(json_file, report.to_json())
+    result = report.to_json()
+    if csv_file:
+        result["image_statistics"] = _image_statistics(dataset, root, description, csv_file, workers)
+    if out:
+        write_json(out, result)
     raise typer.Exit(1 if report.failed else 0)
+
+
+def _image_statistics(
+    dataset: str, root: Path | None, description: Path | None, csv_file: Path, workers: int | None
+) -> list[dict[str, Any]]:
+    """Write brightness and colour cast of every image, print them by class, and return what was printed."""
+    from dualrefnet.analysis.image_statistics import measure_images, statistics_table, summarise
+    from dualrefnet.data.adapters import load_dataset
+    from dualrefnet.files import write_csv
+    from dualrefnet.progress import progress_bar
+    from dualrefnet.recipe import ImageSection
+
+    loaded = load_dataset(dataset, root, description)
+    with progress_bar("brightness and colour") as show:
+        measured = measure_images(loaded.with_image, ImageSection(), workers, show)
+    write_csv(csv_file, measured)
+    print_table(statistics_table(measured, loaded.schema.classes))
+    summary = summarise(measured, loaded.schema.classes)
+    return summary.astype(object).where(summary.notna(), None).to_dict("records")  # type: ignore[return-value]
 
 
 @app.command()
@@ -112,7 +142,9 @@ def split(
     rows = split_dataset(loaded, protocol, fold, folds, seed, split_file, allow_leak=True)
     counts = text_rows(split_counts(rows, loaded.schema.classes).itertuples(name=None))
     title = f"{loaded.schema.title}, protocol {protocol}"
+    there = int(rows["image_id"].isin(loaded.with_image["image_id"]).sum())
     print_table(PrintedTable(title, ("class", "train", "val", "test"), counts))
+    typer.echo(f"{there:,} of these rows have their image here, {len(rows) - there:,} don't")
     for message in missing_classes(rows, loaded.schema.classes):
         warn(message)
     for name, shares in leakage(loaded, rows).items():
@@ -150,7 +182,7 @@ def audit(
     folds: Folds = 5,
     seed: SplitSeed = 0,
     split_file: SplitFile = None,
-    json_file: Json = None,
+    out: Out = None,
     without_images: Annotated[bool, typer.Option("--without-images", help="Read no image, find no duplicate.")] = False,
     without_forests: Annotated[bool, typer.Option("--without-forests", help="No random forests: faster.")] = False,
     workers: Workers = None,
@@ -184,6 +216,6 @@ def audit(
         print_table(table)
     verdict = (result.verdict, COLOURS[result.verdict])
     output().print(Text.assemble(f"{result.dataset}, protocol {result.protocol}: ", verdict))
-    if json_file:
-        write_json(json_file, result.to_json())
+    if out:
+        write_json(out, result.to_json())
     raise typer.Exit(1 if result.failed else 0)

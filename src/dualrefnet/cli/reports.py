@@ -15,6 +15,7 @@ from dualrefnet.cli import (
     RayAddress,
     Root,
     RunFolder,
+    RunOrSuite,
     app,
     print_table,
     refuse_without_effect,
@@ -29,8 +30,8 @@ Against = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder; default: in the run's or suite's.")]
 Label = Annotated[str | None, typer.Option("--class", metavar="CLASS", help="Also show the Grad-CAM of this class.")]
-Images = Annotated[int, typer.Option(min=20, help="Test images at most, stratified by class.")]
-ShapImages = Annotated[int, typer.Option(min=20, help="Of these at most so many for SHAP, about 0.2 s each.")]
+MaxImages = Annotated[int, typer.Option(min=20, help="Test images at most, stratified by class.")]
+MaxShapImages = Annotated[int, typer.Option(min=20, help="Of these at most so many for SHAP, about 0.2 s each.")]
 Each = Annotated[int, typer.Option(min=1, help="Correct and wrong predictions of each class in the gallery.")]
 Seed = Annotated[int, typer.Option(help="Of the sampling of images and of all resamples.")]
 NoPhotographs = Annotated[
@@ -38,18 +39,26 @@ NoPhotographs = Annotated[
 ]
 
 # Parameters of what needs a run's model.
-OF_MODEL = ("label", "masks", "images", "shap_images", "each", "seed", "device")
+OF_MODEL = ("label", "masks", "max_images", "max_shap_images", "each", "seed", "device")
 
 
 @app.command()
 def explain(
+    context: typer.Context,
     run: RunFolder,
+    image: Annotated[
+        Path | None, typer.Option("--image", metavar="PATH", help="Explain the prediction of this image alone.")
+    ] = None,
+    metadata: Annotated[
+        Path | None,
+        typer.Option("--metadata", metavar="CSV", help="Beside --image: column image (file name or id) and fields."),
+    ] = None,
     against: Against = None,
     out: Out = None,
     label: Label = None,
     masks: Masks = None,
-    images: Images = 500,
-    shap_images: ShapImages = 200,
+    max_images: MaxImages = 500,
+    max_shap_images: MaxShapImages = 200,
     each: Each = 2,
     seed: Seed = 0,
     no_photographs: NoPhotographs = False,
@@ -60,21 +69,49 @@ def explain(
     """Explain a trained run: Grad-CAM, SHAP of the metadata, t-SNE, a gallery, super-resolution (extra `explain`).
 
     Writes every figure as PNG (300 dpi) and SVG, and its data as CSV. `report` puts all of them into one page.
+
+    With `--image` one prediction: patches of the image are occluded and values left out, one at a time. Prints by how
+    much that changes the probability, and writes where in the image as PNG.
     """
+    if image is not None:
+        unused = (*(name for name in OF_MODEL if name not in ("label", "device")), "against", "no_photographs")
+        refuse_without_effect(context, "with --image", *unused, "root", "cache")
+        _explain_image(run, image, metadata, label, out or run / "explanations", device or "cpu")
+        return
+    refuse_without_effect(context, "without --image", "metadata")
     from dualrefnet.report import ReportOptions
     from dualrefnet.report.run_report import write_explanations
     from dualrefnet.run import Run
 
-    shap_images, photographs = min(shap_images, images), not no_photographs
-    options = ReportOptions(images, shap_images, each, label, masks, photographs, seed, root, cache, device)
+    shap_images, photographs = min(max_shap_images, max_images), not no_photographs
+    options = ReportOptions(max_images, shap_images, each, label, masks, photographs, seed, root, cache, device)
     files = write_explanations(Run(run), out, Run(against) if against else None, options)
     typer.echo(f"{len(files)} files in {out or run / 'explanations'}")
+
+
+def _explain_image(run: Path, image: Path, metadata: Path | None, label: str | None, out: Path, device: str) -> None:
+    from dualrefnet.deploy.batch import ImageCases
+    from dualrefnet.deploy.predictor import Predictor
+    from dualrefnet.display.format import PrintedTable, text_rows
+
+    predictor = Predictor.load(run, device)
+    if not image.is_file():
+        raise DualRefNetError(f"there is no image {image}")
+    (case,) = ImageCases([image], metadata, predictor)
+    explanation = predictor.explain(case.path, case.metadata, label)
+    fields = sorted(explanation.fields.items(), key=lambda item: -abs(item[1]))
+    rows = text_rows((name, case.metadata[name], f"{100 * change:+.1f}") for name, change in fields)
+    title = f"{image}: {explanation.label}, probability {explanation.probability:.1%}"
+    note = "Points: of the probability, in percent, that are gone without the value; if negative, it speaks against."
+    print_table(PrintedTable(title, ("field", "value", "points"), rows, (note,) if rows else (), left=2))
+    files = explanation.save(out / f"{image.stem}.png")
+    typer.echo(f"files: {', '.join(map(str, files))}")
 
 
 @app.command()
 def report(
     context: typer.Context,
-    folder: Annotated[Path, typer.Argument(metavar="RUN|SUITE", help="A finished run's folder, or a suite's.")],
+    folder: RunOrSuite,
     against: Against = None,
     out: Out = None,
     without_explanations: Annotated[
@@ -82,8 +119,8 @@ def report(
     ] = False,
     label: Label = None,
     masks: Masks = None,
-    images: Images = 500,
-    shap_images: ShapImages = 200,
+    max_images: MaxImages = 500,
+    max_shap_images: MaxShapImages = 200,
     each: Each = 2,
     seed: Seed = 0,
     no_photographs: NoPhotographs = False,
@@ -110,8 +147,8 @@ def report(
     else:
         if without_explanations:
             refuse_without_effect(context, "without explanations", *OF_MODEL, "root", "cache")
-        shap_images, photographs = min(shap_images, images), not no_photographs
-        options = ReportOptions(images, shap_images, each, label, masks, photographs, seed, root, cache, device)
+        shap_images, photographs = min(max_shap_images, max_images), not no_photographs
+        options = ReportOptions(max_images, shap_images, each, label, masks, photographs, seed, root, cache, device)
         page = write_report(Run(folder), out, Run(against) if against else None, options, not without_explanations)
     typer.echo(f"report: {page}")
 
@@ -159,20 +196,14 @@ def suite(
     """
     from dualrefnet.progress import note
     from dualrefnet.recipe import parse_overrides
-    from dualrefnet.suite.grid import check_names, expand, load_suite, override
-    from dualrefnet.suite.grid import smoke as smoke_of
+    from dualrefnet.suite.grid import check_names, expand, load_suite, prepare
     from dualrefnet.suite.runner import run_suite
 
     chosen, values = load_suite(name), parse_overrides(overrides or [])
     folder = out or Path("suites") / (f"{chosen.name}-smoke" if smoke else chosen.name)
-    if smoke:
-        chosen, remarks = smoke_of(chosen, folder.absolute() / "data")
-        ignored = [key for key in values if key.startswith("data.")]
-        remarks += [f"{key} is ignored: a smoke test has its own data" for key in ignored]
-        values = {key: value for key, value in values.items() if key not in ignored}
-        for message in remarks:
-            note(message)
-    chosen = override(chosen, values)
+    chosen, remarks = prepare(chosen, values, folder.absolute() / "data" if smoke else None)
+    for message in remarks:
+        note(message)
     cells = expand(chosen)
     check_names(cells)
     if dry_run:
@@ -196,6 +227,57 @@ def suite(
     else:
         typer.echo(f"now: dualrefnet tables {folder}")
     raise typer.Exit(1 if outcome.failed else 0)
+
+
+@app.command()
+def paper(
+    overrides: Overrides = None,
+    only: Annotated[
+        str,
+        typer.Option("--only", metavar="PARTS", help="Some of table1 to table4, figure1e, figure7, ablations: a,b."),
+    ] = "",
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: paper, or paper-smoke.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say runs, hours and disk; train nothing.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Synthetic images, one CNN, one epoch: minutes.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at the same time; they share the cores.")] = 1,
+    no_photographs: NoPhotographs = False,
+    cache: Cache = None,
+    device: Device = None,
+) -> None:
+    """Train everything in the paper and write one page: its tables and figures as printed, with a verdict on each.
+
+    Running it again goes on where it stopped. A run that several tables share is trained once. Exit status 1 if a run
+    failed; the page is written all the same.
+    """
+    from dualrefnet.progress import note
+    from dualrefnet.recipe import parse_overrides
+    from dualrefnet.report import ReportOptions
+    from dualrefnet.suite.paper import paper_suites, plan_table, run_paper
+
+    folder = out or Path("paper-smoke" if smoke else "paper")
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    suites, remarks = paper_suites(names, parse_overrides(overrides or []), smoke, folder)
+    for message in remarks:
+        note(message)
+    if dry_run:
+        print_table(plan_table(suites))
+        return
+    try:
+        outcomes = run_paper(suites, folder, workers, cache)
+    except KeyboardInterrupt:
+        raise DualRefNetError(
+            f"interrupted; what is finished is kept in {folder}, and the same command goes on"
+        ) from None
+    from dualrefnet.report.paper_report import write_paper_report
+
+    images, shap_images, each = (60, 20, 1) if smoke else (500, 200, 2)
+    options = ReportOptions(images, shap_images, each, photographs=not no_photographs, cache=cache, device=device)
+    page = write_paper_report(folder, options)
+    failed = {name: outcome for name, outcome in outcomes.items() if outcome.failed}
+    for name, outcome in failed.items():
+        typer.echo(f"{name}: {len(outcome.failed)} of {outcome.total} runs failed; {folder / name}/failures says why")
+    typer.echo(f"the paper: {page}")
+    raise typer.Exit(1 if failed else 0)
 
 
 @app.command()

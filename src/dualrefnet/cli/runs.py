@@ -28,20 +28,36 @@ from dualrefnet.cli import (
 from dualrefnet.errors import DualRefNetError
 
 if TYPE_CHECKING:
+    from dualrefnet.deploy.batch import Case
+    from dualrefnet.deploy.predictor import Predictor
     from dualrefnet.run import Run
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe (`recipes`).")]
 Out = Annotated[
-    Path | None, typer.Option("--out", metavar="DIR", help="The run folder; default: the recipe's name in runs/.")
+    Path | None,
+    typer.Option(
+        "--out",
+        metavar="DIR",
+        help="The run folder; default: runs/NAME of the recipe, with the time behind it if a finished run is there.",
+    ),
 ]
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="Check what this recipe needs: data, weights, disk.")
+    ] = None,
+    overrides: Overrides = None,
+    cache: Cache = None,
+) -> None:
     """Check the environment, the weights and the data: PASS, WARN or FAIL, each with the fix. Exit status 1 on FAIL."""
+    from dualrefnet.recipe import load_recipe, parse_overrides
+
+    checked = None if recipe is None else load_recipe(recipe, parse_overrides(overrides or []))
     from dualrefnet.doctor import examine
 
-    findings = examine()
+    findings = examine(checked, cache)
     print_findings(findings)
     raise typer.Exit(1 if any(finding.level == "FAIL" for finding in findings) else 0)
 
@@ -112,10 +128,22 @@ def prepare(
 
 @app.command()
 def train(
+    context: typer.Context,
     recipe: RecipeName,
     overrides: Overrides = None,
     out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run, or start it.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in this folder.")] = False,
+    folds: Annotated[
+        int | None,
+        typer.Option(
+            min=3,
+            help="Cross-fit: one model a fold of the patients, together an ensemble; every patient is tested once, by "
+            "the model that hasn't seen them. 5 is usual. The same as data.protocol=cross-fitted data.folds=N.",
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="With --folds: models trained at the same time.")] = 1,
+    ray: RayAddress = None,
     cache: Cache = None,
     workers: Workers = None,
 ) -> None:
@@ -125,15 +153,28 @@ def train(
     with `--num_processes N` and `training.device=cpu`.
     """
     from dualrefnet.recipe import load_recipe, parse_overrides
+    from dualrefnet.run import CROSS_FITTED, new_folder
+
+    if resume and overwrite:
+        raise DualRefNetError("--resume keeps the run in a folder and --overwrite replaces it: give one of them")
+    changed = parse_overrides(overrides or [])
+    if folds is not None:
+        changed |= {"data.protocol": CROSS_FITTED, "data.folds": folds}
+    checked = load_recipe(recipe, changed)
+    if checked.data.protocol != CROSS_FITTED:
+        refuse_without_effect(context, "without --folds", "jobs", "ray")
+    from dualrefnet.training.preflight import check_start
+
+    folder = out or new_folder(checked.name, resume, overwrite)
+    check_start(checked, folder, resume, overwrite)
+    # Torch takes seconds to import.
     from dualrefnet.training.train import train_recipe
 
-    checked = load_recipe(recipe, parse_overrides(overrides or []))
-    folder = out or Path("runs") / checked.name
     try:
-        run = train_recipe(checked, folder, resume, cache, workers)
+        run = train_recipe(checked, folder, resume, cache, workers, jobs, ray, overwrite=overwrite)
     except KeyboardInterrupt:
         raise DualRefNetError(
-            f"interrupted; the last whole epoch is kept in {folder}, and the same command with --resume goes on"
+            f"interrupted; the last whole epoch is kept, and the command with --out {folder} --resume goes on"
         ) from None
     from accelerate import PartialState
 
@@ -232,10 +273,17 @@ def probe(
 
 @app.command()
 def predict(
+    context: typer.Context,
     model: ModelFolder,
     out: Annotated[
-        Path, typer.Option("--out", metavar="CSV", help="image, predicted, prob_CLASS, malignancy, warnings, error.")
-    ],
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="CSV",
+            help="image, predicted, prob_CLASS, malignancy, warnings, error. Needless for one image: the prediction is "
+            "printed.",
+        ),
+    ] = None,
     images: Annotated[
         list[Path] | None, typer.Option("--images", metavar="PATH", help="An image or a folder of them; or several.")
     ] = None,
@@ -244,8 +292,9 @@ def predict(
         typer.Option(
             "--csv",
             metavar="CSV",
-            help="Instead of --images: one row a case, its file in column image (absolute, or relative to the table), "
-            "metadata in the others. Without a column image: metadata alone, for models that need no image.",
+            help="Instead of --images: one row a case, its file in column image, or the one that a dataset.yaml beside "
+            "it names (absolute, or relative to the table), metadata in the others. Without such a column: metadata "
+            "alone, for models that need no image.",
         ),
     ] = None,
     metadata: Annotated[
@@ -275,15 +324,23 @@ def predict(
         Work,
         predict_chunks,
         predict_to_csv,
-        show_progress,
     )
+    from dualrefnet.progress import progress_bar
 
+    if out is None:
+        refuse_without_effect(context, "without --out", "resume", "batch", "workers", "ray")
     if bool(images) == (table is not None) or (table is not None and metadata is not None):
         raise DualRefNetError("give --images, with --metadata if you have them, or --csv, a table with both")
     folder = ModelFolder(model, device, variant)
     # On Ray the actors have the devices; this process only asks what the model reads.
     predictor = (folder if ray is None else ModelFolder(model, "cpu", variant)).load()
     cases: Cases = TableCases(table, predictor) if table is not None else ImageCases(images or [], metadata, predictor)
+    if cases.total == 1:
+        _print_prediction(predictor, next(iter(cases)))
+    if out is None:
+        if cases.total > 1:
+            raise DualRefNetError(f"name the file for the {cases.total:,} predictions with --out")
+        return
     if ray is None:
         work: Work = partial(predict_chunks, predictor, batch=batch, workers=workers)
     else:
@@ -291,7 +348,7 @@ def predict(
 
         work = ray_work(folder, ray, batch, workers)
     try:
-        with show_progress("predicting") as show:
+        with progress_bar("predicting") as show:
             done = predict_to_csv(
                 folder, predictor.classes, cases, out, work, batch=batch, resume=resume, progress=show
             )
@@ -306,6 +363,39 @@ def predict(
     raise typer.Exit(2 if done.failed and not done.classified else 0)
 
 
+def _print_prediction(predictor: Predictor, case: Case) -> None:
+    """Print what the model says of one case."""
+    from dualrefnet.display.format import PrintedTable, text_rows
+    from dualrefnet.errors import DataError
+    from dualrefnet.progress import warn
+
+    if case.error:
+        raise DataError(f"{case.name}: {case.error}")
+    found = predictor.predict(case.path, case.metadata)
+    rows = [
+        (
+            name,
+            predictor.class_names.get(name, "–"),
+            "yes" if name in predictor.malignant else "–",
+            "yes" if name in found.likely else "–",
+            f"{share:.1%}",
+        )
+        for name, share in sorted(found.probabilities.items(), key=lambda item: -item[1])
+    ]
+    columns = ("class", "name", "malignant", "in the set", "probability")
+    print_table(PrintedTable(f"{case.name}: {found.label}", columns, text_rows(rows), left=4))
+    if found.likely and predictor.coverage is not None:
+        typer.echo(f"set of classes with a nominal coverage of {predictor.coverage:.0%}: {', '.join(found.likely)}")
+    if found.malignancy is not None:
+        advice = {True: "; referral is advised", False: "; below the referral threshold", None: ""}[found.refer]
+        typer.echo(f"malignancy: {found.malignancy:.1%}{advice}")
+    if found.out_of_scope is not None:
+        typer.echo(f"out-of-distribution score: {found.out_of_scope:.2f} (above 1: unlike the training images)")
+    for sentence in found.warnings:
+        warn(sentence)
+    typer.echo("Not a medical device: for research and teaching.")
+
+
 def _print_departures(run: Run) -> None:
     from dualrefnet.progress import note
     from dualrefnet.suite.results import departures, other_experiment
@@ -318,12 +408,19 @@ def _print_departures(run: Run) -> None:
 def _print_metrics(metrics: dict[str, Any], unit: str) -> None:
     from rich.text import Text
 
-    from dualrefnet.display.format import availability_line, calibration_line, metrics_tables, protocol_name
+    from dualrefnet.display.format import (
+        availability_line,
+        calibration_line,
+        folds_line,
+        metrics_tables,
+        protocol_name,
+    )
     from dualrefnet.progress import output
     from dualrefnet.runtime.availability import missingness_shortcut
 
-    external = metrics["protocol"] == "external"
-    tested = "external test set" if external else f"test set, {protocol_name(metrics['protocol'], unit)}"
+    tested = f"{'out-of-fold' if 'folds' in metrics else 'test set'}, {protocol_name(metrics['protocol'], unit)}"
+    if metrics["protocol"] == "external":
+        tested = "external test set"
     synthetic = " - SYNTHETIC IMAGES, NOT CLINICAL" if metrics["drawn"] else ""
     tables = metrics_tables(metrics, f"{metrics['dataset']}, {tested}{synthetic}")
     if "aggregated" in metrics:
@@ -331,6 +428,8 @@ def _print_metrics(metrics: dict[str, Any], unit: str) -> None:
         tables += metrics_tables(metrics["aggregated"], f"The same by {by}{synthetic}", f"{by}s")
     for table in tables:
         print_table(table)
+    if "folds" in metrics:
+        typer.echo(folds_line(metrics["folds"]))
     # A run that was finished by an earlier version has none.
     if "calibrated" in metrics:
         typer.echo(calibration_line(metrics["calibrated"]))

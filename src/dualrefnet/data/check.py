@@ -93,7 +93,7 @@ def check_dataset(
     table = dataset.with_image
     rows = list(zip(table["image_id"], table["label"], table["image_path"], strict=True))
     threads, images = workers or min(16, os.cpu_count() or 1), []
-    findings = [*_rows(dataset), *_patients(dataset), *_metadata(dataset), *_missing_images(dataset)]
+    findings = check_table(dataset)
     # Of each decoded image only its hash and size are kept, so memory doesn't grow with the images.
     with closing(map_ahead(_read_image, rows, threads, 4 * threads)) as results:
         for done, image in enumerate(results, start=1):
@@ -101,6 +101,11 @@ def check_dataset(
             if progress is not None:
                 progress(done, len(rows))
     return CheckReport(name, dataset.root, [*findings, *_images(images)])
+
+
+def check_table(dataset: Dataset) -> list[Finding]:
+    """Check the table, the metadata and which images are there; none is read."""
+    return [*_rows(dataset), *_patients(dataset), *_metadata(dataset), *_missing_images(dataset)]
 
 
 def _rows(dataset: Dataset) -> Iterator[Finding]:

@@ -66,6 +66,11 @@ class TableDescription(BaseModel):
     metadata: tuple[MetadataField, ...] = Field(default_factory=tuple)  # the metadata fields
     licence: str = ""  # of the data
 
+    def image_folders(self, root: Path) -> tuple[Path, ...]:
+        """Return the folders of images of a data set in the folder `root`."""
+        parts = [self.images] if isinstance(self.images, str) else self.images
+        return tuple(dict.fromkeys((root / part).resolve() for part in parts))
+
 
 def read_description(path: Path) -> TableDescription:
     if not path.exists():
@@ -90,8 +95,7 @@ def read_description(path: Path) -> TableDescription:
 def load(root: Path, description_file: Path | None = None) -> Dataset:
     """Read the table in `root` that the YAML file (default: `dataset.yaml` in `root`) describes."""
     description = read_description(description_file or root / DEFAULT_DESCRIPTION)
-    file, parts = root / description.table, description.images
-    folders = tuple(dict.fromkeys((root / part).resolve() for part in ([parts] if isinstance(parts, str) else parts)))
+    file, folders = root / description.table, description.image_folders(root)
     raw = read_csv(file)
     optional = [column for column in (description.patient, description.lesion, description.split) if column]
     one_hot = () if isinstance(description.label, str) else description.label

@@ -20,7 +20,15 @@ from torch.nn import functional
 
 from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.metadata import MetadataEncoder
-from dualrefnet.data.protocols import SPLITS, leak_remarks, leakage, missing_classes, split_dataset
+from dualrefnet.data.protocols import (
+    FOLD,
+    leak_remarks,
+    leakage,
+    member_split,
+    missing_classes,
+    split_dataset,
+    split_parts,
+)
 from dualrefnet.data.schema import Dataset
 from dualrefnet.data.store import DerivedStore, ImageStore, delete_if_changed, fill_store, map_ahead
 from dualrefnet.errors import DataError, SplitError
@@ -36,6 +44,7 @@ class Batch:
     labels: Tensor  # (B,) int64
     features: tuple[dict[str, Tensor], ...] = ()  # for each frozen encoder the parts of its features, (B, ...) each
     targets: Tensor | None = None  # (B, 3, 2S, 2S) uint8, the auxiliary task's stored targets
+    folds: Tensor | None = None  # (B,) of a cross-fitted run: the only member that hasn't been trained on the image
 
 
 @dataclass(frozen=True)
@@ -49,25 +58,27 @@ class Examples:
     store_rows: NDArray[np.int64] | None  # (N,) rows in the store
     features: tuple[DerivedStore, ...] = ()  # of frozen encoders, read instead of images
     targets: DerivedStore | None = None  # of the auxiliary task
+    folds: NDArray[np.int64] | None = None  # (N,) of a cross-fitted run, see `Batch.folds`
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def batch(self, rows: NDArray[np.int64]) -> Batch:
         metadata, labels = torch.from_numpy(self.metadata[rows]), torch.from_numpy(self.labels[rows])
+        folds = None if self.folds is None else torch.from_numpy(self.folds[rows])
         if self.store is None or self.store_rows is None:
-            return Batch(rows, None, metadata, labels)
+            return Batch(rows, None, metadata, labels, folds=folds)
         store_rows = self.store_rows[rows]
         if self.features:
             parts = [feature.read(store_rows).items() for feature in self.features]
             features = tuple({name: torch.from_numpy(value) for name, value in part} for part in parts)
-            return Batch(rows, None, metadata, labels, features)
+            return Batch(rows, None, metadata, labels, features, folds=folds)
         # (B, S, S, 3) seen as (B, 3, S, S): channels_last memory, which is what convolutions like best.
         images = torch.from_numpy(self.store.read(store_rows)).permute(0, 3, 1, 2)
         targets = None
         if self.targets is not None:
             targets = torch.from_numpy(self.targets.read(store_rows)["target"]).permute(0, 3, 1, 2)
-        return Batch(rows, images, metadata, labels, targets=targets)
+        return Batch(rows, images, metadata, labels, targets=targets, folds=folds)
 
     def in_order(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         """Yield every example once, in order; process `rank` of `world` gets every world-th one."""
@@ -95,11 +106,11 @@ def read_dataset(recipe: Recipe) -> Dataset:
     dataset = load_dataset(recipe.data.dataset, recipe.data.root, recipe.data.description)
     for message in dataset.warnings:
         warn(message)
+    task = dataset.of_task(recipe.data.keep, recipe.data.classes)
     if recipe.data.keep:
-        rows = len(dataset.table)
-        dataset = dataset.keep_classes(recipe.data.keep)
-        note(f"{rows - len(dataset.table):,} rows of other classes than {', '.join(recipe.data.keep)} are left out")
-    return dataset.group_classes(recipe.data.classes) if recipe.data.classes else dataset
+        left_out = len(dataset.table) - len(task.table)
+        note(f"{left_out:,} rows of other classes than {', '.join(recipe.data.keep)} are left out")
+    return task
 
 
 def recipe_split(recipe: Recipe, dataset: Dataset, store: ImageStore | None) -> pd.DataFrame:
@@ -121,23 +132,31 @@ def recipe_split(recipe: Recipe, dataset: Dataset, store: ImageStore | None) -> 
         if not usable.all():
             note(f"{int((~usable).sum())} of {len(split)} rows have no readable image here and are left out")
         split = split[usable].reset_index(drop=True)
-    for name in SPLITS:
-        if not (split["split"] == name).any():
+    parts = split_parts(split)
+    for name, rows in parts.items():
+        if not rows.any():
             hint = f"`dualrefnet check {data.dataset}` says which are missing"
             raise SplitError(f"the {name} split has no image left; {hint}")
-    trained = set(split.loc[split["split"] == "train", "label"])
-    absent = [label for label in dataset.schema.classes if label not in trained]
-    if absent:
-        hint = "add some, or take the class out of the data set's description"
-        raise SplitError(f"no training image of class {', '.join(absent)} is there; {hint}")
+    trainings = [split]
+    if FOLD in split:
+        trainings = [member_split(split, fold, recipe.chooses_by_validation) for fold in range(len(parts))]
+    for one in trainings:
+        trained = set(one.loc[one["split"] == "train", "label"])
+        absent = [label for label in dataset.schema.classes if label not in trained]
+        if absent:
+            hint = "add some, or take the class out of the data set's description"
+            raise SplitError(f"no training image of class {', '.join(absent)} is there; {hint}")
     for message in missing_classes(split, dataset.schema.classes):
         warn(f"{message}: its metrics there are undefined")
     return split
 
 
 def split_rows(dataset: Dataset, split: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Return the lesion table's rows of the split `name`, in the split's order."""
-    ids = split.loc[split["split"] == name, "image_id"]
+    """Return the lesion table's rows of the split `name`, in the split's order.
+
+    Of a cross-fitted run every row is in all splits: each is trained on by some members and tests another.
+    """
+    ids = split["image_id"] if FOLD in split else split.loc[split["split"] == name, "image_id"]
     return dataset.table.set_index("image_id", drop=False).loc[ids].reset_index(drop=True)
 
 
@@ -183,7 +202,8 @@ def make_examples(
         warn(f"{name}: {message}")
     ids, labels = tuple(rows["image_id"]), np.array([position[label] for label in rows["label"]], dtype=np.int64)
     store_rows = None if store is None else store.rows_of(ids)
-    return Examples(ids, labels, encoded.values, store, store_rows, features, targets)
+    folds = split.set_index("image_id")[FOLD].loc[list(ids)].to_numpy(np.int64, copy=True) if FOLD in split else None
+    return Examples(ids, labels, encoded.values, store, store_rows, features, targets, folds)
 
 
 @dataclass(frozen=True)

@@ -154,10 +154,12 @@ def _with_diagnosis(columns: Array, missing: Mask, rows: pd.DataFrame, classes: 
     return np.concatenate([columns, diagnosis], axis=1), np.concatenate([missing, known], axis=1)
 
 
-def missingness_warning(encoder: MetadataEncoder, rows: pd.DataFrame, schema: DatasetSchema) -> str | None:
-    """Warn of an encoding that shows the model which fields are missing, where that separates the training rows."""
+def missingness_warning(section: MetadataSection, rows: pd.DataFrame, schema: DatasetSchema) -> str | None:
+    """Warn of an encoding that shows the model which fields are missing, where that separates the rows."""
+    # What is missing doesn't depend on how it is filled, and zeros are filled at once.
+    encoder = MetadataEncoder.fit(rows, schema, section.model_copy(update={"imputation": "zero"}))
     # A learned token with `modality_dropout` may be anywhere.
-    if not encoder.shows_missing or not schema.malignant:
+    if not replace(encoder, section=section).shows_missing or not schema.malignant:
         return None
     incomplete = encoder.encode(rows).missing.any(axis=1)
     if incomplete.all() or not incomplete.any():
@@ -167,10 +169,9 @@ def missingness_warning(encoder: MetadataEncoder, rows: pd.DataFrame, schema: Da
     if abs(without - complete) < TELLING:
         return None
     return (
-        f"metadata.tier {encoder.section.tier} with imputation {encoder.section.imputation} shows the model which "
-        f"fields are missing, and that tells the class: {without:.0%} of the training rows with missing fields are "
-        f"malignant, {complete:.0%} of the complete ones. For research only; metadata.tier=M2 "
-        "metadata.imputation=token with modality_dropout hides it"
+        f"metadata.tier {section.tier} with imputation {section.imputation} shows the model which fields are missing, "
+        f"and that tells the class: {without:.0%} of the rows with missing fields are malignant, {complete:.0%} of the "
+        "complete ones. For research only; metadata.tier=M2 metadata.imputation=token with modality_dropout hides it"
     )
 
 

@@ -1,8 +1,8 @@
 """Protocols: how the rows of a lesion table become train, validation and test split.
 
 `paper` rebuilds Table 1 of the paper to the row, leaks included. `grouped` and `grouped-cv` keep all rows of one unit
-(`DatasetSchema.unit`: a patient; a lesion where no patients are named; else a single image) within one split. `own` is
-what the user says.
+(`DatasetSchema.unit`: a patient; a lesion where no patients are named; else a single image) within one split.
+`cross-fitted` divides all rows into folds, each of which is the test split of one model. `own` is what the user says.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dualrefnet.errors import SplitError
 from dualrefnet.progress import note
 from dualrefnet.runtime.metadata import read_cell
 
-PROTOCOLS = ("paper", "grouped", "grouped-cv", "own")
+PROTOCOLS = ("paper", "grouped", "grouped-cv", "cross-fitted", "own")
 SPLITS = ("train", "val", "test")
 # SHA-256 of the lines `image_id label` as published: the paper's split is of row numbers, so a table in another order
 # would silently give another split.
@@ -30,6 +30,8 @@ PUBLISHED_ROWS = {
     "isic_2019": "fa3757a4bc3bd7d3616c4ae195e12def7d14c1b71a35900436fa15f212658df4",
 }
 SPLIT_COLUMNS = ("image_id", "patient_id", "label", "split")
+# A further column of cross-fitted runs.
+FOLD = "fold"
 
 
 def split_dataset(
@@ -48,7 +50,7 @@ def split_dataset(
 
     Args:
         dataset: the data set.
-        protocol: `paper`, `grouped` (fold 0 of the folds), `grouped-cv` or `own`.
+        protocol: `paper`, `grouped` (fold 0 of the folds), `grouped-cv`, `cross-fitted` or `own`.
         fold: which fold is the test split (`grouped-cv`).
         folds: number of folds; the next one is the validation split.
         seed: shuffles the grouped protocols; the paper's have the paper's seeds.
@@ -57,31 +59,65 @@ def split_dataset(
 
     Returns:
         Table `image_id, patient_id, label, split` in the order of the lesion table, without the rows that the protocol
-        drops; `patient_id` holds the group that is kept together (see `dualrefnet.data.schema.groups`).
+        drops; `patient_id` holds the group that is kept together (see `dualrefnet.data.schema.groups`). Of
+        `cross-fitted` all rows are `test`, and the column `fold` says of which model (see `member_split`).
 
     Raises:
         SplitError: the protocol doesn't exist for the data set, a class has too few groups to be in every split, or
             `own` names an unknown image or split, or has a patient in several.
     """
+    check_protocol(dataset, protocol, fold, folds, split_file)
+    columns = list(SPLIT_COLUMNS)
+    fold_of = pd.Series(0, index=dataset.table.index)
     if protocol == "paper":
         splits = _paper_split(dataset)
-    elif protocol in ("grouped", "grouped-cv"):
-        if not 0 <= fold < folds:
-            raise SplitError(f"fold {fold} doesn't exist: there are {folds} folds, counted from 0")
-        splits = _grouped_split(dataset, fold if protocol == "grouped-cv" else 0, folds, seed)
+    elif protocol == "cross-fitted":
+        splits = pd.Series("test", index=dataset.table.index)
+        fold_of, columns = _folds(dataset, folds, seed), [*columns, FOLD]
     elif protocol == "own":
         splits = _own_split(dataset, split_file)
+        if splits.isna().any():
+            note(f"{int(splits.isna().sum()):,} of {len(splits):,} rows are in no split and are left out")
     else:
-        raise SplitError(f"no protocol is called {protocol!r}; there are: {', '.join(PROTOCOLS)}")
-    table = dataset.table.assign(patient_id=groups(dataset.table, dataset.schema), split=splits)
-    result = table.loc[splits.notna(), list(SPLIT_COLUMNS)].reset_index(drop=True)
+        splits = _grouped_split(dataset, fold if protocol == "grouped-cv" else 0, folds, seed)
+    table = dataset.table.assign(patient_id=groups(dataset.table, dataset.schema), split=splits, fold=fold_of)
+    result = table.loc[splits.notna(), columns].reset_index(drop=True)
     if protocol != "paper" and not (protocol == "own" and allow_leak):
         refuse_crossing(result)
     return result
 
 
+def check_protocol(
+    dataset: Dataset,
+    protocol: str = "grouped",
+    fold: int = 0,
+    folds: int = 5,
+    split_file: Path | str | None = None,
+) -> None:
+    """Refuse a data set that a protocol can't divide; SplitError says why. Takes no time: nothing is divided."""
+    if protocol not in PROTOCOLS:
+        raise SplitError(f"no protocol is called {protocol!r}; there are: {', '.join(PROTOCOLS)}")
+    if protocol == "own":
+        _own_split(dataset, split_file)
+        return
+    if protocol == "paper":
+        _check_published(dataset)
+        return
+    if not 0 <= fold < folds:
+        raise SplitError(f"fold {fold} doesn't exist: there are {folds} folds, counted from 0")
+    table, group, unit = dataset.table, groups(dataset.table, dataset.schema), dataset.schema.unit
+    for label, count in group.groupby(table["label"]).nunique().items():
+        if count < 3:
+            raise SplitError(
+                f"class {label} has {count} {unit}s; train, validation and test that share no {unit} need at least 3: "
+                "add data of this class, or leave the class out of the table"
+            )
+    if min(group.nunique(), table["label"].value_counts().max()) < folds:
+        raise SplitError(f"there are too few {unit}s, or images of any class, for {folds} folds; try fewer folds")
+
+
 def _own_split(dataset: Dataset, file: Path | str | None) -> pd.Series:
-    """Return the splits that the user names; None for rows that are in none, which are counted aloud."""
+    """Return the splits that the user names; None for rows that are in none."""
     ids, title = dataset.table["image_id"], dataset.schema.title
     if file is not None:
         table = read_csv(Path(file))
@@ -114,15 +150,11 @@ def _own_split(dataset: Dataset, file: Path | str | None) -> pd.Series:
             f"no row is in {' or '.join(lost)}: training needs train, val (it chooses the epoch and calibrates) and "
             "test; make one of a part of train"
         )
-    if splits.isna().any():
-        note(f"{int(splits.isna().sum()):,} of {len(ids):,} rows are in no split and are left out")
     return splits
 
 
-def _paper_split(dataset: Dataset) -> pd.Series:
-    """Return train / val / test as in Table 1; None for rows that the paper dropped."""
-    from sklearn.model_selection import StratifiedKFold, train_test_split
-
+def _check_published(dataset: Dataset) -> None:
+    """Refuse whatever isn't the table that the paper divided."""
     table, name, title = dataset.table, dataset.schema.name, dataset.schema.title
     if name not in PUBLISHED_ROWS:
         raise SplitError(f"the paper has no split of {title}; use the protocol grouped or grouped-cv")
@@ -137,8 +169,15 @@ def _paper_split(dataset: Dataset) -> pd.Series:
             f"the rows of {title} aren't in the published order, or ids or labels were changed, and the paper's split "
             "is of row numbers; take the CSV as it was released, or the protocol grouped"
         )
+
+
+def _paper_split(dataset: Dataset) -> pd.Series:
+    """Return train / val / test as in Table 1; None for rows that the paper dropped."""
+    from sklearn.model_selection import StratifiedKFold, train_test_split
+
+    table = dataset.table
     splits = pd.Series("train", index=table.index, dtype=object)
-    if name == "pad_ufes_20":
+    if dataset.schema.name == "pad_ufes_20":
         # The split published with MetaBlock: the sixth of six folds is test; of the rest, the first of five is
         # validation.
         rest, test = list(StratifiedKFold(6, shuffle=True, random_state=8).split(table, table["label"]))[5]
@@ -154,50 +193,65 @@ def _paper_split(dataset: Dataset) -> pd.Series:
     return splits
 
 
+def member_split(split: pd.DataFrame, fold: int, chooses: bool) -> pd.DataFrame:
+    """Return the split of the model that is tested on a fold, from the split of a `cross-fitted` run.
+
+    It trains on all other folds and is watched on its own (`val`). One that `chooses` something by validation, such as
+    the epoch, does so on the next fold, and its own stays unseen (`test`).
+    """
+    folds = int(split[FOLD].max()) + 1
+    names = pd.Series("train", index=split.index)
+    names[split[FOLD] == fold] = "test" if chooses else "val"
+    if chooses:
+        names[split[FOLD] == (fold + 1) % folds] = "val"
+    return split.assign(split=names)[list(SPLIT_COLUMNS)]
+
+
 def _grouped_split(dataset: Dataset, fold: int, folds: int, seed: int) -> pd.Series:
     """Return splits that no group crosses; classes are as even as the groups allow."""
+    fold_of = _folds(dataset, folds, seed)
+    splits = pd.Series("train", index=fold_of.index, dtype=object)
+    splits[fold_of == fold] = "test"
+    splits[fold_of == (fold + 1) % folds] = "val"
+    lost = sorted(set(dataset.table["label"]) - set(dataset.table["label"][splits == "train"]))
+    if lost:
+        raise SplitError(
+            f"no training row is left of class {', '.join(lost)}: it has too few {dataset.schema.unit}s for {folds} "
+            "folds; try fewer folds or another split_seed"
+        )
+    return splits
+
+
+def _folds(dataset: Dataset, folds: int, seed: int) -> pd.Series:
+    """Return the fold of every row; no group is in two, and classes are as even as the groups allow."""
     from sklearn.model_selection import StratifiedGroupKFold
 
-    table, group, unit = dataset.table, groups(dataset.table, dataset.schema), dataset.schema.unit
-    for label, count in group.groupby(table["label"]).nunique().items():
-        if count < 3:
-            raise SplitError(
-                f"class {label} has {count} {unit}s; train, validation and test that share no {unit} need at least 3: "
-                "add data of this class, or leave the class out of the table"
-            )
-    if min(group.nunique(), table["label"].value_counts().max()) < folds:
-        raise SplitError(f"there are too few {unit}s, or images of any class, for {folds} folds; try fewer folds")
+    table, group = dataset.table, groups(dataset.table, dataset.schema)
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         # Classes with fewer images than folds; `missing_classes` tells the user.
         warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
         parts = [test for _, test in splitter.split(table, table["label"], group)]
-    splits = pd.Series("train", index=table.index, dtype=object)
-    splits.iloc[parts[fold]] = "test"
-    splits.iloc[parts[(fold + 1) % folds]] = "val"
-    lost = sorted(set(table["label"]) - set(table["label"][splits == "train"]))
-    if lost:
-        raise SplitError(
-            f"no training row is left of class {', '.join(lost)}: it has too few {unit}s for {folds} folds; "
-            "try fewer folds or another split_seed"
-        )
-    return splits
+    fold_of = pd.Series(0, index=table.index)
+    for fold, part in enumerate(parts):
+        fold_of.iloc[part] = fold
+    return fold_of
 
 
 def refuse_crossing(split: pd.DataFrame) -> None:
-    """Raise a SplitError if a group (column `patient_id`) is in several splits."""
+    """Raise a SplitError if a group (column `patient_id`) is in several splits or folds."""
     crossing = crossing_groups(split)
     if crossing:
         raise SplitError(
-            f"{len(crossing)} groups (patients or lesions) are in more than one split, the first: {crossing[0]}; every "
-            "number measured on it would be too good. Only the protocol `paper` may do this, and `own` with "
-            "data.allow_leak=true"
+            f"{len(crossing)} groups (patients or lesions) are in more than one {FOLD if FOLD in split else 'split'}, "
+            f"the first: {crossing[0]}; every number measured on it would be too good. Only the protocol `paper` may "
+            "do this, and `own` with data.allow_leak=true"
         )
 
 
 def crossing_groups(split: pd.DataFrame) -> list[str]:
-    """Return the groups (column `patient_id`) that are in several splits."""
-    counts = split.groupby("patient_id")["split"].nunique()
+    """Return the groups (column `patient_id`) that are in several splits or folds."""
+    counts = split.groupby("patient_id")[FOLD if FOLD in split else "split"].nunique()
     return list(counts.index[counts > 1])
 
 
@@ -208,18 +262,26 @@ def leak_remarks(split: pd.DataFrame, unit: str) -> list[str]:
     return [said] if crossing else []
 
 
+def split_parts(split: pd.DataFrame) -> dict[str, pd.Series]:
+    """Return which rows are in train, val and test, or in each fold."""
+    if FOLD not in split:
+        return {name: split["split"] == name for name in SPLITS}
+    return {f"fold {fold}": split[FOLD] == fold for fold in range(int(split[FOLD].max()) + 1)}
+
+
 def split_counts(split: pd.DataFrame, classes: tuple[str, ...]) -> pd.DataFrame:
-    """Count images: one row a class (and `total`), columns train, val, test."""
-    counts = pd.crosstab(split["label"], split["split"])
-    counts = counts.reindex(index=list(classes), columns=list(SPLITS), fill_value=0)
+    """Count images: one row a class (and `total`), columns train, val, test, or the folds."""
+    counts = pd.DataFrame({name: split.loc[rows, "label"].value_counts() for name, rows in split_parts(split).items()})
+    counts = counts.reindex(index=list(classes)).fillna(0).astype(int)
     counts.loc["total"] = counts.sum()
     return counts
 
 
 def missing_classes(split: pd.DataFrame, classes: tuple[str, ...]) -> list[str]:
-    """Say which classes have no image in the validation or test split: their metrics will be undefined."""
+    """Say which classes have no image in the validation or test split, or a fold: their metrics will be undefined."""
     counts = split_counts(split, classes).drop(index="total")
-    missing = [(label, name) for name in ("val", "test") for label in counts.index[counts[name] == 0]]
+    sides = [name for name in counts if name != "train"]
+    missing = [(label, name) for name in sides for label in counts.index[counts[name] == 0]]
     return [f"class {label} has no image in {name}" for label, name in missing]
 
 
@@ -229,7 +291,8 @@ def leakage(dataset: Dataset, split: pd.DataFrame) -> dict[str, Any]:
     `{"patient": {"train": .493, "train_or_val": .554, "per_class": {"MEL": .78, ...}}, "lesion": ...}`, with validation
     counted as seen in the second; None for what the data set doesn't name.
     """
-    table = split[["image_id", "split"]].merge(dataset.table, on="image_id", how="left", validate="one_to_one")
+    table = split.drop(columns=["patient_id", "label"])
+    table = table.merge(dataset.table, on="image_id", how="left", validate="one_to_one")
     in_test, in_train = table["split"] == "test", table["split"] == "train"
     result: dict[str, Any] = {}
     for name in ("patient", "lesion"):
@@ -237,8 +300,12 @@ def leakage(dataset: Dataset, split: pd.DataFrame) -> dict[str, Any]:
         if ids.isna().all():
             result[name] = None
             continue
-        seen = ids.isin(ids[in_train].dropna())[in_test]
-        seen_or_val = ids.isin(ids[~in_test].dropna())[in_test]
+        if FOLD in table:
+            # The model of a fold has been trained on all others.
+            seen = seen_or_val = table.groupby(f"{name}_id")[FOLD].transform("nunique") > 1
+        else:
+            seen = ids.isin(ids[in_train].dropna())[in_test]
+            seen_or_val = ids.isin(ids[~in_test].dropna())[in_test]
         total = max(len(seen), 1)
         result[name] = {
             "train": float(seen.sum() / total),

@@ -123,6 +123,11 @@ class Dataset:
     shared_lesions: tuple[str, ...] = ()  # published lesion ids that several patients use
     own_split: pd.Series | None = None  # the user's split of each row, with the index of `table`
 
+    def of_task(self, keep: Sequence[str], grouped: Mapping[str, Sequence[str]]) -> Dataset:
+        """Return the data set of a recipe's task: `data.keep`, then `data.classes`, if they aren't empty."""
+        dataset = self.keep_classes(keep) if keep else self
+        return dataset.group_classes(grouped) if grouped else dataset
+
     def keep_classes(self, keep: Sequence[str]) -> Dataset:
         """Return the rows of some classes (`data.keep`); RecipeError: one doesn't exist, or fewer than two are left."""
         self._refuse_unknown("data.keep", keep)

@@ -13,23 +13,21 @@ import io
 import os
 import shutil
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 import dualrefnet
-from dualrefnet.data.csv_table import open_csv
+from dualrefnet.data.csv_table import DEFAULT_DESCRIPTION, open_csv, read_description
 from dualrefnet.data.images import IMAGE_COLUMNS, IMAGE_SUFFIXES, ImageIndex, files_in, image_path, is_image, list_files
 from dualrefnet.deploy.predictor import Predictor
 from dualrefnet.errors import DataError, ImageError
@@ -44,14 +42,15 @@ from dualrefnet.files import (
     sha256_of_json,
     write_json,
 )
-from dualrefnet.progress import ShowProgress, console, note, progress_bar, warn
+from dualrefnet.progress import warn
 from dualrefnet.runtime.prediction import Prediction
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 BATCH = 32
 # Batches in a chunk: what a killed process loses at most, and what a Ray actor is given at once.
 CHUNK = 16
-# Seconds between two lines of progress where there is no terminal.
-EVERY = 60.0
 # Files of a run or a bundle that change its predictions; others, such as metrics.json, may be written again meanwhile.
 _DECISIVE = (
     *("model.json", "model.safetensors", "calibration.json", "out_of_scope.safetensors"),
@@ -200,15 +199,25 @@ class NamedImages:
 
 
 class TableCases:
-    """A CSV with a row a case: the column `image` is a path (absolute, or relative to the CSV), others are metadata."""
+    """A CSV with a row a case: one column is the image's path, others are metadata.
+
+    That column is the one that `dataset.yaml` beside the CSV names, else `image`; a path is absolute, or relative to
+    the CSV or to the description's folder of images.
+    """
 
     def __init__(self, path: Path, predictor: Predictor) -> None:
         """Read the CSV once, to count its rows and to check that all of it can be read."""
-        self._table = MetadataTable(path, [field.name for field in predictor.fields], IMAGE_COLUMNS[:1])
+        self._folders = [path.parent]
+        columns: tuple[str, ...] = IMAGE_COLUMNS[:1]
+        if (path.parent / DEFAULT_DESCRIPTION).is_file():
+            description = read_description(path.parent / DEFAULT_DESCRIPTION)
+            self._folders += description.image_folders(path.parent)
+            columns = (description.image, *columns)
+        self._table = MetadataTable(path, [field.name for field in predictor.fields], columns)
         self._reads, self._needs = predictor.reads_image, predictor.needs_image
         if self._table.image_column is None and self._needs:
             raise DataError(
-                f"{path} has no column {IMAGE_COLUMNS[0]}, and this model needs images: name their files there, or use "
+                f"{path} has no column {columns[0]}, and this model needs images: name their files there, or use "
                 "a model that does without (metadata.imputation=token, or model.method=metadata_only); the columns "
                 f"are: {', '.join(self._table.columns)}"
             )
@@ -224,14 +233,21 @@ class TableCases:
                 values, error = {}, "the row names no image, and this model needs one"
             path = None
             if image and self._reads and not error:
-                path = self._table.path.parent / image
-                named = self._table.path.parent / image_path(image)
-                if not path.is_file() and named.parent.is_dir():
-                    try:
-                        path = Path(images_in(named.parent).find(named.name) or path)
-                    except DataError as ambiguous:
-                        error = str(ambiguous)
+                try:
+                    found = (_find_below(folder, image, images_in) for folder in self._folders)
+                    path = next(filter(None, found), self._folders[0] / image)
+                except DataError as ambiguous:
+                    error = str(ambiguous)
             yield Case(image or str(number), path, values, error)
+
+
+def _find_below(folder: Path, name: str, images_in: Callable[[Path], ImageIndex]) -> Path | None:
+    """Return the file of that name in a folder, None if there is none; see `ImageIndex.find`."""
+    path, named = folder / name, folder / image_path(name)
+    if path.is_file():
+        return path
+    found = images_in(named.parent).find(named.name) if named.parent.is_dir() else None
+    return None if found is None else Path(found)
 
 
 def walk_images(sources: Iterable[Path]) -> Iterator[Path]:
@@ -380,6 +396,42 @@ def _join_chunks(files: Sequence[Path], out: Path, head: bytes) -> int:
     return failed
 
 
+def predict_table(predictor: Predictor, table: pd.DataFrame) -> pd.DataFrame:
+    """Classify the rows of a DataFrame: its file in the column `image`, metadata in others; see `Predictor.predict`."""
+    import pandas as pd
+
+    fields = [field.name for field in predictor.fields if field.name in table.columns]
+    named = IMAGE_COLUMNS[0] in table.columns
+    if not named and predictor.needs_image:
+        raise DataError(f"the table has no column {IMAGE_COLUMNS[0]}; it has: {', '.join(map(str, table.columns))}")
+    ignored = [str(name) for name in table.columns if name not in (*fields, IMAGE_COLUMNS[0])]
+    if ignored:
+        warn(f"columns of the table that the model doesn't read: {', '.join(ignored)}")
+    records = table.astype(object).where(table.notna(), None).to_dict("records")
+    cases = []
+    for number, record in enumerate(records, start=1):
+        image = record.get(IMAGE_COLUMNS[0])
+        values = {name: record[name] for name in fields if record[name] is not None}
+        lost = "the row names no image, and this model needs one" if image is None and predictor.needs_image else ""
+        cases.append(Case(str(image or number), None if image is None else Path(image), values, lost))
+    rows: list[dict[str, Any]] = []
+    for start in range(0, len(cases), BATCH):
+        part = cases[start : start + BATCH]
+        found = _answers(predictor, part, [_prepare(predictor, case) for case in part])
+        rows += [_row(case, one) for case, one in zip(part, found, strict=True)]
+    names = ["image", "predicted", "likely", *(f"prob_{name}" for name in predictor.classes), *_AFTER]
+    return pd.DataFrame(rows, index=table.index, columns=names)
+
+
+def _row(case: Case, found: Prediction | str) -> dict[str, Any]:
+    if isinstance(found, str):
+        return {"image": case.name, "error": found}
+    probabilities = {f"prob_{name}": value for name, value in found.probabilities.items()}
+    values = {"image": case.name, "predicted": found.label, "likely": " ".join(found.likely), **probabilities}
+    values |= {name: getattr(found, name) for name in ("malignancy", "refer", "out_of_scope")}
+    return values | {"warnings": "; ".join(found.warnings), "error": ""}
+
+
 def csv_lines(rows: Iterable[Sequence[str]]) -> bytes:
     """Return rows as CSV; names that aren't UTF-8 are written with escapes."""
     text = io.StringIO(newline="")
@@ -432,12 +484,16 @@ def _prepare(predictor: Predictor, case: Case) -> Prepared:
         return str(error)
 
 
-def _classify(predictor: Predictor, cases: list[Case], prepared: list[Prepared]) -> bytes:
+def _answers(predictor: Predictor, cases: list[Case], prepared: list[Prepared]) -> list[Prediction | str]:
+    """Return each case's prediction, or why there is none."""
     good = [(case, image) for case, image in zip(cases, prepared, strict=True) if not isinstance(image, str)]
     predictions = iter(_predict(predictor, [image for _, image in good], [case.metadata for case, _ in good]))
+    return [image if isinstance(image, str) else next(predictions) for image in prepared]
+
+
+def _classify(predictor: Predictor, cases: list[Case], prepared: list[Prepared]) -> bytes:
     rows = []
-    for case, image in zip(cases, prepared, strict=True):
-        found = image if isinstance(image, str) else next(predictions)
+    for case, found in zip(cases, _answers(predictor, cases, prepared), strict=True):
         if isinstance(found, str):
             blank = [""] * (len(predictor.classes) + len(_AFTER) + 1)
             rows.append([case.name, *blank, " ".join(found.split())])
@@ -471,25 +527,3 @@ def _cells(prediction: Prediction) -> list[str]:
         "; ".join(prediction.warnings),
         "",
     ]
-
-
-@contextmanager
-def show_progress(description: str) -> Iterator[ShowProgress]:
-    """Give a function that takes (done, in all): a bar on a terminal, and a line a minute elsewhere."""
-    start = noted = time.monotonic()
-    first: int | None = None
-    with progress_bar(description) as bar:
-
-        def update(done: int, total: int) -> None:
-            nonlocal first, noted
-            bar(done, total)
-            # What an earlier process did says nothing about the speed.
-            first = done if first is None else first
-            now = time.monotonic()
-            if not console.is_terminal and now - noted > EVERY and done > first:
-                noted = now
-                speed = (done - first) / (now - start)
-                left = timedelta(seconds=round((total - done) / speed))
-                note(f"{description}: {done:,} of {total:,}, {speed:,.1f} images/s, {left} left")
-
-        yield update

@@ -192,7 +192,7 @@ def _cases(
     size = opened.recipe.image.size
     validation = real_cases(opened.image_examples("val"), size, VALIDATION)
     training = None if image is None or int8 is False else real_cases(opened.image_examples("train"), size, TRAINING)
-    return validation, training, "on validation cases of the run"
+    return validation, training, f"on cases of {'the run' if run.members else 'validation'}"
 
 
 def _write_float32(
@@ -231,9 +231,11 @@ def _write_int8(folder: Path, run: Run, validation: Cases, training: Cases) -> d
         quantise(float32, file, training, show)
     score = run.out_of_scope if run.out_of_scope_file.is_file() else None
     classes = tuple(run.model["classes"])
+    # Which says how much int8 changes, not how good the model is.
+    images = "images that all members but one were trained on" if run.members else "validation images"
     with progress_bar("int8: measuring") as show:
         measured, verdict, recommended = measure_int8(
-            OnnxNetwork(float32), OnnxNetwork(file), validation, classes, score, show
+            OnnxNetwork(float32), OnnxNetwork(file), validation, classes, score, images, show
         )
     (note if recommended else warn)(f"int8: {verdict}")
     return {

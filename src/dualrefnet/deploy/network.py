@@ -23,7 +23,7 @@ from dualrefnet.errors import RunError
 from dualrefnet.models.base import Architecture, Method, mark_missing
 from dualrefnet.models.encoders import Encoded, Encoder
 from dualrefnet.models.inference import Normalisation, joined_vectors, normalise, resolve_device, to_unit
-from dualrefnet.models.registry import load_model
+from dualrefnet.models.registry import load_run_model
 from dualrefnet.progress import warn
 from dualrefnet.recipe import ImageSection
 from dualrefnet.run import Run
@@ -60,7 +60,7 @@ def run_parts(run: Path | str | Run, device: str) -> dict[str, Any]:
     """Return the arguments of `dualrefnet.deploy.predictor.Predictor` for a run."""
     run = run if isinstance(run, Run) else Run(Path(run))
     about = run.model
-    model = load_model(about, run.weights_file)
+    model = load_run_model(run)
     image = ImageSection.model_validate(about["preprocessing"]["image"])
     dataset, class_names = describe_dataset(about["dataset"])
     description = {name: about[name] for name in ("dualrefnet", "classes", "malignant")}
@@ -130,9 +130,9 @@ class ExportedModel(nn.Module):
         super().__init__()
         self.method = copy.deepcopy(method).eval()
         # A program keeps all parameters, also those that no output depends on.
-        if hasattr(self.method, "decoder"):
-            self.method.decoder = None  # type: ignore[assignment]
-        for part in self.method.modules():
+        for part in list(self.method.modules()):
+            if isinstance(part, Method) and hasattr(part, "decoder"):
+                part.decoder = None  # type: ignore[assignment]
             if hasattr(part, "fused_attn"):
                 # Fused attention leaves its result in another order in memory than the exporter's replacement.
                 part.fused_attn = False  # type: ignore[assignment]
@@ -168,9 +168,7 @@ class ExportedModel(nn.Module):
             if absent is not None:
                 read = mark_missing(read, absent)
             vectors = (torch.cat([output.vector for output in read.outputs], dim=1),)
-        if self.method.missing is not None:
-            read, metadata = self.method.missing.fill_images(read), self.method.missing.fill_metadata(metadata)
-        return self.method.classify(read, metadata).logits, *vectors
+        return self.method.answer(read, metadata).logits, *vectors
 
     def example(self, count: int = 2) -> dict[str, Tensor]:
         """Return inputs of the right shapes and types, to trace a program with."""

@@ -254,9 +254,10 @@ def measure_int8(
     cases: Cases,
     classes: tuple[str, ...],
     score: OutOfDistributionScore | None,
+    images: str = "validation images",
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], str, bool]:
-    """Measure an int8 network beside the float32 network that it was made from, on cases of the validation split.
+    """Measure an int8 network beside the float32 network that it was made from; `images` says on which.
 
     `score` is the out-of-distribution score, whose false alarms are counted. Return the measures, a sentence about
     them, and whether int8 is recommended.
@@ -275,6 +276,7 @@ def measure_int8(
     capabilities = torch.cpu.get_capabilities()
     vnni = any(capabilities.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
     processor = capabilities.get("cpu_name") or platform.processor() or platform.machine()
+    measured["images"] = images
     measured["processor"] = f"{processor}, {'with' if vnni else 'without'} VNNI"
     ratio = measured["speed"][0]["times_as_fast"]
     before, after = (measured[name]["balanced_accuracy"] for name in ("float32", "int8"))
@@ -282,7 +284,7 @@ def measure_int8(
     slow = f"not faster on this machine ({ratio:.2f} times as fast)"
     verdict = (
         f"{f'{ratio:.1f} times as fast as float32 on this machine' if faster else slow}; balanced accuracy {after:.3f} "
-        f"on validation, where float32 has {before:.3f}{'' if kept else ', a loss'}."
+        f"on {images}, where float32 has {before:.3f}{'' if kept else ', a loss'}."
     )
     return measured, verdict if faster and kept else f"{verdict} Use model.onnx.", faster and kept
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import ImageOps
+from PIL.Image import Image as PillowImage
 
 from dualrefnet.data.decode import decode_image
 from dualrefnet.deploy.hub import BundleMixin, check_bundle, is_bundle
@@ -25,11 +27,14 @@ from dualrefnet.runtime.prediction import Explanation, Prediction
 from dualrefnet.runtime.preprocessing import Image
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from dualrefnet.run import Run
 
 __all__ = ["Explanation", "ImageSource", "Prediction", "Predictor"]
 
-ImageSource = Path | str | bytes | NDArray[np.uint8]
+# A file, its bytes, an array (H, W, 3) of 0..255 or nested lists like it, or an image of Pillow.
+ImageSource = Path | str | bytes | NDArray[np.integer] | Sequence[Any] | PillowImage
 
 
 class Predictor(BundleMixin, Classifier):
@@ -116,7 +121,9 @@ class Predictor(BundleMixin, Classifier):
         with _data_errors():
             if image is None:
                 return self._images([None])[0]
-            return self.prepare_array(image if isinstance(image, np.ndarray) else self.decode(image))
+            if isinstance(image, Path | str | bytes):
+                return self.prepare_array(self.decode(image))
+            return self.prepare_array(_to_array(image))
 
     def check_metadata(self, metadata: Mapping[str, Any]) -> None:
         """Refuse invalid metadata.
@@ -127,18 +134,38 @@ class Predictor(BundleMixin, Classifier):
         with _data_errors():
             self.encoder.encode_records([metadata] if self.reads_metadata else [])
 
-    def predict(self, image: ImageSource | None = None, metadata: Mapping[str, Any] | None = None) -> Prediction:
-        """Classify one image.
+    @overload
+    def predict(self, image: pd.DataFrame) -> pd.DataFrame: ...
+
+    @overload
+    def predict(self, image: ImageSource | None = None, metadata: Mapping[str, Any] | None = None) -> Prediction: ...
+
+    def predict(
+        self, image: ImageSource | pd.DataFrame | None = None, metadata: Mapping[str, Any] | None = None
+    ) -> Prediction | pd.DataFrame:
+        """Classify one image, or the cases of a table.
 
         Args:
-            image: a file, its bytes, or an (H, W, 3) RGB array of uint8; None only for models that do without.
+            image: a file, its bytes, RGB values (H, W, 3) of 0..255, or an image of Pillow; None only for models that
+                do without. Or a DataFrame with a row a case: its file in the column `image`, and fields; then the
+                result is a DataFrame with the columns of `dualrefnet predict`.
             metadata: any subset of the fields, such as `{"age": 61, "region": "FACE"}`; the others are missing.
 
         Raises:
             ImageError: the image can't be decoded.
             DataError: a field is unknown, a value is invalid, or the model needs an image.
         """
+        if hasattr(image, "columns"):
+            from dualrefnet.deploy.batch import predict_table
+
+            if metadata is not None:
+                raise DataError("the metadata of a DataFrame's cases are its columns")
+            return predict_table(self, cast("pd.DataFrame", image))
         return self.predict_many([image], [metadata or {}])[0]
+
+    def __repr__(self) -> str:
+        reads = [what for what, read in (("image", self.reads_image), ("metadata", bool(self.fields))) if read]
+        return f"Predictor({self.name}: {' and '.join(reads)} -> {', '.join(self.classes)}; {self.title})"
 
     def predict_many(
         self, images: Sequence[ImageSource | None], metadata: Sequence[Mapping[str, Any]]
@@ -193,6 +220,15 @@ class Predictor(BundleMixin, Classifier):
         """Explain the prediction for an image from `prepare`; see `explain`."""
         with _data_errors():
             return self.explain_prepared(prepared, metadata, label)
+
+
+def _to_array(image: Any) -> NDArray[np.uint8]:
+    """Return an image of Pillow, an array or nested lists as an array; what isn't 0..255 is left to be refused."""
+    if isinstance(image, PillowImage):
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    array = np.asarray(image)
+    whole = array.dtype.kind in "iu" and array.size > 0 and array.min() >= 0 and array.max() <= 255
+    return array.astype(np.uint8) if whole else array
 
 
 @contextmanager

@@ -108,6 +108,7 @@ def protocol_name(protocol: str, unit: str = "group") -> str:
         "paper": "the paper's split",
         "grouped": f"{unit}-disjoint split" if unit != "image" else "split by image",
         "grouped-cv": f"{unit}-disjoint cross-validation" if unit != "image" else "cross-validation by image",
+        "cross-fitted": f"{unit}-disjoint cross-fitting" if unit != "image" else "cross-fitting by image",
         "own": "the user's own split",
     }
     return names.get(protocol, protocol)
@@ -237,6 +238,43 @@ class PrintedTable:
         return "\n".join([*lines, r"\end{table}"]) + "\n"
 
 
+SIGNIFICANT = 0.05
+
+
+def p_value(p: float) -> str:
+    """Return a corrected p with its sign of equality; empty if there is none."""
+    return "" if pd.isna(p) else "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def class_difference_table(rows: pd.DataFrame, names: tuple[str, str], title: str, family: int) -> PrintedTable:
+    """Return how far the first of two systems is above the second in each class, from `corrected_classes`; `family` is
+    the number of comparisons of a measure for which p is corrected.
+    """
+    measures = list(dict.fromkeys(rows["measure"]))
+    lines = []
+    for name, group in rows.groupby("class", sort=False):
+        found = group.set_index("measure").to_dict("index")
+        line = [Cell(str(name)), Cell(f"{group['images'].iloc[0]:,}")]
+        for measure in measures:
+            one = found[measure]
+            small = f"{interval(one['low'], one['high'], '.3f')} {p_value(one['p_holm'])}".strip()
+            line += [Cell(number(one["value"])), Cell(number(one["reference_value"]))]
+            line.append(Cell(number(one["difference"], "+.3f"), small, bold=one["p_holm"] < SIGNIFICANT))
+        lines.append(line)
+    notes = [
+        f"Difference [95% interval of the paired bootstrap]; p after Holm's correction for {family} comparisons per "
+        "measure. Bold: p < .05."
+    ]
+    for measure in measures:
+        differs = rows[(rows["measure"] == measure) & (rows["p_holm"] < SIGNIFICANT)]
+        higher, lower = (differs[differs["difference"] * sign > 0]["class"].tolist() for sign in (1, -1))
+        word = CLASS_COLUMNS[measure]
+        verdict = f"higher in {listed(higher) or 'no class'}, lower in {listed(lower) or 'no class'}"
+        notes.append(f"{word[0].upper()}{word[1:]} of {names[0]} is significantly {verdict} than that of {names[1]}.")
+    columns = [text for measure in measures for text in (CLASS_COLUMNS[measure], names[1], "difference")]
+    return PrintedTable(title, ("class", "images", *columns), lines, tuple(notes))
+
+
 def text_rows(rows: Iterable[Sequence[object]]) -> list[list[Cell]]:
     """Return rows of plain text."""
     return [[Cell(str(value)) for value in row] for row in rows]
@@ -304,6 +342,16 @@ def availability_line(measured: Values) -> str:
         if values.get("cancers_referred") is not None and values.get("benign_referred") is not None
     ]
     return f"cancers referred: {'; '.join(parts)}" if parts else ""
+
+
+def folds_line(folds: Values) -> str:
+    """Return how much the measures differ between the folds of a cross-fitted run."""
+    names = ("balanced_accuracy", "auc_macro_ovr", "accuracy")
+    parts = [
+        f"{MEASURE_NAMES[name]} {number(folds[name]['mean'], '.3f')} (sd {number(folds[name]['sd'], '.3f')})"
+        for name in names
+    ]
+    return f"mean over {folds['count']} folds: {'; '.join(parts)}"
 
 
 def deployed_line(deployed: Values) -> str:

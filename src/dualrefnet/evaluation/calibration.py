@@ -215,6 +215,10 @@ class Calibration(Decision):
             raise ValueError(f"this isn't a calibration: {error!r}") from None
 
 
+# Which images, (N,), a calibration is for: those of one fold, of which it has seen none.
+CalibrationByFold = Sequence[tuple[NDArray[np.bool_], Calibration]]
+
+
 def fit_calibration(
     labels: ArrayLike,
     probabilities: ArrayLike,
@@ -308,22 +312,35 @@ def fit_thresholds(
 
 
 def measure_calibrated(
-    calibration: Calibration, labels: ArrayLike, probabilities: ArrayLike, bootstrap: Bootstrap
+    calibration: Calibration,
+    labels: ArrayLike,
+    probabilities: ArrayLike,
+    bootstrap: Bootstrap,
+    by_fold: CalibrationByFold = (),
 ) -> dict[str, Any]:
     """Measure a calibration on images that had no part in it; intervals are over patients, given the calibration.
 
-    `probabilities`, (N, C), are uncalibrated. The result is `calibrated` of metrics.json.
+    `probabilities`, (N, C), are uncalibrated. The calibration of a cross-fitted run has seen all images; they are
+    measured with those `by_fold`. The result is `calibrated` of metrics.json.
     """
     classes = calibration.classes
     target, scores = check_predictions(labels, probabilities, len(classes))
-    calibrated = calibration.probabilities(scores)
+    by_fold = by_fold or [(np.ones(len(target), dtype=bool), calibration)]
+    calibrated, refer = np.empty_like(scores), np.zeros(len(target), dtype=bool)
+    held = {name: np.zeros(scores.shape, dtype=bool) for name in ("marginal", "by_class")}
+    filled = dict.fromkeys(held, 0)
+    for rows, one in by_fold:
+        calibrated[rows] = one.probabilities(scores[rows])
+        for name in held:
+            thresholds = one.thresholds(name == "by_class")
+            held[name][rows] = prediction_sets(calibrated[rows], thresholds)
+            filled[name] += int((calibrated[rows] < np.asarray(thresholds)).all(axis=1).sum())
+        decided = one.refer(scores[rows])
+        refer[rows] = False if decided is None else decided
     sets = {
-        name: measure_sets(
-            target, calibrated, calibration.thresholds(by_class), bootstrap, classes, calibration.coverage
-        )
-        for name, by_class in (("marginal", False), ("by_class", True))
+        name: measure_sets(target, held[name], filled[name], bootstrap, classes, calibration.coverage) for name in held
     }
-    referred, referral = calibration.refer(scores), None
+    referred, referral = None if calibration.referral is None else refer, None
     if referred is not None:
         referral = {"wanted": calibration.sensitivity, "threshold": calibration.referral}
         referral |= measure_referral(calibration.cancer[target], referred, bootstrap, calibration.sensitivity)
@@ -340,19 +357,19 @@ def measure_calibrated(
 
 def measure_sets(
     labels: NDArray[np.int64],
-    probabilities: Floats,
-    thresholds: float | Sequence[float],
+    sets: NDArray[np.bool_],
+    filled: int,
     bootstrap: Bootstrap,
     classes: Sequence[str],
     coverage: float,
 ) -> dict[str, Any]:
-    """Measure conformal sets on images that had no part in the thresholds (one for all classes, or one for each).
+    """Measure conformal sets (N, C) of images that had no part in the thresholds.
 
     `singletons` is the share of sets of one class, `filled` the number of sets that would have been empty, `sizes` the
     number of images with a set of 1, 2, ... classes. `promise` is `within` if the wanted coverage lies in the interval,
     `missed` if the interval lies below it, `exceeded` if above; None without an interval.
     """
-    sets, level = prediction_sets(probabilities, thresholds), bootstrap.level
+    level = bootstrap.level
     size, held = sets.sum(axis=1), sets[np.arange(len(labels)), labels]
     # All images, and those of each class.
     included = np.column_stack([np.ones(len(labels), dtype=bool), labels[:, None] == np.arange(len(classes))])
@@ -368,7 +385,7 @@ def measure_sets(
         **marginal.to_json("coverage", level),
         **sizes[0].to_json("mean_size", level),
         **singletons.to_json("singletons", level),
-        "filled": int((probabilities < np.asarray(thresholds)).all(axis=1).sum()),
+        "filled": filled,
         "promise": promise,
         "sizes": np.bincount(size, minlength=len(classes) + 1)[1:].tolist(),
         "per_class": {

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike
 
 from dualrefnet.evaluation.bootstrap import (
@@ -21,6 +22,7 @@ from dualrefnet.evaluation.bootstrap import (
     Difference,
     Estimate,
     Floats,
+    holm,
     interval_suffix,
     percentile_interval,
 )
@@ -83,6 +85,40 @@ def pooled_bootstrap(
         }
     )
     return PooledBootstrap(points, drawn, bootstrap.groups, bootstrap.images, bootstrap.level)
+
+
+# What two systems are compared by, class by class.
+COMPARED_BY_CLASS = ("sensitivity", "ppv")
+
+
+def class_differences(bootstrap: PooledBootstrap, system: str, reference: str, classes: Sequence[str]) -> pd.DataFrame:
+    """Return class, images, measure, value, reference_value, difference, low, high, p: how far `system` is above
+    `reference` in the sensitivity and the precision (PPV) of each class.
+    """
+    rows = []
+    for measure in COMPARED_BY_CLASS:
+        for name in classes:
+            key = f"per_class.{name}.{measure}"
+            found = bootstrap.difference(system, reference, key)
+            rows.append(
+                {
+                    "class": name,
+                    "images": int(bootstrap.value(system, f"per_class.{name}.support").value),
+                    "measure": measure,
+                    "value": bootstrap.value(system, key).value,
+                    "reference_value": bootstrap.value(reference, key).value,
+                    "difference": found.value,
+                    "low": found.low,
+                    "high": found.high,
+                    "p": found.p,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def corrected_classes(rows: pd.DataFrame) -> pd.DataFrame:
+    """Add `p_holm` to rows of `class_differences`, corrected over all of a measure."""
+    return rows.assign(p_holm=rows.groupby("measure", sort=False)["p"].transform(lambda p: holm(p.tolist())))
 
 
 def metrics_with_intervals(

@@ -16,13 +16,16 @@ from dualrefnet.recipe import ModelSection
 
 
 class Output(NamedTuple):
-    """Result of a forward pass: `logits` (B, C) before the softmax; `features` (B, D), the vector that is classified,
-    fused from image and metadata; `reconstruction` (B, 3, 2H, 2W) in about 0..1, None without an auxiliary task and
-    outside training; `heads`, logits of additional heads, by name, each with a cross-entropy term of its own.
+    """Result of a forward pass: `logits` (B, C) before the softmax; `features` (B, D), the fused vector of image and
+    metadata, as it enters the first layer of classification; `hidden` (B, H), what enters the last one (the features
+    themselves where there is no layer between); `reconstruction` (B, 3, 2H, 2W) in about 0..1, None without an
+    auxiliary task and outside training; `heads`, logits of additional heads, by name, each with a cross-entropy term of
+    its own.
     """
 
     logits: Tensor
     features: Tensor
+    hidden: Tensor
     reconstruction: Tensor | None
     heads: dict[str, Tensor]
 
@@ -39,9 +42,10 @@ class Head(nn.Module):
         self.drop_hidden = nn.Dropout(dropout)
         self.classifier = nn.Linear(hidden, classes)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Map (B, D) to logits (B, C)."""
-        return self.classifier(self.drop_hidden(self.hidden(self.drop_features(features)).relu()))  # type: ignore[no-any-return]
+    def forward(self, features: Tensor) -> Output:
+        """Classify fused features (B, D)."""
+        hidden = self.hidden(self.drop_features(features)).relu()
+        return Output(self.classifier(self.drop_hidden(hidden)), features, hidden, None, {})
 
 
 class MissingInputs(nn.Module):
@@ -113,10 +117,8 @@ class Architecture(BaseModel):
 
     @property
     def backbones(self) -> tuple[str, ...]:
-        """The image encoders that the method may have, in order: one, or the members of an ensemble."""
-        if self.section.method != "ensemble":
-            return (self.section.backbone,)
-        return self.section.members or (self.section.backbone,) * 3
+        """The image encoders that the method may have, in order."""
+        return self.section.backbones
 
 
 class Method(nn.Module, ABC):

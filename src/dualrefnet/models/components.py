@@ -179,7 +179,7 @@ class DecisionFusion(nn.Module):
         weighted = logits.float().log_softmax(dim=2) + self.weights.log()[:, None, None]
         return weighted.logsumexp(dim=0)
 
-    def output(self, logits: dict[str, Tensor], features: Tensor, training: bool) -> Output:
+    def output(self, logits: dict[str, Tensor], features: Tensor, hidden: Tensor, training: bool) -> Output:
         """Return a model's output for the logits (B, C) of every head, in the order of `names`.
 
         In training the first head's scores stand in `logits` and the others in `heads`, so that each has a
@@ -187,8 +187,8 @@ class DecisionFusion(nn.Module):
         """
         if training:
             first, *others = self.names
-            return Output(logits[first], features, None, {name: logits[name] for name in others})
-        return Output(self(torch.stack([logits[name] for name in self.names])), features, None, logits)
+            return Output(logits[first], features, hidden, None, {name: logits[name] for name in others})
+        return Output(self(torch.stack([logits[name] for name in self.names])), features, hidden, None, logits)
 
     def choose(self, logits: Tensor, labels: Tensor) -> None:
         """Choose the weights with the best balanced accuracy for logits (K, N, C) of validation; of equals the most

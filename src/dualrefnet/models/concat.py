@@ -40,4 +40,4 @@ class Concat(VectorMethod, name="concat"):
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
         features = torch.cat([self.reducer(self.vector(images)), metadata], dim=1)
-        return Output(self.classifier(features), features, None, {})
+        return Output(self.classifier(features), features, features, None, {})

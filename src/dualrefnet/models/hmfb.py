@@ -49,5 +49,6 @@ class HyperparametricMetadataFusion(Method, name="hmfb"):
         self.classifier = nn.Linear(funnel[-1], architecture.classes)
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
-        features = self.funnel(self.block(images.first.vector, metadata))
-        return Output(self.classifier(features), features, None, {})
+        features = self.block(images.first.vector, metadata)
+        hidden = self.funnel(features)
+        return Output(self.classifier(hidden), features, hidden, None, {})

@@ -171,7 +171,8 @@ def _fill(encoder: Encoder, store: ImageStore, size: int, keep_map: bool, device
     settings = {"encoder": encoder.name, "parameters": _fingerprint(encoder), "size": size, "parts": sorted(parts)}
     settings |= {"mean": list(encoder.mean), "std": list(encoder.std)}
     with progress_bar(f"features of {encoder.name}") as show:
-        return fill_derived_store(store, f"features-{encoder.name}", settings, parts, compute, progress=show)
+        name = f"features-{encoder.name.replace(':', '-')}"
+        return fill_derived_store(store, name, settings, parts, compute, progress=show)
 
 
 def _fingerprint(module: nn.Module) -> str:

@@ -64,4 +64,4 @@ class JointIndividualFusion(Method, name="jif_mmfa"):
             "image": self.image_head(individual_image),
             "metadata": self.metadata_head(individual_metadata),
         }
-        return self.decision.output(logits, joint, self.training)
+        return self.decision.output(logits, joint, joint, self.training)

@@ -48,4 +48,4 @@ class MetaBlockNet(VectorMethod, name="metablock"):
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
         features = self.block(self.vector(images).reshape(len(metadata), -1, GROUP), metadata).flatten(1)
-        return Output(self.classifier(self.dropout(features)), features, None, {})
+        return Output(self.classifier(self.dropout(features)), features, features, None, {})

@@ -40,4 +40,4 @@ class MetaNet(VectorMethod, name="metanet"):
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
         gates = self.gate(metadata).repeat_interleave(self.group, dim=1)
         features = self.vector(images) * gates
-        return Output(self.classifier(self.dropout(features)), features, None, {})
+        return Output(self.classifier(self.dropout(features)), features, features, None, {})

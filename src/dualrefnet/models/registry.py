@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dualrefnet.errors import RecipeError, RunError, WeightsError
+from dualrefnet.models.backbones import check_image_size
 from dualrefnet.recipe import Recipe, suggestion
 
 if TYPE_CHECKING:
     from dualrefnet.models.base import Architecture, Method
+    from dualrefnet.run import Run
 
 NEUTRAL = (0.5, 0.5, 0.5)
 
@@ -109,7 +111,10 @@ METHODS = {
 
 
 def check_method(recipe: Recipe) -> MethodInfo:
-    """Return the method of a recipe; RecipeError: there is none of that name, or it can't work without metadata."""
+    """Return the method of a recipe.
+
+    RecipeError: there is no such method or encoder, it can't read images of that size, or needs metadata.
+    """
     name = recipe.model.method
     if name not in METHODS:
         raise RecipeError(
@@ -117,6 +122,8 @@ def check_method(recipe: Recipe) -> MethodInfo:
         )
     if METHODS[name].needs_metadata and recipe.metadata.tier == "M0":
         raise RecipeError(f"model.method {name} needs metadata: set metadata.tier to M1, M2 or M3, or take no_metadata")
+    for backbone in recipe.model.backbones if METHODS[name].reads_image else ():
+        check_image_size(backbone, recipe.image.size)
     return METHODS[name]
 
 
@@ -154,6 +161,16 @@ def new_model(recipe: Recipe, metadata_width: int, classes: int) -> tuple[Method
         WeightsSource("none", "no image encoder", None, NEUTRAL, NEUTRAL)
     ]
     return model, architecture, [asdict(source) for source in sources]
+
+
+def load_run_model(run: Run) -> Method:
+    """Build the trained model of a run: the best epoch, or of a cross-fitted run all its members in one."""
+    from dualrefnet.models.cross_fitted import CrossFitted
+
+    description = run.model
+    if "members" not in description:
+        return load_model(description, run.weights_file)
+    return CrossFitted([load_model(description, member.weights_file) for member in run.members])
 
 
 def load_model(description: Mapping[str, Any], weights_file: Path) -> Method:

@@ -19,7 +19,7 @@ class NoMetadata(VectorMethod, name="no_metadata"):
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
         features = self.vector(images)
-        return Output(self.classifier(self.dropout(features)), features, None, {})
+        return Output(self.classifier(self.dropout(features)), features, features, None, {})
 
 
 class MetadataOnly(Method, name="metadata_only"):
@@ -38,5 +38,4 @@ class MetadataOnly(Method, name="metadata_only"):
         return self.head
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
-        features = self.metadata_network(metadata)
-        return Output(self.head(features), features, None, {})
+        return self.head(self.metadata_network(metadata))  # type: ignore[no-any-return]

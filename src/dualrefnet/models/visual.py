@@ -71,5 +71,6 @@ class Visual(Method, name="visual"):
         looked = [
             attention(tap, encoded.vector)[0] for attention, tap in zip(self.attentions, encoded.taps, strict=True)
         ]
-        features = self.reducer(torch.cat([*looked, encoded.vector * self.metadata_network(metadata)], dim=1))
-        return Output(self.classifier(features), features, None, {})
+        features = torch.cat([*looked, encoded.vector * self.metadata_network(metadata)], dim=1)
+        hidden = self.reducer(features)
+        return Output(self.classifier(hidden), features, hidden, None, {})

@@ -7,7 +7,13 @@ from functools import cached_property
 
 from dualrefnet.analysis.cases import ChosenCase, ShownCase, choose_cases, draw_gallery, show_cases
 from dualrefnet.analysis.disagreement import Disagreement, draw_disagreement, find_disagreement
-from dualrefnet.analysis.embedding import MEASURES, compare_embeddings, draw_embedding, draw_separation, embed
+from dualrefnet.analysis.embedding import (
+    compare_embeddings,
+    draw_embedding,
+    draw_separation,
+    embed,
+    separation_table,
+)
 from dualrefnet.analysis.gradcam import (
     ALL_IMAGES,
     FEWEST_PLACES,
@@ -29,7 +35,7 @@ from dualrefnet.analysis.shap import (
     explain_metadata,
 )
 from dualrefnet.display.figure import ReportFigure
-from dualrefnet.display.format import estimate, listed
+from dualrefnet.display.format import PrintedTable, class_difference_table, estimate, listed
 from dualrefnet.display.page import Section
 from dualrefnet.errors import DataError
 from dualrefnet.progress import note, progress_bar
@@ -154,8 +160,8 @@ class Explanations:
         with progress_bar("features") as show:
             found = embed(self.opened, self.options.images, SAMPLES, self.options.seed, show)
         intro = [
-            "t-SNE of the fused features, the input of the classifier. The scores are measured on the features "
-            "themselves, as distances in the figure are distorted."
+            "t-SNE of the fused features, the input of the classification layers, and of the hidden activations that "
+            "the last one reads. The scores are measured on these vectors, as distances in the figure are distorted."
         ]
         return Section("tsne", "t-SNE", intro, [draw_embedding(found)])
 
@@ -213,9 +219,11 @@ def comparison_section(first: OpenedRun, second: OpenedRun, options: ReportOptio
         f"On the {len(found.table):,} test images that both share{left_out}, the balanced accuracy is "
         f"{found.balanced_accuracy_a:.3f} for {names[0]}, {found.balanced_accuracy_b:.3f} for {names[1]}; difference "
         f"{difference}, p = {found.difference.p:.3f}: {verdict}.",
-        *(comparison.sentence(measure) for measure in MEASURES),
     ]
-    return Section("comparison", f"Comparison with {names[1]}", intro, figures)
+    title = f"By class: {names[0]} and {names[1]}"
+    table = class_difference_table(found.per_class, names, title, len(first.classes))
+    items: list[PrintedTable | ReportFigure] = [table, *figures, separation_table(comparison)]
+    return Section("comparison", f"Comparison with {names[1]}", intro, items)
 
 
 def _shown(opened: OpenedRun, found: Disagreement, column: str) -> list[ShownCase]:

@@ -11,8 +11,8 @@ from dualrefnet.data.protocols import leak_remarks, split_counts
 from dualrefnet.data.schema import unnamed_patients
 from dualrefnet.display.format import PrintedTable, protocol_name, sentence, text_rows
 from dualrefnet.errors import RunError
+from dualrefnet.models.backbones import backbone_title
 from dualrefnet.models.base import Architecture
-from dualrefnet.models.encoders import BACKBONES
 from dualrefnet.models.registry import METHODS
 from dualrefnet.recipe import Recipe
 from dualrefnet.run import Run
@@ -47,7 +47,7 @@ def run_title(run: Run) -> tuple[str, str]:
     """Return the title of a run's report and the line below it."""
     recipe, description = run.recipe, run.model
     method, architecture = METHODS[recipe.model.method], Architecture.model_validate(description["architecture"])
-    backbones = " + ".join(BACKBONES[name].title for name in architecture.backbones)
+    backbones = " + ".join(backbone_title(name) for name in architecture.backbones)
     metadata = "no metadata" if recipe.metadata.tier == "M0" else f"metadata {recipe.metadata.tier}"
     protocol = protocol_name(recipe.data.protocol, run.unit)
     protocol += f", fold {recipe.data.fold}" if recipe.data.protocol == "grouped-cv" else ""
@@ -74,6 +74,12 @@ def run_notes(run: Run) -> list[str]:
     recipe, metrics = run.recipe, run.metrics
     method = METHODS[recipe.model.method]
     notes = [f"{SYNTHETIC}."] if metrics["drawn"] else []
+    if run.members:
+        notes.append(
+            f"The model is the mean of {len(run.members)} members, each trained without one fold of the data. Every "
+            "number is of the one member that hasn't seen the image; the mean of all, which Grad-CAM shows, can't be "
+            "measured on these images, and is usually better."
+        )
     for name, leak in metrics["leakage"].items():
         if leak and leak["train_or_val"]:
             notes.append(

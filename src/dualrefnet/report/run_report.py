@@ -25,6 +25,7 @@ from dualrefnet.analysis.opened_run import OpenedRun, open_run
 from dualrefnet.analysis.out_of_distribution import OutOfDistributionMeasured, measure_out_of_distribution
 from dualrefnet.analysis.shortcuts import Shortcuts, draw_shortcuts, probe_shortcuts, shortcut_sentences, shortcut_table
 from dualrefnet.analysis.subgroups import subgroups_of_run
+from dualrefnet.data.protocols import FOLD, member_split
 from dualrefnet.display.figure import ReportFigure, file_stem, save_figure
 from dualrefnet.display.format import PrintedTable, sentence
 from dualrefnet.display.page import Section, render_page
@@ -45,6 +46,7 @@ from dualrefnet.report.trust import (
     audit_section,
     calibration_section,
     conformal_section,
+    images_section,
     missing_metadata_section,
     out_of_distribution_section,
     shortcuts_section,
@@ -230,6 +232,7 @@ def _examination_parts(opened: OpenedRun, options: ReportOptions) -> list[Part]:
     if _has_score(opened):
         found = partial(_out_of_distribution, opened, options)
         parts.append(("Out-of-distribution", lambda: out_of_distribution_section(found(), unit)))
+    parts.append(("Images", lambda: images_section(opened, options)))
     return [*parts, ("Data audit", lambda: audit_section(_audit(opened)))]
 
 
@@ -238,8 +241,11 @@ def _audit(opened: OpenedRun) -> Audit:
     used = opened.dataset.with_image[opened.dataset.with_image["image_id"].isin(opened.split["image_id"])]
     fingerprints = fingerprint_files(used) if len(used) else None
     # Without the forests, which take minutes; the command `audit` has them.
-    protocol = opened.recipe.data.protocol
-    return audit_split(opened.dataset, opened.split, fingerprints, forests=False, protocol=protocol)
+    split, protocol = opened.split, opened.recipe.data.protocol
+    if FOLD in split:
+        # Of the first member's, for example.
+        split = member_split(split, 0, chooses=True)
+    return audit_split(opened.dataset, split, fingerprints, forests=False, protocol=protocol)
 
 
 def _has_subgroups(opened: OpenedRun) -> bool:

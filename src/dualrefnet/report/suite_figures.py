@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 
 from dualrefnet.display.figure import COLOURS, FAINT, INK, PAPER, ReportFigure, new_figure, styled
-from dualrefnet.display.format import MEASURE_NAMES, estimate, number
+from dualrefnet.display.format import MEASURE_NAMES, SIGNIFICANT, estimate, number
 from dualrefnet.errors import RunError
 from dualrefnet.evaluation.bootstrap import images_of
-from dualrefnet.models.encoders import BACKBONES
+from dualrefnet.models.backbones import backbone_title
 from dualrefnet.models.registry import METHODS
 from dualrefnet.suite.grid import Key
 from dualrefnet.suite.results import LABEL_LEAKING, reads_image
-from dualrefnet.suite.tables import LESS_IS_BETTER, SIGNIFICANT, with_flags_as_text
+from dualrefnet.suite.tables import LESS_IS_BETTER, with_flags_as_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,7 +88,7 @@ def describe(systems: pd.DataFrame, comparisons: pd.DataFrame, measure: str) -> 
 def _backbone(method: str, backbone: str) -> str:
     if not reads_image(method):
         return "no image encoder"
-    return " + ".join(BACKBONES[name].title if name in BACKBONES else name for name in backbone.split("+"))
+    return " + ".join(backbone_title(name) for name in backbone.split("+"))
 
 
 def sizes(rows: pd.DataFrame) -> str:

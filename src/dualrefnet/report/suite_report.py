@@ -20,6 +20,7 @@ from dualrefnet.data.store import fill_store
 from dualrefnet.display.figure import ReportFigure, new_figure, save_figure, styled
 from dualrefnet.display.format import (
     MEASURE_NAMES,
+    SIGNIFICANT,
     Cell,
     PrintedTable,
     estimate,
@@ -31,6 +32,7 @@ from dualrefnet.display.format import (
 from dualrefnet.display.page import Section, render_page
 from dualrefnet.errors import DataError, RecipeError, RunError
 from dualrefnet.files import write_text
+from dualrefnet.models.backbones import BACKBONES
 from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import load_recipe
 from dualrefnet.report import ReportOptions, provenance
@@ -47,8 +49,9 @@ from dualrefnet.suite.results import (
     SuiteResults,
     System,
     aggregate,
+    reads_image,
 )
-from dualrefnet.suite.tables import LESS_IS_BETTER, SIGNIFICANT, printed_tables
+from dualrefnet.suite.tables import LESS_IS_BETTER, printed_tables
 
 # Measures that get a figure; the tables have all of them.
 DRAWN = 3
@@ -133,7 +136,7 @@ def write_suite_report(
     sections = [
         _summary_section(found),
         *_figure_section(found),
-        *_pair_sections(found, ReportOptions(photographs=photographs, root=root, cache=cache), samples),
+        *pair_sections(found, ReportOptions(photographs=photographs, root=root, cache=cache), samples),
         *_table_sections(found),
     ]
     # Images that an earlier call showed must not stay where a later one leaves them out.
@@ -277,7 +280,7 @@ def _table_sections(found: SuiteResults) -> Iterator[Section]:
     yield Section("provenance", "Provenance", intro, items, text)
 
 
-def _pair_sections(found: SuiteResults, options: ReportOptions, samples: int) -> Iterator[Section]:
+def pair_sections(found: SuiteResults, options: ReportOptions, samples: int) -> Iterator[Section]:
     """Yield the comparison, image by image, of two systems of each data set and protocol."""
     pairs = list(choose_pairs(found))
     datasets = sorted({pair.dataset for pair in pairs})
@@ -313,7 +316,8 @@ def choose_pairs(found: SuiteResults) -> Iterator[Pair]:
 
     First is the reference; of several, or of all systems where there is none, the one that is best in the suite's first
     measure. Second is the image-only baseline; without one the system that is farthest from the first in that measure.
-    Systems whose metadata were imputed from the diagnosis are passed over.
+    Of one method on CNNs and transformers (Figure 7) it is the best CNN and the best transformer. Systems whose
+    metadata were imputed from the diagnosis are passed over.
     """
     if not found.members:
         return
@@ -324,23 +328,36 @@ def choose_pairs(found: SuiteResults) -> Iterator[Pair]:
     for (dataset, protocol), group in rows.groupby(["dataset", "protocol"], sort=False):
         members: list[dict[str, Any]] = group.to_dict("records")  # type: ignore[assignment]
         references = [row for row in members if row["is_reference"]]
-        first = max(references or members, key=lambda row: sign * row["pooled"])
+        first, best = max(references or members, key=lambda row: sign * row["pooled"]), f"best in {measured}"
+        why = f"the reference{f' ({best} of {len(references)})' if len(references) > 1 else ''}" if references else best
+        by_kind = {kind: [row for row in members if _encoder_kind(row) == kind] for kind in ("cnn", "transformer")}
+        encoders = all(by_kind.values()) and group[["method", "variant"]].drop_duplicates().shape[0] == 1
+        if encoders:
+            first, why = max(by_kind["cnn"], key=lambda row: sign * row["pooled"]), f"the CNN that is {best}"
         others = [row for row in members if _common_runs(first["system"], row["system"])]
+        transformers = [row for row in others if _encoder_kind(row) == "transformer"] if encoders else []
+        baselines = [row for row in others if row["method"] == BASELINE]
         if not others:
             continue
-        second = max(others, key=lambda row: abs(row["pooled"] - first["pooled"]))
-        which = f"the system farthest from it in {measured}"
-        baselines = [row for row in others if row["method"] == BASELINE]
-        if baselines:
+        if transformers:
+            second, which = max(transformers, key=lambda row: sign * row["pooled"]), f"the transformer that is {best}"
+        elif baselines:
             second = min(baselines, key=lambda row: [row[key] != first[key] for key in ("variant", "backbone")])
             which = "the baseline without metadata"
+        else:
+            second = max(others, key=lambda row: abs(row["pooled"] - first["pooled"]))
+            which = f"the system farthest from it in {measured}"
         one, other = _common_runs(first["system"], second["system"])[0]
         labels = [f"{row['label']} {row['series']}".strip() for row in (first, second)]
         a, b = labels if labels[0] != labels[1] else (first["name"], second["name"])
-        best = f"best in {measured}"
-        why = f"the reference{f' ({best} of {len(references)})' if len(references) > 1 else ''}" if references else best
         rule = f"{a} ({why}) and {b} ({which}): one run of each, fold {one.fold}, seed {one.seed}."
         yield Pair((one.run, other.run), (a, b), str(dataset), str(protocol), rule)
+
+
+def _encoder_kind(row: Mapping[str, Any]) -> str:
+    """Return `cnn` or `transformer`; empty for a method of the metadata alone and for several encoders."""
+    spec = BACKBONES.get(row["backbone"])
+    return spec.kind if spec is not None and reads_image(row["method"]) else ""
 
 
 def _common_runs(one: System, other: System) -> list[tuple[FinishedRun, FinishedRun]]:

@@ -1,4 +1,4 @@
-"""Sections on how far a run can be trusted: calibration, subgroups, shortcuts, missing metadata, data audit."""
+"""Sections on how far a run can be trusted: calibration, subgroups, shortcuts, missing metadata, images, data audit."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from dualrefnet.analysis.audit import Audit, printed_tables
+from dualrefnet.analysis.image_statistics import draw_class_counts, draw_statistics, measure_images, statistics_table
 from dualrefnet.analysis.missing_metadata import (
     WITH_IMAGE,
     WITHOUT_IMAGE,
@@ -18,6 +20,7 @@ from dualrefnet.analysis.missing_metadata import (
     missing_metadata_table,
     missing_pattern_table,
 )
+from dualrefnet.analysis.opened_run import OpenedRun, sample_rows
 from dualrefnet.analysis.out_of_distribution import (
     EVERYDAY,
     FALSE_ALARMS,
@@ -42,6 +45,8 @@ from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.evaluation.calibration import Calibration
 from dualrefnet.evaluation.curves import compute_reliability, draw_reliability
 from dualrefnet.evaluation.referral import draw_referral, draw_selective, measure_selective, referral_curve
+from dualrefnet.progress import progress_bar
+from dualrefnet.report import ReportOptions
 from dualrefnet.report.performance import Measured
 from dualrefnet.report.verdict import (
     WORST_FIRST,
@@ -328,6 +333,25 @@ CHECKS = (
 )
 # The findings say what the other tables of an audit hold.
 AUDIT_TABLES = ("missing_models", "proxies", "form_alone")
+
+
+def images_section(opened: OpenedRun, options: ReportOptions) -> Section:
+    """Return the classes of each part of the split, and what preprocessing does to brightness and colour cast."""
+    table = opened.dataset.with_image
+    table = table[table["image_id"].isin(opened.split["image_id"])].reset_index(drop=True)
+    items: list[PrintedTable | ReportFigure] = [draw_class_counts(opened.split, opened.classes)]
+    intro = ["Images of each class in the run's own split, and their brightness and colour cast."]
+    if len(table):
+        labels = pd.Categorical(table["label"], categories=opened.classes).codes.astype(np.int64)
+        chosen = table.iloc[sample_rows(labels, options.images, options.seed)]
+        with progress_bar("brightness and colour") as show:
+            measured = measure_images(chosen, opened.recipe.image, progress=show)
+        items += [draw_statistics(measured, opened.classes), statistics_table(measured, opened.classes)]
+        if len(chosen) < len(table):
+            intro.append(
+                f"Measured on {len(chosen):,} of {len(table):,} images, each class in proportion, seed {options.seed}."
+            )
+    return Section("images", "Images", intro, items)
 
 
 def audit_section(audit: Audit) -> Section:

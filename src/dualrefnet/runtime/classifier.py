@@ -165,7 +165,7 @@ class Classifier:
         drop = rows[0, place] - rows[1:, place]
         saliency = None if image is None else saliency_map(drop[len(given) :], self.size)
         fields = dict(zip(given, drop[: len(given)].tolist()))
-        return Explanation(self.classes[place], float(rows[0, place]), saliency, fields)
+        return Explanation(self.classes[place], float(rows[0, place]), saliency, fields, image)
 
     def _read(self, metadata: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
         return metadata if self.reads_metadata else [{}] * len(metadata)

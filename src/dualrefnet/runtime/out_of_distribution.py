@@ -65,10 +65,11 @@ class Distance:
 class OutOfDistributionScore:
     """A fitted score: the distances of the encoders' vector and of its `root_shares`, and the `limit` of their sum
     beyond which an image is out-of-distribution; `quantiles` (101,) of the validation images' scores, ascending.
+
+    A cross-fitted model has a pair of `distances` for the vector of each member, and the mean of their sums counts.
     """
 
-    vector: Distance
-    shares: Distance
+    distances: tuple[tuple[Distance, Distance], ...]
     limit: float
     quantiles: NDArray[np.float32]
     training: int
@@ -77,7 +78,7 @@ class OutOfDistributionScore:
     @property
     def length(self) -> int:
         """D, of the vectors."""
-        return len(self.vector.mean)
+        return sum(len(vector.mean) for vector, _ in self.distances)
 
     def score(self, vectors: NDArray[np.floating]) -> Floats:
         """Return the sum of the two distances over the limit, (N,): more than 1 is out-of-distribution.
@@ -86,10 +87,17 @@ class OutOfDistributionScore:
         """
         if vectors.ndim != 2 or vectors.shape[1] != self.length:
             raise ValueError(f"vectors must have the shape (N, {self.length}), not {vectors.shape}")
+        parts = np.split(vectors, len(self.distances), axis=1)
+        sums: Floats = np.mean([self.member_score(part, member) for member, part in enumerate(parts)], axis=0)
+        return sums
+
+    def member_score(self, vectors: NDArray[np.floating], member: int) -> Floats:
+        """Return the score (N,) of vectors of one member of a cross-fitted model alone; see `score`."""
+        vector, shares = self.distances[member]
         finite = np.isfinite(vectors).all(axis=1)
         rows = np.asarray(vectors[finite], dtype=np.float64)
         scores = np.full(len(vectors), np.nan)
-        scores[finite] = (self.vector.measure(rows) + self.shares.measure(root_shares(rows))) / self.limit
+        scores[finite] = (vector.measure(rows) + shares.measure(root_shares(rows))) / self.limit
         return scores
 
     def share_nearer(self, score: float) -> float:
@@ -103,11 +111,22 @@ class OutOfDistributionScore:
         if header.get("format") != FORMAT:
             raise ValueError(f"format {header.get('format')}")
         try:
-            vector, shares = (Distance.from_tensors(tensors, header, name) for name in ("vector", "shares"))
+            distances = tuple(
+                (
+                    Distance.from_tensors(tensors, header, f"{prefix}vector"),
+                    Distance.from_tensors(tensors, header, f"{prefix}shares"),
+                )
+                for prefix in prefixes(int(header.get("members", "1")))
+            )
             training, validation = int(header["training"]), int(header["validation"])
-            return cls(vector, shares, float(header["limit"]), tensors["quantiles"], training, validation)
+            return cls(distances, float(header["limit"]), tensors["quantiles"], training, validation)
         except KeyError as error:
             raise ValueError(f"it has no {error}") from None
+
+
+def prefixes(members: int) -> list[str]:
+    """Return what precedes the names of each member's tensors; nothing where there is one."""
+    return [""] if members == 1 else [f"{member}." for member in range(members)]
 
 
 def root_shares(rows: Floats) -> Floats:

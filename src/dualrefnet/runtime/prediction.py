@@ -3,13 +3,18 @@
 # ruff: noqa: B905 (zip of Python 3.9 can't be strict)
 from __future__ import annotations
 
+import csv
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 # A patch spans two of so many steps along a side: neighbours overlap by half, so that no edge stays visible.
 STEPS = 8
+# Opacity of the most salient place.
+RED = 0.7
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,14 @@ class Prediction:
     refer: bool | None = None
     availability: str = ""
 
+    def __repr__(self) -> str:
+        parts = [f"{self.label} {self.probabilities[self.label]:.2f}"]
+        parts += [f"likely {', '.join(self.likely)}"] if self.likely else []
+        parts += [] if self.malignancy is None else [f"malignancy {self.malignancy:.2f}"]
+        parts += [] if self.refer is None else ["refer" if self.refer else "no referral"]
+        parts += [f"{len(self.warnings)} warnings"] if self.warnings else []
+        return f"Prediction({'; '.join(parts)})"
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -51,12 +64,37 @@ class Explanation:
         saliency: (S, S) float32: how much the probability falls if a patch around that pixel is occluded with the
             image's mean colour; negative where it rises. None without an image.
         fields: field -> the probability less what it would be without that value; fields with a value only.
+        image: (S, S, 3) as the model read it; None without an image.
     """
 
     label: str
     probability: float
     saliency: NDArray[np.float32] | None
     fields: dict[str, float]
+    image: NDArray[np.uint8] | None = None
+
+    def save(self, path: Path | str) -> list[Path]:
+        """Write the saliency over the image as a PNG file, and the table of the fields beside it; return the files."""
+        path = Path(path)
+        table = path.with_suffix(".csv")
+        table.parent.mkdir(parents=True, exist_ok=True)
+        with table.open("w", encoding="utf-8", newline="") as file:
+            rows = csv.writer(file, lineterminator="\n")
+            rows.writerow(["field", "change"])
+            rows.writerows((name, f"{change:.6f}") for name, change in self.fields.items())
+        if self.image is None or self.saliency is None:
+            return [table]
+        picture = path.with_suffix(".png")
+        Image.fromarray(self.overlay()).save(picture)
+        return [picture, table]
+
+    def overlay(self) -> NDArray[np.uint8]:
+        """Return the image (S, S, 3) with what speaks for the class in red; ValueError: there is no image."""
+        if self.image is None or self.saliency is None:
+            raise ValueError("an explanation without an image has no saliency")
+        falls = np.clip(self.saliency, 0, None)
+        opacity = (RED * falls / max(float(falls.max()), 1e-12))[..., None]
+        return np.asarray(np.rint((1 - opacity) * self.image + opacity * np.array([255, 0, 0])), dtype=np.uint8)
 
 
 def occlude(image: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:

@@ -78,7 +78,9 @@ class Suite(Section):
     table: str | None = Field(
         None, coerce_numbers_to_str=True, description="the paper's table: 1, 2a, 3a, 3b, 4, text ..."
     )
-    reference: str | None = Field(None, description="the method, or variant, with which the others are compared")
+    reference: str | dict[str, str] | None = Field(
+        None, description="the method, variant or encoder with which the others are compared; or that of each data set"
+    )
     measures: tuple[str, ...] = Field(
         ("accuracy", "balanced_accuracy", "auc_macro_ovr"), description="columns: keys of metrics.json"
     )
@@ -86,6 +88,10 @@ class Suite(Section):
     per_class: bool = Field(False, description="also a table by class")
     splits: tuple[SplitCount, ...] = ()
     grid: tuple[Block, ...] = ()
+
+    def reference_of(self, dataset: str) -> str | None:
+        """Return what the systems of a data set are compared with."""
+        return self.reference.get(dataset) if isinstance(self.reference, dict) else self.reference
 
 
 class Key(NamedTuple):
@@ -188,6 +194,24 @@ def override(suite: Suite, overrides: Mapping[str, Any]) -> Suite:
     return changed
 
 
+def same_training(recipe: Recipe) -> str:
+    """Return what is equal for two recipes that train the same."""
+    return recipe.model_dump_json(exclude={"name", "description"})
+
+
+def prepare(suite: Suite, overrides: Mapping[str, Any], sample: Path | None = None) -> tuple[Suite, list[str]]:
+    """Return a suite with overrides, as a smoke test if there is a folder for its `sample` data, and remarks on what
+    that replaces.
+    """
+    remarks: list[str] = []
+    if sample is not None:
+        suite, remarks = smoke(suite, sample)
+        ignored = [key for key in overrides if key.startswith("data.")]
+        remarks += [f"{key} is ignored: a smoke test has its own data" for key in ignored]
+        overrides = {key: value for key, value in overrides.items() if key not in ignored}
+    return override(suite, overrides), remarks
+
+
 def expand(suite: Suite) -> list[Cell]:
     """Return the cells of a suite, in the order of the file. Cells with equal recipes share a run."""
     cells: dict[str, Cell] = {}
@@ -196,12 +220,13 @@ def expand(suite: Suite) -> list[Cell]:
         for recipe, variant in _recipes(suite, block):
             data, model = recipe.data, recipe.model
             slug = re.sub(r"[^A-Za-z0-9_.]+", "-", variant.name).strip("-.")
-            parts = (data.dataset, model.method, model.backbone, slug, f"fold{data.fold}", f"seed{recipe.seed}")
+            backbone = model.backbone.replace(":", "-")
+            parts = (data.dataset, model.method, backbone, slug, f"fold{data.fold}", f"seed{recipe.seed}")
             name = "-".join(part for part in parts if part)
             if len(name) > LONGEST_NAME:
                 raise RecipeError(f"{suite.name}: {name} is too long for a folder; shorten the name of the variant")
             recipe = recipe.model_copy(update={"name": name})
-            run = runs.setdefault(recipe.model_dump_json(exclude={"name", "description"}), name)
+            run = runs.setdefault(same_training(recipe), name)
             backbone = "+".join(model.members) or model.backbone
             key = Key(data.dataset, data.protocol, model.method, backbone, variant.name)
             cell = Cell(name, run, key, recipe, variant.paper or block.paper, variant.set if variant.paper else {})
@@ -233,17 +258,14 @@ def _recipes(suite: Suite, block: Block) -> Iterator[tuple[Recipe, Variant]]:
 def check_names(cells: list[Cell]) -> None:
     """Refuse data sets, methods and backbones that do not exist, before anything is trained."""
     from dualrefnet.data.adapters import ADAPTERS
-    from dualrefnet.models.encoders import backbone_spec
     from dualrefnet.models.registry import check_method
 
     for cell in cells:
-        model, dataset = cell.recipe.model, cell.key.dataset
+        dataset = cell.key.dataset
         try:
             if dataset not in ADAPTERS:
                 raise RecipeError(f"no data set adapter is called {dataset!r}; there are: {', '.join(ADAPTERS)}")
-            if check_method(cell.recipe).reads_image:
-                for backbone in (model.backbone, *model.members):
-                    backbone_spec(backbone)
+            check_method(cell.recipe)
         except RecipeError as error:
             raise RecipeError(f"{cell.name}: {error}") from None
 
@@ -268,7 +290,7 @@ def smoke(suite: Suite, root: Path) -> tuple[Suite, list[str]]:
     Methods and variants stay; data set (the synthetic sample at `root`), recipe, CNNs, size and length become the
     cheapest; folds and seeds the first.
     """
-    from dualrefnet.models.encoders import backbone_spec
+    from dualrefnet.models.backbones import BACKBONES
 
     notes = ["a smoke test: synthetic images, random weights, one epoch; its numbers mean nothing"]
     blocks: dict[tuple[str, str, str], Block] = {}
@@ -281,7 +303,8 @@ def smoke(suite: Suite, root: Path) -> tuple[Suite, list[str]]:
             # How metadata is read belongs to what is compared.
             read = {name: getattr(recipe, name).model_dump(mode="json") for name in ("metadata", "modality_dropout")}
             method, backbone = recipe.model.method, recipe.model.backbone
-            backbone = SMOKE_BACKBONE if backbone_spec(backbone).kind == "cnn" else backbone
+            spec = BACKBONES.get(backbone)
+            backbone = backbone if spec is not None and spec.kind == "transformer" else SMOKE_BACKBONE
             # Two data sets collapse into the sample, where their blocks are the same system: the first stays.
             blocks.setdefault(
                 (method, backbone, variant.name),
@@ -293,12 +316,17 @@ def smoke(suite: Suite, root: Path) -> tuple[Suite, list[str]]:
                     variants=(Variant(name=variant.name, set=kept),),
                 ),
             )
+    # One data set is left, and one CNN.
+    reference = next(iter(suite.reference.values())) if isinstance(suite.reference, dict) else suite.reference
+    if reference in BACKBONES and BACKBONES[reference].kind == "cnn":
+        reference = SMOKE_BACKBONE
     splits = (SplitCount(dataset="sample", protocol="grouped", set={"data.root": str(root)}),) if suite.splits else ()
     changed = {
         "name": f"{suite.name}-smoke",
         "title": f"SMOKE TEST ON SYNTHETIC IMAGES: {suite.title}",
         "description": "Synthetic images, random weights, one epoch: a test of the software; the numbers mean nothing.",
         "smoke": True,
+        "reference": reference,
         "splits": splits,
         "grid": tuple(blocks.values()),
     }

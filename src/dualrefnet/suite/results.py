@@ -24,7 +24,13 @@ from numpy.typing import NDArray
 from dualrefnet.data.protocols import split_counts
 from dualrefnet.errors import DualRefNetError, RunError
 from dualrefnet.evaluation.bootstrap import NAN, Bootstrap, Difference, Estimate, holm
-from dualrefnet.evaluation.comparison import PooledBootstrap, flat_measures, pooled_bootstrap
+from dualrefnet.evaluation.comparison import (
+    PooledBootstrap,
+    class_differences,
+    corrected_classes,
+    flat_measures,
+    pooled_bootstrap,
+)
 from dualrefnet.files import read_csv, read_json, sha256_of_json
 from dualrefnet.models.registry import METHODS
 from dualrefnet.recipe import Recipe, changes, load_recipe, shipped_recipes
@@ -134,7 +140,8 @@ class SuiteResults:
 
     `missing`: cell, run, state (`failed`, `unfinished`, `not started`, `unreadable`) and error of every cell without a
     result. `systems`: one row per system and measure; `flags` is a tuple of texts. `comparisons`: one row per system,
-    reference and measure. `per_class`: one row per system, class and measure; empty unless the suite asks for it.
+    reference and measure. `per_class`: one row per system, class and measure, and `class_comparisons`: one per system,
+    reference, class and measure; both are empty unless the suite asks for them.
     `splits`: one row per counted split, part of it and class.
     """
 
@@ -144,6 +151,7 @@ class SuiteResults:
     systems: pd.DataFrame
     comparisons: pd.DataFrame
     per_class: pd.DataFrame
+    class_comparisons: pd.DataFrame
     splits: pd.DataFrame
     samples: int
 
@@ -260,7 +268,8 @@ def aggregate(suite_dir: Path, samples: int = 1000, progress: Callable[[int, int
     systems, missing = _read_systems(suite_dir, suite)
     pairs = [(system, reference_of(system, systems, suite)) for system in systems]
     # The smallest p that B samples can give is 2 / (B + 1), and Holm multiplies it by the number of comparisons.
-    samples = max(samples, 100 * sum(reference is not None for _, reference in pairs))
+    compared = [len(system.runs[0].classes) for system, reference in pairs if reference is not None and system.runs]
+    samples = max(samples, 100 * (sum(compared) if suite.per_class else len(compared)))
     drawn = _bootstraps(systems, samples, progress)
     for bootstrap in drawn.values():
         known = next(iter(bootstrap.points.values()))
@@ -286,6 +295,7 @@ def aggregate(suite_dir: Path, samples: int = 1000, progress: Callable[[int, int
         pd.DataFrame([_system_row(system, measure, drawn, suite) for system in systems for measure in suite.measures]),
         _comparisons(pairs, drawn, suite),
         pd.DataFrame([row for system in systems if suite.per_class for row in _class_rows(system, drawn)]),
+        _class_comparisons(pairs if suite.per_class else [], drawn),
         pd.DataFrame(split_rows),
         samples,
     )
@@ -381,9 +391,10 @@ def reference_of(system: System, systems: list[System], suite: Suite) -> System 
     """Return what a system is compared with; None: it is the reference, or there is none.
 
     The reference has the same data set and protocol, and the same method (of a reference variant) and backbone if there
-    is one; a reference that exists with one backbone only is taken for systems with others.
+    is one; a reference that exists with one backbone only is taken for systems with others. A reference encoder is that
+    of the same method and variant.
     """
-    key, reference = system.key, suite.reference
+    key, reference = system.key, suite.reference_of(system.key.dataset)
     if not reference:
         return None
     rivals = [other for other in systems if other.key[:2] == key[:2]]
@@ -392,6 +403,9 @@ def reference_of(system: System, systems: list[System], suite: Suite) -> System 
             return None
         rivals = [other for other in rivals if other.key.variant == reference]
         rivals = [other for other in rivals if other.key.method == key.method] or rivals
+    elif not any(other.key.method == reference for other in rivals):
+        rivals = [other for other in rivals if other.key[2:] == (key.method, reference, key.variant)]
+        return rivals[0] if rivals and rivals[0].key != key else None
     else:
         if key.method == reference and (suite.rows == "method" or not key.variant):
             return None
@@ -491,6 +505,21 @@ def _comparisons(
         rows += [{**row, "p_holm": p} for row, p in zip(family, corrected, strict=True)]
     columns = [*Key._fields, "reference", "measure", "difference", "low", "high", "p", "p_holm", "samples", "note"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def _class_comparisons(
+    pairs: Sequence[tuple[System, System | None]], drawn: dict[Key, PooledBootstrap]
+) -> pd.DataFrame:
+    """Compare systems class by class; Holm's correction counts all classes and systems of a measure."""
+    rows = []
+    for system, reference in pairs:
+        bootstrap = drawn.get(system.key)
+        if reference is None or bootstrap is None or drawn.get(reference.key) is not bootstrap:
+            continue
+        name = " ".join(part for part in reference.key[2:] if part)
+        found = class_differences(bootstrap, system.key.name, reference.key.name, system.runs[0].classes)
+        rows.append(found.assign(**system.key._asdict(), reference=name))
+    return corrected_classes(pd.concat(rows, ignore_index=True)) if rows else pd.DataFrame()
 
 
 def _class_rows(system: System, drawn: dict[Key, PooledBootstrap]) -> list[dict[str, Any]]:

@@ -7,69 +7,26 @@ for a smoke test, `data/`.
 from __future__ import annotations
 
 import os
-import signal
-import socket
-import sys
-import threading
+import shutil
 import time
-import traceback
-from collections import deque
-from collections.abc import Generator, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
-from filelock import FileLock, Timeout
 
-from dualrefnet import progress
+from dualrefnet.cluster import require_ray
 from dualrefnet.errors import DualRefNetError, RunError
 from dualrefnet.files import locked, make_folder, write_csv, write_json, write_yaml
 from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import Recipe, differences
 from dualrefnet.run import Run
-from dualrefnet.suite.grid import Cell, Key, Suite, expand, load_suite, with_recipes
-
-# Seconds a run waits for the worker of a killed call, which may write to its folder for another second or two.
-PATIENCE = 30.0
+from dualrefnet.suite.grid import Cell, Key, Suite, expand, load_suite, same_training, with_recipes
+from dualrefnet.training.workers import Failure, Job, available_cores, work
 
 SMOKE_IMAGES, SMOKE_SIZE = 120, 64
-
-
-class Failure(NamedTuple):
-    """Why a run failed: one line, and the kind of error."""
-
-    error: str
-    kind: str
-
-
-class Event(NamedTuple):
-    """A run was started, or has ended."""
-
-    run: str
-    ended: bool
-    failure: Failure | None = None
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run to be done, ready to be sent to another process or machine; `suite` is absolute."""
-
-    run: str
-    recipe: Recipe
-    suite: Path
-    cache: Path | None
-    threads: int
-
-    @property
-    def log(self) -> Path:
-        return self.suite / "logs" / f"{self.run}.log"
 
 
 @dataclass
@@ -92,21 +49,20 @@ def run_suite(
     ray_address: str | None = None,
     cores: int | None = None,
     keep_models: bool = True,
+    elsewhere: Mapping[str, Path] | None = None,
 ) -> Outcome:
     """Train what a suite folder lacks.
 
     `workers` runs at the same time on this machine, or as Ray has room at `ray_address` (a cluster's, or `local`), each
     with `cores` (None: the machine's, shared by the workers; on Ray: 1). Without `keep_models` the parameters of
-    finished runs are removed: the tables need only their predictions.
+    finished runs are removed: the tables need only their predictions. `elsewhere`: finished runs of other suites, by
+    `same_training`, that are taken over.
 
     Raises:
         DualRefNetError: the folder is in use or holds something else; Ray is not available; nothing can be read.
         KeyboardInterrupt: the workers have been stopped; the same call resumes.
     """
     if ray_address is not None:
-        from dualrefnet.cluster import require_ray
-        from dualrefnet.suite.ray_runner import work_on_ray
-
         require_ray()
     suite = with_recipes(suite)
     cells = expand(suite)
@@ -114,9 +70,13 @@ def run_suite(
     with _suite_lock(out):
         _open_folder(out, suite, cells)
         if suite.smoke:
-            _draw_sample(out / "data")
+            _draw_sample({cell.recipe.data.root for cell in cells} | {split.recipe.data.root for split in suite.splits})
         _count_splits(out, suite)
         runs = {cell.run: cell.recipe for cell in cells if cell.run == cell.name}
+        for run, recipe in runs.items():
+            source = (elsewhere or {}).get(same_training(recipe))
+            if source is not None and not _finished(out, run):
+                _take_over(source, out / "runs" / run)
         pending = {run: recipe for run, recipe in runs.items() if not _finished(out, run)}
         outcome = Outcome(len(runs), len(runs) - len(pending))
         if outcome.skipped:
@@ -125,9 +85,9 @@ def run_suite(
             del pending[run]
             _record(out, outcome, run, failure)
         threads = cores or (1 if ray_address else max(1, available_cores() // workers))
-        jobs = [Job(run, recipe, out, cache and cache.absolute(), threads) for run, recipe in pending.items()]
-        events = work_on_ray(jobs, ray_address) if ray_address else _work_locally(jobs, workers)
-        with progress_bar("runs") as show, closing(events):
+        cache = cache and cache.absolute()
+        jobs = [Job(run, recipe, out / "runs" / run, out, cache, threads) for run, recipe in pending.items()]
+        with progress_bar("runs") as show, closing(work(jobs, workers, ray_address)) as events:
             starts: dict[str, float] = {}
             for event in events:
                 if not event.ended:
@@ -136,7 +96,9 @@ def run_suite(
                     continue
                 _record(out, outcome, event.run, event.failure)
                 if event.failure is None and not keep_models:
-                    Run(out / "runs" / event.run).weights_file.unlink(missing_ok=True)
+                    trained = Run(out / "runs" / event.run)
+                    for one in trained.members or [trained]:
+                        one.weights_file.unlink(missing_ok=True)
                 done = outcome.skipped + len(outcome.finished) + len(outcome.failed)
                 show(done, outcome.total)
                 took = timedelta(seconds=round(time.monotonic() - starts.get(event.run, time.monotonic())))
@@ -145,11 +107,6 @@ def run_suite(
                 else:
                     warn(f"{event.run} failed after {took}: {event.failure.error}")
     return outcome
-
-
-def available_cores() -> int:
-    """Return the number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
@@ -192,6 +149,22 @@ def _finished(out: Path, name: str) -> bool:
     return finished
 
 
+def _take_over(source: Path, run: Path) -> None:
+    """Give a suite a finished run of another one; hard links need no space."""
+
+    def link(file: str, copy: str) -> None:
+        try:
+            os.link(file, copy)
+        except OSError:  # Another disk, or a file system without links.
+            shutil.copy2(file, copy)
+
+    partial = make_folder(run.parent) / f".{run.name}"
+    for folder in (partial, run):
+        shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(source, partial, copy_function=link)
+    os.replace(partial, run)
+
+
 def _record(out: Path, outcome: Outcome, run: str, failure: Failure | None) -> None:
     file = out / "failures" / f"{run}.json"
     if failure is None:
@@ -202,9 +175,10 @@ def _record(out: Path, outcome: Outcome, run: str, failure: Failure | None) -> N
         write_json(file, {**failure._asdict(), "log": f"logs/{run}.log"})
 
 
-def _draw_sample(root: Path) -> None:
+def _draw_sample(roots: Collection[str | None]) -> None:
     from dualrefnet.data.synthetic import make_synthetic
 
+    (root,) = (Path(str(root)) for root in roots)
     if (root / "metadata.csv").is_file():
         return
     note("writing the sample data set: synthetic images, not clinical ones")
@@ -250,134 +224,3 @@ def _fill_stores(recipes: dict[str, Recipe], cache: Path | None) -> dict[str, Fa
         if failure := stores[key]:
             failures[run] = failure
     return failures
-
-
-def perform(job: Job) -> Failure | None:
-    """Train a job in this process, with its output in its log; return why it failed, or None."""
-    with _output_to(job.log):
-        print(f"--- {datetime.now():%Y-%m-%d %H:%M:%S}, process {os.getpid()} on {socket.gethostname()}", flush=True)
-        lock = job.suite / ".locks" / job.run
-        lock.parent.mkdir(exist_ok=True)
-        try:
-            with FileLock(lock, timeout=PATIENCE):
-                _train(job)
-            return None
-        except Timeout:
-            return Failure("a worker of another call still trains it; end that, then run the same command", "RunError")
-        except DualRefNetError as error:
-            progress.error(str(error))
-            return Failure(" ".join(str(error).split()), type(error).__name__)
-        except Exception as error:
-            traceback.print_exc()
-            lines = str(error).strip().splitlines()
-            return Failure(f"{type(error).__name__}{f': {lines[0]}' if lines else ''}", type(error).__name__)
-
-
-def _train(job: Job) -> None:
-    import cv2
-    import torch
-
-    from dualrefnet.training.train import train_recipe
-
-    torch.set_num_threads(job.threads)
-    cv2.setNumThreads(job.threads)
-    try:
-        train_recipe(job.recipe, job.suite / "runs" / job.run, resume=True, cache=job.cache, workers=job.threads)
-    finally:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-@contextmanager
-def _output_to(log: Path) -> Iterator[None]:
-    """Append what this process prints to a file, the output of C libraries included."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file:
-        kept = [os.dup(number) for number in (1, 2)]
-        try:
-            _flush()
-            for number in (1, 2):
-                os.dup2(file.fileno(), number)
-            yield
-        finally:
-            _flush()
-            for number, descriptor in zip((1, 2), kept, strict=True):
-                os.dup2(descriptor, number)
-                os.close(descriptor)
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.flush()
-
-
-class _Worker:
-    """A pool of one process: when a run takes its process down, it fails alone and the other pools go on."""
-
-    def __init__(self, slot: int) -> None:
-        # Not forked: a fork of a process with threads (torch, OpenCV) may hang, and CUDA does not survive it.
-        context = get_context("spawn")
-        receiver, self._alive = context.Pipe(duplex=False)
-        self._pool = ProcessPoolExecutor(1, context, initializer=_start_worker, initargs=(receiver, slot))
-
-    def submit(self, job: Job) -> Future[Failure | None]:
-        return self._pool.submit(perform, job)
-
-    def kill(self) -> None:
-        # Safe at any moment: every file is written beside its place and then renamed, and runs resume.
-        self._alive.close()
-        self._pool.shutdown(cancel_futures=True)
-
-
-def _start_worker(alive: Connection, slot: int) -> None:
-    """Prepare a worker, which ends as soon as its parent closes the other end of `alive` or dies."""
-    # Ctrl-C reaches every process of the terminal; the parent alone decides what becomes of a run.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        with suppress(EOFError, OSError):
-            alive.recv()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-    import torch
-
-    gpus = torch.cuda.device_count()
-    if gpus > 1:
-        # Before CUDA is used for the first time, so that accelerate sees one GPU and takes it.
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % gpus]
-
-
-def _work_locally(jobs: list[Job], workers: int) -> Generator[Event]:
-    """Do jobs in processes of this machine; closing the iterator kills them."""
-    waiting, slots = deque(jobs), deque(range(min(workers, len(jobs))))
-    pool: dict[int, _Worker] = {}
-    running: dict[Future[Failure | None], tuple[int, str]] = {}
-    try:
-        while waiting or running:
-            while waiting and slots:
-                slot, job = slots.popleft(), waiting.popleft()
-                if slot not in pool:
-                    pool[slot] = _Worker(slot)
-                running[pool[slot].submit(job)] = (slot, job.run)
-                yield Event(job.run, ended=False)
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                slot, run = running.pop(future)
-                try:
-                    failure = future.result()
-                except BrokenProcessPool:
-                    failure = Failure(
-                        "its process died; most often the system was out of memory: "
-                        "fewer --workers, or a smaller training.batch_size",
-                        "WorkerDied",
-                    )
-                if failure is not None:
-                    # Its memory or its GPU may be in disorder.
-                    pool.pop(slot).kill()
-                slots.append(slot)
-                yield Event(run, ended=True, failure=failure)
-    finally:
-        for worker in pool.values():
-            worker.kill()

@@ -12,11 +12,14 @@ import pandas as pd
 from dualrefnet.display.format import (
     CLASS_COLUMNS,
     MEASURE_NAMES,
+    SIGNIFICANT,
     Cell,
     PrintedTable,
+    class_difference_table,
     escape_markdown,
     interval,
     number,
+    p_value,
 )
 from dualrefnet.evaluation.bootstrap import images_of
 from dualrefnet.files import write_csv, write_text
@@ -38,7 +41,6 @@ Kind = Literal["results", "classes", "details"]
 
 DAGGER = "†"
 LESS_IS_BETTER = ("ece", "brier", "log_loss")
-SIGNIFICANT = 0.05
 
 # Cells without a result that a printed table names; all of them are in missing.csv.
 NAMED = 12
@@ -53,15 +55,15 @@ def read_suite(suite_dir: Path) -> SuiteResults:
 
 
 def write_tables(suite_dir: Path, found: SuiteResults | None = None) -> list[Path]:
-    """Write `SUITE_DIR/tables/`: systems, comparisons, per_class, splits and missing as CSV (each if it has rows),
-    table.md, table.tex; return these files. Not all cells need be finished; `found`: measured before.
+    """Write `SUITE_DIR/tables/`: systems, comparisons, per_class, class_comparisons, splits and missing as CSV (each if
+    it has rows), table.md, table.tex; return these files. Not all cells need be finished; `found`: measured before.
 
     Raises:
         RunError: it isn't the folder of a suite, or the suite names a measure that doesn't exist.
     """
     found = found or read_suite(suite_dir)
     folder, written = suite_dir / "tables", []
-    for name in ("systems", "comparisons", "per_class", "splits", "missing"):
+    for name in ("systems", "comparisons", "per_class", "class_comparisons", "splits", "missing"):
         path, rows = folder / f"{name}.csv", getattr(found, name)
         if len(rows):
             write_csv(path, with_flags_as_text(rows).drop(columns="unit", errors="ignore"))
@@ -155,15 +157,31 @@ def _group_tables(found: SuiteResults, rows: pd.DataFrame) -> Iterator[tuple[Kin
         yield "results", table(title, columns, lambda key: [_paper_cell(cells[key, measure]) for measure in measures])
     rivals = [key for key in keys if (key, measures[0]) in compared]
     if rivals:
-        title = f"Difference from {suite.reference} [95% interval], corrected p"
+        title = f"Difference from {suite.reference_of(keys[0].dataset)} [95% interval], corrected p"
         yield "results", table(title, [*columns, "compared with"], differences, rivals)
     yield "details", table("How each row was made", ["encoder", "started from", "notes"], origin, left=5)
     if len(found.per_class):
         for values_of, members in found.per_class.groupby(list(Key._fields), sort=False):
             key = Key(*map(str, values_of))
             if key in names:
-                name = " ".join(cell.text for cell in names[key] if cell.text)
-                yield from _class_tables(key, f"{name}, {where}", members)
+                yield from _class_tables(key, f"{_title(names[key])}, {where}", members)
+    if len(found.class_comparisons):
+        family = int(found.class_comparisons.groupby("measure")["p"].count().max())
+        titles = {" ".join(part for part in key[2:] if part): _title(name) for key, name in names.items()}
+        for values_of, members in found.class_comparisons.groupby([*Key._fields, "reference"], sort=False):
+            *key_values, reference = map(str, values_of)
+            if Key(*key_values) in names:
+                pair = (_title(names[Key(*key_values)]), titles[reference])
+                ends = [name.rpartition(" ") for name in pair]
+                if ends[0][2] == ends[1][2] and ends[0][0] != ends[1][0]:
+                    # One encoder for both.
+                    pair = (ends[0][0], ends[1][0])
+                title = f"By class, difference from {pair[1]}: {pair[0]}, {where}"
+                yield "classes", class_difference_table(members, pair, title, family)
+
+
+def _title(name: list[Cell]) -> str:
+    return " ".join(cell.text for cell in name if cell.text)
 
 
 def _by_key(table: pd.DataFrame) -> dict[tuple[Key, str], dict[str, Any]]:
@@ -198,9 +216,8 @@ def _value_cell(row: dict[str, Any], bold: bool = False, mark: str = "") -> Cell
 
 
 def _difference_cell(row: dict[str, Any]) -> Cell:
-    p = row["p_holm"]
-    significance = "" if pd.isna(p) else " p < 0.001" if p < 0.001 else f" p = {p:.3f}"
-    return Cell(number(row["difference"], "+.3f"), interval(row["low"], row["high"], ".3f") + significance)
+    small = f"{interval(row['low'], row['high'], '.3f')} {p_value(row['p_holm'])}"
+    return Cell(number(row["difference"], "+.3f"), small.strip())
 
 
 def _paper_cell(row: dict[str, Any]) -> Cell:
@@ -273,8 +290,8 @@ def _notes(found: SuiteResults, rows: pd.DataFrame, keys: list[Key]) -> tuple[st
     if (found.comparisons["dataset"] == dataset).any():
         family = int((found.comparisons["measure"] == suite.measures[0]).sum())
         notes.append(
-            f"*: differs from {suite.reference}, p < .05 after Holm's correction for {family} comparisons per measure; "
-            "two-sided p from the same bootstrap samples for both."
+            f"*: differs from {suite.reference_of(dataset)}, p < .05 after Holm's correction for {family} comparisons "
+            "per measure; two-sided p from the same bootstrap samples for both."
         )
     if rows["encoder"].eq("frozen").any():
         notes.append(

@@ -171,11 +171,6 @@ class Trainer:
             project_dir=run.path,
         )
         self.device = self.accelerator.device
-        if section.device not in ("auto", "cpu", self.device.type):
-            raise RunError(
-                f"training.device is {section.device}, and this machine offers {self.device.type}; use "
-                "training.device=auto"
-            )
         self.frozen = section.encoder == "frozen"
         # Small layers on stored features gain nothing from half precision.
         self.precision = "fp32" if self.frozen else resolve_precision(section.precision, self.device)

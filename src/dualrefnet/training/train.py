@@ -1,30 +1,35 @@
-"""One run from its recipe: prepare, split, encode, build, train, evaluate."""
+"""One run from its recipe: prepare, split, encode, build, train, evaluate; or its members, one a fold."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 from accelerate import PartialState
 
 import dualrefnet
 from dualrefnet.analysis.evaluate import evaluate_run
 from dualrefnet.data.loader import fill_recipe_store, make_examples, read_dataset, recipe_split, split_rows
-from dualrefnet.data.metadata import MetadataEncoder, missingness_warning
-from dualrefnet.data.schema import DatasetSchema
+from dualrefnet.data.metadata import MetadataEncoder
+from dualrefnet.data.protocols import member_split
+from dualrefnet.data.schema import Dataset, DatasetSchema
+from dualrefnet.data.store import ImageStore
 from dualrefnet.errors import RunError
-from dualrefnet.files import sha256_of_file, write_json
-from dualrefnet.models.base import Architecture
+from dualrefnet.files import make_folder, sha256_of_file, sha256_of_json, write_csv, write_json
+from dualrefnet.models.base import Architecture, Method
+from dualrefnet.models.encoders import resolve_weights
 from dualrefnet.models.inference import fill_features
 from dualrefnet.models.registry import METHODS, check_method, new_model
 from dualrefnet.models.superresolution import fill_targets
-from dualrefnet.progress import note, warn
-from dualrefnet.recipe import Recipe
-from dualrefnet.run import Run, fingerprint, run_lock, start_run, write_split
+from dualrefnet.progress import note, progress_bar, warn
+from dualrefnet.recipe import Recipe, load_recipe
+from dualrefnet.run import CROSS_FITTED, MEMBERS, Run, fingerprint, refuse_taken, run_lock, start_run, write_split
 from dualrefnet.training.loop import Trainer
+from dualrefnet.training.workers import Job, available_cores, work
 
 MODEL_FORMAT = 2
 # In errors of torch: its allocators, oneDNN, C++.
@@ -47,14 +52,33 @@ def enough_memory() -> Iterator[None]:
         raise
 
 
+class Prepared(NamedTuple):
+    """What a training reads."""
+
+    dataset: Dataset
+    store: ImageStore | None  # None for methods that read no image
+    split: pd.DataFrame
+    encoder: MetadataEncoder
+
+
 @enough_memory()
 def train_recipe(
-    recipe: Recipe, out: Path, resume: bool = False, cache: Path | None = None, workers: int | None = None
+    recipe: Recipe,
+    out: Path,
+    resume: bool = False,
+    cache: Path | None = None,
+    workers: int | None = None,
+    jobs: int = 1,
+    ray_address: str | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Run:
     """Train and evaluate a checked recipe into the folder `out`; return the finished run.
 
-    `resume` goes on with an unfinished run in `out`, and returns a finished one as it is. `cache` is the folder of the
-    image stores (None: the user's cache folder); `workers` threads prepare images (None: one a core).
+    `resume` goes on with an unfinished run in `out`, and returns a finished one as it is; `overwrite` replaces either.
+    `cache` is the folder of the image stores (None: the user's cache folder); `workers` threads prepare images (None:
+    one a core). Of a cross-fitted run `jobs` members are trained at the same time, or those for which a Ray cluster has
+    room.
     """
     check_method(recipe)
     try:
@@ -63,52 +87,172 @@ def train_recipe(
         reason = str(error).splitlines()[0]
         fix = "start several processes with `accelerate launch`, or unset LOCAL_RANK"
         raise RunError(f"the processes of this training don't find each other ({reason}); {fix}") from None
+    if state.is_main_process:
+        refuse_taken(out, resume, overwrite)
+    if not (resume and Run(out).finished):
+        _check_machine(recipe, state)
     with run_lock(out) if state.is_main_process else nullcontext():
-        return _train(recipe, out, resume, cache, workers, state)
-
-
-def _train(
-    recipe: Recipe, out: Path, resume: bool, cache: Path | None, workers: int | None, state: PartialState
-) -> Run:
-    method = METHODS[recipe.model.method]
-    # Several processes: the first one prepares files, the others wait and then find them.
-    with state.main_process_first():
-        run = start_run(out, recipe, resume or not state.is_main_process)
-        if run.finished and resume:
-            damage = run.damage()
-            if not damage:
-                note(f"{out} is finished already")
-            elif run.weights_file.is_file():
-                warn(f"{damage}; the run is measured again")
-                evaluate_run(run, cache=cache, device=state.device)
-            if not damage or run.weights_file.is_file():
-                run.checkpoint_file.unlink(missing_ok=True)
+        # Several processes: the first one prepares files, the others wait and then find them.
+        with state.main_process_first():
+            run = start_run(out, recipe, resume, overwrite) if state.is_main_process else Run(out)
+            if run.finished and resume and _mend(run, cache, state.device):
                 return run
-            warn(f"{damage}; the run is trained again")
-            run.metrics_file.unlink()
-        dataset = read_dataset(recipe)
-        store = None
-        if method.reads_image or recipe.data.rows == "with_image":
-            store = fill_recipe_store(recipe, dataset, cache, workers)
-        split = recipe_split(recipe, dataset, store)
-        write_split(run, split)
+            prepared = _prepare(run, cache, workers, state.is_main_process)
+        if recipe.data.protocol == CROSS_FITTED:
+            _train_members(run, prepared, cache, workers, jobs, ray_address)
+        else:
+            _train(run, prepared, state)
+        if state.is_main_process:
+            evaluate_run(run, dataset=prepared.dataset, cache=cache, device=state.device)
+            # Only an unfinished run needs it.
+            run.checkpoint_file.unlink(missing_ok=True)
+        state.wait_for_everyone()
+        return run
+
+
+def _check_machine(recipe: Recipe, state: PartialState) -> None:
+    """Refuse a device or weights that aren't here, before a folder is made and an image is read."""
+    device = recipe.training.device
+    if device not in ("auto", "cpu", state.device.type):
+        raise RunError(
+            f"training.device is {device}, and this machine offers {state.device.type}; use training.device=auto"
+        )
+    if METHODS[recipe.model.method].reads_image:
+        with state.main_process_first():
+            for backbone in dict.fromkeys(recipe.model.backbones):
+                resolve_weights(backbone, recipe.model.weights)
+
+
+def train_member(run: Run, fold: int, cache: Path | None = None, workers: int | None = None) -> None:
+    """Train the member of a cross-fitted run that is tested on a fold; the run was begun by `train_recipe`."""
+    recipe = run.recipe
+    dataset = read_dataset(recipe)
+    store = fill_recipe_store(recipe, dataset, cache, workers) if METHODS[recipe.model.method].reads_image else None
+    encoder = MetadataEncoder.from_json(run.model["metadata"])
+    _train_member(run, fold, Prepared(dataset, store, run.split, encoder))
+
+
+def _mend(run: Run, cache: Path | None, device: torch.device) -> bool:
+    """Return whether a finished run is whole, if need be measured again; else it must be trained again."""
+    damage = run.damage()
+    whole = all(one.weights_file.is_file() for one in run.members or [run])
+    if not damage:
+        note(f"{run.path} is finished already")
+    elif whole:
+        warn(f"{damage}; the run is measured again")
+        evaluate_run(run, cache=cache, device=device)
+    if not damage or whole:
+        run.checkpoint_file.unlink(missing_ok=True)
+        return True
+    warn(f"{damage}; the run is trained again")
+    run.metrics_file.unlink()
+    return False
+
+
+def _prepare(run: Run, cache: Path | None, workers: int | None, shown: bool) -> Prepared:
+    """Read the data, divide them and fit the encoder of the metadata; warn, if `shown`, of what is odd about them."""
+    recipe = run.recipe
+    method = METHODS[recipe.model.method]
+    dataset = read_dataset(recipe)
+    store = None
+    if method.reads_image or recipe.data.rows == "with_image":
+        store = fill_recipe_store(recipe, dataset, cache, workers)
+    split = recipe_split(recipe, dataset, store)
+    write_split(run, split)
     if not method.reads_image:
         # The rows are those of the image methods, so that the numbers can be compared; the pixels aren't read.
         store = None
+    # The members of a cross-fitted run share one encoder of the metadata, which has seen all rows, but no label.
     encoder = MetadataEncoder.fit(split_rows(dataset, split, "train"), dataset.schema, recipe.metadata, recipe.seed)
-    if state.is_main_process and method.reads_metadata:
-        shown = missingness_warning(encoder, split_rows(dataset, split, "train"), dataset.schema)
-        if shown is not None:
-            warn(shown)
     if (
-        recipe.modality_dropout.enabled
-        and state.is_main_process
+        shown
+        and recipe.modality_dropout.enabled
         and not (method.reads_image and method.reads_metadata and encoder.width)
     ):
         note(f"{recipe.model.method} reads one modality: the shares of modality_dropout have no part in its training")
+    return Prepared(dataset, store, split, encoder)
+
+
+def _train_members(
+    run: Run, prepared: Prepared, cache: Path | None, workers: int | None, jobs: int, ray_address: str | None
+) -> None:
+    """Train the members that aren't yet, and describe the model that they are together."""
+    state, recipe = PartialState(), run.recipe
+    waiting = [fold for fold, member in enumerate(run.members) if not member.trained]
+    done = len(run.members) - len(waiting)
+    if state.is_main_process and done:
+        note(f"{done} of {len(run.members)} members are trained already")
+    if state.is_main_process:
+        model, architecture, sources = _new_model(recipe, prepared)
+        about = model_description(recipe, architecture, prepared.encoder, prepared.dataset.schema, sources)
+        write_json(run.path / "model.json", about | {"members": len(run.members)})
+        del model
+    if jobs == 1 and ray_address is None:
+        for fold in waiting:
+            if state.is_main_process:
+                note(f"member {fold + 1} of {len(run.members)}")
+            _train_member(run, fold, prepared)
+    elif state.num_processes > 1:
+        raise RunError("members are trained one after the other under `accelerate launch`: leave --jobs and --ray out")
+    else:
+        _train_elsewhere(run, waiting, cache, jobs, ray_address)
+    if not state.is_main_process:
+        return
+    histories = [member.history for member in run.members]
+    # Of members that stop early the mean is over those that go on.
+    write_csv(run.path / "history.csv", pd.concat(histories).groupby("epoch", as_index=False).mean())
+    made = run.members[0].fingerprint
+    data = {**made["data"], "split_sha256": sha256_of_json(prepared.split.to_csv(index=False))}
+    sums = [member.fingerprint["model_sha256"] for member in run.members]
+    whole = {**made, "data": data | {"rows_used": len(prepared.split)}, "members_sha256": sums}
+    write_json(run.path / "fingerprint.json", {name: value for name, value in whole.items() if name != "model_sha256"})
+
+
+def _train_elsewhere(run: Run, folds: list[int], cache: Path | None, jobs: int, ray_address: str | None) -> None:
+    """Train members in processes of this machine, or on a Ray cluster; their output is in `logs`."""
+    home, threads = run.path.absolute(), max(1, available_cores() // jobs) if ray_address is None else 1
+    every = {
+        f"member {fold + 1}": Job(
+            f"member {fold + 1}", run.recipe, home, home / MEMBERS, cache and cache.absolute(), threads, fold
+        )
+        for fold in folds
+    }
+    failed = []
+    with progress_bar("members") as show, closing(work(list(every.values()), jobs, ray_address)) as events:
+        done = 0
+        for event in events:
+            if not event.ended:
+                note(f"started {event.run}; its output is in {every[event.run].log}")
+                continue
+            done += 1
+            show(done, len(every))
+            if event.failure is not None:
+                failed.append(f"{event.run}: {event.failure.error}")
+    if failed:
+        raise RunError(f"{'; '.join(failed)}. The others are kept: the same command with --resume goes on")
+
+
+def _train_member(run: Run, fold: int, prepared: Prepared) -> None:
+    recipe = load_recipe(run.recipe, {"data.fold": fold})
+    member = start_run(make_folder(run.members[fold].path), recipe, resume=True)
+    split = member_split(prepared.split, fold, recipe.chooses_by_validation)
+    if PartialState().is_main_process:
+        write_split(member, split)
+    _train(member, prepared._replace(split=split), PartialState())
+    # Only an unfinished run needs it.
+    member.checkpoint_file.unlink(missing_ok=True)
+
+
+def _new_model(recipe: Recipe, prepared: Prepared) -> tuple[Method, Architecture, list[dict[str, Any]]]:
     torch.manual_seed(recipe.seed)
-    model, architecture, sources = new_model(recipe, encoder.width, len(dataset.schema.classes))
-    frozen = recipe.training.encoder == "frozen" and method.reads_image
+    return new_model(recipe, prepared.encoder.width, len(prepared.dataset.schema.classes))
+
+
+def _train(run: Run, prepared: Prepared, state: PartialState) -> None:
+    """Train one model, of a run or of one of its members."""
+    recipe, (dataset, store, split, encoder) = run.recipe, prepared
+    model, architecture, sources = _new_model(recipe, prepared)
+    frozen = recipe.training.encoder == "frozen" and METHODS[recipe.model.method].reads_image
     with state.main_process_first():
         features = fill_features(recipe, model, store, state.device) if frozen and store is not None else ()
         targets, target_source = fill_targets(recipe, store, state.device) if store is not None else (None, None)
@@ -137,12 +281,8 @@ def _train(
         )
     trainer.fit(train, val)
     if state.is_main_process:
+        # A training with this sum is over.
         write_json(run.path / "fingerprint.json", {**run.fingerprint, "model_sha256": sha256_of_file(run.weights_file)})
-        evaluate_run(run, dataset=dataset, cache=cache, device=trainer.device)
-        # Only an unfinished run needs it.
-        run.checkpoint_file.unlink(missing_ok=True)
-    state.wait_for_everyone()
-    return run
 
 
 def model_description(
