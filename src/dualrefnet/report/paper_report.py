@@ -370,7 +370,7 @@ def _model_sections(
     from dualrefnet.analysis.opened_run import OpenedRun, open_run
     from dualrefnet.models.inference import resolve_device
     from dualrefnet.report.explanations import Explanations
-    from dualrefnet.report.performance import confusion_section, read_measured
+    from dualrefnet.report.performance import draw_confusion, read_measured
     from dualrefnet.report.trust import images_section
 
     def opened(run: Run) -> OpenedRun:
@@ -381,6 +381,10 @@ def _model_sections(
     @cache
     def explained() -> Explanations:
         return Explanations(opened(run), options)
+
+    def confusion() -> tuple[Section, Claim | None]:
+        measured = read_measured(run)
+        return Section("", "", [], [draw_confusion(measured.metrics, measured.malignant, measured.unit)]), None
 
     def tsne() -> tuple[Section, Claim | None]:
         if theirs is None or not theirs.runs:
@@ -400,7 +404,7 @@ def _model_sections(
 
     parts: list[tuple[str, Callable[[], tuple[Section, Claim | None]]]] = [
         ("Figure 1b: classes and colours", lambda: (images_section(explained().opened, options), None)),
-        ("Confusion matrix", lambda: (confusion_section(read_measured(run)), None)),
+        ("Confusion matrix", confusion),
         ("Figure 4b: separation of the classes", tsne),
     ]
     if options.photographs:
