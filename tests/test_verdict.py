@@ -42,9 +42,16 @@ def localisation(low: float, high: float) -> list[Finding]:
 
 def calibration(error: float = 0.03, promise: str = "within", reached: bool = True, high: float = 1.0) -> list[Finding]:
     after = {"ece": error, "ece_by_chance": [0.02, 0.05]}
-    referral = {"sensitivity": 0.9, "sensitivity_ci95": [0.8, high], "wanted": 0.95, "reached": reached}
+    referral = {
+        "sensitivity": 0.9,
+        "sensitivity_ci95": [0.8, high],
+        "wanted": 0.95,
+        "reached": reached,
+        "specificity": 0.5,
+    }
     sets = {"marginal": {"coverage": 0.9, "promise": promise}, "promised": 0.9}
-    return verdict.judge_calibration({"calibrated": {"after": after, "conformal": sets, "referral": referral}})
+    metrics = {"calibrated": {"after": after, "conformal": sets, "referral": referral}}
+    return [*verdict.judge_calibration(metrics), *verdict.judge_decisions(metrics)]
 
 
 def other_images(flagged: float, skin: Estimate | None = None) -> list[Finding]:

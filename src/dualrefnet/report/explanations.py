@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import cached_property
 
 from dualrefnet.analysis.cases import ChosenCase, ShownCase, choose_cases, draw_gallery, show_cases
-from dualrefnet.analysis.disagreement import Disagreement, draw_disagreement, find_disagreement
+from dualrefnet.analysis.disagreement import find_disagreement
 from dualrefnet.analysis.embedding import (
     compare_embeddings,
     draw_embedding,
@@ -41,6 +41,7 @@ from dualrefnet.errors import DataError
 from dualrefnet.progress import note, progress_bar
 from dualrefnet.report import ReportOptions
 from dualrefnet.report.provenance import run_names
+from dualrefnet.report.suite_report import case_figures, read_images
 from dualrefnet.report.verdict import judge_flags, judge_localisation
 
 # Metadata values beside an image of the gallery, cases of each kind of disagreement, and bootstrap samples.
@@ -205,9 +206,8 @@ def comparison_section(first: OpenedRun, second: OpenedRun, options: ReportOptio
         comparison = compare_embeddings(first, second, names, options.images, SAMPLES, options.seed, show)
     figures: list[ReportFigure] = [draw_embedding(comparison.first, comparison.second), draw_separation(comparison)]
     if options.photographs and first.model.reads_image and len(found.chosen):
-        ours = _shown(first, found, "predicted_a")
-        theirs = _shown(second, found, "predicted_b") if second.model.reads_image else [None] * len(ours)
-        figures.append(draw_disagreement(found, list(zip(ours, theirs, strict=True)), names))
+        images = read_images(first.run, found.chosen["image_id"].tolist(), options)
+        figures += case_figures((first.run, second.run), found, images, names)
     low, high = found.difference.low, found.difference.high
     verdict = f"{names[0] if low > 0 else names[1]} is better on these data"
     if low <= 0 <= high:
@@ -224,13 +224,3 @@ def comparison_section(first: OpenedRun, second: OpenedRun, options: ReportOptio
     table = class_difference_table(found.per_class, names, title, len(first.classes))
     items: list[PrintedTable | ReportFigure] = [table, *figures, separation_table(comparison)]
     return Section("comparison", f"Comparison with {names[1]}", intro, items)
-
-
-def _shown(opened: OpenedRun, found: Disagreement, column: str) -> list[ShownCase]:
-    predictions = opened.run.predictions.set_index("image_id")
-    cases = []
-    for row in found.chosen.to_dict("records"):
-        scores = {name: float(predictions.loc[row["image_id"], f"prob_{name}"]) for name in opened.classes}
-        cases.append(ChosenCase(row["image_id"], row["label"], row[column], column, scores))
-    with progress_bar("Grad-CAM of the cases") as show:
-        return show_cases(opened, cases, progress=show)

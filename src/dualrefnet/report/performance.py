@@ -31,7 +31,6 @@ from dualrefnet.display.format import (
     PrintedTable,
     availability_table,
     number,
-    percent,
 )
 from dualrefnet.display.page import Section
 from dualrefnet.evaluation.bootstrap import Bootstrap, images_of
@@ -107,27 +106,13 @@ def read_measured(run: Run) -> Measured:
 
 def summary_section(measured: Measured) -> Section:
     """Return the headline measures, beside the paper's where the experiment is the paper's."""
-    metrics, matrix = measured.metrics, np.array(measured.metrics["confusion_matrix"])
-    intro = [
-        f"On {images_of(matrix.sum(), len(set(measured.groups)), measured.unit)}, the accuracy is "
-        f"{percent(metrics, 'accuracy')} and the balanced accuracy {percent(metrics, 'balanced_accuracy')} "
-        f"(chance: {1 / len(measured.classes):.0%})."
-    ]
-    cancer = np.isin(measured.classes, measured.malignant)
-    if "malignant" in metrics and 0 < cancer.sum() < len(cancer):
-        intro.append(
-            f"Of {matrix[cancer].sum():,} malignant images ({', '.join(measured.malignant)}), "
-            f"{matrix[cancer][:, cancer].sum():,} were predicted to be one of the malignant classes (sensitivity "
-            f"{percent(metrics['malignant'], 'sensitivity')}); of {matrix[~cancer].sum():,} benign images, "
-            f"{matrix[~cancer][:, ~cancer].sum():,} were predicted to be benign (specificity "
-            f"{percent(metrics['malignant'], 'specificity')})."
-        )
+    metrics = measured.metrics
     tables = [_headline_table(measured)]
     if len(metrics.get("availability", {}).get("inputs", ())) > 1:
         tables.append(availability_table(metrics["availability"]))
     leaked = measured.run.recipe.metadata.imputation == "label_leaking"
     findings = [*judge_leak(metrics["leakage"], measured.run.unit, leaked), *judge_missingness(metrics)]
-    return Section("summary", "Metrics", intro, tables, findings=findings)
+    return Section("summary", "Metrics", [], tables, findings=findings)
 
 
 def _headline_table(measured: Measured) -> PrintedTable:
@@ -142,7 +127,8 @@ def _headline_table(measured: Measured) -> PrintedTable:
             paper[measure] = found.value
     rows = [[Cell(MEASURE_NAMES[measure]), Cell.of(values, measure)] for measure in measures]
     notes = [
-        f"In brackets: 95% interval from a bootstrap over {measured.unit}.",
+        f"{images_of(len(measured.labels), len(set(measured.groups)), measured.unit)}. In brackets: 95% interval from "
+        f"a bootstrap over {measured.unit}.",
         "Expected calibration error and Brier score: lower is better.",
     ]
     if not paper or measured.departures:

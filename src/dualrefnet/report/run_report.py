@@ -58,7 +58,7 @@ from dualrefnet.run import Run
 PAGE = "report.html"
 SAMPLES = 1000
 # Files of the figures that show images or the metadata of a single patient, and columns that describe a single image.
-PERSONAL = ("gallery_*", "gradcam.*", "shap_waterfall_*", "reconstruction.*", "disagreement.*")
+PERSONAL = ("gallery_*", "gradcam.*", "shap_waterfall_*", "reconstruction.*", "cases_*")
 SINGLE = ["image_id", "answer"]
 # Runs that one figure can hold beside the first.
 MOST_AGAINST = 3

@@ -303,7 +303,8 @@ def pair_sections(found: SuiteResults, options: ReportOptions, samples: int) -> 
         if options.photographs and len(found_cases.chosen):
             try:
                 images = read_images(pair.runs[0], found_cases.chosen["image_id"].tolist(), options)
-                items += _case_figures(pair, found_cases, images, f"{CASE_FIGURES}{place if several else ''}")
+                prefix = f"{CASE_FIGURES}{place if several else ''}"
+                items += case_figures(pair.runs, found_cases, images, pair.names, prefix)
             except DataError as error:
                 intro.append("Images are left out: they could not be read.")
                 warn(f"no images of {pair.dataset} in the report: {error}")
@@ -394,18 +395,23 @@ def _agreement_table(found: Disagreement, names: tuple[str, str]) -> PrintedTabl
     return PrintedTable(f"Correct predictions: {names[0]} and {names[1]}", columns, rows)
 
 
-def _case_figures(
-    pair: Pair, found: Disagreement, images: Mapping[str, NDArray[np.uint8]], prefix: str
+def case_figures(
+    runs: tuple[Run, Run],
+    found: Disagreement,
+    images: Mapping[str, NDArray[np.uint8]],
+    names: tuple[str, str],
+    prefix: str = CASE_FIGURES,
 ) -> Iterator[ReportFigure]:
+    """Draw the chosen cases: those that only the first run gets right, then those that only the second does."""
     cases = found.chosen
-    for run, end in zip(pair.runs, "ab", strict=True):
+    for run, end in zip(runs, "ab", strict=True):
         scores = run.predictions.set_index("image_id")
         predicted = zip(cases["image_id"], cases[f"predicted_{end}"], strict=True)
         cases[f"p_predicted_{end}"] = [float(scores.loc[image, f"prob_{label}"]) for image, label in predicted]
     for kind, which in (("only_a_right", "first"), ("only_b_right", "second")):
         chosen = cases[cases["kind"] == kind]
         if len(chosen):
-            yield draw_cases(chosen, images, pair.names, f"{prefix}_{which}_right")
+            yield draw_cases(chosen, images, names, f"{prefix}_{which}_right")
 
 
 @styled

@@ -39,7 +39,7 @@ from dualrefnet.analysis.subgroups import (
     draw_subgroups,
 )
 from dualrefnet.display.figure import ReportFigure
-from dualrefnet.display.format import Cell, PrintedTable, estimate, interval_of, listed, number, percent, sentence
+from dualrefnet.display.format import Cell, PrintedTable, estimate, interval_of, listed, number, sentence
 from dualrefnet.display.page import LEVELS, Section
 from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.evaluation.calibration import Calibration
@@ -52,6 +52,7 @@ from dualrefnet.report.verdict import (
     WORST_FIRST,
     judge_audit,
     judge_calibration,
+    judge_decisions,
     judge_out_of_distribution,
     judge_shortcuts,
     judge_subgroups,
@@ -121,31 +122,8 @@ def conformal_section(measured: Measured, samples: int, seed: int) -> Section:
         scores = malignancy(calibrated, calibration.cancer)
         curve = referral_curve(malignant, scores, bootstrap, *threshold)
         figures.append(draw_referral(curve, measured.unit))
-    tables = [_set_table(measured, calibration, values["conformal"]), _selective_table(values["selective"])]
-    intro = [_sets(values["conformal"]), _referral(calibration, values["referral"])]
-    return Section("conformal", "Conformal sets and referral", intro, [*tables, *figures])
-
-
-def _sets(values: Row) -> str:
-    one = values["marginal"]
-    return (
-        f"Conformal sets contain the true class of {percent(one, 'coverage')} of the test images; they have "
-        f"{one['mean_size']:.1f} classes on average, and {percent(one, 'singletons')} of them have one."
-    )
-
-
-def _referral(calibration: Calibration, values: Row | None) -> str:
-    if values is None:
-        return "There is no referral threshold: no class, or no validation image, is malignant."
-    low, high = calibration.referral_interval or (None, None)
-    threshold = estimate(calibration.referral, low, high, ".2f")
-    text = f"Images with a malignancy score of at least {threshold} are referred: {percent(values, 'referred')}"
-    if values["malignant"] == 0:
-        return f"{text}; as no test image is malignant, the sensitivity is unknown."
-    return (
-        f"{text}, with a sensitivity of {percent(values, 'sensitivity')} for malignant images ({values['missed']:,} of "
-        f"{values['malignant']:,} missed) and a specificity of {percent(values, 'specificity')}."
-    )
+    items = [_set_table(measured, calibration, values["conformal"]), *figures]
+    return Section("conformal", "Conformal sets and referral", [], items, findings=judge_decisions(measured.metrics))
 
 
 def _set_table(measured: Measured, calibration: Calibration, values: Row) -> PrintedTable:
@@ -172,16 +150,6 @@ def _set_table(measured: Measured, calibration: Calibration, values: Row) -> Pri
     return PrintedTable(f"Conformal sets, target coverage {calibration.coverage:.0%}", columns, rows, tuple(notes))
 
 
-def _selective_table(values: Row) -> PrintedTable:
-    rows = []
-    for row in values["table"]:
-        kept = ", ".join(f"{name} {count:,}" for name, count in row["answered"].items())
-        measures = [Cell.of(row, "accuracy"), Cell.of(row, "balanced_accuracy")]
-        rows.append([Cell(f"{row['percent']}%", kept), Cell(number(row["threshold"], ".2f")), *measures])
-    columns = ("most confident images", "least confidence", "accuracy", "balanced accuracy")
-    return PrintedTable("Selective prediction", columns, rows)
-
-
 OVERCONFIDENCE = "Overconfidence: mean confidence minus accuracy."
 # Measures of the table of categories, and those of which gaps are drawn.
 CATEGORY_MEASURES = (
@@ -199,13 +167,9 @@ def subgroups_section(subgroups: Subgroups, unit: str = "patients") -> Section:
     """Return the results by category of each subgroup field."""
     table = subgroups.table
     flagged = table[table["flagged"] & table["counted"]]
-    where = [
-        f"{field} = {level} ({len(part)})" for (field, level), part in flagged.groupby(["field", "level"], sort=False)
-    ]
     intro = [
         f"The {subgroups.images:,} test images by {listed(list(subgroups.descriptions))}; each category is compared "
         "with all others. A gap shows that results differ, not why.",
-        *([f"Gaps whose 95% interval excludes 0: {listed(where)}."] if where else []),
     ]
     items: list[PrintedTable | ReportFigure] = [_category_table(subgroups, unit)]
     if len(flagged):

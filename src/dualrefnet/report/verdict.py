@@ -132,7 +132,7 @@ def judge_localisation(energy: Mapping[Any, Any]) -> list[Finding]:
 
 
 def judge_calibration(metrics: Mapping[str, Any]) -> list[Finding]:
-    """Judge the calibration error against chance, the coverage of the sets and the sensitivity of the referral."""
+    """Judge the calibration error against what a perfectly calibrated model has by chance."""
     calibrated = metrics.get("calibrated")
     if calibrated is None:
         text = f"the run has no calibration; the expected calibration error is {number(metrics['ece'])}"
@@ -144,16 +144,24 @@ def judge_calibration(metrics: Mapping[str, Any]) -> list[Finding]:
     text = (
         f"probabilities are off by {100 * error:.0f} points on average, {compared} than by chance ({100 * chance:.0f})"
     )
-    findings = [Finding(level, CALIBRATION, text)]
+    return [Finding(level, CALIBRATION, text)]
+
+
+def judge_decisions(metrics: Mapping[str, Any]) -> list[Finding]:
+    """Judge the coverage of the conformal sets and the sensitivity of the referral against their targets."""
+    calibrated = metrics["calibrated"]
     sets = calibrated["conformal"]
     held = sets["marginal"]["promise"] != "missed"
     text = f"sets hold the true class of {percent(sets['marginal'], 'coverage')} (target {sets['promised']:.0%})"
-    findings.append(Finding("PASS" if held else "FAIL", CALIBRATION, text))
+    findings = [Finding("PASS" if held else "FAIL", CALIBRATION, text)]
     referral = calibrated["referral"]
     if referral is not None and referral["sensitivity"] is not None:
         _, high = referral.get("sensitivity_ci95") or (0, 1)
-        level = "PASS" if referral["reached"] else "FAIL" if high < referral["wanted"] else "WARN"
-        text = f"referral finds {percent(referral, 'sensitivity')} of the cancers (target {referral['wanted']:.0%})"
+        level: Level = "PASS" if referral["reached"] else "FAIL" if high < referral["wanted"] else "WARN"
+        text = (
+            f"referral finds {percent(referral, 'sensitivity')} of the cancers (target {referral['wanted']:.0%}), and "
+            f"spares {percent(referral, 'specificity')} of benign images"
+        )
         findings.append(Finding(level, CALIBRATION, text))
     return findings
 
