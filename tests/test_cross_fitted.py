@@ -27,10 +27,12 @@ from dualrefnet.evaluation.calibration import fit_temperature
 from dualrefnet.evaluation.metrics import compute_metrics
 from dualrefnet.files import write_csv
 from dualrefnet.models.cross_fitted import CrossFitted
-from dualrefnet.recipe import Recipe, load_recipe
+from dualrefnet.recipe import LossSection, Recipe, load_recipe
+from dualrefnet.report.run_report import write_report
 from dualrefnet.run import Run
 from dualrefnet.runtime.calibration import apply_temperature
-from dualrefnet.training.train import train_recipe
+from dualrefnet.training.losses import DualRefNetLoss
+from dualrefnet.training.train import taught, train_recipe
 from dualrefnet.training.workers import available_cores
 
 TOKENS = {
@@ -242,3 +244,55 @@ def test_what_can_not_be_cross_fitted_is_refused(recipe: Recipe, tmp_path: Path)
         load_recipe(recipe, {"metadata.imputation": "label_leaking", "modality_dropout": {}})
     with pytest.raises(SplitError, match="fewer folds"):
         train_recipe(load_recipe(recipe, {"data.folds": 50}), tmp_path / "run")
+
+
+def test_a_student_learns_from_predictions_of_members_that_had_not_seen_the_image(run: Run, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["distil", str(run.path), "--out", str(tmp_path / "student")])
+    assert result.exit_code == 0, result.output
+    student = Run(tmp_path / "student")
+    assert set(student.split["split"]) == {"train", "val"}
+    assert student.metrics["support"] == 0
+    assert student.metrics["balanced_accuracy"] is None
+    assert len(student.split) == len(run.split)
+    classes = run.model["classes"]
+    ids = list(run.predictions["image_id"])[5:9]
+    soft = taught(str(run.path), ids, classes)
+    expected = run.predictions.set_index("image_id").loc[ids].filter(like="prob_")
+    np.testing.assert_array_equal(soft, expected.to_numpy(np.float32))
+    # It predicts, with sets, referral and the out-of-distribution check, and the teacher isn't needed any more.
+    shutil.move(tmp_path / "student", tmp_path / "moved")
+    prediction = Predictor.load(tmp_path / "moved").predict(np.zeros((40, 40, 3), np.uint8))
+    assert prediction.likely
+    assert prediction.out_of_scope is not None
+    with pytest.raises(RunError, match="no patient is left"):
+        write_report(Run(tmp_path / "moved"), explained=False)
+
+
+def test_a_teacher_that_can_not_teach_is_refused(run: Run, tiny_run: Run) -> None:
+    classes = run.model["classes"]
+    with pytest.raises(RunError, match="isn't a cross-fitted run"):
+        taught(str(tiny_run.path), [], classes)
+    with pytest.raises(RunError, match="other classes"):
+        taught(str(run.path), [], classes[:2])
+    with pytest.raises(RunError, match="no prediction of 1"):
+        taught(str(run.path), ["nobody"], classes)
+
+
+@pytest.mark.parametrize("kind", ["inverse", "logit_adjustment", "none"])
+def test_soft_labels_are_of_equally_frequent_classes(kind: str) -> None:
+    generator, share = np.random.default_rng(0), 0.7
+    counts, labels = np.array([60, 30, 10]), np.array([0, 2, 1, 0])
+    logits, soft = generator.normal(size=(4, 3)), generator.dirichlet(np.ones(3), 4)
+    section = LossSection(class_weights=kind, teacher_share=share)
+    loss = DualRefNetLoss(section, torch.tensor(counts))
+    found = loss.cross_entropy(*(torch.tensor(each) for each in (logits, labels, soft)))
+    frequency = counts / counts.sum()
+    adjusted = logits + np.log(frequency) * (kind == "logit_adjustment")
+    logs = adjusted - np.log(np.exp(adjusted).sum(axis=1, keepdims=True))
+    weights = 1 / frequency if kind == "inverse" else np.ones(3)
+    target = soft * frequency if kind != "none" else soft
+    target = target / target.sum(axis=1, keepdims=True)
+    total = weights[labels].sum()
+    hard = -(weights[labels] * logs[np.arange(4), labels]).sum() / total
+    taught_part = -(weights * target * logs).sum() / total
+    assert float(found) == pytest.approx((1 - share) * hard + share * taught_part, rel=1e-5)

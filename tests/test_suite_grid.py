@@ -32,7 +32,7 @@ SHIPPED = {
     "figure1e": (24, 22),
     "figure7": (8, 8),
     "ablations": (7, 7),
-    "readings": (19, 19),
+    "readings": (28, 28),
 }
 CNNS = ["vgg13", "resnet50", "efficientnet_b4", "mobilenet_v2", "densenet121"]
 METHODS_3A = ["no_metadata", "concat", "metanet", "metablock", "visual", "auxnet", "dualrefnet"]

@@ -41,7 +41,7 @@ def test_the_page_marks_the_best_and_what_differs(written: Path, small_results: 
     assert systems["pooled"].tolist() == pytest.approx(small_results.systems["pooled"].tolist())
     columns = (
         "dataset protocol method backbone variant measure pooled low high mean sd runs planned folds seeds images "
-        "groups paper paper_average difference encoder weights flags"
+        "groups paper paper_average difference encoder weights parameters multiply_adds flags"
     )
     assert list(systems.columns) == columns.split()
 

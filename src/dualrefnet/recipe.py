@@ -50,10 +50,11 @@ class DataSection(Section):
     rows: Literal["with_image", "all"] = Field(
         "with_image", description="all: rows without an image too (metadata_only alone can use them)"
     )
-    protocol: Literal["paper", "grouped", "grouped-cv", "cross-fitted", "own"] = Field(
+    protocol: Literal["paper", "grouped", "grouped-cv", "cross-fitted", "all", "own"] = Field(
         "grouped",
-        description="how rows are divided. cross-fitted: one model a fold, each tested on the fold that it hasn't "
-        "seen; together they are an ensemble. own: as split_file or the table says; only `paper` may leak",
+        description="how rows are divided; only `paper` may leak. cross-fitted: one model a fold, each tested on the "
+        "fold that it hasn't seen; together they are an ensemble. all: no test set, for a last model after a measured "
+        "one. own: as split_file or the table says",
     )
     split_file: str | None = Field(
         None, description="own: CSV of image_id and split (train, val, test); empty: the csv_table's column `split`"
@@ -234,6 +235,10 @@ class LossSection(Section):
         "inverse", description="cross-entropy: N/n_c, equal, or equal with log frequencies added to training logits"
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the cross-entropy")
+    teacher: str | None = Field(
+        None, description="a cross-fitted run, whose out-of-fold probabilities are learned too (`dualrefnet distil`)"
+    )
+    teacher_share: Probability = Field(0.5, description="of the teacher's probabilities in what is learned")
 
 
 class TrainingSection(Section):

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.protocols import FOLD, SPLIT_COLUMNS
@@ -37,6 +37,13 @@ class Values(FileSchema):
     """Numbers by name, None where they are undefined, and their intervals."""
 
     __pydantic_extra__: dict[str, float | tuple[float, float] | None]
+
+    @model_validator(mode="after")
+    def _intervals_are_pairs(self) -> Values:
+        for name, value in self.__pydantic_extra__.items():
+            if "_ci" in name and isinstance(value, float):
+                raise ValueError(f"{name} is {value}, not an interval")
+        return self
 
 
 def schema(*measures: str, base: type[FileSchema] = FileSchema, optional: Any = None, **keys: Any) -> Any:
@@ -168,8 +175,11 @@ Model = schema(
     preprocessing=schema(image=ImageSection, mean=Triple, std=Triple),
     metadata=dict[str, Any],
     weights=Annotated[several(Source), Field(min_length=1)],
-    # Of a cross-fitted run: the number of its models.
-    optional={"members": Annotated[int, Field(ge=3, le=50)]},
+    # Of one prediction. Of a cross-fitted run: the number of its models.
+    optional={
+        "cost": schema(parameters=int, multiply_adds=int),
+        "members": Annotated[int, Field(ge=3, le=50)],
+    },
 )
 
 Fingerprint = schema(
@@ -255,6 +265,8 @@ LATER = {
     "data.classes",
     "model.vgg_head",
     "loss.classification_reduction",
+    "loss.teacher",
+    "loss.teacher_share",
 }
 
 

@@ -40,7 +40,7 @@ from dualrefnet.evaluation.calibration import (
     measure_calibrated,
 )
 from dualrefnet.evaluation.comparison import metrics_with_intervals, pooled_bootstrap
-from dualrefnet.evaluation.metrics import HEADLINE_MEASURES, compute_metrics
+from dualrefnet.evaluation.metrics import HEADLINE_MEASURES, compute_metrics, no_metrics
 from dualrefnet.files import write_csv, write_json
 from dualrefnet.progress import progress_bar, track
 from dualrefnet.run import Run
@@ -55,6 +55,7 @@ from dualrefnet.runtime.availability import (
 )
 from dualrefnet.runtime.calibration import malignancy
 
+NOT_MEASURED = "not measured, since no patient is left to test on; see the run that it follows from"
 # Random inputs of a group that are drawn of each case; a group without metadata has one.
 DRAWS = 4
 
@@ -293,7 +294,8 @@ def evaluate_run(
     tables, predicted, arrays, measured = [], {}, {}, {}
     # In a cross-fitted run every image is predicted by the member that hasn't seen it; there is no other split.
     fitted_on = "test" if FOLD in opened.split else "val"
-    for split in dict.fromkeys((fitted_on, "test")):
+    measured_on = "test" if "test" in set(opened.split["split"]) else fitted_on
+    for split in dict.fromkeys((fitted_on, measured_on)):
         examples, patients = opened.examples(split), opened.patients(split)
         predicted[split] = predict_split(opened, split, examples, effects=split == fitted_on)
         probabilities = predicted[split].inputs[AS_RECORDED].probabilities[0]
@@ -303,7 +305,8 @@ def evaluate_run(
             bootstrap = Bootstrap(patients, wanted.bootstrap, seed, progress=show)
             measured[split] = metrics_with_intervals(examples.labels, probabilities, bootstrap, classes, malignant)
     write_csv(run.path / "predictions.csv", pd.concat(tables, ignore_index=True))
-    validation, test, (labels, probabilities, resampled) = predicted[fitted_on], predicted["test"], arrays["test"]
+    validation, test = predicted[fitted_on], predicted[measured_on]
+    labels, probabilities, resampled = arrays[measured_on]
 
     def fit(rows: NDArray[np.bool_], samples: int) -> Calibration:
         """Fit on some rows of the split that isn't trained on."""
@@ -321,17 +324,23 @@ def evaluate_run(
 
     calibration = fit(np.ones(len(arrays[fitted_on][0]), dtype=bool), wanted.bootstrap)
     write_json(run.calibration_file, calibration.to_json())
-    by_fold, folds = [], opened.examples("test").folds
+    by_fold, folds = [], opened.examples(measured_on).folds
     if folds is not None:
         # What is measured had no part in the calibration either.
         by_fold = [(folds == fold, fit(folds != fold, 0)) for fold in np.unique(folds)]
     leaks = leak_remarks(opened.split, schema.unit) if recipe.data.allow_leak else []
+    if measured_on == "test":
+        result = measured["test"]
+        result["calibrated"] = measure_calibrated(calibration, labels, probabilities, resampled, by_fold)
+    else:
+        result = no_metrics(classes, malignant, NOT_MEASURED)
     metrics = {
-        **measured["test"],
-        "calibrated": measure_calibrated(calibration, labels, probabilities, resampled, by_fold),
+        **result,
+        # Without a test split of the images that the thresholds were fitted on: enough to see whether missing metadata
+        # mean benign to the model.
         "availability": measure_availability(calibration, test.inputs, labels, resampled, by_fold),
-        "remarks": [*measured["test"]["remarks"], *leaks],
-        "split": "test",
+        "remarks": [*result["remarks"], *leaks],
+        "split": measured_on,
         "protocol": recipe.data.protocol,
         "dataset": schema.title,
         "drawn": schema.synthetic,
@@ -348,7 +357,7 @@ def evaluate_run(
             aggregate, opened.rows("test"), labels, probabilities, resampled, classes, malignant
         )
     if opened.model.reads_image:
-        metrics["out_of_scope"] = fit_run(opened, validation.vectors, test.vectors)
+        metrics["out_of_scope"] = fit_run(opened, validation.vectors, test.vectors if measured_on == "test" else None)
     write_json(run.metrics_file, metrics)
     return metrics
 

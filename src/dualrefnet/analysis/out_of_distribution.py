@@ -142,11 +142,11 @@ def save_score(score: OutOfDistributionScore, path: Path) -> None:
     write_tensors(path, contiguous, header)
 
 
-def fit_run(opened: OpenedRun, validation: NDArray[np.float32], test: NDArray[np.float32]) -> dict[str, Any]:
+def fit_run(opened: OpenedRun, validation: NDArray[np.float32], test: NDArray[np.float32] | None) -> dict[str, Any]:
     """Fit the score on the training images, write `out_of_scope.safetensors`, return its part of metrics.json.
 
-    `validation` and `test` are vectors of these splits, in their order. The limit of a cross-fitted run is that of the
-    images that each member hasn't been trained on.
+    `validation` and `test` are vectors of these splits, in their order; without `test` nothing is measured. The limit
+    of a cross-fitted run is that of the images that each member hasn't been trained on.
     """
     examples, seed = opened.examples("train"), opened.recipe.seed
     members = []
@@ -158,12 +158,13 @@ def fit_run(opened: OpenedRun, validation: NDArray[np.float32], test: NDArray[np
             members.append((opened.vectors(fit.train, rows, show), validation[fit.tested]))
     score = fit_scores(members)
     save_score(score, opened.run.out_of_scope_file)
+    fitted = {"training": score.training, "validation": score.validation, "intended_false_alarm_rate": FALSE_ALARMS}
+    if test is None:
+        return fitted
     flagged = score_rows(score, test, examples.folds) > 1
     rate = _flagged_share(flagged, opened.patients("test"), opened.recipe.evaluation.bootstrap, seed)
     return {
-        "training": score.training,
-        "validation": score.validation,
-        "intended_false_alarm_rate": FALSE_ALARMS,
+        **fitted,
         "images": len(flagged),
         "false_alarms": int(flagged.sum()),
         **rate.to_json("false_alarm_rate", LEVEL),

@@ -82,17 +82,57 @@ def demo(
 
 
 @app.command()
-def methods() -> None:
-    """List the methods (`train RECIPE model.method=NAME`), and what of each is a reconstruction."""
+def methods(
+    context: typer.Context,
+    cost: Annotated[bool, typer.Option("--cost", help="What each costs instead: size, time and memory.")] = False,
+    backbone: Annotated[
+        list[str] | None, typer.Option("--backbone", metavar="NAME", help="With --cost: image encoder; or several.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="CSV", help="With --cost: also write it as CSV.")] = None,
+) -> None:
+    """List the methods (`train RECIPE model.method=NAME`), and what of each is a reconstruction; or what they cost."""
     from rich.table import Table
 
     from dualrefnet.models.registry import METHODS
     from dualrefnet.progress import output
 
+    if cost:
+        _print_costs(backbone or ["vgg13"], out)
+        return
+    refuse_without_effect(context, "without --cost", "backbone", "out")
     table = Table("name", "method", "published", "filled in by us", show_lines=True)
     for name, method in METHODS.items():
         table.add_row(name, method.title, method.reference, method.reconstruction or "–")
     output().print(table)
+
+
+def _print_costs(backbones: list[str], out: Path | None) -> None:
+    import torch
+
+    from dualrefnet.display.format import COST_COLUMNS, Cell, PrintedTable, billions, millions, number
+    from dualrefnet.files import write_csv
+    from dualrefnet.models.registry import METHODS
+    from dualrefnet.recipe import load_recipe
+    from dualrefnet.training.cost import CLASSES, COLUMNS, RECIPE, measure_costs
+
+    found, recipe = measure_costs(backbones), load_recipe(RECIPE)
+    rows = []
+    for method, encoder, parameters, adds, memory, milliseconds in found.itertuples(index=False):
+        numbers = (millions(parameters), billions(adds), number(memory / 2**30, ".2f"), number(milliseconds, ".1f"))
+        rows.append([Cell(METHODS[method].title), Cell(encoder.replace("+", " + ") or "–"), *map(Cell, numbers)])
+    batch, side = recipe.training.batch_size, recipe.image.size
+    notes = (
+        f"One image of {side} px with {COLUMNS} columns of metadata, {CLASSES} classes, recipe {RECIPE}; without the "
+        "decoder.",
+        f"Training memory: a batch of {batch} in float32: parameters, gradients, the optimizer's state and what is "
+        "kept for the backward pass; without the workspace of kernels.",
+        f"Milliseconds: the model alone, median, {torch.get_num_threads()} threads of this machine.",
+    )
+    columns = ("method", "encoder", *COST_COLUMNS, "training memory (GiB)", "CPU ms")
+    print_table(PrintedTable("Cost of the methods", columns, rows, notes, left=2))
+    if out is not None:
+        write_csv(out, found)
+        typer.echo(out)
 
 
 @app.command()
@@ -182,6 +222,39 @@ def train(
         _print_metrics(run.metrics, run.unit)
         _print_departures(run)
         typer.echo(f"run folder: {run.path}")
+
+
+@app.command()
+def distil(
+    run: RunFolder,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The new run folder; default: RUN-distilled.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run, or start it.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in this folder.")] = False,
+    cache: Cache = None,
+    workers: Workers = None,
+) -> None:
+    """Train one model on all data towards what a cross-fitted run predicted out of fold: one network to deploy, not K.
+
+    It learns the labels and, to loss.teacher_share, the members' probabilities of images that they hadn't seen. Nothing
+    is left to test it on: the cross-fitted run has the numbers.
+    """
+    from dualrefnet.recipe import load_recipe, parse_overrides
+    from dualrefnet.run import Run
+
+    teacher = Run(run)
+    if not teacher.members:
+        raise DualRefNetError(f"{run} isn't a cross-fitted run: `dualrefnet train RECIPE --folds 5` makes one")
+    given = {"name": f"{teacher.recipe.name[:190]}-distilled", "data.protocol": "all", "loss.teacher": str(run)}
+    checked = load_recipe(teacher.recipe, given | parse_overrides(overrides or []))
+    from dualrefnet.training.train import train_recipe
+
+    folder = out or run.with_name(f"{run.resolve().name}-distilled")
+    student = train_recipe(checked, folder, resume, cache, workers, overwrite=overwrite)
+    _print_metrics(student.metrics, student.unit)
+    typer.echo(f"run folder: {student.path}")
 
 
 @app.command()
@@ -414,10 +487,14 @@ def _print_metrics(metrics: dict[str, Any], unit: str) -> None:
         folds_line,
         metrics_tables,
         protocol_name,
+        sentence,
     )
     from dualrefnet.progress import output
     from dualrefnet.runtime.availability import missingness_shortcut
 
+    if metrics["protocol"] == "all":
+        typer.echo(sentence(metrics["remarks"][0]))
+        return
     tested = f"{'out-of-fold' if 'folds' in metrics else 'test set'}, {protocol_name(metrics['protocol'], unit)}"
     if metrics["protocol"] == "external":
         tested = "external test set"

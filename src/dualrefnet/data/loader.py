@@ -8,7 +8,7 @@ whichever process or batch it is in. Only the noise is drawn on the device, from
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,7 @@ class Batch:
     features: tuple[dict[str, Tensor], ...] = ()  # for each frozen encoder the parts of its features, (B, ...) each
     targets: Tensor | None = None  # (B, 3, 2S, 2S) uint8, the auxiliary task's stored targets
     folds: Tensor | None = None  # (B,) of a cross-fitted run: the only member that hasn't been trained on the image
+    soft_labels: Tensor | None = None  # (B, C) float32, a teacher's probabilities
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,17 @@ class Examples:
     features: tuple[DerivedStore, ...] = ()  # of frozen encoders, read instead of images
     targets: DerivedStore | None = None  # of the auxiliary task
     folds: NDArray[np.int64] | None = None  # (N,) of a cross-fitted run, see `Batch.folds`
+    soft_labels: NDArray[np.float32] | None = None  # (N, C), see `Batch.soft_labels`
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def batch(self, rows: NDArray[np.int64]) -> Batch:
+        batch = self._read_batch(rows)
+        soft_labels = None if self.soft_labels is None else torch.from_numpy(self.soft_labels[rows])
+        return replace(batch, soft_labels=soft_labels)
+
+    def _read_batch(self, rows: NDArray[np.int64]) -> Batch:
         metadata, labels = torch.from_numpy(self.metadata[rows]), torch.from_numpy(self.labels[rows])
         folds = None if self.folds is None else torch.from_numpy(self.folds[rows])
         if self.store is None or self.store_rows is None:
@@ -133,6 +140,8 @@ def recipe_split(recipe: Recipe, dataset: Dataset, store: ImageStore | None) -> 
             note(f"{int((~usable).sum())} of {len(split)} rows have no readable image here and are left out")
         split = split[usable].reset_index(drop=True)
     parts = split_parts(split)
+    if FOLD not in split and data.protocol != "all":
+        parts |= {"test": split["split"] == "test"}
     for name, rows in parts.items():
         if not rows.any():
             hint = f"`dualrefnet check {data.dataset}` says which are missing"

@@ -2,7 +2,8 @@
 
 `paper` rebuilds Table 1 of the paper to the row, leaks included. `grouped` and `grouped-cv` keep all rows of one unit
 (`DatasetSchema.unit`: a patient; a lesion where no patients are named; else a single image) within one split.
-`cross-fitted` divides all rows into folds, each of which is the test split of one model. `own` is what the user says.
+`cross-fitted` divides all rows into folds, each of which is the test split of one model; `all` has one fold for
+validation, and no test split. `own` is what the user says.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dualrefnet.errors import SplitError
 from dualrefnet.progress import note
 from dualrefnet.runtime.metadata import read_cell
 
-PROTOCOLS = ("paper", "grouped", "grouped-cv", "cross-fitted", "own")
+PROTOCOLS = ("paper", "grouped", "grouped-cv", "cross-fitted", "all", "own")
 SPLITS = ("train", "val", "test")
 # SHA-256 of the lines `image_id label` as published: the paper's split is of row numbers, so a table in another order
 # would silently give another split.
@@ -50,7 +51,7 @@ def split_dataset(
 
     Args:
         dataset: the data set.
-        protocol: `paper`, `grouped` (fold 0 of the folds), `grouped-cv`, `cross-fitted` or `own`.
+        protocol: `paper`, `grouped` (fold 0 of the folds), `grouped-cv`, `cross-fitted`, `all` or `own`.
         fold: which fold is the test split (`grouped-cv`).
         folds: number of folds; the next one is the validation split.
         seed: shuffles the grouped protocols; the paper's have the paper's seeds.
@@ -74,6 +75,8 @@ def split_dataset(
     elif protocol == "cross-fitted":
         splits = pd.Series("test", index=dataset.table.index)
         fold_of, columns = _folds(dataset, folds, seed), [*columns, FOLD]
+    elif protocol == "all":
+        splits = pd.Series("train", index=dataset.table.index).mask(_folds(dataset, folds, seed) == 0, "val")
     elif protocol == "own":
         splits = _own_split(dataset, split_file)
         if splits.isna().any():
@@ -263,9 +266,11 @@ def leak_remarks(split: pd.DataFrame, unit: str) -> list[str]:
 
 
 def split_parts(split: pd.DataFrame) -> dict[str, pd.Series]:
-    """Return which rows are in train, val and test, or in each fold."""
+    """Return which rows are in train, val and, if there is one, test; or in each fold."""
     if FOLD not in split:
-        return {name: split["split"] == name for name in SPLITS}
+        # A run that has been trained on all has no test split.
+        names = SPLITS if (split["split"] == "test").any() or split.empty else SPLITS[:2]
+        return {name: split["split"] == name for name in names}
     return {f"fold {fold}": split[FOLD] == fold for fold in range(int(split[FOLD].max()) + 1)}
 
 

@@ -76,7 +76,8 @@ def model_card(bundle: Mapping[str, Any], run: Run, files: Sequence[str]) -> str
     reads_metadata = bool(bundle["metadata"]["fields"]) and METHODS[bundle["method"]].reads_metadata
     example = json.dumps(_example(bundle["metadata"]) if reads_metadata else {})
     title, subtitle = run_title(run)
-    availability = metrics.get("availability")
+    # A run that was trained on all was measured on none.
+    availability = metrics.get("availability") if metrics["protocol"] != "all" else None
     return environment.get_template("card.md.jinja").render(
         header=yaml.safe_dump(_header(bundle, reads_metadata), sort_keys=False),
         title=title,

@@ -54,6 +54,7 @@ CLASS_COLUMNS = {
     "auc": "AUC",
     "support": "images",
 }
+COST_COLUMNS = ("parameters (M)", "multiply-adds (G)")
 AVAILABILITY_COLUMNS = {
     "balanced_accuracy": "balanced accuracy",
     "malignant_auc": "malignant AUC",
@@ -73,6 +74,16 @@ AVAILABILITY_NAMES = {
 def number(value: float | None, form: str = ".3f") -> str:
     """Return a value; a dash if it is undefined."""
     return UNDEFINED if value is None or pd.isna(value) else format(value, form).replace("-", "−")
+
+
+def millions(value: float | None) -> str:
+    """Return a number of parameters in millions."""
+    return number(None if value is None else value / 1e6, ".2f")
+
+
+def billions(value: float | None) -> str:
+    """Return a number of multiply-adds in billions."""
+    return number(None if value is None else value / 1e9, ".2f")
 
 
 def interval(low: float | None, high: float | None, form: str = ".2f") -> str:
@@ -109,6 +120,7 @@ def protocol_name(protocol: str, unit: str = "group") -> str:
         "grouped": f"{unit}-disjoint split" if unit != "image" else "split by image",
         "grouped-cv": f"{unit}-disjoint cross-validation" if unit != "image" else "cross-validation by image",
         "cross-fitted": f"{unit}-disjoint cross-fitting" if unit != "image" else "cross-fitting by image",
+        "all": "all patients, none for a test",
         "own": "the user's own split",
     }
     return names.get(protocol, protocol)

@@ -302,6 +302,16 @@ def compute_metrics(
     return _report(values, model.matrices(unit)[0].astype(np.int64), model.classes, model.malignant)
 
 
+def no_metrics(classes: Sequence[str], malignant: Sequence[str], remark: str) -> dict[str, Any]:
+    """Return what `compute_metrics` does where nothing is measured: all undefined, and why."""
+    check_classes(classes, malignant)
+    names = [*HEADLINE_MEASURES, *(f"malignant.{name}" for name in MALIGNANT_MEASURES)]
+    names += [f"per_class.{label}.{name}" for label in classes for name in CLASS_MEASURES]
+    undefined = dict.fromkeys(names, np.array([np.nan]))
+    nothing = np.zeros((len(classes), len(classes)), dtype=np.int64)
+    return _report(undefined, nothing, list(classes), list(malignant)) | {"remarks": [remark]}
+
+
 def metrics_from_confusion(matrix: ArrayLike, classes: Sequence[str], malignant: Sequence[str] = ()) -> dict[str, Any]:
     """Return those values of `compute_metrics` that need counts only.
 

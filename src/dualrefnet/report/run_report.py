@@ -12,6 +12,7 @@ import pandas as pd
 
 from dualrefnet.analysis.audit import Audit, audit_split
 from dualrefnet.analysis.duplicates import fingerprint_files
+from dualrefnet.analysis.evaluate import NOT_MEASURED
 from dualrefnet.analysis.missing_metadata import (
     compare_missing_metadata,
     draw_missing_metadata,
@@ -184,6 +185,8 @@ def _check_finished(runs: Sequence[Run]) -> None:
     for run in runs:
         if not run.finished:
             raise RunError(f"{run.path} isn't a finished run; train it, or continue with --resume")
+        if run.recipe.data.protocol == "all":
+            raise RunError(f"{run.path} is {NOT_MEASURED}")
 
 
 def _open(run: Run, options: ReportOptions) -> OpenedRun:

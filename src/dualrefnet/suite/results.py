@@ -52,6 +52,7 @@ _FREE = re.compile(
 )
 _PARTS = {"train": "training", "val": "validation", "test": "test"}
 
+COSTS = ("parameters", "multiply_adds")
 CLASS_MEASURES = ("sensitivity", "specificity", "ppv", "npv", "f1", "auc")
 
 
@@ -67,6 +68,7 @@ class FinishedRun:
     recipe: Recipe
     metrics: dict[str, Any]
     weights: list[dict[str, Any]]
+    cost: dict[str, int]
     classes: tuple[str, ...]
     malignant: tuple[str, ...]
     split: pd.DataFrame
@@ -352,6 +354,7 @@ def _load(suite_dir: Path, cell: Cell) -> FinishedRun | tuple[str, str]:
             run.recipe,
             run.metrics,
             run.fingerprint["weights"],
+            description.get("cost", {}),
             tuple(description["classes"]),
             tuple(description["malignant"]),
             split,
@@ -466,6 +469,8 @@ def _system_row(system: System, measure: str, drawn: dict[Key, PooledBootstrap],
         "difference": pooled.value - printed.value if printed and printed.comparable(measure) else NAN,
         "encoder": "/".join(dict.fromkeys(encoders)),
         "weights": "; ".join(dict.fromkeys(weights)),
+        # Runs of earlier versions don't say.
+        **{name: runs[0].cost.get(name, NAN) if runs else NAN for name in COSTS},
         "flags": system.flags,
     }
 

@@ -11,13 +11,16 @@ import pandas as pd
 
 from dualrefnet.display.format import (
     CLASS_COLUMNS,
+    COST_COLUMNS,
     MEASURE_NAMES,
     SIGNIFICANT,
     Cell,
     PrintedTable,
+    billions,
     class_difference_table,
     escape_markdown,
     interval,
+    millions,
     number,
     p_value,
 )
@@ -147,7 +150,8 @@ def _group_tables(found: SuiteResults, rows: pd.DataFrame) -> Iterator[tuple[Kin
 
     def origin(key: Key) -> list[Cell]:
         row = cells[key, measures[0]]
-        return [Cell(row["encoder"].replace("_", "-")), Cell(row["weights"]), Cell(_flags(row))]
+        cost = (Cell(millions(row["parameters"])), Cell(billions(row["multiply_adds"])))
+        return [Cell(row["encoder"].replace("_", "-")), Cell(row["weights"]), *cost, Cell(_flags(row))]
 
     yield "results", table(suite.title, [*columns, "runs"], values, notes=_notes(found, rows, keys))
     if rows["sd"].notna().any():
@@ -159,7 +163,7 @@ def _group_tables(found: SuiteResults, rows: pd.DataFrame) -> Iterator[tuple[Kin
     if rivals:
         title = f"Difference from {suite.reference_of(keys[0].dataset)} [95% interval], corrected p"
         yield "results", table(title, [*columns, "compared with"], differences, rivals)
-    yield "details", table("How each row was made", ["encoder", "started from", "notes"], origin, left=5)
+    yield "details", table("How each row was made", ["encoder", "started from", *COST_COLUMNS, "notes"], origin, left=4)
     if len(found.per_class):
         for values_of, members in found.per_class.groupby(list(Key._fields), sort=False):
             key = Key(*map(str, values_of))

@@ -262,7 +262,8 @@ class Trainer:
             metadata = metadata.masked_fill(torch.from_numpy(hidden[batch.rows]).to(self.device), torch.nan)
         with autocast(self.device, self.precision):
             output, single = wrapped(image, metadata)
-        terms: dict[str, Tensor] = self.loss(output, labels, target, self.model.penalised, single)
+        soft = None if batch.soft_labels is None else batch.soft_labels.to(self.device)
+        terms: dict[str, Tensor] = self.loss(output, labels, target, self.model.penalised, single, soft)
         if not torch.isfinite(terms["total"]):
             raise RunError(
                 "the training has diverged, its loss is no longer a number: lower training.learning_rate, or set "

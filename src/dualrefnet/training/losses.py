@@ -121,6 +121,8 @@ class DualRefNetLoss(nn.Module):
         self.log_frequency: Tensor
         adjusted = section.class_weights == "logit_adjustment"
         frequency = counts.clamp(min=1) / counts.sum()
+        self.frequency: Tensor
+        self.register_buffer("frequency", frequency.float())
         self.register_buffer("log_frequency", frequency.log().float() if adjusted else torch.zeros(len(counts)))
         f = class_coefficients(counts, section.frequency, section.direction)
         self.penalty = ClassFrequencyPenalty(f, section.penalty_strength, section.assignment, section.reduction)
@@ -132,20 +134,22 @@ class DualRefNetLoss(nn.Module):
         target: Tensor | None,
         head: Head | None,
         single: Mapping[str, Output] | None = None,
+        soft_labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return the named, unweighted terms and `total`, scalars. In `total` alone cross-entropies are reduced as the
         recipe says; as terms all are divided by the weights of the batch, as in validation, so that runs compare.
 
         `target` (B, 3, 2H, 2W) in 0..1 is needed if the model rebuilt an image; `head` holds the last two layers
         (`hidden`, `classifier`), if there are any; `single` is what the model makes of single modalities, by the names
-        in `shares`. Terms are `classification`, `classification_<head>` for additional heads,
-        `classification_<modality>`, `reconstruction`, `penalty`; one that the model has no part for is absent.
+        in `shares`; `soft_labels` (B, C) are a teacher's probabilities. Terms are `classification`,
+        `classification_<head>` for additional heads, `classification_<modality>`, `reconstruction`, `penalty`; one that
+        the model has no part for is absent.
         """
         section = self.section
-        terms = self._classification(output, labels)
+        terms = self._classification(output, labels, soft_labels)
         mean = (1 - sum(self.shares.values())) * torch.stack(list(terms.values())).sum()
         for name, share in self.shares.items():
-            parts = self._classification((single or {})[name], labels)
+            parts = self._classification((single or {})[name], labels, soft_labels)
             terms[f"classification_{name}"] = torch.stack(list(parts.values())).sum()
             mean = mean + share * terms[f"classification_{name}"]
         total = section.classification * self._undivided(labels) * mean
@@ -165,16 +169,26 @@ class DualRefNetLoss(nn.Module):
             return 1.0
         return self.class_weights[labels].sum() * (self.processes if reduction == "sum" else 1 / len(labels))
 
-    def _classification(self, output: Output, labels: Tensor) -> dict[str, Tensor]:
+    def _classification(self, output: Output, labels: Tensor, soft_labels: Tensor | None) -> dict[str, Tensor]:
         """Return the cross-entropy of the answer, and of each further head."""
         named = {"classification": output.logits} | {
             f"classification_{name}": logits for name, logits in output.heads.items()
         }
-        return {name: self.cross_entropy(logits, labels) for name, logits in named.items()}
+        return {name: self.cross_entropy(logits, labels, soft_labels) for name, logits in named.items()}
 
-    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the cross-entropy of (B, C) logits and (B,) labels, divided by the weights of the labels."""
-        logits = logits.float() + self.log_frequency
-        return functional.cross_entropy(
-            logits, labels, self.class_weights, label_smoothing=self.section.label_smoothing
-        )
+    def cross_entropy(self, logits: Tensor, labels: Tensor, soft_labels: Tensor | None = None) -> Tensor:
+        """Return the cross-entropy of (B, C) logits and (B,) labels, divided by the weights of the labels.
+
+        A share of it is that with the soft labels (B, C) of a teacher (Hinton et al. 2015).
+        """
+        logits, weights = logits.float() + self.log_frequency, self.class_weights
+        hard = functional.cross_entropy(logits, labels, weights, label_smoothing=self.section.label_smoothing)
+        if soft_labels is None:
+            return hard
+        # The teacher has met the imbalance already: its probabilities are of equally frequent classes. Here they are
+        # compared with those of the training images, which weights or log frequencies make equal again.
+        soft = soft_labels * self.frequency if self.section.class_weights != "none" else soft_labels
+        soft = soft / soft.sum(dim=1, keepdim=True)
+        taught = -(weights * soft * logits.log_softmax(dim=1)).sum() / weights[labels].sum()
+        share = self.section.teacher_share
+        return (1 - share) * hard + share * taught

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
+from numpy.typing import NDArray
 
 import dualrefnet
 from dualrefnet.analysis.evaluate import evaluate_run
@@ -28,6 +31,7 @@ from dualrefnet.models.superresolution import fill_targets
 from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import CROSS_FITTED, MEMBERS, Run, fingerprint, refuse_taken, run_lock, start_run, write_split
+from dualrefnet.training.cost import prediction_cost
 from dualrefnet.training.loop import Trainer
 from dualrefnet.training.workers import Job, available_cores, work
 
@@ -185,7 +189,8 @@ def _train_members(
     if state.is_main_process:
         model, architecture, sources = _new_model(recipe, prepared)
         about = model_description(recipe, architecture, prepared.encoder, prepared.dataset.schema, sources)
-        write_json(run.path / "model.json", about | {"members": len(run.members)})
+        cost = {name: len(run.members) * value for name, value in prediction_cost(model, architecture).items()}
+        write_json(run.path / "model.json", about | {"members": len(run.members), "cost": cost})
         del model
     if jobs == 1 and ray_address is None:
         for fold in waiting:
@@ -252,14 +257,19 @@ def _train(run: Run, prepared: Prepared, state: PartialState) -> None:
     """Train one model, of a run or of one of its members."""
     recipe, (dataset, store, split, encoder) = run.recipe, prepared
     model, architecture, sources = _new_model(recipe, prepared)
+    # Before any part of it is moved to a GPU.
+    cost = prediction_cost(model, architecture)
     frozen = recipe.training.encoder == "frozen" and METHODS[recipe.model.method].reads_image
     with state.main_process_first():
         features = fill_features(recipe, model, store, state.device) if frozen and store is not None else ()
         targets, target_source = fill_targets(recipe, store, state.device) if store is not None else (None, None)
     train = make_examples(dataset, split, "train", encoder, store, features, targets)
+    if recipe.loss.teacher is not None:
+        train = replace(train, soft_labels=taught(recipe.loss.teacher, train.image_ids, dataset.schema.classes))
     val = make_examples(dataset, split, "val", encoder, store, features)
     if state.is_main_process:
-        write_json(run.path / "model.json", model_description(recipe, architecture, encoder, dataset.schema, sources))
+        description = model_description(recipe, architecture, encoder, dataset.schema, sources)
+        write_json(run.path / "model.json", {**description, "cost": cost})
         start = "; ".join(dict.fromkeys(str(source["description"]) for source in sources))
         parameters = sum(parameter.numel() for parameter in model.parameters())
         note(f"{recipe.model.method}: {parameters / 1e6:.2f} M parameters; encoder starts from: {start}")
@@ -283,6 +293,22 @@ def _train(run: Run, prepared: Prepared, state: PartialState) -> None:
     if state.is_main_process:
         # A training with this sum is over.
         write_json(run.path / "fingerprint.json", {**run.fingerprint, "model_sha256": sha256_of_file(run.weights_file)})
+
+
+def taught(teacher: str, image_ids: Sequence[str], classes: Sequence[str]) -> NDArray[np.float32]:
+    """Return what a cross-fitted run says of images that its members haven't seen, (N, C); RunError: it says nothing of
+    some of them, or knows other classes.
+    """
+    run = Run(Path(teacher))
+    if not run.members:
+        raise RunError(f"loss.teacher: {teacher} isn't a cross-fitted run (`dualrefnet train RECIPE --folds 5`)")
+    if run.model["classes"] != list(classes):
+        raise RunError(f"loss.teacher: {teacher} knows other classes: {', '.join(run.model['classes'])}")
+    predictions = run.predictions.set_index("image_id")[[f"prob_{name}" for name in classes]]
+    unknown = set(image_ids) - set(predictions.index)
+    if unknown:
+        raise RunError(f"loss.teacher: {teacher} has no prediction of {len(unknown)} of the training images")
+    return predictions.loc[list(image_ids)].to_numpy(np.float32)
 
 
 def model_description(

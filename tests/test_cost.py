@@ -1,0 +1,60 @@
+"""What methods cost, against numbers reckoned by hand."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from dualrefnet.models.registry import new_model
+from dualrefnet.recipe import load_recipe
+from dualrefnet.run import Run
+from dualrefnet.training.cost import measure_costs, prediction_cost, training_memory
+
+WIDTHS = [73, 64, 128, 256, 512, 256, 6]
+PRODUCTS = [before * after for before, after in pairwise(WIDTHS)]
+SMALL = {"image.size": 32, "model.backbone": "mobilenet_v2", "model.weights": "none"}
+
+
+def test_metadata_alone_costs_what_its_layers_have() -> None:
+    (row,) = measure_costs([], ["metadata_only"]).to_dict("records")
+    assert row["multiply_adds"] == sum(PRODUCTS)
+    assert row["parameters"] == sum(PRODUCTS) + sum(WIDTHS[1:])
+    # Weights, gradients and momentum; of each image what every layer reads, and its log-probabilities.
+    kept = 32 * sum(WIDTHS)
+    assert row["training_bytes"] == pytest.approx(4 * (3 * row["parameters"] + kept), rel=0.01)
+
+
+def test_a_convolution_is_counted_at_every_place_and_the_decoder_not_at_all() -> None:
+    recipe = load_recipe("pad_ufes_20_paper", SMALL)
+    model, architecture, _ = new_model(recipe, 5, 6)
+    cost = prediction_cost(model, architecture)
+    decoder = sum(value.numel() for value in model.decoder.parameters())
+    assert cost["parameters"] == sum(value.numel() for value in model.parameters()) - decoder
+    expected = 0
+
+    def count(module: nn.Module, given: tuple[torch.Tensor, ...], result: torch.Tensor) -> None:
+        nonlocal expected
+        if isinstance(module, nn.Conv2d):
+            expected += result[0].numel() * module.weight[0].numel()
+        elif isinstance(module, nn.Linear):
+            expected += module.weight.numel()
+
+    for module in model.modules():
+        module.register_forward_hook(count)
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, 32, 32), torch.zeros(1, 5))
+    assert cost["multiply_adds"] == expected
+    larger = load_recipe(recipe, {"training.batch_size": 64})
+    adam = load_recipe(recipe, {"training.optimizer": "adamw"})
+    memory = [training_memory(model, architecture, some) for some in (recipe, larger, adam)]
+    parameters = cost["parameters"] + decoder
+    assert memory[2] - memory[0] == 4 * parameters
+    # What isn't of the parameters grows with the batch.
+    assert memory[1] - 12 * parameters == pytest.approx(2 * (memory[0] - 12 * parameters), rel=0.01)
+
+
+def test_a_run_keeps_its_cost(tiny_run: Run) -> None:
+    cost = tiny_run.model["cost"]
+    assert 2.2e6 < cost["parameters"] < 3.5e6
+    assert 5e6 < cost["multiply_adds"] < 1e7
