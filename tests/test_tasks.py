@@ -16,6 +16,7 @@ from dualrefnet.errors import DataError, DualRefNetError, RecipeError, SplitErro
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.report.provenance import provenance_section, run_notes
 from dualrefnet.run import Run
+from dualrefnet.training.preflight import check_recipe
 from dualrefnet.training.train import train_recipe
 
 TRIAGE = {"malignant": ["BCC", "MEL", "SCC"], "benign": ["ACK", "NEV", "SEK"]}
@@ -176,6 +177,8 @@ def test_a_leak_that_is_allowed_is_told_by_every_output(
     data = {"protocol": "own", "split_file": str(write_split(tmp_path, sample, a_patient_crosses))}
     with pytest.raises(SplitError, match="1 groups"):
         train_recipe(quick(**data), tmp_path / "refused")
+    with pytest.raises(SplitError, match="1 groups"):
+        check_recipe(quick(**data))
     run = train_recipe(quick(**data, allow_leak=True), tmp_path / "run")
     said = "1 patients are in more than one split"
     printed = "\n".join(note for table in metrics_tables(run.metrics) for note in table.notes)

@@ -14,8 +14,8 @@ from dualrefnet.data.csv_table import DEFAULT_DESCRIPTION, TableDescription, cla
 from dualrefnet.errors import DataError, in_python
 from dualrefnet.files import write_text, write_yaml
 from dualrefnet.progress import note
-from dualrefnet.recipe import Recipe, load_recipe
-from dualrefnet.run import CROSS_FITTED, Run, new_folder, refuse_taken
+from dualrefnet.recipe import CROSS_FITTED, Recipe, load_recipe
+from dualrefnet.run import Run, new_folder, refuse_taken
 from dualrefnet.training.preflight import check_start
 
 

@@ -25,6 +25,7 @@ class Section(BaseModel):
 
 
 AnySection = typing.TypeVar("AnySection", bound=Section)
+CROSS_FITTED = "cross-fitted"
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 # Units of a layer; what is larger fits no memory.
 Width = Annotated[int, Field(ge=1, le=65_536)]

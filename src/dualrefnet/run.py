@@ -36,7 +36,7 @@ from dualrefnet.files import (
     write_csv,
     write_yaml,
 )
-from dualrefnet.recipe import Recipe, differences, load_recipe
+from dualrefnet.recipe import CROSS_FITTED, Recipe, differences, load_recipe
 
 if TYPE_CHECKING:
     from dualrefnet.evaluation.calibration import Calibration
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 MEASURED = ("predictions.csv", "calibration.json", "out_of_scope.safetensors", "metrics.json")
 # What a training writes before its first epoch, and all that a run may have.
 BEGUN = {"recipe.yaml", "split.csv", "model.json", "fingerprint.json"}
-CROSS_FITTED = "cross-fitted"
 # The folder in a cross-fitted run.
 MEMBERS = "members"
 FILES = {*BEGUN, *MEASURED, "model.safetensors", "history.csv", "checkpoint.safetensors"}

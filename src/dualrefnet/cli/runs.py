@@ -192,8 +192,7 @@ def train(
     Several GPUs: `accelerate launch --multi_gpu -m dualrefnet train RECIPE ...`; several processes on CPUs: the same
     with `--num_processes N` and `training.device=cpu`.
     """
-    from dualrefnet.recipe import load_recipe, parse_overrides
-    from dualrefnet.run import CROSS_FITTED, new_folder
+    from dualrefnet.recipe import CROSS_FITTED, load_recipe, parse_overrides
 
     if resume and overwrite:
         raise DualRefNetError("--resume keeps the run in a folder and --overwrite replaces it: give one of them")
@@ -203,6 +202,7 @@ def train(
     checked = load_recipe(recipe, changed)
     if checked.data.protocol != CROSS_FITTED:
         refuse_without_effect(context, "without --folds", "jobs", "ray")
+    from dualrefnet.run import new_folder
     from dualrefnet.training.preflight import check_start
 
     folder = out or new_folder(checked.name, resume, overwrite)

@@ -67,7 +67,7 @@ def split_dataset(
         SplitError: the protocol doesn't exist for the data set, a class has too few groups to be in every split, or
             `own` names an unknown image or split, or has a patient in several.
     """
-    check_protocol(dataset, protocol, fold, folds, split_file)
+    check_protocol(dataset, protocol, fold, folds, split_file, allow_leak)
     columns = list(SPLIT_COLUMNS)
     fold_of = pd.Series(0, index=dataset.table.index)
     if protocol == "paper":
@@ -78,14 +78,14 @@ def split_dataset(
     elif protocol == "all":
         splits = pd.Series("train", index=dataset.table.index).mask(_folds(dataset, folds, seed) == 0, "val")
     elif protocol == "own":
-        splits = _own_split(dataset, split_file)
+        splits = _own_split(dataset, split_file, allow_leak)
         if splits.isna().any():
             note(f"{int(splits.isna().sum()):,} of {len(splits):,} rows are in no split and are left out")
     else:
         splits = _grouped_split(dataset, fold if protocol == "grouped-cv" else 0, folds, seed)
     table = dataset.table.assign(patient_id=groups(dataset.table, dataset.schema), split=splits, fold=fold_of)
     result = table.loc[splits.notna(), columns].reset_index(drop=True)
-    if protocol != "paper" and not (protocol == "own" and allow_leak):
+    if protocol not in ("paper", "own"):
         refuse_crossing(result)
     return result
 
@@ -96,12 +96,13 @@ def check_protocol(
     fold: int = 0,
     folds: int = 5,
     split_file: Path | str | None = None,
+    allow_leak: bool = False,
 ) -> None:
     """Refuse a data set that a protocol can't divide; SplitError says why. Takes no time: nothing is divided."""
     if protocol not in PROTOCOLS:
         raise SplitError(f"no protocol is called {protocol!r}; there are: {', '.join(PROTOCOLS)}")
     if protocol == "own":
-        _own_split(dataset, split_file)
+        _own_split(dataset, split_file, allow_leak)
         return
     if protocol == "paper":
         _check_published(dataset)
@@ -119,7 +120,7 @@ def check_protocol(
         raise SplitError(f"there are too few {unit}s, or images of any class, for {folds} folds; try fewer folds")
 
 
-def _own_split(dataset: Dataset, file: Path | str | None) -> pd.Series:
+def _own_split(dataset: Dataset, file: Path | str | None, allow_leak: bool) -> pd.Series:
     """Return the splits that the user names; None for rows that are in none."""
     ids, title = dataset.table["image_id"], dataset.schema.title
     if file is not None:
@@ -153,6 +154,8 @@ def _own_split(dataset: Dataset, file: Path | str | None) -> pd.Series:
             f"no row is in {' or '.join(lost)}: training needs train, val (it chooses the epoch and calibrates) and "
             "test; make one of a part of train"
         )
+    if not allow_leak:
+        refuse_crossing(pd.DataFrame({"patient_id": groups(dataset.table, dataset.schema), "split": splits}))
     return splits
 
 

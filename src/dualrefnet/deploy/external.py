@@ -19,6 +19,7 @@ from dualrefnet.analysis.evaluate import measure_aggregated, refuse_unnamed
 from dualrefnet.analysis.subgroups import measure_subgroups
 from dualrefnet.data.adapters import ADAPTERS, load_dataset
 from dualrefnet.data.csv_table import same_files
+from dualrefnet.data.protocols import FOLD
 from dualrefnet.data.schema import Dataset, DatasetSchema, groups
 from dualrefnet.data.store import map_ahead
 from dualrefnet.deploy.hub import is_bundle
@@ -215,7 +216,7 @@ def find_seen(run: Run | None, dataset: Dataset, rows: pd.DataFrame, group: pd.S
         )
     recipe, split = run.recipe, run.split
     # In a cross-fitted run every image trains some of the members.
-    trained = split if "fold" in split else split[split["split"] != "test"]
+    trained = split if FOLD in split else split[split["split"] != "test"]
     schema, images, unknown = dataset.schema, none, ""
     # The ids of a sample mean nothing: each sample has the same.
     about = run.model["dataset"]

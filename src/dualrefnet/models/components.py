@@ -11,7 +11,6 @@ from itertools import pairwise, product
 
 import numpy as np
 import torch
-from sklearn.metrics import recall_score
 from torch import Tensor, nn
 
 from dualrefnet.models.base import Output
@@ -194,6 +193,9 @@ class DecisionFusion(nn.Module):
         """Choose the weights with the best balanced accuracy for logits (K, N, C) of validation; of equals the most
         even ones.
         """
+        # Prediction needs none of it.
+        from sklearn.metrics import recall_score
+
         probabilities = logits.float().softmax(dim=2)
         truth = labels.cpu().numpy()
         present = np.unique(truth)

@@ -61,5 +61,5 @@ def check_recipe(recipe: Recipe) -> Dataset:
         raise DataError(f"{dataset.no_image}; `dualrefnet check {data.dataset}` says more")
     if len(dataset.schema.classes) < 2:
         raise DataError(f"{dataset.schema.title} has one class, {dataset.schema.classes[0]}, and nothing to learn")
-    check_protocol(dataset, data.protocol, data.fold, data.folds, data.split_file)
+    check_protocol(dataset, data.protocol, data.fold, data.folds, data.split_file, data.allow_leak)
     return whole

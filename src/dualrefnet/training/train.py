@@ -29,8 +29,8 @@ from dualrefnet.models.inference import fill_features
 from dualrefnet.models.registry import METHODS, check_method, new_model
 from dualrefnet.models.superresolution import fill_targets
 from dualrefnet.progress import note, progress_bar, warn
-from dualrefnet.recipe import Recipe, load_recipe
-from dualrefnet.run import CROSS_FITTED, MEMBERS, Run, fingerprint, refuse_taken, run_lock, start_run, write_split
+from dualrefnet.recipe import CROSS_FITTED, Recipe, load_recipe
+from dualrefnet.run import MEMBERS, Run, fingerprint, refuse_taken, run_lock, start_run, write_split
 from dualrefnet.training.cost import prediction_cost
 from dualrefnet.training.loop import Trainer
 from dualrefnet.training.workers import Job, available_cores, work
