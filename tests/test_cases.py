@@ -8,6 +8,7 @@ import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score
 
+from dualrefnet.analysis import gradcam as gradcam_maps
 from dualrefnet.analysis.cases import RIGHT, WRONG, ChosenCase, ShownCase, choose_cases, draw_gallery, show_cases
 from dualrefnet.analysis.disagreement import Disagreement, find_disagreement, shared_images
 from dualrefnet.analysis.gradcam import draw_gradcam, gradcam, overlay
@@ -75,7 +76,10 @@ def shown(opened: OpenedRun, cases: list[ChosenCase]) -> list[ShownCase]:
     del masks[cases[1].image_id]
     values = {case.image_id: [("age", f"{row} years", 0.1)] for row, case in enumerate(cases) if row}
     steps: list[tuple[int, int]] = []
-    found = show_cases(opened, cases, None, values, masks, lambda *done: steps.append(done))
+    with pytest.MonkeyPatch.context() as patch:
+        # Images of 32 px have maps of one place.
+        patch.setattr(gradcam_maps, "FEWEST_PLACES", 1)
+        found = show_cases(opened, cases, None, values, masks, lambda *done: steps.append(done))
     assert steps == [(number, len(cases)) for number in range(1, len(cases) + 1)]
     return found
 
