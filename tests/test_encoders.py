@@ -264,6 +264,7 @@ def test_auto_takes_the_installed_package_and_says_so():
         "mean": HALF,
         "std": HALF,
         "options": {},
+        "trained_on": (),
     }
     assert (encoder.mean, encoder.std) == (HALF, HALF)
     stem = read_tensors(path)["_conv_stem.weight"]

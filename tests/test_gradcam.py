@@ -254,6 +254,15 @@ def test_a_model_is_left_as_it_was_found(method: str, fails: bool) -> None:
     assert not metadata.requires_grad
 
 
+def test_saliency_is_of_the_image_as_it_is_also_where_predictions_average_over_views() -> None:
+    model, (images, metadata) = new("dualrefnet"), inputs()
+    targets = torch.tensor([0, 1, 2])
+    expected = gradcam(model, images, metadata, targets).saliency
+    model.views = 8
+    torch.testing.assert_close(gradcam(model, images, metadata, targets).saliency, expected)
+    assert model.views == 8
+
+
 def test_images_of_a_batch_dont_meet_and_metadata_have_a_part() -> None:
     model, (images, metadata) = new("metablock"), inputs()
     targets = torch.tensor([0, 1, 2])

@@ -163,6 +163,30 @@ def test_every_method_says_what_it_is() -> None:
             )
 
 
+def turned(image: Tensor, views: int) -> list[Tensor]:
+    copies = [image, image.flip(-1), image.flip(-2), image.flip(-1).flip(-2)]
+    return [*copies, *(copy.transpose(-1, -2) for copy in copies)][:views]
+
+
+@pytest.mark.parametrize("views", [2, 4, 8])
+@pytest.mark.parametrize("method", ["dualrefnet", "metablock", "visual"])
+def test_a_prediction_over_views_is_the_same_for_every_flipped_copy(method: str, views: int) -> None:
+    torch.manual_seed(0)
+    model = new_model(recipe_of(method, "mobilenet_v2", **{"model.views": views, "image.size": 64}), WIDTH, CLASSES)[0]
+    image, metadata = torch.randn(2, 3, 64, 64), torch.randn(2, WIDTH)
+    with torch.no_grad():
+        # In training mode an image is read as it is.
+        assert len(model.train().encode(image).first.vector) == 2
+        model.eval()
+        found = [model(copy, metadata).logits for copy in turned(image, views)]
+        vectors = torch.stack([model.read(copy).first.vector for copy in turned(image, views)]).mean(dim=0)
+        torch.testing.assert_close(model.encode(image).first.vector, vectors)
+        alone = model.answer(model.read(image), metadata).logits
+    for logits in found[1:]:
+        torch.testing.assert_close(logits, found[0], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(alone, found[0], atol=1e-6)
+
+
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.needs_metadata])
 def test_without_metadata_the_image_vector_is_classified_alone(method: str) -> None:
     model, _, _ = new_model(

@@ -16,12 +16,13 @@ from dualrefnet.files import write_yaml
 from dualrefnet.report import ReportOptions
 from dualrefnet.report.paper_report import write_paper_report
 from dualrefnet.run import Run
-from dualrefnet.suite.grid import Block, Cell, Suite, expand, load_suite, same_training
+from dualrefnet.suite.grid import Block, Cell, SplitCount, Suite, expand, load_suite, same_training
 from dualrefnet.suite.paper import (
     PARTS,
     UNMEASURED,
     claims,
     paper_suites,
+    run_paper,
     summarise,
     verdict_on_claim,
     verdict_on_number,
@@ -155,6 +156,20 @@ def test_a_run_of_an_equal_recipe_is_taken_over_and_not_trained_again(tiny_run: 
     assert {path.name for path in copy.iterdir()} == {path.name for path in tiny_run.path.iterdir()}
     assert (copy / "model.safetensors").samefile(tiny_run.weights_file)
     assert [path.name for path in copy.parent.iterdir()] == [cell.run]
+
+
+def test_a_part_without_data_fails_alone(sample_root: Path, tmp_path: Path) -> None:
+    missing, there = (
+        Suite(
+            name=name,
+            title=name,
+            splits=[SplitCount(dataset="sample", protocol="grouped", set={"data.root": str(root)})],
+        )
+        for name, root in (("table1", tmp_path / "nowhere"), ("table2", sample_root))
+    )
+    outcomes = run_paper({"table1": missing, "table2": there}, tmp_path / "out")
+    assert [len(outcome.failed) for outcome in outcomes.values()] == [1, 0]
+    assert (tmp_path / "out" / "table2" / "splits" / "sample-grouped.csv").is_file()
 
 
 def test_the_plan_counts_every_run_once_and_an_unknown_part_is_refused(tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 
 import dualrefnet
 from dualrefnet.analysis.evaluate import evaluate_run
-from dualrefnet.errors import RunError, SplitError, WeightsError
+from dualrefnet.errors import RecipeError, RunError, SplitError, WeightsError
 from dualrefnet.files import write_json, write_tensors, write_yaml
 from dualrefnet.models.base import Method
+from dualrefnet.models.encoders import create_encoder
 from dualrefnet.models.registry import new_model
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import Run, new_folder, run_lock, start_run
@@ -331,6 +332,81 @@ def test_a_split_that_was_tampered_with_is_refused(tiny_run: Run, tmp_path: Path
     split.to_csv(folder.path / "split.csv", index=False)
     with pytest.raises(SplitError, match="more than one split"):
         _ = folder.split
+
+
+def test_layers_of_the_encoder_learn_the_slower_the_deeper_and_heads_at_the_full_rate(tiny_recipe: Recipe) -> None:
+    values = {"training.layer_decay": 0.5, "training.learning_rate": 0.1}
+    for name, groups in (("adamw", 2), ("sgd", 1)):
+        recipe = load_recipe(tiny_recipe, {**values, "training.optimizer": name})
+        model = new_model(recipe, 4, 3)[0]
+        optimizer = create_optimizer(model, recipe.training)
+        rate = {id(one): group["lr"] for group in optimizer.param_groups for one in group["params"]}
+        assert rate.keys() == {id(one) for one in model.parameters()}, "each parameter once"
+        parts = [
+            model.encoder.body.get_parameter(f"{part}.weight")
+            for part in ("conv_stem", "blocks.0.0.conv_dw", "blocks.1.0.conv_pw", "blocks.1.1.conv_pw", "conv_head")
+        ]
+        rates = [rate[id(one)] for one in (*parts, model.head.hidden.weight)]
+        assert rates == sorted(rates)
+        assert rates[0] < 0.001
+        assert rates[1] == pytest.approx(rates[2] / 2)
+        assert rates[-2:] == [0.1, 0.1]
+        # What the history shows is the full rate.
+        assert [group["lr"] for group in optimizer.param_groups[:groups]] == [0.1] * groups
+        decayed = {
+            group["weight_decay"] > 0 for group in optimizer.param_groups for one in group["params"] if one.ndim < 2
+        }
+        assert decayed == {name == "sgd"}
+
+
+@pytest.mark.parametrize("backbone", ["mobilenet_v2", "resnet50", "densenet121", "vgg13", "vit_b_16", "swin_b"])
+def test_frozen_stages_are_the_first_and_stay_in_evaluation(backbone: str) -> None:
+    encoder = create_encoder(backbone, "none", 224)
+    encoder.freeze_stages(1)
+    encoder.train()
+    learns = {name: one.requires_grad for name, one in encoder.body.named_parameters()}
+    first, last = next(iter(learns)), list(learns)[-1]
+    assert not learns[first]
+    assert learns[last]
+    assert any(not one.training for one in encoder.body.modules())
+    for module in encoder.body.modules():
+        own = list(module.parameters(recurse=False))
+        if own and not list(module.children()):
+            assert module.training == own[0].requires_grad
+    with pytest.raises(RecipeError, match=r"freeze_stages: .* stages that can be frozen, not 99"):
+        encoder.freeze_stages(99)
+
+
+def test_the_average_is_validated_and_kept_and_a_killed_run_ends_at_the_same_one(
+    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(tiny_recipe, {"training.ema": 0.9, "training.epochs": 3, "training.warm_up": 0.1})
+    trained: dict[int, Trainer] = {}
+    remember = Trainer._remember
+
+    def keeps_the_trainer(self, *args):
+        trained[0] = self
+        return remember(self, *args)
+
+    monkeypatch.setattr(Trainer, "_remember", keeps_the_trainer)
+    run = train_recipe(load_recipe(recipe, {"training.selection": "last"}), tmp_path / "whole")
+    kept, trainer = load_file(run.weights_file), trained[0]
+    assert all(torch.equal(kept[name], value) for name, value in trainer.average.module.state_dict().items())
+    assert not torch.equal(kept["head.hidden.weight"], trainer.model.head.hidden.weight)
+    # 72 training images and 2 steps an epoch or so: the decay is still rising.
+    assert trainer.average.get_decay(len(run.history) * 2) < 0.9
+
+    def dies_in_the_third_epoch(self, progress, row, schedule):
+        if row["epoch"] == 3:
+            raise KeyboardInterrupt
+        return remember(self, progress, row, schedule)
+
+    monkeypatch.setattr(Trainer, "_remember", dies_in_the_third_epoch)
+    last = load_recipe(recipe, {"training.selection": "last"})
+    with pytest.raises(KeyboardInterrupt):
+        train_recipe(last, tmp_path / "killed")
+    monkeypatch.setattr(Trainer, "_remember", remember)
+    assert contents(train_recipe(last, tmp_path / "killed", resume=True)) == contents(run)
 
 
 def test_two_trainings_do_not_share_a_folder(tiny_recipe: Recipe, tmp_path: Path) -> None:

@@ -174,6 +174,12 @@ class ModelSection(Section):
         description="ensemble: its encoders, published: efficientnet_b4, densenet121, resnet50; empty: 3 `backbone`s",
     )
     weights: str = Field("auto", description="auto: local file, package, then hub; hub; none (from scratch); or a file")
+    init_from: str | None = Field(
+        None, description="transfer: the folder of another run, whose parameters the model starts from"
+    )
+    init_parts: Literal["all", "encoder"] = Field(
+        "all", description="of init_from: all tensors that fit by name and shape, or those of the image encoder alone"
+    )
     metadata_encoder: Literal["mlp", "attention", "transformer"] = Field(
         "mlp", description="dualrefnet, auxnet: four layers; the same on columns weighted by attention; a transformer"
     )
@@ -191,6 +197,11 @@ class ModelSection(Section):
         "pool",
         description="no_metadata, concat, metanet and metablock on vgg13: its last map as its mean, or flattened as "
         "behind the published table",
+    )
+    views: Literal[1, 2, 4, 8] = Field(
+        1,
+        description="copies of an image over which its features are averaged in prediction: mirrored (2), upside down "
+        "too (4), turned by a quarter too (8); costs as many passes",
     )
     hidden: Width = Field(256, description="width of the layer before the classifier")
     dropout: float = Field(
@@ -260,6 +271,21 @@ class TrainingSection(Section):
     plateau_patience: int = Field(5, ge=0, description="epochs without a lower validation loss before the rate is cut")
     plateau_factor: float = Field(0.1, gt=0, lt=1)
     minimum_learning_rate: float = Field(1e-6, ge=0)
+    warm_up: float = Field(0.25, ge=0, lt=1, description="one_cycle: share of the steps in which the rate rises")
+    layer_decay: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="each layer of the encoder learns at this share of the next one's rate; empty: off",
+    )
+    freeze_stages: int = Field(
+        0,
+        ge=0,
+        description="stem and this many first stages (of transformers: blocks) of the encoder don't learn; 0: all do",
+    )
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of the moving average of the parameters, which is validated and kept"
+    )
     early_stopping: int | None = Field(None, ge=1, description="stop after so many epochs without a better selection")
     selection: Literal["balanced_accuracy", "accuracy", "loss", "last"] = Field(
         "balanced_accuracy", description="best epoch by this on validation; last: validation serves calibration alone"
@@ -267,7 +293,9 @@ class TrainingSection(Section):
     gradient_clip: float | None = Field(None, gt=0, description="largest norm of the gradient; empty: no limit")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    tracker: Literal["none", "tensorboard"] = Field("none", description="also log to a tracker (extra `track`)")
+    tracker: Literal["none", "tensorboard", "mlflow", "wandb"] = Field(
+        "none", description="also log to a tracker, which must be installed (extra `track`: tensorboard)"
+    )
 
 
 class EvaluationSection(Section):
@@ -281,6 +309,7 @@ class EvaluationSection(Section):
 
 # Methods with the super-resolution branch.
 WITH_DECODER = ("dualrefnet", "auxnet")
+CROSS_FITTED = "cross-fitted"
 
 
 class Recipe(Section):
@@ -337,6 +366,32 @@ class Recipe(Section):
             (
                 self.training.selection == "last" and self.training.early_stopping is not None,
                 "training.early_stopping waits for a better epoch, and training.selection last takes the last: choose",
+            ),
+            (
+                model.views > 1 and self.training.encoder == "frozen",
+                "model.views averages over several passes of the encoder, and of a frozen one the features of one are "
+                "stored: set model.views to 1",
+            ),
+            (
+                model.init_from is not None and model.weights != "auto",
+                "model.init_from and model.weights both say what the encoder starts from: leave one out",
+            ),
+            (
+                model.init_from is None and model.init_parts != "all",
+                "model.init_parts says what is taken from a run: name it with model.init_from",
+            ),
+            (
+                self.training.warm_up != 0.25 and self.training.schedule != "one_cycle",
+                "training.warm_up is for training.schedule one_cycle",
+            ),
+            (
+                bool(self.training.layer_decay or self.training.freeze_stages)
+                and (self.training.encoder == "frozen" or method == "metadata_only"),
+                "training.layer_decay and training.freeze_stages are for an encoder that is fine-tuned",
+            ),
+            (
+                model.init_from is not None and method == "metadata_only",
+                "model.init_from takes an image encoder, and model.method metadata_only has none",
             ),
             (bool(model.members) and method != "ensemble", f"model.members is for model.method ensemble, not {method}"),
             (
@@ -428,16 +483,17 @@ def differences(old: BaseModel, new: BaseModel) -> list[str]:
 
 def changes(old: BaseModel, new: BaseModel) -> dict[str, tuple[Any, Any]]:
     """Return the dotted keys in which two recipes or suites differ, each with its value in both."""
-    before, after = (_flat(each.model_dump(mode="json")) for each in (old, new))
+    before, after = (dotted(each.model_dump(mode="json")) for each in (old, new))
     pairs = {key: (before.get(key), after.get(key)) for key in {**before, **after}}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def dotted(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested mappings and lists by their dotted keys."""
     if isinstance(value, list):
         value = dict(enumerate(value))
     if isinstance(value, dict) and value:
-        return {key: leaf for name, inner in value.items() for key, leaf in _flat(inner, f"{prefix}{name}.").items()}
+        return {key: leaf for name, inner in value.items() for key, leaf in dotted(inner, f"{prefix}{name}.").items()}
     return {prefix.rstrip("."): value}
 
 
@@ -477,7 +533,7 @@ def _explain(item: Any, section: type[BaseModel]) -> str:
         return f"{key}: {message}" if key else message
     *path, last = item["loc"]
     for part in path:
-        if isinstance(part, str):  # Not the place in a list.
+        if part in section.model_fields:  # Not the place in a list, or the key of a mapping.
             annotation: Any = section.model_fields[part].annotation
             kinds = (annotation, *typing.get_args(annotation))
             section = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))

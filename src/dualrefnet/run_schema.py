@@ -156,7 +156,15 @@ Calibration = schema(
 
 # What an image encoder started from, and the images that it expects.
 Source = schema(
-    kind=str, description=str, sha256=str | None, mean=Triple, std=Triple, optional={"options": dict[str, Any]}
+    kind=str,
+    description=str,
+    sha256=str | None,
+    mean=Triple,
+    std=Triple,
+    optional={
+        "options": dict[str, Any],
+        "trained_on": several(schema(run=str, dataset=str, licence=str, citation=str, model_sha256=str)),
+    },
 )
 Model = schema(
     format=Literal[2],
@@ -263,10 +271,17 @@ LATER = {
     "data.allow_leak",
     "data.keep",
     "data.classes",
+    "model.init_from",
+    "model.init_parts",
     "model.vgg_head",
+    "model.views",
     "loss.classification_reduction",
     "loss.teacher",
     "loss.teacher_share",
+    "training.ema",
+    "training.freeze_stages",
+    "training.layer_decay",
+    "training.warm_up",
 }
 
 

@@ -132,15 +132,21 @@ def _frozen_evaluation(model: Method) -> Iterator[None]:
     before the layer has to be kept.
     """
     modes = [(module, module.training) for module in model.modules()]
+    # A map is that of the image as it is, not of its flipped copies.
+    views = [(module, module.views) for module in model.modules() if isinstance(module, Method)]
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.eval()
+        for method, _ in views:
+            method.views = 1
         for parameter, _ in required:
             parameter.requires_grad_(False)
         yield
     finally:
         for module, training in modes:
             module.training = training
+        for method, number in views:
+            method.views = number
         for parameter, requires_grad in required:
             parameter.requires_grad_(requires_grad)
 

@@ -275,7 +275,9 @@ def paper(
     page = write_paper_report(folder, options)
     failed = {name: outcome for name, outcome in outcomes.items() if outcome.failed}
     for name, outcome in failed.items():
-        typer.echo(f"{name}: {len(outcome.failed)} of {outcome.total} runs failed; {folder / name}/failures says why")
+        for reason in dict.fromkeys(failure.error for failure in outcome.failed.values()):
+            count = sum(failure.error == reason for failure in outcome.failed.values())
+            typer.echo(f"{name}: {count} of {max(1, outcome.total)} failed: {reason}")
     typer.echo(f"the paper: {page}")
     raise typer.Exit(1 if failed else 0)
 

@@ -202,12 +202,12 @@ def train(
     checked = load_recipe(recipe, changed)
     if checked.data.protocol != CROSS_FITTED:
         refuse_without_effect(context, "without --folds", "jobs", "ray")
+    # pandas takes half a second to import, and torch seconds.
     from dualrefnet.run import new_folder
     from dualrefnet.training.preflight import check_start
 
     folder = out or new_folder(checked.name, resume, overwrite)
     check_start(checked, folder, resume, overwrite)
-    # Torch takes seconds to import.
     from dualrefnet.training.train import train_recipe
 
     try:

@@ -85,6 +85,7 @@ def model_card(bundle: Mapping[str, Any], run: Run, files: Sequence[str]) -> str
         bundle=bundle,
         dataset=dataset,
         licence_terms=_terms(dataset["licence"]),
+        earlier=[{**one, "terms": _terms(one["licence"])} for one in bundle.get("trained_on", ())],
         protocol=protocol_name(dataset["protocol"], run.unit),
         unit=run.unit,
         reads_metadata=reads_metadata,
@@ -100,8 +101,27 @@ def model_card(bundle: Mapping[str, Any], run: Run, files: Sequence[str]) -> str
     )
 
 
-def data_licence(dataset: Mapping[str, Any]) -> str:
-    """Return the bundle's DATA_LICENCE.md for a data set with title, licence and citation."""
+def data_licence(dataset: Mapping[str, Any], earlier: Sequence[Mapping[str, str]] = ()) -> str:
+    """Return the bundle's DATA_LICENCE.md for a data set with title, licence and citation; `earlier`: those of the runs
+    from which the model started, `dataset` being the title.
+    """
+    learned = [dataset, *({**one, "title": one["dataset"]} for one in earlier)]
+    titles = " and ".join(f"**{_plain_text(one['title'])}**" for one in learned)
+    also = " The model started from the parameters of another run, so all of these apply:" if earlier else ""
+    return f"""# Licence of the training data
+
+The weights in this folder were learned from {titles}.{also}
+
+{chr(10).join(_licence(one) for one in learned)}
+No image and no patient's metadata are in this folder. What was learned from them is: weights, means and categories of
+the metadata, and measures on the test split.
+
+The software, and with it the folder `runtime/`, is under Apache-2.0. The ImageNet weights from which the image encoder
+started have licences of their own; README.md names them.
+"""
+
+
+def _licence(dataset: Mapping[str, Any]) -> str:
     licence, citation = (_plain_text(dataset[name]) for name in ("licence", "citation"))
     terms = _terms(dataset["licence"]) or "Read its terms before you pass the model on or use it."
     if not licence:
@@ -109,21 +129,7 @@ def data_licence(dataset: Mapping[str, Any]) -> str:
             "Whoever made the model didn't state under which licence the data may be used. Ask before you pass the "
             "model on or use it."
         )
-    return f"""# Licence of the training data
-
-The weights in this folder were learned from **{_plain_text(dataset["title"])}**.
-
-- Licence: {licence or "not stated"}
-- To cite: {citation or "not stated"}
-
-{terms}
-
-No image and no patient's metadata are in this folder. What was learned from them is: weights, means and categories of
-the metadata, and measures on the test split.
-
-The software, and with it the folder `runtime/`, is under Apache-2.0. The ImageNet weights from which the image encoder
-started have licences of their own; README.md names them.
-"""
+    return f"- Licence: {licence or 'not stated'}\n- To cite: {citation or 'not stated'}\n\n{terms}\n"
 
 
 def _plain_text(text: str) -> str:
@@ -137,7 +143,9 @@ def _terms(licence: str) -> str:
 
 def _header(bundle: Mapping[str, Any], reads_metadata: bool) -> dict[str, Any]:
     """Return the YAML that the Hub reads."""
-    licence = {"license": LICENCES.get(bundle["dataset"]["licence"], ("other", ""))[0]}
+    stated = {bundle["dataset"]["licence"], *(one["licence"] for one in bundle.get("trained_on", ()))}
+    # Several licences apply together, and the Hub takes one.
+    licence = {"license": LICENCES.get(stated.pop(), ("other", ""))[0] if len(stated) == 1 else "other"}
     if licence["license"] == "other":
         licence |= {"license_name": "of-the-training-data", "license_link": "DATA_LICENCE.md"}
     tags = ["dualrefnet", "dermatology", "skin-lesion", "medical", "research-only", "onnx"]

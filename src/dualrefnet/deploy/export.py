@@ -37,6 +37,7 @@ from dualrefnet.deploy.predictor import refuse_shortcut
 from dualrefnet.errors import DataError, RunError
 from dualrefnet.files import atomic_folder, sha256_of_file, write_json, write_text
 from dualrefnet.models.base import Architecture
+from dualrefnet.models.registry import trained_on
 from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import ImageSection
 from dualrefnet.run import Run
@@ -107,6 +108,7 @@ def export_run(
             "name": run.recipe.name,
             "method": run.recipe.model.method,
             "dataset": description["dataset"],
+            "trained_on": trained_on(about["weights"]),
             "classes": about["classes"],
             "class_names": description["class_names"],
             "malignant": about["malignant"],
@@ -123,7 +125,7 @@ def export_run(
         write_json(folder / "form.schema.json", metadata_schema(metadata, run.recipe.name, parts["reads_metadata"]))
         write_json(folder / DESCRIPTION, bundle)
         hub.copy_runtime(folder)
-        write_text(folder / "DATA_LICENCE.md", data_licence(description["dataset"]))
+        write_text(folder / "DATA_LICENCE.md", data_licence(description["dataset"], bundle["trained_on"]))
         names = [name for name in hub.FILES if (folder / name).is_file()]
         write_text(folder / "README.md", model_card(bundle, run, [*names, SUMS, f"{hub.RUNTIME}/"]))
         hub.write_sums(folder)

@@ -164,7 +164,7 @@ class ExportedModel(nn.Module):
         vectors: tuple[Tensor, ...] = ()
         if image is not None:
             # `to_unit` and `normalise` of the training, on channels that come last.
-            read = self.method.read((image.permute(0, 3, 1, 2).float().div(255) - self.mean) / self.std)
+            read = self.method.read_views((image.permute(0, 3, 1, 2).float().div(255) - self.mean) / self.std)
             if absent is not None:
                 read = mark_missing(read, absent)
             vectors = (torch.cat([output.vector for output in read.outputs], dim=1),)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -101,6 +102,21 @@ def _fill(values: Tensor, token: Tensor, missing: Tensor) -> Tensor:
     return torch.where(missing.reshape(-1, 1, *rest), token, values)
 
 
+# Copies of an image: whether rows and columns are exchanged, and along which dimensions it is flipped then.
+VIEWS: tuple[tuple[bool, tuple[int, ...]], ...] = (
+    *((False, ()), (False, (-1,)), (False, (-2,)), (False, (-2, -1))),
+    *((True, ()), (True, (-1,)), (True, (-2,)), (True, (-2, -1))),
+)
+
+
+def _turn_back(values: Tensor, turned: bool, flipped: tuple[int, ...]) -> Tensor:
+    """Return maps (B, C, h, w) of a view as they lie in the image; vectors (B, C) stay."""
+    if values.dim() < 4:
+        return values
+    values = values.flip(flipped)
+    return values.transpose(-1, -2) if turned else values
+
+
 class Architecture(BaseModel):
     """All that is needed to build a model again, weights apart; stands in `model.json`. `missing_image`: one of the
     learned tokens stands for an image, so that the model answers without one.
@@ -141,6 +157,7 @@ class Method(nn.Module, ABC):
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
         super().__init__()
         self.encoders = nn.ModuleList(encoders)
+        self.views: int = architecture.section.views
         columns = architecture.metadata_width if self.reads_metadata else 0
         self.missing = (
             MissingInputs(columns, encoders if architecture.missing_image else [])
@@ -190,14 +207,12 @@ class Method(nn.Module, ABC):
         """
         if isinstance(image, Encoded):
             return image
-        if self.missing is None:
-            return self.read(image)
         # Training encodes every image and drops some afterwards, so none is missing here.
-        return (
-            self.read(image)
-            if self.training
-            else mark_missing(self.read(image.nan_to_num()), image[:, 0, 0, 0].isnan())
-        )
+        if self.training:
+            return self.read(image)
+        if self.missing is None:
+            return self.read_views(image)
+        return mark_missing(self.read_views(image.nan_to_num()), image[:, 0, 0, 0].isnan())
 
     @property
     def needs_image(self) -> bool:
@@ -207,6 +222,27 @@ class Method(nn.Module, ABC):
     def read(self, image: Tensor) -> Encoded:
         """Read (B, 3, H, W) images with all encoders."""
         return Encoded(tuple(encoder(image) for encoder in self.encoders))
+
+    def read_views(self, image: Tensor) -> Encoded:
+        """Read (B, 3, H, W) images and flipped copies of them, and return the mean; maps are flipped back before."""
+        reads = []
+        for turned, flipped in VIEWS[: self.views]:
+            view = (image.transpose(-1, -2) if turned else image).flip(flipped)
+            reads.append(self.read(view).each(partial(_turn_back, turned=turned, flipped=flipped)))
+        if len(reads) == 1:
+            return reads[0]
+        outputs = []
+        for several in zip(*(read.outputs for read in reads), strict=True):
+            maps = [output.map for output in several if output.map is not None]
+            taps = zip(*(output.taps for output in several), strict=True)
+            outputs.append(
+                EncoderOutput(
+                    torch.stack(maps).mean(dim=0) if maps else None,
+                    torch.stack([output.vector for output in several]).mean(dim=0),
+                    tuple(torch.stack(tap).mean(dim=0) for tap in taps),
+                )
+            )
+        return Encoded(tuple(outputs))
 
     def reconstruct(self, image: Tensor | Encoded) -> Tensor | None:
         """Return the (B, 3, 2H, 2W) image, in about 0..1, that the auxiliary task's decoder rebuilds; None without

@@ -27,6 +27,8 @@ class CrossFitted(Method):
         # Encoders and learned tokens are the members'.
         nn.Module.__init__(self)
         self.members = nn.ModuleList(members)
+        # The members'.
+        self.views = 1
         for name in ("title", "reads_image", "reads_metadata", "reads_taps"):
             setattr(self, name, getattr(members[0], name))
 
@@ -55,7 +57,7 @@ class CrossFitted(Method):
 
     def read(self, image: Tensor) -> Encoded:
         """Read (B, 3, H, W) images with the encoders of all members."""
-        return Encoded(tuple(output for member in self.parts for output in member.read(image).outputs))
+        return Encoded(tuple(output for member in self.parts for output in member.read_views(image).outputs))
 
     def encode_held_out(self, image: Tensor, folds: Tensor) -> Encoded:
         """Read each image (B, 3, H, W) with the member whose fold (B,) it is in."""
@@ -96,19 +98,13 @@ class CrossFitted(Method):
         return self.answer(images, metadata)
 
     def reconstruct(self, image: Tensor | Encoded) -> Tensor | None:
-        """Return the mean of what the members rebuild, or each image by that of its fold; see `Method`."""
-        images = self.encode(image)
-        if images.folds is not None:
-            parts, order = self._each_fold(images.folds, lambda member, rows: member.reconstruct(images.rows(rows)))
-        else:
-            parts, order = (
-                [member.reconstruct(own) for member, own in zip(self.parts, self._own(images), strict=True)],
-                None,
-            )
-        rebuilt = [part for part in parts if part is not None]
-        if not rebuilt:
-            return None
-        return torch.stack(rebuilt).mean(dim=0) if order is None else torch.cat(rebuilt)[order]
+        """Return the mean of what the members rebuild; see `Method`."""
+        images: Sequence[Tensor | Encoded] = [image] * len(self.members)
+        if isinstance(image, Encoded):
+            images = self._own(image)
+        rebuilt = [member.reconstruct(own) for member, own in zip(self.parts, images, strict=True)]
+        parts = [part for part in rebuilt if part is not None]
+        return torch.stack(parts).mean(dim=0) if parts else None
 
     def _own(self, images: Encoded) -> list[Encoded]:
         """Return what the encoders of each member gave."""

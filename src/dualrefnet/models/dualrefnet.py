@@ -44,7 +44,11 @@ class DualRefNet(Method, name="dualrefnet"):
         return self.head
 
     def reconstruct(self, image: Tensor | Encoded) -> Tensor | None:
-        return None if self.decoder is None else self.decoder(self.encode(image).first.map)
+        if self.decoder is None:
+            return None
+        # Of the image as it is, not of its flipped copies.
+        images = image if isinstance(image, Encoded) else self.read(image)
+        return self.decoder(images.first.map)  # type: ignore[no-any-return]
 
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
         features = images.first.vector

@@ -27,7 +27,7 @@ from huggingface_hub import constants as hub_constants
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from safetensors.torch import load_file
 from timm.layers.pos_embed import resample_abs_pos_embed
-from timm.models import beit, swin_transformer
+from timm.models import beit, group_modules, group_parameters, swin_transformer
 from torch import Tensor, nn
 
 from dualrefnet.errors import RecipeError, WeightsError
@@ -59,14 +59,16 @@ Triple = tuple[float, float, float]
 class WeightsSource:
     """What an encoder was filled with, for fingerprints, and for building the same network again."""
 
-    kind: Literal["file", "package", "hub", "none"]  # none: random
-    description: str  # the file's name, the package or the hub's model
+    kind: Literal["file", "package", "hub", "none", "run"]  # none: random
+    description: str  # the file's name, the package, the hub's model or the run
     sha256: str | None
     # Of each channel (RGB, range 0..1), as the weights expect an image.
     mean: Triple
     std: Triple
     # Options of `timm.create_model` without which these weights compute something else.
     options: Mapping[str, str] = field(default_factory=dict)
+    # Of kind `run`: name, data set, licence, citation and model_sha256 of each run that trained it before, in order.
+    trained_on: tuple[Mapping[str, str], ...] = ()
 
 
 RANDOM = "random, not pretrained"
@@ -143,7 +145,7 @@ def fill_network(module: nn.Module, tensors: Mapping[str, Tensor], complaint: st
         },
         "not finite": {name for name, (_, given) in shared.items() if not given.isfinite().all()},
     }
-    faults = [f"{kind}: {_some(sorted(names))}" for kind, names in differences.items() if names]
+    faults = [f"{kind}: {some(sorted(names))}" for kind, names in differences.items() if names]
     if faults:
         raise WeightsError(f"{complaint}: {'; '.join(faults)}")
     module.load_state_dict(tensors, strict=False)
@@ -330,7 +332,7 @@ def _strip(name: str) -> str:
     return name
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
@@ -415,6 +417,7 @@ class Encoder(nn.Module):
         stages: Any = body.feature_info if taps else ()
         self.tap_features: tuple[int, ...] = tuple(stages[index]["num_chs"] for index in self._taps)
         self._frozen = False
+        self._frozen_stages: tuple[nn.Module, ...] = ()
 
     def freeze(self) -> None:
         """Take the encoder out of the training: no gradient, and no new statistics in its normalisation layers."""
@@ -422,9 +425,31 @@ class Encoder(nn.Module):
         self.requires_grad_(False)
         self.train(False)
 
+    def freeze_stages(self, count: int) -> None:
+        """Take the stem and the first stages out of the training: those of timm's `group_matcher`, which are the blocks
+        of transformers and the layers of VGG.
+        """
+        if not hasattr(self.body, "group_matcher"):
+            raise RecipeError(f"training.freeze_stages: {self.name} has no stages; see training.encoder=frozen")
+        matcher = self.body.group_matcher(coarse=True)
+        modules, parameters = (list(group(self.body, matcher).values()) for group in (group_modules, group_parameters))
+        # The stem is the first group, and something must be left.
+        if count > len(parameters) - 2:
+            raise RecipeError(
+                f"training.freeze_stages: {self.name} has {len(parameters) - 2} stages that can be frozen, not "
+                f"{count}; training.encoder=frozen freezes all of it"
+            )
+        self._frozen_stages = tuple(self.body.get_submodule(name) for group in modules[: count + 1] for name in group)
+        for name in (name for group in parameters[: count + 1] for name in group):
+            self.body.get_parameter(name).requires_grad_(False)
+        self.train(self.training)
+
     def train(self, mode: bool = True) -> Encoder:
-        """Switch between training and evaluation; a frozen encoder stays in evaluation."""
-        return super().train(mode and not self._frozen)
+        """Switch between training and evaluation; what is frozen stays in evaluation."""
+        super().train(mode and not self._frozen)
+        for module in self._frozen_stages:
+            module.train(False)
+        return self
 
     def forward(self, image: Tensor | Encoded) -> EncoderOutput:
         """Encode images (B,3,H,W), normalised with `mean` and `std`; what was encoded before passes through.

@@ -5,7 +5,7 @@ Nothing here needs torch until a model is built, so that a recipe is checked and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -127,6 +127,11 @@ def check_method(recipe: Recipe) -> MethodInfo:
     return METHODS[name]
 
 
+def trained_on(weights: Iterable[Mapping[str, Any]]) -> list[Mapping[str, str]]:
+    """Return the records of the runs from which encoders started, each once, from those of their weights."""
+    return list({one["model_sha256"]: one for record in weights for one in record.get("trained_on", ())}.values())
+
+
 def new_model(recipe: Recipe, metadata_width: int, classes: int) -> tuple[Method, Architecture, list[dict[str, Any]]]:
     """Build the model of a recipe with the weights it starts from, for metadata of M columns.
 
@@ -135,6 +140,7 @@ def new_model(recipe: Recipe, metadata_width: int, classes: int) -> tuple[Method
     """
     from dualrefnet.models.base import Architecture
     from dualrefnet.models.encoders import WeightsSource, create_encoder
+    from dualrefnet.models.transfer import SourceRun
 
     info, section = check_method(recipe), recipe.model
     method = info.network
@@ -149,14 +155,21 @@ def new_model(recipe: Recipe, metadata_width: int, classes: int) -> tuple[Method
         missing_tokens=recipe.metadata.imputation == "token" and reads_metadata,
         missing_image=info.reads_image and reads_metadata and recipe.modality_dropout.image > 0,
     )
+    backbones = architecture.backbones if info.reads_image else ()
+    start = None if section.init_from is None else SourceRun.open(recipe)
+    weights: Sequence[str | WeightsSource] = [section.weights] * len(backbones) if start is None else start.sources
     encoders = [
-        create_encoder(name, section.weights, recipe.image.size, method.reads_taps, position)
-        for position, name in enumerate(architecture.backbones if info.reads_image else ())
+        create_encoder(name, weight, recipe.image.size, method.reads_taps, position)
+        for position, (name, weight) in enumerate(zip(backbones, weights, strict=True))
     ]
     model = method(architecture, encoders)
-    if recipe.training.encoder == "frozen":
-        for encoder in encoders:
+    if start is not None:
+        start.fill(model, section.init_parts)
+    for encoder in encoders:
+        if recipe.training.encoder == "frozen":
             encoder.freeze()
+        elif recipe.training.freeze_stages:
+            encoder.freeze_stages(recipe.training.freeze_stages)
     sources = [encoder.weights for encoder in encoders] or [
         WeightsSource("none", "no image encoder", None, NEUTRAL, NEUTRAL)
     ]

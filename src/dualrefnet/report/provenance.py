@@ -13,7 +13,7 @@ from dualrefnet.display.format import PrintedTable, protocol_name, sentence, tex
 from dualrefnet.errors import RunError
 from dualrefnet.models.backbones import backbone_title
 from dualrefnet.models.base import Architecture
-from dualrefnet.models.registry import METHODS
+from dualrefnet.models.registry import METHODS, trained_on
 from dualrefnet.recipe import Recipe
 from dualrefnet.run import Run
 
@@ -29,7 +29,7 @@ MISSINGNESS = (
     "score can come from missingness alone, which means something else for a new patient"
 )
 RANDOM_ENCODER = "The image encoder was initialised at random, not from ImageNet"
-FROZEN_ENCODER = "The image encoder was frozen: it was not trained on skin images"
+FROZEN_ENCODER = "The image encoder was frozen: it was not trained on images of this data set"
 
 TERMS = (
     ("balanced accuracy", "the mean of the sensitivities of the classes"),
@@ -122,6 +122,10 @@ def provenance_section(run: Run) -> Section:
         ("data", f"{dataset['title']}, {data['rows_used']:,} rows; licence {dataset['licence'] or 'not stated'}"),
         ("protocol", "; ".join([protocol, *leaks])),
         ("initial weights", "; ".join(dict.fromkeys(source["description"] for source in made["weights"]))),
+        *(
+            ("trained before", f"run {one['run']}, {one['dataset']}; licence {one['licence'] or 'not stated'}")
+            for one in trained_on(made["weights"])
+        ),
         ("software", f"dualrefnet {made['dualrefnet']}, commit {made['git_commit'] or 'unknown (installed package)'}"),
         ("libraries", ", ".join(f"{name} {version}" for name, version in made["packages"].items())),
         ("hardware", f"{machine}, {hardware['memory_gib']} GiB; {made['precision']}, {processes}"),

@@ -12,14 +12,15 @@ import numpy as np
 import pandas as pd
 
 from dualrefnet.display.format import Cell, PrintedTable
-from dualrefnet.errors import RecipeError
+from dualrefnet.errors import DataError, RecipeError
 from dualrefnet.evaluation.bootstrap import NAN, Difference, Estimate
-from dualrefnet.progress import note
+from dualrefnet.progress import note, warn
 from dualrefnet.recipe import Recipe, load_recipe, suggestion
 from dualrefnet.run import Run
 from dualrefnet.suite.grid import Key, Suite, expand, load_suite, prepare, same_training
 from dualrefnet.suite.results import SuiteResults, System, paper, printed_value, reported_splits
 from dualrefnet.suite.runner import SMOKE_IMAGES, Outcome, run_suite
+from dualrefnet.training.workers import Failure
 
 PARTS = ("table1", "table2", "table3a", "table3b", "table4", "figure1e", "figure7", "ablations")
 MEASURE = "balanced_accuracy"
@@ -48,12 +49,19 @@ def paper_suites(
 def run_paper(
     suites: Mapping[str, Suite], out: Path, workers: int = 1, cache: Path | None = None
 ) -> dict[str, Outcome]:
-    """Train what the folders of the suites in `out` lack; equal recipes of several suites are trained once."""
+    """Train what the folders of the suites in `out` lack; equal recipes of several suites are trained once.
+
+    A part that can't begin, such as one whose data are not there, is recorded as failed, and the others go on.
+    """
     outcomes: dict[str, Outcome] = {}
     elsewhere: dict[str, Path] = {}
     for place, (name, suite) in enumerate(suites.items(), 1):
         note(f"part {place} of {len(suites)}: {suite.title}")
-        outcomes[name] = run_suite(suite, out / name, workers, cache, elsewhere=elsewhere)
+        try:
+            outcomes[name] = run_suite(suite, out / name, workers, cache, elsewhere=elsewhere)
+        except DataError as error:
+            outcomes[name] = Outcome(0, 0, failed={name: Failure(" ".join(str(error).split()), "DataError")})
+            warn(f"{name}: {error}")
         for cell in expand(suite):
             run = Run(out / name / "runs" / cell.run)
             if run.finished:

@@ -23,6 +23,8 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from safetensors import safe_open
 from sklearn.metrics import accuracy_score, recall_score
+from timm.optim._param_groups import param_groups_layer_decay
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn, optim
 
 from dualrefnet.data.loader import AugmentationDraw, Batch, Examples, draw, shade, warp
@@ -30,7 +32,7 @@ from dualrefnet.errors import RunError
 from dualrefnet.files import write_csv, write_tensors
 from dualrefnet.models.base import Method
 from dualrefnet.models.components import DecisionFusion
-from dualrefnet.models.encoders import Encoded, fill_network
+from dualrefnet.models.encoders import Encoded, Encoder, fill_network
 from dualrefnet.models.inference import Normalisation, autocast, encoded, normalise, predict_logits, resolve_precision
 from dualrefnet.models.superresolution import input_and_target, psnr, ssim
 from dualrefnet.progress import note, progress_bar, warn
@@ -39,22 +41,35 @@ from dualrefnet.run import Run
 from dualrefnet.runtime.metadata import Span
 from dualrefnet.training.losses import DualRefNetLoss
 from dualrefnet.training.modality_dropout import ModalityViews, draw_missing, modality_shares
-
-# Share of the steps in which the rate of one_cycle rises.
-WARM_UP = 0.25
+from dualrefnet.training.tracking import Tracker
 
 
-def create_optimizer(model: nn.Module, section: TrainingSection) -> optim.Optimizer:
-    """Return SGD as the paper has it, or AdamW."""
+def create_optimizer(model: Method, section: TrainingSection) -> optim.Optimizer:
+    """Return SGD as the paper has it, or AdamW; with `layer_decay` the layers of an encoder learn at rates of their
+    own, and all else at the full rate.
+    """
+    adamw = section.optimizer == "adamw"
+    layers: list[dict[str, Any]] = []
+    if section.layer_decay is not None:
+        for encoder in model.encoders:
+            assert isinstance(encoder, Encoder)
+            # Weight decay as below.
+            layers += param_groups_layer_decay(
+                encoder.body, section.weight_decay, weight_decay_exclude_1d=adamw, layer_decay=section.layer_decay
+            )
+    for group in layers:
+        group["lr"] = section.learning_rate * group["lr_scale"]
+    apart = {id(parameter) for group in layers for parameter in group["params"]}
     # A frozen encoder has no part in it.
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if section.optimizer == "sgd":
-        return optim.SGD(learning, section.learning_rate, momentum=section.momentum, weight_decay=section.weight_decay)
+    learning = [one for one in model.parameters() if one.requires_grad and id(one) not in apart]
+    if not adamw:
+        whole: list[dict[str, Any]] = [{"params": learning}, *layers]
+        return optim.SGD(whole, section.learning_rate, momentum=section.momentum, weight_decay=section.weight_decay)
     # Decaying biases and the scales of normalisation layers only pulls them away from what the data ask for.
     matrices = [parameter for parameter in learning if parameter.ndim > 1]
     vectors = [parameter for parameter in learning if parameter.ndim <= 1]
     parts = [{"params": matrices, "weight_decay": section.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return optim.AdamW(parts, section.learning_rate)
+    return optim.AdamW([*parts, *layers], section.learning_rate)
 
 
 def create_schedule(
@@ -62,7 +77,7 @@ def create_schedule(
 ) -> optim.lr_scheduler.LambdaLR | optim.lr_scheduler.ReduceLROnPlateau | None:
     """Return the schedule: by step (one cycle over `steps`), by validation loss (plateau), or none."""
     if section.schedule == "one_cycle":
-        return optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step / steps))
+        return optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step / steps, section.warm_up))
     if section.schedule == "plateau":
         return optim.lr_scheduler.ReduceLROnPlateau(
             optimizer,
@@ -73,20 +88,30 @@ def create_schedule(
     return None
 
 
-def one_cycle(progress: float) -> float:
-    """Return the share of the highest learning rate at a share of the steps: linear up in the first quarter, then a
+def one_cycle(progress: float, warm_up: float) -> float:
+    """Return the share of the highest learning rate at a share of the steps: linear up in the first `warm_up`, then a
     half cosine down to zero.
     """
-    if progress < WARM_UP:
+    if progress < warm_up:
         # The first step isn't lost to a rate of zero.
-        return 0.04 + 0.96 * progress / WARM_UP
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - WARM_UP) / (1 - WARM_UP))))
+        return 0.04 + 0.96 * progress / warm_up
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warm_up) / (1 - warm_up))))
 
 
-def save_checkpoint(path: Path, model: nn.Module, optimizer: optim.Optimizer, progress: dict[str, Any]) -> None:
-    """Write the state of a bare model after an epoch; `progress` (the next epoch, history, scheduler) is plain JSON."""
+def save_checkpoint(
+    path: Path,
+    model: nn.Module,
+    optimizer: optim.Optimizer,
+    progress: dict[str, Any],
+    averaged: nn.Module | None = None,
+) -> None:
+    """Write the state of a bare model after an epoch; `progress` (the next epoch, history, scheduler) is plain JSON.
+    `averaged` is the same model with the moving average of the parameters.
+    """
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {f"model/{name}": value for name, value in model.state_dict().items()}
+    if averaged is not None:
+        tensors |= {f"averaged/{name}": value for name, value in averaged.state_dict().items()}
     numbers: dict[str, dict[str, Any]] = {}
     for index, slots in state["state"].items():
         for name, value in slots.items():
@@ -98,21 +123,26 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: optim.Optimizer, pr
     write_tensors(path, tensors, {"state": json.dumps(header)})
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: optim.Optimizer) -> dict[str, Any]:
-    """Put a saved state into a model and an optimizer, and return the progress."""
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: optim.Optimizer, averaged: nn.Module | None = None
+) -> dict[str, Any]:
+    """Put a saved state into a model, its moving average and an optimizer, and return the progress."""
     try:
         with safe_open(str(path), framework="pt") as file:
             header = json.loads(file.metadata()["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         slots: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in header["numbers"].items()}
-        state = {}
+        state: dict[str, dict[str, Tensor]] = {"model": {}, "averaged": {}}
         for name, value in tensors.items():
-            if name.startswith("optimizer/"):
-                _, index, slot = name.split("/")
+            part, _, rest = name.partition("/")
+            if part == "optimizer":
+                index, slot = rest.split("/")
                 slots.setdefault(int(index), {})[slot] = value
             else:
-                state[name.removeprefix("model/")] = value
-        fill_network(model, state, "its parameters are of another model")
+                state[part][rest] = value
+        fill_network(model, state["model"], "its parameters are of another model")
+        if averaged is not None:
+            fill_network(averaged, state["averaged"], "its averaged parameters are of another model")
         optimizer.load_state_dict({"state": slots, "param_groups": header["groups"]})
         return {name: header["progress"][name] for name in ("epoch", "history", "best", "stale", "norms", "schedule")}
     # Whatever a damaged file leads to.
@@ -165,11 +195,7 @@ class Trainer:
         spans: Sequence[Span] = (),
     ) -> None:
         section = recipe.training
-        self.accelerator = Accelerator(
-            cpu=section.device == "cpu",
-            log_with="tensorboard" if section.tracker == "tensorboard" else None,
-            project_dir=run.path,
-        )
+        self.accelerator = Accelerator(cpu=section.device == "cpu")
         self.device = self.accelerator.device
         self.frozen = section.encoder == "frozen"
         # Small layers on stored features gain nothing from half precision.
@@ -185,8 +211,12 @@ class Trainer:
         self.views = ModalityViews(model, list(shares))
         self.loss = DualRefNetLoss(recipe.loss, counts, shares, self.accelerator.num_processes).to(self.device)
         self.optimizer = create_optimizer(model, section)
+        # Its own decay rises from 0, or the first, random parameters would stay in the average for long.
+        self.average = ModelEmaV3(model, decay=section.ema, use_warmup=True) if section.ema is not None else None
+        # What is validated and kept.
+        self.kept: Method = model if self.average is None else self.average.module
 
-    def fit(self, train: Examples, val: Examples) -> None:
+    def fit(self, train: Examples, val: Examples, tracker: Tracker | None = None) -> None:
         """Train until the last epoch or early stopping; write the best epoch's parameters and the history.
 
         Goes on from a checkpoint if the run has one. Whatever happens in between, the same seed on the same machine
@@ -203,8 +233,9 @@ class Trainer:
         schedule = create_schedule(self.optimizer, section, steps * section.epochs)
         progress: dict[str, Any] = {"epoch": 0, "history": [], "best": None, "stale": 0}
         progress["norms"] = head_norms(self.model)
+        averaged = None if self.average is None else self.kept
         if self.run.checkpoint_file.is_file():
-            progress = load_checkpoint(self.run.checkpoint_file, self.model, self.optimizer)
+            progress = load_checkpoint(self.run.checkpoint_file, self.model, self.optimizer, averaged)
             if schedule is not None:
                 schedule.load_state_dict(progress["schedule"])
             if accelerator.is_main_process:
@@ -213,8 +244,6 @@ class Trainer:
         first = np.arange(min(REBUILT_IMAGES, len(val)))
         rebuilt = replace(val, targets=train.targets).batch(first) if self.recipe.rebuilds_image else None
         wrapped, self.optimizer = accelerator.prepare(self.views, self.optimizer)
-        if section.tracker != "none":
-            accelerator.init_trackers("tracker", config={"recipe": self.recipe.model_dump_json()})
         while progress["epoch"] < section.epochs and not self._stale(progress):
             epoch, started = progress["epoch"], time.perf_counter()
             # Dropout and noise; each process needs numbers of its own.
@@ -230,6 +259,8 @@ class Trainer:
             with progress_bar(f"epoch {epoch + 1}/{section.epochs}", shown) as show:
                 for step, batch in enumerate(train.shuffled(section.batch_size, self.recipe.seed, epoch, rank, world)):
                     terms = self._step(wrapped, batch, draws, hidden)
+                    if self.average is not None:
+                        self.average.update(self.model, epoch * steps + step + 1)
                     if isinstance(schedule, optim.lr_scheduler.LambdaLR):
                         schedule.step()
                     for name, value in terms.items():
@@ -238,19 +269,17 @@ class Trainer:
             row = {"epoch": epoch + 1, "learning_rate": self.optimizer.param_groups[0]["lr"]}
             row |= {f"train_{name}": value for name, value in sums.items()} | self._validate(val)
             row |= self._rebuild(rebuilt) if rebuilt is not None else {}
-            row |= {f"l1_{name}": value for name, value in head_norms(self.model).items()}
+            row |= {f"l1_{name}": value for name, value in head_norms(self.kept).items()}
             row["seconds"] = round(time.perf_counter() - started, 2)
             if isinstance(schedule, optim.lr_scheduler.ReduceLROnPlateau):
                 schedule.step(row["val_loss"])
             progress = self._remember(progress, row, schedule)
-            if section.tracker != "none":
-                accelerator.log({name: value for name, value in row.items() if name != "epoch"}, step=epoch + 1)
+            if tracker is not None:
+                tracker.log({name: value for name, value in row.items() if name != "epoch"}, epoch + 1)
             accelerator.wait_for_everyone()
         if self.frozen and accelerator.is_main_process:
-            self.model.load_state_dict(self._best, strict=False)
-            write_tensors(self.run.weights_file, self.model.state_dict())
-        if section.tracker != "none":
-            accelerator.end_training()
+            self.kept.load_state_dict(self._best, strict=False)
+            write_tensors(self.run.weights_file, self.kept.state_dict())
 
     def _step(
         self, wrapped: Any, batch: Batch, draws: AugmentationDraw | None, hidden: NDArray[np.bool_] | None = None
@@ -304,13 +333,13 @@ class Trainer:
         accelerator, size = self.accelerator, self.recipe.image.size
         batches = val.in_order(self.recipe.evaluation.batch_size, accelerator.process_index, accelerator.num_processes)
         logits, labels, heads = predict_logits(
-            self.model, batches, size, self.normalisation, self.device, self.precision
+            self.kept, batches, size, self.normalisation, self.device, self.precision
         )
         if accelerator.num_processes > 1:
             parts = gather_object([(logits, labels, heads)])
             logits, labels = (torch.cat([part[k] for part in parts]) for k in (0, 1))
             heads = {name: torch.cat([part[2][name] for part in parts]) for name in heads}
-        decision = getattr(self.model, "decision", None)
+        decision = getattr(self.kept, "decision", None)
         if isinstance(decision, DecisionFusion):
             stacked = torch.stack([heads[name] for name in decision.names]).to(self.device)
             decision.choose(stacked, labels)
@@ -334,9 +363,9 @@ class Trainer:
         image, target = self._inputs(batch, None)
         if image is None or target is None:
             return {}
-        self.model.eval()
+        self.kept.eval()
         with autocast(self.device, self.precision):
-            rebuilt = self.model.reconstruct(image)
+            rebuilt = self.kept.reconstruct(image)
         if rebuilt is None:
             return {}
         rebuilt = rebuilt.float().clamp(0, 1)
@@ -360,14 +389,15 @@ class Trainer:
             last = progress["epoch"] == self.recipe.training.epochs
             if self.frozen:
                 if better:
-                    state = self.model.state_dict()
+                    state = self.kept.state_dict()
                     self._best = {
                         name: value.clone() for name, value in state.items() if not name.startswith("encoders.")
                     }
             else:
                 if better:
-                    write_tensors(self.run.weights_file, self.model.state_dict())
-                save_checkpoint(self.run.checkpoint_file, self.model, self.optimizer, progress)
+                    write_tensors(self.run.weights_file, self.kept.state_dict())
+                averaged = None if self.average is None else self.kept
+                save_checkpoint(self.run.checkpoint_file, self.model, self.optimizer, progress, averaged)
             write_csv(self.run.path / "history.csv", pd.DataFrame(progress["history"]))
             if not self.frozen or last:
                 note(_line(row, self.recipe.training.epochs) + (" best" if better else ""))

@@ -28,11 +28,13 @@ from dualrefnet.models.encoders import resolve_weights
 from dualrefnet.models.inference import fill_features
 from dualrefnet.models.registry import METHODS, check_method, new_model
 from dualrefnet.models.superresolution import fill_targets
+from dualrefnet.models.transfer import SourceRun
 from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import CROSS_FITTED, Recipe, load_recipe
 from dualrefnet.run import MEMBERS, Run, fingerprint, refuse_taken, run_lock, start_run, write_split
 from dualrefnet.training.cost import prediction_cost
 from dualrefnet.training.loop import Trainer
+from dualrefnet.training.tracking import Tracker, require_tracker
 from dualrefnet.training.workers import Job, available_cores, work
 
 MODEL_FORMAT = 2
@@ -85,6 +87,7 @@ def train_recipe(
     room.
     """
     check_method(recipe)
+    require_tracker(recipe.training.tracker)
     try:
         state = PartialState(cpu=recipe.training.device == "cpu")
     except (ValueError, RuntimeError) as error:
@@ -104,12 +107,15 @@ def train_recipe(
             prepared = _prepare(run, cache, workers, state.is_main_process)
         if recipe.data.protocol == CROSS_FITTED:
             _train_members(run, prepared, cache, workers, jobs, ray_address)
-        else:
-            _train(run, prepared, state)
-        if state.is_main_process:
-            evaluate_run(run, dataset=prepared.dataset, cache=cache, device=state.device)
-            # Only an unfinished run needs it.
-            run.checkpoint_file.unlink(missing_ok=True)
+        # The members of a cross-fitted run have trackers of their own.
+        with Tracker(run) as tracker:
+            if recipe.data.protocol != CROSS_FITTED:
+                _train(run, prepared, state, tracker)
+            if state.is_main_process:
+                evaluate_run(run, dataset=prepared.dataset, cache=cache, device=state.device)
+                tracker.log_result()
+                # Only an unfinished run needs it.
+                run.checkpoint_file.unlink(missing_ok=True)
         state.wait_for_everyone()
         return run
 
@@ -121,7 +127,9 @@ def _check_machine(recipe: Recipe, state: PartialState) -> None:
         raise RunError(
             f"training.device is {device}, and this machine offers {state.device.type}; use training.device=auto"
         )
-    if METHODS[recipe.model.method].reads_image:
+    if recipe.model.init_from is not None:
+        SourceRun.open(recipe)
+    elif METHODS[recipe.model.method].reads_image:
         with state.main_process_first():
             for backbone in dict.fromkeys(recipe.model.backbones):
                 resolve_weights(backbone, recipe.model.weights)
@@ -243,7 +251,8 @@ def _train_member(run: Run, fold: int, prepared: Prepared) -> None:
     split = member_split(prepared.split, fold, recipe.chooses_by_validation)
     if PartialState().is_main_process:
         write_split(member, split)
-    _train(member, prepared._replace(split=split), PartialState())
+    with Tracker(member) as tracker:
+        _train(member, prepared._replace(split=split), PartialState(), tracker)
     # Only an unfinished run needs it.
     member.checkpoint_file.unlink(missing_ok=True)
 
@@ -253,7 +262,7 @@ def _new_model(recipe: Recipe, prepared: Prepared) -> tuple[Method, Architecture
     return new_model(recipe, prepared.encoder.width, len(prepared.dataset.schema.classes))
 
 
-def _train(run: Run, prepared: Prepared, state: PartialState) -> None:
+def _train(run: Run, prepared: Prepared, state: PartialState, tracker: Tracker) -> None:
     """Train one model, of a run or of one of its members."""
     recipe, (dataset, store, split, encoder) = run.recipe, prepared
     model, architecture, sources = _new_model(recipe, prepared)
@@ -289,7 +298,7 @@ def _train(run: Run, prepared: Prepared, state: PartialState) -> None:
             run.path / "fingerprint.json",
             fingerprint(recipe, dataset, split, sources, target_source, trainer.precision, state.num_processes),
         )
-    trainer.fit(train, val)
+    trainer.fit(train, val, tracker)
     if state.is_main_process:
         # A training with this sum is over.
         write_json(run.path / "fingerprint.json", {**run.fingerprint, "model_sha256": sha256_of_file(run.weights_file)})
