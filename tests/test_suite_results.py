@@ -208,6 +208,10 @@ def test_departures_name_what_is_not_the_paper_s_experiment() -> None:
         # The paper's number of an ablation is of the ablated model.
         assert departures(load_recipe(published, {key: value}), split, {key: value}) == []
         assert len(departures(published, split, {key: value})) == 1
+    pooled = {"model.vgg_head": "pool"}
+    assert departures(load_recipe(published, pooled), split) == []
+    metablock = load_recipe(published, {**pooled, "model.method": "metablock"})
+    assert departures(metablock, split) == ["model.vgg_head pool, not flatten"]
     assert departures(published, split.drop(len(split) - 1)) == ["382 of 383 validation images"]
     swapped = split.assign(label=split["label"].where(split["split"] != "test", "ACK"))
     assert departures(published, swapped) == ["test images of other classes"]

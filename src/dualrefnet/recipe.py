@@ -309,7 +309,6 @@ class EvaluationSection(Section):
 
 # Methods with the super-resolution branch.
 WITH_DECODER = ("dualrefnet", "auxnet")
-CROSS_FITTED = "cross-fitted"
 
 
 class Recipe(Section):

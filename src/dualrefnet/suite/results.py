@@ -50,6 +50,12 @@ _FREE = re.compile(
     r"(name|description|seed)$|data\.(root|fold|folds|split_seed)$|training\.(device|tracker)$|evaluation\."
     r"|model\.(method|backbone|members|weights|target_weights)\b"
 )
+# Keys that say nothing about other methods.
+_ONLY_OF = {
+    "model.metanet_variant": ("metanet",),
+    "model.vgg_head": ("no_metadata", "concat", "metanet", "metablock"),
+    "model.combination_factor": ("concat",),
+}
 _PARTS = {"train": "training", "val": "validation", "test": "test"}
 
 COSTS = ("parameters", "multiply_adds")
@@ -231,8 +237,11 @@ def departures(
                 found.append(f"{_PARTS[part]} images of other classes")
     if recipe.model.weights == "none" and reads_image(recipe.model.method):
         found.append(RANDOM)
-    differ = changes(load_recipe(name, reading), recipe).items()
-    return found + [f"{key} {ours}, not {theirs}" for key, (theirs, ours) in differ if not _FREE.match(key)]
+    return found + [
+        f"{key} {ours}, not {theirs}"
+        for key, (theirs, ours) in changes(load_recipe(name, reading), recipe).items()
+        if not _FREE.match(key) and recipe.model.method in _ONLY_OF.get(key, (recipe.model.method,))
+    ]
 
 
 def other_experiment(found: Collection[str]) -> str:

@@ -151,7 +151,7 @@ def _group_tables(found: SuiteResults, rows: pd.DataFrame) -> Iterator[tuple[Kin
     def origin(key: Key) -> list[Cell]:
         row = cells[key, measures[0]]
         cost = (Cell(millions(row["parameters"])), Cell(billions(row["multiply_adds"])))
-        return [Cell(row["encoder"].replace("_", "-")), Cell(row["weights"]), *cost, Cell(_flags(row))]
+        return [Cell(row["encoder"].replace("_", "-")), Cell(row["weights"]), Cell(_flags(row)), *cost]
 
     yield "results", table(suite.title, [*columns, "runs"], values, notes=_notes(found, rows, keys))
     if rows["sd"].notna().any():
@@ -163,7 +163,7 @@ def _group_tables(found: SuiteResults, rows: pd.DataFrame) -> Iterator[tuple[Kin
     if rivals:
         title = f"Difference from {suite.reference_of(keys[0].dataset)} [95% interval], corrected p"
         yield "results", table(title, [*columns, "compared with"], differences, rivals)
-    yield "details", table("How each row was made", ["encoder", "started from", *COST_COLUMNS, "notes"], origin, left=4)
+    yield "details", table("How each row was made", ["encoder", "started from", "notes", *COST_COLUMNS], origin, left=5)
     if len(found.per_class):
         for values_of, members in found.per_class.groupby(list(Key._fields), sort=False):
             key = Key(*map(str, values_of))

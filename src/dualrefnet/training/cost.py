@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dualrefnet.models.backbones import backbone_spec
+from dualrefnet.models.backbones import check_image_size
 from dualrefnet.models.base import Architecture, Method
 from dualrefnet.models.registry import METHODS, new_model
 from dualrefnet.recipe import Recipe, load_recipe
@@ -31,7 +31,7 @@ def measure_costs(backbones: Sequence[str], methods: Sequence[str] = tuple(METHO
     backbone, `parameters`, `multiply_adds`, `training_bytes` and `milliseconds` (one image on this machine's CPU).
     """
     for backbone in backbones:
-        backbone_spec(backbone)
+        check_image_size(backbone, load_recipe(RECIPE).image.size)
     rows = []
     for method in methods:
         names = backbones
