@@ -309,7 +309,7 @@ def pair_sections(found: SuiteResults, options: ReportOptions, samples: int) -> 
                 intro.append("Images are left out: they could not be read.")
                 warn(f"no images of {pair.dataset} in the report: {error}")
         title = f"Disagreement of two systems{f': {pair.dataset}, protocol {pair.protocol}' if several else ''}"
-        yield Section(f"disagreement{f'-{place}' if several else ''}", title, intro, items)
+        yield Section(f"disagreement{f'-{place}' if several else ''}", title, intro, items, folded=False)
 
 
 def choose_pairs(found: SuiteResults) -> Iterator[Pair]:
