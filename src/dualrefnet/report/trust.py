@@ -122,7 +122,7 @@ def conformal_section(measured: Measured, samples: int, seed: int) -> Section:
         scores = malignancy(calibrated, calibration.cancer)
         curve = referral_curve(malignant, scores, bootstrap, *threshold)
         figures.append(draw_referral(curve, measured.unit))
-    items = [_set_table(measured, calibration, values["conformal"]), *figures]
+    items = (_set_table(measured, calibration, values["conformal"]), *figures)
     return Section("conformal", "Conformal sets and referral", [], items, findings=judge_decisions(measured.metrics))
 
 
