@@ -122,8 +122,8 @@ def conformal_section(measured: Measured, samples: int, seed: int) -> Section:
         scores = malignancy(calibrated, calibration.cancer)
         curve = referral_curve(malignant, scores, bootstrap, *threshold)
         figures.append(draw_referral(curve, measured.unit))
-    items = (_set_table(measured, calibration, values["conformal"]), *figures)
-    return Section("conformal", "Conformal sets and referral", [], items, findings=judge_decisions(measured.metrics))
+    table, findings = _set_table(measured, calibration, values["conformal"]), judge_decisions(measured.metrics)
+    return Section("conformal", "Conformal sets and referral", [], [table, *figures], findings=findings)
 
 
 def _set_table(measured: Measured, calibration: Calibration, values: Row) -> PrintedTable:
