@@ -214,7 +214,7 @@ class PrintedTable:
         kept: list[list[Cell]] = []
         empty: list[list[Cell]] = []
         for row in self.rows:
-            undefined = len(row) > self.left and all(cell.undefined for cell in row[self.left :])
+            undefined = len(row) > 1 and all(cell.undefined for cell in row[1:])
             (empty if undefined else kept).append(row)
         used = [
             place
