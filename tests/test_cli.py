@@ -26,6 +26,7 @@ from dualrefnet.training.preflight import check_recipe
 
 COMMANDS = ["doctor", "demo", "sample", "fetch", "check", "split", "audit", "methods", "recipes", "prepare", "train"]
 COMMANDS += [
+    "tune",
     "evaluate",
     "probe",
     "predict",
