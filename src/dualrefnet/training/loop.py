@@ -172,6 +172,8 @@ def keep_freed_memory() -> bool:
     )
 
 
+# Steps after which the loss is looked at.
+LOOK = 50
 # The last layers have collapsed if the penalty R has left less than this share of their first L1 norm, or if the
 # probabilities hardly differ between images (mean over classes of their sd over the validation images).
 COLLAPSED_NORM = 0.1
@@ -253,7 +255,7 @@ class Trainer:
             dropout, hidden = self.recipe.modality_dropout, None
             if dropout.enabled:
                 hidden = draw_missing(train.metadata, self.spans, dropout, self.recipe.seed, epoch)
-            sums: dict[str, float] = {}
+            losses: dict[str, list[Tensor]] = {}
             self.model.train()
             shown = accelerator.is_main_process and not self.frozen
             with progress_bar(f"epoch {epoch + 1}/{section.epochs}", shown) as show:
@@ -264,10 +266,15 @@ class Trainer:
                     if isinstance(schedule, optim.lr_scheduler.LambdaLR):
                         schedule.step()
                     for name, value in terms.items():
-                        sums[name] = sums.get(name, 0.0) + value / steps
+                        losses.setdefault(name, []).append(value)
+                    # To look at a loss is to wait for the device.
+                    if (step + 1) % LOOK == 0 or step + 1 == steps:
+                        _refuse_divergence(losses["total"])
                     show(step + 1, steps)
             row = {"epoch": epoch + 1, "learning_rate": self.optimizer.param_groups[0]["lr"]}
-            row |= {f"train_{name}": value for name, value in sums.items()} | self._validate(val)
+            for name, values in losses.items():
+                row[f"train_{name}"] = sum(value / steps for value in torch.stack(values).tolist())
+            row |= self._validate(val)
             row |= self._rebuild(rebuilt) if rebuilt is not None else {}
             row |= {f"l1_{name}": value for name, value in head_norms(self.kept).items()}
             row["seconds"] = round(time.perf_counter() - started, 2)
@@ -283,8 +290,8 @@ class Trainer:
 
     def _step(
         self, wrapped: Any, batch: Batch, draws: AugmentationDraw | None, hidden: NDArray[np.bool_] | None = None
-    ) -> dict[str, float]:
-        """Take one optimisation step; return the loss terms as numbers."""
+    ) -> dict[str, Tensor]:
+        """Take one optimisation step; return the loss terms, which stay on the device."""
         labels, metadata = batch.labels.to(self.device), batch.metadata.to(self.device)
         image, target = self._inputs(batch, draws)
         if hidden is not None:
@@ -293,17 +300,12 @@ class Trainer:
             output, single = wrapped(image, metadata)
         soft = None if batch.soft_labels is None else batch.soft_labels.to(self.device)
         terms: dict[str, Tensor] = self.loss(output, labels, target, self.model.penalised, single, soft)
-        if not torch.isfinite(terms["total"]):
-            raise RunError(
-                "the training has diverged, its loss is no longer a number: lower training.learning_rate, or set "
-                "training.gradient_clip=1"
-            )
         self.accelerator.backward(terms["total"])
         if self.recipe.training.gradient_clip is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.training.gradient_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return {name: float(value.detach()) for name, value in terms.items()}
+        return {name: value.detach() for name, value in terms.items()}
 
     def _inputs(self, batch: Batch, draws: AugmentationDraw | None) -> tuple[Tensor | Encoded | None, Tensor | None]:
         """Return the augmented, normalised images (or stored features) and the x2 target of the same crop, unshaded."""
@@ -409,6 +411,14 @@ class Trainer:
     def _stale(self, progress: dict[str, Any]) -> bool:
         patience = self.recipe.training.early_stopping
         return patience is not None and progress["stale"] >= patience
+
+
+def _refuse_divergence(losses: Sequence[Tensor]) -> None:
+    if not torch.isfinite(torch.stack(list(losses[-LOOK:]))).all():
+        raise RunError(
+            "the training has diverged, its loss is no longer a number: lower training.learning_rate, or set "
+            "training.gradient_clip=1"
+        )
 
 
 def head_norms(model: Method) -> dict[str, float]:
