@@ -35,7 +35,7 @@ from dualrefnet.report.run_report import PERSONAL, write_explanations, write_rep
 SMALL = ReportOptions(images=40, shap_images=6, each=1)
 CANCERS = ["BCC", "MEL", "SCC"]
 MEASURED = ["summary", "classes", "confusion", "curves", "calibration", "conformal", "training"]
-EXAMINED = ["subgroups", "shortcuts", "missing-metadata", "out-of-distribution", "audit"]
+EXAMINED = ["subgroups", "shortcuts", "missing-metadata", "out-of-distribution", "images", "audit"]
 
 
 @pytest.fixture(scope="module", autouse=True)

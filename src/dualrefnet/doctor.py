@@ -25,6 +25,7 @@ EXTRAS = (
     ("deploy", "fastapi"),
     ("scale", "ray"),
     ("track", "tensorboard"),
+    ("tune", "optuna"),
 )
 
 

@@ -26,6 +26,7 @@ from dualrefnet.report.suite_figures import draw_ablation, draw_systems
 from dualrefnet.report.suite_report import pair_sections
 from dualrefnet.run import Run
 from dualrefnet.suite.paper import (
+    BEST,
     MEASURE,
     PARTS,
     UNMEASURED,
@@ -68,7 +69,7 @@ CLASS_ROWS = {
     "F1": "f1",
     "class-wise accuracy": "sensitivity",
 }
-BEST = {"pad_ufes_20": ("2a", "vgg13"), "isic_2019": ("2b", "densenet121")}
+CLASS_TABLES = {"pad_ufes_20": "2a", "isic_2019": "2b"}
 
 
 @dataclass
@@ -214,7 +215,8 @@ def _table1(part: _Part, options: ReportOptions) -> Iterator[Section]:
 
 def _table2(part: _Part, options: ReportOptions) -> Iterator[Section]:
     tables = []
-    for dataset, (table, backbone) in BEST.items():
+    for dataset, backbone in BEST.items():
+        table = CLASS_TABLES[dataset]
         classes = list(paper()["per_class"][dataset][backbone])
         rows = part.found.per_class
         if len(rows):
@@ -276,11 +278,10 @@ def _ablations(part: _Part, options: ReportOptions) -> Iterator[Section]:
     lookups = {
         system.key.variant: system.paper for system in part.found.members if system.paper.table or system.paper.metrics
     }
-    datasets = {dataset: backbone for dataset, (_, backbone) in BEST.items()}
     lines = []
     for variant, lookup in lookups.items():
         line = [Cell(variant)]
-        for dataset, backbone in datasets.items():
+        for dataset, backbone in BEST.items():
             table = lookup.table if lookup.table == "text" else {"pad_ufes_20": "3a", "isic_2019": "3b"}[dataset]
             printed = reported(dataset, table or "text", "dualrefnet", backbone, MEASURE, lookup.metrics.get(MEASURE))
             digits = 4 if lookup.table == "text" else 3
@@ -290,9 +291,9 @@ def _ablations(part: _Part, options: ReportOptions) -> Iterator[Section]:
         lines.append(line)
     heads = (
         "DualRefNet",
-        *(f"{SCHEMAS[dataset].title}, {BACKBONES[name].title}" for dataset, name in datasets.items()),
+        *(f"{SCHEMAS[dataset].title}, {BACKBONES[name].title}" for dataset, name in BEST.items()),
     )
-    notes = part.notes(*(text for dataset in datasets for text in caveats(dataset, "text", ["dualrefnet"])))
+    notes = part.notes(*(text for dataset in BEST for text in caveats(dataset, "text", ["dualrefnet"])))
     title = "Balanced accuracy of other metadata encoders and another fusion"
     yield Section("ablations", TITLES["ablations"], [], [PrintedTable(title, heads, lines, notes)])
 
@@ -380,6 +381,11 @@ def _model_sections(
     def explained() -> Explanations:
         return Explanations(opened(run), options)
 
+    def shap() -> Section:
+        # As printed: what each field and column adds for every class.
+        section = explained().shap()
+        return replace(section, items=[figure for figure in section.figures if "importance" in figure.name])
+
     def tsne() -> tuple[Section, Claim | None]:
         if theirs is None or not theirs.runs:
             raise RunError("the run of AuxNet isn't finished")
@@ -403,5 +409,5 @@ def _model_sections(
     ]
     if options.photographs:
         parts.append(("Grad-CAM", lambda: (explained().gradcam(), None)))
-    parts.append(("Figure 6: SHAP of the metadata", lambda: (explained().shap(), None)))
+    parts.append(("Figure 6: SHAP of the metadata", lambda: (shap(), None)))
     return parts
