@@ -25,7 +25,20 @@ from dualrefnet.run import Run
 from dualrefnet.training.preflight import check_recipe
 
 COMMANDS = ["doctor", "demo", "sample", "fetch", "check", "split", "audit", "methods", "recipes", "prepare", "train"]
-COMMANDS += ["evaluate", "probe", "predict", "suite", "suites", "tables", "explain", "report", "export", "serve"]
+COMMANDS += [
+    "tune",
+    "evaluate",
+    "probe",
+    "predict",
+    "suite",
+    "suites",
+    "paper",
+    "tables",
+    "explain",
+    "report",
+    "export",
+    "serve",
+]
 
 
 def call(*arguments: str | Path):

@@ -47,7 +47,8 @@ def table(tmp_path: Path) -> pd.DataFrame:
 
 def test_brightness_and_cast_are_those_of_the_mean_colour() -> None:
     lightness, a, b = rgb2lab(np.array(PINK)[None, None] / 255)[0, 0]
-    assert colour_statistics(plain(PINK)) == pytest.approx((lightness, np.hypot(a, b)), abs=0.05)
+    # OpenCV interpolates the cube root.
+    assert colour_statistics(plain(PINK)) == pytest.approx((lightness, np.hypot(a, b)), abs=0.15)
     assert colour_statistics(plain(GREY)) == pytest.approx((53.6, 0), abs=0.1)
     # A cast is of the mean: equal parts of opposite colours have none.
     lab = rgb2lab(np.array([[[255, 0, 0], [0, 255, 255]]]) / 255)[0]
@@ -101,7 +102,7 @@ def test_figures_show_the_counts_and_every_image(table: pd.DataFrame, opened: Op
 
 def test_check_writes_them_for_every_image(sample_root: Path, tmp_path: Path) -> None:
     command = ["check", "sample", "--root", str(sample_root), "--csv", str(tmp_path / "images.csv")]
-    result = CliRunner().invoke(app, [*command, "--json", str(tmp_path / "check.json")])
+    result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "check.json")])
     assert result.exit_code == 0, result.output
     measured = pd.read_csv(tmp_path / "images.csv")
     assert measured.groupby("stage")["image_id"].nunique().to_dict() == dict.fromkeys(STAGES, 120)

@@ -98,6 +98,7 @@ def test_claims_are_judged_by_differences_in_their_favour(tmp_path: Path) -> Non
     found = {claim.text: claim for claim in claims({"table3a": table3a, "table2": table2})}
     assert {claim.verdict for claim in found.values()} == {UNMEASURED}, "24 images of others aren't the paper's"
     assert found["better than AuxNet"].limits
+    assert found["better than AuxNet"].printed == pytest.approx(0.013)
     found = {
         claim.text: claim for claim in claims({"table3a": as_the_paper_s(table3a), "table2": as_the_paper_s(table2)})
     }

@@ -157,6 +157,12 @@ def test_any_value_of_any_key_is_read_or_refused(overrides):
         ({"training.warm_up": 0.1, "training.schedule": "constant"}, "for training.schedule one_cycle"),
         ({"training.layer_decay": 0.5, "training.encoder": "frozen"}, "an encoder that is fine-tuned"),
         ({"training.freeze_stages": 1, "model.method": "metadata_only"}, "an encoder that is fine-tuned"),
+        ({"tune": {"model.dropout": {}}}, "tune.model.dropout: give `low` < `high`"),
+        ({"tune": {"model.dropout": {"low": 1, "high": 1}}}, "give `low` < `high`"),
+        ({"tune": {"model.dropout": {"low": 0, "high": 1, "log": True}}}, "must be above 0"),
+        ({"tune": {"model.dropout": {"low": 0, "values": [1, 2]}}}, "not both"),
+        ({"tune": {"model.dropout": {"values": [1]}}}, "nothing to choose from"),
+        ({"tune": {"model.dropout": {"lo": 1}}}, "unknown key 'tune.model.dropout.lo'; did you mean 'low'"),
     ],
 )
 def test_values_that_contradict_each_other_are_refused(overrides, message):

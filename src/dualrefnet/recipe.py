@@ -307,6 +307,28 @@ class EvaluationSection(Section):
     batch_size: int = Field(64, ge=1, le=65_536)
 
 
+class TuneRange(Section):
+    """The values of one key among which `dualrefnet tune` searches: `low` to `high`, or some `values`."""
+
+    low: float | None = None
+    high: float | None = None
+    log: bool = Field(False, description="equal ratios are as likely, not equal differences")
+    values: tuple[Any, ...] = Field((), description="instead of low and high: any of these")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> TuneRange:
+        if self.values:
+            if self.low is not None or self.high is not None or self.log:
+                raise ValueError("give `values`, or `low` and `high`, not both")
+            if len({str(value) for value in self.values}) < 2:
+                raise ValueError("one value leaves nothing to choose from")
+        elif self.low is None or self.high is None or not self.low < self.high:
+            raise ValueError("give `low` < `high`, or a list of `values`")
+        elif self.log and self.low <= 0:
+            raise ValueError("with `log` low must be above 0")
+        return self
+
+
 # Methods with the super-resolution branch.
 WITH_DECODER = ("dualrefnet", "auxnet")
 
@@ -326,6 +348,7 @@ class Recipe(Section):
     loss: LossSection = LossSection()
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
+    tune: dict[str, TuneRange] = Field({}, description="dotted key -> where `dualrefnet tune` searches; else unused")
 
     @property
     def rebuilds_image(self) -> bool:

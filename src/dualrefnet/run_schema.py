@@ -282,6 +282,7 @@ LATER = {
     "training.freeze_stages",
     "training.layer_decay",
     "training.warm_up",
+    "tune",
 }
 
 

@@ -1,4 +1,4 @@
-"""Commands about runs: doctor, demo, methods, recipes, prepare, train, evaluate, probe, predict."""
+"""Commands about runs: doctor, demo, methods, recipes, prepare, train, tune, evaluate, probe, predict."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _print_costs(backbones: list[str], out: Path | None) -> None:
         "decoder.",
         f"Training memory: a batch of {batch} in float32: parameters, gradients, the optimizer's state and what is "
         "kept for the backward pass; without the workspace of kernels.",
-        f"Milliseconds: the model alone, median, {torch.get_num_threads()} threads of this machine.",
+        f"Milliseconds: the model alone, median; threads of this machine: {torch.get_num_threads()}.",
     )
     columns = ("method", "encoder", *COST_COLUMNS, "training memory (GiB)", "CPU ms")
     print_table(PrintedTable("Cost of the methods", columns, rows, notes, left=2))
@@ -222,6 +222,39 @@ def train(
         _print_metrics(run.metrics, run.unit)
         _print_departures(run)
         typer.echo(f"run folder: {run.path}")
+
+
+@app.command()
+def tune(
+    recipe: RecipeName,
+    trials: Annotated[int, typer.Option(min=1, help="Trials in all, those of earlier calls included.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The tuning folder; new, or of an earlier call.")],
+    overrides: Overrides = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Train a trial on so many folds; 1: on the recipe's own split; default: data.folds."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Trials trained at the same time; they share the cores.")] = 1,
+    ray: RayAddress = None,
+    cache: Cache = None,
+) -> None:
+    """Search the ranges that the recipe names under `tune:` for the best validation score (extra `tune`).
+
+    Writes best.yaml, a recipe for `train`, and trials.csv. Running it again goes on. Nothing is predicted for a test
+    split; but over all folds every patient is on a validation side once.
+    """
+    from dualrefnet.recipe import load_recipe, parse_overrides
+    from dualrefnet.suite.tuning import printed_trials, tune_recipe
+
+    checked = load_recipe(recipe, parse_overrides(overrides or []))
+    try:
+        table = tune_recipe(checked, out, trials, folds, jobs, ray, cache)
+    except KeyboardInterrupt:
+        raise DualRefNetError(f"interrupted; what is finished is kept in {out}, and the same command goes on") from None
+    print_table(printed_trials(table))
+    if not (out / "best.yaml").is_file():
+        raise DualRefNetError(f"no trial was trained to its end; {out / 'trials.csv'} and {out / 'logs'} say why")
+    typer.echo(f"now: dualrefnet train {out / 'best.yaml'}")
 
 
 @app.command()

@@ -120,8 +120,10 @@ def read_dataset(recipe: Recipe) -> Dataset:
     return task
 
 
-def recipe_split(recipe: Recipe, dataset: Dataset, store: ImageStore | None) -> pd.DataFrame:
-    """Return the recipe's split of the rows that it can use, and report what was left out."""
+def recipe_split(recipe: Recipe, dataset: Dataset, store: ImageStore | None, tested: bool = True) -> pd.DataFrame:
+    """Return the recipe's split of the rows that it can use, and report what was left out; only where the run is not
+    `tested` may no image of the test split be left.
+    """
     data = recipe.data
     split = split_dataset(
         dataset, data.protocol, data.fold, data.folds, data.split_seed, data.split_file, data.allow_leak
@@ -143,7 +145,7 @@ def recipe_split(recipe: Recipe, dataset: Dataset, store: ImageStore | None) -> 
     if FOLD not in split and data.protocol != "all":
         parts |= {"test": split["split"] == "test"}
     for name, rows in parts.items():
-        if not rows.any():
+        if not rows.any() and (tested or name != "test"):
             hint = f"`dualrefnet check {data.dataset}` says which are missing"
             raise SplitError(f"the {name} split has no image left; {hint}")
     trainings = [split]

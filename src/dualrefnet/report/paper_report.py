@@ -26,6 +26,7 @@ from dualrefnet.report.suite_figures import draw_ablation, draw_systems
 from dualrefnet.report.suite_report import pair_sections
 from dualrefnet.run import Run
 from dualrefnet.suite.paper import (
+    BEST,
     MEASURE,
     PARTS,
     UNMEASURED,
@@ -68,7 +69,7 @@ CLASS_ROWS = {
     "F1": "f1",
     "class-wise accuracy": "sensitivity",
 }
-BEST = {"pad_ufes_20": ("2a", "vgg13"), "isic_2019": ("2b", "densenet121")}
+CLASS_TABLES = {"pad_ufes_20": "2a", "isic_2019": "2b"}
 
 
 @dataclass
@@ -175,7 +176,7 @@ def _summary(parts: Mapping[str, _Part], judged: Sequence[Claim]) -> Section:
         f"{counts[UNMEASURED]} can't be measured here."
     ]
     table = PrintedTable("Verdicts", ("table or figure", "runs", "numbers (of figures: claims)"), rows, left=3)
-    return Section("summary", "Summary", intro, [table])
+    return Section("summary", "Summary", intro, [table], folded=False)
 
 
 def _claims(judged: Sequence[Claim]) -> Section:
@@ -199,7 +200,9 @@ def _claims(judged: Sequence[Claim]) -> Section:
         *([f"Not the paper's experiment: {'; '.join(limits)}."] if limits else []),
     ]
     columns = ("claim", "ours", "paper", "verdict")
-    return Section("claims", "Claims", [], [PrintedTable("Claims about differences", columns, rows, tuple(notes))])
+    return Section(
+        "claims", "Claims", [], [PrintedTable("Claims about differences", columns, rows, tuple(notes))], folded=False
+    )
 
 
 def _table1(part: _Part, options: ReportOptions) -> Iterator[Section]:
@@ -214,7 +217,8 @@ def _table1(part: _Part, options: ReportOptions) -> Iterator[Section]:
 
 def _table2(part: _Part, options: ReportOptions) -> Iterator[Section]:
     tables = []
-    for dataset, (table, backbone) in BEST.items():
+    for dataset, backbone in BEST.items():
+        table = CLASS_TABLES[dataset]
         classes = list(paper()["per_class"][dataset][backbone])
         rows = part.found.per_class
         if len(rows):
@@ -276,11 +280,10 @@ def _ablations(part: _Part, options: ReportOptions) -> Iterator[Section]:
     lookups = {
         system.key.variant: system.paper for system in part.found.members if system.paper.table or system.paper.metrics
     }
-    datasets = {dataset: backbone for dataset, (_, backbone) in BEST.items()}
     lines = []
     for variant, lookup in lookups.items():
         line = [Cell(variant)]
-        for dataset, backbone in datasets.items():
+        for dataset, backbone in BEST.items():
             table = lookup.table if lookup.table == "text" else {"pad_ufes_20": "3a", "isic_2019": "3b"}[dataset]
             printed = reported(dataset, table or "text", "dualrefnet", backbone, MEASURE, lookup.metrics.get(MEASURE))
             digits = 4 if lookup.table == "text" else 3
@@ -290,9 +293,9 @@ def _ablations(part: _Part, options: ReportOptions) -> Iterator[Section]:
         lines.append(line)
     heads = (
         "DualRefNet",
-        *(f"{SCHEMAS[dataset].title}, {BACKBONES[name].title}" for dataset, name in datasets.items()),
+        *(f"{SCHEMAS[dataset].title}, {BACKBONES[name].title}" for dataset, name in BEST.items()),
     )
-    notes = part.notes(*(text for dataset in datasets for text in caveats(dataset, "text", ["dualrefnet"])))
+    notes = part.notes(*(text for dataset in BEST for text in caveats(dataset, "text", ["dualrefnet"])))
     title = "Balanced accuracy of other metadata encoders and another fusion"
     yield Section("ablations", TITLES["ablations"], [], [PrintedTable(title, heads, lines, notes)])
 
@@ -368,7 +371,7 @@ def _model_sections(
     from dualrefnet.analysis.opened_run import OpenedRun, open_run
     from dualrefnet.models.inference import resolve_device
     from dualrefnet.report.explanations import Explanations
-    from dualrefnet.report.performance import confusion_section, read_measured
+    from dualrefnet.report.performance import draw_confusion, read_measured
     from dualrefnet.report.trust import images_section
 
     def opened(run: Run) -> OpenedRun:
@@ -379,6 +382,15 @@ def _model_sections(
     @cache
     def explained() -> Explanations:
         return Explanations(opened(run), options)
+
+    def confusion() -> tuple[Section, Claim | None]:
+        measured = read_measured(run)
+        return Section("", "", [], [draw_confusion(measured.metrics, measured.malignant, measured.unit)]), None
+
+    def shap() -> Section:
+        # As printed: what each field and column adds for every class.
+        section = explained().shap()
+        return replace(section, items=[figure for figure in section.figures if "importance" in figure.name])
 
     def tsne() -> tuple[Section, Claim | None]:
         if theirs is None or not theirs.runs:
@@ -398,10 +410,10 @@ def _model_sections(
 
     parts: list[tuple[str, Callable[[], tuple[Section, Claim | None]]]] = [
         ("Figure 1b: classes and colours", lambda: (images_section(explained().opened, options), None)),
-        ("Confusion matrix", lambda: (confusion_section(read_measured(run)), None)),
+        ("Confusion matrix", confusion),
         ("Figure 4b: separation of the classes", tsne),
     ]
     if options.photographs:
         parts.append(("Grad-CAM", lambda: (explained().gradcam(), None)))
-    parts.append(("Figure 6: SHAP of the metadata", lambda: (explained().shap(), None)))
+    parts.append(("Figure 6: SHAP of the metadata", lambda: (shap(), None)))
     return parts

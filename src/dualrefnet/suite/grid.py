@@ -313,7 +313,7 @@ def smoke(suite: Suite, root: Path) -> tuple[Suite, list[str]]:
                     set={"data.root": str(root), **read, **SMOKE},
                     methods=(method,),
                     backbones=(backbone,),
-                    variants=(Variant(name=variant.name, set=kept),),
+                    variants=(Variant(name=variant.name, set=kept, paper=variant.paper or block.paper),),
                 ),
             )
     # One data set is left, and one CNN.

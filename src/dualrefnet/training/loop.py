@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -375,9 +375,7 @@ class Trainer:
 
     def _remember(self, progress: dict[str, Any], row: dict[str, float], schedule: Any) -> dict[str, Any]:
         """Write the epoch down: the best parameters first, then the checkpoint that counts the epoch as done."""
-        key = self.recipe.training.selection
-        # A tie goes to the lower loss.
-        value = {"loss": [-row["val_loss"]], "last": [row["epoch"]]}.get(key) or [row[f"val_{key}"], -row["val_loss"]]
+        value = selection_value(row, self.recipe.training.selection)
         better = progress["best"] is None or value > progress["best"]
         history = progress["history"]
         progress = progress | {
@@ -411,6 +409,12 @@ class Trainer:
     def _stale(self, progress: dict[str, Any]) -> bool:
         patience = self.recipe.training.early_stopping
         return patience is not None and progress["stale"] >= patience
+
+
+def selection_value(row: Mapping[str, float], selection: str) -> list[float]:
+    """Return that by which an epoch is chosen, the larger the better; a tie of a measure goes to the lower loss."""
+    named = {"loss": [-row["val_loss"]], "last": [row["epoch"]]}
+    return named.get(selection) or [row[f"val_{selection}"], -row["val_loss"]]
 
 
 def _refuse_divergence(losses: Sequence[Tensor]) -> None:

@@ -78,13 +78,15 @@ def train_recipe(
     ray_address: str | None = None,
     *,
     overwrite: bool = False,
+    tested: bool = True,
 ) -> Run:
     """Train and evaluate a checked recipe into the folder `out`; return the finished run.
 
     `resume` goes on with an unfinished run in `out`, and returns a finished one as it is; `overwrite` replaces either.
     `cache` is the folder of the image stores (None: the user's cache folder); `workers` threads prepare images (None:
     one a core). Of a cross-fitted run `jobs` members are trained at the same time, or those for which a Ray cluster has
-    room.
+    room. Without `tested` nothing is predicted for the test split, which may have no image, and the run stays
+    unfinished, with its checkpoint.
     """
     check_method(recipe)
     require_tracker(recipe.training.tracker)
@@ -104,14 +106,14 @@ def train_recipe(
             run = start_run(out, recipe, resume, overwrite) if state.is_main_process else Run(out)
             if run.finished and resume and _mend(run, cache, state.device):
                 return run
-            prepared = _prepare(run, cache, workers, state.is_main_process)
+            prepared = _prepare(run, cache, workers, state.is_main_process, tested)
         if recipe.data.protocol == CROSS_FITTED:
             _train_members(run, prepared, cache, workers, jobs, ray_address)
         # The members of a cross-fitted run have trackers of their own.
         with Tracker(run) as tracker:
             if recipe.data.protocol != CROSS_FITTED:
                 _train(run, prepared, state, tracker)
-            if state.is_main_process:
+            if state.is_main_process and tested:
                 evaluate_run(run, dataset=prepared.dataset, cache=cache, device=state.device)
                 tracker.log_result()
                 # Only an unfinished run needs it.
@@ -161,7 +163,7 @@ def _mend(run: Run, cache: Path | None, device: torch.device) -> bool:
     return False
 
 
-def _prepare(run: Run, cache: Path | None, workers: int | None, shown: bool) -> Prepared:
+def _prepare(run: Run, cache: Path | None, workers: int | None, shown: bool, tested: bool) -> Prepared:
     """Read the data, divide them and fit the encoder of the metadata; warn, if `shown`, of what is odd about them."""
     recipe = run.recipe
     method = METHODS[recipe.model.method]
@@ -169,7 +171,7 @@ def _prepare(run: Run, cache: Path | None, workers: int | None, shown: bool) -> 
     store = None
     if method.reads_image or recipe.data.rows == "with_image":
         store = fill_recipe_store(recipe, dataset, cache, workers)
-    split = recipe_split(recipe, dataset, store)
+    split = recipe_split(recipe, dataset, store, tested)
     write_split(run, split)
     if not method.reads_image:
         # The rows are those of the image methods, so that the numbers can be compared; the pixels aren't read.

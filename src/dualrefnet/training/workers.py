@@ -12,7 +12,7 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -53,7 +53,8 @@ class Event(NamedTuple):
 @dataclass(frozen=True)
 class Job:
     """One run to be trained, ready to be sent to another process or machine: its name and recipe, its folder, and the
-    folder (absolute) that holds `logs` and locks. `fold`: a member of the cross-fitted run in `folder`.
+    folder (absolute) that holds `logs` and locks. `fold`: a member of the cross-fitted run in `folder`. `tested`: False
+    for a run whose test split stays unseen.
     """
 
     run: str
@@ -63,14 +64,19 @@ class Job:
     cache: Path | None
     threads: int
     fold: int | None = None
+    tested: bool = True
 
     @property
     def log(self) -> Path:
         return self.home / "logs" / f"{self.run}.log"
 
 
-def work(jobs: list[Job], workers: int, ray_address: str | None) -> Generator[Event]:
-    """Do jobs, `workers` at a time on this machine, or on a Ray cluster; closing the iterator ends them."""
+def work(jobs: Iterable[Job], workers: int, ray_address: str | None) -> Generator[Event]:
+    """Do jobs, `workers` at a time on this machine, or on a Ray cluster; closing the iterator ends them.
+
+    `jobs` may be a deque, from which they are taken, and to which more are added when an event has been seen.
+    """
+    jobs = jobs if isinstance(jobs, deque) else deque(jobs)
     return work_on_ray(jobs, ray_address) if ray_address else work_locally(jobs, workers)
 
 
@@ -110,7 +116,7 @@ def _train(job: Job) -> None:
     cv2.setNumThreads(job.threads)
     try:
         if job.fold is None:
-            train_recipe(job.recipe, job.folder, resume=True, cache=job.cache, workers=job.threads)
+            train_recipe(job.recipe, job.folder, resume=True, cache=job.cache, workers=job.threads, tested=job.tested)
         else:
             train_member(Run(job.folder), job.fold, job.cache, job.threads)
     finally:
@@ -180,9 +186,9 @@ def _start_worker(alive: Connection, slot: int) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % gpus]
 
 
-def work_locally(jobs: list[Job], workers: int) -> Generator[Event]:
+def work_locally(waiting: deque[Job], workers: int) -> Generator[Event]:
     """Do jobs in processes of this machine; closing the iterator kills them."""
-    waiting, slots = deque(jobs), deque(range(min(workers, len(jobs))))
+    slots = deque(range(workers))
     pool: dict[int, _Worker] = {}
     running: dict[Future[Failure | None], tuple[int, str]] = {}
     try:
@@ -213,7 +219,7 @@ def work_locally(jobs: list[Job], workers: int) -> Generator[Event]:
             worker.kill()
 
 
-def work_on_ray(jobs: list[Job], address: str) -> Generator[Event]:
+def work_on_ray(jobs: deque[Job], address: str) -> Generator[Event]:
     """Do jobs as Ray tasks, as many at a time as the cluster has room for; closing the iterator cancels them.
 
     A job takes `threads` CPUs, and a GPU if the cluster has any and the recipe may use it. `address` is that of a
@@ -230,18 +236,19 @@ def work_on_ray(jobs: list[Job], address: str) -> Generator[Event]:
     ray = connect(address, **options)
     try:
         resources = ray.cluster_resources()
-        needed, cpus = max((job.threads for job in jobs), default=0), resources.get("CPU", 0)
-        if needed > cpus:
-            raise RunError(f"a run needs {needed} CPUs and the cluster has {cpus:.0f}; give fewer --cores")
+        cpus = resources.get("CPU", 0)
         # A crash would only be repeated: the next call tries failed runs again.
         task = ray.remote(max_retries=0)(_perform_in)
-        waiting = {}
-        for job in jobs:
-            gpus = 1 if resources.get("GPU", 0) and job.recipe.training.device in ("auto", "cuda") else 0
-            reference = task.options(num_cpus=job.threads, num_gpus=gpus, name=job.run).remote(job, Path.cwd())
-            waiting[reference] = (job, _size(job.log))
+        waiting: dict[Any, tuple[Job, int]] = {}
         started: set[str] = set()
-        while waiting:
+        while jobs or waiting:
+            while jobs:
+                job = jobs.popleft()
+                if job.threads > cpus:
+                    raise RunError(f"a run needs {job.threads} CPUs and the cluster has {cpus:.0f}; give fewer --cores")
+                gpus = 1 if resources.get("GPU", 0) and job.recipe.training.device in ("auto", "cuda") else 0
+                reference = task.options(num_cpus=job.threads, num_gpus=gpus, name=job.run).remote(job, Path.cwd())
+                waiting[reference] = (job, _size(job.log))
             ready, _ = ray.wait(list(waiting), timeout=1.0)
             for job, before in waiting.values():
                 # The scheduler does not tell when a task begins; its log does.
