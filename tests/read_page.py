@@ -69,7 +69,9 @@ class Page:
         self.svgs = {one.attributes["aria-label"].split(". ")[0]: one for one in self.root.all("svg")}
 
     def intro(self, key: str) -> list[str]:
-        return [paragraph.words() for paragraph in self.sections[key].own("p")]
+        section = self.sections[key]
+        (body,) = section.own("div") if section.tag == "details" else [section]
+        return [paragraph.words() for paragraph in body.own("p") if "class" not in paragraph.attributes]
 
     def table(self, title: str) -> dict[str, list[str]]:
         """Return the cells of the table of that title: first cell -> the others; the head as `head`."""

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.csv_table import TableDescription
 from dualrefnet.data.protocols import leakage, split_dataset
 from dualrefnet.data.synthetic import make_synthetic
-from dualrefnet.errors import RunError
+from dualrefnet.errors import RunError, install_hint
 from dualrefnet.recipe import Recipe, load_recipe, parse_overrides, shipped_recipes
 from dualrefnet.run import Run
 
@@ -261,6 +262,37 @@ def test_citation_and_changelog_name_this_version():
     assert citation["version"] == dualrefnet.__version__
     assert citation["preferred-citation"]["type"] == "article"
     assert f"## [{dualrefnet.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_install_lines_name_extras_that_exist():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    texts = [path.read_text(encoding="utf-8") for path in (*DOCUMENTS, *ROOT.glob("docs/*.ipynb"))]
+    named = {
+        name
+        for text in texts
+        for found in re.findall(r"pip install '[^'\[]*\[([\w,]+)\]'", text)
+        for name in found.split(",")
+    }
+    assert "explain" in named
+    assert named <= set(extras)
+    for extra in extras:
+        assert install_hint(extra).startswith("pip install '")
+    assert len((ROOT / "README.md").read_bytes()) <= 8_000
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    file = ROOT / "docs" / "quickstart.ipynb"
+    cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+    assert not any(cell.get("outputs") for cell in cells)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    names: dict = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+    assert (tmp_path / "quickstart" / "run" / "report" / "report.html").is_file()
+    assert names["bundled"].label == names["prediction"].label
 
 
 def test_every_benchmark_is_listed():

@@ -62,6 +62,7 @@ class TinyBody(nn.Module):
             nn.Sequential(nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU6())
             for before, after in pairwise(channels)
         )
+        self.num_features = FEATURES
         self.feature_info = [{"num_chs": count} for count in channels[1:]]
 
     def forward_features(self, image: Tensor) -> Tensor:

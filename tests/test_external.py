@@ -14,7 +14,7 @@ import yaml
 from sklearn.metrics import balanced_accuracy_score
 
 from bundle_folder import write_bundle
-from dualrefnet.analysis.evaluate import measure_aggregated
+from dualrefnet.analysis.evaluate import evaluate_run, measure_aggregated
 from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.pad_ufes_20 import SCHEMA
 from dualrefnet.data.schema import Dataset, DatasetSchema
@@ -25,6 +25,7 @@ from dualrefnet.errors import DataError
 from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.run import Run
 from test_cli import call, error_of  # noqa: F401 (a fixture)
+from test_evaluate import with_test_images
 
 WORDS = {"MEL": "melanoma", "NEV": "NV", "BCC": "bcc", "ACK": "wart"}
 
@@ -182,6 +183,30 @@ def test_within_one_data_set_ids_tell_what_was_seen_also_without_the_training_im
     assert "nowhere" in seen.unknown
 
 
+def test_what_a_run_started_from_has_seen_counts_too(
+    tiny_run: Run, sample_root: Path, other_root: Path, tmp_path: Path
+) -> None:
+    # A run on other data that started from `tiny_run`; only what is recorded of it matters.
+    started = Run(Path(shutil.copytree(tiny_run.path, tmp_path / "started", copy_function=os.link)))
+    recipe = yaml.safe_load((started.path / "recipe.yaml").read_text())
+    recipe["data"]["root"] = str(other_root)
+    split = tiny_run.split.assign(image_id="x" + tiny_run.split["image_id"])
+    dataset = load_dataset("sample", sample_root)
+    trained = dataset.table["image_id"].isin(tiny_run.split.query("split != 'test'")["image_id"])
+    for start, expected in ((str(tiny_run.path), trained), (str(tmp_path / "gone"), trained & False)):
+        recipe["model"] |= {"init_from": start, "weights": "auto"}
+        for name, text in (("recipe.yaml", yaml.safe_dump(recipe)), ("split.csv", split.to_csv(index=False))):
+            (started.path / name).unlink()
+            (started.path / name).write_text(text)
+        model = json.loads((tiny_run.path / "model.json").read_text())
+        model["architecture"]["section"] |= {"init_from": start, "weights": "auto"}
+        (started.path / "model.json").unlink()
+        (started.path / "model.json").write_text(json.dumps(model))
+        seen = find_seen(started, dataset, dataset.table, dataset.table["patient_id"])
+        assert list(seen.images) == list(expected)
+        assert ("gone" in seen.unknown) == ("gone" in start)
+
+
 def test_a_bundle_is_measured_too_and_says_what_it_cannot_know(other_root: Path, tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle")
     mapping = ["DARK=MEL", "BRIGHT=NEV"]
@@ -189,7 +214,7 @@ def test_a_bundle_is_measured_too_and_says_what_it_cannot_know(other_root: Path,
         evaluate_external(bundle, load_dataset("sample", other_root), None, mapping)
     metrics = evaluate_external(bundle, load_dataset("sample", other_root), tmp_path / "out", mapping)
     assert set(metrics["classes"].values()) == {"DARK", "BRIGHT"}
-    assert "isn't checked" in metrics["seen"]["unknown"]
+    assert "bundle" in metrics["seen"]["unknown"]
 
 
 @pytest.mark.parametrize(
@@ -289,7 +314,7 @@ def test_what_cannot_be_aggregated_is_refused() -> None:
         aggregated("patient", ROWS.assign(patient_id=["P1"] * 4 + ["P2"] * 4))
 
 
-def test_evaluate_measures_lesions_beside_images(run: Run, sample_root: Path) -> None:
+def test_evaluate_measures_lesions_beside_images(run: Run, sample_root: Path, tmp_path: Path) -> None:
     before = run.metrics
     assert call("evaluate", run.path, "--aggregate", "lesion").exit_code == 0
     metrics, dataset = run.metrics, load_dataset("sample", sample_root)
@@ -300,6 +325,9 @@ def test_evaluate_measures_lesions_beside_images(run: Run, sample_root: Path) ->
     # Each lesion is of one class.
     assert metrics["aggregated"]["left_out"] == 0
     assert call("evaluate", run.path, "--aggregate", "person").exit_code == 2
+    without_test = with_test_images(run, tmp_path / "without", run.split.iloc[:0])
+    with pytest.raises(DataError, match="has no test split"):
+        evaluate_run(without_test, aggregate="lesion")
 
 
 def test_lesions_of_an_external_test_count_once_too(tiny_run: Run, other_root: Path, tmp_path: Path) -> None:

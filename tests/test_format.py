@@ -46,6 +46,18 @@ def test_one_table_is_markdown_and_latex() -> None:
     assert r"50\% \& more\par" in latex
 
 
+def test_rows_and_columns_of_dashes_are_left_out_and_named() -> None:
+    cells = [
+        [Cell("a"), Cell("1"), Cell("–")],
+        [Cell("b"), Cell("–"), Cell("–")],
+        [Cell("c"), Cell("–", "[0, 1]"), Cell("")],
+    ]
+    found = PrintedTable("t", ("x", "y", "z"), cells, ("note.",)).defined()
+    assert found.columns == ("x", "y")
+    assert [row[0].text for row in found.rows] == ["a", "c"]
+    assert found.notes == ("note.", "Undefined: b.")
+
+
 def test_every_headline_measure_has_a_name_for_people() -> None:
     assert set(HEADLINE_MEASURES) <= set(MEASURE_NAMES)
 

@@ -146,6 +146,26 @@ def test_an_image_and_metadata_give_a_prediction_and_an_explanation(page: Any, m
     assert page.input_value("#field-age") == ""
 
 
+def test_the_button_is_busy_until_the_result_and_the_result_is_in_view(page: Any, files: Path) -> None:
+    page.evaluate(
+        "window.fetch = ((real) => (...all) => new Promise((done) => setTimeout(done, 400)).then(() => real(...all)))(fetch)"
+    )
+    idle = page.inner_text("#submit")
+    page.set_input_files("#files", files / "lesion.jpg")
+    page.click("#submit")
+    assert page.is_disabled("#submit")
+    assert page.inner_text("#submit") != idle
+    page.wait_for_selector("#result .prediction")
+    assert page.is_enabled("#submit")
+    assert page.inner_text("#submit") == idle
+    page.wait_for_function("document.querySelector('#result h2').getBoundingClientRect().top >= 0")
+    uncovered = (
+        "(e) => { const at = e.getBoundingClientRect(); "
+        "return e.contains(document.elementFromPoint(at.left + 5, at.top + 5)); }"
+    )
+    assert page.eval_on_selector("#result h2", uncovered)
+
+
 def test_errors_are_in_plain_words_and_the_page_goes_on(page: Any, files: Path) -> None:
     page.click("#submit")
     page.wait_for_selector("#error:has-text('Choose at least one image')")

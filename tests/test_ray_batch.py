@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from dualrefnet.cli import app, runs  # noqa: F401 (the module registers the commands)
 from dualrefnet.deploy import batch
-from dualrefnet.errors import RunError
+from dualrefnet.errors import RunError, install_hint
 from dualrefnet.run import Run
 
 
@@ -93,4 +93,4 @@ def test_ray_is_imported_only_with_the_option_and_its_extra_is_named(
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "dualrefnet.deploy.ray_batch", raising=False)
     result = call("predict", tiny_run.path, "--csv", table, "--out", tmp_path / "out.csv", "--ray", "local")
-    assert "pip install 'dualrefnet[scale]'" in str(result.exception)
+    assert install_hint("scale") in str(result.exception)

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,7 +35,7 @@ from dualrefnet.analysis.shap import (
 )
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.schema import DatasetSchema, MetadataField
-from dualrefnet.errors import DependencyError, RunError
+from dualrefnet.errors import DependencyError, RunError, install_hint
 from dualrefnet.models.base import Method
 from dualrefnet.models.registry import new_model
 from dualrefnet.recipe import MetadataSection, Recipe, load_recipe
@@ -144,7 +145,7 @@ def test_the_seed_fixes_the_orders_and_the_callers_random_numbers_stay_as_they_w
 def test_without_shap_the_message_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "shap", None)
     monkeypatch.delitem(sys.modules, "dualrefnet.analysis.shap")
-    with pytest.raises(DependencyError, match=r"pip install 'dualrefnet\[explain\]'"):
+    with pytest.raises(DependencyError, match=re.escape(install_hint("explain"))):
         importlib.import_module("dualrefnet.analysis.shap")
     assert shapley.attribute_prediction is attribute_prediction
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dualrefnet.errors import DependencyError, RunError
+from dualrefnet.errors import DependencyError, RunError, install_hint
 from dualrefnet.files import write_yaml
 from dualrefnet.run import Run
 from dualrefnet.suite.grid import (
@@ -295,7 +295,7 @@ def test_too_few_cpus_and_a_missing_ray_are_clear_errors(
     suite = suite_of(sample_root, good={})
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "ray", None)
-        with pytest.raises(DependencyError, match=r"pip install 'dualrefnet\[scale\]'"):
+        with pytest.raises(DependencyError, match=re.escape(install_hint("scale"))):
             run_suite(suite, tmp_path / "out", ray_address="auto")
     assert not (tmp_path / "out").exists()
     pytest.importorskip("ray", reason="Ray isn't installed (extra `scale`)")

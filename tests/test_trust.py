@@ -67,7 +67,7 @@ def test_the_figures_of_subgroups_hold_their_numbers(count: int) -> None:
 def test_the_section_on_subgroups_counts_the_gaps() -> None:
     found = subgroups_of(3, levels=("FEMALE", "MALE", None))
     section = subgroups_section(found)
-    assert f"Of {found.looked_at} gaps, {found.flagged} have" in " ".join(section.intro)
+    assert any(f"{found.flagged} of {found.looked_at} gaps" in finding.message for finding in section.findings)
     tables = [item for item in section.items if isinstance(item, PrintedTable)]
     assert len(tables[0].rows) == found.levels["measured"].sum()
     assert len(tables[1].rows) == found.flagged
@@ -83,13 +83,12 @@ def test_the_sections_on_calibration_show_what_the_run_measured(tiny_run: Run) -
     values = measured.metrics["calibrated"]
     calibration, conformal = calibration_section(measured, 20, 0), conformal_section(measured, 20, 0)
     pictures = [*calibration.figures, *conformal.figures]
-    assert [one.name for one in pictures] == ["reliability", "reliability_calibrated", "selective", "referral"]
+    assert [one.name for one in pictures] == ["reliability", "selective", "referral"]
     for picture in pictures:
         assert_readable(picture)
     tables = [item for item in (*calibration.items, *conformal.items) if isinstance(item, PrintedTable)]
     assert tables[0].rows[2][1].text == f"{values['before']['brier']:.3f}"
     assert tables[1].rows[0][1].text == f"{values['conformal']['marginal']['coverage']:.3f}"
-    assert [row[0].text for row in tables[2].rows] == ["100%", "90%", "80%", "70%", "50%"]
 
 
 def test_a_run_can_be_divided_into_the_subgroups_of_its_data_set(opened: OpenedRun) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from dualrefnet.errors import DependencyError, RunError
+from dualrefnet.errors import DependencyError, RunError, install_hint
 
 # Seconds in which a cluster must answer; Ray itself waits for minutes, or for ever.
 PATIENCE = 20.0
@@ -17,7 +17,7 @@ def require_ray() -> Any:
         import ray
     except ImportError:
         raise DependencyError(
-            "Ray isn't installed; it comes with the extra `scale`: pip install 'dualrefnet[scale]'"
+            f"Ray isn't installed; it comes with the extra `scale`: {install_hint('scale')}"
         ) from None
     return ray
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from dualrefnet.data.adapters import DATA_VARIABLE, load_dataset
 from dualrefnet.data.check import Finding, check_table
 from dualrefnet.data.store import default_cache
-from dualrefnet.errors import DataError, DualRefNetError, WeightsError
+from dualrefnet.errors import DataError, DualRefNetError, WeightsError, install_hint
 from dualrefnet.recipe import Recipe
 from dualrefnet.training.preflight import check_recipe
 
@@ -88,7 +88,7 @@ def _libraries() -> Iterator[Finding]:
         try:
             yield Finding("PASS", f"extra {extra}", f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
-            fix = f"if you want it: pip install 'dualrefnet[{extra}]'"
+            fix = f"if you want it: {install_hint(extra)}"
             yield Finding("WARN", f"extra {extra}", f"{package} is not installed; {fix}")
 
 

@@ -47,6 +47,20 @@ class DependencyError(DualRefNetError):
     """An optional library isn't installed; the message names the extra that brings it."""
 
 
+def install_hint(extra: str) -> str:
+    """Return the command that installs an extra, from the clone or the wheel that the package was installed from."""
+    # Only where something is missing, and not at every start.
+    import json
+    from importlib.metadata import PackageNotFoundError, distribution
+    from urllib.parse import unquote, urlsplit
+
+    try:
+        origin = json.loads(distribution("dualrefnet").read_text("direct_url.json") or "{}").get("url", "")
+    except PackageNotFoundError:
+        return f"pip install '.[{extra}]' in the clone"
+    return f"pip install '{unquote(urlsplit(origin).path) or 'dualrefnet'}[{extra}]'"
+
+
 def in_python(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Spell the options in a function's errors as its arguments: `--resume` is `resume=True`, `--out` is `out=`."""
 

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from dualrefnet.analysis.gradcam import gradcam, overlay
+from dualrefnet.analysis.gradcam import gradcam, overlay, too_coarse
 from dualrefnet.analysis.opened_run import OpenedRun
 from dualrefnet.analysis.shap import MISSING_FLAGS
 from dualrefnet.data.decode import read_mask
@@ -56,8 +56,8 @@ class ChosenCase:
 
 @dataclass(frozen=True)
 class ShownCase:
-    """A chosen image (S, S, 3) as the model sees it, with Grad-CAM (S, S) by class, its mask (S, S), and the (field,
-    value, SHAP value) of the fields that moved the predicted class most.
+    """A chosen image (S, S, 3) as the model sees it, with Grad-CAM (S, S) by class (none if its maps are too coarse),
+    its mask (S, S), and the (field, value, SHAP value) of the fields that moved the predicted class most.
     """
 
     chosen: ChosenCase
@@ -103,20 +103,22 @@ def show_cases(
     examples, shown = opened.image_examples("test"), []
     places = {image_id: row for row, image_id in enumerate(examples.image_ids)}
     paths = opened.dataset.table.set_index("image_id")["image_path"]
-    section = opened.recipe.image
+    section, coarse = opened.recipe.image, too_coarse(opened)
     for case in cases:
         batch = examples.batch(np.array([places[case.image_id]]))
         images = opened.images(batch)
         assert images is not None
         assert batch.images is not None
-        names = list(dict.fromkeys([case.predicted, case.label, case.second, *([label] if label else [])]))
-        targets = torch.tensor([opened.classes.index(name) for name in names], device=opened.device)
-        metadata = batch.metadata.to(opened.device).expand(len(names), -1)
-        maps = gradcam(opened.model, images.expand(len(names), -1, -1, -1), metadata, targets).saliency.cpu().numpy()
+        saliency = {}
+        if not coarse:
+            names = list(dict.fromkeys([case.predicted, case.label, case.second, *([label] if label else [])]))
+            targets = torch.tensor([opened.classes.index(name) for name in names], device=opened.device)
+            metadata = batch.metadata.to(opened.device).expand(len(names), -1)
+            maps = gradcam(opened.model, images.expand(len(names), -1, -1, -1), metadata, targets).saliency
+            saliency = dict(zip(names, maps.cpu().numpy(), strict=True))
         image = (255 * to_unit(batch.images, section.size)).round().byte()[0].permute(1, 2, 0).numpy()
         file = (masks or {}).get(case.image_id)
         mask = read_mask(file, Path(paths.loc[case.image_id]), section.size, section.fit) if file else None
-        saliency = dict(zip(names, maps, strict=True))
         shown.append(ShownCase(case, image, saliency, mask, (attributions or {}).get(case.image_id, [])))
         if progress:
             progress(len(shown), len(cases))
@@ -136,14 +138,16 @@ def draw_gallery(cases: Sequence[ShownCase], label: str, name: str, unit: str) -
     """Draw the cases of one class, one a row: image, Grad-CAM of the predicted class, probabilities and attributions;
     `name` is what the class stands for, or empty, and `unit` of what each is shown once.
     """
-    figure, axes = new_figure(ROW * len(cases), len(cases), 3, WIDTH, width_ratios=(1.0, 1.0, 1.75))
+    maps = 1 if any(case.saliency for case in cases) else 0
+    figure, axes = new_figure(ROW * len(cases), len(cases), 2 + maps, WIDTH, width_ratios=(1.0, *[1.0] * maps, 1.75))
     letters = max(len(truncate(one, NAME)) for case in cases for one, _ in _top(case.chosen))
     rows = []
-    for case, (plain, salient, beside) in zip(cases, zip(*[iter(axes)] * 3, strict=True), strict=True):
+    for case, (plain, *salient, beside) in zip(cases, zip(*[iter(axes)] * (2 + maps), strict=True), strict=True):
         chosen = case.chosen
         show_image(plain, case.image, chosen.kind)
-        title = f"Grad-CAM {truncate(chosen.predicted, MAP_NAME)}"
-        show_image(salient, overlay(case.image, case.saliency[chosen.predicted]), title)
+        for axis in salient:
+            title = f"Grad-CAM {truncate(chosen.predicted, MAP_NAME)}"
+            show_image(axis, overlay(case.image, case.saliency[chosen.predicted]), title)
         _write_prediction(beside, case, max(0.24, 0.03 + LETTER * letters))
         attributions = "; ".join(f"{field} = {text}: {value:+.3f}" for field, text, value in case.attributions)
         row = {"image_id": chosen.image_id, "label": chosen.label, "predicted": chosen.predicted, "kind": chosen.kind}

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from dualrefnet.display.figure import WIDTH, ReportFigure, new_figure, show_image, styled, truncate
 from dualrefnet.errors import RunError
 from dualrefnet.evaluation.bootstrap import Bootstrap, Difference
 from dualrefnet.evaluation.comparison import class_differences, corrected_classes, pooled_bootstrap
 from dualrefnet.run import Run
-
-if TYPE_CHECKING:
-    from dualrefnet.analysis.cases import ShownCase
 
 # The four cells of the 2 x 2 table, as (A right, B right).
 KINDS = {
@@ -137,59 +130,3 @@ def _choose_disagreements(table: pd.DataFrame, patients: np.ndarray, cases: int)
     found = found.sort_values(["turn", "gap", "image_id"], ascending=[True, False, True]).groupby("kind").head(cases)
     order = found.sort_values(["kind", "gap", "image_id"], ascending=[True, False, True]).index
     return table.loc[order].reset_index(drop=True)
-
-
-# Letters that fit above a panel, and those of a class's name among them.
-LINE, CLASS_NAME = 20, 13
-
-
-@styled
-def draw_disagreement(
-    found: Disagreement, cases: Sequence[tuple[ShownCase, ShownCase | None]], names: tuple[str, str]
-) -> ReportFigure:
-    """Draw one case a row: the image, and Grad-CAM of what each of two runs predicted (None: the second reads no
-    image).
-    """
-    # Here, because only figures need what Grad-CAM is computed with.
-    from dualrefnet.analysis.gradcam import overlay
-
-    chosen: dict[str, dict[str, Any]] = {row["image_id"]: row for row in found.chosen.to_dict("records")}  # type: ignore[misc]
-    rows: list[tuple[str, str, str, str, float]] = []
-    for first, _ in cases:
-        row = chosen[first.chosen.image_id]
-        for name, run in zip(names, ("a", "b"), strict=True):
-            rows.append((first.chosen.image_id, row["label"], name, row[f"predicted_{run}"], row[f"p_true_{run}"]))
-    titles = [_title(name, label, predicted, probability) for _, label, name, predicted, probability in rows]
-    lines = max(title.count("\n") + 1 for title in titles)
-    figure, axes = new_figure(len(cases) * (WIDTH / 3 + 0.12 + 0.12 * lines), len(cases), 3)
-    for number, (first, second) in enumerate(cases):
-        plain, *panels = axes[3 * number : 3 * number + 3]
-        own = slice(2 * number, 2 * number + 2)
-        show_image(plain, first.image, f"true: {truncate(rows[2 * number][1], CLASS_NAME)}")
-        for axis, case, (*_, predicted, _), title in zip(panels, (first, second), rows[own], titles[own], strict=True):
-            show_image(axis, first.image if case is None else overlay(case.image, case.saliency[predicted]), title)
-    counts = found.counts
-    caption = (
-        f"Of {len(found.table)} shared test images, both runs are right on {counts['both_right']}, only {names[0]} on "
-        f"{counts['only_a_right']}, only {names[1]} on {counts['only_b_right']}, none on {counts['both_wrong']}. Shown "
-        f"are those in which the probabilities of the true class differ most, each {found.unit} once, with Grad-CAM "
-        "of the predicted class and the probability of the true one."
-    )
-    if any(second is None for _, second in cases):
-        caption += f" {names[1]} reads no image, so it has no Grad-CAM."
-    alt = "; ".join(
-        f"true {label}: {name} predicts {predicted}, {value:.0%} for {label}"
-        for _, label, name, predicted, value in rows
-    )
-    data = pd.DataFrame(rows, columns=["image_id", "label", "run", "predicted", "probability_of_true_class"])
-    return ReportFigure("disagreement", f"{names[0]} and {names[1]}", caption, alt, figure, data)
-
-
-def _title(name: str, label: str, predicted: str, probability: float) -> str:
-    """Return a panel's title in lines that fit; a run's name is never cut, it may differ at its end."""
-    parts = (
-        f"{truncate(predicted, CLASS_NAME)}, {'right' if predicted == label else 'wrong'}",
-        f"{truncate(label, CLASS_NAME)} {probability:.0%}",
-    )
-    line = "; ".join(parts)
-    return "\n".join([textwrap.fill(name, LINE), *([line] if len(line) <= LINE else parts)])

@@ -288,13 +288,15 @@ def evaluate_run(
     """
     opened = open_run(run, root, dataset, cache, device)
     recipe, schema = opened.recipe, opened.dataset.schema
-    if aggregate is not None:
-        refuse_unnamed(aggregate, opened.rows("test"))
     wanted, seed, classes, malignant = recipe.evaluation, recipe.seed, schema.classes, schema.malignant
     tables, predicted, arrays, measured = [], {}, {}, {}
     # In a cross-fitted run every image is predicted by the member that hasn't seen it; there is no other split.
     fitted_on = "test" if FOLD in opened.split else "val"
     measured_on = "test" if "test" in set(opened.split["split"]) else fitted_on
+    if aggregate is not None:
+        if measured_on == "val":
+            raise DataError(f"{run.path} has no test split, so there is nothing to measure by {aggregate}")
+        refuse_unnamed(aggregate, opened.rows(measured_on))
     for split in dict.fromkeys((fitted_on, measured_on)):
         examples, patients = opened.examples(split), opened.patients(split)
         predicted[split] = predict_split(opened, split, examples, effects=split == fitted_on)
@@ -354,7 +356,7 @@ def evaluate_run(
         metrics["folds"] = measure_folds(labels, probabilities, folds, classes, malignant)
     if aggregate is not None:
         metrics["aggregated"] = measure_aggregated(
-            aggregate, opened.rows("test"), labels, probabilities, resampled, classes, malignant
+            aggregate, opened.rows(measured_on), labels, probabilities, resampled, classes, malignant
         )
     if opened.model.reads_image:
         metrics["out_of_scope"] = fit_run(opened, validation.vectors, test.vectors if measured_on == "test" else None)

@@ -42,7 +42,7 @@ from dualrefnet.display.figure import (
     truncate,
 )
 from dualrefnet.display.format import interval
-from dualrefnet.errors import DataError, DependencyError, RunError
+from dualrefnet.errors import DataError, DependencyError, RunError, install_hint
 from dualrefnet.evaluation.bootstrap import Bootstrap, Estimate, images_of
 from dualrefnet.models.base import Method
 from dualrefnet.models.encoders import Encoder
@@ -50,7 +50,7 @@ from dualrefnet.models.encoders import Encoder
 try:
     from captum.attr import LayerGradCam
 except ImportError:
-    raise DependencyError("Grad-CAM needs captum: pip install 'dualrefnet[explain]'") from None
+    raise DependencyError(f"Grad-CAM needs captum: {install_hint('explain')}") from None
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,6 +63,8 @@ BATCH = 16
 # Measure -> what it is called in the figure.
 MEASURES = {"energy": "energy in lesion", "pointing": "pointing game"}
 ALL_IMAGES = "all images"
+# A map with fewer places a side says that something in a third of the image matters, not where the model looks.
+FEWEST_PLACES = 6
 # Means of the summary -> what their bounds are called before `low` and `high`.
 COLUMNS = {"value": "", "baseline": "baseline_", "difference": "difference_", "area": "area_"}
 # Interpolation makes a plateau uneven by rounding: pixels so near to the maximum are maxima too.
@@ -111,6 +113,17 @@ def gradcam(model: Method, images: Tensor, metadata: Tensor, targets: Tensor) ->
     tiny = torch.finfo(torch.float32).tiny
     shares = [places / places.amax(dim=(1, 2), keepdim=True).clamp(min=tiny) for places in enlarged]
     return SaliencyMaps(torch.stack(shares).mean(dim=0), tuple(maps))
+
+
+def map_sides(opened: OpenedRun) -> tuple[int, ...]:
+    """Return the side of each encoder's map, in places: nothing finer can be seen."""
+    size = opened.recipe.image.size
+    return tuple(size // cast(Encoder, encoder).stride for encoder in opened.model.encoders)
+
+
+def too_coarse(opened: OpenedRun) -> bool:
+    """Whether the maps have too few places to show where the model looks."""
+    return min(map_sides(opened)) < FEWEST_PLACES
 
 
 @contextmanager
@@ -224,7 +237,7 @@ def localise(
         with_mask=len(masked),
         empty_masks=len(chosen) - len(table),
         empty_maps=int(table["energy"].isna().sum()),
-        map_sides=tuple(section.size // cast(Encoder, encoder).stride for encoder in opened.model.encoders),
+        map_sides=map_sides(opened),
         samples=samples,
         seed=seed,
         unit=opened.dataset.schema.unit,

@@ -40,13 +40,13 @@ from dualrefnet.display.figure import (
     styled,
 )
 from dualrefnet.display.format import number
-from dualrefnet.errors import DependencyError, RunError
+from dualrefnet.errors import DependencyError, RunError, install_hint
 from dualrefnet.models.encoders import Encoded, EncoderOutput
 
 try:
     from shap import PermutationExplainer
 except ImportError:
-    raise DependencyError("Shapley values need shap: pip install 'dualrefnet[explain]'") from None
+    raise DependencyError(f"Shapley values need shap: {install_hint('explain')}") from None
 
 By = Literal["field", "column"]
 Kind = Literal["numeric", "boolean", "categorical", "missing"]
@@ -280,6 +280,12 @@ class MetadataShap:
         order = np.argsort(-np.abs(values), kind="stable")[:count]
         return [(self.groups[group].name, self.fields.texts[row][group], float(values[group])) for group in order]
 
+    @property
+    def importance(self) -> dict[str, float]:
+        """Group -> how far it moves the probabilities: mean absolute value, summed over the classes, in points."""
+        points = 100 * np.abs(self.values).mean(axis=0, dtype=np.float64).sum(axis=1)
+        return dict(zip((group.name for group in self.groups), points.tolist(), strict=True))
+
 
 @torch.inference_mode()
 def explain_metadata(
@@ -423,10 +429,7 @@ def draw_importance(result: MetadataShap, count: int = 15) -> ReportFigure:
     patches = [Patch(color=colour, label=label) for label, colour in colours.items()]
     patches = [patches[place] for column in range(across) for place in range(column, len(patches), across)]
     figure.legend(handles=patches, loc="outside upper center", ncols=across, handlelength=1, columnspacing=1.2)
-    caption = (
-        f"How far each {result.by} moves the probability of each class, {_given(result)}: the mean absolute value over "
-        f"{_sample(result)}. {_method(result)}{_flags(result, 'Hatched bars')}"
-    )
+    caption = f"The mean absolute value of each {result.by}, {_given(result)}, one colour a class."
     best = "; ".join(f"{name} {total:.1f}" for name, total in list(zip(names, sums, strict=True))[:5])
     alt = f"Percentage points summed over classes, the largest first: {best}."
     data = pd.DataFrame(rows, columns=["player", "field", "kind", "class", "points"])
@@ -494,11 +497,7 @@ def draw_beeswarm(result: MetadataShap, label: str, count: int = 10) -> ReportFi
     ]
     if handles:
         figure.legend(handles=handles, loc="outside upper center", ncols=2, handletextpad=0.1)
-    caption = (
-        f"Each point is one image: how far a {result.by} moves the probability of {label}, {_given(result)} "
-        f"({_sample(result)}). Colours: the value from low to high within its row; grey: categories without an order; "
-        f"hollow: not recorded, also where imputed. {_method(result)}{_flags(result, 'Diamonds')}"
-    )
+    caption = "Each point is one image."
     ranges = [
         f"{result.groups[group].name} {points[:, group].min():+.1f} to {points[:, group].max():+.1f}"
         for group in order[:4]
@@ -566,11 +565,8 @@ def draw_waterfall(result: MetadataShap, image_id: str, label: str, count: int =
     caption = (
         f"SHAP values for {label} of image {image_id} (true class: {result.classes[result.labels[row]]}): from "
         f"{base:.1f} %, the mean {_given(result)} over {result.background} training rows, to {prediction:.1f} % with "
-        f"its own metadata, in percentage points, good to about {2 * float(errors[top].max()):.1f} points. "
-        f"{_method(result)}"
+        f"its own metadata, in percentage points, good to about {2 * float(errors[top].max()):.1f} points."
     )
-    if (data["kind"] == "missing").any():
-        caption += _flags(result, "Hatched bars")
     moves = "; ".join(f"{name}{f' = {text}' if text else ''} {value:+.1f}" for name, text, value, _ in steps)
     name = f"shap_waterfall_{result.by}_{file_stem(image_id)}_{file_stem(label)}"
     alt = f"From {base:.1f} % to {prediction:.1f} %: {moves}."
@@ -592,28 +588,22 @@ def _given(result: MetadataShap) -> str:
     return "given the image" if result.reads_image else "by the metadata alone"
 
 
-def _sample(result: MetadataShap) -> str:
-    images = len(result.image_ids)
-    if images == result.total_images:
-        return f"all {images} test images"
-    return f"{images} of {result.total_images} test images, each class in proportion, seed {result.seed}"
-
-
-def _method(result: MetadataShap) -> str:
-    return (
-        f"Estimates from {result.permutations} random order{'s' if result.permutations > 1 else ''} of the "
-        f"{result.by}s; absent ones are taken from {result.background} training rows."
+def describe_shap(results: Sequence[MetadataShap]) -> list[str]:
+    """Say once, for all figures of the same images, how the values were computed and what the signs mean."""
+    first = results[0]
+    images = f"{len(first.image_ids)} of {first.total_images} test images, each class in proportion, seed {first.seed}"
+    if len(first.image_ids) == first.total_images:
+        images = f"All {first.total_images} test images"
+    orders = " and ".join(f"{one.permutations} random orders of the {one.by}s" for one in results)
+    text = (
+        f"{images}; estimates from {orders}; absent values are taken from {first.background} training rows. Colours of "
+        "points: the value from low to high within its row; grey: categories without an order; hollow: not recorded, "
+        "also where imputed."
     )
-
-
-def _flags(result: MetadataShap, which: str) -> str:
-    """Return the sentence on the flags of what is missing, if there are any."""
-    if not any(group.kind == "missing" for group in result.groups):
-        return ""
-    return (
-        f" {which} are flags of which fields are missing, which can give away how a patient was examined "
-        "(on PAD-UFES-20, who was never biopsied)."
-    )
+    if not any(group.kind == "missing" for group in first.groups):
+        return [text]
+    flags = "Hatched bars and diamonds are flags of which fields are missing, which can give away how a patient was"
+    return [text, f"{flags} examined (on PAD-UFES-20, who was never biopsied)."]
 
 
 def _wrap_value(name: str, value: str, width: int) -> str:

@@ -380,7 +380,7 @@ def shortcut_table(shortcuts: Shortcuts) -> PrintedTable:
         "Baseline: balanced accuracy of a logistic regression that was trained on that input alone.",
         f"{sizes}. In brackets: 95% intervals from resampling {shortcuts.unit}s; permutations: mean of "
         f"{shortcuts.permutations}.",
-        *(f"{sentence(remark)}." for remark in shortcuts.remarks),
+        *map(sentence, shortcuts.remarks),
     ]
     return PrintedTable(f"Shortcut probes: {shortcuts.title}", tuple(columns), rows, tuple(notes))
 

@@ -333,8 +333,6 @@ def subgroups_of_run(opened: OpenedRun, samples: int = 1000, seed: int = 0) -> S
 LINE, TITLE, BELOW = 0.19, 0.27, 0.75
 # Letters of a category and of a panel's title.
 LETTERS, TITLE_LETTERS = 22, 28
-# Categories without results that the caption names one by one.
-NAMED = 3
 
 
 def draw_subgroups(subgroups: Subgroups, measure: str, unit: str = "patients") -> ReportFigure:
@@ -395,7 +393,7 @@ def _draw(subgroups: Subgroups, measure: str, unit: str, value: str, title: str,
     drawn = f"{100 * LEVEL:g}% interval from {subgroups.samples} resamples of the {subgroups.groups} {unit} "
     classes = rows.loc[rows["drawn"], "classes"].ne("").any()
     extent = f"Averages run over the classes for which both have enough {unit}. " if classes else ""
-    caption = text.format(name, f"{drawn}(seed {subgroups.seed})", extent + _not_drawn(rows))
+    caption = text.format(name, f"{drawn}(seed {subgroups.seed})", extent)
     stem = f"{'subgroup_gaps' if gaps else 'subgroups'}_{measure.replace('.', '_')}"
     return ReportFigure(stem, title, caption, "; ".join(alt), figure, rows)
 
@@ -415,12 +413,3 @@ def _draw_panel(axis: Axes, part: pd.DataFrame, value: str, low: str, high: str,
     axis.set_ylim(len(shown) - 0.2, -0.8)
     labels = [f"{truncate(str(row['level']), LETTERS)} ({row['images']})" for row in shown]
     label_rows(axis, range(len(shown)), labels, [number(row[value], form) for row in shown])
-
-
-def _not_drawn(rows: pd.DataFrame) -> str:
-    parts = []
-    for field, part in rows[~rows["drawn"]].groupby("field", sort=False):
-        names = [f"{row['level']} ({row['images']})" for row in part.to_dict("records")]
-        more = f" and {len(names) - NAMED} more" if len(names) > NAMED + 1 else ""
-        parts.append(f"{field}: {', '.join(names[:NAMED] if more else names)}{more}")
-    return f"Not drawn, for too few images or patients: {'; '.join(parts)}. " if parts else ""

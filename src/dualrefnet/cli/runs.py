@@ -126,7 +126,7 @@ def _print_costs(backbones: list[str], out: Path | None) -> None:
         "decoder.",
         f"Training memory: a batch of {batch} in float32: parameters, gradients, the optimizer's state and what is "
         "kept for the backward pass; without the workspace of kernels.",
-        f"Milliseconds: the model alone, median, {torch.get_num_threads()} threads of this machine.",
+        f"Milliseconds: the model alone, median; threads of this machine: {torch.get_num_threads()}.",
     )
     columns = ("method", "encoder", *COST_COLUMNS, "training memory (GiB)", "CPU ms")
     print_table(PrintedTable("Cost of the methods", columns, rows, notes, left=2))

@@ -19,7 +19,7 @@ from dualrefnet.display.format import (
     percent,
     protocol_name,
 )
-from dualrefnet.errors import DependencyError
+from dualrefnet.errors import DependencyError, install_hint
 from dualrefnet.files import read_csv
 from dualrefnet.models.registry import METHODS
 from dualrefnet.report.provenance import run_notes, run_title
@@ -56,7 +56,7 @@ def model_card(bundle: Mapping[str, Any], run: Run, files: Sequence[str]) -> str
     try:
         import jinja2
     except ImportError:
-        raise DependencyError("a model card needs jinja2: pip install 'dualrefnet[export]'") from None
+        raise DependencyError(f"a model card needs jinja2: {install_hint('export')}") from None
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dualrefnet.deploy", ""),
         trim_blocks=True,

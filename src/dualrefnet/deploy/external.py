@@ -205,15 +205,29 @@ def map_classes(
 
 
 def find_seen(run: Run | None, dataset: Dataset, rows: pd.DataFrame, group: pd.Series) -> Seen:
-    """Find the rows whose image or patient the run was trained on or chose its epoch by.
+    """Find the rows whose image or patient the run, or one that it started from, was trained on or chose its epoch by.
 
     Images are compared by the bytes of their files, and within one data set by ids, as patients are.
     """
-    none = np.zeros(len(rows), dtype=bool)
+    seen = Seen(np.zeros(len(rows), dtype=bool), np.zeros(len(rows), dtype=bool))
     if run is None:
-        return Seen(
-            none, none, "a bundle doesn't tell which images it was trained on: that these are new isn't checked"
-        )
+        return seen._replace(unknown="a bundle doesn't tell which images it was trained on: none is known to be new")
+    runs, unknown = [run], []
+    while (start := runs[-1].recipe.model.init_from) is not None:
+        source = Run(Path(start).expanduser())
+        if not (source.path / "recipe.yaml").is_file() or source in runs:
+            unknown.append(f"the run {start} that it started from isn't there: what that was trained on isn't checked")
+            break
+        runs.append(source)
+    for one in runs:
+        found = _seen_by(one, dataset, rows, group)
+        seen = Seen(seen.images | found.images, seen.patients | found.patients)
+        unknown += [found.unknown] if found.unknown else []
+    return Seen(seen.images, seen.patients & ~seen.images, "; ".join(unknown))
+
+
+def _seen_by(run: Run, dataset: Dataset, rows: pd.DataFrame, group: pd.Series) -> Seen:
+    none = np.zeros(len(rows), dtype=bool)
     recipe, split = run.recipe, run.split
     # In a cross-fitted run every image trains some of the members.
     trained = split if FOLD in split else split[split["split"] != "test"]
@@ -234,7 +248,7 @@ def find_seen(run: Run | None, dataset: Dataset, rows: pd.DataFrame, group: pd.S
         unknown, patients = f"copies of training images under other names can't be found ({error})", none
     if same:
         patients = patients | group.isin(trained["patient_id"]).to_numpy()
-    return Seen(images, patients & ~images, unknown)
+    return Seen(images, patients, unknown)
 
 
 def refuse_seen(seen: Seen, rows: pd.DataFrame, where: str, allowed: bool) -> list[str]:

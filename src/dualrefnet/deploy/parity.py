@@ -22,7 +22,7 @@ from dualrefnet.data.loader import Examples
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.schema import BOOLEAN_VALUES
 from dualrefnet.data.synthetic import STYLES, draw_lesion, render_lesion
-from dualrefnet.errors import DependencyError, RunError
+from dualrefnet.errors import DependencyError, RunError, install_hint
 from dualrefnet.evaluation.metrics import compute_metrics
 from dualrefnet.runtime.calibration import softmax
 from dualrefnet.runtime.classifier import Network, NetworkOutput
@@ -41,9 +41,7 @@ try:
     )
     from onnxruntime.quantization.shape_inference import quant_pre_process
 except ImportError:
-    raise DependencyError(
-        "exporting needs onnx, onnxscript and onnxruntime: pip install 'dualrefnet[export]'"
-    ) from None
+    raise DependencyError(f"exporting needs onnx, onnxscript and onnxruntime: {install_hint('export')}") from None
 
 BATCH = 16
 # Of the timing: calls are made in turn, so that what else the machine does hits both alike.

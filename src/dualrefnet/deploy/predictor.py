@@ -17,7 +17,7 @@ from PIL.Image import Image as PillowImage
 
 from dualrefnet.data.decode import decode_image
 from dualrefnet.deploy.hub import BundleMixin, check_bundle, is_bundle
-from dualrefnet.errors import DataError, DependencyError, RunError
+from dualrefnet.errors import DataError, DependencyError, RunError, install_hint
 from dualrefnet.progress import warn
 from dualrefnet.runtime.availability import missingness_shortcut
 from dualrefnet.runtime.bundle import bundle_parts
@@ -258,7 +258,7 @@ def _bundle_parts(folder: Path, device: str, variant: str) -> dict[str, Any]:
     try:
         parts = bundle_parts(folder, description, variant, device)
     except ImportError:
-        raise DependencyError(f"{folder} is a bundle: it needs onnxruntime: pip install 'dualrefnet[deploy]'") from None
+        raise DependencyError(f"{folder} is a bundle: it needs onnxruntime: {install_hint('deploy')}") from None
     except (ValueError, OSError) as error:
         raise RunError(f"{folder} can't be loaded: {error}") from None
     if parts["reads_image"] and parts["out_of_scope"] is None:

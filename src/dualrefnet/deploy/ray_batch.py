@@ -12,13 +12,13 @@ from typing import Any
 
 from dualrefnet.cluster import connect
 from dualrefnet.deploy.batch import BATCH, Case, Chunk, ModelFolder, Work, predict_chunks
-from dualrefnet.errors import DependencyError, RunError
+from dualrefnet.errors import DependencyError, RunError, install_hint
 
 try:
     import ray
     from ray.util import ActorPool
 except ImportError:
-    raise DependencyError("prediction on Ray needs Ray: pip install 'dualrefnet[scale]'") from None
+    raise DependencyError(f"prediction on Ray needs Ray: {install_hint('scale')}") from None
 
 # An image that takes its process down does so every time.
 RETRIES = 3

@@ -22,7 +22,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from dualrefnet.errors import DependencyError
+from dualrefnet.errors import DependencyError, install_hint
 from dualrefnet.files import atomic_path, write_csv
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _style(**settings: str) -> AbstractContextManager[None]:
     try:
         import matplotlib
     except ImportError:
-        raise DependencyError("figures need matplotlib: pip install 'dualrefnet[report]'") from None
+        raise DependencyError(f"figures need matplotlib: {install_hint('report')}") from None
     default = {
         name: value
         for name, value in matplotlib.rcParamsDefault.items()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -16,6 +16,8 @@ import pandas as pd
 from dualrefnet.runtime.availability import ALWAYS_RECORDED, AS_RECORDED, IMAGE_ONLY, METADATA_ONLY
 
 Values = Mapping[str, Any]
+
+UNDEFINED = "–"
 
 MEASURE_NAMES = {
     "accuracy": "accuracy",
@@ -71,7 +73,7 @@ AVAILABILITY_NAMES = {
 
 def number(value: float | None, form: str = ".3f") -> str:
     """Return a value; a dash if it is undefined."""
-    return "–" if value is None or pd.isna(value) else format(value, form).replace("-", "−")
+    return UNDEFINED if value is None or pd.isna(value) else format(value, form).replace("-", "−")
 
 
 def millions(value: float | None) -> str:
@@ -160,6 +162,11 @@ class Cell:
     bold: bool = False
     mark: str = ""
 
+    @property
+    def undefined(self) -> bool:
+        """Whether the cell holds no value."""
+        return self.text in ("", UNDEFINED) and not self.small
+
     @classmethod
     def estimate(
         cls,
@@ -201,6 +208,22 @@ class PrintedTable:
     rows: list[list[Cell]]
     notes: tuple[str, ...] = ()
     left: int = 1
+
+    def defined(self) -> PrintedTable:
+        """Return the table without rows and columns that hold nothing but dashes; a note names the rows."""
+        kept: list[list[Cell]] = []
+        empty: list[list[Cell]] = []
+        for row in self.rows:
+            undefined = len(row) > 1 and all(cell.undefined for cell in row[1:])
+            (empty if undefined else kept).append(row)
+        used = [
+            place
+            for place in range(len(self.columns))
+            if place < self.left or not kept or not all(row[place].undefined for row in kept)
+        ]
+        notes = (*self.notes, f"Undefined: {', '.join(row[0].text for row in empty)}.") if empty else self.notes
+        columns = tuple(self.columns[place] for place in used)
+        return replace(self, columns=columns, rows=[[row[place] for place in used] for row in kept], notes=notes)
 
     def markdown(self, heading: bool = True) -> str:
         """Return heading, table and notes as Markdown."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import cached_property
 
 from dualrefnet.analysis.cases import ChosenCase, ShownCase, choose_cases, draw_gallery, show_cases
-from dualrefnet.analysis.disagreement import Disagreement, draw_disagreement, find_disagreement
+from dualrefnet.analysis.disagreement import find_disagreement
 from dualrefnet.analysis.embedding import (
     compare_embeddings,
     draw_embedding,
@@ -14,17 +14,35 @@ from dualrefnet.analysis.embedding import (
     embed,
     separation_table,
 )
-from dualrefnet.analysis.gradcam import ALL_IMAGES, draw_gradcam, draw_localisation, localise
+from dualrefnet.analysis.gradcam import (
+    ALL_IMAGES,
+    FEWEST_PLACES,
+    draw_gradcam,
+    draw_localisation,
+    localise,
+    map_sides,
+    too_coarse,
+)
 from dualrefnet.analysis.opened_run import OpenedRun
 from dualrefnet.analysis.reconstruction import draw_reconstruction, reconstruct
-from dualrefnet.analysis.shap import MetadataShap, draw_beeswarm, draw_importance, draw_waterfall, explain_metadata
+from dualrefnet.analysis.shap import (
+    MISSING_FLAGS,
+    MetadataShap,
+    describe_shap,
+    draw_beeswarm,
+    draw_importance,
+    draw_waterfall,
+    explain_metadata,
+)
 from dualrefnet.display.figure import ReportFigure
-from dualrefnet.display.format import PrintedTable, class_difference_table, estimate
+from dualrefnet.display.format import PrintedTable, class_difference_table, estimate, listed
 from dualrefnet.display.page import Section
 from dualrefnet.errors import DataError
 from dualrefnet.progress import note, progress_bar
 from dualrefnet.report import ReportOptions
 from dualrefnet.report.provenance import run_names
+from dualrefnet.report.suite_report import case_figures, read_images
+from dualrefnet.report.verdict import judge_flags, judge_localisation
 
 # Metadata values beside an image of the gallery, cases of each kind of disagreement, and bootstrap samples.
 GALLERY_VALUES, CASES, SAMPLES = 3, 3, 1000
@@ -75,17 +93,26 @@ class Explanations:
             for label, cases in by_class.items()
             if cases
         ]
-        with_values = any(case.attributions for case in self.shown)
-        values = ", and the metadata with the largest SHAP values, in percentage points" if with_values else ""
+        beside = [] if too_coarse(self.opened) else ["Grad-CAM of the predicted class"]
+        beside.append("the highest probabilities")
+        if any(case.attributions for case in self.shown):
+            beside.append("the metadata with the largest SHAP values, in percentage points")
         intro = [
-            "The most confident correct and incorrect predictions of each class, selected by probability only.",
-            f"Beside each image: Grad-CAM of the predicted class, the highest probabilities{values}.",
+            "The most confident correct and incorrect predictions of each class, selected by probability only. "
+            f"Beside each image: {listed(beside)}."
         ]
         return Section("gallery", "Gallery", intro, figures)
 
     def gradcam(self) -> Section:
         opened, options = self.opened, self.options
         intro = ["Grad-CAM shows which regions of the image are evidence for a class, given the metadata of the case."]
+        if too_coarse(opened):
+            places = " and ".join(dict.fromkeys(f"{side} x {side}" for side in map_sides(opened)))
+            intro.append(
+                f"At {opened.recipe.image.size} px the map has {places} places, too coarse to show where the model "
+                f"looks. Train with a larger image.size for at least {FEWEST_PLACES} x {FEWEST_PLACES}."
+            )
+            return Section("gradcam", "Grad-CAM", intro)
         figures: list[ReportFigure] = []
         # Of each class the most confident correct case, which comes first, or else the most confident incorrect one.
         first: dict[str, ShownCase] = {}
@@ -104,15 +131,7 @@ class Explanations:
         figures.append(draw_localisation(found))
         summary = found.summary
         row = summary[(summary["class"] == ALL_IMAGES) & (summary["measure"] == "energy")].iloc[0]
-        compared = "not significantly different from"
-        if row["difference_low"] > 0 or row["difference_high"] < 0:
-            compared = "more than" if row["difference_low"] > 0 else "less than"
-        intro.append(
-            f"In images with a lesion mask, {estimate(row['value'], row['low'], row['high'], '.0%')} of the "
-            f"saliency is inside the lesion: {compared} that of a centred Gaussian ({row['baseline']:.0%}); uniform "
-            f"saliency would have {row['area']:.0%}."
-        )
-        return Section("gradcam", "Grad-CAM", intro, figures)
+        return Section("gradcam", "Grad-CAM", intro, figures, findings=judge_localisation(row.to_dict()))
 
     def shap(self) -> Section:
         opened, options, gallery = self.opened, self.options, self.gallery_shap
@@ -132,9 +151,11 @@ class Explanations:
         ]
         intro = [
             "SHAP values: how much each metadata field changes the probability of a class while the image stays the "
-            "same. They show what the model uses, not what causes a disease."
+            "same, in percentage points. They show what the model uses, not what causes a disease.",
+            *describe_shap(results),
         ]
-        return Section("shap", "SHAP", intro, figures)
+        findings = judge_flags(results[0].importance, MISSING_FLAGS)
+        return Section("shap", "SHAP", intro, figures, findings=findings)
 
     def tsne(self) -> Section:
         with progress_bar("features") as show:
@@ -185,9 +206,8 @@ def comparison_section(first: OpenedRun, second: OpenedRun, options: ReportOptio
         comparison = compare_embeddings(first, second, names, options.images, SAMPLES, options.seed, show)
     figures: list[ReportFigure] = [draw_embedding(comparison.first, comparison.second), draw_separation(comparison)]
     if options.photographs and first.model.reads_image and len(found.chosen):
-        ours = _shown(first, found, "predicted_a")
-        theirs = _shown(second, found, "predicted_b") if second.model.reads_image else [None] * len(ours)
-        figures.append(draw_disagreement(found, list(zip(ours, theirs, strict=True)), names))
+        images = read_images(first.run, found.chosen["image_id"].tolist(), options)
+        figures += case_figures((first.run, second.run), found, images, names)
     low, high = found.difference.low, found.difference.high
     verdict = f"{names[0] if low > 0 else names[1]} is better on these data"
     if low <= 0 <= high:
@@ -204,13 +224,3 @@ def comparison_section(first: OpenedRun, second: OpenedRun, options: ReportOptio
     table = class_difference_table(found.per_class, names, title, len(first.classes))
     items: list[PrintedTable | ReportFigure] = [table, *figures, separation_table(comparison)]
     return Section("comparison", f"Comparison with {names[1]}", intro, items)
-
-
-def _shown(opened: OpenedRun, found: Disagreement, column: str) -> list[ShownCase]:
-    predictions = opened.run.predictions.set_index("image_id")
-    cases = []
-    for row in found.chosen.to_dict("records"):
-        scores = {name: float(predictions.loc[row["image_id"], f"prob_{name}"]) for name in opened.classes}
-        cases.append(ChosenCase(row["image_id"], row["label"], row[column], column, scores))
-    with progress_bar("Grad-CAM of the cases") as show:
-        return show_cases(opened, cases, progress=show)

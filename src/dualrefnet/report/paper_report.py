@@ -176,7 +176,7 @@ def _summary(parts: Mapping[str, _Part], judged: Sequence[Claim]) -> Section:
         f"{counts[UNMEASURED]} can't be measured here."
     ]
     table = PrintedTable("Verdicts", ("table or figure", "runs", "numbers (of figures: claims)"), rows, left=3)
-    return Section("summary", "Summary", intro, [table])
+    return Section("summary", "Summary", intro, [table], folded=False)
 
 
 def _claims(judged: Sequence[Claim]) -> Section:
@@ -200,7 +200,9 @@ def _claims(judged: Sequence[Claim]) -> Section:
         *([f"Not the paper's experiment: {'; '.join(limits)}."] if limits else []),
     ]
     columns = ("claim", "ours", "paper", "verdict")
-    return Section("claims", "Claims", [], [PrintedTable("Claims about differences", columns, rows, tuple(notes))])
+    return Section(
+        "claims", "Claims", [], [PrintedTable("Claims about differences", columns, rows, tuple(notes))], folded=False
+    )
 
 
 def _table1(part: _Part, options: ReportOptions) -> Iterator[Section]:
@@ -369,7 +371,7 @@ def _model_sections(
     from dualrefnet.analysis.opened_run import OpenedRun, open_run
     from dualrefnet.models.inference import resolve_device
     from dualrefnet.report.explanations import Explanations
-    from dualrefnet.report.performance import confusion_section, read_measured
+    from dualrefnet.report.performance import draw_confusion, read_measured
     from dualrefnet.report.trust import images_section
 
     def opened(run: Run) -> OpenedRun:
@@ -380,6 +382,10 @@ def _model_sections(
     @cache
     def explained() -> Explanations:
         return Explanations(opened(run), options)
+
+    def confusion() -> tuple[Section, Claim | None]:
+        measured = read_measured(run)
+        return Section("", "", [], [draw_confusion(measured.metrics, measured.malignant, measured.unit)]), None
 
     def shap() -> Section:
         # As printed: what each field and column adds for every class.
@@ -404,7 +410,7 @@ def _model_sections(
 
     parts: list[tuple[str, Callable[[], tuple[Section, Claim | None]]]] = [
         ("Figure 1b: classes and colours", lambda: (images_section(explained().opened, options), None)),
-        ("Confusion matrix", lambda: (confusion_section(read_measured(run)), None)),
+        ("Confusion matrix", confusion),
         ("Figure 4b: separation of the classes", tsne),
     ]
     if options.photographs:

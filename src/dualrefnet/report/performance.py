@@ -31,12 +31,12 @@ from dualrefnet.display.format import (
     PrintedTable,
     availability_table,
     number,
-    percent,
 )
 from dualrefnet.display.page import Section
 from dualrefnet.evaluation.bootstrap import Bootstrap, images_of
 from dualrefnet.evaluation.curves import KINDS, class_curves, draw_curves
 from dualrefnet.progress import progress_bar
+from dualrefnet.report.verdict import judge_leak, judge_missingness
 from dualrefnet.run import Run
 from dualrefnet.suite.results import caveats, departures, other_experiment, reported, reported_class
 
@@ -55,7 +55,9 @@ HEADLINE = (
     "ece",
     "brier",
 )
-CLASS_MEASURES = ("sensitivity", "specificity", "ppv", "npv")
+CLASS_MEASURES = ("sensitivity", "specificity", "ppv", "npv", "auc")
+# The paper gives no AUC of a class.
+PAPER_MEASURES = CLASS_MEASURES[:-1]
 CLASS_HEAD = ("class", *(CLASS_COLUMNS[measure] for measure in CLASS_MEASURES))
 # Table 3 and Table 2 of the paper.
 PAPER_TABLES = {"pad_ufes_20": ("3a", "2a"), "isic_2019": ("3b", "2b")}
@@ -104,25 +106,13 @@ def read_measured(run: Run) -> Measured:
 
 def summary_section(measured: Measured) -> Section:
     """Return the headline measures, beside the paper's where the experiment is the paper's."""
-    metrics, matrix = measured.metrics, np.array(measured.metrics["confusion_matrix"])
-    intro = [
-        f"On {images_of(matrix.sum(), len(set(measured.groups)), measured.unit)}, the accuracy is "
-        f"{percent(metrics, 'accuracy')} and the balanced accuracy {percent(metrics, 'balanced_accuracy')} "
-        f"(chance: {1 / len(measured.classes):.0%})."
-    ]
-    cancer = np.isin(measured.classes, measured.malignant)
-    if "malignant" in metrics and 0 < cancer.sum() < len(cancer):
-        intro.append(
-            f"Of {matrix[cancer].sum():,} malignant images ({', '.join(measured.malignant)}), "
-            f"{matrix[cancer][:, cancer].sum():,} were predicted to be one of the malignant classes (sensitivity "
-            f"{percent(metrics['malignant'], 'sensitivity')}); of {matrix[~cancer].sum():,} benign images, "
-            f"{matrix[~cancer][:, ~cancer].sum():,} were predicted to be benign (specificity "
-            f"{percent(metrics['malignant'], 'specificity')})."
-        )
+    metrics = measured.metrics
     tables = [_headline_table(measured)]
     if len(metrics.get("availability", {}).get("inputs", ())) > 1:
         tables.append(availability_table(metrics["availability"]))
-    return Section("summary", "Summary", intro, tables)
+    leaked = measured.run.recipe.metadata.imputation == "label_leaking"
+    findings = [*judge_leak(metrics["leakage"], measured.run.unit, leaked), *judge_missingness(metrics)]
+    return Section("summary", "Metrics", [], tables, findings=findings)
 
 
 def _headline_table(measured: Measured) -> PrintedTable:
@@ -137,7 +127,8 @@ def _headline_table(measured: Measured) -> PrintedTable:
             paper[measure] = found.value
     rows = [[Cell(MEASURE_NAMES[measure]), Cell.of(values, measure)] for measure in measures]
     notes = [
-        f"In brackets: 95% interval from a bootstrap over {measured.unit}.",
+        f"{images_of(len(measured.labels), len(set(measured.groups)), measured.unit)}. In brackets: 95% interval from "
+        f"a bootstrap over {measured.unit}.",
         "Expected calibration error and Brier score: lower is better.",
     ]
     if not paper or measured.departures:
@@ -159,10 +150,10 @@ def class_section(measured: Measured) -> Section:
         rows.append([title, *(Cell.of(values, measure) for measure in CLASS_MEASURES)])
         paper = [
             reported_class(recipe.data.dataset, recipe.model.method, recipe.model.backbone, label, measure)
-            for measure in CLASS_MEASURES
+            for measure in PAPER_MEASURES
         ]
         if not measured.departures and any(value is not None for value in paper):
-            pairs = zip(CLASS_MEASURES, paper, strict=True)
+            pairs = zip(PAPER_MEASURES, paper, strict=True)
             cells = (Cell(number(values[measure]), f"paper {number(value)}") for measure, value in pairs)
             paper_rows.append([Cell(label), *cells])
     few = [label for label, values in per_class.items() if values["support"] < FEW_IMAGES]
@@ -170,17 +161,13 @@ def class_section(measured: Measured) -> Section:
     tables = [PrintedTable("Each class versus the rest, with 95% intervals", CLASS_HEAD, rows, notes)]
     if paper_rows:
         known = caveats(recipe.data.dataset, PAPER_TABLES[recipe.data.dataset][1], {recipe.model.method})
-        tables.append(PrintedTable("Comparison with the paper's Table 2", CLASS_HEAD, paper_rows, tuple(known)))
+        tables.append(PrintedTable("Comparison with the paper's Table 2", CLASS_HEAD[:-1], paper_rows, tuple(known)))
     intro = [
         "Sensitivity and specificity are the fractions of a class's images, and of all other images, that are "
         "classified correctly. PPV and NPV depend on how frequent each class is in this test set."
     ]
-    return Section("classes", "Per-class metrics", intro, tables)
-
-
-def confusion_section(measured: Measured) -> Section:
-    matrices = [draw_confusion(measured.metrics, shares, measured.malignant, measured.unit) for shares in (False, True)]
-    return Section("confusion", "Confusion matrix", [], matrices)
+    matrix = draw_confusion(measured.metrics, measured.malignant, measured.unit)
+    return Section("classes", "Classes and confusion matrix", intro, [tables[0], matrix, *tables[1:]])
 
 
 def curve_section(measured: Measured, samples: int, seed: int) -> Section:
@@ -214,29 +201,25 @@ LEVEL = 40
 
 
 @styled
-def draw_confusion(
-    metrics: Mapping[str, Any], shares: bool = False, malignant: Sequence[str] = (), unit: str = "patients"
-) -> ReportFigure:
-    """Draw the confusion matrix: rows are true classes, columns predicted ones."""
+def draw_confusion(metrics: Mapping[str, Any], malignant: Sequence[str] = (), unit: str = "patients") -> ReportFigure:
+    """Draw the confusion matrix, counts and shares: rows are true classes, columns predicted ones."""
     import matplotlib
 
     classes = list(metrics["per_class"])
     counts = np.array(metrics["confusion_matrix"])
     support = counts.sum(axis=1)
     portion = np.divide(counts, support[:, None], out=np.full(counts.shape, np.nan), where=support[:, None] > 0)
-    cells = portion if shares else counts.astype(float)
-    top = 1 if shares else max(1, int(counts.max()))
     below = [textwrap.fill(name, LINE) for name in classes]
     beside = [textwrap.fill(f"{name} ({images})", LINE) for name, images in zip(classes, support, strict=True)]
     upright = len(classes) * max(len(line) for name in below for line in name.splitlines()) > LEVEL
-    figure, (axis,) = new_figure(WIDTH * min(0.35 + 0.12 * len(classes), 0.92) + (0.7 if upright else 0))
-    axis.pcolormesh(np.ma.masked_invalid(cells), cmap=SEQUENTIAL_CMAP, vmin=0, vmax=top, edgecolor=PAPER, linewidth=1)
+    figure, (axis,) = new_figure(WIDTH * min(0.4 + 0.12 * len(classes), 1) + (0.7 if upright else 0))
+    axis.pcolormesh(np.ma.masked_invalid(portion), cmap=SEQUENTIAL_CMAP, vmin=0, vmax=1, edgecolor=PAPER, linewidth=1)
     scale = matplotlib.colormaps[SEQUENTIAL_CMAP]
     # Five digits must fit a cell of an eighth of the width.
     size = 7 if len(classes) > 6 else 8
-    for (row, column), value in np.ndenumerate(cells):
-        colour = INK if np.isnan(value) else _text_colour(scale(value / top))
-        text = number(value, ".2f" if shares else ".0f")
+    for (row, column), share in np.ndenumerate(portion):
+        colour = INK if np.isnan(share) else _text_colour(scale(float(share)))
+        text = f"{counts[row, column]}\n{share:.0%}" if counts[row, column] else "0"
         axis.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=colour, fontsize=size)
     axis.set_xticks(np.arange(len(classes)) + 0.5, below, rotation=90 if upright else 0)
     axis.set_yticks(np.arange(len(classes)) + 0.5, beside)
@@ -250,8 +233,8 @@ def draw_confusion(
     data = data.assign(images=counts.ravel(), share=portion.ravel())
     groups = metrics["bootstrap"]["groups"] if "bootstrap" in metrics else metrics["support"]
     caption = images_of(metrics["support"], groups, unit if "bootstrap" in metrics else "image")
-    caption += ". Rows: true class, with its number of images; columns: predicted class. Each cell is "
-    caption += "the fraction of the true class, so rows sum to 1." if shares else "a number of images."
+    caption += ". Rows: true class, with its number of images; columns: predicted class. Each cell: images, and their "
+    caption += "share of the true class, by which it is coloured."
     if malignant:
         caption += f" Malignant: {', '.join(name for name in classes if name in malignant)}."
     for what, present in (("No test image", support), ("Never predicted", counts.sum(axis=0))):
@@ -262,8 +245,7 @@ def draw_confusion(
         wrong = counts[index] * (np.arange(len(classes)) != index)
         text = f"{classes[index]}: {counts[index, index]} of {support[index]} correct"
         alt.append(text + f", most often taken for {classes[wrong.argmax()]} ({wrong.max()})" * bool(wrong.any()))
-    name, title = ("shares", "Normalised by true class") if shares else ("counts", "Number of images")
-    return ReportFigure(f"confusion_{name}", title, caption, "; ".join(alt), figure, data)
+    return ReportFigure("confusion", "Confusion matrix", caption, "; ".join(alt), figure, data)
 
 
 def _text_colour(colour: Sequence[float]) -> str:

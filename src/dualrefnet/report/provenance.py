@@ -141,7 +141,7 @@ def provenance_section(run: Run) -> Section:
     ]
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     intro = ["To repeat the run, save the recipe below as a file and give it to `dualrefnet train`."]
-    return Section("provenance", "Provenance", intro, items, text, folded=True)
+    return Section("provenance", "Provenance", intro, items, text)
 
 
 def terms_table(terms: tuple[tuple[str, str], ...]) -> PrintedTable:

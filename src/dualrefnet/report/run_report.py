@@ -37,7 +37,6 @@ from dualrefnet.progress import note, warn
 from dualrefnet.report import ReportOptions
 from dualrefnet.report.performance import (
     class_section,
-    confusion_section,
     curve_section,
     history_section,
     read_measured,
@@ -54,13 +53,13 @@ from dualrefnet.report.trust import (
     shortcuts_section,
     subgroups_section,
 )
+from dualrefnet.report.verdict import make_verdict
 from dualrefnet.run import Run
-from dualrefnet.runtime.availability import missingness_shortcut
 
 PAGE = "report.html"
 SAMPLES = 1000
 # Files of the figures that show images or the metadata of a single patient, and columns that describe a single image.
-PERSONAL = ("gallery_*", "gradcam.*", "shap_waterfall_*", "reconstruction.*", "disagreement.*")
+PERSONAL = ("gallery_*", "gradcam.*", "shap_waterfall_*", "reconstruction.*", "cases_*")
 SINGLE = ["image_id", "answer"]
 # Runs that one figure can hold beside the first.
 MOST_AGAINST = 3
@@ -131,8 +130,7 @@ def write_report(
     samples, seed = run.recipe.evaluation.bootstrap or SAMPLES, run.recipe.seed
     parts: list[Part] = [
         ("Summary", lambda: summary_section(measured)),
-        ("Per-class metrics", lambda: class_section(measured)),
-        ("Confusion matrix", lambda: confusion_section(measured)),
+        ("Classes", lambda: class_section(measured)),
         ("Curves", lambda: curve_section(measured, samples, seed)),
         ("Calibration", lambda: calibration_section(measured, samples, seed)),
         ("Training", lambda: history_section(measured)),
@@ -151,11 +149,9 @@ def write_report(
             save_figure(figure, out / "pictures")
         done.append(section)
     title, subtitle = run_title(run)
-    notes, shortcut = run_notes(run), missingness_shortcut(measured.metrics)
-    if shortcut is not None:
-        notes.insert(0, f"Not to be used where metadata may be missing: {shortcut}.")
     of_patients = explained and options.photographs and not measured.metrics["drawn"]
-    write_text(out / PAGE, render_page(title, subtitle, notes, done, of_patients))
+    verdict = make_verdict(measured.metrics, len(measured.classes), done)
+    write_text(out / PAGE, render_page(title, subtitle, run_notes(run), done, of_patients, verdict))
     return out / PAGE
 
 

@@ -206,7 +206,7 @@ def _summary_section(found: SuiteResults) -> Section:
             counts = [f"{int(part['images'].sum()):,} {name}" for name, part in rows.groupby("split", sort=False)]
             name = protocol_name(str(protocol))
             intro.append(f"Images of {dataset}, {name}: {', '.join(counts)}.{beside}")
-    return Section("summary", "Summary", intro)
+    return Section("summary", "Summary", intro, folded=False)
 
 
 def _verdict(found: SuiteResults, rows: pd.DataFrame) -> Iterator[str]:
@@ -262,7 +262,7 @@ def _figure_section(found: SuiteResults) -> Iterator[Section]:
         "Every system with its 95% interval. Overlapping intervals do not mean that two systems are equal: differences "
         "on the same test images have intervals of their own, in the tables."
     ]
-    yield Section("systems", "All systems", intro, items)
+    yield Section("systems", "All systems", intro, items, folded=False)
 
 
 def _table_sections(found: SuiteResults) -> Iterator[Section]:
@@ -271,13 +271,13 @@ def _table_sections(found: SuiteResults) -> Iterator[Section]:
     for kind, table in printed_tables(found):
         tables[kind].append(table)
     intro = ["`dualrefnet tables` writes the same tables as CSV, Markdown and LaTeX."]
-    yield Section("tables", "Tables", intro, tables["results"])
+    yield Section("tables", "Tables", intro, tables["results"], folded=False)
     if tables["classes"]:
-        yield Section("classes", "Per-class metrics", [], tables["classes"], folded=True)
+        yield Section("classes", "Per-class metrics", [], tables["classes"])
     text = yaml.safe_dump(found.suite.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     intro = ["To repeat the suite, save the text below as a file and give it to `dualrefnet suite`."]
     items = [*tables["details"], provenance.terms_table((*TERMS, *provenance.TERMS))]
-    yield Section("provenance", "Provenance", intro, items, text, folded=True)
+    yield Section("provenance", "Provenance", intro, items, text)
 
 
 def pair_sections(found: SuiteResults, options: ReportOptions, samples: int) -> Iterator[Section]:
@@ -303,12 +303,13 @@ def pair_sections(found: SuiteResults, options: ReportOptions, samples: int) -> 
         if options.photographs and len(found_cases.chosen):
             try:
                 images = read_images(pair.runs[0], found_cases.chosen["image_id"].tolist(), options)
-                items += _case_figures(pair, found_cases, images, f"{CASE_FIGURES}{place if several else ''}")
+                prefix = f"{CASE_FIGURES}{place if several else ''}"
+                items += case_figures(pair.runs, found_cases, images, pair.names, prefix)
             except DataError as error:
                 intro.append("Images are left out: they could not be read.")
                 warn(f"no images of {pair.dataset} in the report: {error}")
         title = f"Disagreement of two systems{f': {pair.dataset}, protocol {pair.protocol}' if several else ''}"
-        yield Section(f"disagreement{f'-{place}' if several else ''}", title, intro, items)
+        yield Section(f"disagreement{f'-{place}' if several else ''}", title, intro, items, folded=False)
 
 
 def choose_pairs(found: SuiteResults) -> Iterator[Pair]:
@@ -394,18 +395,23 @@ def _agreement_table(found: Disagreement, names: tuple[str, str]) -> PrintedTabl
     return PrintedTable(f"Correct predictions: {names[0]} and {names[1]}", columns, rows)
 
 
-def _case_figures(
-    pair: Pair, found: Disagreement, images: Mapping[str, NDArray[np.uint8]], prefix: str
+def case_figures(
+    runs: tuple[Run, Run],
+    found: Disagreement,
+    images: Mapping[str, NDArray[np.uint8]],
+    names: tuple[str, str],
+    prefix: str = CASE_FIGURES,
 ) -> Iterator[ReportFigure]:
+    """Draw the chosen cases: those that only the first run gets right, then those that only the second does."""
     cases = found.chosen
-    for run, end in zip(pair.runs, "ab", strict=True):
+    for run, end in zip(runs, "ab", strict=True):
         scores = run.predictions.set_index("image_id")
         predicted = zip(cases["image_id"], cases[f"predicted_{end}"], strict=True)
         cases[f"p_predicted_{end}"] = [float(scores.loc[image, f"prob_{label}"]) for image, label in predicted]
     for kind, which in (("only_a_right", "first"), ("only_b_right", "second")):
         chosen = cases[cases["kind"] == kind]
         if len(chosen):
-            yield draw_cases(chosen, images, pair.names, f"{prefix}_{which}_right")
+            yield draw_cases(chosen, images, names, f"{prefix}_{which}_right")
 
 
 @styled

@@ -22,12 +22,10 @@ from dualrefnet.analysis.missing_metadata import (
 )
 from dualrefnet.analysis.opened_run import OpenedRun, sample_rows
 from dualrefnet.analysis.out_of_distribution import (
-    CLOSE_LESION,
     EVERYDAY,
     FALSE_ALARMS,
     FEW_SOURCES,
     LESIONS,
-    SKIN,
     OutOfDistributionMeasured,
     draw_out_of_distribution,
 )
@@ -41,8 +39,8 @@ from dualrefnet.analysis.subgroups import (
     draw_subgroups,
 )
 from dualrefnet.display.figure import ReportFigure
-from dualrefnet.display.format import Cell, PrintedTable, estimate, interval_of, listed, number, percent, sentence
-from dualrefnet.display.page import Section
+from dualrefnet.display.format import Cell, PrintedTable, estimate, interval_of, listed, number, sentence
+from dualrefnet.display.page import LEVELS, Section
 from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.evaluation.calibration import Calibration
 from dualrefnet.evaluation.curves import compute_reliability, draw_reliability
@@ -50,6 +48,15 @@ from dualrefnet.evaluation.referral import draw_referral, draw_selective, measur
 from dualrefnet.progress import progress_bar
 from dualrefnet.report import ReportOptions
 from dualrefnet.report.performance import Measured
+from dualrefnet.report.verdict import (
+    WORST_FIRST,
+    judge_audit,
+    judge_calibration,
+    judge_decisions,
+    judge_out_of_distribution,
+    judge_shortcuts,
+    judge_subgroups,
+)
 from dualrefnet.runtime.calibration import malignancy
 
 Row = Mapping[Any, Any]
@@ -69,28 +76,20 @@ def calibration_section(measured: Measured, samples: int, seed: int) -> Section:
         bootstrap = Bootstrap(measured.groups, samples, seed)
         return draw_reliability(compute_reliability(measured.labels, probabilities, bootstrap), measured.unit)
 
-    before = reliability(measured.probabilities)
+    findings = judge_calibration(measured.metrics)
     if not measured.run.calibration_file.is_file():
-        intro = [f"The expected calibration error on the test split is {number(measured.metrics['ece'])}."]
-        return Section("calibration", "Calibration", intro, [before])
+        figure = reliability(measured.probabilities)
+        return Section("calibration", "Calibration", [], [figure], findings=findings)
     calibration, values = measured.run.calibration, measured.metrics["calibrated"]
     low, high = calibration.temperature_interval or (None, None)
     effect = f"it {'lowers' if calibration.temperature > 1 else 'raises'} the confidence of the model"
     if low is not None and high is not None and low <= 1 <= high:
         effect = "as the interval includes 1, no change of confidence is clearly needed"
     temperature = estimate(calibration.temperature, low, high, ".2f")
-    errors = f"{number(values['before']['ece'])} before and {number(values['after']['ece'])} after temperature scaling"
-    by_chance = values["after"].get("ece_by_chance")
-    if by_chance:
-        compared = "above" if values["after"]["ece"] > by_chance[1] else "not above"
-        errors += f", {compared} the 95th percentile of a perfectly calibrated model ({number(by_chance[1])})"
-    intro = [
-        f"The temperature fitted on the validation split is {temperature}; {effect}.",
-        f"The expected calibration error on the test split is {errors}.",
-    ]
+    intro = [f"The temperature fitted on the validation split is {temperature}; {effect}."]
     after = reliability(calibration.probabilities(measured.probabilities))
-    after = replace(after, name="reliability_calibrated", title="Reliability after temperature scaling")
-    return Section("calibration", "Calibration", intro, [before, after, _error_table(values)])
+    after = replace(after, title="Reliability after temperature scaling")
+    return Section("calibration", "Calibration", intro, [after, _error_table(values)], findings=findings)
 
 
 def _error_table(values: Row) -> PrintedTable:
@@ -123,38 +122,8 @@ def conformal_section(measured: Measured, samples: int, seed: int) -> Section:
         scores = malignancy(calibrated, calibration.cancer)
         curve = referral_curve(malignant, scores, bootstrap, *threshold)
         figures.append(draw_referral(curve, measured.unit))
-    tables = [_set_table(measured, calibration, values["conformal"]), _selective_table(values["selective"])]
-    intro = [_sets(values["conformal"]), _referral(calibration, values["referral"])]
-    return Section("conformal", "Conformal sets and referral", intro, [*tables, *figures])
-
-
-def _sets(values: Row) -> str:
-    one = values["marginal"]
-    verdicts = {"missed": ", missed: the interval lies below it", "exceeded": ", exceeded"}
-    return (
-        f"Conformal sets contain the true class of {percent(one, 'coverage')} of the test images (target "
-        f"{values['promised']:.0%}{verdicts.get(one['promise'], '')}); they have {one['mean_size']:.1f} classes on "
-        f"average, and {percent(one, 'singletons')} of them have one."
-    )
-
-
-def _referral(calibration: Calibration, values: Row | None) -> str:
-    if values is None:
-        return "There is no referral threshold: no class, or no validation image, is malignant."
-    low, high = calibration.referral_interval or (None, None)
-    threshold = estimate(calibration.referral, low, high, ".2f")
-    text = f"Images with a malignancy score of at least {threshold} are referred: {percent(values, 'referred')}"
-    if values["malignant"] == 0:
-        return f"{text}; as no test image is malignant, the sensitivity is unknown."
-    low, high = values.get("sensitivity_ci95") or (1, 0)
-    target = "reached"
-    if not values["reached"]:
-        target = "not reached, but inside the interval" if low <= values["wanted"] <= high else "not reached"
-    return (
-        f"{text}, with a sensitivity of {percent(values, 'sensitivity')} for malignant images (target "
-        f"{values['wanted']:.0%}, {target}; {values['missed']:,} of {values['malignant']:,} missed) and a specificity "
-        f"of {percent(values, 'specificity')}."
-    )
+    table, findings = _set_table(measured, calibration, values["conformal"]), judge_decisions(measured.metrics)
+    return Section("conformal", "Conformal sets and referral", [], [table, *figures], findings=findings)
 
 
 def _set_table(measured: Measured, calibration: Calibration, values: Row) -> PrintedTable:
@@ -177,18 +146,8 @@ def _set_table(measured: Measured, calibration: Calibration, values: Row) -> Pri
     if marginal["filled"]:
         notes.append(f"{marginal['filled']} empty sets were replaced by the likeliest class.")
     if "availability" in measured.metrics:
-        notes.append("Inputs as recorded; predictions with missing inputs use thresholds of their own (see Summary).")
+        notes.append("Inputs as recorded; predictions with missing inputs use thresholds of their own (see Metrics).")
     return PrintedTable(f"Conformal sets, target coverage {calibration.coverage:.0%}", columns, rows, tuple(notes))
-
-
-def _selective_table(values: Row) -> PrintedTable:
-    rows = []
-    for row in values["table"]:
-        kept = ", ".join(f"{name} {count:,}" for name, count in row["answered"].items())
-        measures = [Cell.of(row, "accuracy"), Cell.of(row, "balanced_accuracy")]
-        rows.append([Cell(f"{row['percent']}%", kept), Cell(number(row["threshold"], ".2f")), *measures])
-    columns = ("most confident images", "least confidence", "accuracy", "balanced accuracy")
-    return PrintedTable("Selective prediction", columns, rows)
 
 
 OVERCONFIDENCE = "Overconfidence: mean confidence minus accuracy."
@@ -208,14 +167,9 @@ def subgroups_section(subgroups: Subgroups, unit: str = "patients") -> Section:
     """Return the results by category of each subgroup field."""
     table = subgroups.table
     flagged = table[table["flagged"] & table["counted"]]
-    where = [
-        f"{field} = {level} ({len(part)})" for (field, level), part in flagged.groupby(["field", "level"], sort=False)
-    ]
     intro = [
         f"The {subgroups.images:,} test images by {listed(list(subgroups.descriptions))}; each category is compared "
         "with all others. A gap shows that results differ, not why.",
-        f"Of {subgroups.looked_at:,} gaps, {subgroups.flagged:,} have a 95% interval without 0 (about "
-        f"{subgroups.by_chance:.0f} expected by chance){': ' if where else ''}{listed(where)}.",
     ]
     items: list[PrintedTable | ReportFigure] = [_category_table(subgroups, unit)]
     if len(flagged):
@@ -225,7 +179,7 @@ def subgroups_section(subgroups: Subgroups, unit: str = "patients") -> Section:
         items.append(draw_subgroups(subgroups, "balanced_accuracy", unit))
     drawn = [name for name in GAP_MEASURES if name in known and known[name]["gap"].notna().any()]
     items += [draw_subgroup_gaps(subgroups, name, unit) for name in drawn]
-    return Section("subgroups", "Subgroups", intro, items)
+    return Section("subgroups", "Subgroups", intro, items, findings=judge_subgroups(subgroups))
 
 
 def _category_table(subgroups: Subgroups, unit: str) -> PrintedTable:
@@ -274,14 +228,6 @@ def out_of_distribution_section(measured: OutOfDistributionMeasured, unit: str =
         f"(target {FALSE_ALARMS:.0%}) and {_estimate(everyday, 'flagged')} of {everyday['pictures']:,} images without "
         f"a lesion (AUROC {_estimate(everyday, 'auroc', '.3f')})."
     ]
-    if measured.skin_auroc is not None:
-        value, low, high = measured.skin_auroc.columns().values()
-        verdict = "separates the two" if low > 0.5 else "does not reliably separate the two"
-        intro.append(
-            f"Of crops of healthy skin {_estimate(rows[SKIN], 'flagged')} are flagged, of equally large crops of "
-            f"lesions {_estimate(rows[CLOSE_LESION], 'flagged')}: the score {verdict} (AUROC "
-            f"{estimate(value, low, high, '.2f')}), so images of healthy skin often pass without a warning."
-        )
     table = [
         [
             Cell(row["group"]),
@@ -301,7 +247,9 @@ def out_of_distribution_section(measured: OutOfDistributionMeasured, unit: str =
     )
     columns = ("group", "images", "AUROC", "flagged")
     found = PrintedTable("Flagged images", columns, table, notes)
-    return Section("out-of-distribution", "Out-of-distribution", intro, [found, draw_out_of_distribution(measured)])
+    findings = judge_out_of_distribution(measured)
+    items = (found, draw_out_of_distribution(measured))
+    return Section("out-of-distribution", "Out-of-distribution", intro, items, findings=findings)
 
 
 def _estimate(row: Row, name: str = "value", form: str = ".1%") -> str:
@@ -312,7 +260,8 @@ def _estimate(row: Row, name: str = "value", form: str = ".1%") -> str:
 def shortcuts_section(shortcuts: Shortcuts) -> Section:
     """Return what the score depends on, by probes with parts of the input removed or permuted across patients."""
     table, figure = shortcut_table(shortcuts), draw_shortcuts(shortcuts)
-    return Section("shortcuts", "Shortcut probes", shortcut_sentences(shortcuts), [table, figure])
+    sentences, findings = shortcut_sentences(shortcuts), judge_shortcuts(shortcuts)
+    return Section("shortcuts", "Shortcut probes", sentences, [table, figure], findings=findings)
 
 
 def missing_metadata_section(availability: MissingMetadata) -> Section:
@@ -346,7 +295,6 @@ CHECKS = (
     ("No single column reveals the class", ("proxy",)),
     ("Metadata do not identify the patient", ("nearest_form", "reidentification", "form_alone")),
 )
-VERDICTS = {"FAIL": "failed", "WARN": "warning", "PASS": "passed"}
 # The findings say what the other tables of an audit hold.
 AUDIT_TABLES = ("missing_models", "proxies", "form_alone")
 
@@ -372,25 +320,23 @@ def images_section(opened: OpenedRun, options: ReportOptions) -> Section:
 
 def audit_section(audit: Audit) -> Section:
     """Return the verdicts of a data audit, and the tables of missingness, label-leaking columns and metadata alone."""
-    counts = {level: sum(finding.level == level for finding in audit.findings) for level in VERDICTS}
-    failed = [finding.message for finding in audit.findings if finding.level == "FAIL"]
+    counts = {level: sum(finding.level == level for finding in audit.findings) for level in WORST_FIRST}
     intro = [
         f"The {sum(audit.images.values()):,} images of {audit.dataset} (train {audit.images['train']:,}, validation "
         f"{audit.images['val']:,}, test {audit.images['test']:,}) were checked for data leakage: of "
         f"{len(audit.findings)} findings, {counts['FAIL']} invalidate the results and {counts['WARN']} are warnings."
     ]
-    intro += [" ".join(map(sentence, failed))] if failed else []
     rows = []
     for check, ids in CHECKS:
         findings = [finding for finding in audit.findings if finding.check in ids]
-        worst = next((level for level in VERDICTS if any(finding.level == level for finding in findings)), None)
+        worst = next((level for level in WORST_FIRST if any(finding.level == level for finding in findings)), None)
         if worst is not None:
             messages = dict.fromkeys(finding.message for finding in findings if finding.level == worst)
-            verdict = Cell(VERDICTS[worst], bold=worst != "PASS")
+            verdict = Cell(LEVELS[worst], bold=worst != "PASS")
             rows.append([Cell(check), verdict, Cell(" ".join(map(sentence, messages)))])
     compared = [sentence(finding.message) for finding in audit.findings if finding.check == "images_compared"]
     notes = tuple(compared or ["Images were not compared with each other."])
     verdicts = PrintedTable("Checks", ("check", "verdict", "finding"), rows, notes, left=3)
     printed = printed_tables(audit)
     tables = [printed[name] for name in AUDIT_TABLES if name in printed]
-    return Section("audit", "Data audit", intro, [verdicts, *tables])
+    return Section("audit", "Data audit", intro, [verdicts, *tables], findings=judge_audit(audit))

@@ -190,7 +190,9 @@ async function send(path, { files, metadata, label }, button, message) {
   if (label) body.append("label", label);
   state.request?.abort();
   const request = (state.request = new AbortController());
+  const idle = button.textContent;
   button.disabled = true;
+  button.textContent = message;
   $("output").setAttribute("aria-busy", "true");
   $("status").textContent = message;
   $("error").textContent = "";
@@ -201,6 +203,7 @@ async function send(path, { files, metadata, label }, button, message) {
     return null;
   } finally {
     button.disabled = false;
+    button.textContent = idle;
     if (state.request === request) {
       $("output").removeAttribute("aria-busy");
       $("status").textContent = "";

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dualrefnet.errors import DependencyError
+from dualrefnet.errors import DependencyError, install_hint
 from dualrefnet.service.settings import ServiceSettings, read_keys
 
 try:
     from ray import serve
 except ImportError:
-    raise DependencyError("Ray Serve needs Ray: pip install 'dualrefnet[scale,deploy]'") from None
+    raise DependencyError(f"Ray Serve needs Ray: {install_hint('scale,deploy')}") from None
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

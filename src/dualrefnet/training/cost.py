@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dualrefnet.models.backbones import check_image_size
 from dualrefnet.models.base import Architecture, Method
 from dualrefnet.models.registry import METHODS, new_model
+from dualrefnet.progress import track
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.training.losses import DualRefNetLoss
 
@@ -33,7 +34,7 @@ def measure_costs(backbones: Sequence[str], methods: Sequence[str] = tuple(METHO
     for backbone in backbones:
         check_image_size(backbone, load_recipe(RECIPE).image.size)
     rows = []
-    for method in methods:
+    for method in track(methods, "methods"):
         names = backbones
         if method == "ensemble":
             names = ["+".join(PUBLISHED_MEMBERS)]
