@@ -49,14 +49,15 @@ def of(kind: str, stage: str = "final") -> list[str]:
     return [rest for name, rest in stages()[stage] if name == kind]
 
 
-def parse(arguments: list[str]) -> None:
-    """Parse a command as the program would, without running it."""
+def parse(arguments: list[str], model: Path) -> None:
+    """Parse a command as the program would, with a model that is there, without running it."""
     for module in pkgutil.iter_modules(dualrefnet.cli.__path__):
         importlib.import_module(f"dualrefnet.cli.{module.name}")
     group = typer.main.get_command(dualrefnet.cli.app)
     command = group.get_command(typer.Context(group), arguments[0])
     assert command is not None, arguments[0]
-    command.make_context(arguments[0], arguments[1:])
+    assert arguments[1].startswith("/")
+    command.make_context(arguments[0], [str(model), *arguments[2:]])
 
 
 def packages_of_the_cpu_image() -> list[str]:
@@ -90,12 +91,13 @@ def test_what_is_copied_exists_and_is_sent_to_the_builder() -> None:
     assert "ADD" not in {name for name, _ in instructions()}
 
 
-def test_the_commands_of_image_compose_and_unit_exist_with_their_options() -> None:
+def test_the_commands_of_image_compose_and_unit_exist_with_their_options(tmp_path: Path) -> None:
+    (tmp_path / "bundle.json").touch()
     assert of("ENTRYPOINT") == ['["dualrefnet"]']
-    parse(json.loads(of("CMD")[0]))
-    parse(yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["dualrefnet"]["command"])
+    parse(json.loads(of("CMD")[0]), tmp_path)
+    parse(yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["dualrefnet"]["command"], tmp_path)
     unit = read_unit()["Service"]
-    parse(shlex.split(unit["ExecStart"])[1:])
+    parse(shlex.split(unit["ExecStart"])[1:], tmp_path)
 
 
 def test_the_packages_of_the_cpu_image_are_known_and_locked_and_hold_no_torch() -> None:

@@ -45,7 +45,7 @@ class Pixels(nn.Module):
 
     def __init__(self, pool: int = 1) -> None:
         super().__init__()
-        self.pool = pool
+        self.pool, self.num_features = pool, 3
 
     def forward_features(self, image: Tensor) -> Tensor:
         return nn.functional.avg_pool2d(image, self.pool)

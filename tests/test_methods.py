@@ -237,6 +237,8 @@ EXPECTED = [((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)), (IMAGENET_MEAN, IMAGENET_STD), (
 
 
 class Pixels(nn.Module):
+    num_features = 3
+
     def forward_features(self, image):
         return image
 

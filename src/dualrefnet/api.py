@@ -128,7 +128,7 @@ def fit(
         # Without flags of what is missing, which may tell the class: a model that shall answer with whatever is given.
         "metadata": {"tier": "M2", "imputation": "token"} if fields else {"tier": "M0"},
         "modality_dropout": {"fields": 0.3, "pattern": 0.3, "metadata": 0.25, "image": 0.25} if fields else {},
-        "model": {"method": "dualrefnet", "backbone": "efficientnet_lite0", "dropout": 0.2},
+        "model": {"method": "dualrefnet", "backbone": "efficientnet_lite0", "views": 8, "dropout": 0.2},
         "loss": {"classification": 1.0, "penalty_strength": 0.003, "class_weights": "logit_adjustment"},
         "training": {"epochs": epochs, "selection": "last"},
     }

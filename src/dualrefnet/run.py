@@ -125,7 +125,7 @@ class Run:
     def members(self) -> list[Run]:
         """The runs of which a cross-fitted run consists, one a fold; none of any other run."""
         is_member = self.path.parent.name == MEMBERS and (self.path.parent.parent / "recipe.yaml").is_file()
-        if is_member or self.recipe.data.protocol != CROSS_FITTED:
+        if is_member or not (self.path / "recipe.yaml").is_file() or self.recipe.data.protocol != CROSS_FITTED:
             return []
         return [Run(self.path / MEMBERS / str(fold)) for fold in range(self.recipe.data.folds)]
 

@@ -206,6 +206,8 @@ class Trainer:
         if self.device.type == "cpu":
             keep_freed_memory()
         self.model, self.recipe, self.run = model, recipe, run
+        # Validation watches the training; several passes an image are for the finished model.
+        model.views = 1
         self.normalisation, self.spans = normalisation, spans
         # Convolutions on pixels-with-their-channels are faster on CPUs and on tensor cores alike.
         self.model.to(self.device).to(memory_format=torch.channels_last)
