@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -207,6 +208,8 @@ def test_the_command_serves_with_keys_and_warns_without(tiny_run: Run, tmp_path:
         process.popen.send_signal(signal.SIGTERM)
         assert process.popen.wait(30) == 0
         assert "warning" not in process.log.read_text()
+    # The start of a run, whose model isn't there yet.
+    shutil.copy(tiny_run.path / "recipe.yaml", tmp_path)
     nothing = command_line(tmp_path, "--workers", "2", "--port", "0")
     failed = subprocess.run(nothing, capture_output=True, text=True, timeout=60)
     assert failed.returncode == 2
