@@ -251,9 +251,9 @@ class Run:
 
     def check_weights(self) -> None:
         """Refuse parameters that aren't those of the training; RunError says so. Older runs don't record them."""
-        for member in self.members:
-            member.check_weights()
-        if self.members:
+        if members := self.members:
+            for member in members:
+                member.check_weights()
             return
         recorded = self.fingerprint.get("model_sha256") if (self.path / "fingerprint.json").is_file() else None
         with self._reading(self.weights_file.name) as path:

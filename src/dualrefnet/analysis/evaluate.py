@@ -326,7 +326,8 @@ def evaluate_run(
 
     calibration = fit(np.ones(len(arrays[fitted_on][0]), dtype=bool), wanted.bootstrap)
     write_json(run.calibration_file, calibration.to_json())
-    by_fold, folds = [], opened.examples(measured_on).folds
+    # The last split of the loop is the one that is measured.
+    by_fold, folds = [], examples.folds
     if folds is not None:
         # What is measured had no part in the calibration either.
         by_fold = [(folds == fold, fit(folds != fold, 0)) for fold in np.unique(folds)]

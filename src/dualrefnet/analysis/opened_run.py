@@ -107,18 +107,19 @@ class OpenedRun:
             )
         return patients
 
-    def fits(self, train: Examples, tested: Examples) -> list[Fit]:
-        """Return what is trained on and tested with what: one pair, or of a cross-fitted run one a member."""
-        if tested.folds is None:
-            return [Fit(train, np.arange(len(train)), np.arange(len(tested)))]
-        assert train.folds is not None
+    def fits(self, train: Examples, tested: int) -> list[Fit]:
+        """Return what is trained on and tested with what: one pair, or of a cross-fitted run one a member; `tested` is
+        the number of examples that are.
+        """
+        if train.folds is None:
+            return [Fit(train, np.arange(len(train)), np.arange(tested))]
         return [
             Fit(
                 replace(train, folds=np.full_like(train.folds, fold)),
                 np.flatnonzero(train.folds != fold),
-                np.flatnonzero(tested.folds == fold),
+                np.flatnonzero(train.folds == fold),
             )
-            for fold in np.unique(tested.folds)
+            for fold in np.unique(train.folds)
         ]
 
     @cached_property

@@ -151,7 +151,7 @@ def fit_run(opened: OpenedRun, validation: NDArray[np.float32], test: NDArray[np
     examples, seed = opened.examples("train"), opened.recipe.seed
     members = []
     with progress_bar("out-of-distribution score") as show:
-        for fit in opened.fits(examples, opened.examples("val")):
+        for fit in opened.fits(examples, len(validation)):
             rows = fit.rows
             if len(rows) > AT_MOST:
                 rows = np.sort(np.random.default_rng(seed).choice(rows, AT_MOST, replace=False))

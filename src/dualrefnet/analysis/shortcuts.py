@@ -258,7 +258,7 @@ class _Probe:
             inputs["trained_gaps"] = (first, second)
         names = [*inputs, *(["trained_photograph"] if opened.model.reads_image else [])]
         found = {name: np.zeros((len(self.examples), len(opened.classes))) for name in names}
-        for fit in opened.fits(train, self.examples):
+        for fit in opened.fits(train, len(self.examples)):
             for name, (features, test) in inputs.items():
                 found[name][fit.tested] = fit_baseline(
                     features[fit.rows], train.labels[fit.rows], test[fit.tested], len(opened.classes)

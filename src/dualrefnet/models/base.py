@@ -225,24 +225,13 @@ class Method(nn.Module, ABC):
 
     def read_views(self, image: Tensor) -> Encoded:
         """Read (B, 3, H, W) images and flipped copies of them, and return the mean; maps are flipped back before."""
+        if self.views == 1:
+            return self.read(image)
         reads = []
         for turned, flipped in VIEWS[: self.views]:
             view = (image.transpose(-1, -2) if turned else image).flip(flipped)
             reads.append(self.read(view).each(partial(_turn_back, turned=turned, flipped=flipped)))
-        if len(reads) == 1:
-            return reads[0]
-        outputs = []
-        for several in zip(*(read.outputs for read in reads), strict=True):
-            maps = [output.map for output in several if output.map is not None]
-            taps = zip(*(output.taps for output in several), strict=True)
-            outputs.append(
-                EncoderOutput(
-                    torch.stack(maps).mean(dim=0) if maps else None,
-                    torch.stack([output.vector for output in several]).mean(dim=0),
-                    tuple(torch.stack(tap).mean(dim=0) for tap in taps),
-                )
-            )
-        return Encoded(tuple(outputs))
+        return Encoded.join(reads, lambda several: torch.stack(list(several)).mean(dim=0))
 
     def reconstruct(self, image: Tensor | Encoded) -> Tensor | None:
         """Return the (B, 3, 2H, 2W) image, in about 0..1, that the auxiliary task's decoder rebuilds; None without

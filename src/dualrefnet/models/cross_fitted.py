@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dualrefnet.models.base import Head, Method, MissingInputs, Output
-from dualrefnet.models.encoders import Encoded, EncoderOutput
+from dualrefnet.models.encoders import Encoded
 from dualrefnet.recipe import ModelSection
 
 Result = TypeVar("Result")
@@ -27,7 +27,7 @@ class CrossFitted(Method):
         # Encoders and learned tokens are the members'.
         nn.Module.__init__(self)
         self.members = nn.ModuleList(members)
-        # The members'.
+        # Members average over their own.
         self.views = 1
         for name in ("title", "reads_image", "reads_metadata", "reads_taps"):
             setattr(self, name, getattr(members[0], name))
@@ -62,18 +62,7 @@ class CrossFitted(Method):
     def encode_held_out(self, image: Tensor, folds: Tensor) -> Encoded:
         """Read each image (B, 3, H, W) with the member whose fold (B,) it is in."""
         parts, order = self._each_fold(folds, lambda member, rows: member.encode(image[rows]))
-        outputs = []
-        for several in zip(*(part.outputs for part in parts), strict=True):
-            maps = [output.map for output in several if output.map is not None]
-            taps = zip(*(output.taps for output in several), strict=True)
-            outputs.append(
-                EncoderOutput(
-                    torch.cat(maps)[order] if maps else None,
-                    torch.cat([output.vector for output in several])[order],
-                    tuple(torch.cat(tap)[order] for tap in taps),
-                )
-            )
-        return Encoded(tuple(outputs), folds)
+        return Encoded.join(parts, lambda several: torch.cat(list(several))[order])._replace(folds=folds)
 
     def answer(self, images: Encoded, metadata: Tensor) -> Output:
         """Classify with the mean of all members, or each image with that of its fold; `features` and `hidden` are those

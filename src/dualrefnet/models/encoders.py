@@ -14,7 +14,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -69,6 +69,11 @@ class WeightsSource:
     options: Mapping[str, str] = field(default_factory=dict)
     # Of kind `run`: name, data set, licence, citation and model_sha256 of each run that trained it before, in order.
     trained_on: tuple[Mapping[str, str], ...] = ()
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> WeightsSource:
+        """Return what a run's `model.json` records of an encoder."""
+        return cls(**{**record, "mean": tuple(record["mean"]), "std": tuple(record["std"])})
 
 
 RANDOM = "random, not pretrained"
@@ -370,17 +375,18 @@ class Encoded(NamedTuple):
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Encoded:
         """Return the same with every map, vector and tap changed; (B, ...) each."""
-        return Encoded(
-            tuple(
-                EncoderOutput(
-                    None if output.map is None else change(output.map),
-                    change(output.vector),
-                    tuple(map(change, output.taps)),
-                )
-                for output in self.outputs
-            ),
-            self.folds,
-        )
+        return Encoded.join([self], lambda several: change(several[0]))._replace(folds=self.folds)
+
+    @classmethod
+    def join(cls, reads: Sequence[Encoded], combine: Callable[[Sequence[Tensor]], Tensor]) -> Encoded:
+        """Return one in place of several of the same encoders: their maps, vectors and taps, each combined."""
+        outputs = []
+        for several in zip(*(read.outputs for read in reads), strict=True):
+            maps = [output.map for output in several if output.map is not None]
+            taps = zip(*(output.taps for output in several), strict=True)
+            vector = combine([output.vector for output in several])
+            outputs.append(EncoderOutput(combine(maps) if maps else None, vector, tuple(map(combine, taps))))
+        return cls(tuple(outputs))
 
     def rows(self, index: Tensor) -> Encoded:
         """Return what was read of some of the images: (K,) whole numbers or (B,) truth values."""

@@ -205,10 +205,7 @@ def load_model(description: Mapping[str, Any], weights_file: Path) -> Method:
         if section.method not in METHODS:
             raise RunError(f"{weights_file.parent} holds a model of method {section.method!r}, unknown to this version")
         method = METHODS[section.method].network
-        sources = [
-            WeightsSource(**{**source, "mean": tuple(source["mean"]), "std": tuple(source["std"])})
-            for source in description["weights"]
-        ]
+        sources = [WeightsSource.from_json(record) for record in description["weights"]]
         encoders = [
             create_encoder(name, source, architecture.image_size, method.reads_taps, position)
             for position, (name, source) in enumerate(zip(architecture.backbones, sources, strict=True))

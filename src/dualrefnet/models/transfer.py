@@ -64,7 +64,7 @@ class SourceRun:
         this |= {"citation": dataset.get("citation", ""), "model_sha256": sha256}
         sources = []
         for record in about["weights"]:
-            before = WeightsSource(**{**record, "mean": tuple(record["mean"]), "std": tuple(record["std"])})
+            before = WeightsSource.from_json(record)
             said = f"{before.description}, then run {this['run']} on {this['dataset']}"
             trained_on = (*before.trained_on, this)
             sources.append(replace(before, kind="run", description=said, sha256=sha256, trained_on=trained_on))

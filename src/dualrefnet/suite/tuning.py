@@ -20,7 +20,7 @@ import pandas as pd
 
 from dualrefnet.data.loader import fill_recipe_store, read_dataset
 from dualrefnet.display.format import PrintedTable, text_rows
-from dualrefnet.errors import DependencyError, RecipeError, RunError
+from dualrefnet.errors import DependencyError, RecipeError, RunError, install_hint
 from dualrefnet.files import locked, make_folder, write_csv, write_yaml
 from dualrefnet.models.registry import METHODS
 from dualrefnet.progress import note, progress_bar, warn
@@ -40,7 +40,7 @@ def require_optuna() -> Any:
         import optuna
     except ImportError:
         raise DependencyError(
-            "tuning needs Optuna, which comes with the extra `tune`: pip install 'dualrefnet[tune]'"
+            f"tuning needs Optuna, which comes with the extra `tune`: {install_hint('tune')}"
         ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
