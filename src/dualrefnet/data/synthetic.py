@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -126,6 +125,8 @@ def make_synthetic(
     One seed gives the same bytes with the same versions of NumPy, OpenCV and Pillow, and the images of a smaller sample
     are the first images of a larger one. `progress` is called after each image with the number done and `images`.
     """
+    import pandas as pd
+
     if images < MINIMUM_IMAGES:
         raise DataError(f"at least {MINIMUM_IMAGES} images, not {images}, give patients of every class in every split")
     if side < MINIMUM_SIDE:

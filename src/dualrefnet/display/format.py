@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from dualrefnet.runtime.availability import ALWAYS_RECORDED, AS_RECORDED, IMAGE_ONLY, METADATA_ONLY
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Values = Mapping[str, Any]
 
@@ -73,6 +74,8 @@ AVAILABILITY_NAMES = {
 
 def number(value: float | None, form: str = ".3f") -> str:
     """Return a value; a dash if it is undefined."""
+    import pandas as pd
+
     return UNDEFINED if value is None or pd.isna(value) else format(value, form).replace("-", "−")
 
 
@@ -88,6 +91,8 @@ def billions(value: float | None) -> str:
 
 def interval(low: float | None, high: float | None, form: str = ".2f") -> str:
     """Return an interval in brackets; empty if there is none."""
+    import pandas as pd
+
     return "" if low is None or pd.isna(low) else f"[{low:{form}}, {high:{form}}]".replace("-", "−")
 
 
@@ -255,6 +260,8 @@ SIGNIFICANT = 0.05
 
 def p_value(p: float) -> str:
     """Return a corrected p with its sign of equality; empty if there is none."""
+    import pandas as pd
+
     return "" if pd.isna(p) else "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 

@@ -201,7 +201,7 @@ class Trainer:
         self.device = self.accelerator.device
         self.frozen = section.encoder == "frozen"
         # Small layers on stored features gain nothing from half precision.
-        self.precision = "fp32" if self.frozen else resolve_precision(section.precision, self.device)
+        self.precision = "fp32" if self.frozen else resolve_precision(section.precision, self.device, model)
         self._best: dict[str, Tensor] = {}
         if self.device.type == "cpu":
             keep_freed_memory()
