@@ -33,7 +33,8 @@ def load_dataset(name: str, root: Path | str | None = None, description: Path | 
     Raises:
         DataError: the adapter is unknown, the folder or a file in it is missing, or the table is not what it must be.
     """
-    return ADAPTERS[name](find_root(name, root), Path(description) if description else None)
+    folder = find_root(name, root)
+    return ADAPTERS[name](folder, Path(description) if description else None)
 
 
 def find_root(name: str, root: Path | str | None = None) -> Path:
