@@ -315,7 +315,7 @@ def explain_metadata(
     found: list[Attribution] = []
     for row in chosen:
         # Each image is encoded alone and has a seed of its own, so its values are the same in any choice of images.
-        classify = _classifier(opened, opened.encode(examples.batch(np.array([row]))))
+        classify = _classifier(opened, opened.encode_rows(examples, np.array([row])))
         own_seed = int(np.random.SeedSequence([seed, int(row)]).generate_state(1)[0])
         found.append(attribute_prediction(classify, examples.metadata[row], others, groups, permutations, own_seed))
         if progress:
