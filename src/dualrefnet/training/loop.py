@@ -277,8 +277,10 @@ class Trainer:
                         _refuse_divergence(losses["total"])
                     show(step + 1, steps)
             row = {"epoch": epoch + 1, "learning_rate": self.optimizer.param_groups[0]["lr"]}
-            for name, values in losses.items():
-                row[f"train_{name}"] = sum(value / steps for value in torch.stack(values).tolist())
+            # Each process has seen its share of every batch.
+            each = accelerator.reduce(torch.stack([torch.stack(values) for values in losses.values()]), "mean")
+            for name, values in zip(losses, each.tolist(), strict=True):
+                row[f"train_{name}"] = sum(value / steps for value in values)
             row |= self._validate(val)
             row |= self._rebuild(rebuilt) if rebuilt is not None else {}
             row |= {f"l1_{name}": value for name, value in head_norms(self.kept).items()}
