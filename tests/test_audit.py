@@ -15,6 +15,8 @@ from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.check import Finding
 from dualrefnet.data.protocols import split_dataset
 from dualrefnet.data.schema import Dataset
+from dualrefnet.recipe import load_recipe
+from dualrefnet.training.preflight import check_start
 
 
 def only(findings: list[Finding], check: str) -> Finding:
@@ -115,6 +117,21 @@ def test_patients_and_lesions_of_the_paper_s_split_of_pad(pad):
         # 42.5 and 47.5 (NEV) are printed as 43 and 48.
         assert percent.loc[what].loc[classes, column].tolist() == pytest.approx(expected, abs=0.51)
     assert [finding.level for finding in findings] == ["FAIL", "FAIL"]
+
+
+def test_a_training_says_what_leaks_before_it_starts_and_the_shortcut_first(real_pad, tmp_path, capsys):
+    changes = {
+        "data.root": str(real_pad),
+        "data.protocol": "paper",
+        "metadata.tier": "M3",
+        "metadata.imputation": "neural",
+        "modality_dropout": {},
+    }
+    check_start(load_recipe("pad_ufes_20", changes), tmp_path / "run")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) <= 3
+    assert "of the rows with missing fields are malignant" in lines[0]
+    assert "49.3%" in lines[1]
 
 
 def test_lesions_of_the_paper_s_split_of_isic(isic):

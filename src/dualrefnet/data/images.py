@@ -96,3 +96,43 @@ class ImageIndex:
         """From what means one file to what may mean several."""
         path, stem = image_path(name), image_id(name)
         return [("path", path), ("any case", path.casefold()), ("id", stem), ("id in any case", stem.casefold())]
+
+
+def walk_images(sources: Iterable[Path]) -> Iterator[Path]:
+    """Go through image files: sorted within each folder, then those of the folders in it; hidden ones are left out."""
+    for source in sources:
+        if source.is_dir():
+            yield from map(Path, filter(is_image, list_files(source)))
+        elif source.is_file():
+            yield source
+        else:
+            raise DataError(f"there is no file or folder {source}")
+
+
+class NamedImages:
+    """The images of some files and folders by the names that a table gives them: paths below one, or ends of paths.
+
+    Folders that don't exist hold none.
+    """
+
+    def __init__(self, sources: Iterable[Path]) -> None:
+        self._sources = sources = [source for source in sources if source.exists()]
+        self._below = ImageIndex(
+            (path.relative_to(source if source.is_dir() else source.parent).as_posix(), str(path))
+            for source in sources
+            for path in walk_images([source])
+        )
+        # Number of parts of a name -> the images by that many last parts of their paths.
+        self._ends: dict[int, ImageIndex] = {}
+
+    def find(self, name: str) -> str | None:
+        """Return the path of an image, None if there is none; refuse a name that means two."""
+        found = self._below.find(name)
+        if found is not None:
+            return found
+        parts = image_path(name).count("/") + 1
+        if parts not in self._ends:
+            paths = [str(path) for path in walk_images(self._sources)]
+            ends = ("/".join(Path(path).absolute().as_posix().split("/")[-parts:]) for path in paths)
+            self._ends[parts] = ImageIndex(zip(ends, paths, strict=True))
+        return self._ends[parts].find(name)

@@ -23,7 +23,6 @@ from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.protocols import (
     FOLD,
     leak_remarks,
-    leakage,
     member_split,
     missing_classes,
     split_dataset,
@@ -128,11 +127,6 @@ def recipe_split(recipe: Recipe, dataset: Dataset, store: ImageStore | None, tes
     split = split_dataset(
         dataset, data.protocol, data.fold, data.folds, data.split_seed, data.split_file, data.allow_leak
     )
-    if data.protocol == "paper":
-        for unit, shares in leakage(dataset, split).items():
-            if shares is not None:
-                share = f"{shares['train']:.1%}"
-                warn(f"the paper's split leaks: {share} of the test images show a {unit} seen in training")
     if data.allow_leak:
         for message in leak_remarks(split, dataset.schema.unit):
             warn(message)
