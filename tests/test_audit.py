@@ -91,7 +91,7 @@ def test_the_command_says_the_verdict_and_its_exit_status(sample_root: Path, tmp
     done = CliRunner().invoke(app, ["audit", "sample", "--root", str(sample_root), *quick, "--out", str(written)])
     assert done.exit_code == 0, done.output
     assert "PASS  patients_on_two_sides" in done.output
-    assert "protocol grouped: WARN" in done.output
+    assert "protocol grouped, patient-disjoint split: WARN" in done.output
     assert json.loads(written.read_text())["failed"] is False
     frame = pd.DataFrame({"label": ["a", "b"] * 50, "answer": ["x", "y"] * 50, "patient": range(100)})
     frame.assign(image=[f"{n}.png" for n in range(100)]).to_csv(tmp_path / "table.csv", index=False)

@@ -18,7 +18,6 @@ import pandas as pd
 import pytest
 
 from dualrefnet.data.decode import decode_image
-from dualrefnet.data.images import walk_images
 from dualrefnet.deploy import batch as module
 from dualrefnet.deploy.batch import (
     Case,
@@ -30,6 +29,7 @@ from dualrefnet.deploy.batch import (
     csv_lines,
     predict_chunks,
     predict_to_csv,
+    walk_images,
 )
 from dualrefnet.deploy.predictor import Predictor
 from dualrefnet.errors import DataError, RunError

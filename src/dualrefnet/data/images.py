@@ -98,17 +98,6 @@ class ImageIndex:
         return [("path", path), ("any case", path.casefold()), ("id", stem), ("id in any case", stem.casefold())]
 
 
-def walk_images(sources: Iterable[Path]) -> Iterator[Path]:
-    """Go through image files: sorted within each folder, then those of the folders in it; hidden ones are left out."""
-    for source in sources:
-        if source.is_dir():
-            yield from map(Path, filter(is_image, list_files(source)))
-        elif source.is_file():
-            yield source
-        else:
-            raise DataError(f"there is no file or folder {source}")
-
-
 class NamedImages:
     """The images of some files and folders by the names that a table gives them: paths below one, or ends of paths.
 
@@ -116,12 +105,13 @@ class NamedImages:
     """
 
     def __init__(self, sources: Iterable[Path]) -> None:
-        self._sources = sources = [source for source in sources if source.exists()]
-        self._below = ImageIndex(
-            (path.relative_to(source if source.is_dir() else source.parent).as_posix(), str(path))
+        self._files = [
+            (file.relative_to(source if source.is_dir() else source.parent).as_posix(), str(file))
             for source in sources
-            for path in walk_images([source])
-        )
+            if source.exists()
+            for file in (map(Path, list_files(source)) if source.is_dir() else [source])
+        ]
+        self._below = ImageIndex(self._files)
         # Number of parts of a name -> the images by that many last parts of their paths.
         self._ends: dict[int, ImageIndex] = {}
 
@@ -132,7 +122,7 @@ class NamedImages:
             return found
         parts = image_path(name).count("/") + 1
         if parts not in self._ends:
-            paths = [str(path) for path in walk_images(self._sources)]
-            ends = ("/".join(Path(path).absolute().as_posix().split("/")[-parts:]) for path in paths)
-            self._ends[parts] = ImageIndex(zip(ends, paths, strict=True))
+            self._ends[parts] = ImageIndex(
+                ("/".join(Path(path).absolute().as_posix().split("/")[-parts:]), path) for _, path in self._files
+            )
         return self._ends[parts].find(name)

@@ -138,7 +138,7 @@ def recipe_split(recipe: Recipe, dataset: Dataset, store: ImageStore | None, tes
         parts |= {"test": split["split"] == "test"}
     for name, rows in parts.items():
         if not rows.any() and (tested or name != "test"):
-            hint = f"`dualrefnet check {data.dataset}` says which are missing"
+            hint = f"`dualrefnet check {data.dataset} --root {dataset.root}` says which are missing"
             raise SplitError(f"the {name} split has no image left; {hint}")
     trainings = [split]
     if FOLD in split:
@@ -170,7 +170,7 @@ def fill_recipe_store(
 ) -> ImageStore:
     """Fill the image store that a recipe needs, and warn of broken images; `verify`: compare it with the files."""
     if len(dataset.with_image) == 0:
-        raise DataError(f"{dataset.no_image}; `dualrefnet check {recipe.data.dataset}` says more")
+        raise DataError(f"{dataset.no_image}; `dualrefnet check {recipe.data.dataset} --root {dataset.root}` says more")
     with progress_bar("preparing images") as show:
         store = fill_store(dataset.with_image, recipe.image, stored_size(recipe), cache, workers, show)
     if verify:

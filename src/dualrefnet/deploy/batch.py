@@ -35,7 +35,8 @@ from dualrefnet.data.images import (
     NamedImages,
     files_in,
     image_path,
-    walk_images,
+    is_image,
+    list_files,
 )
 from dualrefnet.deploy.predictor import Predictor
 from dualrefnet.errors import DataError, ImageError
@@ -232,6 +233,17 @@ def _find_below(folder: Path, name: str, images_in: Callable[[Path], ImageIndex]
         return path
     found = images_in(named.parent).find(named.name) if named.parent.is_dir() else None
     return None if found is None else Path(found)
+
+
+def walk_images(sources: Iterable[Path]) -> Iterator[Path]:
+    """Go through image files: sorted within each folder, then those of the folders in it; hidden ones are left out."""
+    for source in sources:
+        if source.is_dir():
+            yield from map(Path, filter(is_image, list_files(source)))
+        elif source.is_file():
+            yield source
+        else:
+            raise DataError(f"there is no file or folder {source}")
 
 
 @dataclass(frozen=True)

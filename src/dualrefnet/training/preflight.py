@@ -44,8 +44,8 @@ def _findings(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
         if shortcut is not None:
             yield shortcut
     if data.protocol == "paper":
-        findings = crossing_ids(task, split_dataset(task, "paper"))
-        yield f"`dualrefnet audit` finds {'; '.join(finding.message for finding in findings)}"
+        leaks = crossing_ids(task, split_dataset(task, "paper"))
+        yield f"`dualrefnet audit` finds {'; '.join(leak.message for leak in leaks)}"
     there = dataset.with_image
     hashes = there["same_file"] if "same_file" in there else same_files(there["image_path"])
     copies = identical_images(zip(there["image_id"], there["label"], hashes.fillna(""), strict=True))
@@ -71,7 +71,7 @@ def check_recipe(recipe: Recipe) -> Dataset:
     whole = load_dataset(data.dataset, data.root, data.description)
     dataset = whole.of_task(data.keep, data.classes)
     if (method.reads_image or data.rows == "with_image") and len(dataset.with_image) == 0:
-        raise DataError(f"{dataset.no_image}; `dualrefnet check {data.dataset}` says more")
+        raise DataError(f"{dataset.no_image}; `dualrefnet check {data.dataset} --root {dataset.root}` says more")
     if len(dataset.schema.classes) < 2:
         raise DataError(f"{dataset.schema.title} has one class, {dataset.schema.classes[0]}, and nothing to learn")
     check_protocol(dataset, data.protocol, data.fold, data.folds, data.split_file, data.allow_leak)
