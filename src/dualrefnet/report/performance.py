@@ -76,7 +76,6 @@ class Measured:
 
     @property
     def unit(self) -> str:
-        """`patients`, `lesions` or `images`."""
         return f"{self.run.unit}s"
 
     @cached_property
@@ -86,7 +85,6 @@ class Measured:
 
 
 def read_measured(run: Run) -> Measured:
-    """Read a finished run."""
     description = run.model
     return Measured(run, run.metrics, tuple(description["classes"]), tuple(description["malignant"]), run.test)
 
@@ -127,7 +125,6 @@ def _headline_table(measured: Measured) -> PrintedTable:
 
 
 def class_section(measured: Measured) -> Section:
-    """Return the table of the classes."""
     recipe, per_class = measured.run.recipe, measured.metrics["per_class"]
     names = measured.run.model["dataset"].get("class_names", {})
     rows, paper_rows = [], []
@@ -158,7 +155,6 @@ def class_section(measured: Measured) -> Section:
 
 
 def curve_section(measured: Measured, samples: int, seed: int) -> Section:
-    """Return the ROC and precision-recall curves."""
     with progress_bar("curves") as show:
         test, bootstrap = measured.test, Bootstrap(measured.test.groups, samples, seed, progress=show)
         curves = class_curves(test.labels, test.probabilities, bootstrap, measured.classes, measured.malignant)
@@ -167,7 +163,6 @@ def curve_section(measured: Measured, samples: int, seed: int) -> Section:
 
 
 def history_section(measured: Measured) -> Section:
-    """Return the training history."""
     history, selection = measured.run.history, measured.run.recipe.training.selection
     epoch = selected_epoch(history, selection)
     criterion = "lowest loss" if selection == "loss" else f"highest {selection.replace('_', ' ')}"
