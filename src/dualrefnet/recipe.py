@@ -291,7 +291,9 @@ class TrainingSection(Section):
         "balanced_accuracy", description="best epoch by this on validation; last: validation serves calibration alone"
     )
     gradient_clip: float | None = Field(None, gt=0, description="largest norm of the gradient; empty: no limit")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 where the hardware has it and the encoder gains by it"
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     tracker: Literal["none", "tensorboard", "mlflow", "wandb"] = Field(
         "none", description="also log to a tracker, which must be installed (extra `track`: tensorboard)"
@@ -531,9 +533,10 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
 
 
 def suggestion(word: str, legal: Iterable[str]) -> str:
-    """Return `; did you mean ...?` for a misspelt word, or nothing if no legal one is near."""
-    near = difflib.get_close_matches(word, legal, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """Return `; did you mean ...?` for a misspelt word, or nothing if no legal one is near, in whatever case."""
+    spelt = {name.casefold(): name for name in legal}
+    near = difflib.get_close_matches(word.casefold(), spelt, n=1)
+    return f"; did you mean {spelt[near[0]]!r}?" if near else ""
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:

@@ -19,10 +19,7 @@ from importlib import metadata as packages
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-import pandas as pd
 import psutil
-from numpy.typing import NDArray
 
 import dualrefnet
 from dualrefnet import run_schema
@@ -41,6 +38,10 @@ from dualrefnet.files import (
 from dualrefnet.recipe import CROSS_FITTED, Recipe, differences, load_recipe
 
 if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+
     from dualrefnet.evaluation.calibration import Calibration
     from dualrefnet.runtime.out_of_distribution import OutOfDistributionScore
 
@@ -233,11 +234,13 @@ class Run:
     @property
     def test(self) -> TestSplit:
         """The predictions of the test split."""
+        import pandas as pd
+
         predictions, classes = self.predictions, self.model["classes"]
         rows = predictions[predictions["split"] == "test"].reset_index(drop=True)
         rows["group"] = rows["image_id"].map(self.split.set_index("image_id")["patient_id"])
-        labels = pd.Index(classes).get_indexer(pd.Index(rows["label"])).astype(np.int64)
-        return TestSplit(rows, labels, rows[[f"prob_{name}" for name in classes]].to_numpy(dtype=np.float64))
+        labels = pd.Index(classes).get_indexer(pd.Index(rows["label"])).astype("int64")
+        return TestSplit(rows, labels, rows[[f"prob_{name}" for name in classes]].to_numpy(dtype=float))
 
     @property
     def calibration(self) -> Calibration:

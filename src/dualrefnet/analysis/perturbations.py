@@ -52,17 +52,13 @@ def predict_with_metadata(
     """Predict each of N images with several versions of the metadata, (N, M) each; `progress` counts images."""
     probabilities = [np.empty((len(examples), len(opened.classes))) for _ in versions]
     vectors: list[NDArray[np.float32]] = []
-    done = 0
-    for batch in examples.in_order(opened.recipe.evaluation.batch_size):
+    for rows in in_batches(np.arange(len(examples)), opened.recipe.evaluation.batch_size, progress):
         with torch.inference_mode():
-            encoded = opened.encode(batch)
+            encoded = opened.encode_rows(examples, rows)
             if encoded is not None and encoded.outputs:
                 vectors.append(joined_vectors(encoded))
             for result, version in zip(probabilities, versions, strict=True):
-                result[batch.rows] = _predict(opened, encoded, version[batch.rows])
-        done += len(batch.rows)
-        if progress:
-            progress(done, len(examples))
+                result[rows] = _predict(opened, encoded, version[rows])
     return Predictions(probabilities, np.concatenate(vectors) if vectors else np.empty((len(examples), 0), np.float32))
 
 
@@ -91,7 +87,9 @@ def permute_across_groups(groups: ArrayLike, generator: np.random.Generator) -> 
     """Permute N rows so that each gets a row of another group (patient); every row is given once."""
     codes = group_codes(groups)
     if 2 * np.bincount(codes).max() > len(codes):
-        raise DataError("one patient has more than half of the images: nothing can be permuted across patients")
+        raise DataError(
+            "one group (patient or lesion) has more than half of the images: nothing can be permuted across groups"
+        )
     given = generator.permutation(len(codes))
     while True:
         own = np.flatnonzero(codes[given] == codes)

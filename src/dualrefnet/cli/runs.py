@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ from dualrefnet.cli import (
     Variant,
     Workers,
     app,
+    existing,
     print_findings,
     print_table,
     refuse_without_effect,
@@ -158,10 +160,13 @@ def prepare(
     ] = False,
 ) -> None:
     """Decode and preprocess a recipe's images once, into the image store. `train` does it too if it wasn't done."""
-    from dualrefnet.data.loader import fill_recipe_store, read_dataset
+    from dualrefnet.data.adapters import find_root
     from dualrefnet.recipe import load_recipe, parse_overrides
 
     checked = load_recipe(recipe, parse_overrides(overrides or []))
+    find_root(checked.data.dataset, checked.data.root)
+    from dualrefnet.data.loader import fill_recipe_store, read_dataset
+
     store = fill_recipe_store(checked, read_dataset(checked), cache, workers, verify)
     typer.echo(f"{len(store.image_ids) - len(store.broken)} images of {store.side} px are in {store.path}")
 
@@ -244,9 +249,10 @@ def tune(
     split; but over all folds every patient is on a validation side once.
     """
     from dualrefnet.recipe import load_recipe, parse_overrides
-    from dualrefnet.suite.tuning import printed_trials, tune_recipe
 
     checked = load_recipe(recipe, parse_overrides(overrides or []))
+    from dualrefnet.suite.tuning import printed_trials, tune_recipe
+
     try:
         table = tune_recipe(checked, out, trials, folds, jobs, ray, cache)
     except KeyboardInterrupt:
@@ -391,7 +397,8 @@ def predict(
         ),
     ] = None,
     images: Annotated[
-        list[Path] | None, typer.Option("--images", metavar="PATH", help="An image or a folder of them; or several.")
+        list[Path] | None,
+        typer.Option("--images", metavar="PATH", help="An image or a folder of them; or several.", callback=existing),
     ] = None,
     table: Annotated[
         Path | None,
@@ -401,11 +408,17 @@ def predict(
             help="Instead of --images: one row a case, its file in column image, or the one that a dataset.yaml beside "
             "it names (absolute, or relative to the table), metadata in the others. Without such a column: metadata "
             "alone, for models that need no image.",
+            callback=existing,
         ),
     ] = None,
     metadata: Annotated[
         Path | None,
-        typer.Option("--metadata", metavar="CSV", help="Beside --images: column image (file name or id) and fields."),
+        typer.Option(
+            "--metadata",
+            metavar="CSV",
+            help="Beside --images: column image (file name or id) and fields.",
+            callback=existing,
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted call of these arguments.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 32,
@@ -478,18 +491,18 @@ def _print_prediction(predictor: Predictor, case: Case) -> None:
     if case.error:
         raise DataError(f"{case.name}: {case.error}")
     found = predictor.predict(case.path, case.metadata)
-    rows = [
-        (
-            name,
-            predictor.class_names.get(name, "–"),
-            "yes" if name in predictor.malignant else "–",
-            "yes" if name in found.likely else "–",
-            f"{share:.1%}",
-        )
-        for name, share in sorted(found.probabilities.items(), key=lambda item: -item[1])
-    ]
-    columns = ("class", "name", "malignant", "in the set", "probability")
-    print_table(PrintedTable(f"{case.name}: {found.label}", columns, text_rows(rows), left=4))
+    columns: dict[str, Callable[[str], str]] = {
+        "class": str,
+        "name": lambda name: predictor.class_names.get(name, "–"),
+        "malignant": lambda name: "yes" if name in predictor.malignant else "–",
+        "in the set": lambda name: "yes" if name in found.likely else "–",
+        "probability": lambda name: f"{found.probabilities[name]:.1%}",
+    }
+    if not predictor.class_names:
+        del columns["name"]
+    names = sorted(found.probabilities, key=lambda name: -found.probabilities[name])
+    rows = text_rows(tuple(value(name) for value in columns.values()) for name in names)
+    print_table(PrintedTable(f"{case.name}: {found.label}", tuple(columns), rows, left=len(columns) - 1))
     if found.likely and predictor.coverage is not None:
         typer.echo(f"set of classes with a nominal coverage of {predictor.coverage:.0%}: {', '.join(found.likely)}")
     if found.malignancy is not None:

@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -125,6 +124,8 @@ def make_synthetic(
 
     One seed gives the same bytes, and a smaller sample's images are the first of a larger one.
     """
+    import pandas as pd
+
     if images < MINIMUM_IMAGES:
         raise DataError(f"at least {MINIMUM_IMAGES} images, not {images}, give patients of every class in every split")
     if side < MINIMUM_SIDE:
