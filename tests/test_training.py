@@ -195,6 +195,7 @@ def test_a_batch_in_parts_takes_the_step_of_the_whole(reduction: str, tmp_path: 
     found = []
     for parts in (1, 4):
         changes = {"model.method": "metadata_only", "model.dropout": 0, "training.accumulate": parts}
+        changes["training.precision"] = "fp32"
         recipe = load_recipe({"name": "x"}, {**changes, "loss.classification_reduction": reduction})
         torch.manual_seed(0)
         model = new_model(recipe, 4, 3)[0]

@@ -53,14 +53,9 @@ class Batch:
         """Yield the batch in so many parts of about the same size."""
         for rows in np.array_split(np.arange(len(self.rows)), count):
             part = slice(rows[0], rows[-1] + 1)
-            named: dict[str, Any] = {
-                name: value for name, value in vars(self).items() if name not in ("rows", "features")
-            }
-            yield Batch(
-                rows=self.rows[part],
-                features=tuple({name: value[part] for name, value in each.items()} for each in self.features),
-                **{name: None if value is None else value[part] for name, value in named.items()},
-            )
+            kept: dict[str, Any] = {name: value if value is None else value[part] for name, value in vars(self).items()}
+            kept["features"] = tuple({name: value[part] for name, value in each.items()} for each in self.features)
+            yield Batch(**kept)
 
 
 @dataclass(frozen=True)
