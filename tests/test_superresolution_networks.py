@@ -14,12 +14,7 @@ from dualrefnet.files import sha256_of_file
 from dualrefnet.models import superresolution_networks as networks
 from dualrefnet.models.encoders import WEIGHTS_VARIABLE
 from dualrefnet.models.superresolution import make_target, psnr, split_native
-from dualrefnet.models.superresolution_networks import (
-    NETWORKS,
-    enlarge,
-    find_network_file,
-    load_network,
-)
+from dualrefnet.models.superresolution_networks import NETWORKS, enlarge, find_network_file, load_network
 
 REAL_FOLDER = os.environ.get(WEIGHTS_VARIABLE)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dualrefnet.data.synthetic import make_synthetic
 from dualrefnet.errors import RunError
-from dualrefnet.progress import note, progress_bar
+from dualrefnet.progress import note
 from dualrefnet.recipe import load_recipe
 from dualrefnet.report import ReportOptions
 from dualrefnet.report.run_report import write_report
@@ -24,8 +24,7 @@ def run_demo(out: Path) -> tuple[Run, Path]:
     if out.is_dir() and any(child.name not in ("data", "run", "cache") for child in out.iterdir()):
         raise RunError(f"{out} holds other things; name another folder with --out")
     note("making the synthetic sample: invented images, not clinical ones")
-    with progress_bar("drawing") as show:
-        make_synthetic(out / "data", images=IMAGES, progress=show)
+    make_synthetic(out / "data", images=IMAGES)
     recipe = load_recipe("sample", {"data.root": str(out / "data")})
     run = train_recipe(recipe, out / "run", resume=True, cache=out / "cache")
     note("writing the report")

@@ -18,7 +18,6 @@ import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,14 +79,12 @@ def fingerprint(image: NDArray[np.uint8]) -> tuple[NDArray[np.uint64], NDArray[n
 def fingerprint_files(table: pd.DataFrame, workers: int | None = None) -> Fingerprints:
     """Read every image of a table (`image_id`, `image_path`) once, with `workers` threads; None is one a core."""
     ids, paths = [str(value) for value in table["image_id"]], list(table["image_path"])
-    kept, unreadable, threads = [], {}, _threads(workers)
-    with closing(map_ahead(_read, paths, threads, 4 * threads)) as results, progress_bar("reading images") as show:
-        for done, (image_id, result) in enumerate(zip(ids, results, strict=True), start=1):
-            if isinstance(result, str):
-                unreadable[image_id] = result
-            else:
-                kept.append((image_id, *result))
-            show(done, len(ids))
+    kept, unreadable = [], {}
+    for image_id, result in zip(ids, map_ahead(_read, paths, workers, label="reading images"), strict=True):
+        if isinstance(result, str):
+            unreadable[image_id] = result
+        else:
+            kept.append((image_id, *result))
     return Fingerprints(
         tuple(image_id for image_id, *_ in kept),
         np.array([hashes for _, _, hashes, _ in kept], dtype=np.uint64).reshape(-1, ORIENTATIONS, 4),
@@ -95,10 +92,6 @@ def fingerprint_files(table: pd.DataFrame, workers: int | None = None) -> Finger
         tuple(sha256 for _, sha256, _, _ in kept),
         unreadable,
     )
-
-
-def _threads(workers: int | None) -> int:
-    return workers or min(16, os.cpu_count() or 1)
 
 
 def _read(path: str) -> tuple[str, NDArray[np.uint64], NDArray[np.uint8]] | str:
@@ -119,7 +112,7 @@ def near_pairs(fingerprints: Fingerprints, workers: int | None = None) -> pd.Dat
     # (8, 4, N): each word of a hash in one run of memory.
     words = np.ascontiguousarray(fingerprints.hashes.transpose(1, 2, 0))
     starts, found = range(0, count, BLOCK), []
-    with ThreadPoolExecutor(_threads(workers)) as pool, progress_bar("comparing images") as show:
+    with ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1)) as pool, progress_bar("comparing images") as show:
         blocks = pool.map(lambda start: list(_candidates(words, start)), starts)
         for start, candidates in zip(starts, blocks, strict=True):
             for first, second, orientation, distance in candidates:

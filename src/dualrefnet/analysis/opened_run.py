@@ -33,10 +33,9 @@ from dualrefnet.models.inference import (
     to_unit,
 )
 from dualrefnet.models.registry import load_run_model
+from dualrefnet.progress import progress_bar
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import Run
-
-Progress = Callable[[int, int], None]
 
 
 class Fit(NamedTuple):
@@ -143,12 +142,10 @@ class OpenedRun:
         return self.model.encode_held_out(images, folds)
 
     @torch.inference_mode()
-    def vectors(
-        self, examples: Examples, rows: NDArray[np.int64], progress: Progress | None = None
-    ) -> NDArray[np.float32]:
+    def vectors(self, examples: Examples, rows: NDArray[np.int64], label: str = "") -> NDArray[np.float32]:
         """Return the encoders' vectors of the examples at `rows`, concatenated if there are several, (N, D)."""
         kept = []
-        for part in in_batches(rows, self.recipe.evaluation.batch_size, progress):
+        for part in in_batches(rows, self.recipe.evaluation.batch_size, label):
             read = self.encode(examples.batch(part))
             assert read is not None
             kept.append(joined_vectors(read))
@@ -188,12 +185,12 @@ class OpenedRun:
         return select
 
 
-def in_batches(rows: NDArray[np.int64], size: int, progress: Progress | None = None) -> Iterator[NDArray[np.int64]]:
-    """Yield `size` rows at a time; `progress` is called with (rows done, rows in all) when they have been used."""
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
-        if progress is not None:
-            progress(min(start + size, len(rows)), len(rows))
+def in_batches(rows: NDArray[np.int64], size: int, label: str = "") -> Iterator[NDArray[np.int64]]:
+    """Yield `size` rows at a time, with a bar of that label if there is one."""
+    with progress_bar(label, bool(label)) as show:
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
+            show(min(start + size, len(rows)), len(rows))
 
 
 def open_run(

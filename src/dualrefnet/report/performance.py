@@ -24,18 +24,10 @@ from dualrefnet.display.figure import (
     new_figure,
     styled,
 )
-from dualrefnet.display.format import (
-    CLASS_COLUMNS,
-    MEASURE_NAMES,
-    Cell,
-    PrintedTable,
-    availability_table,
-    number,
-)
+from dualrefnet.display.format import CLASS_COLUMNS, MEASURE_NAMES, Cell, PrintedTable, availability_table, number
 from dualrefnet.display.page import Section
 from dualrefnet.evaluation.bootstrap import Bootstrap, images_of
 from dualrefnet.evaluation.curves import KINDS, class_curves, draw_curves
-from dualrefnet.progress import progress_bar
 from dualrefnet.report.verdict import judge_leak, judge_missingness
 from dualrefnet.run import Run
 from dualrefnet.suite.results import caveats, departures, other_experiment, reported, reported_class
@@ -168,9 +160,8 @@ def class_section(measured: Measured) -> Section:
 
 
 def curve_section(measured: Measured, samples: int, seed: int) -> Section:
-    with progress_bar("curves") as show:
-        bootstrap = Bootstrap(measured.groups, samples, seed, progress=show)
-        curves = class_curves(measured.labels, measured.probabilities, bootstrap, measured.classes, measured.malignant)
+    bootstrap = Bootstrap(measured.groups, samples, seed, label="curves")
+    curves = class_curves(measured.labels, measured.probabilities, bootstrap, measured.classes, measured.malignant)
     figures = [draw_curves(curves, kind, measured.unit) for kind in KINDS]
     return Section("curves", "ROC and precision-recall", [], figures)
 
