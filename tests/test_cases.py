@@ -14,7 +14,7 @@ from dualrefnet.analysis.disagreement import Disagreement, find_disagreement, sh
 from dualrefnet.analysis.gradcam import draw_gradcam, gradcam, overlay
 from dualrefnet.analysis.opened_run import OpenedRun
 from dualrefnet.analysis.shap import MISSING_FLAGS
-from dualrefnet.data.decode import find_masks, read_mask
+from dualrefnet.data.images import find_masks, read_mask
 from dualrefnet.display.figure import WIDTH, ReportFigure, inline_svg
 from dualrefnet.errors import RunError
 from dualrefnet.evaluation.bootstrap import Bootstrap

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dualrefnet.data import store as store_module
-from dualrefnet.data.decode import decode_image
+from dualrefnet.data.images import decode_image
 from dualrefnet.data.store import READY, ImageStore, Part, delete_if_changed, fill_derived_store, fill_store, open_store
 from dualrefnet.errors import DataError
 from dualrefnet.recipe import ImageSection

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dualrefnet.data.decode import decode_image
+from dualrefnet.data.images import decode_image
 from dualrefnet.errors import WeightsError
 from dualrefnet.files import sha256_of_file
 from dualrefnet.models import superresolution_networks as networks

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from dualrefnet.analysis.gradcam import gradcam, overlay, too_coarse
 from dualrefnet.analysis.opened_run import OpenedRun
 from dualrefnet.analysis.shap import MISSING_FLAGS
-from dualrefnet.data.decode import read_mask
+from dualrefnet.data.images import read_mask
 from dualrefnet.display.figure import (
     FAINT,
     INK,

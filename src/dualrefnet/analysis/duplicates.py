@@ -27,7 +27,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
-from dualrefnet.data.decode import decode_image
+from dualrefnet.data.images import decode_image
 from dualrefnet.data.store import map_ahead
 from dualrefnet.errors import ImageError
 from dualrefnet.progress import progress_bar

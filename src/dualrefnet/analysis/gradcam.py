@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dualrefnet.analysis.opened_run import OpenedRun, in_batches, sample_rows
-from dualrefnet.data.decode import find_masks, read_mask
+from dualrefnet.data.images import find_masks, read_mask
 from dualrefnet.data.loader import Examples
 from dualrefnet.display.figure import (
     COLOURS,

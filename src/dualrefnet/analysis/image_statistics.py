@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dualrefnet.data.decode import decode_image
+from dualrefnet.data.images import decode_image
 from dualrefnet.data.protocols import split_counts
 from dualrefnet.data.store import map_ahead
 from dualrefnet.display.figure import COLOURS, INK, ReportFigure, new_figure, styled

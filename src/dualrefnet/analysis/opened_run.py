@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dualrefnet.data.decode import MASK_FOLDER, find_masks
+from dualrefnet.data.images import MASK_FOLDER, find_masks
 from dualrefnet.data.loader import Batch, Examples, fill_recipe_store, make_examples, read_dataset, split_rows
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.schema import Dataset

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from dualrefnet.analysis.opened_run import OpenedRun, in_batches
-from dualrefnet.data.decode import read_mask
+from dualrefnet.data.images import read_mask
 from dualrefnet.data.loader import Examples
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.errors import DataError

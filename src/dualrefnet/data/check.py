@@ -11,8 +11,7 @@ from typing import Any, Literal, NamedTuple
 import pandas as pd
 
 from dualrefnet.data.adapters import load_dataset
-from dualrefnet.data.decode import decode_image
-from dualrefnet.data.images import is_image, list_files
+from dualrefnet.data.images import decode_image, is_image, list_files
 from dualrefnet.data.schema import BOOLEAN_VALUES, Dataset, MetadataField, unnamed_patients
 from dualrefnet.data.store import map_ahead
 from dualrefnet.errors import ImageError

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dualrefnet.data.decode import decode_image
+from dualrefnet.data.images import decode_image
 from dualrefnet.errors import DataError, ImageError
 from dualrefnet.files import FULL, locked, make_folder, read_csv, read_json, sha256_of_json, write_csv, write_json
 from dualrefnet.progress import progress_bar

@@ -31,6 +31,7 @@ from dualrefnet.evaluation.curves import KINDS, class_curves, draw_curves
 from dualrefnet.report.verdict import judge_leak, judge_missingness
 from dualrefnet.run import Run
 from dualrefnet.suite.results import caveats, departures, other_experiment, reported, reported_class
+from dualrefnet.training.loop import selection_value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -248,18 +249,10 @@ TERMS = {"train_total": "total loss", "train_reconstruction": "reconstruction lo
 
 def selected_epoch(history: pd.DataFrame, selection: str) -> int:
     """Return the epoch whose parameters were kept, as training chose it."""
-    if selection == "last":
-        return int(history["epoch"].iloc[-1])
-    if f"val_{selection}" not in history:
+    if selection != "last" and f"val_{selection}" not in history:
         raise ValueError(f"the history has no column val_{selection}")
-    best: list[float] | None = None
-    epoch = 0
-    for row in history.to_dict("records"):
-        value = [-row["val_loss"]] if selection == "loss" else [row[f"val_{selection}"], -row["val_loss"]]
-        # The comparison of training, also where a value isn't a number.
-        if best is None or value > best:
-            best, epoch = value, int(row["epoch"])
-    return epoch
+    best = max(history.to_dict("records"), key=lambda row: selection_value(row, selection))  # type: ignore[arg-type]
+    return int(best["epoch"])
 
 
 @styled
