@@ -131,7 +131,7 @@ def delete_if_changed(store: ImageStore, table: pd.DataFrame, section: ImageSect
             return not was_broken
         return was_broken or not np.array_equal(image, store.read(np.array([row]))[0])
 
-    results = map_ahead(differs, range(len(table)), workers, label="comparing images")
+    results = map_ahead(differs, range(len(table)), workers or os.cpu_count(), label="comparing images")
     changed = [image_id for image_id, different in zip(store.image_ids, results, strict=True) if different]
     if changed:
         shutil.rmtree(store.path)
@@ -188,7 +188,7 @@ def _fill_images(
     with (
         (partial / "images.u8").open("r+b") as images,
         marks.open("r+b") as status,
-        closing(map_ahead(work, todo, workers)) as results,
+        closing(map_ahead(work, todo, workers or os.cpu_count())) as results,
     ):
         for done, (row, result) in enumerate(zip(todo, results, strict=True), start=count - len(todo) + 1):
             if isinstance(result, ImageError):
