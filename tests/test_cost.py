@@ -5,11 +5,15 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from dualrefnet.models.encoders import create_encoder
+from dualrefnet.models.inference import resolve_precision
 from dualrefnet.models.registry import new_model
 from dualrefnet.recipe import load_recipe
 from dualrefnet.run import Run
 from dualrefnet.training.cost import measure_costs, prediction_cost, training_memory
+from dualrefnet.training.modality_dropout import ModalityViews, modality_shares
 
 WIDTHS = [73, 64, 128, 256, 512, 256, 6]
 PRODUCTS = [before * after for before, after in pairwise(WIDTHS)]
@@ -58,3 +62,40 @@ def test_a_run_keeps_its_cost(tiny_run: Run) -> None:
     cost = tiny_run.model["cost"]
     assert 2.2e6 < cost["parameters"] < 3.5e6
     assert 5e6 < cost["multiply_adds"] < 1e7
+
+
+def test_a_training_step_costs_little_more_than_its_encoder() -> None:
+    size = {"image.size": 64, "model.weights": "none"}
+    for backbone, most in (("efficientnet_lite0", 1.25), ("resnet50", 1.03)):
+        counts = []
+        for method in ("dualrefnet", "no_metadata"):
+            recipe = load_recipe("pad_ufes_20", {**size, "model.backbone": backbone, "model.method": method})
+            model, architecture, _ = new_model(recipe, 81, 6)
+            shares = modality_shares(model, recipe.modality_dropout)
+            with FlopCounterMode(display=False) as counter:
+                output, single = ModalityViews(model.train(), list(shares))(
+                    torch.zeros(4, 3, 64, 64), torch.zeros(4, architecture.metadata_width)
+                )
+                sums = [one.logits.sum() for one in (output, *single.values())]
+                (sum(sums) + (0 if output.reconstruction is None else output.reconstruction.sum())).backward()
+            counts.append(counter.get_total_flops())
+        assert 1 <= counts[0] / counts[1] < most, backbone
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "backbone", "precision"),
+    [
+        ({}, "resnet50", "fp32"),
+        ({"avx512_bf16": True}, "resnet50", "bf16"),
+        ({"avx512_bf16": True}, "efficientnet_lite0", "fp32"),
+        ({"avx512_bf16": True, "amx_bf16": True}, "efficientnet_lite0", "bf16"),
+    ],
+)
+def test_a_cpu_trains_in_the_faster_precision(
+    capabilities: dict[str, bool], backbone: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    cpu, encoder = torch.device("cpu"), create_encoder(backbone, "none", 32)
+    assert resolve_precision("auto", cpu, encoder) == precision
+    assert resolve_precision("auto", cpu) == ("bf16" if capabilities else "fp32")
+    assert resolve_precision("bf16", cpu, encoder) == "bf16"

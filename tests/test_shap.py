@@ -117,6 +117,19 @@ def test_where_more_values_act_together_the_estimate_nears_the_definition_within
     assert 1e-9 < gaps[400].max() < min(gaps[4].max() / 3, 0.005)
 
 
+def test_a_row_of_metadata_is_predicted_once() -> None:
+    asked: list[bytes] = []
+
+    def classify(rows: Any) -> Floats:
+        asked.extend(row.tobytes() for row in rows)
+        return np.stack([rows.prod(axis=1), rows.sum(axis=1)], axis=1).astype(float)
+
+    row, background = np.array([1, 0, 1], np.float32), np.array([[0, 0, 0], [0, 1, 1], [0, 0, 0]], np.float32)
+    attribute_prediction(classify, row, background, alone(3), 4, 0)
+    # The row itself is asked for once more, to find a model that isn't deterministic.
+    assert len(asked) == len(set(asked)) + 1
+
+
 @pytest.mark.parametrize("value", ["random", "nan"])
 def test_a_model_that_is_not_deterministic_is_refused_and_so_is_nan(value: str) -> None:
     generator = np.random.default_rng(0)

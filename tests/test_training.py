@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -145,16 +146,20 @@ def test_kill_9_at_any_moment_and_resume_gives_the_same_result(recipe_file: str,
     assert {path.name for path in folder.iterdir()} == FILES
 
 
-@pytest.mark.slow
-def test_two_processes_train_one_model(recipe_file: str, tmp_path: Path) -> None:
+def two_processes() -> tuple[str, ...]:
+    """Return what starts a command in two processes of this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     # accelerate's --cpu starts several processes through MPI only; --multi_gpu starts them itself, and on CPUs they use
     # gloo.
     options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    launcher = ("-m", "accelerate.commands.launch", *options.split(), "--main_process_port", port, "-m", "dualrefnet")
-    process = command("train", recipe_file, "--out", str(tmp_path / "run"), launcher=launcher)
+    return "-m", "accelerate.commands.launch", *options.split(), "--main_process_port", port, "-m", "dualrefnet"
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(recipe_file: str, tmp_path: Path) -> None:
+    process = command("train", recipe_file, "--out", str(tmp_path / "run"), launcher=two_processes())
     output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output
     run = Run(tmp_path / "run")
@@ -162,6 +167,21 @@ def test_two_processes_train_one_model(recipe_file: str, tmp_path: Path) -> None
     assert '"processes": 2' in (run.path / "fingerprint.json").read_text()
     assert len(run.predictions) == len(run.split.query("split != 'train'"))
     assert output.count("epoch   1/4") == 1, "only the main process may speak"
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one(recipe_file: str, tmp_path: Path) -> None:
+    # Without batch normalisation, whose statistics are of a process's share, and without dropout.
+    changes = ("model.method=metadata_only", "model.dropout=0", "training.batch_size=16", "evaluation.bootstrap=0")
+    histories = []
+    for name, launcher in (("one", None), ("two", two_processes())):
+        chosen = {} if launcher is None else {"launcher": launcher}
+        process = command("train", recipe_file, *changes, "--out", str(tmp_path / name), **chosen)
+        output, _ = process.communicate(timeout=500)
+        assert process.returncode == 0, output
+        histories.append(Run(tmp_path / name).history[["train_total", "val_loss"]])
+    np.testing.assert_allclose(*histories, rtol=1e-4)
+    assert histories[0]["train_total"].nunique() == len(histories[0])
 
 
 PROGRESS = {"epoch": 3, "history": [], "best": [0.5, -1.0], "stale": 0, "norms": {}, "schedule": None}

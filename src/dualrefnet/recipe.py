@@ -290,7 +290,9 @@ class TrainingSection(Section):
         "balanced_accuracy", description="best epoch by this on validation; last: validation serves calibration alone"
     )
     gradient_clip: float | None = Field(None, gt=0, description="largest norm of the gradient; empty: no limit")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 where the hardware has it and the encoder gains by it"
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     tracker: Literal["none", "tensorboard", "mlflow", "wandb"] = Field(
         "none", description="also log to a tracker, which must be installed (extra `track`: tensorboard)"

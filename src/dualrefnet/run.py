@@ -19,7 +19,6 @@ from importlib import metadata as packages
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import psutil
 
 import dualrefnet
@@ -31,6 +30,8 @@ from dualrefnet.files import is_file, locked, make_folder, sha256_of_file, sha25
 from dualrefnet.recipe import CROSS_FITTED, Recipe, differences, load_recipe
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from dualrefnet.evaluation.calibration import Calibration
     from dualrefnet.runtime.out_of_distribution import OutOfDistributionScore
 

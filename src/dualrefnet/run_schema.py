@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import GenericAlias
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from dualrefnet.data.metadata import MetadataEncoder
@@ -23,6 +22,9 @@ from dualrefnet.files import read_csv, read_json
 from dualrefnet.recipe import ImageSection, ModelSection, Recipe, differences
 from dualrefnet.runtime.availability import ALWAYS_RECORDED, IMAGE_ONLY, METADATA_ONLY
 from dualrefnet.runtime.metadata import NeuralImputer, Span
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 HISTORY = ("epoch", "train_classification", "val_loss", "val_accuracy", "val_balanced_accuracy", "seconds")
 
@@ -331,6 +333,8 @@ def read_split(path: Path) -> pd.DataFrame:
 
 
 def read_predictions(path: Path, split: pd.DataFrame, classes: Sequence[str]) -> pd.DataFrame:
+    import pandas as pd
+
     texts = ["image_id", "split", "label", "predicted"]
     columns = [*texts, *(f"prob_{name}" for name in classes)]
     table = read_csv(path, dtype=dict.fromkeys(texts, str), keep_default_na=False)
@@ -347,6 +351,8 @@ def read_predictions(path: Path, split: pd.DataFrame, classes: Sequence[str]) ->
 
 
 def read_history(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
     table = read_csv(path)
     lost = [name for name in HISTORY if name not in table]
     if lost or not len(table):

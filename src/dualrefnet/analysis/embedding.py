@@ -203,8 +203,8 @@ def _read(opened: OpenedRun, name: str, examples: Examples, rows: NDArray[np.int
     """Run the model over rows of examples and keep what it classifies."""
     fused, hidden = [], []
     for some in in_batches(rows, opened.recipe.evaluation.batch_size, f"features of {name}"):
-        batch = examples.batch(some)
-        output = opened.model(opened.encode(batch), batch.metadata.to(opened.device))
+        metadata = torch.from_numpy(examples.metadata[some]).to(opened.device)
+        output = opened.model(opened.encode_rows(examples, some), metadata)
         fused.append(output.features.float().cpu().numpy())
         hidden.append(output.hidden.float().cpu().numpy())
     chosen = _frame(opened, examples).iloc[rows]

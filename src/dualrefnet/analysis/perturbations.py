@@ -25,7 +25,7 @@ from dualrefnet.errors import DataError
 from dualrefnet.evaluation.bootstrap import group_codes
 from dualrefnet.models.encoders import Encoded
 from dualrefnet.models.inference import check_finite, joined_vectors
-from dualrefnet.progress import progress_bar, track
+from dualrefnet.progress import track
 
 Floats = NDArray[np.float64]
 # (N, M), encoded.
@@ -52,14 +52,13 @@ def predict_with_metadata(
     """Predict each of N images with several versions of the metadata, (N, M) each; `label` is of the bar."""
     probabilities = [np.empty((len(examples), len(opened.classes))) for _ in versions]
     vectors: list[NDArray[np.float32]] = []
-    with torch.inference_mode(), progress_bar(label, bool(label)) as show:
-        for batch in examples.in_order(opened.recipe.evaluation.batch_size):
-            encoded = opened.encode(batch)
+    for rows in in_batches(np.arange(len(examples)), opened.recipe.evaluation.batch_size, label):
+        with torch.inference_mode():
+            encoded = opened.encode_rows(examples, rows)
             if encoded is not None and encoded.outputs:
                 vectors.append(joined_vectors(encoded))
             for result, version in zip(probabilities, versions, strict=True):
-                result[batch.rows] = _predict(opened, encoded, version[batch.rows])
-            show(int(batch.rows[-1]) + 1, len(examples))
+                result[rows] = _predict(opened, encoded, version[rows])
     return Predictions(probabilities, np.concatenate(vectors) if vectors else np.empty((len(examples), 0), np.float32))
 
 

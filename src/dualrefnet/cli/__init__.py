@@ -49,6 +49,14 @@ def _holding(*names: str) -> Callable[[Path], Path]:
     return check
 
 
+def existing(paths: Path | list[Path] | None) -> Path | list[Path] | None:
+    """Refuse files and folders that aren't there, before their command imports torch."""
+    for path in [paths] if isinstance(paths, Path) else paths or []:
+        if not path.exists():
+            raise DataError(f"there is no file or folder {path}")
+    return paths
+
+
 RunFolder = Annotated[
     Path, typer.Argument(metavar="RUN", help="A finished run's folder.", callback=_holding("recipe.yaml"))
 ]
@@ -72,7 +80,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Change the recipe: training.epochs=3 data.root=DIR"),
 ]
-Root = Annotated[Path | None, typer.Option("--root", metavar="DIR", help="Where the data are now, if they have moved.")]
+Root = Annotated[
+    Path | None,
+    typer.Option("--root", metavar="DIR", help="Where the data are now, if they have moved.", callback=existing),
+]
 Description = Annotated[
     Path | None, typer.Option("--description", metavar="YAML", help="csv_table: its columns; default: dataset.yaml.")
 ]
@@ -80,7 +91,13 @@ Cache = Annotated[
     Path | None, typer.Option("--cache", metavar="DIR", help="Folder of the prepared images; else $DUALREFNET_CACHE.")
 ]
 Masks = Annotated[
-    Path | None, typer.Option("--masks", metavar="DIR", help="Lesion masks, IMAGE_ID.png; default: masks/ of the data.")
+    Path | None,
+    typer.Option(
+        "--masks",
+        metavar="DIR",
+        help="Lesion masks, IMAGE_ID.png; default: masks/ of the data.",
+        callback=existing,
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU if there is one.")]
 PredictionDevice = Annotated[str, typer.Option(help="cpu, cuda, ...")]

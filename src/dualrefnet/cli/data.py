@@ -187,11 +187,15 @@ def audit(
     """
     from rich.text import Text
 
-    from dualrefnet.analysis.audit import audit_dataset, printed_tables
+    from dualrefnet.data.adapters import find_root
     from dualrefnet.files import write_json
     from dualrefnet.progress import output
 
     _check_protocol(context)
+    find_root(dataset, root)
+    # scikit-learn takes a second to import.
+    from dualrefnet.analysis.audit import audit_dataset, printed_tables
+
     result = audit_dataset(
         dataset,
         root,

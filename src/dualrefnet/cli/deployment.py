@@ -18,6 +18,7 @@ from dualrefnet.cli import (
     Variant,
     Workers,
     app,
+    existing,
     print_table,
     refuse_without_effect,
     resumable,
@@ -52,7 +53,8 @@ def predict(
         ),
     ] = None,
     images: Annotated[
-        list[Path] | None, typer.Option("--images", metavar="PATH", help="An image or a folder of them; or several.")
+        list[Path] | None,
+        typer.Option("--images", metavar="PATH", help="An image or a folder of them; or several.", callback=existing),
     ] = None,
     table: Annotated[
         Path | None,
@@ -62,11 +64,17 @@ def predict(
             help="Instead of --images: one row a case, its file in column image, or the one that a dataset.yaml beside "
             "it names (absolute, or relative to the table), metadata in the others. Without such a column: metadata "
             "alone, for models that need no image.",
+            callback=existing,
         ),
     ] = None,
     metadata: Annotated[
         Path | None,
-        typer.Option("--metadata", metavar="CSV", help="Beside --images: column image (file name or id) and fields."),
+        typer.Option(
+            "--metadata",
+            metavar="CSV",
+            help="Beside --images: column image (file name or id) and fields.",
+            callback=existing,
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted call of these arguments.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 32,

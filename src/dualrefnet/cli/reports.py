@@ -17,6 +17,7 @@ from dualrefnet.cli import (
     RunFolder,
     RunOrSuite,
     app,
+    existing,
     print_table,
     refuse_without_effect,
     resumable,
@@ -48,11 +49,17 @@ def explain(
     context: typer.Context,
     run: RunFolder,
     image: Annotated[
-        Path | None, typer.Option("--image", metavar="PATH", help="Explain the prediction of this image alone.")
+        Path | None,
+        typer.Option("--image", metavar="PATH", help="Explain the prediction of this image alone.", callback=existing),
     ] = None,
     metadata: Annotated[
         Path | None,
-        typer.Option("--metadata", metavar="CSV", help="Beside --image: column image (file name or id) and fields."),
+        typer.Option(
+            "--metadata",
+            metavar="CSV",
+            help="Beside --image: column image (file name or id) and fields.",
+            callback=existing,
+        ),
     ] = None,
     against: Against = None,
     out: Out = None,
@@ -198,7 +205,6 @@ def suite(
     from dualrefnet.progress import note
     from dualrefnet.recipe import parse_overrides
     from dualrefnet.suite.grid import check_names, expand, load_suite, prepare
-    from dualrefnet.suite.runner import run_suite
 
     chosen, values = load_suite(name), parse_overrides(overrides or [])
     folder = out or Path("suites") / (f"{chosen.name}-smoke" if smoke else chosen.name)
@@ -212,6 +218,8 @@ def suite(
             cells, [f"{split.recipe.data.dataset}, protocol {split.recipe.data.protocol}" for split in chosen.splits]
         )
         return
+    from dualrefnet.suite.runner import run_suite
+
     with resumable(f"what is finished is kept in {folder}, and the same command"):
         outcome = run_suite(chosen, folder, workers, cache, ray, cores, not discard_models)
     for reason in dict.fromkeys(failure.error for failure in outcome.failed.values()):

@@ -172,10 +172,13 @@ def prepare(
     ] = False,
 ) -> None:
     """Decode and preprocess a recipe's images once, into the image store. `train` does it too if it wasn't done."""
-    from dualrefnet.data.loader import fill_recipe_store, read_dataset
+    from dualrefnet.data.adapters import find_root
     from dualrefnet.recipe import load_recipe, parse_overrides
 
     checked = load_recipe(recipe, parse_overrides(overrides or []))
+    find_root(checked.data.dataset, checked.data.root)
+    from dualrefnet.data.loader import fill_recipe_store, read_dataset
+
     store = fill_recipe_store(checked, read_dataset(checked), cache, workers, verify)
     typer.echo(f"{len(store.image_ids) - len(store.broken)} images of {store.side} px are in {store.path}")
 
@@ -268,9 +271,10 @@ def tune(
     split; but over all folds every patient is on a validation side once.
     """
     from dualrefnet.recipe import load_recipe, parse_overrides
-    from dualrefnet.suite.tuning import printed_trials, tune_recipe
 
     checked = load_recipe(recipe, parse_overrides(overrides or []))
+    from dualrefnet.suite.tuning import printed_trials, tune_recipe
+
     with resumable(f"what is finished is kept in {out}, and the same command"):
         table = tune_recipe(checked, out, trials, folds, jobs, ray, cache)
     print_table(printed_trials(table))

@@ -6,9 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.images import decode_image, is_image, list_files
@@ -16,6 +14,9 @@ from dualrefnet.data.schema import BOOLEAN_VALUES, Dataset, MetadataField, unnam
 from dualrefnet.data.store import map_ahead
 from dualrefnet.errors import ImageError
 from dualrefnet.runtime.images import MAX_BYTES
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Level = Literal["PASS", "WARN", "FAIL"]
 
@@ -49,6 +50,8 @@ def finding_or_pass(level: Level, check: str, ids: Sequence[str], problem: str, 
 
 def identical_images(images: Iterable[tuple[str, str, str]]) -> Iterator[Finding]:
     """Report byte-identical images, given id, label and hash of the bytes (empty: unknown) of every image."""
+    import pandas as pd
+
     table = pd.DataFrame(images, columns=["image_id", "label", "sha256"])
     other_label, same_label = [], []
     for _, group in table[table["sha256"] != ""].groupby("sha256", sort=False):

@@ -11,10 +11,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dualrefnet.data.images import ImageIndex, image_id, list_files
@@ -34,6 +33,9 @@ from dualrefnet.files import parse_yaml, read_yaml_text, sha256_of_file
 from dualrefnet.progress import warn
 from dualrefnet.recipe import ClassName
 from dualrefnet.runtime.metadata import read_cell, read_number
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 DEFAULT_DESCRIPTION = "dataset.yaml"
 SEPARATORS = ",;\t|"
@@ -151,6 +153,8 @@ def load(root: Path, description_file: Path | None = None) -> Dataset:
 
 def read_one_hot(table: pd.DataFrame, columns: Sequence[str], image: str, what: str) -> pd.Series:
     """Return the class of each row, of which one of the columns holds 1 (or True) and the others 0 (or False)."""
+    import pandas as pd
+
     # Other text becomes NaN, which is no label.
     cells = table[list(columns)].replace({"True": "1", "False": "0"})
     values = cells.apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float)
@@ -196,6 +200,8 @@ def _if_readable(property_of: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def find_images(names: pd.Series, folders: Sequence[Path]) -> pd.Series:
     """Return the file that each name means, a path below one of the folders; None if there is none."""
+    import pandas as pd
+
     index, paths = None, []
     for name in names:
         files = [str(folder / name) for folder in folders if os.path.isfile(folder / name)]
@@ -275,6 +281,8 @@ def _encoding(path: Path) -> str:
 
 def read_csv(path: Path) -> pd.DataFrame:
     """Read a CSV whose cells are text, NaN where they are empty."""
+    import pandas as pd
+
     with open_csv(path) as reader:
         rows = [row for row in reader if any(cell.strip() for cell in row)]
     if not rows:

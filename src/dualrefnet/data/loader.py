@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -34,6 +34,9 @@ from dualrefnet.data.store import DerivedStore, ImageStore, delete_if_changed, f
 from dualrefnet.errors import DataError, SplitError
 from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import AugmentationSection, Recipe
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)

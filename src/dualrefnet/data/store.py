@@ -15,10 +15,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from dualrefnet.data.images import decode_image
@@ -27,6 +26,9 @@ from dualrefnet.files import FULL, locked, make_folder, read_csv, read_json, sha
 from dualrefnet.progress import progress_bar
 from dualrefnet.recipe import ImageSection
 from dualrefnet.runtime.preprocessing import preprocess
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CACHE_VARIABLE = "DUALREFNET_CACHE"
 # The layout of the folder and the meaning of the settings; part of the fingerprint.
@@ -106,6 +108,8 @@ def fill_store(
     progress: Progress | None = None,
 ) -> ImageStore:
     """Return the store of the table's images, filling what is missing; the side is `section.size` unless given."""
+    import pandas as pd
+
     size = side or section.size
     folder = (cache or default_cache()) / "stores" / f"{_fingerprint(table, section, size)}-{size}px"
 

@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -123,6 +122,8 @@ def make_synthetic(root: Path, images: int = 420, seed: int = 0, side: int = 192
 
     One seed gives the same bytes, and a smaller sample's images are the first of a larger one.
     """
+    import pandas as pd
+
     if images < MINIMUM_IMAGES:
         raise DataError(f"at least {MINIMUM_IMAGES} images, not {images}, give patients of every class in every split")
     if side < MINIMUM_SIDE:

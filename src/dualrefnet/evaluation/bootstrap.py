@@ -14,7 +14,6 @@ from statistics import NormalDist
 from typing import Any, TypeVar
 
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from dualrefnet.progress import track
@@ -153,6 +152,8 @@ def draw_counts(groups: int, samples: int, seed: int, label: str = "") -> Iterat
 
 def group_codes(groups: ArrayLike) -> NDArray[np.int64]:
     """Number the groups, at least 2 and none missing (else ValueError), 0..G-1 in the order of their first image."""
+    import pandas as pd
+
     codes, names = pd.factorize(np.asarray(groups))
     if (codes < 0).any():
         missing = int((codes < 0).sum())

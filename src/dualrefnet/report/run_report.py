@@ -207,7 +207,7 @@ def _examination_parts(opened: OpenedRun, options: ReportOptions) -> list[Part]:
 def _audit(opened: OpenedRun) -> Audit:
     # Of the files, not of the stored images, which colour constancy and CLAHE have changed.
     used = opened.dataset.with_image[opened.dataset.with_image["image_id"].isin(opened.split["image_id"])]
-    fingerprints = fingerprint_files(used) if len(used) else None
+    fingerprints = fingerprint_files(used, cache=opened.cache) if len(used) else None
     # Without the forests, which take minutes; the command `audit` has them.
     split, protocol = opened.split, opened.recipe.data.protocol
     if FOLD in split:

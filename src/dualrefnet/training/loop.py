@@ -64,12 +64,15 @@ def create_optimizer(model: Method, section: TrainingSection) -> optim.Optimizer
     learning = [one for one in model.parameters() if one.requires_grad and id(one) not in apart]
     if not adamw:
         whole: list[dict[str, Any]] = [{"params": learning}, *layers]
-        return optim.SGD(whole, section.learning_rate, momentum=section.momentum, weight_decay=section.weight_decay)
+        return optim.SGD(
+            whole, section.learning_rate, momentum=section.momentum, weight_decay=section.weight_decay, fused=True
+        )
     # Decaying biases and the scales of normalisation layers only pulls them away from what the data ask for.
     matrices = [parameter for parameter in learning if parameter.ndim > 1]
     vectors = [parameter for parameter in learning if parameter.ndim <= 1]
     parts = [{"params": matrices, "weight_decay": section.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return optim.AdamW([*parts, *layers], section.learning_rate)
+    # One kernel over all parameters: a third of the time of one after the other, on a CPU too.
+    return optim.AdamW([*parts, *layers], section.learning_rate, fused=True)
 
 
 def create_schedule(
@@ -201,7 +204,7 @@ class Trainer:
         self.device = self.accelerator.device
         self.frozen = section.encoder == "frozen"
         # Small layers on stored features gain nothing from half precision.
-        self.precision = "fp32" if self.frozen else resolve_precision(section.precision, self.device)
+        self.precision = "fp32" if self.frozen else resolve_precision(section.precision, self.device, model)
         self._best: dict[str, Tensor] = {}
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -274,8 +277,10 @@ class Trainer:
                         _refuse_divergence(losses["total"])
                     show(step + 1, steps)
             row = {"epoch": epoch + 1, "learning_rate": self.optimizer.param_groups[0]["lr"]}
-            for name, values in losses.items():
-                row[f"train_{name}"] = sum(value / steps for value in torch.stack(values).tolist())
+            # Each process has seen its share of every batch.
+            each = accelerator.reduce(torch.stack([torch.stack(values) for values in losses.values()]), "mean")
+            for name, values in zip(losses, each.tolist(), strict=True):
+                row[f"train_{name}"] = sum(value / steps for value in values)
             row |= self._validate(val)
             row |= self._rebuild(rebuilt) if rebuilt is not None else {}
             row |= {f"l1_{name}": value for name, value in head_norms(self.kept).items()}
