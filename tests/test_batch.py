@@ -412,10 +412,11 @@ def test_the_real_predictor_agrees_with_itself_on_images_a_table_and_alone(
 
 def test_the_image_column_is_the_one_that_the_description_beside_the_table_names(tmp_path: Path) -> None:
     draw(tmp_path / "photos", ["a.png", "b.png"])
-    rows = [("file", "age"), ("a.png", "61"), ("photos/b.png", "5"), ("lost.png", "")]
+    draw(tmp_path / "photos" / "2024", ["c.png"])
+    rows = [("file", "age"), ("a.png", "61"), ("photos/b.png", "5"), ("C", "7"), ("lost.png", "")]
     table = table_of(tmp_path / "new.csv", rows)
     (tmp_path / "dataset.yaml").write_text("image: file\nimages: photos\n")
-    assert predict(Redness(), TableCases(table, Redness()), tmp_path / "out.csv") == Summary(2, 1, 0)
+    assert predict(Redness(), TableCases(table, Redness()), tmp_path / "out.csv") == Summary(3, 1, 0)
     # A table with a column `image` is read as ever.
     table_of(table, [("image", "age"), ("photos/a.png", "61")])
     assert predict(Redness(), TableCases(table, Redness()), tmp_path / "more.csv") == Summary(1, 0, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,9 +31,9 @@ console = terminal(stderr=True)
 
 
 def output() -> Console:
-    """Return the console of results: as wide as the terminal, or as a page where there is none."""
+    """Return the console of results: as wide as the terminal or $COLUMNS, or as a page where there is neither."""
     found = terminal()
-    return found if found.is_terminal else terminal(width=PIPED)
+    return found if found.is_terminal or "COLUMNS" in os.environ else terminal(width=PIPED)
 
 
 class ShowProgress(Protocol):

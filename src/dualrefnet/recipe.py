@@ -532,9 +532,10 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
 
 
 def suggestion(word: str, legal: Iterable[str]) -> str:
-    """Return `; did you mean ...?` for a misspelt word, or nothing if no legal one is near."""
-    near = difflib.get_close_matches(word, legal, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """Return `; did you mean ...?` for a misspelt word, or nothing if no legal one is near, in whatever case."""
+    spelt = {name.casefold(): name for name in legal}
+    near = difflib.get_close_matches(word.casefold(), spelt, n=1)
+    return f"; did you mean {spelt[near[0]]!r}?" if near else ""
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:

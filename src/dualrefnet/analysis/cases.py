@@ -171,7 +171,8 @@ def _write_prediction(axis: Axes, case: ShownCase, left: float) -> None:
         axis.text(left + 0.02 + longest * value, place, text, va="center", fontsize=7, color=INK)
         place += 0.15
     place += 0.02
-    for name, given, value in case.attributions:
+    # Half a percentage point is nothing to read.
+    for name, given, value in (one for one in case.attributions if abs(one[2]) >= 0.005):
         text = f"fields missing: {given}" if name == MISSING_FLAGS else f"{name} = {given}"
         sign = "−" if value < 0 else "+"
         for line in textwrap.wrap(f"{sign}{abs(100 * value):.0f}  {text}", LETTERS, subsequent_indent="     "):

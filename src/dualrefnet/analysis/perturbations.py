@@ -85,7 +85,9 @@ def permute_across_groups(groups: ArrayLike, generator: np.random.Generator) -> 
     """Permute N rows so that each gets a row of another group (patient); every row is given once."""
     codes = group_codes(groups)
     if 2 * np.bincount(codes).max() > len(codes):
-        raise DataError("one patient has more than half of the images: nothing can be permuted across patients")
+        raise DataError(
+            "one group (patient or lesion) has more than half of the images: nothing can be permuted across groups"
+        )
     given = generator.permutation(len(codes))
     while True:
         own = np.flatnonzero(codes[given] == codes)

@@ -135,7 +135,7 @@ def draw_reconstruction_history(history: pd.DataFrame) -> ReportFigure:
         axis.plot(history["epoch"], history[column], color=colour, marker="o", markersize=2.5)
         axis.set_title(label)
         axis.set_xlabel("epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
         end = (last["epoch"], last[column])
         style: Any = {"textcoords": "offset points", "ha": "right", "color": INK, "fontsize": 7.5}
         axis.annotate(f"{last[column]:.3g}", end, xytext=(0, 5), **style)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -128,18 +129,18 @@ def _print_prediction(predictor: Predictor, case: Case) -> None:
     if case.error:
         raise DataError(f"{case.name}: {case.error}")
     found = predictor.predict(case.path, case.metadata)
-    rows = [
-        (
-            name,
-            predictor.class_names.get(name, "–"),
-            "yes" if name in predictor.malignant else "–",
-            "yes" if name in found.likely else "–",
-            f"{share:.1%}",
-        )
-        for name, share in sorted(found.probabilities.items(), key=lambda item: -item[1])
-    ]
-    columns = ("class", "name", "malignant", "in the set", "probability")
-    print_table(PrintedTable(f"{case.name}: {found.label}", columns, text_rows(rows), left=4))
+    columns: dict[str, Callable[[str], str]] = {
+        "class": str,
+        "name": lambda name: predictor.class_names.get(name, "–"),
+        "malignant": lambda name: "yes" if name in predictor.malignant else "–",
+        "in the set": lambda name: "yes" if name in found.likely else "–",
+        "probability": lambda name: f"{found.probabilities[name]:.1%}",
+    }
+    if not predictor.class_names:
+        del columns["name"]
+    names = sorted(found.probabilities, key=lambda name: -found.probabilities[name])
+    rows = text_rows(tuple(value(name) for value in columns.values()) for name in names)
+    print_table(PrintedTable(f"{case.name}: {found.label}", tuple(columns), rows, left=len(columns) - 1))
     if found.likely and predictor.coverage is not None:
         typer.echo(f"set of classes with a nominal coverage of {predictor.coverage:.0%}: {', '.join(found.likely)}")
     if found.malignancy is not None:

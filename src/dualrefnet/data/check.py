@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.images import decode_image, is_image, list_files
+from dualrefnet.data.protocols import leakage
 from dualrefnet.data.schema import BOOLEAN_VALUES, Dataset, MetadataField, unnamed_patients
 from dualrefnet.data.store import map_ahead
 from dualrefnet.errors import ImageError
@@ -97,6 +98,34 @@ def check_dataset(
 def check_table(dataset: Dataset) -> list[Finding]:
     """Check the table, the metadata and which images are there; none is read."""
     return [*_rows(dataset), *_patients(dataset), *_metadata(dataset), *_missing_images(dataset)]
+
+
+def crossing_ids(dataset: Dataset, split: pd.DataFrame) -> Iterator[Finding]:
+    """Report the test images whose patient, and those whose lesion, is also in train or validation."""
+    rows = split[["image_id", "split"]].merge(dataset.table, on="image_id", how="left", validate="one_to_one")
+    test = rows["split"] == "test"
+    for what, leak in leakage(dataset, split).items():
+        check, ids = f"{what}s_on_two_sides", rows[f"{what}_id"]
+        if leak is None:
+            level: Level = "WARN"
+            message = f"the data set names no {what}: whether a {what} crosses the split is unknown"
+            if what == "lesion" and dataset.schema.unit == "patient":
+                level, message = "PASS", "the data set names no lesion; each is of one patient"
+            yield Finding(level, check, message)
+            continue
+        seen = rows.loc[test & ids.isin(ids[~test].dropna()), "image_id"]
+        unnamed = int((test & ids.isna()).sum())
+        but = f" ({unnamed:,} test images name no {what})" if unnamed else ""
+        if seen.empty:
+            yield Finding("PASS", check, f"no test image shows a {what} of train or validation{but}")
+            continue
+        worst = max(leak["per_class"], key=leak["per_class"].get)
+        message = (
+            f"{leak['train']:.1%} of the test images show a {what} that is also in train ({leak['train_or_val']:.1%} "
+            f"counting validation; of class {worst} {leak['per_class'][worst]:.1%}){but}; every result on them is too "
+            "good: use the protocol grouped"
+        )
+        yield Finding("FAIL", check, message, tuple(seen[:MAX_EXAMPLES]), len(seen))
 
 
 def _rows(dataset: Dataset) -> Iterator[Finding]:

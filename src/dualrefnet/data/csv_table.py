@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dualrefnet.data.images import ImageIndex, image_id, list_files
+from dualrefnet.data.images import NamedImages, image_id
 from dualrefnet.data.schema import (
     Dataset,
     DatasetSchema,
@@ -32,7 +32,7 @@ from dualrefnet.errors import DataError, RecipeError
 from dualrefnet.files import parse_yaml, read_yaml_text, sha256_of_file
 from dualrefnet.progress import warn
 from dualrefnet.recipe import ClassName
-from dualrefnet.runtime.metadata import read_cell, read_number
+from dualrefnet.runtime.metadata import by_fold, fold, read_cell, read_number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,12 +114,18 @@ def load(root: Path, description_file: Path | None = None) -> Dataset:
         raise DataError(f"{int(names.isna().sum())} rows of {file} name no image")
     # Columns that group the images: an empty one names nobody.
     named = [column for column in optional if raw[column].map(read_cell).notna().any()]
+    classes = description.classes or one_hot or classes_of(label)
+    usual = by_fold({name: name for name in classes})
+
+    def spelt(name: str) -> str:
+        return name if name in classes else usual.get(fold(name), name)
+
     schema = DatasetSchema(
         name="csv_table",
         title=description.title,
-        classes=description.classes or one_hot or classes_of(label),
-        malignant=description.malignant,
-        class_names=description.class_names,
+        classes=classes,
+        malignant=tuple(map(spelt, description.malignant)),
+        class_names={spelt(name): text for name, text in description.class_names.items()},
         fields=description.metadata,
         group_by=(
             "patient_id" if description.patient in named else "lesion_id" if description.lesion in named else "image_id"
@@ -199,15 +205,14 @@ def _if_readable(property_of: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def find_images(names: pd.Series, folders: Sequence[Path]) -> pd.Series:
-    """Return the file that each name means, a path below one of the folders; None if there is none."""
+    """Return the file that each name means, a path below one of the folders or its end; None if there is none."""
     import pandas as pd
 
     index, paths = None, []
     for name in names:
         files = [str(folder / name) for folder in folders if os.path.isfile(folder / name)]
         if len(files) != 1:
-            below = ((os.path.relpath(file, folder), file) for folder in folders for file in list_files(folder))
-            index = index or ImageIndex(below)
+            index = index or NamedImages(folders)
             files = [path] if (path := index.find(name)) else []
         paths.append(files[0] if files else None)
     return pd.Series(paths, index=names.index, dtype=object)

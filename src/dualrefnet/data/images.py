@@ -105,6 +105,36 @@ class ImageIndex:
         return [("path", path), ("any case", path.casefold()), ("id", stem), ("id in any case", stem.casefold())]
 
 
+class NamedImages:
+    """The images of some files and folders by the names that a table gives them: paths below one, or ends of paths.
+
+    Folders that don't exist hold none.
+    """
+
+    def __init__(self, sources: Iterable[Path]) -> None:
+        self._files = [
+            (file.relative_to(source if source.is_dir() else source.parent).as_posix(), str(file))
+            for source in sources
+            if source.exists()
+            for file in (map(Path, list_files(source)) if source.is_dir() else [source])
+        ]
+        self._below = ImageIndex(self._files)
+        # Number of parts of a name -> the images by that many last parts of their paths.
+        self._ends: dict[int, ImageIndex] = {}
+
+    def find(self, name: str) -> str | None:
+        """Return the path of an image, None if there is none; refuse a name that means two."""
+        found = self._below.find(name)
+        if found is not None:
+            return found
+        parts = image_path(name).count("/") + 1
+        if parts not in self._ends:
+            self._ends[parts] = ImageIndex(
+                ("/".join(Path(path).absolute().as_posix().split("/")[-parts:]), path) for _, path in self._files
+            )
+        return self._ends[parts].find(name)
+
+
 def decode_image(source: Path | str | bytes, **limits: Any) -> NDArray[np.uint8]:
     """Decode an image of unknown origin to (H, W, 3); see `dualrefnet.runtime.images.decode_image`."""
     try:

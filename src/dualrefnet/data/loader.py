@@ -23,7 +23,6 @@ from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.protocols import (
     FOLD,
     leak_remarks,
-    leakage,
     member_split,
     missing_classes,
     split_dataset,
@@ -129,11 +128,6 @@ def recipe_split(recipe: Recipe, dataset: Dataset, store: ImageStore | None, tes
     split = split_dataset(
         dataset, data.protocol, data.fold, data.folds, data.split_seed, data.split_file, data.allow_leak
     )
-    if data.protocol == "paper":
-        for unit, shares in leakage(dataset, split).items():
-            if shares is not None:
-                share = f"{shares['train']:.1%}"
-                warn(f"the paper's split leaks: {share} of the test images show a {unit} seen in training")
     if data.allow_leak:
         for message in leak_remarks(split, dataset.schema.unit):
             warn(message)
@@ -147,7 +141,7 @@ def recipe_split(recipe: Recipe, dataset: Dataset, store: ImageStore | None, tes
         parts |= {"test": split["split"] == "test"}
     for name, rows in parts.items():
         if not rows.any() and (tested or name != "test"):
-            hint = f"`dualrefnet check {data.dataset}` says which are missing"
+            hint = f"`dualrefnet check {data.dataset} --root {dataset.root}` says which are missing"
             raise SplitError(f"the {name} split has no image left; {hint}")
     trainings = [split]
     if FOLD in split:
@@ -179,7 +173,7 @@ def fill_recipe_store(
 ) -> ImageStore:
     """Fill the image store that a recipe needs, and warn of broken images; `verify`: compare it with the files."""
     if len(dataset.with_image) == 0:
-        raise DataError(f"{dataset.no_image}; `dualrefnet check {recipe.data.dataset}` says more")
+        raise DataError(f"{dataset.no_image}; `dualrefnet check {recipe.data.dataset} --root {dataset.root}` says more")
     with progress_bar("preparing images") as show:
         store = fill_store(dataset.with_image, recipe.image, stored_size(recipe), cache, workers, show)
     if verify:

@@ -241,7 +241,9 @@ def require_columns(table: pd.DataFrame, columns: list[str], what: str) -> None:
     """Raise a DataError that names the `columns` that `what`, a table, lacks or has twice."""
     missing = [column for column in columns if column not in table.columns]
     if missing:
-        raise DataError(f"{what} has no column {', '.join(missing)}; it has: {', '.join(map(str, table.columns))}")
+        there = list(map(str, table.columns))
+        near = next(filter(None, (suggestion(column, there) for column in missing)), "")
+        raise DataError(f"{what} has no column {', '.join(missing)}; it has: {', '.join(there)}{near}")
     repeated = [column for column in columns if (table.columns == column).sum() > 1]
     if repeated:
         raise DataError(f"{what} has several columns called {', '.join(repeated)}; keep one, or rename them")

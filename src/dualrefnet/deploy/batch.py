@@ -28,7 +28,16 @@ from numpy.typing import NDArray
 
 import dualrefnet
 from dualrefnet.data.csv_table import DEFAULT_DESCRIPTION, open_csv, read_description
-from dualrefnet.data.images import IMAGE_COLUMNS, IMAGE_SUFFIXES, ImageIndex, files_in, image_path, is_image, list_files
+from dualrefnet.data.images import (
+    IMAGE_COLUMNS,
+    IMAGE_SUFFIXES,
+    ImageIndex,
+    NamedImages,
+    files_in,
+    image_path,
+    is_image,
+    list_files,
+)
 from dualrefnet.deploy.predictor import Predictor
 from dualrefnet.errors import DataError, ImageError
 from dualrefnet.files import (
@@ -171,32 +180,6 @@ class ImageCases:
                 self._metadata[path] = tuple(sys.intern(values.get(name, "")) for name in self._fields)
 
 
-class NamedImages:
-    """The images of some sources by the names that a table gives them: paths below a source, or ends of paths."""
-
-    def __init__(self, sources: Sequence[Path]) -> None:
-        self._sources = sources
-        self._below = ImageIndex(
-            (path.relative_to(source if source.is_dir() else source.parent).as_posix(), str(path))
-            for source in sources
-            for path in walk_images([source])
-        )
-        # Number of parts of a name -> the images by that many last parts of their paths.
-        self._ends: dict[int, ImageIndex] = {}
-
-    def find(self, name: str) -> str | None:
-        """Return the path of an image, None if there is none; refuse a name that means two."""
-        found = self._below.find(name)
-        if found is not None:
-            return found
-        parts = image_path(name).count("/") + 1
-        if parts not in self._ends:
-            paths = [str(path) for path in walk_images(self._sources)]
-            ends = ("/".join(Path(path).absolute().as_posix().split("/")[-parts:]) for path in paths)
-            self._ends[parts] = ImageIndex(zip(ends, paths, strict=True))
-        return self._ends[parts].find(name)
-
-
 class TableCases:
     """A CSV with a row a case: one column is the image's path (as `dataset.yaml` names it, else `image`), others
     metadata.
@@ -204,11 +187,12 @@ class TableCases:
 
     def __init__(self, path: Path, predictor: Predictor) -> None:
         """Read the CSV once, to count its rows and to check that all of it can be read."""
-        self._folders = [path.parent]
+        self._folder = path.parent
+        self._described: tuple[Path, ...] = ()
         columns: tuple[str, ...] = IMAGE_COLUMNS[:1]
         if (path.parent / DEFAULT_DESCRIPTION).is_file():
             description = read_description(path.parent / DEFAULT_DESCRIPTION)
-            self._folders += description.image_folders(path.parent)
+            self._described = description.image_folders(path.parent)
             columns = (description.image, *columns)
         self._table = MetadataTable(path, [field.name for field in predictor.fields], columns)
         self._reads, self._needs = predictor.reads_image, predictor.needs_image
@@ -225,14 +209,18 @@ class TableCases:
 
     def __iter__(self) -> Iterator[Case]:
         images_in = lru_cache(maxsize=8)(lambda folder: ImageIndex(files_in([folder])))
+        named: NamedImages | None = None
         for number, (image, values, error) in enumerate(self._table.rows(), start=1):
             if not error and not image and self._needs:
                 values, error = {}, "the row names no image, and this model needs one"
             path = None
             if image and self._reads and not error:
                 try:
-                    found = (_find_below(folder, image, images_in) for folder in self._folders)
-                    path = next(filter(None, found), self._folders[0] / image)
+                    found = (_find_below(folder, image, images_in) for folder in (self._folder, *self._described))
+                    path = next(filter(None, found), None)
+                    if path is None:
+                        named = named or NamedImages(self._described)
+                        path = Path(named.find(image) or self._folder / image)
                 except DataError as ambiguous:
                     error = str(ambiguous)
             yield Case(image or str(number), path, values, error)

@@ -115,7 +115,7 @@ def protocol_name(protocol: str, unit: str = "group") -> str:
         "grouped": f"{unit}-disjoint split" if unit != "image" else "split by image",
         "grouped-cv": f"{unit}-disjoint cross-validation" if unit != "image" else "cross-validation by image",
         "cross-fitted": f"{unit}-disjoint cross-fitting" if unit != "image" else "cross-fitting by image",
-        "all": "all patients, none for a test",
+        "all": f"all {unit}s, none for a test",
         "own": "the user's own split",
     }
     return names.get(protocol, protocol)

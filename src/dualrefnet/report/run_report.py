@@ -116,7 +116,9 @@ def write_report(
     title, subtitle = run_title(run)
     of_patients = explained and options.photographs and not measured.metrics["drawn"]
     verdict = make_verdict(measured.metrics, len(measured.classes), done)
-    write_text(out / PAGE, render_page(title, subtitle, run_notes(run), done, of_patients, verdict))
+    said = " ".join(line.text for line in verdict.lines)
+    notes = [text for text in run_notes(run) if text not in said]
+    write_text(out / PAGE, render_page(title, subtitle, notes, done, of_patients, verdict))
     return out / PAGE
 
 
