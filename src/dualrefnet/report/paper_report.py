@@ -177,7 +177,7 @@ def _summary(parts: Mapping[str, _Part], judged: Sequence[Claim]) -> Section:
 def _claims(judged: Sequence[Claim]) -> Section:
     rows = []
     for claim in judged:
-        small = f"{interval(claim.ours.low, claim.ours.high, '.3f')} {p_value(claim.ours.p)}".strip()
+        small = f"{interval(claim.ours.low, claim.ours.high, '.3f')}\n{p_value(claim.ours.p)}".strip()
         title = SCHEMAS[claim.dataset].title if claim.dataset in SCHEMAS else claim.dataset
         rows.append(
             [
@@ -188,16 +188,14 @@ def _claims(judged: Sequence[Claim]) -> Section:
             ]
         )
     limits = dict.fromkeys(text for claim in judged for text in claim.limits)
-    notes = [
+    intro = [
         "Differences in favour of the claim, in balanced accuracy unless it says otherwise; 95% interval of the paired "
         "bootstrap, p after the Holm correction of the suite. Reproduced: the whole interval is above zero. "
         "Contradicted: it is below zero, or below the paper's difference. Otherwise it holds zero.",
         *([f"Not the paper's experiment: {'; '.join(limits)}."] if limits else []),
     ]
-    columns = ("claim", "ours", "paper", "verdict")
-    return Section(
-        "claims", "Claims", [], [PrintedTable("Claims about differences", columns, rows, tuple(notes))], folded=False
-    )
+    table = PrintedTable("Claims about differences", ("claim", "ours", "paper", "verdict"), rows)
+    return Section("claims", "Claims", intro, [table], folded=False)
 
 
 def _table1(part: _Part, options: ReportOptions) -> Iterator[Section]:
@@ -251,7 +249,7 @@ def _table3(part: _Part, options: ReportOptions) -> Iterator[Section]:
             lines.append(line)
     heads = ("", *(BACKBONES[name].title for name in backbones))
     notes = part.notes(*caveats(dataset, table, list(methods)))
-    yield Section(part.name, TITLES[part.name], [], [PrintedTable(TITLES[part.name], heads, lines, notes)])
+    yield Section(part.name, TITLES[part.name], [], [PrintedTable("ACC, BACC and AUC by encoder", heads, lines, notes)])
 
 
 def _table4(part: _Part, options: ReportOptions) -> Iterator[Section]:
@@ -267,7 +265,7 @@ def _table4(part: _Part, options: ReportOptions) -> Iterator[Section]:
             line.append(replace(cell, small=f"{cell.small}\n{average[1:]}".strip()))
         lines.append(line)
     notes = part.notes(*caveats("pad_ufes_20", "4", list(methods)))
-    table = PrintedTable(TITLES["table4"], ("system", "accuracy", "precision", "recall", "F1"), lines, notes)
+    table = PrintedTable("Averages as in the paper", ("system", "accuracy", "precision", "recall", "F1"), lines, notes)
     yield Section("table4", TITLES["table4"], [], [table])
 
 
@@ -313,7 +311,8 @@ def _figure7(part: _Part, options: ReportOptions) -> Iterator[Section]:
             replace(item, name=f"figure7_{item.name}") if isinstance(item, ReportFigure) else item
             for item in section.items
         ]
-        yield replace(section, key=f"figure7-{section.key}", title=f"Figure 7: {section.title.lower()}", items=items)
+        title = f"Figure 7: {section.title.lower()}"
+        yield replace(section, key=f"figure7-{section.key}", title=title, items=items, folded=True)
 
 
 _MAKERS: dict[str, Callable[[_Part, ReportOptions], Iterator[Section]]] = {

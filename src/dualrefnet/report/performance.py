@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from dualrefnet.analysis.reconstruction import draw_reconstruction_history
 from dualrefnet.display.figure import (
@@ -29,7 +28,7 @@ from dualrefnet.display.page import Section
 from dualrefnet.evaluation.bootstrap import Bootstrap, images_of
 from dualrefnet.evaluation.curves import KINDS, class_curves, draw_curves
 from dualrefnet.report.verdict import judge_leak, judge_missingness
-from dualrefnet.run import Run
+from dualrefnet.run import Run, TestSplit
 from dualrefnet.suite.results import caveats, departures, other_experiment, reported, reported_class
 from dualrefnet.training.loop import selection_value
 
@@ -60,15 +59,13 @@ FEW_IMAGES = 20
 
 @dataclass(frozen=True)
 class Measured:
-    """The test split of a run, read from its folder."""
+    """A finished run, read from its folder."""
 
     run: Run
     metrics: dict[str, Any]
     classes: tuple[str, ...]
     malignant: tuple[str, ...]
-    labels: NDArray[np.int64]
-    probabilities: NDArray[np.float64]
-    groups: NDArray[np.object_]
+    test: TestSplit
 
     @property
     def unit(self) -> str:
@@ -81,18 +78,8 @@ class Measured:
 
 
 def read_measured(run: Run) -> Measured:
-    metrics, description, predictions = run.metrics, run.model, run.predictions
-    classes = tuple(description["classes"])
-    test = predictions[predictions["split"] == "test"].reset_index(drop=True)
-    return Measured(
-        run,
-        metrics,
-        classes,
-        tuple(description["malignant"]),
-        pd.Index(classes).get_indexer(test["label"]).astype(np.int64),
-        test[[f"prob_{name}" for name in classes]].to_numpy(dtype=float),
-        run.split.set_index("image_id")["patient_id"].loc[test["image_id"]].to_numpy(dtype=object),
-    )
+    description = run.model
+    return Measured(run, run.metrics, tuple(description["classes"]), tuple(description["malignant"]), run.test)
 
 
 def summary_section(measured: Measured) -> Section:
@@ -107,7 +94,7 @@ def summary_section(measured: Measured) -> Section:
 
 
 def _headline_table(measured: Measured) -> PrintedTable:
-    metrics, recipe = measured.metrics, measured.run.recipe
+    metrics, recipe, test = measured.metrics, measured.run.recipe, measured.test
     values = metrics | {f"malignant_{key}": value for key, value in metrics.get("malignant", {}).items()}
     measures = [measure for measure in HEADLINE if measure in values]
     table = PAPER_TABLES.get(recipe.data.dataset, ("", ""))[0] if recipe.data.protocol == "paper" else ""
@@ -118,7 +105,7 @@ def _headline_table(measured: Measured) -> PrintedTable:
             paper[measure] = found.value
     rows = [[Cell(MEASURE_NAMES[measure]), Cell.of(values, measure)] for measure in measures]
     notes = [
-        f"{images_of(len(measured.labels), len(set(measured.groups)), measured.unit)}. In brackets: 95% interval from "
+        f"{images_of(len(test.labels), len(set(test.groups)), measured.unit)}. In brackets: 95% interval from "
         f"a bootstrap over {measured.unit}.",
         "Expected calibration error and Brier score: lower is better.",
     ]
@@ -161,8 +148,8 @@ def class_section(measured: Measured) -> Section:
 
 
 def curve_section(measured: Measured, samples: int, seed: int) -> Section:
-    bootstrap = Bootstrap(measured.groups, samples, seed, label="curves")
-    curves = class_curves(measured.labels, measured.probabilities, bootstrap, measured.classes, measured.malignant)
+    test, bootstrap = measured.test, Bootstrap(measured.test.groups, samples, seed, label="curves")
+    curves = class_curves(test.labels, test.probabilities, bootstrap, measured.classes, measured.malignant)
     figures = [draw_curves(curves, kind, measured.unit) for kind in KINDS]
     return Section("curves", "ROC and precision-recall", [], figures)
 

@@ -72,12 +72,12 @@ def calibration_section(measured: Measured, samples: int, seed: int) -> Section:
     """Return reliability diagram and calibration errors, without and with the temperature if the run has one."""
 
     def reliability(probabilities: Any) -> ReportFigure:
-        bootstrap = Bootstrap(measured.groups, samples, seed)
-        return draw_reliability(compute_reliability(measured.labels, probabilities, bootstrap), measured.unit)
+        bootstrap = Bootstrap(measured.test.groups, samples, seed)
+        return draw_reliability(compute_reliability(measured.test.labels, probabilities, bootstrap), measured.unit)
 
     findings = judge_calibration(measured.metrics)
     if not measured.run.calibration_file.is_file():
-        figure = reliability(measured.probabilities)
+        figure = reliability(measured.test.probabilities)
         return Section("calibration", "Calibration", [], [figure], findings=findings)
     calibration, values = measured.run.calibration, measured.metrics["calibrated"]
     low, high = calibration.temperature_interval or (None, None)
@@ -86,7 +86,7 @@ def calibration_section(measured: Measured, samples: int, seed: int) -> Section:
         effect = "as the interval includes 1, no change of confidence is clearly needed"
     temperature = estimate(calibration.temperature, low, high, ".2f")
     intro = [f"The temperature fitted on the validation split is {temperature}; {effect}."]
-    after = reliability(calibration.probabilities(measured.probabilities))
+    after = reliability(calibration.probabilities(measured.test.probabilities))
     after = replace(after, title="Reliability after temperature scaling")
     return Section("calibration", "Calibration", intro, [after, _error_table(values)], findings=findings)
 
@@ -111,11 +111,11 @@ def _error_table(values: Row) -> PrintedTable:
 def conformal_section(measured: Measured, samples: int, seed: int) -> Section:
     """Return what conformal sets, referral and selective prediction achieve on the test split."""
     calibration, values = measured.run.calibration, measured.metrics["calibrated"]
-    calibrated = calibration.probabilities(measured.probabilities)
-    bootstrap = Bootstrap(measured.groups, samples, seed)
-    selective = measure_selective(measured.labels, calibrated, bootstrap, measured.classes)
+    calibrated = calibration.probabilities(measured.test.probabilities)
+    bootstrap = Bootstrap(measured.test.groups, samples, seed)
+    selective = measure_selective(measured.test.labels, calibrated, bootstrap, measured.classes)
     figures = [draw_selective(selective, measured.unit)]
-    malignant = calibration.cancer[measured.labels]
+    malignant = calibration.cancer[measured.test.labels]
     if calibration.referral is not None and 0 < malignant.sum() < len(malignant):
         threshold = (calibration.referral, calibration.sensitivity, calibration.referral_interval)
         scores = malignancy(calibrated, calibration.cancer)

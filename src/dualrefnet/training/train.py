@@ -32,7 +32,7 @@ from dualrefnet.models.transfer import SourceRun
 from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import CROSS_FITTED, Recipe, load_recipe
 from dualrefnet.run import MEMBERS, Run, fingerprint, refuse_taken, run_lock, start_run, write_split
-from dualrefnet.training.cost import prediction_cost
+from dualrefnet.training.cost import network_cost
 from dualrefnet.training.loop import Trainer
 from dualrefnet.training.tracking import Tracker, require_tracker
 from dualrefnet.training.workers import Job, available_cores, work
@@ -199,7 +199,7 @@ def _train_members(
     if state.is_main_process:
         model, architecture, sources = _new_model(recipe, prepared)
         about = model_description(recipe, architecture, prepared.encoder, prepared.dataset.schema, sources)
-        cost = {name: len(run.members) * value for name, value in prediction_cost(model, architecture).items()}
+        cost = {name: len(run.members) * value for name, value in network_cost(model, architecture).items()}
         write_json(run.path / "model.json", about | {"members": len(run.members), "cost": cost})
         del model
     if jobs == 1 and ray_address is None:
@@ -269,7 +269,7 @@ def _train(run: Run, prepared: Prepared, state: PartialState, tracker: Tracker) 
     recipe, (dataset, store, split, encoder) = run.recipe, prepared
     model, architecture, sources = _new_model(recipe, prepared)
     # Before any part of it is moved to a GPU.
-    cost = prediction_cost(model, architecture)
+    cost = network_cost(model, architecture)
     frozen = recipe.training.encoder == "frozen" and METHODS[recipe.model.method].reads_image
     with state.main_process_first():
         features = fill_features(recipe, model, store, state.device) if frozen and store is not None else ()
