@@ -313,7 +313,7 @@ def explain_metadata(
     others = opened.examples("train").metadata
     others = others[np.sort(np.random.default_rng(seed).permutation(len(others))[:background])]
     found: list[Attribution] = []
-    for row in track(chosen, f"SHAP by {by}"):
+    for row in track(list(chosen), f"SHAP by {by}"):
         # Each image is encoded alone and has a seed of its own, so its values are the same in any choice of images.
         classify = _classifier(opened, opened.encode_rows(examples, np.array([row])))
         own_seed = int(np.random.SeedSequence([seed, int(row)]).generate_state(1)[0])
