@@ -24,12 +24,7 @@ from dualrefnet.models.encoders import create_encoder
 from dualrefnet.models.registry import new_model
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import Run, new_folder, run_lock, start_run
-from dualrefnet.training.loop import (
-    Trainer,
-    create_optimizer,
-    load_checkpoint,
-    save_checkpoint,
-)
+from dualrefnet.training.loop import Trainer, create_optimizer, load_checkpoint, save_checkpoint
 from dualrefnet.training.train import enough_memory, train_recipe
 
 FILES = {

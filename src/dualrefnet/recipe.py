@@ -166,8 +166,7 @@ class ModelSection(Section):
 
     method: str = Field("dualrefnet", description="the system; `dualrefnet methods` lists them")
     backbone: str = Field(
-        "mobilenet_v2",
-        description="image encoder: the paper's name (`dualrefnet doctor` lists them), or timm:NAME",
+        "mobilenet_v2", description="image encoder: the paper's name (`dualrefnet doctor` lists them), or timm:NAME"
     )
     members: tuple[str, ...] = Field(
         (),

@@ -118,9 +118,9 @@ class Examples:
         return map_ahead(self.batch, batches, workers=1, ahead=3)
 
 
-def read_dataset(recipe: Recipe) -> Dataset:
-    """Read the recipe's data set, with the classes that it is about, and show its warnings."""
-    dataset = load_dataset(recipe.data.dataset, recipe.data.root, recipe.data.description)
+def read_dataset(recipe: Recipe, loaded: Dataset | None = None) -> Dataset:
+    """Read the recipe's data set, unless it is `loaded`, with the classes that it is about; show its warnings."""
+    dataset = loaded or load_dataset(recipe.data.dataset, recipe.data.root, recipe.data.description)
     for message in dataset.warnings:
         warn(message)
     task = dataset.of_task(recipe.data.keep, recipe.data.classes)
@@ -185,8 +185,7 @@ def fill_recipe_store(
     with progress_bar("preparing images") as show:
         store = fill_store(dataset.with_image, recipe.image, stored_size(recipe), cache, workers, show)
     if verify:
-        with progress_bar("comparing images") as show:
-            changed = delete_if_changed(store, dataset.with_image, recipe.image, workers, show)
+        changed = delete_if_changed(store, dataset.with_image, recipe.image, workers)
         if changed:
             note(f"{len(changed)} images have changed and are prepared again, the first: {changed[0]}")
             return fill_recipe_store(recipe, dataset, cache, workers)
