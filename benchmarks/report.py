@@ -1,4 +1,4 @@
-"""What does the page about a run cost for a data set as large as ISIC-2019: CPU seconds of each part, and memory at most?
+"""What does the page about a run cost for a data set as large as ISIC-2019: CPU seconds of each part, peak memory?
 
 A drawn data set is repeated to that size (hard links, so it takes little disk), a small model is trained on it for one
 epoch, and the page is written in a process of its own, whose peak is read at its end. The time of a part is from the
