@@ -275,6 +275,7 @@ LATER = {
     "loss.classification_reduction",
     "loss.teacher",
     "loss.teacher_share",
+    "training.accumulate",
     "training.ema",
     "training.freeze_stages",
     "training.layer_decay",

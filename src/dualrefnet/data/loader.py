@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -48,6 +48,14 @@ class Batch:
     targets: Tensor | None = None  # (B, 3, 2S, 2S) uint8, the auxiliary task's stored targets
     folds: Tensor | None = None  # (B,) of a cross-fitted run: the only member that hasn't been trained on the image
     soft_labels: Tensor | None = None  # (B, C) float32, a teacher's probabilities
+
+    def parts(self, count: int) -> Iterator[Batch]:
+        """Yield the batch in so many parts of about the same size."""
+        for rows in np.array_split(np.arange(len(self.rows)), count):
+            part = slice(rows[0], rows[-1] + 1)
+            kept: dict[str, Any] = {name: value if value is None else value[part] for name, value in vars(self).items()}
+            kept["features"] = tuple({name: value[part] for name, value in each.items()} for each in self.features)
+            yield Batch(**kept)
 
 
 @dataclass(frozen=True)
