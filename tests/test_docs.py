@@ -87,8 +87,8 @@ def parse(arguments):
         return
     command = group.get_command(typer.Context(group), arguments[0])
     assert command is not None, f"there is no command {arguments[0]}"
-    # Folders and files of an example aren't there; they are looked for when all options are known.
-    with suppress(DataError, RunError):
+    # The folder of an example isn't there; it is looked for when all options are known.
+    with suppress(RunError, DataError):
         command.make_context(arguments[0], list(arguments[1:]))
 
 

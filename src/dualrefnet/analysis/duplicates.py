@@ -15,9 +15,7 @@ and 0.7 of the size .80 are then found, of those at 0.4 .51; PAD-UFES-20 at 192 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +33,7 @@ from dualrefnet.data.images import decode_image
 from dualrefnet.data.store import default_cache, map_ahead
 from dualrefnet.errors import DualRefNetError, ImageError
 from dualrefnet.files import atomic_path, sha256_of_json
-from dualrefnet.progress import progress_bar, warn
+from dualrefnet.progress import warn
 from dualrefnet.runtime.images import MAX_BYTES
 
 # 16 x 16 low frequencies of a 64 x 64 image.
@@ -141,18 +139,17 @@ def _read(path: str, before: dict[str, Fingerprint]) -> tuple[str, NDArray[np.ui
 
 def near_pairs(fingerprints: Fingerprints, workers: int | None = None) -> pd.DataFrame:
     """Compare all pairs of images (25,331 take six seconds on two cores) and return those alike, the nearest first."""
-    count, small = len(fingerprints.image_ids), fingerprints.small
+    small = fingerprints.small
     # (8, 4, N): each word of a hash in one run of memory.
     words = np.ascontiguousarray(fingerprints.hashes.transpose(1, 2, 0))
-    starts, found = range(0, count, BLOCK), []
-    with ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1)) as pool, progress_bar("comparing images") as show:
-        blocks = pool.map(lambda start: list(_candidates(words, start)), starts)
-        for start, candidates in zip(starts, blocks, strict=True):
-            for first, second, orientation, distance in candidates:
-                correlation = _correlation(small[first], orientations(small[second])[orientation])
-                if correlation >= MIN_CORRELATION:
-                    found.append((first, second, distance, correlation, orientation > 0))
-            show(min(start + BLOCK, count), count)
+    starts, found = range(0, len(small), BLOCK), []
+    for candidates in map_ahead(
+        lambda start: list(_candidates(words, start)), starts, workers, label="comparing images"
+    ):
+        for first, second, orientation, distance in candidates:
+            correlation = _correlation(small[first], orientations(small[second])[orientation])
+            if correlation >= MIN_CORRELATION:
+                found.append((first, second, distance, correlation, orientation > 0))
     pairs = pd.DataFrame(found, columns=["first", "second", "distance", "correlation", "turned"])
     # An image that is its own mirror image is found in several orientations.
     pairs = pairs.sort_values(["distance", "first", "second"], kind="stable")
