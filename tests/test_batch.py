@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dualrefnet.data.decode import decode_image
+from dualrefnet.data.images import decode_image
 from dualrefnet.deploy import batch as module
 from dualrefnet.deploy.batch import (
     Case,

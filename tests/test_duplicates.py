@@ -15,7 +15,7 @@ from dualrefnet.analysis.duplicates import (
     near_pairs,
 )
 from dualrefnet.data.adapters import load_dataset
-from dualrefnet.data.decode import decode_image
+from dualrefnet.data.images import decode_image
 from dualrefnet.data.synthetic import make_synthetic
 
 

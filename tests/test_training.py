@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import dualrefnet
 from dualrefnet.analysis.evaluate import evaluate_run
+from dualrefnet.data.loader import Batch
 from dualrefnet.errors import RecipeError, RunError, SplitError, WeightsError
 from dualrefnet.files import write_json, write_tensors, write_yaml
 from dualrefnet.models.base import Method
@@ -23,12 +24,7 @@ from dualrefnet.models.encoders import create_encoder
 from dualrefnet.models.registry import new_model
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import Run, new_folder, run_lock, start_run
-from dualrefnet.training.loop import (
-    Trainer,
-    create_optimizer,
-    load_checkpoint,
-    save_checkpoint,
-)
+from dualrefnet.training.loop import Trainer, create_optimizer, load_checkpoint, save_checkpoint
 from dualrefnet.training.train import enough_memory, train_recipe
 
 FILES = {
@@ -187,6 +183,28 @@ def test_two_processes_have_the_losses_of_one(recipe_file: str, tmp_path: Path) 
         histories.append(Run(tmp_path / name).history[["train_total", "val_loss"]])
     np.testing.assert_allclose(*histories, rtol=1e-4)
     assert histories[0]["train_total"].nunique() == len(histories[0])
+
+
+@pytest.mark.parametrize("reduction", ["weights", "batch", "sum"])
+def test_a_batch_in_parts_takes_the_step_of_the_whole(reduction: str, tmp_path: Path) -> None:
+    found = []
+    for parts in (1, 4):
+        changes = {"model.method": "metadata_only", "model.dropout": 0, "training.accumulate": parts}
+        changes["training.precision"] = "fp32"
+        recipe = load_recipe({"name": "x"}, {**changes, "loss.classification_reduction": reduction})
+        torch.manual_seed(0)
+        model = new_model(recipe, 4, 3)[0]
+        trainer = Trainer(model, recipe, Run(tmp_path), torch.ones(3), ((0.0,) * 3, (1.0,) * 3))
+        trainer.optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        generator = torch.Generator().manual_seed(1)
+        batch = Batch(np.arange(8), None, torch.randn(8, 4, generator=generator), torch.arange(8) % 3)
+        terms = trainer._step(trainer.views, batch, None)
+        found.append((terms, [parameter.detach().clone() for parameter in model.parameters()]))
+    (whole, first), (parts, second) = found
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-6)
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=2e-5)
 
 
 PROGRESS = {"epoch": 3, "history": [], "best": [0.5, -1.0], "stale": 0, "norms": {}, "schedule": None}

@@ -142,11 +142,11 @@ def fit(
 
 
 def _train(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> Run:
-    check_start(recipe, out, resume, overwrite)
+    dataset = check_start(recipe, out, resume, overwrite)
     # Torch takes seconds to import.
     from dualrefnet.training.train import train_recipe
 
-    return train_recipe(recipe, out, resume, overwrite=overwrite)
+    return train_recipe(recipe, out, resume, overwrite=overwrite, dataset=dataset)
 
 
 def _names(given: Sequence[Any]) -> list[Any]:

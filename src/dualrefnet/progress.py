@@ -60,12 +60,12 @@ def error(message: str) -> None:
 @contextmanager
 def progress_bar(description: str, enabled: bool = True) -> Iterator[ShowProgress]:
     """Give a function that takes (done, in all) and shows a bar; without a terminal a line every 30 seconds."""
-    if not console.is_terminal:
+    if not enabled or not console.is_terminal:
         yield _lines(description) if enabled else lambda done, total: None
         return
     text = TextColumn("{task.description}", markup=False)
     columns = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not enabled) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(description, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
@@ -88,8 +88,8 @@ def _lines(description: str) -> ShowProgress:
 
 
 def track(items: Sequence[Item], description: str) -> Iterator[Item]:
-    """Give the items one after the other, with a bar of how many are done."""
-    with progress_bar(description) as show:
+    """Give the items one after the other, with a bar of how many are done; none without a description."""
+    with progress_bar(description, bool(description)) as show:
         for done, item in enumerate(items, 1):
             yield item
             show(done, len(items))

@@ -166,8 +166,7 @@ class ModelSection(Section):
 
     method: str = Field("dualrefnet", description="the system; `dualrefnet methods` lists them")
     backbone: str = Field(
-        "mobilenet_v2",
-        description="image encoder: the paper's name (`dualrefnet doctor` lists them), or timm:NAME",
+        "mobilenet_v2", description="image encoder: the paper's name (`dualrefnet doctor` lists them), or timm:NAME"
     )
     members: tuple[str, ...] = Field(
         (),
@@ -261,6 +260,9 @@ class TrainingSection(Section):
     )
     epochs: int = Field(12, ge=1, le=1_000_000)
     batch_size: int = Field(32, ge=2, le=65_536)
+    accumulate: int = Field(
+        1, ge=1, description="parts of a batch whose gradients are computed one after the other and added: less memory"
+    )
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.02, ge=0)

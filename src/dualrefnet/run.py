@@ -26,15 +26,7 @@ from dualrefnet import run_schema
 from dualrefnet.data.protocols import FOLD, refuse_crossing
 from dualrefnet.data.schema import Dataset
 from dualrefnet.errors import DualRefNetError, RecipeError, RunError, in_python
-from dualrefnet.files import (
-    is_file,
-    locked,
-    make_folder,
-    sha256_of_file,
-    sha256_of_json,
-    write_csv,
-    write_yaml,
-)
+from dualrefnet.files import is_file, locked, make_folder, sha256_of_file, sha256_of_json, write_csv, write_yaml
 from dualrefnet.recipe import CROSS_FITTED, Recipe, differences, load_recipe
 
 if TYPE_CHECKING:

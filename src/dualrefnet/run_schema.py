@@ -184,10 +184,7 @@ Model = schema(
     metadata=dict[str, Any],
     weights=Annotated[several(Source), Field(min_length=1)],
     # Of one prediction. Of a cross-fitted run: the number of its models.
-    optional={
-        "cost": schema(parameters=int, multiply_adds=int),
-        "members": Annotated[int, Field(ge=3, le=50)],
-    },
+    optional={"cost": schema(parameters=int, multiply_adds=int), "members": Annotated[int, Field(ge=3, le=50)]},
 )
 
 Fingerprint = schema(
@@ -278,6 +275,7 @@ LATER = {
     "loss.classification_reduction",
     "loss.teacher",
     "loss.teacher_share",
+    "training.accumulate",
     "training.ema",
     "training.freeze_stages",
     "training.layer_decay",

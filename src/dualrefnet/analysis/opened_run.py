@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dualrefnet.data.decode import MASK_FOLDER, find_masks
+from dualrefnet.data.images import MASK_FOLDER, find_masks
 from dualrefnet.data.loader import Batch, Examples, fill_recipe_store, make_examples, read_dataset, split_rows
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.schema import Dataset
@@ -33,10 +33,10 @@ from dualrefnet.models.inference import (
     to_unit,
 )
 from dualrefnet.models.registry import load_run_model
+from dualrefnet.progress import progress_bar
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import Run
 
-Progress = Callable[[int, int], None]
 # Images whose vectors are held: about 5 kB each.
 MOST_IMAGES = 50_000
 
@@ -171,12 +171,10 @@ class OpenedRun:
         return Encoded(tuple(EncoderOutput(None, torch.stack(column)) for column in columns), folds)
 
     @torch.inference_mode()
-    def vectors(
-        self, examples: Examples, rows: NDArray[np.int64], progress: Progress | None = None
-    ) -> NDArray[np.float32]:
+    def vectors(self, examples: Examples, rows: NDArray[np.int64], label: str = "") -> NDArray[np.float32]:
         """Return the encoders' vectors of the examples at `rows`, concatenated if there are several, (N, D)."""
         found = []
-        for part in in_batches(rows, self.recipe.evaluation.batch_size, progress):
+        for part in in_batches(rows, self.recipe.evaluation.batch_size, label):
             read = self.encode_rows(examples, part)
             assert read is not None
             found.append(joined_vectors(read))
@@ -216,12 +214,12 @@ class OpenedRun:
         return select
 
 
-def in_batches(rows: NDArray[np.int64], size: int, progress: Progress | None = None) -> Iterator[NDArray[np.int64]]:
-    """Yield `size` rows at a time; `progress` is called with (rows done, rows in all) when they have been used."""
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
-        if progress is not None:
-            progress(min(start + size, len(rows)), len(rows))
+def in_batches(rows: NDArray[np.int64], size: int, label: str = "") -> Iterator[NDArray[np.int64]]:
+    """Yield `size` rows at a time, with a bar of that label if there is one."""
+    with progress_bar(label, bool(label)) as show:
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
+            show(min(start + size, len(rows)), len(rows))
 
 
 def open_run(

@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from dualrefnet.analysis.opened_run import OpenedRun, Progress, sample_rows
+from dualrefnet.analysis.opened_run import OpenedRun, sample_rows
 from dualrefnet.data.metadata import EncodedMetadata, MetadataEncoder
 from dualrefnet.display.figure import (
     COLOURS,
@@ -42,6 +42,7 @@ from dualrefnet.display.figure import (
 from dualrefnet.display.format import number
 from dualrefnet.errors import DependencyError, RunError, install_hint
 from dualrefnet.models.encoders import Encoded, EncoderOutput
+from dualrefnet.progress import track
 
 try:
     from shap import PermutationExplainer
@@ -294,7 +295,6 @@ def explain_metadata(
     permutations: int | None = None,
     seed: int = 0,
     image_ids: Sequence[str] | None = None,
-    progress: Progress | None = None,
 ) -> MetadataShap:
     """Attribute the predictions for at most `images` test images, or for `image_ids`, to their metadata.
 
@@ -313,13 +313,11 @@ def explain_metadata(
     others = opened.examples("train").metadata
     others = others[np.sort(np.random.default_rng(seed).permutation(len(others))[:background])]
     found: list[Attribution] = []
-    for row in chosen:
+    for row in track(list(chosen), f"SHAP by {by}"):
         # Each image is encoded alone and has a seed of its own, so its values are the same in any choice of images.
         classify = _classifier(opened, opened.encode_rows(examples, np.array([row])))
         own_seed = int(np.random.SeedSequence([seed, int(row)]).generate_state(1)[0])
         found.append(attribute_prediction(classify, examples.metadata[row], others, groups, permutations, own_seed))
-        if progress:
-            progress(len(found), len(chosen))
     values, errors, base, prediction = (np.stack(parts).astype(np.float32) for parts in zip(*found, strict=True))
     return MetadataShap(
         values,

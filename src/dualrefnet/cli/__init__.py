@@ -9,6 +9,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
@@ -153,6 +154,15 @@ def refuse_without_effect(context: typer.Context, reason: str, *names: str) -> N
         source = context.get_parameter_source(str(option.name))
         if option.name in names and source is not None and source.name == "COMMANDLINE":
             raise DataError(f"{option.opts[0]} has no effect {reason}; leave it out")
+
+
+@contextmanager
+def resumable(how: str) -> Iterator[None]:
+    """Say in one line what Ctrl-C has left, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise DualRefNetError(f"interrupted; {how} goes on") from None
 
 
 def _stop(message: str) -> None:

@@ -41,10 +41,8 @@ def sample(
     Not clinical: for trying the software without any download.
     """
     from dualrefnet.data.synthetic import make_synthetic
-    from dualrefnet.progress import progress_bar
 
-    with progress_bar("drawing") as show:
-        make_synthetic(folder, images=count, seed=seed, progress=show)
+    make_synthetic(folder, images=count, seed=seed)
     typer.echo(f"{count} synthetic images with metadata are in {folder}")
 
 
@@ -86,10 +84,8 @@ def check(
     """
     from dualrefnet.data.check import check_dataset
     from dualrefnet.files import write_json
-    from dualrefnet.progress import progress_bar
 
-    with progress_bar("reading images") as show:
-        report = check_dataset(dataset, root, description, workers, show)
+    report = check_dataset(dataset, root, description, workers)
     print_findings(report.findings)
     result = report.to_json()
     if csv_file:
@@ -106,12 +102,10 @@ def _image_statistics(
     from dualrefnet.analysis.image_statistics import measure_images, statistics_table, summarise
     from dualrefnet.data.adapters import load_dataset
     from dualrefnet.files import write_csv
-    from dualrefnet.progress import progress_bar
     from dualrefnet.recipe import ImageSection
 
     loaded = load_dataset(dataset, root, description)
-    with progress_bar("brightness and colour") as show:
-        measured = measure_images(loaded.with_image, ImageSection(), workers, show)
+    measured = measure_images(loaded.with_image, ImageSection(), workers)
     write_csv(csv_file, measured)
     print_table(statistics_table(measured, loaded.schema.classes))
     summary = summarise(measured, loaded.schema.classes)

@@ -20,6 +20,7 @@ from dualrefnet.cli import (
     existing,
     print_table,
     refuse_without_effect,
+    resumable,
 )
 from dualrefnet.errors import DualRefNetError
 
@@ -219,12 +220,8 @@ def suite(
         return
     from dualrefnet.suite.runner import run_suite
 
-    try:
+    with resumable(f"what is finished is kept in {folder}, and the same command"):
         outcome = run_suite(chosen, folder, workers, cache, ray, cores, not discard_models)
-    except KeyboardInterrupt:
-        raise DualRefNetError(
-            f"interrupted; what is finished is kept in {folder}, and the same command goes on"
-        ) from None
     for reason in dict.fromkeys(failure.error for failure in outcome.failed.values()):
         runs = [run for run, failure in outcome.failed.items() if failure.error == reason]
         typer.echo(f"failed: {', '.join(runs)}: {reason}")
@@ -270,12 +267,8 @@ def paper(
     if dry_run:
         print_table(plan_table(suites))
         return
-    try:
+    with resumable(f"what is finished is kept in {folder}, and the same command"):
         outcomes = run_paper(suites, folder, workers, cache)
-    except KeyboardInterrupt:
-        raise DualRefNetError(
-            f"interrupted; what is finished is kept in {folder}, and the same command goes on"
-        ) from None
     from dualrefnet.report.paper_report import write_paper_report
 
     images, shap_images, each = (60, 20, 1) if smoke else (500, 200, 2)
@@ -296,9 +289,10 @@ def tables(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A suite f
 
     Prints the tables; the files are in DIR/tables.
     """
-    from dualrefnet.suite.tables import printed_tables, read_suite, write_tables
+    from dualrefnet.suite.results import aggregate
+    from dualrefnet.suite.tables import printed_tables, write_tables
 
-    found = read_suite(folder)
+    found = aggregate(folder)
     files = write_tables(folder, found)
     for _, table in printed_tables(found):
         print_table(table)

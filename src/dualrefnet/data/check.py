@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dualrefnet.data.adapters import load_dataset
-from dualrefnet.data.decode import decode_image
-from dualrefnet.data.images import is_image, list_files
+from dualrefnet.data.images import decode_image, is_image, list_files
 from dualrefnet.data.protocols import leakage
 from dualrefnet.data.schema import BOOLEAN_VALUES, Dataset, MetadataField, unnamed_patients
 from dualrefnet.data.store import map_ahead
@@ -86,24 +83,15 @@ class CheckReport:
 
 
 def check_dataset(
-    name: str,
-    root: Path | None,
-    description: Path | None = None,
-    workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    name: str, root: Path | None, description: Path | None = None, workers: int | None = None
 ) -> CheckReport:
-    """Check the table, the metadata and every image of a data set; `progress` is called with (images done, in all)."""
+    """Check the table, the metadata and every image of a data set."""
     dataset = load_dataset(name, root, description)
     table = dataset.with_image
     rows = list(zip(table["image_id"], table["label"], table["image_path"], strict=True))
-    threads, images = workers or min(16, os.cpu_count() or 1), []
     findings = check_table(dataset)
     # Of each decoded image only its hash and size are kept, so memory doesn't grow with the images.
-    with closing(map_ahead(_read_image, rows, threads, 4 * threads)) as results:
-        for done, image in enumerate(results, start=1):
-            images.append(image)
-            if progress is not None:
-                progress(done, len(rows))
+    images = list(map_ahead(_read_image, rows, workers, label="reading images"))
     return CheckReport(name, dataset.root, [*findings, *_images(images)])
 
 

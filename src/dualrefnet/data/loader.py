@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -48,6 +48,14 @@ class Batch:
     targets: Tensor | None = None  # (B, 3, 2S, 2S) uint8, the auxiliary task's stored targets
     folds: Tensor | None = None  # (B,) of a cross-fitted run: the only member that hasn't been trained on the image
     soft_labels: Tensor | None = None  # (B, C) float32, a teacher's probabilities
+
+    def parts(self, count: int) -> Iterator[Batch]:
+        """Yield the batch in so many parts of about the same size."""
+        for rows in np.array_split(np.arange(len(self.rows)), count):
+            part = slice(rows[0], rows[-1] + 1)
+            kept: dict[str, Any] = {name: value if value is None else value[part] for name, value in vars(self).items()}
+            kept["features"] = tuple({name: value[part] for name, value in each.items()} for each in self.features)
+            yield Batch(**kept)
 
 
 @dataclass(frozen=True)
@@ -110,9 +118,9 @@ class Examples:
         return map_ahead(self.batch, batches, workers=1, ahead=3)
 
 
-def read_dataset(recipe: Recipe) -> Dataset:
-    """Read the recipe's data set, with the classes that it is about, and show its warnings."""
-    dataset = load_dataset(recipe.data.dataset, recipe.data.root, recipe.data.description)
+def read_dataset(recipe: Recipe, loaded: Dataset | None = None) -> Dataset:
+    """Read the recipe's data set, unless it is `loaded`, with the classes that it is about; show its warnings."""
+    dataset = loaded or load_dataset(recipe.data.dataset, recipe.data.root, recipe.data.description)
     for message in dataset.warnings:
         warn(message)
     task = dataset.of_task(recipe.data.keep, recipe.data.classes)
@@ -177,8 +185,7 @@ def fill_recipe_store(
     with progress_bar("preparing images") as show:
         store = fill_store(dataset.with_image, recipe.image, stored_size(recipe), cache, workers, show)
     if verify:
-        with progress_bar("comparing images") as show:
-            changed = delete_if_changed(store, dataset.with_image, recipe.image, workers, show)
+        changed = delete_if_changed(store, dataset.with_image, recipe.image, workers)
         if changed:
             note(f"{len(changed)} images have changed and are prepared again, the first: {changed[0]}")
             return fill_recipe_store(recipe, dataset, cache, workers)

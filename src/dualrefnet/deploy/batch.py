@@ -51,7 +51,7 @@ from dualrefnet.files import (
     sha256_of_json,
     write_json,
 )
-from dualrefnet.progress import warn
+from dualrefnet.progress import progress_bar, warn
 from dualrefnet.runtime.prediction import Prediction
 
 if TYPE_CHECKING:
@@ -283,12 +283,11 @@ def predict_to_csv(
     *,
     batch: int = BATCH,
     resume: bool = False,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
     """Classify every case; `work` is `predict_chunks` or `ray_work`. `resume` skips chunks that were finished."""
     rows, folder = batch * CHUNK, out.with_name(f"{out.name}.chunks")
     head = csv_lines([["image", "predicted", "likely", *(f"prob_{name}" for name in classes), *_AFTER]])
-    with _locked(folder, out):
+    with _locked(folder, out), progress_bar("predicting") as show:
         about = {**model.fingerprint, **cases.fingerprint, "rows": cases.total, "batch": batch}
         if resume and out.is_file() and not (folder / "about.json").is_file():
             summary = _finished(out, head, cases.total)
@@ -298,8 +297,7 @@ def predict_to_csv(
         files = [folder / f"{number:08}.csv" for number in range(-(-cases.total // rows))]
         finished = {number for number, file in enumerate(files) if file.is_file()}
         done = resumed = sum(min(rows, cases.total - number * rows) for number in finished)
-        if progress:
-            progress(done, cases.total)
+        show(done, cases.total)
         for number, lines in work(_unfinished(cases, rows, finished)) if len(finished) < len(files) else ():
             # Without this a machine that loses its power may keep a finished file's name, and not its content.
             with atomic_path(files[number]) as temporary, temporary.open("wb") as file:
@@ -307,8 +305,7 @@ def predict_to_csv(
                 file.flush()
                 os.fsync(file.fileno())
             done += min(rows, cases.total - number * rows)
-            if progress:
-                progress(done, cases.total)
+            show(done, cases.total)
         if done < cases.total:
             raise DataError(f"there were {cases.total} rows and now are fewer; the list was changed meanwhile")
         failed = _join_chunks(files, out, head)

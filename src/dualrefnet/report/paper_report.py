@@ -20,7 +20,7 @@ from dualrefnet.evaluation.bootstrap import NAN, Difference, Estimate
 from dualrefnet.files import write_text
 from dualrefnet.models.backbones import BACKBONES
 from dualrefnet.models.registry import METHODS
-from dualrefnet.progress import note, progress_bar, warn
+from dualrefnet.progress import note, warn
 from dualrefnet.report import ReportOptions
 from dualrefnet.report.suite_figures import draw_ablation, draw_systems
 from dualrefnet.report.suite_report import pair_sections
@@ -120,8 +120,7 @@ def write_paper_report(out: Path, options: ReportOptions | None = None, samples:
     parts: dict[str, _Part] = {}
     for name in PARTS:
         if (out / name / "suite.yaml").is_file():
-            with progress_bar(f"bootstrap of {name}") as show:
-                parts[name] = _Part(name, aggregate(out / name, samples, show))
+            parts[name] = _Part(name, aggregate(out / name, samples, f"bootstrap of {name}"))
     if not parts:
         raise RunError(f"{out} holds no suite of the paper; `dualrefnet paper --out {out}` trains them")
     results = {name: part.found for name, part in parts.items()}
@@ -285,10 +284,7 @@ def _ablations(part: _Part, options: ReportOptions) -> Iterator[Section]:
                 part.cell(part.row(dataset, MEASURE, variant=variant), printed.value if printed else None, digits)
             )
         lines.append(line)
-    heads = (
-        "DualRefNet",
-        *(f"{SCHEMAS[dataset].title}, {BACKBONES[name].title}" for dataset, name in BEST.items()),
-    )
+    heads = ("DualRefNet", *(f"{SCHEMAS[dataset].title}, {BACKBONES[name].title}" for dataset, name in BEST.items()))
     notes = part.notes(*(text for dataset in BEST for text in caveats(dataset, "text", ["dualrefnet"])))
     title = "Balanced accuracy of other metadata encoders and another fusion"
     yield Section("ablations", TITLES["ablations"], [], [PrintedTable(title, heads, lines, notes)])
@@ -391,8 +387,7 @@ def _model_sections(
         if theirs is None or not theirs.runs:
             raise RunError("the run of AuxNet isn't finished")
         pair = (explained().opened, opened(theirs.runs[0].run))
-        with progress_bar("features of both") as show:
-            both = compare_embeddings(*pair, ("DualRefNet", "AuxNet"), options.images, 1000, options.seed, show)
+        both = compare_embeddings(*pair, ("DualRefNet", "AuxNet"), options.images, 1000, options.seed)
         found = both.difference("within_class_variance", "hidden")
         fewer = Difference(-found.value, -found.high, -found.low, found.p)
         limits = tuple(dict.fromkeys([*ours.departures, *theirs.departures]))

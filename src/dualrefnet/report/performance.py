@@ -23,21 +23,14 @@ from dualrefnet.display.figure import (
     new_figure,
     styled,
 )
-from dualrefnet.display.format import (
-    CLASS_COLUMNS,
-    MEASURE_NAMES,
-    Cell,
-    PrintedTable,
-    availability_table,
-    number,
-)
+from dualrefnet.display.format import CLASS_COLUMNS, MEASURE_NAMES, Cell, PrintedTable, availability_table, number
 from dualrefnet.display.page import Section
 from dualrefnet.evaluation.bootstrap import Bootstrap, images_of
 from dualrefnet.evaluation.curves import KINDS, class_curves, draw_curves
-from dualrefnet.progress import progress_bar
 from dualrefnet.report.verdict import judge_leak, judge_missingness
 from dualrefnet.run import Run, TestSplit
 from dualrefnet.suite.results import caveats, departures, other_experiment, reported, reported_class
+from dualrefnet.training.loop import selection_value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -155,9 +148,8 @@ def class_section(measured: Measured) -> Section:
 
 
 def curve_section(measured: Measured, samples: int, seed: int) -> Section:
-    with progress_bar("curves") as show:
-        test, bootstrap = measured.test, Bootstrap(measured.test.groups, samples, seed, progress=show)
-        curves = class_curves(test.labels, test.probabilities, bootstrap, measured.classes, measured.malignant)
+    test, bootstrap = measured.test, Bootstrap(measured.test.groups, samples, seed, label="curves")
+    curves = class_curves(test.labels, test.probabilities, bootstrap, measured.classes, measured.malignant)
     figures = [draw_curves(curves, kind, measured.unit) for kind in KINDS]
     return Section("curves", "ROC and precision-recall", [], figures)
 
@@ -244,18 +236,10 @@ TERMS = {"train_total": "total loss", "train_reconstruction": "reconstruction lo
 
 def selected_epoch(history: pd.DataFrame, selection: str) -> int:
     """Return the epoch whose parameters were kept, as training chose it."""
-    if selection == "last":
-        return int(history["epoch"].iloc[-1])
-    if f"val_{selection}" not in history:
+    if selection != "last" and f"val_{selection}" not in history:
         raise ValueError(f"the history has no column val_{selection}")
-    best: list[float] | None = None
-    epoch = 0
-    for row in history.to_dict("records"):
-        value = [-row["val_loss"]] if selection == "loss" else [row[f"val_{selection}"], -row["val_loss"]]
-        # The comparison of training, also where a value isn't a number.
-        if best is None or value > best:
-            best, epoch = value, int(row["epoch"])
-    return epoch
+    best = max(history.to_dict("records"), key=lambda row: selection_value(row, selection))  # type: ignore[arg-type]
+    return int(best["epoch"])
 
 
 @styled

@@ -35,13 +35,7 @@ from dualrefnet.files import make_folder, write_csv, write_json, write_text
 from dualrefnet.models.inference import resolve_device
 from dualrefnet.progress import note, warn
 from dualrefnet.report import ReportOptions
-from dualrefnet.report.performance import (
-    class_section,
-    curve_section,
-    history_section,
-    read_measured,
-    summary_section,
-)
+from dualrefnet.report.performance import class_section, curve_section, history_section, read_measured, summary_section
 from dualrefnet.report.provenance import provenance_section, run_names, run_notes, run_title
 from dualrefnet.report.trust import (
     audit_section,

@@ -45,7 +45,6 @@ from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.evaluation.calibration import Calibration
 from dualrefnet.evaluation.curves import compute_reliability, draw_reliability
 from dualrefnet.evaluation.referral import draw_referral, draw_selective, measure_selective, referral_curve
-from dualrefnet.progress import progress_bar
 from dualrefnet.report import ReportOptions
 from dualrefnet.report.performance import Measured
 from dualrefnet.report.verdict import (
@@ -168,7 +167,7 @@ def subgroups_section(subgroups: Subgroups, unit: str = "patients") -> Section:
     flagged = table[table["flagged"] & table["counted"]]
     intro = [
         f"The {subgroups.images:,} test images by {listed(list(subgroups.descriptions))}; each category is compared "
-        "with all others. A gap shows that results differ, not why.",
+        "with all others. A gap shows that results differ, not why."
     ]
     items: list[PrintedTable | ReportFigure] = [_category_table(subgroups, unit)]
     if len(flagged):
@@ -305,8 +304,7 @@ def images_section(opened: OpenedRun, options: ReportOptions) -> Section:
     if len(table):
         labels = pd.Categorical(table["label"], categories=opened.classes).codes.astype(np.int64)
         chosen = table.iloc[sample_rows(labels, options.images, options.seed)]
-        with progress_bar("brightness and colour") as show:
-            measured = measure_images(chosen, opened.recipe.image, progress=show)
+        measured = measure_images(chosen, opened.recipe.image)
         items += [draw_statistics(measured, opened.classes), statistics_table(measured, opened.classes)]
         if len(chosen) < len(table):
             intro.append(

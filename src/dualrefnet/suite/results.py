@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -245,7 +245,7 @@ def reads_image(method: str) -> bool:
     return method not in METHODS or METHODS[method].reads_image
 
 
-def aggregate(suite_dir: Path, samples: int = 1000, progress: Callable[[int, int], None] | None = None) -> SuiteResults:
+def aggregate(suite_dir: Path, samples: int = 1000, label: str = "bootstrap") -> SuiteResults:
     """Read a suite folder and measure its systems; more samples are drawn for many comparisons."""
     if not (suite_dir / "suite.yaml").is_file():
         raise RunError(
@@ -258,7 +258,7 @@ def aggregate(suite_dir: Path, samples: int = 1000, progress: Callable[[int, int
     # The smallest p that B samples can give is 2 / (B + 1), and Holm multiplies it by the number of comparisons.
     compared = [len(system.runs[0].classes) for system, reference in pairs if reference is not None and system.runs]
     samples = max(samples, 100 * (sum(compared) if suite.per_class else len(compared)))
-    drawn = _bootstraps(systems, samples, progress)
+    drawn = _bootstraps(systems, samples, label)
     for bootstrap in drawn.values():
         known = next(iter(bootstrap.points.values()))
         unknown = [measure for measure in suite.measures if measure not in known]
@@ -397,9 +397,7 @@ def reference_of(system: System, systems: list[System], suite: Suite) -> System 
     return rivals[0]
 
 
-def _bootstraps(
-    systems: list[System], samples: int, progress: Callable[[int, int], None] | None
-) -> dict[Key, PooledBootstrap]:
+def _bootstraps(systems: list[System], samples: int, label: str) -> dict[Key, PooledBootstrap]:
     """Measure all systems; those on the same test images share one bootstrap."""
     test_sets: dict[str, list[System]] = {}
     for system in systems:
@@ -411,7 +409,7 @@ def _bootstraps(
         assert pool is not None
         labels = np.array([first.classes.index(label) for label in pool.test["label"]])
         seeds = {system.key.name: system.pool.seeds for system in members if system.pool}
-        bootstrap = Bootstrap(pool.test["group"].to_numpy(), samples, progress=progress)
+        bootstrap = Bootstrap(pool.test["group"].to_numpy(), samples, label=label)
         drawn = pooled_bootstrap(labels, seeds, bootstrap, first.classes, first.malignant)
         result |= {system.key: drawn for system in members}
     return result

@@ -22,17 +22,19 @@ from dualrefnet.run import Run, refuse_taken
 SHOWN = 3
 
 
-def check_start(recipe: Recipe, out: Path, resume: bool = False, overwrite: bool = False) -> None:
-    """Refuse a training that can't begin or go on (DualRefNetError says why), and warn of what may spoil it."""
+def check_start(recipe: Recipe, out: Path, resume: bool = False, overwrite: bool = False) -> Dataset | None:
+    """Refuse a training that can't begin or go on, warn of what may spoil it; return the data set, if it was read."""
     check_method(recipe)
     # Of several processes the first one has made the folder, perhaps, and one warning is enough.
     first = os.environ.get("RANK", "0") == "0"
     if first:
         refuse_taken(out, resume, overwrite)
-    if not (resume and Run(out).finished):
-        dataset = check_recipe(recipe)
-        for message in _findings(recipe, dataset) if first else ():
-            warn(message)
+    if resume and Run(out).finished:
+        return None
+    dataset = check_recipe(recipe)
+    for message in _findings(recipe, dataset) if first else ():
+        warn(message)
+    return dataset
 
 
 def _findings(recipe: Recipe, dataset: Dataset) -> Iterator[str]:

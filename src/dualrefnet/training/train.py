@@ -79,11 +79,12 @@ def train_recipe(
     *,
     overwrite: bool = False,
     tested: bool = True,
+    dataset: Dataset | None = None,
 ) -> Run:
     """Train and evaluate a checked recipe into the folder `out`; return the finished run.
 
     Of a cross-fitted run `jobs` members are trained at the same time. Without `tested` nothing is predicted for the
-    test split, and the run stays unfinished, with its checkpoint.
+    test split, and the run stays unfinished, with its checkpoint. `dataset`: what `check_start` has read.
     """
     check_method(recipe)
     require_tracker(recipe.training.tracker)
@@ -103,7 +104,7 @@ def train_recipe(
             run = start_run(out, recipe, resume, overwrite) if state.is_main_process else Run(out)
             if run.finished and resume and _mend(run, cache, state.device):
                 return run
-            prepared = _prepare(run, cache, workers, state.is_main_process, tested)
+            prepared = _prepare(run, cache, workers, state.is_main_process, tested, dataset)
         if recipe.data.protocol == CROSS_FITTED:
             _train_members(run, prepared, cache, workers, jobs, ray_address)
         # The members of a cross-fitted run have trackers of their own.
@@ -160,11 +161,13 @@ def _mend(run: Run, cache: Path | None, device: torch.device) -> bool:
     return False
 
 
-def _prepare(run: Run, cache: Path | None, workers: int | None, shown: bool, tested: bool) -> Prepared:
+def _prepare(
+    run: Run, cache: Path | None, workers: int | None, shown: bool, tested: bool, loaded: Dataset | None
+) -> Prepared:
     """Read the data, divide them and fit the encoder of the metadata; warn, if `shown`, of what is odd about them."""
     recipe = run.recipe
     method = METHODS[recipe.model.method]
-    dataset = read_dataset(recipe)
+    dataset = read_dataset(recipe, loaded)
     store = None
     if method.reads_image or recipe.data.rows == "with_image":
         store = fill_recipe_store(recipe, dataset, cache, workers)
