@@ -420,3 +420,12 @@ def test_the_image_column_is_the_one_that_the_description_beside_the_table_names
     # A table with a column `image` is read as ever.
     table_of(table, [("image", "age"), ("photos/a.png", "61")])
     assert predict(Redness(), TableCases(table, Redness()), tmp_path / "more.csv") == Summary(1, 0, 0)
+
+
+def test_a_table_that_names_no_images_is_predicted_without_aloud(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    TableCases(table_of(tmp_path / "new.csv", [("path", "age"), ("a.png", "61")]), Redness(needs_image=False))
+    assert "no column image, so every row is predicted without an image" in capsys.readouterr().err
+    TableCases(table_of(tmp_path / "new.csv", [("image", "age"), ("a.png", "61")]), Redness(needs_image=False))
+    assert "without an image" not in capsys.readouterr().err

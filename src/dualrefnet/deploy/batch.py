@@ -65,6 +65,7 @@ _DECISIVE = (
     *("model.json", "model.safetensors", "calibration.json", "out_of_scope.safetensors"),
     *("bundle.json", "model.onnx", "model.int8.onnx"),
 )
+_NO_IMAGES = "{} has no column {}, so every row is predicted without an image; if a column names them, call it so"
 _AFTER = ("malignancy", "refer", "out_of_scope", "warnings", "error")
 
 
@@ -202,6 +203,8 @@ class TableCases:
                 "a model that does without (metadata.imputation=token, or model.method=metadata_only); the columns "
                 f"are: {', '.join(self._table.columns)}"
             )
+        if self._table.image_column is None and self._reads:
+            warn(_NO_IMAGES.format(path, columns[0]))
         self.total = sum(1 for _ in self._table.rows())
         if not self.total:
             raise DataError(f"{path} has no rows")
@@ -382,6 +385,8 @@ def predict_table(predictor: Predictor, table: pd.DataFrame) -> pd.DataFrame:
     named = IMAGE_COLUMNS[0] in table.columns
     if not named and predictor.needs_image:
         raise DataError(f"the table has no column {IMAGE_COLUMNS[0]}; it has: {', '.join(map(str, table.columns))}")
+    if not named and predictor.reads_image:
+        warn(_NO_IMAGES.format("the table", IMAGE_COLUMNS[0]))
     ignored = [str(name) for name in table.columns if name not in (*fields, IMAGE_COLUMNS[0])]
     if ignored:
         warn(f"columns of the table that the model doesn't read: {', '.join(ignored)}")
