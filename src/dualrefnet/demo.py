@@ -18,10 +18,7 @@ IMAGES = 420
 
 
 def run_demo(out: Path) -> tuple[Run, Path]:
-    """Make the sample in `out/data`, train into `out/run`, and return the run and the page about it.
-
-    An interrupted demonstration goes on where it stopped.
-    """
+    """Make the sample in `out/data`, train into `out/run`, and return the run and the page; goes on if interrupted."""
     # Says at once, and not after the training, if an extra isn't installed.
     import_module("dualrefnet.report.explanations")
     if out.is_dir() and any(child.name not in ("data", "run", "cache") for child in out.iterdir()):

@@ -58,9 +58,7 @@ def error(message: str) -> None:
 
 @contextmanager
 def progress_bar(description: str, enabled: bool = True) -> Iterator[ShowProgress]:
-    """Give a function that takes (done, in all) and shows a bar with the remaining time; without a terminal a line
-    every 30 seconds.
-    """
+    """Give a function that takes (done, in all) and shows a bar; without a terminal a line every 30 seconds."""
     if not console.is_terminal:
         yield _lines(description) if enabled else lambda done, total: None
         return

@@ -47,9 +47,7 @@ class Values(FileSchema):
 
 
 def schema(*measures: str, base: type[FileSchema] = FileSchema, optional: Any = None, **keys: Any) -> Any:
-    """Return the schema of an object: measures are numbers or null, `keys` have the types given, and what is
-    `optional` may be absent, but not null.
-    """
+    """Return the schema of an object of measures and typed `keys`; what is `optional` may be absent, not null."""
     fields = {name: (float | None, ...) for name in measures} | {name: (kind, ...) for name, kind in keys.items()}
     absent = {name: (kind, Field(None)) for name, kind in (optional or {}).items()}
     return create_model("Object", __base__=base, **fields, **absent)  # type: ignore[call-overload]

@@ -50,15 +50,12 @@ class ChosenCase:
 
     @property
     def second(self) -> str:
-        """The second most probable class."""
         return sorted(self.probabilities, key=lambda name: -self.probabilities[name])[1]
 
 
 @dataclass(frozen=True)
 class ShownCase:
-    """A chosen image (S, S, 3) as the model sees it, with Grad-CAM (S, S) by class (none if its maps are too coarse),
-    its mask (S, S), and the (field, value, SHAP value) of the fields that moved the predicted class most.
-    """
+    """A chosen image as the model sees it, its saliency by class (none if too coarse), mask, and top SHAP values."""
 
     chosen: ChosenCase
     image: NDArray[np.uint8]
@@ -70,9 +67,7 @@ class ShownCase:
 def choose_cases(
     predictions: pd.DataFrame, groups: ArrayLike, classes: Sequence[str], each: int = 2
 ) -> list[ChosenCase]:
-    """Choose, of every class, the most confident right and the most confident wrong predictions of predictions.csv,
-    `each` of them where there are so many, and each group (patient) once for each class and kind.
-    """
+    """Choose each class's most confident right and wrong predictions, `each` of both, and each group once for both."""
     columns = [f"prob_{name}" for name in classes]
     table = predictions.assign(group=np.asarray(groups), confidence=predictions[columns].max(axis=1))
     # Ties by id, so that the order of the rows doesn't matter.
@@ -96,10 +91,7 @@ def show_cases(
     masks: Mapping[str, Path] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ShownCase]:
-    """Compute Grad-CAM of the predicted, the true and the second class of test images, and of `label` if given.
-
-    `attributions`: image id -> what moved the prediction; `masks`: image id -> mask file.
-    """
+    """Compute Grad-CAM of the predicted, the true and the second class of test images, and of `label` if given."""
     examples, shown = opened.image_examples("test"), []
     places = {image_id: row for row, image_id in enumerate(examples.image_ids)}
     paths = opened.dataset.table.set_index("image_id")["image_path"]
@@ -135,9 +127,7 @@ NAME, MAP_NAME, LETTER = 12, 9, 0.042
 
 @styled
 def draw_gallery(cases: Sequence[ShownCase], label: str, name: str, unit: str) -> ReportFigure:
-    """Draw the cases of one class, one a row: image, Grad-CAM of the predicted class, probabilities and attributions;
-    `name` is what the class stands for, or empty, and `unit` of what each is shown once.
-    """
+    """Draw the cases of one class, one a row: image, Grad-CAM of the predicted class, probabilities, attributions."""
     maps = 1 if any(case.saliency for case in cases) else 0
     figure, axes = new_figure(ROW * len(cases), len(cases), 2 + maps, WIDTH, width_ratios=(1.0, *[1.0] * maps, 1.75))
     letters = max(len(truncate(one, NAME)) for case in cases for one, _ in _top(case.chosen))

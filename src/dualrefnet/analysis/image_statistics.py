@@ -29,9 +29,7 @@ SIDE = 256
 
 
 def colour_statistics(image: NDArray[np.uint8]) -> tuple[float, float]:
-    """Return brightness and colour cast of (H, W, 3) RGB: mean L* (0 to 100), and the distance of the mean colour from
-    grey, sqrt(mean a*^2 + mean b*^2), both in CIE LAB.
-    """
+    """Return brightness (mean L*, 0 to 100) and colour cast (chroma of the mean colour, CIE LAB) of (H, W, 3) RGB."""
     lab = cv2.cvtColor(to_square(image, SIDE, "squash").astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
     lightness, a, b = lab.reshape(-1, 3).mean(axis=0, dtype=np.float64)
     return float(lightness), float(np.hypot(a, b))
@@ -43,9 +41,7 @@ def measure_images(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> pd.DataFrame:
-    """Return image_id, class, stage, brightness, cast: a row for each readable image of a lesion table and each step of
-    `STAGES` that the settings have.
-    """
+    """Return image_id, class, stage, brightness and cast of each readable image and step of `STAGES`."""
     rows, threads = [], workers or min(16, cpu_count() or 1)
     images = list(zip(table["image_id"], table["label"], table["image_path"], strict=True))
     with closing(map_ahead(partial(_measure, settings=settings), images, threads, 4 * threads)) as results:

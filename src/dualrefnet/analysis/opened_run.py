@@ -49,11 +49,7 @@ class Fit(NamedTuple):
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """What predicting again, measuring and explaining need; make one with `open_run`.
-
-    `recipe` has the present location of the data; `model` is the best epoch, in evaluation mode, on `device`;
-    `normalisation` is the mean and std that the (first) image encoder expects; `store` is None for a method that reads
-    no image; `cache` holds the image stores (None: the user's cache folder).
+    """What predicting again, measuring and explaining need: the best epoch in evaluation mode, with the present data.
 
     Of a cross-fitted run every row is in all splits, and `encode` is by the member that hasn't been trained on it.
     """
@@ -71,7 +67,6 @@ class OpenedRun:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Labels in the order of the outputs."""
         return self.dataset.schema.classes
 
     @property
@@ -108,9 +103,7 @@ class OpenedRun:
         return patients
 
     def fits(self, train: Examples, tested: int) -> list[Fit]:
-        """Return what is trained on and tested with what: one pair, or of a cross-fitted run one a member; `tested` is
-        the number of examples that are.
-        """
+        """Return what is trained on and tested with what: one pair, or of a cross-fitted run one a member."""
         if train.folds is None:
             return [Fit(train, np.arange(len(train)), np.arange(tested))]
         return [
@@ -137,10 +130,7 @@ class OpenedRun:
         return normalise(to_unit(batch.images.to(self.device), self.recipe.image.size), self.normalisation)
 
     def encode(self, batch: Batch) -> Encoded | None:
-        """Return the encoders' outputs for a batch, stored ones where there are; None if the method reads no image.
-
-        Of a cross-fitted run they are those of the member that hasn't been trained on the image.
-        """
+        """Return the encoders' outputs for a batch, stored or held-out ones where there are; None: no image is read."""
         folds = None if batch.folds is None else batch.folds.to(self.device)
         if batch.features:
             return encoded(batch.features, self.device)._replace(folds=folds)
@@ -165,11 +155,7 @@ class OpenedRun:
         return np.concatenate(kept)
 
     def masks(self, folder: Path | None = None) -> dict[str, Path]:
-        """Return test image id -> mask of the lesion; none if no folder was named and the data set has none in `masks`.
-
-        Raises:
-            DataError: `folder` doesn't exist, or holds no mask of a test image.
-        """
+        """Return test image id -> mask of the lesion; none if no folder was named and the data set has none."""
         if folder is None and not (self.dataset.root / MASK_FOLDER).is_dir():
             return {}
         found = find_masks(self.dataset.root, folder)
@@ -180,9 +166,7 @@ class OpenedRun:
 
     @torch.inference_mode()
     def blank(self, examples: Examples) -> Callable[[NDArray[np.int64]], Encoded | None]:
-        """Return a function that gives, for rows of examples, what stands for missing images: the model's learned
-        token, or the encoders' output for their mean colour. None for a method that reads no image.
-        """
+        """Return what stands for missing images of rows of examples: the learned token, or the mean colour encoded."""
         folds = None if examples.folds is None else torch.from_numpy(examples.folds).to(self.device)
         read = Encoded(())
         if self.model.reads_image:
@@ -219,11 +203,7 @@ def open_run(
     cache: Path | None = None,
     device: torch.device | None = None,
 ) -> OpenedRun:
-    """Open a trained run; `root` is the folder of the data, if it isn't the recipe's.
-
-    Raises:
-        RunError: images of the split are missing, the classes have changed, or the run holds no trained model.
-    """
+    """Open a trained run; `root` is the folder of the data, if it isn't the recipe's."""
     overrides = {"data.root": str(root)} if root is not None else {}
     recipe, split, description = load_recipe(run.recipe, overrides), run.split, run.model
     dataset = dataset or read_dataset(recipe)
@@ -249,10 +229,9 @@ def open_run(
 
 
 def sample_rows(labels: np.ndarray, at_most: int, seed: int) -> np.ndarray:
-    """Return the places of all rows, or of `at_most` with each class of `labels` (N,) in proportion, ascending.
+    """Return, ascending, the places of at most `at_most` rows with each class in proportion (largest remainder).
 
-    Every class gets its share, rounded up or down (largest remainder); classes whose share is less than one row get
-    one, and the others share what is left. ValueError: `at_most` is less than the number of classes.
+    Classes whose share is less than one row get one, and the others share what is left.
     """
     names, counts = np.unique(labels, return_counts=True)
     if len(labels) <= at_most:

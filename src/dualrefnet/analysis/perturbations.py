@@ -69,10 +69,7 @@ def predict_with_metadata(
 def predict_without_image(
     opened: OpenedRun, examples: Examples, versions: Sequence[Metadata], progress: Progress | None = None
 ) -> list[Floats]:
-    """Return (N, C) probabilities a version of the examples' metadata (N, M) alone; `progress` counts versions.
-
-    For a method that reads images stands in for them what stands for a missing image in this run.
-    """
+    """Return (N, C) probabilities a version of the metadata alone; a missing image's stand-in is read."""
     size, blank = opened.recipe.evaluation.batch_size, opened.blank(examples)
     probabilities = []
     with torch.inference_mode():
@@ -91,11 +88,7 @@ def _predict(opened: OpenedRun, encoded: Encoded | None, metadata: Metadata) -> 
 
 
 def permute_across_groups(groups: ArrayLike, generator: np.random.Generator) -> NDArray[np.int64]:
-    """Permute N rows so that each gets a row of another group (patient); every row is given once.
-
-    Raises:
-        DataError: one group has more than half of the rows, so there is no such permutation.
-    """
+    """Permute N rows so that each gets a row of another group (patient); every row is given once."""
     codes = group_codes(groups)
     if 2 * np.bincount(codes).max() > len(codes):
         raise DataError("one patient has more than half of the images: nothing can be permuted across patients")
@@ -122,9 +115,7 @@ def keep_fields(rows: pd.DataFrame, names: Sequence[str], kept: NDArray[np.bool_
 
 
 def find_missing(rows: pd.DataFrame, encoder: MetadataEncoder) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return (N, F) which values are missing to the encoder, and (N, F) which of the others say "not known" (a missing
-    code that is a category of its own).
-    """
+    """Return (N, F) which values are missing to the encoder, and which of the others say "not known"."""
     missing = encoder.encode(rows).missing
     not_known = np.zeros_like(missing)
     for index, field in enumerate(encoder.fields):
@@ -135,10 +126,7 @@ def find_missing(rows: pd.DataFrame, encoder: MetadataEncoder) -> tuple[NDArray[
 def replace_values(
     rows: pd.DataFrame, encoder: MetadataEncoder, groups: ArrayLike, generator: np.random.Generator
 ) -> pd.DataFrame:
-    """Replace every value by that of another patient's row in the same field, each field by itself.
-
-    What is missing stays missing and what is "not known" stays so: nothing else is true in the result.
-    """
+    """Replace every value by another patient's in the same field; missing and "not known" stay as they are."""
     codes = group_codes(groups)
     missing, not_known = find_missing(rows, encoder)
     result = rows.copy()
@@ -184,7 +172,6 @@ class Outlines:
 
 
 def read_outlines(opened: OpenedRun, examples: Examples, masks: dict[str, Path]) -> Outlines:
-    """Read the outlines (image id -> mask file) of the test images."""
     assert examples.store is not None
     paths, side = opened.rows("test")["image_path"], examples.store.side
     having = [place for place, image_id in enumerate(examples.image_ids) if image_id in masks]
@@ -203,10 +190,7 @@ def predict_perturbed(
     versions: Sequence[Metadata],
     progress: Progress | None = None,
 ) -> dict[str, list[Floats]]:
-    """Predict P outlined images with the lesion blurred, filled, and all but the lesion filled.
-
-    Return for each of `CHANGES` the probabilities (P, C) with each of the versions of the metadata (P, M).
-    """
+    """Return for each of `CHANGES` the probabilities (P, C) with each version of the metadata (P, M)."""
     size, count = opened.recipe.evaluation.batch_size, len(outlines.places)
     parts: dict[str, list[list[Floats]]] = {change: [[] for _ in versions] for change in CHANGES}
     for start in range(0, count, size):
@@ -227,10 +211,7 @@ def predict_perturbed(
 
 
 def perturb_image(image: Image, mask: Mask) -> tuple[Image, Image, Image]:
-    """Return an image (S, S, 3) with its lesion blurred, with the lesion filled, and with all but the lesion filled.
-
-    The fill is the mean colour of the skin in a ring around the lesion; the mask (S, S) doesn't cover the image.
-    """
+    """Return an image (S, S, 3) with its lesion blurred, its lesion filled with skin, and all but its lesion filled."""
     side = len(image)
     grown = grow(mask)
     inside = np.maximum(cv2.GaussianBlur(grown.astype(np.float32), (0, 0), BORDER * side), mask)[:, :, None]

@@ -28,9 +28,7 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class ReconstructedImage:
-    """One image (S, S, 3) of the auxiliary task, with target and reconstruction (2S, 2S, 3), all uint8. `measures`:
-    `psnr` in dB and `ssim`; `psnr_flat` and `ssim_flat` of a uniform area of the target's mean colour, the baseline.
-    """
+    """An image, its target and its reconstruction, with PSNR and SSIM, also of the target's mean colour."""
 
     image_id: str
     image: NDArray[np.uint8]
@@ -41,9 +39,7 @@ class ReconstructedImage:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How well test images are reconstructed: a `table` of the measures of a sample, and images `shown` at equal steps
-    of rank by PSNR, from the 10th to the 90th percentile. `kind` is the target (`model.target`).
-    """
+    """Measures of a sample of test images, and some `shown` at equal steps of rank by PSNR."""
 
     table: pd.DataFrame
     shown: tuple[ReconstructedImage, ...]
@@ -58,9 +54,7 @@ def reconstruct(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Reconstruction:
-    """Reconstruct and measure at most `images` test images, each class in proportion; RunError: the run has no
-    decoder.
-    """
+    """Reconstruct and measure at most `images` test images, each class in proportion."""
     recipe = opened.recipe
     if not recipe.rebuilds_image or opened.store is None:
         raise RunError(f"{opened.run.path} was trained without the auxiliary task: there is no reconstruction to show")

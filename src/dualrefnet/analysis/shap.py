@@ -64,9 +64,7 @@ MOST_ROWS, MOST_NUMBERS = 4096, 2**26
 
 
 class FeatureGroup(NamedTuple):
-    """Some of the M columns, which come and go together: a field's, all flags', or one column (with the name of
-    `MetadataEncoder.names`) of `field`.
-    """
+    """Some of the M columns, which come and go together: a field's, all flags', or one column of `field`."""
 
     name: str
     field: str
@@ -77,9 +75,8 @@ class FeatureGroup(NamedTuple):
 class FieldValues(NamedTuple):
     """The metadata of N images, for each of P groups.
 
-    `texts`: N rows of P; `66 years`, `yes`, `FACE`, or why there is no value: `not recorded, imputed`. `colours` (N,
-    P), low to high: numbers as the model reads them, 0 and 1 of no and yes, how many flags are set; NaN for other
-    categories and where there is no value, also if one was imputed. `known` (N, P): whether there is a value.
+    `texts` say the value, or why there is none. `colours` (N, P), low to high, are NaN for categories and where there
+    is no value, also if one was imputed. `known` (N, P): whether there is a value.
     """
 
     texts: tuple[tuple[str, ...], ...]
@@ -158,9 +155,7 @@ def _yes_or_no(value: object) -> str:
 
 
 class Attribution(NamedTuple):
-    """The Shapley values (P, C) of one prediction with their standard errors, from how they differ between the orders;
-    `base` (C,) is the mean probability with the background's metadata, `prediction` (C,) that with the own.
-    """
+    """The Shapley values (P, C) of one prediction with standard errors; `base` (C,) is without own metadata."""
 
     values: NDArray[np.float64]
     errors: NDArray[np.float64]
@@ -176,12 +171,7 @@ def attribute_prediction(
     permutations: int,
     seed: int,
 ) -> Attribution:
-    """Attribute the prediction for one encoded row (M,) to groups of its columns; absent groups come from `background`
-    (B, M).
-
-    `permutations` orders of the groups are tried, each of them forwards and backwards. ArithmeticError: base and values
-    don't add up to the prediction.
-    """
+    """Attribute the prediction for one row (M,) to groups of its columns; absent ones come from `background` (B, M)."""
     masker = _Masker(row, background, groups)
     with _numpy_state_kept():
         explainer = PermutationExplainer(classify, masker, seed=seed)
@@ -208,9 +198,7 @@ def attribute_prediction(
 
 
 class _Masker:
-    """shap's masker: the row's values where a group is present, those of every background row where not. `shape` is (B,
-    P).
-    """
+    """shap's masker: the row's values where a group is present, those of every background row where not."""
 
     immutable_outputs = True
 
@@ -251,9 +239,7 @@ def _numpy_state_kept() -> Iterator[None]:
 class MetadataShap:
     """Shapley values (N, P, C) of the metadata beside N images, for P groups and C classes; in probabilities.
 
-    `errors` are standard errors: other orders would have given about as different values. `base` (N, C): of each image
-    with the background's metadata; `prediction` (N, C): with its own. The N images are chosen from `total_images` test
-    images, each class in proportion.
+    `errors` are standard errors: other orders would have given about as different values.
     """
 
     values: NDArray[np.float32]
@@ -273,9 +259,7 @@ class MetadataShap:
     reads_image: bool
 
     def top_groups(self, row: int, label: str, count: int = 3) -> list[tuple[str, str, float]]:
-        """Return the groups that moved one image's probability of one class most: (name, text, value), the largest
-        first.
-        """
+        """Return the groups that moved an image's probability of a class most: (name, text, value)."""
         values = self.values[row, :, self.classes.index(label)]
         order = np.argsort(-np.abs(values), kind="stable")[:count]
         return [(self.groups[group].name, self.fields.texts[row][group], float(values[group])) for group in order]
@@ -300,9 +284,7 @@ def explain_metadata(
 ) -> MetadataShap:
     """Attribute the predictions for at most `images` test images, or for `image_ids`, to their metadata.
 
-    Each image is encoded once and then predicted with some ten thousand rows of metadata. Most methods are done with an
-    image in a fifth of a second on two cores; `visual`, which reads maps for every row, and `ensemble` take seconds.
-    RunError: the model reads no metadata.
+    Each image is encoded once and then predicted with some ten thousand rows of metadata: about .2 s on two cores.
     """
     if not opened.reads_metadata:
         raise RunError(f"{opened.run.path}: this model reads no metadata, so there is nothing to attribute to them")
@@ -386,9 +368,7 @@ _LABEL = 24
 
 @styled
 def draw_importance(result: MetadataShap, count: int = 15) -> ReportFigure:
-    """Draw how far each group moves the probability of each class, on average (the paper's Figure 6); all but the first
-    `count` groups are added up.
-    """
+    """Draw how far each group moves the probability of each class, on average (the paper's Figure 6)."""
     from matplotlib.patches import Patch
 
     colours = class_colours(result.classes)
@@ -437,9 +417,7 @@ def draw_importance(result: MetadataShap, count: int = 15) -> ReportFigure:
 
 
 def _largest(sizes: NDArray[np.floating], count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the places of the `count` largest sizes, the largest first, and of the others, of which one alone isn't
-    worth a line of its own.
-    """
+    """Return the places of the `count` largest sizes, and of the others; one alone isn't worth a line of its own."""
     order = np.argsort(-sizes, kind="stable")
     shown = count if len(order) > count + 1 else len(order)
     return order[:shown], order[shown:]
@@ -510,9 +488,7 @@ def draw_beeswarm(result: MetadataShap, label: str, count: int = 10) -> ReportFi
 
 @styled
 def draw_waterfall(result: MetadataShap, image_id: str, label: str, count: int = 9) -> ReportFigure:
-    """Draw how one image's probability of one class comes about, from the mean over other metadata to its own; all but
-    the first `count` groups are added up.
-    """
+    """Draw how one image's probability of one class comes about, from the mean over other metadata to its own."""
     row, column = result.image_ids.index(image_id), result.classes.index(label)
     values, errors = 100 * result.values[row, :, column].astype(float), 100 * result.errors[row, :, column]
     base, prediction = 100 * float(result.base[row, column]), 100 * float(result.prediction[row, column])

@@ -91,13 +91,10 @@ _SUMMARY = ("gaps", "background_alone", "other_photographs", "other_forms", "pho
 
 @dataclass(frozen=True)
 class Shortcuts:
-    """What a run's score depends on.
+    """What a run's score depends on: a row of `table` for each probe and measure.
 
-    `table` has a row a probe and measure: probe, input (in words), trained (True for the single-modality baselines),
-    trained_probe (name of the input's baseline), compared_with; measure, chance, value, low, high; difference,
-    difference_low, difference_high from `compared_with` on the same images and resamples; lead, lead_low, lead_high,
-    the share of its gain over chance that is left (NaN where that gain isn't significant); images, patients, repeats
-    (of which the value is the mean).
+    `trained` marks the single-modality baselines; `lead` is the share that is left of the full model's gain over
+    chance, NaN where that gain isn't significant; `repeats` are permutations, of which the value is the mean.
     """
 
     table: pd.DataFrame
@@ -113,19 +110,7 @@ class Shortcuts:
 def probe_shortcuts(
     opened: OpenedRun, masks: Path | None = None, permutations: int = 10, samples: int = 1000, seed: int = 0
 ) -> Shortcuts:
-    """Predict a trained run's test split with changed inputs.
-
-    Args:
-        opened: the run.
-        masks: folder of outlines `<image id>.png`; None: `masks` in the data set's folder, if it is there.
-        permutations: how often inputs are permuted across patients, at least 1; the mean is reported.
-        samples: bootstrap samples, drawn over patients.
-        seed: of permutations, choice of training images and bootstrap.
-
-    Raises:
-        DataError: `masks` isn't there or has none of the test images.
-        ImageError: a mask can't be read.
-    """
+    """Predict a trained run's test split with changed inputs; `masks` as for `OpenedRun.masks`."""
     if permutations < 1:
         raise ValueError(f"permutations must be at least 1, not {permutations}")
     model, unit = opened.model, opened.dataset.schema.unit
@@ -225,9 +210,7 @@ class _Probe:
                 self.remarks.append("missing fields hold 0 in this run, so they show even where the flags are hidden")
 
     def predict_outlined(self, masks: dict[str, Path]) -> tuple[NDArray[np.int64], dict[str, list[Floats]]]:
-        """Return the places (P,) of the examples that have an outline, and by probe the predictions without the lesion,
-        or without all but the lesion; none if there are too few.
-        """
+        """Return the places of outlined examples, and predictions without the lesion, or with it alone."""
         outlines = read_outlines(self.opened, self.examples, masks)
         places = outlines.places
         if outlines.left_out:
@@ -292,10 +275,7 @@ class _Probe:
 def fit_baseline(
     train: NDArray[np.float32], labels: NDArray[np.int64], test: NDArray[np.float32], classes: int
 ) -> Floats:
-    """Return the probabilities (T, C) of `test` (T, D) by a logistic regression fitted to `train` (N, D).
-
-    Classes are balanced and columns standardised; a class without a training row has probability 0.
-    """
+    """Return (T, C) probabilities of `test` by a balanced, standardised logistic regression on `train`."""
     regression = LogisticRegression(class_weight="balanced", max_iter=ITERATIONS)
     fitted = make_pipeline(StandardScaler(), regression).fit(train.astype(np.float64), labels)
     result = np.zeros((len(test), classes))
@@ -320,9 +300,7 @@ def measure_probes(
     full: str,
     resamples: Bootstrap,
 ) -> pd.DataFrame:
-    """Measure probes (name -> one (N, C) array of probabilities a repeat, of which the mean is taken) and compare them
-    with the probe `full`, all on the same resamples of patients; see `Shortcuts.table`.
-    """
+    """Measure probes (name -> (N, C) probabilities a repeat) and compare them with `full` on the same resamples."""
     with progress_bar("intervals") as resamples.progress:
         bootstrap = pooled_bootstrap(labels, predictions, resamples, opened.classes, opened.dataset.schema.malignant)
     # A resample without any image of a class is one of fewer classes.

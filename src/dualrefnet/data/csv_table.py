@@ -67,7 +67,6 @@ class TableDescription(BaseModel):
     licence: str = ""  # of the data
 
     def image_folders(self, root: Path) -> tuple[Path, ...]:
-        """Return the folders of images of a data set in the folder `root`."""
         parts = [self.images] if isinstance(self.images, str) else self.images
         return tuple(dict.fromkeys((root / part).resolve() for part in parts))
 
@@ -151,10 +150,7 @@ def load(root: Path, description_file: Path | None = None) -> Dataset:
 
 
 def read_one_hot(table: pd.DataFrame, columns: Sequence[str], image: str, what: str) -> pd.Series:
-    """Return the class of each row, of which one of the columns holds 1 (or True) and the others 0 (or False).
-
-    `image` is the column that names a row in the DataError, and `what` the table.
-    """
+    """Return the class of each row, of which one of the columns holds 1 (or True) and the others 0 (or False)."""
     # Other text becomes NaN, which is no label.
     cells = table[list(columns)].replace({"True": "1", "False": "0"})
     values = cells.apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float)
@@ -212,12 +208,7 @@ def find_images(names: pd.Series, folders: Sequence[Path]) -> pd.Series:
 
 
 def describe(table: pd.DataFrame, columns: list[str]) -> tuple[MetadataField, ...]:
-    """Guess the metadata fields of a table; refuse a column of free text (over 50 values) or of unclear numbers.
-
-    A column with only yes/no values is boolean; one of numbers with more than ten values is numeric; others are
-    categorical, their values learned from the training rows. Results are compared between the values of age, sex, skin
-    type, ethnicity and body site, if a column is called so.
-    """
+    """Guess the metadata fields of a table; refuse a column of free text (over 50 values) or of unclear numbers."""
     refuse_forbidden_features(columns)
     require_columns(table, columns, "the table")
     fields = []
@@ -313,6 +304,5 @@ def other_columns(published: pd.DataFrame, known: Iterable[str]) -> pd.DataFrame
 
 
 def shared_lesions(table: pd.DataFrame) -> tuple[str, ...]:
-    """Return the lesion ids that several patients use."""
     owners = table.groupby("lesion_id")["patient_id"].nunique()
     return tuple(map(str, owners.index[owners > 1]))

@@ -37,10 +37,7 @@ def find_masks(root: Path, folder: Path | None = None) -> dict[str, Path]:
 
 
 def read_mask(path: Path, image: Path, side: int, fit: str) -> NDArray[np.bool_] | None:
-    """Read a mask (a pixel over 127 is lesion) and bring it to the (S, S) square that the model sees.
-
-    `fit` (`squash` or `crop`) is how the image became that square. None if no lesion is marked there.
-    """
+    """Read a mask (over 127 is lesion) as the (S, S) square that the model sees; None if no lesion is marked there."""
     values = decode_image(path, min_side=1).max(axis=2)
     if 0 < values.max() <= 127:
         brightest = f"the brightest pixel of the mask {path.name} is {values.max()}"

@@ -121,9 +121,7 @@ def read_dataset(recipe: Recipe) -> Dataset:
 
 
 def recipe_split(recipe: Recipe, dataset: Dataset, store: ImageStore | None, tested: bool = True) -> pd.DataFrame:
-    """Return the recipe's split of the rows that it can use, and report what was left out; only where the run is not
-    `tested` may no image of the test split be left.
-    """
+    """Return the recipe's split of its usable rows, and report others; unless `tested` no test image is needed."""
     data = recipe.data
     split = split_dataset(
         dataset, data.protocol, data.fold, data.folds, data.split_seed, data.split_file, data.allow_leak
@@ -163,10 +161,7 @@ def recipe_split(recipe: Recipe, dataset: Dataset, store: ImageStore | None, tes
 
 
 def split_rows(dataset: Dataset, split: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Return the lesion table's rows of the split `name`, in the split's order.
-
-    Of a cross-fitted run every row is in all splits: each is trained on by some members and tests another.
-    """
+    """Return the lesion table's rows of one split, in its order; of a cross-fitted run every row is in all splits."""
     ids = split["image_id"] if FOLD in split else split.loc[split["split"] == name, "image_id"]
     return dataset.table.set_index("image_id", drop=False).loc[ids].reset_index(drop=True)
 
@@ -228,7 +223,6 @@ class AugmentationDraw:
 
 
 def draw(count: int, section: AugmentationSection, seed: int, epoch: int) -> AugmentationDraw:
-    """Draw the choices for `count` images of one epoch."""
     # Each choice has its own stream, so changing one setting leaves the other choices as they were.
     uniform = [np.random.default_rng([seed, epoch, number]).random(count) for number in range(10)]
     flip_x = np.where(uniform[0] < section.horizontal_flip, -1.0, 1.0)

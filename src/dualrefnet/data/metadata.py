@@ -55,10 +55,7 @@ class MetadataEncoder(MetadataTransform):
 
     @classmethod
     def fit(cls, rows: pd.DataFrame, schema: DatasetSchema, section: MetadataSection, seed: int = 0) -> MetadataEncoder:
-        """Learn categories, means, standard deviations and the imputer from training rows.
-
-        The label isn't read (but by the imputation `label_leaking`); `seed` is the imputer's.
-        """
+        """Learn categories, means, deviations and the imputer from training rows; `seed` is the imputer's."""
         tiers = {"M0": (), "M1": ("M1",), "M2": ("M1", "M2"), "M3": ("M1", "M2")}[section.tier]
         fields = tuple(field for field in schema.fields if field.tier in tiers)
         if not fields and section.tier != "M0":

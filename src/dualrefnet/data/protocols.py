@@ -202,8 +202,8 @@ def _paper_split(dataset: Dataset) -> pd.Series:
 def member_split(split: pd.DataFrame, fold: int, chooses: bool) -> pd.DataFrame:
     """Return the split of the model that is tested on a fold, from the split of a `cross-fitted` run.
 
-    It trains on all other folds and is watched on its own (`val`). One that `chooses` something by validation, such as
-    the epoch, does so on the next fold, and its own stays unseen (`test`).
+    It is watched on its own fold (`val`). One that `chooses` by validation does so on the next fold, and its own stays
+    unseen.
     """
     folds = int(split[FOLD].max()) + 1
     names = pd.Series("train", index=split.index)
@@ -296,8 +296,7 @@ def missing_classes(split: pd.DataFrame, classes: tuple[str, ...]) -> list[str]:
 def leakage(dataset: Dataset, split: pd.DataFrame) -> dict[str, Any]:
     """Measure which share of the test images shows a patient, and which a lesion, that is also in train.
 
-    `{"patient": {"train": .493, "train_or_val": .554, "per_class": {"MEL": .78, ...}}, "lesion": ...}`, with validation
-    counted as seen in the second; None for what the data set doesn't name.
+    `train_or_val` counts validation as seen; None stands for what the data set doesn't name.
     """
     table = split.drop(columns=["patient_id", "label"])
     table = table.merge(dataset.table, on="image_id", how="left", validate="one_to_one")

@@ -150,13 +150,7 @@ class Dataset:
         )
 
     def group_classes(self, grouped: Mapping[str, Sequence[str]]) -> Dataset:
-        """Return the data set with groups of its classes as classes (`data.classes`).
-
-        A group is malignant if all its classes are; if one mixes both, none is, since no cancer is told apart there.
-
-        Raises:
-            RecipeError: there is one group, or a class doesn't exist, is in no group or in two.
-        """
+        """Return the data set with groups of its classes as classes; one is malignant if all its classes are."""
         schema, members = self.schema, [name for group in grouped.values() for name in group]
         self._refuse_unknown("data.classes", members)
         twice = sorted(name for name, count in Counter(members).items() if count > 1)
@@ -195,12 +189,10 @@ class Dataset:
 
     @property
     def with_image(self) -> pd.DataFrame:
-        """The rows whose image is on this disk."""
         return self.table[self.table["image_path"].notna()]
 
     @property
     def no_image(self) -> str:
-        """What to say where no row has its image."""
         folder = next(iter(self.image_folders), self.root / "images")
         tried = folder / f"{self.table['image_id'].iloc[0]}.jpg"
         return (
@@ -248,7 +240,7 @@ def require_columns(table: pd.DataFrame, columns: list[str], what: str) -> None:
 
 
 def groups(table: pd.DataFrame, schema: DatasetSchema) -> pd.Series:
-    """Return the group of every row that must stay within one split: all that a patient, a lesion or equal files join.
+    """Return the group of every row that must stay in one split: all that a patient, a lesion or equal files join.
 
     A group is called after its (first) patient, else after its lesion, else `image:<image_id>`.
     """
@@ -279,8 +271,7 @@ def usual_spelling(words: pd.Series) -> pd.Series:
 def normalise(table: pd.DataFrame, schema: DatasetSchema) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
     """Bring a raw table to the lesion table's types, and check it; return it with notes (see `Dataset`).
 
-    Numbers become float64 with NaN for missing; all else becomes text with NaN for missing. Missing codes (`UNK`) are
-    kept, since the metadata encoder decides what they mean. Columns are in the schema's order, the index is 0..n-1.
+    Missing codes (`UNK`) are kept: the metadata encoder decides what they mean.
     """
     wanted = [*ID_COLUMNS, *(field.name for field in schema.fields)]
     require_columns(table, wanted, f"the table of {schema.title}")

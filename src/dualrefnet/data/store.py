@@ -61,7 +61,6 @@ class ImageStore:
         return np.array([position[image_id] for image_id in image_ids], dtype=np.int64)
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Return (len(rows), S, S, 3)."""
         return _read(self.path / "images.u8", "uint8", (len(self.image_ids), self.side, self.side, 3), rows)
 
 
@@ -105,10 +104,7 @@ def fill_store(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> ImageStore:
-    """Return the store of the table's images (`image_id`, existing `image_path`), filling what is missing.
-
-    The side is `section.size` unless given; `progress` is called with (images done, images in all).
-    """
+    """Return the store of the table's images, filling what is missing; the side is `section.size` unless given."""
     size = side or section.size
     folder = (cache or default_cache()) / "stores" / f"{_fingerprint(table, section, size)}-{size}px"
 
@@ -126,10 +122,7 @@ def fill_store(
 def delete_if_changed(
     store: ImageStore, table: pd.DataFrame, section: ImageSection, workers: int | None, progress: Progress | None
 ) -> list[str]:
-    """Read every image again; return the ids of those that differ from the store, which is then deleted.
-
-    So is all that was derived from images: its name doesn't tell from which.
-    """
+    """Read every image again; if some differ from the store, delete it and all derived ones, and name them."""
 
     def differs(row: int) -> bool:
         was_broken = store.image_ids[row] in store.broken
@@ -153,7 +146,6 @@ def delete_if_changed(
 
 
 def open_store(path: Path) -> ImageStore:
-    """Open a filled image store; a DataError if it is damaged."""
     try:
         index = read_json(path / "index.json")
         broken = read_csv(path / "broken.csv", dtype=str, keep_default_na=False)
@@ -229,10 +221,7 @@ def fill_derived_store(
     batch: int = 32,
     progress: Progress | None = None,
 ) -> DerivedStore:
-    """Return the store of what `compute` makes of (B, S, S, 3) images, computing what is missing.
-
-    The `parts` are (B, *shape) each; `settings` are the plain JSON values on which they depend, besides the images.
-    """
+    """Return the store of what `compute` makes of (B, S, S, 3) images; `settings` are what it depends on."""
     count = len(source.image_ids)
     key = sha256_of_json({"format": FORMAT, "source": source.path.name, "settings": dict(settings)})[:20]
     folder = source.path.parent.parent / "derived" / f"{name}-{key}"
@@ -309,10 +298,7 @@ def _reserve(path: Path, size: int, extra: int = 0) -> bool:
 def map_ahead(
     work: Callable[[Item], Result], items: Sequence[Item], workers: int, ahead: int
 ) -> Generator[Result, None, None]:
-    """Yield `work` of each item in order, computed in threads at most `ahead` items before the reader.
-
-    Memory stays flat for any number of items, and closing the generator early waits for the running ones only.
-    """
+    """Yield `work` of each item in order, computed in threads at most `ahead` items before the reader."""
     coming: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:

@@ -125,8 +125,7 @@ class MetadataTable:
 class ImageCases:
     """Image files and folders, and a table of metadata that is joined by the image's path.
 
-    Folders are walked again for each pass rather than kept; a folder's own names are sorted in memory. What a table
-    says of the images is held in memory: about 300 bytes an image, and 1 kB while it is read.
+    Folders are walked again for each pass; what a table says of the images is held in memory, about 300 bytes an image.
     """
 
     def __init__(self, sources: Sequence[Path], metadata: Path | None, predictor: Predictor) -> None:
@@ -199,10 +198,8 @@ class NamedImages:
 
 
 class TableCases:
-    """A CSV with a row a case: one column is the image's path, others are metadata.
-
-    That column is the one that `dataset.yaml` beside the CSV names, else `image`; a path is absolute, or relative to
-    the CSV or to the description's folder of images.
+    """A CSV with a row a case: one column is the image's path (as `dataset.yaml` names it, else `image`), others
+    metadata.
     """
 
     def __init__(self, path: Path, predictor: Predictor) -> None:
@@ -300,11 +297,7 @@ def predict_to_csv(
     resume: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
-    """Classify every case; `work` predicts chunks: `predict_chunks`, or `ray_work`.
-
-    `resume` skips chunks that an interrupted call with the same model and arguments finished; of a finished result
-    there is nothing left to do.
-    """
+    """Classify every case; `work` is `predict_chunks` or `ray_work`. `resume` skips chunks that were finished."""
     rows, folder = batch * CHUNK, out.with_name(f"{out.name}.chunks")
     head = csv_lines([["image", "predicted", "likely", *(f"prob_{name}" for name in classes), *_AFTER]])
     with _locked(folder, out):

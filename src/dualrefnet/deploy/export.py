@@ -61,8 +61,7 @@ def export_run(
 ) -> dict[str, Any]:
     """Write the bundle of a finished run's best epoch, and return the content of `bundle.json`.
 
-    `out` is replaced if it is a bundle already. `int8`: the int8 network too; None: if the run's images are available.
-    `accept_missingness_shortcut`: export it though missing metadata keep it from referring cancers, with a warning.
+    `int8`: the int8 network too; None: if the run's images are available.
     """
     check_target(out)
     if not run.finished:
@@ -164,7 +163,6 @@ def metadata_schema(metadata: MetadataEncoder, name: str, reads_metadata: bool =
 
 
 def check_target(out: Path) -> None:
-    """Refuse to replace anything but a bundle."""
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file; name a folder for the bundle with --out")
     if out.is_dir() and any(out.iterdir()) and not hub.is_bundle(out):
@@ -227,7 +225,6 @@ def _write_float32(
 
 
 def _write_int8(folder: Path, run: Run, validation: Cases, training: Cases) -> dict[str, Any]:
-    """Write the int8 network, measure it on validation cases, and describe it."""
     float32, file = folder / "model.onnx", folder / "model.int8.onnx"
     with progress_bar("int8: calibrating ranges") as show:
         quantise(float32, file, training, show)

@@ -71,21 +71,8 @@ def evaluate_external(
 ) -> dict[str, Any]:
     """Predict a data set and measure it; write `predictions.csv`, `metrics.json` and, if there are, `subgroups.csv`.
 
-    Args:
-        model: a finished run, or a bundle.
-        dataset: as `load_external` reads it.
-        out: folder; None: `external/<name>` in the run folder.
-        mapping: CLASS=LABEL: a class of the model and what the data set calls it; others go by their names.
-        allow_seen: measure also images and patients of the training, which the result then says.
-        aggregate: `lesion` or `patient`: count several images once too.
-        device: cpu, cuda, ...; None: of a run a GPU if there is one.
-        workers: threads that read images; None: one a core.
-
-    Returns:
-        The metrics.
-
-    Raises:
-        DataError: nothing can be measured, `mapping` names what isn't there, or the model was trained on its images.
+    `mapping` holds CLASS=LABEL: a class of the model and what the data set calls it. With `allow_seen` images and
+    patients of the training are measured too, which the result then says.
     """
     run, schema = None if is_bundle(model) else Run(model), dataset.schema
     if out is None and run is None:
@@ -171,11 +158,7 @@ def map_classes(
     grouped: Mapping[str, Sequence[str]],
     given: Sequence[str] = (),
 ) -> dict[str, str]:
-    """Return label of the data set -> class of the model, for the labels that have one.
-
-    It is the class of that name, or whose name in words is that of the label, or the group (`data.classes`) of a class
-    of that name; `given`, CLASS=LABEL, come first.
-    """
+    """Return label of the data set -> class of the model: as `given` (CLASS=LABEL), else by name, words or group."""
     chosen: dict[str, str] = {}
     for text in given:
         name, equals, label = (part.strip() for part in text.partition("="))
@@ -205,10 +188,7 @@ def map_classes(
 
 
 def find_seen(run: Run | None, dataset: Dataset, rows: pd.DataFrame, group: pd.Series) -> Seen:
-    """Find the rows whose image or patient the run, or one that it started from, was trained on or chose its epoch by.
-
-    Images are compared by the bytes of their files, and within one data set by ids, as patients are.
-    """
+    """Find the rows that the run, or one it started from, was trained on: by bytes, within a data set by ids."""
     seen = Seen(np.zeros(len(rows), dtype=bool), np.zeros(len(rows), dtype=bool))
     if run is None:
         return seen._replace(unknown="a bundle doesn't tell which images it was trained on: none is known to be new")

@@ -76,7 +76,6 @@ class Cases:
         return len(self.metadata)
 
     def part(self, start: int, stop: int) -> Cases:
-        """Return some of the cases, without labels."""
         return Cases(None if self.images is None else self.images[start:stop], self.metadata[start:stop])
 
 
@@ -138,7 +137,6 @@ def predict_cases(
 
 
 def compare(first: Logits, second: Logits) -> dict[str, Any]:
-    """Compare the probabilities and labels of two networks' logits (N, C)."""
     if first.shape != second.shape or not len(first):
         raise ValueError(f"logits of the shapes {first.shape} and {second.shape} can't be compared")
     one, other = softmax(first), softmax(second)
@@ -257,11 +255,7 @@ def measure_int8(
     images: str = "validation images",
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], str, bool]:
-    """Measure an int8 network beside the float32 network that it was made from; `images` says on which.
-
-    `score` is the out-of-distribution score, whose false alarms are counted. Return the measures, a sentence about
-    them, and whether int8 is recommended.
-    """
+    """Return an int8 network's measures beside the float32 network's, a sentence, and whether it is recommended."""
     if cases.labels is None:
         raise ValueError("synthetic images have no labels to compare with")
     advance = _counter(progress, 2 * len(cases))

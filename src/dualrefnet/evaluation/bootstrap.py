@@ -72,7 +72,7 @@ class Bootstrap:
     """Resamples of the patients of a test set; equal arguments draw the same patients for every statistic.
 
     `groups`, (N,), names the patient of every image, each unknown one by a name of its own, and becomes `codes`, 0 to
-    G-1; without `samples` there are no intervals; `progress` is called with (samples done, samples in all).
+    G-1.
     """
 
     def __init__(
@@ -92,7 +92,6 @@ class Bootstrap:
 
     @property
     def unit_weights(self) -> Floats:
-        """Weights of the test set itself, (1, G)."""
         return np.ones((1, self.groups))
 
     def resample(self, statistic: Callable[[Floats], Floats]) -> Floats:
@@ -114,7 +113,6 @@ class Bootstrap:
         }
 
     def sums(self, values: ArrayLike) -> Floats:
-        """Return (G, K): the sum of each patient's rows of (N, K)."""
         return group_sums(values, self.codes, self.groups)
 
     def estimate(self, value: float, resampled: Floats) -> Estimate:
@@ -123,19 +121,14 @@ class Bootstrap:
         return Estimate(value, *(interval or (NAN, NAN)))
 
     def proportion(self, value: float, resampled: Floats, patients: int) -> Estimate:
-        """Return a proportion with its interval.
-
-        At 0 and 1 all resamples agree, which would feign certainty: there the interval is Wilson's, each patient
-        counting as one case.
-        """
+        """Return a proportion with its interval: at 0 and 1, where all resamples agree, Wilson's over patients."""
         if self.samples and value in (0, 1):
             return Estimate(value, *wilson_interval(int(value) * patients, patients, self.level))
         return self.estimate(value, resampled)
 
     def ratios(self, amounts: ArrayLike, included: ArrayLike, proportions: bool = True) -> list[Estimate]:
-        """Divide sums of `amounts`, (N, K), by counts of the images `included`, (N, K): one value a column.
-
-        It is NaN where no image counts; resamples without such an image are skipped.
+        """Divide sums of `amounts` by counts of the images `included`, (N, K) both: one value a column, NaN without
+        images.
         """
         counted = np.asarray(included, dtype=bool)
         numerator = self.sums(np.where(counted, np.asarray(amounts, dtype=np.float64), 0.0))
@@ -228,10 +221,7 @@ def wilson_interval(successes: int, total: int, level: float = 0.95) -> tuple[fl
 
 
 def two_sided_p(differences: Floats) -> float:
-    """Return twice the smaller tail of bootstrap differences beyond 0, NaN left out.
-
-    Each tail has one sample added, so that p is never 0.
-    """
+    """Return twice the smaller tail of differences beyond 0, each with one sample added, so that p is never 0."""
     defined = differences[~np.isnan(differences)]
     tail = min(int((defined <= 0).sum()), int((defined >= 0).sum()))
     return min(1.0, 2 * (tail + 1) / (len(defined) + 1))

@@ -55,10 +55,7 @@ def referral_curve(
     target: float,
     chosen_interval: tuple[float, float] | None = None,
 ) -> ReferralCurve:
-    """Compute the curve of images by their malignancy `score`, (N,), with pointwise bands over patients.
-
-    `chosen` is the threshold in use, for which `target` was the wanted sensitivity.
-    """
+    """Compute the curve of images by their malignancy `score`, (N,); `chosen` is the threshold in use."""
     if malignant.all() or not malignant.any():
         raise ValueError("there is nothing to draw: all images are malignant, or none is")
     thresholds = np.append(np.arange(STEPS + 1) / STEPS, chosen)
@@ -81,10 +78,7 @@ def referral_curve(
 class Selective:
     """Selective prediction on a test set: one row of `table` a coverage.
 
-    Columns are `percent` (wanted), `images` (predicted), `share` (of all images), `threshold` (lowest confidence
-    predicted), `accuracy` and `balanced_accuracy` among the predicted, each with `_low` and `_high`, and
-    `answered:<CLASS>`, the number of images of each class that get a prediction. Balanced accuracy is NaN where a class
-    of the test set gets none: leaving out a class must not raise it.
+    Balanced accuracy is NaN where a class of the test set gets no prediction: leaving out a class must not raise it.
     """
 
     table: pd.DataFrame
@@ -93,7 +87,6 @@ class Selective:
     bootstrap: Bootstrap
 
     def to_json(self) -> dict[str, Any]:
-        """Return AURC and table as values that strict JSON knows."""
         level, rows = self.bootstrap.level, []
         for row in self.table.to_dict("records"):
             one = {key: row[key] for key in ("percent", "images", "share", "threshold")}

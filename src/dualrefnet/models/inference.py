@@ -25,10 +25,7 @@ Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 
 def to_unit(images: Tensor, size: int) -> Tensor:
-    """Turn (B, 3, S, S) bytes into (B, 3, size, size) numbers in 0..1.
-
-    A store of twice the size (kept for native super-resolution targets) is averaged over 2 x 2 pixels.
-    """
+    """Turn (B, 3, S, S) bytes into (B, 3, size, size) in 0..1; a store of twice the size is averaged over 2 x 2."""
     unit = images.float().div(255)
     return functional.avg_pool2d(unit, 2) if images.shape[-1] == 2 * size else unit
 
@@ -72,10 +69,7 @@ def resolve_device(name: str | None) -> torch.device:
 
 
 def check_finite(logits: Tensor) -> Tensor:
-    """Return logits (B, C) as they are; RunError if a network computes something else than numbers.
-
-    Their first class would be taken for an answer.
-    """
+    """Return logits (B, C) as they are; RunError if they aren't numbers, which would read as the first class."""
     wrong = int((~logits.isfinite()).any(dim=1).sum())
     if wrong:
         raise RunError(
@@ -87,9 +81,7 @@ def check_finite(logits: Tensor) -> Tensor:
 
 
 class Predicted(NamedTuple):
-    """What a model says of N images: logits (N, C) float32 on the CPU, the labels of the batches, and logits of further
-    heads.
-    """
+    """What a model says of N images: logits (N, C) on the CPU, labels, and logits of further heads."""
 
     logits: Tensor
     labels: Tensor
@@ -142,9 +134,7 @@ def joined_vectors(read: Encoded) -> NDArray[np.float32]:
 
 
 def fill_features(recipe: Recipe, model: Method, store: ImageStore, device: torch.device) -> tuple[DerivedStore, ...]:
-    """Return what each (untrained) encoder makes of every image; computed once for all runs that share encoder and
-    images.
-    """
+    """Return what each (untrained) encoder makes of every image; computed once for all runs that share both."""
     keep_map = model.maps(recipe.model)
     return tuple(
         _fill(encoder, store, recipe.image.size, keep_map, device)

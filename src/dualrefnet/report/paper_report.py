@@ -115,11 +115,7 @@ class _Part:
 
 
 def write_paper_report(out: Path, options: ReportOptions | None = None, samples: int = 1000) -> Path:
-    """Write the page about all suites of the paper that the folder holds, finished or not, and its figures in
-    `pictures/` beside it; return the page.
-
-    RunError: it holds none of them.
-    """
+    """Write the page about all suites of the paper that the folder holds, and its figures; return the page."""
     options = options or ReportOptions()
     parts: dict[str, _Part] = {}
     for name in PARTS:

@@ -79,7 +79,6 @@ class Measured:
 
     @property
     def unit(self) -> str:
-        """`patients`, `lesions` or `images`."""
         return f"{self.run.unit}s"
 
     @cached_property
@@ -89,7 +88,6 @@ class Measured:
 
 
 def read_measured(run: Run) -> Measured:
-    """Read a finished run."""
     metrics, description, predictions = run.metrics, run.model, run.predictions
     classes = tuple(description["classes"])
     test = predictions[predictions["split"] == "test"].reset_index(drop=True)
@@ -140,7 +138,6 @@ def _headline_table(measured: Measured) -> PrintedTable:
 
 
 def class_section(measured: Measured) -> Section:
-    """Return the table of the classes."""
     recipe, per_class = measured.run.recipe, measured.metrics["per_class"]
     names = measured.run.model["dataset"].get("class_names", {})
     rows, paper_rows = [], []
@@ -171,7 +168,6 @@ def class_section(measured: Measured) -> Section:
 
 
 def curve_section(measured: Measured, samples: int, seed: int) -> Section:
-    """Return the ROC and precision-recall curves."""
     with progress_bar("curves") as show:
         bootstrap = Bootstrap(measured.groups, samples, seed, progress=show)
         curves = class_curves(measured.labels, measured.probabilities, bootstrap, measured.classes, measured.malignant)
@@ -180,7 +176,6 @@ def curve_section(measured: Measured, samples: int, seed: int) -> Section:
 
 
 def history_section(measured: Measured) -> Section:
-    """Return the training history."""
     history, selection = measured.run.history, measured.run.recipe.training.selection
     epoch = selected_epoch(history, selection)
     criterion = "lowest loss" if selection == "loss" else f"highest {selection.replace('_', ' ')}"

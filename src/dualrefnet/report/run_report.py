@@ -71,22 +71,7 @@ Part: TypeAlias = tuple[str, Callable[[], Section]]
 def write_explanations(
     run: Run, out: Path | None = None, against: Run | None = None, options: ReportOptions | None = None
 ) -> list[Path]:
-    """Explain the predictions of a run's model: figures and their numbers as files.
-
-    Args:
-        run: a finished run.
-        out: folder; None: `explanations` in the run folder.
-        against: a second run to compare it with.
-        options: how many images, which class, which masks.
-
-    Returns:
-        The files.
-
-    Raises:
-        RunError: a run isn't finished, the two can't be compared, or images of patients are to be left out and are in
-            `out` already.
-        DataError: an option is invalid for these data.
-    """
+    """Explain the predictions of a run's model, beside those of `against`: figures and their numbers as files."""
     options, out = options or ReportOptions(), out or run.path / "explanations"
     _check(run, against, options, out)
     parts, files = _model_parts(run, against, options), []
@@ -105,22 +90,8 @@ def write_report(
 ) -> Path:
     """Write the report of a run, one HTML page, and its figures and their numbers in `pictures/` beside it.
 
-    A section that can't be made says why in its place.
-
-    Args:
-        run: a finished run.
-        out: folder; None: `report` in the run folder.
-        against: a second run to compare it with.
-        options: how many images, which class, which masks.
-        explained: include the sections that need the model and the data; without them the extra `explain` isn't needed.
-
-    Returns:
-        The page.
-
-    Raises:
-        RunError: a run isn't finished, the two can't be compared, or images of patients are to be left out and are in
-            `out` already.
-        DataError: an option is invalid for these data.
+    A section that can't be made says why in its place. Sections of the model and the data are left out unless
+    `explained`; these need the extra `explain`.
     """
     options, out = options or ReportOptions(), out or run.path / "report"
     _check(run, against, options, out / "pictures")
@@ -277,10 +248,7 @@ def write_probes(
     permutations: int = 10,
     draws: int = 5,
 ) -> list[PrintedTable]:
-    """Probe a run: tables as CSV, settings as JSON, and figures if matplotlib is installed; return tables to print.
-
-    `permutations` are across patients, `draws` are random selections of fields for each share.
-    """
+    """Probe a run: tables as CSV, settings as JSON, and figures if matplotlib is installed; return tables to print."""
     options, out = options or ReportOptions(), out or run.path / "probes"
     seed = options.seed
     _check_probes(run, against)

@@ -164,7 +164,6 @@ GAP_MEASURES = ("balanced_accuracy", "malignant.sensitivity", "overconfidence")
 
 
 def subgroups_section(subgroups: Subgroups, unit: str = "patients") -> Section:
-    """Return the results by category of each subgroup field."""
     table = subgroups.table
     flagged = table[table["flagged"] & table["counted"]]
     intro = [
@@ -220,7 +219,6 @@ def _gap_table(flagged: pd.DataFrame) -> PrintedTable:
 
 
 def out_of_distribution_section(measured: OutOfDistributionMeasured, unit: str = "patient") -> Section:
-    """Return how well images without a lesion are detected."""
     rows: dict[str, Row] = {row["group"]: row for row in measured.table.to_dict("records")}
     lesions, everyday = rows[LESIONS], rows[EVERYDAY]
     intro = [
@@ -265,7 +263,6 @@ def shortcuts_section(shortcuts: Shortcuts) -> Section:
 
 
 def missing_metadata_section(availability: MissingMetadata) -> Section:
-    """Return the performance with fewer metadata and without the image."""
     table = availability.curve[availability.curve["measure"] == BALANCED]
     least = table["share"].min()
     kept = "no metadata" if least == 0 else f"{least:.0%} of the fields"

@@ -53,9 +53,7 @@ BY_CHANCE = 1.64
 def judge_leak(
     leakage: Mapping[str, Mapping[str, Any] | None], unit: str = "patient", imputed_from_label: bool = False
 ) -> list[Finding]:
-    """Judge which test images show a patient or a lesion of training, as metrics.json counts them; `unit` is what the
-    data set names.
-    """
+    """Judge which test images show a patient or a lesion of training, as metrics.json counts them."""
     findings: list[Finding] = []
     if imputed_from_label:
         findings.append(Finding("FAIL", LEAK, "missing metadata were imputed from the diagnosis"))
@@ -109,9 +107,7 @@ def judge_shortcuts(shortcuts: Shortcuts) -> list[Finding]:
 
 
 def judge_flags(importance: Mapping[str, float], flags: str) -> list[Finding]:
-    """Judge whether the flags of missing fields move the probabilities more than any field; `importance` in percentage
-    points.
-    """
+    """Judge whether the flags of missing fields move the probabilities more than any field."""
     most = max((name for name in importance if name != flags), key=lambda name: importance[name], default=None)
     if flags not in importance or most is None:
         return []

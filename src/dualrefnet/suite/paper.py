@@ -51,10 +51,7 @@ def paper_suites(
 def run_paper(
     suites: Mapping[str, Suite], out: Path, workers: int = 1, cache: Path | None = None
 ) -> dict[str, Outcome]:
-    """Train what the folders of the suites in `out` lack; equal recipes of several suites are trained once.
-
-    A part that can't begin, such as one whose data are not there, is recorded as failed, and the others go on.
-    """
+    """Train what the folders of the suites in `out` lack; a part that can't begin is recorded as failed."""
     outcomes: dict[str, Outcome] = {}
     elsewhere: dict[str, Path] = {}
     for place, (name, suite) in enumerate(suites.items(), 1):
@@ -72,9 +69,7 @@ def run_paper(
 
 
 def verdict_on_number(printed: float, ours: Estimate, digits: int) -> Verdict:
-    """Judge a number that is printed with so many decimals: the same when ours is rounded, in our 95% interval, or
-    neither.
-    """
+    """Judge a printed number: the same when ours is rounded, in our 95% interval, or neither."""
     if np.isnan(ours.value) or np.isnan(printed):
         return UNMEASURED
     if abs(ours.value - printed) <= 0.5 * 10**-digits + 1e-9:
@@ -122,7 +117,6 @@ class Claim:
 
 
 def claims(results: Mapping[str, SuiteResults]) -> list[Claim]:
-    """Judge the paper's claims by the suites that have been measured."""
     found = []
     for claim in paper()["claims"]:
         for dataset in claim["datasets"]:
@@ -185,7 +179,6 @@ def _of(rows: pd.DataFrame, found: SuiteResults, dataset: str, of: Mapping[str, 
 
 
 def system_of(found: SuiteResults, row: pd.Series) -> System | None:
-    """Return the system that a row of the tables is about."""
     key = Key(*(str(row[name]) for name in Key._fields))
     return next((system for system in found.members if system.key == key), None)
 
@@ -246,7 +239,6 @@ def _plan_cells(values: list[float]) -> list[Cell]:
 
 
 def _images(recipe: Recipe) -> tuple[int, int, int]:
-    """Return the images of training, validation and all of a recipe's data set."""
     counts = {part: sum(classes.values()) for part, classes in reported_splits(recipe.data.dataset).items()}
     if not counts:
         return SMOKE_IMAGES * 3 // 5, SMOKE_IMAGES // 5, SMOKE_IMAGES
@@ -293,7 +285,6 @@ def _network_cost(recipe: Recipe) -> tuple[int, int]:
 
 
 def _operations_per_second() -> float:
-    """Time a step of ResNet-50 on the device that trains."""
     import time
 
     import torch

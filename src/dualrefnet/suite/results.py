@@ -64,9 +64,7 @@ CLASS_MEASURES = ("sensitivity", "specificity", "ppv", "npv", "f1", "auc")
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run, with its `test` split (image_id, label, group) in the order of the image ids and its
-    probabilities (N, C). `weights`: `kind` and `description` of what each encoder started from.
-    """
+    """A finished run, with its test split in the order of the image ids and its probabilities (N, C)."""
 
     run: Run
     fold: int
@@ -84,9 +82,7 @@ class FinishedRun:
 
 @dataclass(frozen=True)
 class Pool:
-    """The test splits (image_id, label, group) of all folds of a system put together, in the order of the ids, with one
-    (N, C) array of probabilities a seed.
-    """
+    """The test splits of all folds of a system put together, in the order of the ids, with one (N, C) array a seed."""
 
     test: pd.DataFrame
     seeds: list[NDArray[np.float64]]
@@ -100,9 +96,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class System:
-    """All runs of one system; `pool` is None if there is no run, or (`problem`) they cannot be pooled. `departures`: in
-    what they aren't the experiment that the paper's numbers for it are of.
-    """
+    """All runs of one system; `pool` is None without runs, or where they cannot be pooled (`problem`)."""
 
     key: Key
     planned: int
@@ -114,12 +108,10 @@ class System:
 
     @property
     def unit(self) -> str:
-        """What the bootstrap resamples: `patient`, `lesion` or `image`; empty without any run."""
         return self.runs[0].run.unit if self.runs else ""
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """What limits the validity of the system's numbers."""
         recipes, image = [run.recipe for run in self.runs], reads_image(self.key.method)
         # The recipes of one system differ in name, fold and seed only.
         alike = {"name": "", "description": "", "seed": 0}
@@ -144,13 +136,8 @@ class System:
 
 @dataclass(frozen=True)
 class SuiteResults:
-    """Everything a suite folder holds, as tidy tables.
-
-    `missing`: cell, run, state (`failed`, `unfinished`, `not started`, `unreadable`) and error of every cell without a
-    result. `systems`: one row per system and measure; `flags` is a tuple of texts. `comparisons`: one row per system,
-    reference and measure. `per_class`: one row per system, class and measure, and `class_comparisons`: one per system,
-    reference, class and measure; both are empty unless the suite asks for them.
-    `splits`: one row per counted split, part of it and class.
+    """Everything a suite folder holds, as tidy tables: a row a cell, system, comparison, class or split, each by
+    measure.
     """
 
     suite: Suite
@@ -185,10 +172,7 @@ def paper() -> dict[str, Any]:
 def reported(
     dataset: str, table: str, method: str, backbone: str, measure: str, metric: str | None = None
 ) -> Reported | None:
-    """Return the paper's number in a table (`3a`, `3b`, `4`, `text`), or None if it has none.
-
-    `metric` is the paper's name of the measure, where it isn't the usual one: the ablations of the text.
-    """
+    """Return the paper's number in a table (`3a`, `3b`, `4`, `text`), or None; `metric` is its name there."""
     usual = "auc" if measure == "auc_macro_ovr" else measure.removesuffix("_macro").removesuffix("_weighted")
     metric = metric or usual
     # Kappa is in no table.
@@ -221,8 +205,7 @@ def departures(
 ) -> list[str]:
     """Say in what a run isn't the experiment that the paper's numbers are of; empty: they may stand side by side.
 
-    Its images (`split`: label, split) are compared with Table 1, its recipe with the one that ships as the paper's,
-    changed by `reading`: keys that the paper's number itself is of, in an ablation.
+    `reading`: keys of the recipe that the paper's number itself is of, in an ablation.
     """
     name = f"{recipe.data.dataset}_paper"
     if name not in shipped_recipes():
@@ -260,16 +243,11 @@ def caveats(dataset: str, table: str, methods: Collection[str]) -> list[str]:
 
 
 def reads_image(method: str) -> bool:
-    """Return False for a method of the metadata alone."""
     return method not in METHODS or METHODS[method].reads_image
 
 
 def aggregate(suite_dir: Path, samples: int = 1000, progress: Callable[[int, int], None] | None = None) -> SuiteResults:
-    """Read a suite folder and measure its systems; more samples are drawn where the number of comparisons asks for it.
-
-    Raises:
-        RunError: it is not a suite folder, or a measure of the suite does not exist.
-    """
+    """Read a suite folder and measure its systems; more samples are drawn for many comparisons."""
     if not (suite_dir / "suite.yaml").is_file():
         raise RunError(
             f"{suite_dir} has no suite.yaml: it isn't a suite's folder; "
@@ -375,11 +353,7 @@ def _load(suite_dir: Path, cell: Cell) -> FinishedRun | tuple[str, str]:
 
 
 def pool_runs(runs: Sequence[FinishedRun]) -> Pool:
-    """Put the test splits of all folds together, once per seed.
-
-    Where runs are missing, the seeds that have the most folds are taken: all seeds must be measured on the same images.
-    RunError: folds share test images, or seeds have different ones.
-    """
+    """Put the test splits of all folds together, once per seed; the seeds that have the most folds are taken."""
     seeds: dict[int, list[FinishedRun]] = {}
     for run in sorted(runs, key=lambda run: run.fold):
         seeds.setdefault(run.seed, []).append(run)
@@ -402,9 +376,8 @@ def pool_runs(runs: Sequence[FinishedRun]) -> Pool:
 def reference_of(system: System, systems: list[System], suite: Suite) -> System | None:
     """Return what a system is compared with; None: it is the reference, or there is none.
 
-    The reference has the same data set and protocol, and the same method (of a reference variant) and backbone if there
-    is one; a reference that exists with one backbone only is taken for systems with others. A reference encoder is that
-    of the same method and variant.
+    The reference has the same data set and protocol, and the same method and backbone if there is one; if it exists
+    with one backbone only, it is taken for others too. A reference encoder is that of the same method and variant.
     """
     key, reference = system.key, suite.reference_of(system.key.dataset)
     if not reference:

@@ -28,9 +28,7 @@ BYTES = 4
 
 
 def measure_costs(backbones: Sequence[str], methods: Sequence[str] = tuple(METHODS)) -> pd.DataFrame:
-    """Measure the methods with each of the encoders, the ensemble with its published ones; one row each: method,
-    backbone, `parameters`, `multiply_adds`, `training_bytes` and `milliseconds` (one image on this machine's CPU).
-    """
+    """Measure the methods with each of the encoders: size, multiply-adds, memory of training, time on this CPU."""
     for backbone in backbones:
         check_image_size(backbone, load_recipe(RECIPE).image.size)
     rows = []
@@ -72,8 +70,7 @@ def prediction_cost(model: Method, architecture: Architecture) -> dict[str, int]
 
 
 def training_memory(model: Method, architecture: Architecture, recipe: Recipe) -> int:
-    """Return the bytes that a training step of the recipe's batch holds at once, in float32: parameters, gradients, the
-    optimizer's state, and what autograd keeps for the backward pass. Kernels need some workspace besides.
+    """Return the bytes of a training step: parameters, gradients, optimizer and what autograd keeps.
 
     What autograd keeps grows evenly with the images: it is measured on few, and reckoned up.
     """
@@ -109,7 +106,6 @@ def _kept_for_backward(model: Method, architecture: Architecture, recipe: Recipe
 
 
 def prediction_time(model: Method, architecture: Architecture) -> float:
-    """Return the milliseconds of one prediction, the median of some."""
     model.eval()
     inputs, seconds = _inputs(model, architecture, 1), []
     with torch.inference_mode():

@@ -44,10 +44,7 @@ def require_tracker(name: str) -> None:
 
 
 class Tracker:
-    """The tracker of a run, as a context; without one in the recipe it does nothing.
-
-    What a tracker refuses later than at the start is a warning: it mustn't end a training.
-    """
+    """The tracker of a run, as a context, or nothing; what it refuses later than at the start is a warning."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.recipe = run, run.recipe
@@ -88,7 +85,6 @@ class Tracker:
                 self._lost("its end", failure)
 
     def log(self, values: Mapping[str, float], epoch: int) -> None:
-        """Log an epoch: losses, learning rate and validation measures."""
         self._step = epoch
         if self._accelerator is not None:
             try:

@@ -82,11 +82,8 @@ def train_recipe(
 ) -> Run:
     """Train and evaluate a checked recipe into the folder `out`; return the finished run.
 
-    `resume` goes on with an unfinished run in `out`, and returns a finished one as it is; `overwrite` replaces either.
-    `cache` is the folder of the image stores (None: the user's cache folder); `workers` threads prepare images (None:
-    one a core). Of a cross-fitted run `jobs` members are trained at the same time, or those for which a Ray cluster has
-    room. Without `tested` nothing is predicted for the test split, which may have no image, and the run stays
-    unfinished, with its checkpoint.
+    Of a cross-fitted run `jobs` members are trained at the same time. Without `tested` nothing is predicted for the
+    test split, and the run stays unfinished, with its checkpoint.
     """
     check_method(recipe)
     require_tracker(recipe.training.tracker)
@@ -307,9 +304,7 @@ def _train(run: Run, prepared: Prepared, state: PartialState, tracker: Tracker) 
 
 
 def taught(teacher: str, image_ids: Sequence[str], classes: Sequence[str]) -> NDArray[np.float32]:
-    """Return what a cross-fitted run says of images that its members haven't seen, (N, C); RunError: it says nothing of
-    some of them, or knows other classes.
-    """
+    """Return what a cross-fitted run says of images that its members haven't seen, (N, C)."""
     run = Run(Path(teacher))
     if not run.members:
         raise RunError(f"loss.teacher: {teacher} isn't a cross-fitted run (`dualrefnet train RECIPE --folds 5`)")
