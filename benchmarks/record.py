@@ -28,13 +28,19 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 
 
-def interleaved(cases: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+def interleaved(
+    cases: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Time every case once a round, so that whatever else the machine does meets all of them alike.
 
     Args:
         cases: name -> what is timed.
         rounds: how often each case is timed.
         warmup: rounds before these, which aren't counted.
+        clock: `time.process_time` counts the seconds of this process alone, whatever else the machine does.
 
     Returns:
         Case -> seconds of each round.
@@ -45,10 +51,10 @@ def interleaved(cases: Mapping[str, Callable[[], object]], rounds: int, warmup: 
         # None always follows the same one, whose data and threads would be what it meets.
         order.shuffle(names)
         for name in names:
-            started = time.perf_counter()
+            started = clock()
             cases[name]()
             if number >= 0:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return seconds
 
 

@@ -24,7 +24,7 @@ from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.csv_table import TableDescription
 from dualrefnet.data.protocols import leakage, split_dataset
 from dualrefnet.data.synthetic import make_synthetic
-from dualrefnet.errors import RunError, install_hint
+from dualrefnet.errors import DataError, RunError, install_hint
 from dualrefnet.recipe import Recipe, load_recipe, parse_overrides, shipped_recipes
 from dualrefnet.run import Run
 
@@ -88,7 +88,7 @@ def parse(arguments):
     command = group.get_command(typer.Context(group), arguments[0])
     assert command is not None, f"there is no command {arguments[0]}"
     # The folder of an example isn't there; it is looked for when all options are known.
-    with suppress(RunError):
+    with suppress(RunError, DataError):
         command.make_context(arguments[0], list(arguments[1:]))
 
 

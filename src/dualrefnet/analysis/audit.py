@@ -26,7 +26,7 @@ from dualrefnet.analysis.label_leakage import (
     reidentification,
 )
 from dualrefnet.data.adapters import load_dataset
-from dualrefnet.data.check import MAX_EXAMPLES, Finding, Level, identical_images
+from dualrefnet.data.check import MAX_EXAMPLES, Finding, Level, crossing_ids, identical_images
 from dualrefnet.data.protocols import leakage, split_dataset
 from dualrefnet.data.schema import Dataset
 from dualrefnet.display.format import Cell, PrintedTable, number
@@ -136,33 +136,18 @@ def shared_ids(dataset: Dataset, split: pd.DataFrame) -> tuple[pd.DataFrame, lis
     strict = leakage(dataset, split)
     # Validation counted as seen: then the shares by class count it too.
     wide = leakage(dataset, split.assign(split=split["split"].replace("val", "train")))
-    rows = split[["image_id", "split"]].merge(dataset.table, on="image_id", how="left", validate="one_to_one")
-    test = rows["split"] == "test"
-    counted, findings = [], []
-    for what in ("patient", "lesion"):
-        check, column = f"{what}s_on_two_sides", f"{what}_id"
-        if strict[what] is None:
-            message = f"the data set names no {what}: whether a {what} crosses the split is unknown"
-            findings.append(Finding("WARN", check, message))
+    tested = split.loc[split["split"] == "test", "label"]
+    counted = []
+    for what, leak in strict.items():
+        if leak is None:
             continue
-        train, both = strict[what]["train"], wide[what]["train"]
-        counted.append((what, "all", int(test.sum()), train, both))
+        counted.append((what, "all", len(tested), leak["train"], leak["train_or_val"]))
         for label in dataset.schema.classes:
-            if label in strict[what]["per_class"]:
-                shares = (strict[what]["per_class"][label], wide[what]["per_class"][label])
-                counted.append((what, label, int((rows.loc[test, "label"] == label).sum()), *shares))
-        seen = rows.loc[test & rows[column].isin(rows.loc[~test, column].dropna()), "image_id"]
-        unnamed = int((test & rows[column].isna()).sum())
-        but = f" ({unnamed:,} test images name no {what})" if unnamed else ""
-        if len(seen):
-            message = (
-                f"{train:.1%} of the test images show a {what} that is also in train ({both:.1%} counting "
-                f"validation){but}; every result on them is too good: use the protocol grouped"
-            )
-            findings.append(Finding("FAIL", check, message, tuple(seen[:MAX_EXAMPLES]), len(seen)))
-        else:
-            findings.append(Finding("PASS", check, f"no test image shows a {what} of train or validation{but}"))
-    return pd.DataFrame(counted, columns=["what", "class", "images", "train", "train_or_val"]), findings
+            if label in leak["per_class"]:
+                shares = (leak["per_class"][label], wide[what]["per_class"][label])
+                counted.append((what, label, int((tested == label).sum()), *shares))
+    table = pd.DataFrame(counted, columns=["what", "class", "images", "train", "train_or_val"])
+    return table, list(crossing_ids(dataset, split))
 
 
 def near_duplicate_findings(

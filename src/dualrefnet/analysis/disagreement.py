@@ -44,16 +44,14 @@ class Disagreement:
 
 def find_disagreement(a: Run, b: Run, cases: int = 6, samples: int = 1000, seed: int = 0) -> Disagreement:
     """Compare what two finished runs predicted for the test images that both have; choose `cases` of each kind."""
-    tested = [_test_predictions(run) for run in (a, b)]
-    columns = [[name for name in map(str, frame.columns) if name.startswith("prob_")] for frame in tested]
-    if set(columns[0]) != set(columns[1]):
+    tested, classes = [run.test.rows for run in (a, b)], list(a.model["classes"])
+    if set(classes) != set(b.model["classes"]):
         raise RunError(f"{a.path} and {b.path} know different classes and can't be compared")
     both = shared_images(*tested)
     labels, patients = both["label"].to_numpy(), both["group"].to_numpy()
     aligned = [frame.set_index("image_id").loc[both["image_id"]] for frame in tested]
-    scores = [frame[columns[0]].to_numpy(dtype=float) for frame in aligned]
+    scores = [frame[[f"prob_{name}" for name in classes]].to_numpy(dtype=float) for frame in aligned]
     predicted = [frame["predicted"].to_numpy() for frame in aligned]
-    classes = [name.removeprefix("prob_") for name in columns[0]]
     truth = np.array([classes.index(label) for label in labels])
     table = pd.DataFrame(
         {
@@ -98,13 +96,6 @@ def shared_images(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
     if first.max() == 0:
         raise RunError("all test images that the two runs share are of one patient: nothing can be compared")
     return both[columns]
-
-
-def _test_predictions(run: Run) -> pd.DataFrame:
-    """Return the predictions of the test split with each image's patient as `group`."""
-    predictions = run.predictions
-    rows = predictions[predictions["split"] == "test"].reset_index(drop=True)
-    return rows.assign(group=rows["image_id"].map(run.split.set_index("image_id")["patient_id"]))
 
 
 def _choose_disagreements(table: pd.DataFrame, patients: np.ndarray, cases: int) -> pd.DataFrame:

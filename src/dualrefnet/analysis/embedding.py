@@ -20,7 +20,7 @@ from sklearn.metrics import pairwise_distances_chunked, silhouette_samples
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # comes with scikit-learn
 
 from dualrefnet.analysis.disagreement import shared_images
-from dualrefnet.analysis.opened_run import OpenedRun, Progress, in_batches, sample_rows
+from dualrefnet.analysis.opened_run import OpenedRun, in_batches, sample_rows
 from dualrefnet.data.loader import Examples
 from dualrefnet.display.figure import (
     FAINT,
@@ -130,13 +130,7 @@ class EmbeddingComparison:
         return (self.first if (found.low > 0) != (measure in LESS_IS_BETTER) else self.second).name
 
 
-def embed(
-    opened: OpenedRun,
-    images: int = 2000,
-    samples: int = 1000,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Embedding:
+def embed(opened: OpenedRun, images: int = 2000, samples: int = 1000, seed: int = 0) -> Embedding:
     """Map at most `images` test images of a run, each class in proportion, and measure how well it separates them."""
     examples = opened.examples("test")
     rows = sample_rows(examples.labels, images, seed)
@@ -144,18 +138,12 @@ def embed(
         # Features of different members lie in different spaces: those of one, on the fold that it hasn't seen.
         rows = np.flatnonzero(examples.folds == 0)
         rows = rows[sample_rows(examples.labels[rows], images, seed)]
-    features = _read(opened, opened.run.path.resolve().name, examples, rows, progress)
+    features = _read(opened, opened.run.path.resolve().name, examples, rows)
     return embed_features([features], len(examples), samples, seed)[0]
 
 
 def compare_embeddings(
-    first: OpenedRun,
-    second: OpenedRun,
-    names: tuple[str, str],
-    images: int = 2000,
-    samples: int = 1000,
-    seed: int = 0,
-    progress: Progress | None = None,
+    first: OpenedRun, second: OpenedRun, names: tuple[str, str], images: int = 2000, samples: int = 1000, seed: int = 0
 ) -> EmbeddingComparison:
     """Map the images that two runs were both tested on, and compare how well they separate the classes."""
     runs = (first, second)
@@ -171,14 +159,9 @@ def compare_embeddings(
     codes = np.array([first.classes.index(label) for label in both["label"]])
     chosen = both["image_id"].to_numpy()[sample_rows(codes, images, seed)]
     features = []
-    for place, (opened, name, examples) in enumerate(zip(runs, names, tested, strict=True)):
+    for opened, name, examples in zip(runs, names, tested, strict=True):
         rows = pd.Index(examples.image_ids).get_indexer(pd.Index(chosen))
-
-        def show(done: int, images: int, before: int = place * len(chosen)) -> None:
-            if progress is not None:
-                progress(before + done, 2 * images)
-
-        features.append(_read(opened, name, examples, rows, show))
+        features.append(_read(opened, name, examples, rows))
     return EmbeddingComparison(*embed_features(features, len(both), samples, seed))
 
 
@@ -216,14 +199,12 @@ def _frame(opened: OpenedRun, examples: Examples) -> pd.DataFrame:
 
 
 @torch.inference_mode()
-def _read(
-    opened: OpenedRun, name: str, examples: Examples, rows: NDArray[np.int64], progress: Progress | None
-) -> Features:
+def _read(opened: OpenedRun, name: str, examples: Examples, rows: NDArray[np.int64]) -> Features:
     """Run the model over rows of examples and keep what it classifies."""
     fused, hidden = [], []
-    for some in in_batches(rows, opened.recipe.evaluation.batch_size, progress):
-        batch = examples.batch(some)
-        output = opened.model(opened.encode(batch), batch.metadata.to(opened.device))
+    for some in in_batches(rows, opened.recipe.evaluation.batch_size, f"features of {name}"):
+        metadata = torch.from_numpy(examples.metadata[some]).to(opened.device)
+        output = opened.model(opened.encode_rows(examples, some), metadata)
         fused.append(output.features.float().cpu().numpy())
         hidden.append(output.hidden.float().cpu().numpy())
     chosen = _frame(opened, examples).iloc[rows]

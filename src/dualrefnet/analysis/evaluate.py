@@ -42,7 +42,7 @@ from dualrefnet.evaluation.calibration import (
 from dualrefnet.evaluation.comparison import metrics_with_intervals, pooled_bootstrap
 from dualrefnet.evaluation.metrics import HEADLINE_MEASURES, compute_metrics, no_metrics
 from dualrefnet.files import write_csv, write_json
-from dualrefnet.progress import progress_bar, track
+from dualrefnet.progress import track
 from dualrefnet.run import Run
 from dualrefnet.runtime.availability import (
     ALWAYS_RECORDED,
@@ -115,9 +115,8 @@ def predict_split(opened: OpenedRun, split: str, examples: Examples, effects: bo
     without = [encoder.encode(without_fields(rows, [field.name])).values for field in left_out]
     beside = [one for one in inputs if one.image or not opened.model.reads_image]
     alone = [one for one in inputs if opened.model.reads_image and not one.image]
-    with progress_bar(f"predicting {split}") as show:
-        versions = [*(one.metadata.values for one in beside), *without]
-        predicted, vectors = predict_with_metadata(opened, examples, versions, show)
+    versions = [*(one.metadata.values for one in beside), *without]
+    predicted, vectors = predict_with_metadata(opened, examples, versions, f"predicting {split}")
     predicted_alone = predict_without_image(opened, examples, [one.metadata.values for one in alone])
     field_effects = {}
     for index, (field, probabilities) in enumerate(zip(left_out, predicted[len(beside) :], strict=True)):
@@ -291,9 +290,8 @@ def evaluate_run(
         probabilities = predicted[split].inputs[AS_RECORDED].probabilities[0]
         tables.append(prediction_table(examples.image_ids, split, examples.labels, probabilities, classes))
         arrays[split] = (examples.labels, probabilities, Bootstrap(patients, wanted.bootstrap, seed))
-        with progress_bar("bootstrap") as show:
-            bootstrap = Bootstrap(patients, wanted.bootstrap, seed, progress=show)
-            measured[split] = metrics_with_intervals(examples.labels, probabilities, bootstrap, classes, malignant)
+        bootstrap = Bootstrap(patients, wanted.bootstrap, seed, label="bootstrap")
+        measured[split] = metrics_with_intervals(examples.labels, probabilities, bootstrap, classes, malignant)
     write_csv(run.path / "predictions.csv", pd.concat(tables, ignore_index=True))
     validation, test = predicted[fitted_on], predicted[measured_on]
     labels, probabilities, resampled = arrays[measured_on]

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dualrefnet.analysis.opened_run import OpenedRun, Progress, in_batches, sample_rows
-from dualrefnet.data.decode import find_masks, read_mask
+from dualrefnet.analysis.opened_run import OpenedRun, in_batches, sample_rows
+from dualrefnet.data.images import find_masks, read_mask
 from dualrefnet.data.loader import Examples
 from dualrefnet.display.figure import (
     COLOURS,
@@ -184,12 +184,7 @@ class Localisation:
 
 
 def localise(
-    opened: OpenedRun,
-    masks: Path | None = None,
-    images: int = 500,
-    samples: int = 1000,
-    seed: int = 0,
-    progress: Progress | None = None,
+    opened: OpenedRun, masks: Path | None = None, images: int = 500, samples: int = 1000, seed: int = 0
 ) -> Localisation:
     """Measure where Grad-CAM of the predicted class looks on at most `images` test images that have a mask."""
     if not opened.model.reads_image:
@@ -202,7 +197,7 @@ def localise(
     chosen = masked[sample_rows(examples.labels[masked], images, seed)]
     section, paths = opened.recipe.image, opened.rows("test")["image_path"]
     parts: list[pd.DataFrame] = []
-    for rows in in_batches(chosen, BATCH, progress):
+    for rows in in_batches(chosen, BATCH, "Grad-CAM and masks"):
         masks_of = {
             row: read_mask(files[examples.image_ids[row]], Path(paths.iloc[row]), section.size, section.fit)
             for row in rows

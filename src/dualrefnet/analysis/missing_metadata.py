@@ -15,19 +15,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dualrefnet.analysis.opened_run import OpenedRun
-from dualrefnet.analysis.perturbations import (
-    Floats,
-    keep_fields,
-    predict_with_metadata,
-    predict_without_image,
-)
+from dualrefnet.analysis.perturbations import Floats, keep_fields, predict_with_metadata, predict_without_image
 from dualrefnet.data.schema import DatasetSchema
 from dualrefnet.display.figure import COLOURS, INK, MARKERS, ReportFigure, label_rows, new_figure, styled
 from dualrefnet.display.format import MEASURE_NAMES, Cell, PrintedTable, interval, number
 from dualrefnet.errors import DataError
 from dualrefnet.evaluation.bootstrap import Bootstrap, images_of, percentile_interval
 from dualrefnet.evaluation.comparison import PooledBootstrap, pooled_bootstrap
-from dualrefnet.progress import progress_bar
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 MEASURES = ("balanced_accuracy", "auc_macro_ovr")
@@ -129,8 +123,8 @@ def measure_missing_metadata(
     kept |= {_input(removed=pattern.fields): [recorded & ~np.isin(names, pattern.removed)] for pattern in patterns}
     predictions = _predict(opened, rows, kept)
     labels = pd.Index(opened.classes).get_indexer(pd.Index(rows["label"]))
-    with progress_bar("intervals") as show:
-        full = pooled_bootstrap(labels, predictions, Bootstrap(groups, samples, seed, LEVEL, show), opened.classes)
+    resamples = Bootstrap(groups, samples, seed, LEVEL, "intervals")
+    full = pooled_bootstrap(labels, predictions, resamples, opened.classes)
     # Only the measures that are looked at are kept in memory for comparisons.
     bootstrap = replace(full, points=_slim(full.points), drawn=_slim(full.drawn))
     counts = {key: float(np.mean([part.sum(axis=1).mean() for part in parts])) for key, parts in kept.items()}
@@ -199,11 +193,10 @@ def _predict(
         versions = [
             opened.metadata.encode(keep_fields(rows, names, part)).values for parts in kept.values() for part in parts
         ]
-        with progress_bar("predicting without image") as show:
-            found[WITHOUT_IMAGE] = predict_without_image(opened, examples, versions, show)
+        found[WITHOUT_IMAGE] = predict_without_image(opened, examples, versions, "predicting without image")
     if opened.model.reads_image:
-        with progress_bar("predicting with fewer fields") as show:
-            found[WITH_IMAGE] = predict_with_metadata(opened, examples, versions, show).probabilities
+        predicted = predict_with_metadata(opened, examples, versions, "predicting with fewer fields")
+        found[WITH_IMAGE] = predicted.probabilities
     result = {}
     for image, given in found.items():
         remaining = iter(given)

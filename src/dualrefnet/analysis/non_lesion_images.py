@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dualrefnet.data.decode import decode_image, read_mask
+from dualrefnet.data.images import decode_image, read_mask
 
 Pixels = NDArray[np.uint8]
 Random = np.random.Generator

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dualrefnet.data.decode import MASK_FOLDER, find_masks
+from dualrefnet.data.images import MASK_FOLDER, find_masks
 from dualrefnet.data.loader import Batch, Examples, fill_recipe_store, make_examples, read_dataset, split_rows
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.schema import Dataset
@@ -22,7 +22,7 @@ from dualrefnet.data.store import DerivedStore, ImageStore
 from dualrefnet.errors import DataError, RunError
 from dualrefnet.models.base import Method
 from dualrefnet.models.cross_fitted import CrossFitted
-from dualrefnet.models.encoders import Encoded
+from dualrefnet.models.encoders import Encoded, EncoderOutput
 from dualrefnet.models.inference import (
     Normalisation,
     encoded,
@@ -33,10 +33,12 @@ from dualrefnet.models.inference import (
     to_unit,
 )
 from dualrefnet.models.registry import load_run_model
+from dualrefnet.progress import progress_bar
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import Run
 
-Progress = Callable[[int, int], None]
+# Images whose vectors are held: about 5 kB each.
+MOST_IMAGES = 50_000
 
 
 class Fit(NamedTuple):
@@ -142,17 +144,41 @@ class OpenedRun:
         assert isinstance(self.model, CrossFitted)
         return self.model.encode_held_out(images, folds)
 
+    @cached_property
+    def _vectors(self) -> dict[tuple[str, int], list[Tensor]]:
+        """Image id and member -> what each encoder gave, so that whoever looks at an image again finds it read."""
+        return {}
+
     @torch.inference_mode()
-    def vectors(
-        self, examples: Examples, rows: NDArray[np.int64], progress: Progress | None = None
-    ) -> NDArray[np.float32]:
-        """Return the encoders' vectors of the examples at `rows`, concatenated if there are several, (N, D)."""
-        kept = []
-        for part in in_batches(rows, self.recipe.evaluation.batch_size, progress):
-            read = self.encode(examples.batch(part))
+    def encode_rows(self, examples: Examples, rows: NDArray[np.int64]) -> Encoded | None:
+        """Return `encode` of examples; an image of which the model reads vectors alone is encoded once."""
+        method = self.model.parts[0] if isinstance(self.model, CrossFitted) else self.model
+        whole = method.reads_taps or method.maps(self.recipe.model)
+        if whole or not method.reads_image or examples.features:
+            return self.encode(examples.batch(rows))
+        if len(self._vectors) > MOST_IMAGES:
+            self._vectors.clear()
+        members = np.zeros(len(examples), dtype=np.int64) if examples.folds is None else examples.folds
+        keys = [(examples.image_ids[row], int(members[row])) for row in rows]
+        new = [place for place, key in enumerate(keys) if key not in self._vectors]
+        if new:
+            read = self.encode(examples.batch(rows[new]))
             assert read is not None
-            kept.append(joined_vectors(read))
-        return np.concatenate(kept)
+            for place, *vectors in zip(new, *(output.vector for output in read.outputs), strict=True):
+                self._vectors[keys[place]] = vectors
+        columns = zip(*(self._vectors[key] for key in keys), strict=True)
+        folds = None if examples.folds is None else torch.from_numpy(members[rows]).to(self.device)
+        return Encoded(tuple(EncoderOutput(None, torch.stack(column)) for column in columns), folds)
+
+    @torch.inference_mode()
+    def vectors(self, examples: Examples, rows: NDArray[np.int64], label: str = "") -> NDArray[np.float32]:
+        """Return the encoders' vectors of the examples at `rows`, concatenated if there are several, (N, D)."""
+        found = []
+        for part in in_batches(rows, self.recipe.evaluation.batch_size, label):
+            read = self.encode_rows(examples, part)
+            assert read is not None
+            found.append(joined_vectors(read))
+        return np.concatenate(found)
 
     def masks(self, folder: Path | None = None) -> dict[str, Path]:
         """Return test image id -> mask of the lesion; none if no folder was named and the data set has none."""
@@ -188,12 +214,12 @@ class OpenedRun:
         return select
 
 
-def in_batches(rows: NDArray[np.int64], size: int, progress: Progress | None = None) -> Iterator[NDArray[np.int64]]:
-    """Yield `size` rows at a time; `progress` is called with (rows done, rows in all) when they have been used."""
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
-        if progress is not None:
-            progress(min(start + size, len(rows)), len(rows))
+def in_batches(rows: NDArray[np.int64], size: int, label: str = "") -> Iterator[NDArray[np.int64]]:
+    """Yield `size` rows at a time, with a bar of that label if there is one."""
+    with progress_bar(label, bool(label)) as show:
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
+            show(min(start + size, len(rows)), len(rows))
 
 
 def open_run(

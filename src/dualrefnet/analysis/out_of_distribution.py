@@ -33,7 +33,7 @@ from dualrefnet.evaluation.metrics import Ranking
 from dualrefnet.files import write_tensors
 from dualrefnet.models.cross_fitted import CrossFitted
 from dualrefnet.models.inference import joined_vectors, normalise, to_unit
-from dualrefnet.progress import progress_bar, track
+from dualrefnet.progress import track
 from dualrefnet.runtime.out_of_distribution import (
     FORMAT,
     QUANTILES,
@@ -63,9 +63,7 @@ def fit_score(training: NDArray[np.floating], validation: NDArray[np.floating]) 
     return fit_scores([(training, validation)])
 
 
-def fit_scores(
-    members: Sequence[tuple[NDArray[np.floating], NDArray[np.floating]]],
-) -> OutOfDistributionScore:
+def fit_scores(members: Sequence[tuple[NDArray[np.floating], NDArray[np.floating]]]) -> OutOfDistributionScore:
     """Fit the score of a model of several members, each on vectors of its own; see `fit_score`. The limit is common."""
     distances, measured, training = [], [], 0
     for both in members:
@@ -142,12 +140,11 @@ def fit_run(opened: OpenedRun, validation: NDArray[np.float32], test: NDArray[np
     """Fit the score on the training images, write `out_of_scope.safetensors`, return its part of metrics.json."""
     examples, seed = opened.examples("train"), opened.recipe.seed
     members = []
-    with progress_bar("out-of-distribution score") as show:
-        for fit in opened.fits(examples, len(validation)):
-            rows = fit.rows
-            if len(rows) > AT_MOST:
-                rows = np.sort(np.random.default_rng(seed).choice(rows, AT_MOST, replace=False))
-            members.append((opened.vectors(fit.train, rows, show), validation[fit.tested]))
+    for fit in opened.fits(examples, len(validation)):
+        rows = fit.rows
+        if len(rows) > AT_MOST:
+            rows = np.sort(np.random.default_rng(seed).choice(rows, AT_MOST, replace=False))
+        members.append((opened.vectors(fit.train, rows, "out-of-distribution score"), validation[fit.tested]))
     score = fit_scores(members)
     save_score(score, opened.run.out_of_scope_file)
     fitted = {"training": score.training, "validation": score.validation, "intended_false_alarm_rate": FALSE_ALARMS}
@@ -210,8 +207,7 @@ def measure_out_of_distribution(
             folds = examples.folds[chosen]
         return pd.DataFrame({"group": group, "source": list(source), "score": score_rows(score, vectors, folds)})
 
-    with progress_bar("test images") as show:
-        parts = [table(LESIONS, groups.loc[list(files)], opened.vectors(examples, chosen, show))]
+    parts = [table(LESIONS, groups.loc[list(files)], opened.vectors(examples, chosen, "test images"))]
     for start in track(range(0, len(others), BATCH), "images without a lesion"):
         part = others[start : start + BATCH]
         vectors = _encode(opened, [item.pixels for item in part])

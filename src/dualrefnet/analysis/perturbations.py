@@ -6,7 +6,7 @@ prediction of the test split. Nothing is kept of an image but its predictions an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -18,18 +18,18 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from dualrefnet.analysis.opened_run import OpenedRun, in_batches
-from dualrefnet.data.decode import read_mask
+from dualrefnet.data.images import read_mask
 from dualrefnet.data.loader import Examples
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.errors import DataError
 from dualrefnet.evaluation.bootstrap import group_codes
 from dualrefnet.models.encoders import Encoded
 from dualrefnet.models.inference import check_finite, joined_vectors
+from dualrefnet.progress import track
 
 Floats = NDArray[np.float64]
 # (N, M), encoded.
 Metadata = NDArray[np.float32]
-Progress = Callable[[int, int], None]
 Image = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 # In the order of `perturb_image`.
@@ -47,37 +47,31 @@ class Predictions(NamedTuple):
 
 
 def predict_with_metadata(
-    opened: OpenedRun, examples: Examples, versions: Sequence[Metadata], progress: Progress | None = None
+    opened: OpenedRun, examples: Examples, versions: Sequence[Metadata], label: str = ""
 ) -> Predictions:
-    """Predict each of N images with several versions of the metadata, (N, M) each; `progress` counts images."""
+    """Predict each of N images with several versions of the metadata, (N, M) each; `label` is of the bar."""
     probabilities = [np.empty((len(examples), len(opened.classes))) for _ in versions]
     vectors: list[NDArray[np.float32]] = []
-    done = 0
-    for batch in examples.in_order(opened.recipe.evaluation.batch_size):
+    for rows in in_batches(np.arange(len(examples)), opened.recipe.evaluation.batch_size, label):
         with torch.inference_mode():
-            encoded = opened.encode(batch)
+            encoded = opened.encode_rows(examples, rows)
             if encoded is not None and encoded.outputs:
                 vectors.append(joined_vectors(encoded))
             for result, version in zip(probabilities, versions, strict=True):
-                result[batch.rows] = _predict(opened, encoded, version[batch.rows])
-        done += len(batch.rows)
-        if progress:
-            progress(done, len(examples))
+                result[rows] = _predict(opened, encoded, version[rows])
     return Predictions(probabilities, np.concatenate(vectors) if vectors else np.empty((len(examples), 0), np.float32))
 
 
 def predict_without_image(
-    opened: OpenedRun, examples: Examples, versions: Sequence[Metadata], progress: Progress | None = None
+    opened: OpenedRun, examples: Examples, versions: Sequence[Metadata], label: str = ""
 ) -> list[Floats]:
     """Return (N, C) probabilities a version of the metadata alone; a missing image's stand-in is read."""
     size, blank = opened.recipe.evaluation.batch_size, opened.blank(examples)
     probabilities = []
     with torch.inference_mode():
-        for number, version in enumerate(versions, 1):
+        for version in track(versions, label):
             parts = [_predict(opened, blank(rows), version[rows]) for rows in in_batches(np.arange(len(version)), size)]
             probabilities.append(np.concatenate(parts))
-            if progress:
-                progress(number, len(versions))
     return probabilities
 
 
@@ -91,7 +85,9 @@ def permute_across_groups(groups: ArrayLike, generator: np.random.Generator) -> 
     """Permute N rows so that each gets a row of another group (patient); every row is given once."""
     codes = group_codes(groups)
     if 2 * np.bincount(codes).max() > len(codes):
-        raise DataError("one patient has more than half of the images: nothing can be permuted across patients")
+        raise DataError(
+            "one group (patient or lesion) has more than half of the images: nothing can be permuted across groups"
+        )
     given = generator.permutation(len(codes))
     while True:
         own = np.flatnonzero(codes[given] == codes)
@@ -184,17 +180,13 @@ def read_outlines(opened: OpenedRun, examples: Examples, masks: dict[str, Path])
 
 
 def predict_perturbed(
-    opened: OpenedRun,
-    examples: Examples,
-    outlines: Outlines,
-    versions: Sequence[Metadata],
-    progress: Progress | None = None,
+    opened: OpenedRun, examples: Examples, outlines: Outlines, versions: Sequence[Metadata]
 ) -> dict[str, list[Floats]]:
     """Return for each of `CHANGES` the probabilities (P, C) with each version of the metadata (P, M)."""
-    size, count = opened.recipe.evaluation.batch_size, len(outlines.places)
+    size, places = opened.recipe.evaluation.batch_size, np.arange(len(outlines.places))
     parts: dict[str, list[list[Floats]]] = {change: [[] for _ in versions] for change in CHANGES}
-    for start in range(0, count, size):
-        batch = examples.batch(outlines.places[start : start + size])
+    for some in in_batches(places, size, "images without the lesion"):
+        batch = examples.batch(outlines.places[some])
         assert batch.images is not None
         originals = np.ascontiguousarray(batch.images.permute(0, 2, 3, 1).numpy())
         changed = [
@@ -204,9 +196,7 @@ def predict_perturbed(
             for change, alike in zip(CHANGES, zip(*changed, strict=True), strict=True):
                 encoded = opened.encode(replace(batch, images=torch.from_numpy(np.stack(alike)).permute(0, 3, 1, 2)))
                 for kept, version in zip(parts[change], versions, strict=True):
-                    kept.append(_predict(opened, encoded, version[start : start + size]))
-        if progress:
-            progress(min(start + size, count), count)
+                    kept.append(_predict(opened, encoded, version[some]))
     return {change: [np.concatenate(kept) for kept in of_change] for change, of_change in parts.items()}
 
 

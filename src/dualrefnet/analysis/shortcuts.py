@@ -50,7 +50,6 @@ from dualrefnet.display.format import MEASURE_NAMES, Cell, PrintedTable, interva
 from dualrefnet.errors import DataError
 from dualrefnet.evaluation.bootstrap import Bootstrap, Estimate, images_of, percentile_interval
 from dualrefnet.evaluation.comparison import PooledBootstrap, pooled_bootstrap
-from dualrefnet.progress import progress_bar
 
 MEASURES = ("balanced_accuracy", "auc_macro_ovr", "malignant.auc")
 BALANCED = MEASURES[0]
@@ -118,11 +117,12 @@ def probe_shortcuts(
     masked = opened.masks(masks) if model.reads_image else {}
     read = probe.fit_baselines(probe.predict_metadata())
     labels = probe.examples.labels
-    measured = [measure_probes(opened, labels, probe.predictions, FULL, Bootstrap(probe.groups, samples, seed))]
+    bootstrap = Bootstrap(probe.groups, samples, seed, label="intervals")
+    measured = [measure_probes(opened, labels, probe.predictions, FULL, bootstrap)]
     if model.reads_image:
         places, perturbed = probe.predict_outlined(masked)
         if perturbed:
-            bootstrap = Bootstrap(probe.groups[places], samples, seed)
+            bootstrap = Bootstrap(probe.groups[places], samples, seed, label="intervals")
             measured.append(measure_probes(opened, labels[places], perturbed, FULL_OUTLINED, bootstrap))
     table = pd.concat(measured, ignore_index=True)
     texts = {name: text.format(unit=unit) for name, (text, _) in PROBES.items()} | BASELINES
@@ -165,10 +165,8 @@ class _Probe:
             self.remarks.append("the run reads no image: probes of the image were left out")
         if opened.reads_metadata:
             self._add_missingness(beside, alone)
-        with progress_bar("predicting with changed metadata") as show:
-            predicted = predict_with_metadata(
-                opened, self.examples, [one for versions in beside.values() for one in versions], show
-            )
+        every = [one for versions in beside.values() for one in versions]
+        predicted = predict_with_metadata(opened, self.examples, every, "predicting with changed metadata")
         remaining = iter(predicted.probabilities)
         found = {name: [next(remaining) for _ in versions] for name, versions in beside.items()}
         # An image beside the metadata of another is a probe of either of the two: row i had metadata `order[i]`.
@@ -221,8 +219,7 @@ class _Probe:
         own = self.examples.metadata[places]
         orders = self._permute(self.groups[places], 3) if self.opened.reads_metadata else []
         versions = [own, *(own[order] for order in orders)]
-        with progress_bar("images without the lesion") as show:
-            perturbed = predict_perturbed(self.opened, self.examples, outlines, versions, show)
+        perturbed = predict_perturbed(self.opened, self.examples, outlines, versions)
         found = {FULL_OUTLINED: [self.predictions[FULL][0][places]]}
         found |= {change: predicted[:1] for change, predicted in perturbed.items()}
         if orders:
@@ -249,8 +246,7 @@ class _Probe:
             if opened.model.reads_image:
                 places = fit.rows[sample_rows(train.labels[fit.rows], TRAIN_IMAGES, self.seed)]
                 read = max(read, len(places))
-                with progress_bar("training images") as show:
-                    vectors = opened.vectors(fit.train, places, show)
+                vectors = opened.vectors(fit.train, places, "training images")
                 found["trained_photograph"][fit.tested] = fit_baseline(
                     vectors, train.labels[places], predicted.vectors[fit.tested], len(opened.classes)
                 )
@@ -301,8 +297,7 @@ def measure_probes(
     resamples: Bootstrap,
 ) -> pd.DataFrame:
     """Measure probes (name -> (N, C) probabilities a repeat) and compare them with `full` on the same resamples."""
-    with progress_bar("intervals") as resamples.progress:
-        bootstrap = pooled_bootstrap(labels, predictions, resamples, opened.classes, opened.dataset.schema.malignant)
+    bootstrap = pooled_bootstrap(labels, predictions, resamples, opened.classes, opened.dataset.schema.malignant)
     # A resample without any image of a class is one of fewer classes.
     sensitivities = [bootstrap.drawn[full][f"per_class.{name}.sensitivity"] for name in opened.classes]
     present = (~np.isnan(sensitivities)).sum(axis=0)

@@ -29,7 +29,6 @@ from dualrefnet.display.format import interval, number
 from dualrefnet.errors import DataError
 from dualrefnet.evaluation.bootstrap import NAN, Bootstrap, Floats, divide, percentile_interval, wilson_interval
 from dualrefnet.evaluation.metrics import WeightedMetrics, check_predictions
-from dualrefnet.progress import progress_bar
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -264,7 +263,7 @@ def measure_subgroups(
     rows = rows.set_index("image_id").loc[ids]
     labels = predictions["label"].map({name: index for index, name in enumerate(schema.classes)})
     columns = predictions[[f"prob_{name}" for name in schema.classes]]
-    bootstrap = Bootstrap(groups.loc[ids].to_numpy(), samples, seed, LEVEL)
+    bootstrap = Bootstrap(groups.loc[ids].to_numpy(), samples, seed, LEVEL, "subgroups")
     target, scores = check_predictions(labels.to_numpy(dtype=np.int64), columns.to_numpy(dtype=float))
 
     def part(mask: NDArray[np.bool_]) -> _Part:
@@ -285,8 +284,7 @@ def measure_subgroups(
                 seen.add(pair)
     parts = [one for pair in pairs for one in pair[2:4] if isinstance(one, _Part)]
     models = {index: one.metrics() for index, one in enumerate(parts)}
-    with progress_bar("subgroups") as bootstrap.progress:
-        drawn = bootstrap.resample_each({index: model.measure for index, model in models.items()})
+    drawn = bootstrap.resample_each({index: model.measure for index, model in models.items()})
     for index, one in enumerate(parts):
         one.point, one.drawn = models[index].measure(bootstrap.unit_weights), drawn[index]
     total = part(np.ones(len(ids), dtype=bool)).metrics().measure(bootstrap.unit_weights)

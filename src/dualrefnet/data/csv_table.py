@@ -11,13 +11,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dualrefnet.data.images import ImageIndex, image_id, list_files
+from dualrefnet.data.images import NamedImages, image_id
 from dualrefnet.data.schema import (
     Dataset,
     DatasetSchema,
@@ -33,7 +32,10 @@ from dualrefnet.errors import DataError, RecipeError
 from dualrefnet.files import parse_yaml, read_yaml_text, sha256_of_file
 from dualrefnet.progress import warn
 from dualrefnet.recipe import ClassName
-from dualrefnet.runtime.metadata import read_cell, read_number
+from dualrefnet.runtime.metadata import by_fold, fold, read_cell, read_number
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 DEFAULT_DESCRIPTION = "dataset.yaml"
 SEPARATORS = ",;\t|"
@@ -112,12 +114,18 @@ def load(root: Path, description_file: Path | None = None) -> Dataset:
         raise DataError(f"{int(names.isna().sum())} rows of {file} name no image")
     # Columns that group the images: an empty one names nobody.
     named = [column for column in optional if raw[column].map(read_cell).notna().any()]
+    classes = description.classes or one_hot or classes_of(label)
+    usual = by_fold({name: name for name in classes})
+
+    def spelt(name: str) -> str:
+        return name if name in classes else usual.get(fold(name), name)
+
     schema = DatasetSchema(
         name="csv_table",
         title=description.title,
-        classes=description.classes or one_hot or classes_of(label),
-        malignant=description.malignant,
-        class_names=description.class_names,
+        classes=classes,
+        malignant=tuple(map(spelt, description.malignant)),
+        class_names={spelt(name): text for name, text in description.class_names.items()},
         fields=description.metadata,
         group_by=(
             "patient_id" if description.patient in named else "lesion_id" if description.lesion in named else "image_id"
@@ -151,6 +159,8 @@ def load(root: Path, description_file: Path | None = None) -> Dataset:
 
 def read_one_hot(table: pd.DataFrame, columns: Sequence[str], image: str, what: str) -> pd.Series:
     """Return the class of each row, of which one of the columns holds 1 (or True) and the others 0 (or False)."""
+    import pandas as pd
+
     # Other text becomes NaN, which is no label.
     cells = table[list(columns)].replace({"True": "1", "False": "0"})
     values = cells.apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float)
@@ -195,13 +205,14 @@ def _if_readable(property_of: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def find_images(names: pd.Series, folders: Sequence[Path]) -> pd.Series:
-    """Return the file that each name means, a path below one of the folders; None if there is none."""
+    """Return the file that each name means, a path below one of the folders or its end; None if there is none."""
+    import pandas as pd
+
     index, paths = None, []
     for name in names:
         files = [str(folder / name) for folder in folders if os.path.isfile(folder / name)]
         if len(files) != 1:
-            below = ((os.path.relpath(file, folder), file) for folder in folders for file in list_files(folder))
-            index = index or ImageIndex(below)
+            index = index or NamedImages(folders)
             files = [path] if (path := index.find(name)) else []
         paths.append(files[0] if files else None)
     return pd.Series(paths, index=names.index, dtype=object)
@@ -275,6 +286,8 @@ def _encoding(path: Path) -> str:
 
 def read_csv(path: Path) -> pd.DataFrame:
     """Read a CSV whose cells are text, NaN where they are empty."""
+    import pandas as pd
+
     # Equal cells are one string: a million rows of words that repeat would take gigabytes.
     known: dict[str, str] = {}
     with open_csv(path) as reader:

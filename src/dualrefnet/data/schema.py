@@ -7,15 +7,17 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dualrefnet.errors import DataError, RecipeError
 from dualrefnet.recipe import suggestion
 from dualrefnet.runtime.metadata import MetadataError, by_fold, fold, normalise_value, parse_number, read_cell
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Kind = Literal["numeric", "boolean", "categorical"]
 FieldTier = Literal["M1", "M2"]
@@ -105,6 +107,12 @@ class DatasetSchema(BaseModel):
         return {field.name: field for field in self.fields}[name]
 
 
+def _no_columns() -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame()
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """A data set as its adapter read it."""
@@ -118,7 +126,7 @@ class Dataset:
     notes: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     # the published columns that are neither ids nor label nor metadata field, as text, with the index of `table`: never
     # features, but an audit looks at them
-    other_columns: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
+    other_columns: pd.DataFrame = dataclasses.field(default_factory=_no_columns)
     image_folders: tuple[Path, ...] = ()  # where its images lie
     shared_lesions: tuple[str, ...] = ()  # published lesion ids that several patients use
     own_split: pd.Series | None = None  # the user's split of each row, with the index of `table`
@@ -233,7 +241,9 @@ def require_columns(table: pd.DataFrame, columns: list[str], what: str) -> None:
     """Raise a DataError that names the `columns` that `what`, a table, lacks or has twice."""
     missing = [column for column in columns if column not in table.columns]
     if missing:
-        raise DataError(f"{what} has no column {', '.join(missing)}; it has: {', '.join(map(str, table.columns))}")
+        there = list(map(str, table.columns))
+        near = next(filter(None, (suggestion(column, there) for column in missing)), "")
+        raise DataError(f"{what} has no column {', '.join(missing)}; it has: {', '.join(there)}{near}")
     repeated = [column for column in columns if (table.columns == column).sum() > 1]
     if repeated:
         raise DataError(f"{what} has several columns called {', '.join(repeated)}; keep one, or rename them")
@@ -244,6 +254,8 @@ def groups(table: pd.DataFrame, schema: DatasetSchema) -> pd.Series:
 
     A group is called after its (first) patient, else after its lesion, else `image:<image_id>`.
     """
+    import pandas as pd
+
     known = [column for column in ("patient_id", "lesion_id", "same_file") if column in table]
     group = pd.Series(np.arange(len(table), dtype=float), index=table.index)
     while True:
@@ -334,6 +346,8 @@ def normalise_field(values: pd.Series, field: MetadataField) -> tuple[pd.Series,
 
 
 def _normalise_numbers(cells: pd.Series, field: MetadataField) -> tuple[pd.Series, list[str]]:
+    import pandas as pd
+
     parsed, text = [], 0
     for cell in cells:
         try:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from itertools import count, islice
 from pathlib import Path
@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -118,13 +117,13 @@ _EVEN_ROUNDS = 4
 _DECK = (*("ACK", "BCC") * 5, *("NEV", "SEK") * 3, *("MEL", "SCC") * 2)
 
 
-def make_synthetic(
-    root: Path, images: int = 420, seed: int = 0, side: int = 192, progress: Callable[[int, int], None] | None = None
-) -> Path:
+def make_synthetic(root: Path, images: int = 420, seed: int = 0, side: int = 192) -> Path:
     """Make the synthetic sample in a new or empty folder, or that of an earlier sample, which is replaced.
 
     One seed gives the same bytes, and a smaller sample's images are the first of a larger one.
     """
+    import pandas as pd
+
     if images < MINIMUM_IMAGES:
         raise DataError(f"at least {MINIMUM_IMAGES} images, not {images}, give patients of every class in every split")
     if side < MINIMUM_SIDE:
@@ -136,13 +135,11 @@ def make_synthetic(
     # The README goes first, so that an interrupted call can be repeated; the table last: a part can't be read.
     write_text(root / README, _readme(images, seed, side))
     planned = list(islice(_plan(seed), images))
-    with closing(map_ahead(lambda image: _render(image, seed, side), planned, workers=4, ahead=32)) as rendered:
-        for done, (image, files) in enumerate(zip(planned, rendered, strict=True), start=1):
+    with closing(map_ahead(lambda image: _render(image, seed, side), planned, 4, 32, "drawing")) as rendered:
+        for image, files in zip(planned, rendered, strict=True):
             for folder, content in zip(_FOLDERS, files, strict=True):
                 with atomic_path(root / folder / str(image.row["img_id"])) as path:
                     path.write_bytes(content)
-            if progress is not None:
-                progress(done, images)
     write_csv(root / "metadata.csv", pd.DataFrame([image.row for image in planned], columns=COLUMNS))
     return root
 

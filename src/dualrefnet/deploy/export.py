@@ -38,7 +38,7 @@ from dualrefnet.errors import DataError, RunError
 from dualrefnet.files import atomic_folder, sha256_of_file, write_json, write_text
 from dualrefnet.models.base import Architecture
 from dualrefnet.models.registry import trained_on
-from dualrefnet.progress import note, progress_bar, warn
+from dualrefnet.progress import note, warn
 from dualrefnet.recipe import ImageSection
 from dualrefnet.run import Run
 from dualrefnet.runtime.availability import missingness_shortcut
@@ -205,8 +205,7 @@ def _write_float32(
     write_onnx(program, model, onnx_file, {"dualrefnet": dualrefnet.__version__, "notice": NOTICE})
     write_program(program, program_file)
     tokens = not model.method.needs_image
-    with progress_bar("comparing with torch") as show:
-        parity = check_parity(trained, OnnxNetwork(onnx_file), cases, tokens, show)
+    parity = check_parity(trained, OnnxNetwork(onnx_file), cases, tokens)
     of_program = check_parity(trained, ProgramNetwork(program_file, model.inputs), cases.part(0, BATCH), tokens)
     for name, found in (("ONNX", parity), ("torch.export", of_program)):
         if not found["max_probability_difference"] <= LIMIT:
@@ -226,24 +225,15 @@ def _write_float32(
 
 def _write_int8(folder: Path, run: Run, validation: Cases, training: Cases) -> dict[str, Any]:
     float32, file = folder / "model.onnx", folder / "model.int8.onnx"
-    with progress_bar("int8: calibrating ranges") as show:
-        quantise(float32, file, training, show)
+    quantise(float32, file, training)
     score = run.out_of_scope if run.out_of_scope_file.is_file() else None
     classes = tuple(run.model["classes"])
     # Which says how much int8 changes, not how good the model is.
     images = "images that all members but one were trained on" if run.members else "validation images"
-    with progress_bar("int8: measuring") as show:
-        measured, verdict, recommended = measure_int8(
-            OnnxNetwork(float32), OnnxNetwork(file), validation, classes, score, images, show
-        )
+    networks = OnnxNetwork(float32), OnnxNetwork(file)
+    measured, verdict, recommended = measure_int8(*networks, validation, classes, score, images)
     (note if recommended else warn)(f"int8: {verdict}")
-    return {
-        **_file(file),
-        "setting": SETTING,
-        "calibrated_on": len(training),
-        "measured": measured,
-        "verdict": verdict,
-    }
+    return {**_file(file), "setting": SETTING, "calibrated_on": len(training), "measured": measured, "verdict": verdict}
 
 
 def _file(file: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ The model predicts as it is deployed: calibrated, with conformal sets and referr
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.evaluation.comparison import metrics_with_intervals
 from dualrefnet.files import write_csv, write_json
 from dualrefnet.models.inference import resolve_device
-from dualrefnet.progress import note, progress_bar, warn
+from dualrefnet.progress import note, warn
 from dualrefnet.recipe import suggestion
 from dualrefnet.run import Run
 from dualrefnet.runtime.metadata import MetadataError, by_fold, fold
@@ -104,8 +103,7 @@ def evaluate_external(
         remarks.append(f"labels that are no class of the model are left out: {counts}; --map CLASS=LABEL names one")
     if absent:
         remarks.append(f"{schema.title} has no {', '.join(absent)}: missing for every image")
-    threads = workers or min(16, os.cpu_count() or 1)
-    predictions = predict_rows(predictor, list(rows["image_path"]), records, threads)
+    predictions = predict_rows(predictor, list(rows["image_path"]), records, workers)
     failed = np.array([isinstance(one, str) for one in predictions])
     if failed.any():
         first = f"{rows['image_id'][failed].iloc[0]}: {next(one for one in predictions if isinstance(one, str))}"
@@ -118,9 +116,8 @@ def evaluate_external(
     scores = table[[f"prob_{name}" for name in predictor.classes]].to_numpy(dtype=float)
     samples, seed = (run.recipe.evaluation.bootstrap, run.recipe.seed) if run is not None else (SAMPLES, 0)
     classes = predictor.classes, predictor.malignant
-    with progress_bar("bootstrap") as show:
-        bootstrap = Bootstrap(group, samples, seed, progress=show)
-        metrics = metrics_with_intervals(labels, scores, bootstrap, *classes)
+    bootstrap = Bootstrap(group, samples, seed, label="bootstrap")
+    metrics = metrics_with_intervals(labels, scores, bootstrap, *classes)
     metrics |= {
         "remarks": [*metrics["remarks"], *remarks],
         "protocol": "external",
@@ -276,7 +273,7 @@ def read_records(
 
 
 def predict_rows(
-    predictor: Predictor, paths: Sequence[str | None], records: Sequence[Mapping[str, Any]], workers: int
+    predictor: Predictor, paths: Sequence[str | None], records: Sequence[Mapping[str, Any]], workers: int | None
 ) -> list[Prediction | str]:
     """Predict every row in batches; the reason where the image can't be read."""
 
@@ -295,16 +292,14 @@ def predict_rows(
             result[place] = prediction
         waiting.clear()
 
-    with progress_bar("predicting") as show:
-        for place, image in enumerate(map_ahead(prepare, list(paths), workers, 2 * BATCH)):
-            result.append(image if isinstance(image, str) else "")
-            if not isinstance(image, str):
-                waiting.append((place, image))
-            if len(waiting) == BATCH:
-                predict()
-            show(place + 1, len(paths))
-        if waiting:
+    for place, image in enumerate(map_ahead(prepare, list(paths), workers, 2 * BATCH, "predicting")):
+        result.append(image if isinstance(image, str) else "")
+        if not isinstance(image, str):
+            waiting.append((place, image))
+        if len(waiting) == BATCH:
             predict()
+    if waiting:
+        predict()
     return result
 
 

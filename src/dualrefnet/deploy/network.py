@@ -192,7 +192,6 @@ class ProgramNetwork:
         self._module, self._inputs = torch.export.load(file).module(), inputs
 
     @torch.inference_mode()
-    @torch.inference_mode()
     def __call__(
         self, images: Image | None, missing: NDArray[np.bool_] | None, metadata: NDArray[np.float32]
     ) -> NetworkOutput:

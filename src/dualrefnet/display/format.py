@@ -6,14 +6,16 @@ as metrics.json holds them, the 95% interval of `auc` as `auc_ci95`.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from dualrefnet.runtime.availability import ALWAYS_RECORDED, AS_RECORDED, IMAGE_ONLY, METADATA_ONLY
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Values = Mapping[str, Any]
 
@@ -72,7 +74,7 @@ AVAILABILITY_NAMES = {
 
 
 def number(value: float | None, form: str = ".3f") -> str:
-    return UNDEFINED if value is None or pd.isna(value) else format(value, form).replace("-", "−")
+    return UNDEFINED if value is None or math.isnan(value) else format(value, form).replace("-", "−")
 
 
 def millions(value: float | None) -> str:
@@ -84,7 +86,7 @@ def billions(value: float | None) -> str:
 
 
 def interval(low: float | None, high: float | None, form: str = ".2f") -> str:
-    return "" if low is None or pd.isna(low) else f"[{low:{form}}, {high:{form}}]".replace("-", "−")
+    return "" if low is None or math.isnan(low) else f"[{low:{form}}, {high:{form}}]".replace("-", "−")
 
 
 def estimate(value: float | None, low: float | None, high: float | None, form: str = ".3f") -> str:
@@ -113,7 +115,7 @@ def protocol_name(protocol: str, unit: str = "group") -> str:
         "grouped": f"{unit}-disjoint split" if unit != "image" else "split by image",
         "grouped-cv": f"{unit}-disjoint cross-validation" if unit != "image" else "cross-validation by image",
         "cross-fitted": f"{unit}-disjoint cross-fitting" if unit != "image" else "cross-fitting by image",
-        "all": "all patients, none for a test",
+        "all": f"all {unit}s, none for a test",
         "own": "the user's own split",
     }
     return names.get(protocol, protocol)
@@ -240,7 +242,7 @@ SIGNIFICANT = 0.05
 
 def p_value(p: float) -> str:
     """Return a corrected p with its sign of equality; empty if there is none."""
-    return "" if pd.isna(p) else "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    return "" if math.isnan(p) else "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def class_difference_table(rows: pd.DataFrame, names: tuple[str, str], title: str, family: int) -> PrintedTable:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from dualrefnet.display.figure import COLOURS, FAINT, INK, PRIMARY, ReportFigure, new_figure, styled
@@ -21,6 +20,7 @@ from dualrefnet.evaluation.bootstrap import NAN, Bootstrap, Estimate, Floats, di
 from dualrefnet.evaluation.metrics import check_predictions
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
 
 # Thresholds of the referral curve: 0, 0.01, ..., 1.
@@ -56,6 +56,8 @@ def referral_curve(
     chosen_interval: tuple[float, float] | None = None,
 ) -> ReferralCurve:
     """Compute the curve of images by their malignancy `score`, (N,); `chosen` is the threshold in use."""
+    import pandas as pd
+
     if malignant.all() or not malignant.any():
         raise ValueError("there is nothing to draw: all images are malignant, or none is")
     thresholds = np.append(np.arange(STEPS + 1) / STEPS, chosen)
@@ -104,6 +106,8 @@ def measure_selective(
     percents: Sequence[int] = CURVE,
 ) -> Selective:
     """Measure selective prediction at coverages, whole numbers 1..100, with pointwise bands over patients."""
+    import pandas as pd
+
     target, scores = check_predictions(labels, probabilities, len(classes))
     wanted = np.asarray(percents, dtype=np.int64)
     if not len(wanted) or wanted.min() < 1 or wanted.max() > 100:

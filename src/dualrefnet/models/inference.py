@@ -41,8 +41,10 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """Turn `auto` into `bf16` where the hardware computes it natively, else `fp32`."""
+def resolve_precision(precision: str, device: torch.device, trained: nn.Module | None = None) -> str:
+    """Turn `auto` into `bf16` where the hardware computes it natively and a training of `trained` gains by it, else
+    `fp32`.
+    """
     if precision != "auto":
         return precision
     if device.type == "cuda":
@@ -50,8 +52,15 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     else:
         # Older processors emulate bf16, and are slower with it than without.
         capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+        native = capabilities.get("amx_bf16", False)
+        if capabilities.get("avx512_bf16"):
+            # Without matrix tiles the backward pass of depthwise convolutions loses more than dense layers gain.
+            native = native or trained is None or not any(map(_is_depthwise, trained.modules()))
     return "bf16" if native else "fp32"
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
 
 
 def resolve_device(name: str | None) -> torch.device:

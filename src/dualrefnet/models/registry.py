@@ -43,10 +43,7 @@ class MethodInfo:
 
 METHODS = {
     "dualrefnet": MethodInfo(
-        "DualRefNet",
-        "Khurshid, Singh, Vatsa, Scientific Reports 2025",
-        "dualrefnet.DualRefNet",
-        needs_metadata=False,
+        "DualRefNet", "Khurshid, Singh, Vatsa, Scientific Reports 2025", "dualrefnet.DualRefNet", needs_metadata=False
     ),
     "auxnet": MethodInfo(
         "AuxNet",

@@ -273,12 +273,7 @@ NETWORKS = {
     "ninasr_b1": NetworkSpec("NinaSR-B1", 1.02, lambda: NinaSR(26, 32), *_TORCHSR, "ninasr_b1_x2.pt"),
     "edsr": NetworkSpec("EDSR baseline", 1.37, lambda: EDSR(16, 64), *_TORCHSR, "edsr64_x2.pt"),
     "carn_m": NetworkSpec(
-        "CARN-M",
-        0.41,
-        CARNM,
-        *_CARN,
-        "carn_m.pth",
-        "d48a759a84509351facb6b7c6d5bd6edec98b98519b8c464ee4ab44d2ba964ff",
+        "CARN-M", 0.41, CARNM, *_CARN, "carn_m.pth", "d48a759a84509351facb6b7c6d5bd6edec98b98519b8c464ee4ab44d2ba964ff"
     ),
 }
 

@@ -35,13 +35,7 @@ from dualrefnet.files import make_folder, write_csv, write_json, write_text
 from dualrefnet.models.inference import resolve_device
 from dualrefnet.progress import note, warn
 from dualrefnet.report import ReportOptions
-from dualrefnet.report.performance import (
-    class_section,
-    curve_section,
-    history_section,
-    read_measured,
-    summary_section,
-)
+from dualrefnet.report.performance import class_section, curve_section, history_section, read_measured, summary_section
 from dualrefnet.report.provenance import provenance_section, run_names, run_notes, run_title
 from dualrefnet.report.trust import (
     audit_section,
@@ -122,7 +116,9 @@ def write_report(
     title, subtitle = run_title(run)
     of_patients = explained and options.photographs and not measured.metrics["drawn"]
     verdict = make_verdict(measured.metrics, len(measured.classes), done)
-    write_text(out / PAGE, render_page(title, subtitle, run_notes(run), done, of_patients, verdict))
+    said = " ".join(line.text for line in verdict.lines)
+    notes = [text for text in run_notes(run) if text not in said]
+    write_text(out / PAGE, render_page(title, subtitle, notes, done, of_patients, verdict))
     return out / PAGE
 
 
@@ -213,7 +209,7 @@ def _examination_parts(opened: OpenedRun, options: ReportOptions) -> list[Part]:
 def _audit(opened: OpenedRun) -> Audit:
     # Of the files, not of the stored images, which colour constancy and CLAHE have changed.
     used = opened.dataset.with_image[opened.dataset.with_image["image_id"].isin(opened.split["image_id"])]
-    fingerprints = fingerprint_files(used) if len(used) else None
+    fingerprints = fingerprint_files(used, cache=opened.cache) if len(used) else None
     # Without the forests, which take minutes; the command `audit` has them.
     split, protocol = opened.split, opened.recipe.data.protocol
     if FOLD in split:

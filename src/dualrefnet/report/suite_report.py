@@ -33,7 +33,7 @@ from dualrefnet.display.page import Section, render_page
 from dualrefnet.errors import DataError, RecipeError, RunError
 from dualrefnet.files import write_text
 from dualrefnet.models.backbones import BACKBONES
-from dualrefnet.progress import note, progress_bar, warn
+from dualrefnet.progress import note, warn
 from dualrefnet.recipe import load_recipe
 from dualrefnet.report import ReportOptions, provenance
 from dualrefnet.report.suite_figures import by_flag, describe, draw_ablation, draw_systems, names, sizes, units
@@ -109,8 +109,7 @@ def write_suite_report(
     Only what the runs left is read, and the data for a few images; so `--discard-models` does not matter.
     """
     out = out or folder / "report"
-    with progress_bar("bootstrap") as show:
-        found = aggregate(folder, samples, show)
+    found = aggregate(folder, samples)
     if not len(found.splits) and not any(system.runs for system in found.members):
         failed = int((found.missing["state"] == "failed").sum())
         why = f" ({failed} failed: {folder / 'failures'} says why)" if failed else ""

@@ -17,7 +17,7 @@ from dualrefnet.data.check import Finding, Level
 from dualrefnet.data.schema import unnamed_patients
 from dualrefnet.display.format import estimate, interval_of, listed, number, percent, sentence
 from dualrefnet.display.page import Line, Result, Section, Verdict
-from dualrefnet.runtime.availability import missingness_shortcut
+from dualrefnet.runtime.availability import AS_RECORDED, IMAGE_ONLY, missingness_shortcut
 
 if TYPE_CHECKING:
     from dualrefnet.analysis.audit import Audit
@@ -86,9 +86,14 @@ def judge_audit(audit: Audit) -> list[Finding]:
 def judge_missingness(metrics: Mapping[str, Any]) -> list[Finding]:
     """Judge whether the model takes missing metadata for a sign of benign."""
     shortcut = missingness_shortcut(metrics)
-    if shortcut is None:
+    if shortcut is not None:
+        return [Finding("FAIL", SHORTCUT, f"not to be used where metadata may be missing: {shortcut}")]
+    inputs = metrics["availability"]["inputs"]
+    full, without = (inputs.get(name, {}).get("cancers_referred") for name in (AS_RECORDED, IMAGE_ONLY))
+    if full is None or without is None:
         return []
-    return [Finding("FAIL", SHORTCUT, f"not to be used where metadata may be missing: {shortcut}")]
+    text = f"without metadata {without:.0%} of the cancers are referred, with them {full:.0%}"
+    return [Finding("PASS", SHORTCUT, text)]
 
 
 def judge_shortcuts(shortcuts: Shortcuts) -> list[Finding]:

@@ -230,4 +230,5 @@ class Classifier:
         how = "imputed" if self.encoder.imputer is not None else "taken as zero"
         if self.encoder.section.imputation == "token":
             how = "replaced by a learned token"
-        return [f"missing and {how}: {', '.join(names)}"] if names else []
+        listed = "all metadata" if len(names) == len(self.fields) else ", ".join(names)
+        return [f"missing and {how}: {listed}"] if names else []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -34,7 +34,7 @@ from dualrefnet.evaluation.comparison import (
 from dualrefnet.files import read_csv, read_json, sha256_of_json
 from dualrefnet.models.registry import METHODS
 from dualrefnet.recipe import Recipe, changes, load_recipe, shipped_recipes
-from dualrefnet.run import Run
+from dualrefnet.run import Run, TestSplit
 from dualrefnet.suite.grid import Cell, Key, Lookup, Suite, expand, load_suite
 
 LABEL_LEAKING = "LABEL-LEAKING IMPUTATION: missing metadata was imputed from the diagnosis; not a valid result"
@@ -64,7 +64,7 @@ CLASS_MEASURES = ("sensitivity", "specificity", "ppv", "npv", "f1", "auc")
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run, with its test split in the order of the image ids and its probabilities (N, C)."""
+    """A finished run; `weights`: `kind` and `description` of what each encoder started from."""
 
     run: Run
     fold: int
@@ -76,8 +76,7 @@ class FinishedRun:
     classes: tuple[str, ...]
     malignant: tuple[str, ...]
     split: pd.DataFrame
-    test: pd.DataFrame
-    probabilities: NDArray[np.float64]
+    test: TestSplit
 
 
 @dataclass(frozen=True)
@@ -246,7 +245,7 @@ def reads_image(method: str) -> bool:
     return method not in METHODS or METHODS[method].reads_image
 
 
-def aggregate(suite_dir: Path, samples: int = 1000, progress: Callable[[int, int], None] | None = None) -> SuiteResults:
+def aggregate(suite_dir: Path, samples: int = 1000, label: str = "bootstrap") -> SuiteResults:
     """Read a suite folder and measure its systems; more samples are drawn for many comparisons."""
     if not (suite_dir / "suite.yaml").is_file():
         raise RunError(
@@ -259,7 +258,7 @@ def aggregate(suite_dir: Path, samples: int = 1000, progress: Callable[[int, int
     # The smallest p that B samples can give is 2 / (B + 1), and Holm multiplies it by the number of comparisons.
     compared = [len(system.runs[0].classes) for system, reference in pairs if reference is not None and system.runs]
     samples = max(samples, 100 * (sum(compared) if suite.per_class else len(compared)))
-    drawn = _bootstraps(systems, samples, progress)
+    drawn = _bootstraps(systems, samples, label)
     for bootstrap in drawn.values():
         known = next(iter(bootstrap.points.values()))
         unknown = [measure for measure in suite.measures if measure not in known]
@@ -329,11 +328,7 @@ def _load(suite_dir: Path, cell: Cell) -> FinishedRun | tuple[str, str]:
             return "failed", str(read_json(failure)["error"])
         return "unfinished" if run.path.is_dir() else "not started", ""
     try:
-        description, predictions = run.model, run.predictions
-        rows = predictions[predictions["split"] == "test"].sort_values("image_id", kind="stable")
-        split = run.split
-        groups = split.set_index("image_id")["patient_id"].loc[rows["image_id"]]
-        test = rows[["image_id", "label"]].reset_index(drop=True).assign(group=groups.to_numpy())
+        description = run.model
         return FinishedRun(
             run,
             cell.fold,
@@ -344,9 +339,8 @@ def _load(suite_dir: Path, cell: Cell) -> FinishedRun | tuple[str, str]:
             description.get("cost", {}),
             tuple(description["classes"]),
             tuple(description["malignant"]),
-            split,
-            test,
-            rows[[f"prob_{name}" for name in description["classes"]]].to_numpy(dtype=np.float64),
+            run.split,
+            run.test,
         )
     except (DualRefNetError, OSError, KeyError, ValueError) as error:
         return "unreadable", f"{' '.join(str(error).split())}; remove {run.path} and run the suite again"
@@ -361,12 +355,12 @@ def pool_runs(runs: Sequence[FinishedRun]) -> Pool:
     chosen = max(folds.values(), key=lambda some: (len(some), list(folds.values()).count(some)))
     pools = []
     for seed in sorted(seed for seed in seeds if folds[seed] == chosen):
-        test = pd.concat([run.test for run in seeds[seed]], ignore_index=True)
+        test = pd.concat([run.test.rows for run in seeds[seed]], ignore_index=True)[["image_id", "label", "group"]]
         shared = int(test["image_id"].duplicated().sum())
         if shared:
             raise RunError(f"not pooled: {shared} test images are in more than one fold of seed {seed}")
         order = np.argsort(test["image_id"].to_numpy(dtype=str), kind="stable")
-        scores = np.concatenate([run.probabilities for run in seeds[seed]])
+        scores = np.concatenate([run.test.probabilities for run in seeds[seed]])
         pools.append((test.iloc[order].reset_index(drop=True), scores[order]))
     if any(not test.equals(pools[0][0]) for test, _ in pools):
         raise RunError("not pooled: the seeds have different test images")
@@ -403,9 +397,7 @@ def reference_of(system: System, systems: list[System], suite: Suite) -> System 
     return rivals[0]
 
 
-def _bootstraps(
-    systems: list[System], samples: int, progress: Callable[[int, int], None] | None
-) -> dict[Key, PooledBootstrap]:
+def _bootstraps(systems: list[System], samples: int, label: str) -> dict[Key, PooledBootstrap]:
     """Measure all systems; those on the same test images share one bootstrap."""
     test_sets: dict[str, list[System]] = {}
     for system in systems:
@@ -417,7 +409,7 @@ def _bootstraps(
         assert pool is not None
         labels = np.array([first.classes.index(label) for label in pool.test["label"]])
         seeds = {system.key.name: system.pool.seeds for system in members if system.pool}
-        bootstrap = Bootstrap(pool.test["group"].to_numpy(), samples, progress=progress)
+        bootstrap = Bootstrap(pool.test["group"].to_numpy(), samples, label=label)
         drawn = pooled_bootstrap(labels, seeds, bootstrap, first.classes, first.malignant)
         result |= {system.key: drawn for system in members}
     return result

@@ -173,8 +173,7 @@ def _draw_sample(roots: Collection[str | None]) -> None:
     if (root / "metadata.csv").is_file():
         return
     note("writing the sample data set: synthetic images, not clinical ones")
-    with progress_bar("images") as show:
-        make_synthetic(root, images=SMOKE_IMAGES, side=SMOKE_SIZE, progress=show)
+    make_synthetic(root, images=SMOKE_IMAGES, side=SMOKE_SIZE)
 
 
 def _count_splits(out: Path, suite: Suite) -> None:

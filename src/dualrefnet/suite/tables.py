@@ -27,7 +27,6 @@ from dualrefnet.display.format import (
 from dualrefnet.evaluation.bootstrap import images_of
 from dualrefnet.files import write_csv, write_text
 from dualrefnet.models.registry import METHODS
-from dualrefnet.progress import progress_bar
 from dualrefnet.suite.grid import Key, Suite
 from dualrefnet.suite.results import (
     LABEL_LEAKING,
@@ -51,15 +50,9 @@ NAMED = 12
 _CLASS_TABLES = {"pad_ufes_20": "2a", "isic_2019": "2b"}
 
 
-def read_suite(suite_dir: Path) -> SuiteResults:
-    """Measure a suite's systems, with a bar of the bootstrap."""
-    with progress_bar("bootstrap") as show:
-        return aggregate(suite_dir, progress=show)
-
-
 def write_tables(suite_dir: Path, found: SuiteResults | None = None) -> list[Path]:
     """Write `SUITE_DIR/tables/`: a CSV for each table with rows, table.md and table.tex; return the files."""
-    found = found or read_suite(suite_dir)
+    found = found or aggregate(suite_dir)
     folder, written = suite_dir / "tables", []
     for name in ("systems", "comparisons", "per_class", "class_comparisons", "splits", "missing"):
         path, rows = folder / f"{name}.csv", getattr(found, name)

@@ -47,7 +47,7 @@ def measure_costs(backbones: Sequence[str], methods: Sequence[str] = tuple(METHO
             recipe = load_recipe(RECIPE, keys)
             model, architecture, _ = new_model(recipe, COLUMNS, CLASSES)
             milliseconds = prediction_time(model, architecture)
-            cost = prediction_cost(model, architecture)
+            cost = network_cost(model, architecture)
             training = training_memory(model, architecture, recipe)
             rows.append(
                 {"method": method, "backbone": name}
@@ -57,16 +57,21 @@ def measure_costs(backbones: Sequence[str], methods: Sequence[str] = tuple(METHO
     return pd.DataFrame(rows)
 
 
-def prediction_cost(model: Method, architecture: Architecture) -> dict[str, int]:
-    """Return the `parameters` that a prediction needs, so not the decoder's, and the `multiply_adds` of one image."""
-    training = model.training
-    model.eval()
+def network_cost(model: Method, architecture: Architecture, training: bool = False) -> dict[str, int]:
+    """Return the `parameters` and `multiply_adds` of one image's forward pass: of a prediction, which needs no decoder,
+    or of training. A model on the `meta` device, which has shapes alone, will do.
+    """
+    # Batch normalisation can't train on one image.
+    before, images = model.training, 2 if training else 1
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(*_inputs(model, architecture, 1))
-    model.train(training)
-    names = dict(model.named_parameters())
-    parameters = sum(value.numel() for name, value in names.items() if not name.startswith("decoder."))
-    return {"parameters": parameters, "multiply_adds": counter.get_total_flops() // 2}
+        model.train(training)(*_inputs(model, architecture, images))
+    model.train(before)
+    counted = (value for name, value in model.named_parameters() if training or not name.startswith("decoder."))
+    # An operation of the counter is a multiplication or an addition.
+    return {
+        "parameters": sum(value.numel() for value in counted),
+        "multiply_adds": counter.get_total_flops() // (2 * images),
+    }
 
 
 def training_memory(model: Method, architecture: Architecture, recipe: Recipe) -> int:
@@ -117,6 +122,6 @@ def prediction_time(model: Method, architecture: Architecture) -> float:
 
 
 def _inputs(model: Method, architecture: Architecture, count: int) -> tuple[Tensor | None, Tensor]:
-    side = architecture.image_size
-    image = torch.zeros(count, 3, side, side) if model.reads_image else None
-    return image, torch.zeros(count, architecture.metadata_width)
+    side, device = architecture.image_size, next(model.parameters()).device
+    image = torch.zeros(count, 3, side, side, device=device) if model.reads_image else None
+    return image, torch.zeros(count, architecture.metadata_width, device=device)
