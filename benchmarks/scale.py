@@ -14,7 +14,7 @@ import cv2
 import pandas as pd
 import typer
 
-from dualrefnet.data.decode import decode_image
+from dualrefnet.data.images import decode_image
 from dualrefnet.data.synthetic import make_synthetic
 from dualrefnet.files import write_csv
 from record import RESULTS, measure_process, record
