@@ -256,14 +256,16 @@ def _stores(recipe: Recipe) -> dict[tuple[object, ...], int]:
 @cache
 def _cost_of(text: str) -> dict[str, int]:
     import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
     from dualrefnet.models.registry import new_model
     from dualrefnet.training.cost import CLASSES, COLUMNS, network_cost
 
-    # Shapes alone: nothing is computed.
+    # Nothing is computed: first parameters without content, then tensors that only know their shape.
     with torch.device("meta"):
         model, architecture, _ = new_model(Recipe.model_validate_json(text), COLUMNS, CLASSES)
-        return network_cost(model, architecture, training=True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return network_cost(model.to_empty(device="cpu"), architecture, training=True)
 
 
 def _network_cost(recipe: Recipe) -> dict[str, int]:

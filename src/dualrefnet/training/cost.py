@@ -59,7 +59,7 @@ def measure_costs(backbones: Sequence[str], methods: Sequence[str] = tuple(METHO
 
 def network_cost(model: Method, architecture: Architecture, training: bool = False) -> dict[str, int]:
     """Return the `parameters` and `multiply_adds` of one image's forward pass: of a prediction, which needs no decoder,
-    or of training. A model on the `meta` device, which has shapes alone, will do.
+    or of training. Fake tensors, which have shapes alone, will do.
     """
     # Batch normalisation can't train on one image.
     before, images = model.training, 2 if training else 1
