@@ -271,6 +271,9 @@ def test_an_outside_image_is_explained(tiny_run: Run, sample_root: Path, tmp_pat
     changes = pd.read_csv(tmp_path / f"{image.stem}.csv")
     assert set(changes["field"]) <= {field.name for field in Predictor.load(tiny_run).fields}
     assert all(name in done.stdout for name in changes["field"])
+    alone = call("explain", tiny_run.path, "--image", image, "--out", tmp_path)
+    assert alone.exit_code == 0
+    assert "points" not in alone.stdout
     assert isinstance(call("explain", tiny_run.path, "--image", image, "--each", "3").exception, DataError)
 
 

@@ -111,7 +111,10 @@ def _explain_image(run: Path, image: Path, metadata: Path | None, label: str | N
     rows = text_rows((name, case.metadata[name], f"{100 * change:+.1f}") for name, change in fields)
     title = f"{image}: {explanation.label}, probability {explanation.probability:.1%}"
     note = "Points: of the probability, in percent, that are gone without the value; if negative, it speaks against."
-    print_table(PrintedTable(title, ("field", "value", "points"), rows, (note,) if rows else (), left=2))
+    if rows:
+        print_table(PrintedTable(title, ("field", "value", "points"), rows, (note,), left=2))
+    else:
+        typer.echo(f"{title}; no metadata were given")
     files = explanation.save(out / f"{image.stem}.png")
     typer.echo(f"files: {', '.join(map(str, files))}")
 

@@ -288,8 +288,10 @@ def read_csv(path: Path) -> pd.DataFrame:
     """Read a CSV whose cells are text, NaN where they are empty."""
     import pandas as pd
 
+    # Equal cells are one string: a million rows of words that repeat would take gigabytes.
+    known: dict[str, str] = {}
     with open_csv(path) as reader:
-        rows = [row for row in reader if any(cell.strip() for cell in row)]
+        rows = [[known.setdefault(cell, cell) for cell in row] for row in reader if any(cell.strip() for cell in row)]
     if not rows:
         raise DataError(f"{path} is empty")
     if len(rows) == 1:
