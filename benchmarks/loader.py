@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 import typer
 
-from dualrefnet.data.decode import decode_image
+from dualrefnet.data.images import decode_image
 from dualrefnet.data.loader import Examples
 from dualrefnet.data.store import fill_store
 from dualrefnet.recipe import ImageSection

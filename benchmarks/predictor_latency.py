@@ -26,7 +26,7 @@ import typer
 from numpy.typing import NDArray
 
 from dualrefnet import Predictor
-from dualrefnet.data.decode import decode_image
+from dualrefnet.data.images import decode_image
 from dualrefnet.deploy.network import TorchNetwork
 from dualrefnet.runtime.preprocessing import clahe_lightness, shades_of_gray, to_square
 from record import RESULTS, interleaved, record

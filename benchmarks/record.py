@@ -10,12 +10,13 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import pandas as pd
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -27,13 +28,19 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 
 
-def interleaved(cases: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+def interleaved(
+    cases: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Time every case once a round, so that whatever else the machine does meets all of them alike.
 
     Args:
         cases: name -> what is timed.
         rounds: how often each case is timed.
         warmup: rounds before these, which aren't counted.
+        clock: `time.process_time` counts the seconds of this process alone, whatever else the machine does.
 
     Returns:
         Case -> seconds of each round.
@@ -44,10 +51,10 @@ def interleaved(cases: Mapping[str, Callable[[], object]], rounds: int, warmup: 
         # None always follows the same one, whose data and threads would be what it meets.
         order.shuffle(names)
         for name in names:
-            started = time.perf_counter()
+            started = clock()
             cases[name]()
             if number >= 0:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return seconds
 
 
@@ -92,6 +99,39 @@ def compare(
             }
         )
     return pd.DataFrame(rows)
+
+
+def measure_process(command: Sequence[object], log: Path, environment: Mapping[str, str]) -> dict[str, float]:
+    """Run a command in one thread a process; return what it and its children took.
+
+    Args:
+        command: the program and its arguments.
+        log: where its output goes.
+        environment: further variables.
+
+    Returns:
+        `s`, wall seconds; `cpu_s`; and `peak_mib`, the most memory at once, sampled every 3 seconds: PSS, in which a
+        page that several processes share counts once.
+    """
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **environment}
+    started, peak = time.perf_counter(), 0
+    with log.open("w") as output:
+        running = subprocess.Popen([*map(str, command)], stdout=output, stderr=subprocess.STDOUT, env=variables)
+        watched = psutil.Process(running.pid)
+        while True:
+            ended, status, used = os.wait4(running.pid, os.WNOHANG)
+            if ended:
+                break
+            try:
+                processes = (watched, *watched.children(recursive=True))
+                peak = max(peak, sum(one.memory_full_info().pss for one in processes))
+            except psutil.Error:
+                continue
+            time.sleep(3)
+    if status:
+        raise SystemExit(f"{' '.join(map(str, command))} failed; see {log}")
+    cpu = used.ru_utime + used.ru_stime
+    return {"s": time.perf_counter() - started, "cpu_s": cpu, "peak_mib": peak / 2**20}
 
 
 def record(name: str, table: pd.DataFrame, note: str, out: Path = RESULTS) -> Path:

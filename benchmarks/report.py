@@ -1,4 +1,4 @@
-"""What does the page about a run cost for a data set as large as ISIC-2019: seconds of each part, and memory at most?
+"""What does the page about a run cost for a data set as large as ISIC-2019: CPU seconds of each part, peak memory?
 
 A drawn data set is repeated to that size (hard links, so it takes little disk), a small model is trained on it for one
 epoch, and the page is written in a process of its own, whose peak is read at its end. The time of a part is from the
@@ -64,17 +64,17 @@ def write(folder: Path) -> list[tuple[str, float]]:
     from dualrefnet.report import run_report as writing
     from dualrefnet.run import Run
 
-    times, last = [], time.perf_counter()
+    times, last = [], time.process_time()
 
     def note(message: str) -> None:
         nonlocal last
         if message.startswith("done: "):
-            times.append((message.removeprefix("done: "), time.perf_counter() - last))
-            last = time.perf_counter()
+            times.append((message.removeprefix("done: "), time.process_time() - last))
+            last = time.process_time()
 
     writing.note = note
     writing.write_report(Run(folder / "run"), options=ReportOptions(cache=folder / "cache"))
-    return [*times, ("the page itself", time.perf_counter() - last)]
+    return [*times, ("the page itself", time.process_time() - last)]
 
 
 def main(
@@ -104,7 +104,7 @@ def main(
             result = json.loads(
                 subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
             )
-            rows += [{"case": case, "value": seconds, "unit": "seconds"} for case, seconds in result["times"]]
+            rows += [{"case": case, "value": seconds, "unit": "CPU seconds"} for case, seconds in result["times"]]
             if name != "prepare":
                 case = {"imports": "importing everything", "write": "writing the page"}[name]
                 rows.append({"case": case, "value": result["peak"], "unit": "MiB, peak RSS"})

@@ -86,10 +86,7 @@ def main(
         f"pixels differ from {kind} by at most {found.max()}, mean {found.mean():.3f}" for kind, found in levels.items()
     )
     record(
-        "store_filling",
-        compare(seconds, "images/s", BASE, count),
-        f"{count} images; {said}; {how(rounds, BASE)}",
-        out,
+        "store_filling", compare(seconds, "images/s", BASE, count), f"{count} images; {said}; {how(rounds, BASE)}", out
     )
 
 

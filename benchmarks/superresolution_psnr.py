@@ -15,7 +15,7 @@ import typer
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dualrefnet.data.decode import decode_image
+from dualrefnet.data.images import decode_image
 from dualrefnet.models.superresolution import make_target, psnr, split_native
 from dualrefnet.models.superresolution_networks import NETWORKS, enlarge, find_network_file, load_network
 from record import RESULTS, record

@@ -7,7 +7,7 @@ from pathlib import Path
 import cv2
 import pandas as pd
 
-from dualrefnet.data.decode import decode_image
+from dualrefnet.data.images import decode_image
 from dualrefnet.data.synthetic import MINIMUM_IMAGES, make_synthetic
 from dualrefnet.deploy.batch import walk_images
 

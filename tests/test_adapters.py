@@ -323,6 +323,23 @@ def test_a_target_of_0_and_1_needs_no_quotes(tmp_path):
         load_dataset("csv_table", root)
 
 
+def test_a_name_means_the_image_in_a_folder_below_and_a_class_in_any_case(tmp_path):
+    names = {"classes": ["mole", "cancer"], "malignant": ["CANCER"], "class_names": {"Mole": "benign"}}
+    root = own(tmp_path, TABLE.assign(photo=["A", "2/B", "lost"]), **COLUMNS, **names, images="photos")
+    for name in ("2024/1/a.jpg", "2024/2/b.jpg", "2024/3/b.jpg"):
+        touch(root / "photos" / name)
+    dataset = load_dataset("csv_table", root)
+    assert [path and path.rsplit("/", 2)[-2:] for path in dataset.table["image_path"]] == [
+        ["1", "a.jpg"],
+        ["2", "b.jpg"],
+        None,
+    ]
+    assert (dataset.schema.malignant, dataset.schema.class_names) == (("cancer",), {"mole": "benign"})
+    own(tmp_path, TABLE.assign(photo=["A", "b", "lost"]), **COLUMNS, images="photos")
+    with pytest.raises(DataError, match="two images are called b"):
+        load_dataset("csv_table", root)
+
+
 def test_images_may_lie_in_several_parts(tmp_path):
     root = own(tmp_path, TABLE.assign(photo=["a", "B.png", "lost"]), **COLUMNS, images=["part1", "part2", "part3"])
     touch(root / "part1" / "a.jpg")

@@ -79,7 +79,7 @@ def test_fit_takes_a_column_for_each_class(frame: pd.DataFrame, tmp_path: Path) 
         ({"label": "truth"}, "no column truth"),
         ({"image": "broken"}, "2 rows of the table name no image"),
         ({"image": 7}, "no column 7"),
-        ({"metadata": ["twice"]}, "2 columns called twice"),
+        ({"metadata": ["twice"]}, "several columns called twice"),
         ({"label": "one"}, "one class"),
         ({"label": "rare"}, "class rare has 1 "),
     ],

@@ -15,6 +15,8 @@ from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.check import Finding
 from dualrefnet.data.protocols import split_dataset
 from dualrefnet.data.schema import Dataset
+from dualrefnet.recipe import load_recipe
+from dualrefnet.training.preflight import check_start
 
 
 def only(findings: list[Finding], check: str) -> Finding:
@@ -89,7 +91,7 @@ def test_the_command_says_the_verdict_and_its_exit_status(sample_root: Path, tmp
     done = CliRunner().invoke(app, ["audit", "sample", "--root", str(sample_root), *quick, "--out", str(written)])
     assert done.exit_code == 0, done.output
     assert "PASS  patients_on_two_sides" in done.output
-    assert "protocol grouped: WARN" in done.output
+    assert "protocol grouped, patient-disjoint split: WARN" in done.output
     assert json.loads(written.read_text())["failed"] is False
     frame = pd.DataFrame({"label": ["a", "b"] * 50, "answer": ["x", "y"] * 50, "patient": range(100)})
     frame.assign(image=[f"{n}.png" for n in range(100)]).to_csv(tmp_path / "table.csv", index=False)
@@ -115,6 +117,21 @@ def test_patients_and_lesions_of_the_paper_s_split_of_pad(pad):
         # 42.5 and 47.5 (NEV) are printed as 43 and 48.
         assert percent.loc[what].loc[classes, column].tolist() == pytest.approx(expected, abs=0.51)
     assert [finding.level for finding in findings] == ["FAIL", "FAIL"]
+
+
+def test_a_training_says_what_leaks_before_it_starts_and_the_shortcut_first(real_pad, tmp_path, capsys):
+    changes = {
+        "data.root": str(real_pad),
+        "data.protocol": "paper",
+        "metadata.tier": "M3",
+        "metadata.imputation": "neural",
+        "modality_dropout": {},
+    }
+    check_start(load_recipe("pad_ufes_20", changes), tmp_path / "run")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) <= 3
+    assert "of the rows with missing fields are malignant" in lines[0]
+    assert "49.3%" in lines[1]
 
 
 def test_lesions_of_the_paper_s_split_of_isic(isic):

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dualrefnet.data.decode import decode_image
+from dualrefnet.data.images import decode_image
 from dualrefnet.deploy import batch as module
 from dualrefnet.deploy.batch import (
     Case,
@@ -412,10 +412,20 @@ def test_the_real_predictor_agrees_with_itself_on_images_a_table_and_alone(
 
 def test_the_image_column_is_the_one_that_the_description_beside_the_table_names(tmp_path: Path) -> None:
     draw(tmp_path / "photos", ["a.png", "b.png"])
-    rows = [("file", "age"), ("a.png", "61"), ("photos/b.png", "5"), ("lost.png", "")]
+    draw(tmp_path / "photos" / "2024", ["c.png"])
+    rows = [("file", "age"), ("a.png", "61"), ("photos/b.png", "5"), ("C", "7"), ("lost.png", "")]
     table = table_of(tmp_path / "new.csv", rows)
     (tmp_path / "dataset.yaml").write_text("image: file\nimages: photos\n")
-    assert predict(Redness(), TableCases(table, Redness()), tmp_path / "out.csv") == Summary(2, 1, 0)
+    assert predict(Redness(), TableCases(table, Redness()), tmp_path / "out.csv") == Summary(3, 1, 0)
     # A table with a column `image` is read as ever.
     table_of(table, [("image", "age"), ("photos/a.png", "61")])
     assert predict(Redness(), TableCases(table, Redness()), tmp_path / "more.csv") == Summary(1, 0, 0)
+
+
+def test_a_table_that_names_no_images_is_predicted_without_aloud(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    TableCases(table_of(tmp_path / "new.csv", [("path", "age"), ("a.png", "61")]), Redness(needs_image=False))
+    assert "no column image, so every row is predicted without an image" in capsys.readouterr().err
+    TableCases(table_of(tmp_path / "new.csv", [("image", "age"), ("a.png", "61")]), Redness(needs_image=False))
+    assert "without an image" not in capsys.readouterr().err

@@ -67,7 +67,7 @@ def test_the_card_has_the_measures_and_runs(tiny_run: Run) -> None:
     low, high = metrics["balanced_accuracy_ci95"]
     melanoma, referral = metrics["per_class"]["MEL"], metrics["calibrated"]["referral"]
     for part in (
-        "MEL (melanoma)",
+        "BCC, MEL (melanoma), NEV",
         "Malignant among them: BCC, MEL, SCC.",
         f"| balanced accuracy | {metrics['balanced_accuracy']:.3f} | [{low:.3f}, {high:.3f}] |",
         f"| MEL | {melanoma['support']} | {melanoma['sensitivity']:.3f} [",

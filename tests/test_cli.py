@@ -152,7 +152,7 @@ def test_bad_input_is_one_clear_line(
     assert not (tmp_path / "o.csv").exists()
 
 
-# Runs the commands given as JSON one after the other; says for each its error, and whether torch was imported for it.
+# Runs the commands given as JSON one after the other; says of each its exit status, and which slow library it imported.
 WITHOUT_TORCH = """
 import io, json, sys
 from contextlib import redirect_stderr
@@ -162,11 +162,14 @@ for arguments in json.loads(sys.stdin.read()):
     try:
         main()
     except SystemExit as stopped:
-        print(json.dumps([stopped.code, "torch" in sys.modules]))
+        slow = {"torch", "timm", "sklearn", "scipy", "pandas", "matplotlib"}
+        print(json.dumps([stopped.code, sorted(slow & {*sys.modules})]))
 """
 
 
-def test_a_mistake_is_told_before_torch_is_imported_and_a_folder_is_made(sample_root: Path, tmp_path: Path) -> None:
+def test_a_mistake_is_told_before_anything_slow_is_imported_and_a_folder_is_made(
+    tiny_run: Run, sample_root: Path, tmp_path: Path
+) -> None:
     (tmp_path / "occupied").mkdir()
     (tmp_path / "occupied" / "notes.txt").write_text("mine")
     one = {"image": ["a.png", "b.png"], "label": ["a", "a"]}
@@ -182,11 +185,17 @@ def test_a_mistake_is_told_before_torch_is_imported_and_a_folder_is_made(sample_
         "there is no method 'xyz'": [*train, "model.method=xyz"],
         "no weights file": [*train, "model.weights=/no/file"],
         "there is no folder": ["train", "sample", "data.root=/nowhere"],
+        "there is no folder /no": ["prepare", "sample", "data.root=/no"],
         "isn't a run folder": [*train, "--out", "occupied"],
         "give one of them": [*train, "--resume", "--overwrite"],
-        "no image of the 2 rows": ["train", "sample", "data.dataset=csv_table", "data.root=one"],
         "it isn't a run folder": ["evaluate", "occupied"],
         "has no recipe.yaml": ["predict", "occupied", "--images", "one", "--out", "p.csv"],
+        "no file or folder x.png": ["predict", str(tiny_run.path), "--images", "x.png"],
+        "no file or folder x": ["report", str(tiny_run.path), "--root", "x"],
+        "no data set adapter": ["audit", "nosuch"],
+        "no data set adapter is called 'no'": ["check", "no"],
+        "there is no suite": ["suite", "nosuch"],
+        "no image of the 2 rows": ["train", "sample", "data.dataset=csv_table", "data.root=one"],
     }
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH],
@@ -196,7 +205,9 @@ def test_a_mistake_is_told_before_torch_is_imported_and_a_folder_is_made(sample_
         cwd=tmp_path,
         timeout=120,
     )
-    assert [json.loads(line) for line in done.stdout.splitlines()] == [[2, False]] * len(mistakes), done.stderr
+    # Only a table has to be read with pandas, that of the last mistake.
+    expected = [[2, []]] * (len(mistakes) - 1) + [[2, ["pandas"]]]
+    assert [json.loads(line) for line in done.stdout.splitlines()] == expected, done.stderr
     for words, line in zip(mistakes, done.stderr.splitlines(), strict=True):
         assert words in line
     assert not (tmp_path / "runs").exists()
@@ -223,7 +234,7 @@ def test_text_stands_on_the_terminal_as_it_is(capsys: pytest.CaptureFixture[str]
 def test_no_word_and_no_interval_of_a_table_is_cut(
     width: int, tiny_run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("dualrefnet.progress.PIPED", width)
+    monkeypatch.setenv("COLUMNS", str(width))
     metrics = tiny_run.metrics
     for table in (*metrics_tables(metrics), availability_table(metrics["availability"])):
         print_table(dataclasses.replace(table, notes=()))
@@ -260,6 +271,9 @@ def test_an_outside_image_is_explained(tiny_run: Run, sample_root: Path, tmp_pat
     changes = pd.read_csv(tmp_path / f"{image.stem}.csv")
     assert set(changes["field"]) <= {field.name for field in Predictor.load(tiny_run).fields}
     assert all(name in done.stdout for name in changes["field"])
+    alone = call("explain", tiny_run.path, "--image", image, "--out", tmp_path)
+    assert alone.exit_code == 0
+    assert "points" not in alone.stdout
     assert isinstance(call("explain", tiny_run.path, "--image", image, "--each", "3").exception, DataError)
 
 

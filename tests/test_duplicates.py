@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from dualrefnet.analysis import duplicates
 from dualrefnet.analysis.duplicates import (
     MAX_DISTANCE,
     Fingerprints,
@@ -14,7 +15,7 @@ from dualrefnet.analysis.duplicates import (
     near_pairs,
 )
 from dualrefnet.data.adapters import load_dataset
-from dualrefnet.data.decode import decode_image
+from dualrefnet.data.images import decode_image
 from dualrefnet.data.synthetic import make_synthetic
 
 
@@ -103,3 +104,31 @@ def test_a_smaller_copy_is_found_and_a_broken_file_left_out(table, tmp_path):
     assert list(prints.unreadable) == ["broken"]
     assert prints.hashes.shape == (21, 8, 4)
     assert [(row.first, row.second) for row in near_pairs(prints).itertuples()] == [(table["image_id"][3], "copy")]
+
+
+def test_a_file_is_decoded_once_and_again_when_its_bytes_change(tmp_path, monkeypatch):
+    table = pd.DataFrame({"image_id": ["a", "b"], "image_path": [str(tmp_path / "a.png"), str(tmp_path / "b.png")]})
+    decoded = []
+    monkeypatch.setattr(duplicates, "decode_image", lambda data: decoded.append(data) or decode_image(data))
+
+    def write(name, seed):
+        pixels = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+
+    write("a", 0)
+    write("b", 1)
+    first = fingerprint_files(table, cache=tmp_path)
+    again = fingerprint_files(table, cache=tmp_path)
+    assert len(decoded) == 2
+    assert (again.hashes == first.hashes).all()
+    assert (again.small == first.small).all()
+    assert (again.image_ids, again.sha256) == (first.image_ids, first.sha256)
+    write("b", 2)
+    changed = fingerprint_files(table, cache=tmp_path)
+    assert len(decoded) == 3
+    assert (changed.hashes[0] == first.hashes[0]).all()
+    assert (changed.hashes[1] != first.hashes[1]).any()
+    (kept,) = (tmp_path / "fingerprints").iterdir()
+    kept.write_bytes(b"damaged")
+    assert (fingerprint_files(table, cache=tmp_path).hashes == changed.hashes).all()
+    assert len(decoded) == 5

@@ -21,14 +21,7 @@ from dualrefnet.deploy import export as export_module
 from dualrefnet.deploy import hub
 from dualrefnet.deploy.export import check_target, export_run
 from dualrefnet.deploy.hub import FILES, check_bundle
-from dualrefnet.deploy.network import (
-    ExportedModel,
-    ProgramNetwork,
-    TorchNetwork,
-    trace,
-    write_onnx,
-    write_program,
-)
+from dualrefnet.deploy.network import ExportedModel, ProgramNetwork, TorchNetwork, trace, write_onnx, write_program
 from dualrefnet.deploy.parity import Cases, predict_cases
 from dualrefnet.errors import DataError, RunError
 from dualrefnet.files import atomic_folder, sha256_of_file

@@ -24,7 +24,7 @@ from dualrefnet.analysis.gradcam import (
     summarise,
 )
 from dualrefnet.analysis.opened_run import OpenedRun
-from dualrefnet.data.decode import read_mask
+from dualrefnet.data.images import read_mask
 from dualrefnet.errors import DataError, RunError
 from dualrefnet.models.backbones import BACKBONES
 from dualrefnet.models.base import Architecture, Method

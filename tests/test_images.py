@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from dualrefnet.data.decode import decode_image, find_masks, read_mask
-from dualrefnet.data.images import is_image
+from dualrefnet.data.images import decode_image, find_masks, is_image, read_mask
 from dualrefnet.errors import DataError, ImageError
 
 

@@ -8,14 +8,7 @@ from torch.nn import functional
 from dualrefnet.models.backbones import BACKBONES
 from dualrefnet.models.base import Architecture, Method
 from dualrefnet.models.deepmetaforge import DeepMetadataFusion, MetadataConvolution
-from dualrefnet.models.encoders import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Encoded,
-    Encoder,
-    EncoderOutput,
-    WeightsSource,
-)
+from dualrefnet.models.encoders import IMAGENET_MEAN, IMAGENET_STD, Encoded, Encoder, EncoderOutput, WeightsSource
 from dualrefnet.models.ensemble import EfficientChannelAttention, Ensemble
 from dualrefnet.models.hmfb import HyperparametricBlock
 from dualrefnet.models.jif_mmfa import MutualAttention

@@ -5,14 +5,7 @@ import pytest
 from PIL import Image
 
 from dualrefnet.analysis import non_lesion_images as module
-from dualrefnet.analysis.non_lesion_images import (
-    CROPS,
-    DOCUMENTS,
-    PHOTOGRAPHS,
-    PLAIN,
-    crop_skin,
-    everyday_images,
-)
+from dualrefnet.analysis.non_lesion_images import CROPS, DOCUMENTS, PHOTOGRAPHS, PLAIN, crop_skin, everyday_images
 
 SKIN, LESION = (200, 150, 120), (60, 30, 20)
 

@@ -8,7 +8,10 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from dualrefnet.analysis.embedding import embed
 from dualrefnet.analysis.opened_run import OpenedRun, open_run, sample_rows
+from dualrefnet.analysis.perturbations import predict_with_metadata
+from dualrefnet.analysis.shap import explain_metadata
 from dualrefnet.data.synthetic import make_synthetic
 from dualrefnet.errors import DataError, RunError
 from dualrefnet.files import read_json, write_json
@@ -90,6 +93,28 @@ def test_what_was_opened_predicts_what_the_run_predicted(opened: OpenedRun) -> N
     for inputs in (images, opened.encode(batch)):
         probabilities = opened.model(inputs, batch.metadata).logits.double().softmax(dim=1)
         np.testing.assert_allclose(probabilities, written, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_an_image_is_encoded_once_whoever_looks_at_it(tiny_run: Run) -> None:
+    opened, images = open_run(tiny_run), 0
+
+    def count(_: torch.nn.Module, given: tuple[torch.Tensor]) -> None:
+        nonlocal images
+        images += len(given[0])
+
+    opened.model.encoder.last_map.register_forward_pre_hook(count)
+    examples = opened.examples("test")
+    for by in ("field", "column"):
+        explain_metadata(opened, images=8, background=4, by=by, permutations=1)
+    embed(opened, samples=20)
+    first, _ = predict_with_metadata(opened, examples, [examples.metadata])
+    assert images == opened.model.views * len(examples)
+    written = opened.run.predictions.query("split == 'test'")[[f"prob_{name}" for name in opened.classes]]
+    np.testing.assert_allclose(first[0], written, atol=1e-5)
+    found = opened.vectors(examples, np.arange(len(examples)))
+    batch = examples.batch(np.arange(len(examples)))
+    np.testing.assert_allclose(found, opened.encode(batch).first.vector, atol=1e-4)
 
 
 @pytest.fixture

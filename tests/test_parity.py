@@ -6,14 +6,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from dualrefnet.deploy.parity import (
-    Cases,
-    check_parity,
-    compare,
-    measure_int8,
-    predict_cases,
-    quantise,
-)
+from dualrefnet.deploy.parity import Cases, check_parity, compare, measure_int8, predict_cases, quantise
 from dualrefnet.runtime.bundle import OnnxNetwork
 from dualrefnet.runtime.classifier import Network, NetworkOutput
 from test_export import CLASSES, random_cases, tiny_method, written
@@ -66,9 +59,7 @@ def test_answers_stay_near_and_gaps_stay_gaps(float_file: Path, int8_file: Path)
 
 def test_ranges_come_from_the_photographs_given_and_from_all_of_them(float_file: Path, tmp_path: Path) -> None:
     def first_scale(cases: Cases) -> float:
-        shown: list[tuple[int, int]] = []
-        quantise(float_file, tmp_path / "int8.onnx", cases, lambda done, total: shown.append((done, total)))
-        assert shown[-1] == (len(cases), len(cases))
+        quantise(float_file, tmp_path / "int8.onnx", cases)
         graph = onnx.load(tmp_path / "int8.onnx").graph
         node = next(node for node in graph.node if node.op_type == "QuantizeLinear")
         return float(next(numpy_helper.to_array(one) for one in graph.initializer if one.name == node.input[1]))
@@ -159,7 +150,3 @@ def test_parity_of_models_with_tokens_is_checked_where_photographs_are_missing()
     found = check_parity(heeds, ignores, cases, learned_tokens=True)
     assert found["max_probability_difference"] > 0.2
     assert found["cases"] == 40
-    shown: list[tuple[int, int]] = []
-    check_parity(heeds, ignores, cases, learned_tokens=True, progress=lambda done, total: shown.append((done, total)))
-    assert shown == sorted(shown)
-    assert shown[-1] == (80, 80)

@@ -88,6 +88,7 @@ def test_every_key_whose_name_does_not_say_it_all_is_described():
         ("trainig.epochs", "training"),
         ("image.colour_constancey", "colour_constancy"),
         ("sed", "seed"),
+        ("TRAINING.epochs", "training"),
     ],
 )
 def test_an_unknown_key_is_refused_with_a_suggestion(key, suggestion):

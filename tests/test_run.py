@@ -205,3 +205,17 @@ def test_a_finished_run_with_damaged_measurements_is_measured_again(run: Run, ti
         truncate(run.path / name)
     assert train_recipe(run.recipe, run.path, resume=True).damage() == ""
     assert run.metrics["accuracy"] == tiny_run.metrics["accuracy"]
+
+
+def test_the_test_split_is_the_one_that_was_measured(tiny_run: Run) -> None:
+    test, metrics, classes = tiny_run.test, tiny_run.metrics, tiny_run.model["classes"]
+    assert len(test.rows) == len(test.labels) == len(test.probabilities) == metrics["support"]
+    predicted = test.probabilities.argmax(axis=1)
+    assert [classes[place] for place in predicted] == test.rows["predicted"].tolist()
+    counts = pd.crosstab(
+        pd.Categorical(test.labels, range(len(classes))), pd.Categorical(predicted, range(len(classes))), dropna=False
+    )
+    assert counts.to_numpy().tolist() == metrics["confusion_matrix"]
+    split = pd.read_csv(tiny_run.path / "split.csv", dtype=str).query("split == 'test'")
+    found = dict(zip(test.rows["image_id"], test.groups, strict=True))
+    assert found == dict(zip(split["image_id"], split["patient_id"], strict=True))

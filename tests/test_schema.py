@@ -79,6 +79,7 @@ def test_a_table_gets_the_schemas_columns_and_a_plain_index():
         (raw(image_id=["a", None, None]), "2 rows of Test have no image_id"),
         (raw().iloc[:0], "has no rows"),
         (raw().drop(columns=["age", "lesion_id"]), "the table of Test has no column lesion_id, age; it has: image_id"),
+        (raw().rename(columns={"age": "AGE"}), "has no column age; .*; did you mean 'AGE'"),
         (pd.concat([raw(), raw()[["age"]]], axis=1), "several columns called age"),
         (raw(age=["12", "old", "tall"]), "age must be a number, and 2 rows hold text"),
         (raw(age=["12", "1,234", "3 mm"]), "age must be a number, and 2 rows hold text"),

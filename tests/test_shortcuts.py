@@ -11,13 +11,7 @@ from typer.testing import CliRunner
 
 from dualrefnet.analysis.opened_run import OpenedRun
 from dualrefnet.analysis.perturbations import predict_with_metadata, without_fields
-from dualrefnet.analysis.shortcuts import (
-    BASELINES,
-    PROBES,
-    Shortcuts,
-    draw_shortcuts,
-    probe_shortcuts,
-)
+from dualrefnet.analysis.shortcuts import BASELINES, PROBES, Shortcuts, draw_shortcuts, probe_shortcuts
 from dualrefnet.cli import app, runs  # noqa: F401 (the module registers the commands)
 from dualrefnet.display.figure import save_figure
 from dualrefnet.errors import DataError

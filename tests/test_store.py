@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dualrefnet.data import store as store_module
-from dualrefnet.data.decode import decode_image
+from dualrefnet.data.images import decode_image
 from dualrefnet.data.store import READY, ImageStore, Part, delete_if_changed, fill_derived_store, fill_store, open_store
 from dualrefnet.errors import DataError
 from dualrefnet.recipe import ImageSection
@@ -145,7 +145,7 @@ def test_an_image_that_was_replaced_by_one_of_the_same_size_and_time_is_found(ta
         file = Path(table["image_path"][int(image_id[1:])])
         Image.fromarray(cv2.imread(str(file))).save(file, "BMP")
     store = fill_store(table, SECTION, cache=cache)
-    assert delete_if_changed(store, table, SECTION, None, None) == []
+    assert delete_if_changed(store, table, SECTION, None) == []
     file, state = Path(table["image_path"][2]), os.stat(table["image_path"][2])
     derived = cache / "derived" / "features"
     derived.mkdir(parents=True)
@@ -153,7 +153,7 @@ def test_an_image_that_was_replaced_by_one_of_the_same_size_and_time_is_found(ta
         file.write_bytes(content)
         os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
         assert fill_store(table, SECTION, cache=cache) == store
-        assert delete_if_changed(store, table, SECTION, None, None) == ["i2"]
+        assert delete_if_changed(store, table, SECTION, None) == ["i2"]
         assert not derived.exists()
         store = fill_store(table, SECTION, cache=cache)
         assert right(store, table)

@@ -19,16 +19,7 @@ from safetensors.torch import load_file
 from dualrefnet.errors import DependencyError, RunError, install_hint
 from dualrefnet.files import write_yaml
 from dualrefnet.run import Run
-from dualrefnet.suite.grid import (
-    Block,
-    Suite,
-    Variant,
-    expand,
-    load_suite,
-    override,
-    shipped_suites,
-    smoke,
-)
+from dualrefnet.suite.grid import Block, Suite, Variant, expand, load_suite, override, shipped_suites, smoke
 from dualrefnet.suite.runner import Outcome, run_suite
 from dualrefnet.suite.tables import write_tables
 

@@ -8,18 +8,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dualrefnet.data.decode import decode_image
+from dualrefnet.data.images import decode_image
 from dualrefnet.errors import WeightsError
 from dualrefnet.files import sha256_of_file
 from dualrefnet.models import superresolution_networks as networks
 from dualrefnet.models.encoders import WEIGHTS_VARIABLE
 from dualrefnet.models.superresolution import make_target, psnr, split_native
-from dualrefnet.models.superresolution_networks import (
-    NETWORKS,
-    enlarge,
-    find_network_file,
-    load_network,
-)
+from dualrefnet.models.superresolution_networks import NETWORKS, enlarge, find_network_file, load_network
 
 REAL_FOLDER = os.environ.get(WEIGHTS_VARIABLE)
 

@@ -11,14 +11,7 @@ from hypothesis import strategies as st
 from dualrefnet.data import pad_ufes_20
 from dualrefnet.data.adapters import load_dataset
 from dualrefnet.data.protocols import split_dataset
-from dualrefnet.data.synthetic import (
-    COLUMNS,
-    MISSING_TOGETHER,
-    draw_lesion,
-    lesion_mask,
-    make_synthetic,
-    render_lesion,
-)
+from dualrefnet.data.synthetic import COLUMNS, MISSING_TOGETHER, draw_lesion, lesion_mask, make_synthetic, render_lesion
 from dualrefnet.errors import DataError
 
 # What isn't True or False in the published file.

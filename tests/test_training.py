@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import dualrefnet
 from dualrefnet.analysis.evaluate import evaluate_run
+from dualrefnet.data.loader import Batch
 from dualrefnet.errors import RecipeError, RunError, SplitError, WeightsError
 from dualrefnet.files import write_json, write_tensors, write_yaml
 from dualrefnet.models.base import Method
@@ -22,12 +24,7 @@ from dualrefnet.models.encoders import create_encoder
 from dualrefnet.models.registry import new_model
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import Run, new_folder, run_lock, start_run
-from dualrefnet.training.loop import (
-    Trainer,
-    create_optimizer,
-    load_checkpoint,
-    save_checkpoint,
-)
+from dualrefnet.training.loop import Trainer, create_optimizer, load_checkpoint, save_checkpoint
 from dualrefnet.training.train import enough_memory, train_recipe
 
 FILES = {
@@ -150,16 +147,20 @@ def test_kill_9_at_any_moment_and_resume_gives_the_same_result(recipe_file: str,
     assert {path.name for path in folder.iterdir()} == FILES
 
 
-@pytest.mark.slow
-def test_two_processes_train_one_model(recipe_file: str, tmp_path: Path) -> None:
+def two_processes() -> tuple[str, ...]:
+    """Return what starts a command in two processes of this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     # accelerate's --cpu starts several processes through MPI only; --multi_gpu starts them itself, and on CPUs they use
     # gloo.
     options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    launcher = ("-m", "accelerate.commands.launch", *options.split(), "--main_process_port", port, "-m", "dualrefnet")
-    process = command("train", recipe_file, "--out", str(tmp_path / "run"), launcher=launcher)
+    return "-m", "accelerate.commands.launch", *options.split(), "--main_process_port", port, "-m", "dualrefnet"
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(recipe_file: str, tmp_path: Path) -> None:
+    process = command("train", recipe_file, "--out", str(tmp_path / "run"), launcher=two_processes())
     output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output
     run = Run(tmp_path / "run")
@@ -167,6 +168,43 @@ def test_two_processes_train_one_model(recipe_file: str, tmp_path: Path) -> None
     assert '"processes": 2' in (run.path / "fingerprint.json").read_text()
     assert len(run.predictions) == len(run.split.query("split != 'train'"))
     assert output.count("epoch   1/4") == 1, "only the main process may speak"
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one(recipe_file: str, tmp_path: Path) -> None:
+    # Without batch normalisation, whose statistics are of a process's share, and without dropout.
+    changes = ("model.method=metadata_only", "model.dropout=0", "training.batch_size=16", "evaluation.bootstrap=0")
+    histories = []
+    for name, launcher in (("one", None), ("two", two_processes())):
+        chosen = {} if launcher is None else {"launcher": launcher}
+        process = command("train", recipe_file, *changes, "--out", str(tmp_path / name), **chosen)
+        output, _ = process.communicate(timeout=500)
+        assert process.returncode == 0, output
+        histories.append(Run(tmp_path / name).history[["train_total", "val_loss"]])
+    np.testing.assert_allclose(*histories, rtol=1e-4)
+    assert histories[0]["train_total"].nunique() == len(histories[0])
+
+
+@pytest.mark.parametrize("reduction", ["weights", "batch", "sum"])
+def test_a_batch_in_parts_takes_the_step_of_the_whole(reduction: str, tmp_path: Path) -> None:
+    found = []
+    for parts in (1, 4):
+        changes = {"model.method": "metadata_only", "model.dropout": 0, "training.accumulate": parts}
+        changes["training.precision"] = "fp32"
+        recipe = load_recipe({"name": "x"}, {**changes, "loss.classification_reduction": reduction})
+        torch.manual_seed(0)
+        model = new_model(recipe, 4, 3)[0]
+        trainer = Trainer(model, recipe, Run(tmp_path), torch.ones(3), ((0.0,) * 3, (1.0,) * 3))
+        trainer.optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        generator = torch.Generator().manual_seed(1)
+        batch = Batch(np.arange(8), None, torch.randn(8, 4, generator=generator), torch.arange(8) % 3)
+        terms = trainer._step(trainer.views, batch, None)
+        found.append((terms, [parameter.detach().clone() for parameter in model.parameters()]))
+    (whole, first), (parts, second) = found
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-6)
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=2e-5)
 
 
 PROGRESS = {"epoch": 3, "history": [], "best": [0.5, -1.0], "stale": 0, "norms": {}, "schedule": None}

@@ -74,6 +74,7 @@ CASES: dict[str, tuple[str, list[Finding]]] = {
     "half of the test images": ("FAIL", leak(0.5)),
     "imputed from the diagnosis": ("FAIL", verdict.judge_leak({"patient": None}, imputed_from_label=True)),
     "missing means benign": ("FAIL", missingness(0.06, 0.2)),
+    "missing means nothing": ("PASS", missingness(0.9, 0.4)),
     "missingness keeps nothing": ("PASS", probes(0.3, low=-0.1)),
     "missingness keeps a fifth": ("WARN", probes(0.2)),
     "the background keeps most": ("FAIL", probes(0.6, probe="background_alone")),

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from dualrefnet.data.csv_table import DEFAULT_DESCRIPTION, TableDescription, classes_of, describe
+from dualrefnet.data.schema import require_columns
 from dualrefnet.errors import DataError, in_python
 from dualrefnet.files import write_text, write_yaml
 from dualrefnet.progress import note
@@ -91,12 +92,7 @@ def fit(
     used = (image, *labels, group, *_names(metadata))
     table = dataframe.rename(columns=str)
     columns = [str(column) for column in dict.fromkeys(used) if column is not None]
-    for column in columns:
-        found = int((table.columns == column).sum())
-        if found == 0:
-            raise DataError(f"the table has no column {column}; it has: {', '.join(table.columns)}")
-        if found > 1:
-            raise DataError(f"the table has {found} columns called {column}; rename all but one")
+    require_columns(table, columns, "the table")
     table = table[columns]
     image, group = str(image), None if group is None else str(group)
     unnamed = ~table[image].map(lambda path: isinstance(path, str | os.PathLike) and str(path) != "")
@@ -146,11 +142,11 @@ def fit(
 
 
 def _train(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> Run:
-    check_start(recipe, out, resume, overwrite)
+    dataset = check_start(recipe, out, resume, overwrite)
     # Torch takes seconds to import.
     from dualrefnet.training.train import train_recipe
 
-    return train_recipe(recipe, out, resume, overwrite=overwrite)
+    return train_recipe(recipe, out, resume, overwrite=overwrite, dataset=dataset)
 
 
 def _names(given: Sequence[Any]) -> list[Any]:

@@ -12,7 +12,6 @@ PATIENCE = 20.0
 
 
 def require_ray() -> Any:
-    """Return the module `ray`."""
     try:
         import ray
     except ImportError:

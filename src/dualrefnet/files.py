@@ -58,10 +58,7 @@ def enough_space(path: Path | str) -> Iterator[None]:
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Give a temporary neighbour of `path`, and rename it to `path` if the block ends without an error.
-
-    What stood at `path` before stays until then. Folders above it are made. Only a regular file is ever replaced.
-    """
+    """Give a temporary neighbour of `path`, a regular file at most, and rename it if the block ends without error."""
     path = Path(path)
     make_folder(path.parent)
     refuse_special(path)
@@ -151,7 +148,6 @@ def not_written(path: Path | str, error: OSError) -> DataError:
 
 
 def make_folder(folder: Path) -> Path:
-    """Make a folder and those above it, if they aren't there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -178,7 +174,6 @@ def locked(path: Path, busy: str = "") -> Iterator[None]:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write `text` as UTF-8."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -240,7 +235,6 @@ class StrictLoader(yaml.SafeLoader):
 
 
 def write_yaml(path: Path | str, value: Mapping[str, Any]) -> None:
-    """Write YAML in the order of the mapping."""
     write_text(path, yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True))
 
 

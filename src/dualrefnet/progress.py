@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,9 +31,9 @@ console = terminal(stderr=True)
 
 
 def output() -> Console:
-    """Return the console of results: as wide as the terminal, or as a page where there is none."""
+    """Return the console of results: as wide as the terminal or $COLUMNS, or as a page where there is neither."""
     found = terminal()
-    return found if found.is_terminal else terminal(width=PIPED)
+    return found if found.is_terminal or "COLUMNS" in os.environ else terminal(width=PIPED)
 
 
 class ShowProgress(Protocol):
@@ -58,15 +59,13 @@ def error(message: str) -> None:
 
 @contextmanager
 def progress_bar(description: str, enabled: bool = True) -> Iterator[ShowProgress]:
-    """Give a function that takes (done, in all) and shows a bar with the remaining time; without a terminal a line
-    every 30 seconds.
-    """
-    if not console.is_terminal:
+    """Give a function that takes (done, in all) and shows a bar; without a terminal a line every 30 seconds."""
+    if not enabled or not console.is_terminal:
         yield _lines(description) if enabled else lambda done, total: None
         return
     text = TextColumn("{task.description}", markup=False)
     columns = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not enabled) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(description, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
@@ -89,8 +88,8 @@ def _lines(description: str) -> ShowProgress:
 
 
 def track(items: Sequence[Item], description: str) -> Iterator[Item]:
-    """Give the items one after the other, with a bar of how many are done."""
-    with progress_bar(description) as show:
+    """Give the items one after the other, with a bar of how many are done; none without a description."""
+    with progress_bar(description, bool(description)) as show:
         for done, item in enumerate(items, 1):
             yield item
             show(done, len(items))

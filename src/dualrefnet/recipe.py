@@ -166,8 +166,7 @@ class ModelSection(Section):
 
     method: str = Field("dualrefnet", description="the system; `dualrefnet methods` lists them")
     backbone: str = Field(
-        "mobilenet_v2",
-        description="image encoder: the paper's name (`dualrefnet doctor` lists them), or timm:NAME",
+        "mobilenet_v2", description="image encoder: the paper's name (`dualrefnet doctor` lists them), or timm:NAME"
     )
     members: tuple[str, ...] = Field(
         (),
@@ -261,6 +260,9 @@ class TrainingSection(Section):
     )
     epochs: int = Field(12, ge=1, le=1_000_000)
     batch_size: int = Field(32, ge=2, le=65_536)
+    accumulate: int = Field(
+        1, ge=1, description="parts of a batch whose gradients are computed one after the other and added: less memory"
+    )
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.02, ge=0)
@@ -291,7 +293,9 @@ class TrainingSection(Section):
         "balanced_accuracy", description="best epoch by this on validation; last: validation serves calibration alone"
     )
     gradient_clip: float | None = Field(None, gt=0, description="largest norm of the gradient; empty: no limit")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 where the hardware has it and the encoder gains by it"
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     tracker: Literal["none", "tensorboard", "mlflow", "wandb"] = Field(
         "none", description="also log to a tracker, which must be installed (extra `track`: tensorboard)"
@@ -531,9 +535,10 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
 
 
 def suggestion(word: str, legal: Iterable[str]) -> str:
-    """Return `; did you mean ...?` for a misspelt word, or nothing if no legal one is near."""
-    near = difflib.get_close_matches(word, legal, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """Return `; did you mean ...?` for a misspelt word, or nothing if no legal one is near, in whatever case."""
+    spelt = {name.casefold(): name for name in legal}
+    near = difflib.get_close_matches(word.casefold(), spelt, n=1)
+    return f"; did you mean {spelt[near[0]]!r}?" if near else ""
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:

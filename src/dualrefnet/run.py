@@ -17,9 +17,8 @@ from datetime import datetime
 from importlib import import_module
 from importlib import metadata as packages
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pandas as pd
 import psutil
 
 import dualrefnet
@@ -27,18 +26,14 @@ from dualrefnet import run_schema
 from dualrefnet.data.protocols import FOLD, refuse_crossing
 from dualrefnet.data.schema import Dataset
 from dualrefnet.errors import DualRefNetError, RecipeError, RunError, in_python
-from dualrefnet.files import (
-    is_file,
-    locked,
-    make_folder,
-    sha256_of_file,
-    sha256_of_json,
-    write_csv,
-    write_yaml,
-)
+from dualrefnet.files import is_file, locked, make_folder, sha256_of_file, sha256_of_json, write_csv, write_yaml
 from dualrefnet.recipe import CROSS_FITTED, Recipe, differences, load_recipe
 
 if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+
     from dualrefnet.evaluation.calibration import Calibration
     from dualrefnet.runtime.out_of_distribution import OutOfDistributionScore
 
@@ -56,6 +51,21 @@ LOCK = ".lock"
 LIBRARIES = {name: name for name in ("torch", "torchvision", "timm", "accelerate")}
 LIBRARIES |= {"opencv-python-headless": "cv2", "pillow": "PIL", "numpy": "numpy", "pandas": "pandas"}
 LIBRARIES |= {"scikit-learn": "sklearn"}
+
+
+class TestSplit(NamedTuple):
+    """What a run predicted for its test split: `rows` of `predictions.csv` with each image's `group`, classes as
+    numbers, and probabilities (N, C).
+    """
+
+    rows: pd.DataFrame
+    labels: NDArray[np.int64]
+    probabilities: NDArray[np.float64]
+
+    @property
+    def groups(self) -> NDArray[np.object_]:
+        """What the bootstrap resamples: the patient, lesion or image of each row."""
+        return self.rows["group"].to_numpy(dtype=object)
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -212,6 +222,17 @@ class Run:
         split, classes = self.split, self.model["classes"]
         with self._reading("predictions.csv") as path:
             return run_schema.read_predictions(path, split, classes)
+
+    @property
+    def test(self) -> TestSplit:
+        """The predictions of the test split."""
+        import pandas as pd
+
+        predictions, classes = self.predictions, self.model["classes"]
+        rows = predictions[predictions["split"] == "test"].reset_index(drop=True)
+        rows["group"] = rows["image_id"].map(self.split.set_index("image_id")["patient_id"])
+        labels = pd.Index(classes).get_indexer(pd.Index(rows["label"])).astype("int64")
+        return TestSplit(rows, labels, rows[[f"prob_{name}" for name in classes]].to_numpy(dtype=float))
 
     @property
     def calibration(self) -> Calibration:

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import GenericAlias
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from dualrefnet.data.metadata import MetadataEncoder
@@ -23,6 +22,9 @@ from dualrefnet.files import read_csv, read_json
 from dualrefnet.recipe import ImageSection, ModelSection, Recipe, differences
 from dualrefnet.runtime.availability import ALWAYS_RECORDED, IMAGE_ONLY, METADATA_ONLY
 from dualrefnet.runtime.metadata import NeuralImputer, Span
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 HISTORY = ("epoch", "train_classification", "val_loss", "val_accuracy", "val_balanced_accuracy", "seconds")
 
@@ -47,9 +49,7 @@ class Values(FileSchema):
 
 
 def schema(*measures: str, base: type[FileSchema] = FileSchema, optional: Any = None, **keys: Any) -> Any:
-    """Return the schema of an object: measures are numbers or null, `keys` have the types given, and what is
-    `optional` may be absent, but not null.
-    """
+    """Return the schema of an object of measures and typed `keys`; what is `optional` may be absent, not null."""
     fields = {name: (float | None, ...) for name in measures} | {name: (kind, ...) for name, kind in keys.items()}
     absent = {name: (kind, Field(None)) for name, kind in (optional or {}).items()}
     return create_model("Object", __base__=base, **fields, **absent)  # type: ignore[call-overload]
@@ -184,10 +184,7 @@ Model = schema(
     metadata=dict[str, Any],
     weights=Annotated[several(Source), Field(min_length=1)],
     # Of one prediction. Of a cross-fitted run: the number of its models.
-    optional={
-        "cost": schema(parameters=int, multiply_adds=int),
-        "members": Annotated[int, Field(ge=3, le=50)],
-    },
+    optional={"cost": schema(parameters=int, multiply_adds=int), "members": Annotated[int, Field(ge=3, le=50)]},
 )
 
 Fingerprint = schema(
@@ -278,6 +275,7 @@ LATER = {
     "loss.classification_reduction",
     "loss.teacher",
     "loss.teacher_share",
+    "training.accumulate",
     "training.ema",
     "training.freeze_stages",
     "training.layer_decay",
@@ -336,6 +334,8 @@ def read_split(path: Path) -> pd.DataFrame:
 
 
 def read_predictions(path: Path, split: pd.DataFrame, classes: Sequence[str]) -> pd.DataFrame:
+    import pandas as pd
+
     texts = ["image_id", "split", "label", "predicted"]
     columns = [*texts, *(f"prob_{name}" for name in classes)]
     table = read_csv(path, dtype=dict.fromkeys(texts, str), keep_default_na=False)
@@ -352,6 +352,8 @@ def read_predictions(path: Path, split: pd.DataFrame, classes: Sequence[str]) ->
 
 
 def read_history(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
     table = read_csv(path)
     lost = [name for name in HISTORY if name not in table]
     if lost or not len(table):

@@ -26,7 +26,7 @@ from dualrefnet.analysis.label_leakage import (
     reidentification,
 )
 from dualrefnet.data.adapters import load_dataset
-from dualrefnet.data.check import MAX_EXAMPLES, Finding, Level, identical_images
+from dualrefnet.data.check import MAX_EXAMPLES, Finding, Level, crossing_ids, identical_images
 from dualrefnet.data.protocols import leakage, split_dataset
 from dualrefnet.data.schema import Dataset
 from dualrefnet.display.format import Cell, PrintedTable, number
@@ -51,12 +51,10 @@ class Audit:
 
     @property
     def failed(self) -> bool:
-        """Whether a finding is FAIL."""
         return self.verdict == "FAIL"
 
     @property
     def verdict(self) -> Level:
-        """The worst of the findings."""
         levels = {finding.level for finding in self.findings}
         return "FAIL" if "FAIL" in levels else "WARN" if "WARN" in levels else "PASS"
 
@@ -90,12 +88,7 @@ def audit_dataset(
     workers: int | None = None,
     split_file: Path | None = None,
 ) -> Audit:
-    """Split a data set by a protocol and audit it.
-
-    `split_file` is that of the protocol `own`; `images`: they are read and compared, by `workers` threads (None: one a
-    core, at most 16); `forests`: random forests are fitted on the metadata. Errors are those of `load_dataset` and
-    `split_dataset`.
-    """
+    """Split a data set by a protocol and audit it; without `images` none is read, without `forests` none is fitted."""
     dataset = load_dataset(name, root, description)
     split = split_dataset(dataset, protocol, fold, folds, seed, split_file, allow_leak=True)
     fingerprints = None
@@ -115,11 +108,7 @@ def audit_split(
     workers: int | None = None,
     protocol: str = "",
 ) -> Audit:
-    """Audit any division (`image_id`, `split`) of a data set into train, val and test; labels and patients are the data
-    set's.
-
-    Without `fingerprints` images aren't compared; `forests` take most of the time.
-    """
+    """Audit any division (`image_id`, `split`) of a data set; images are compared only if there are `fingerprints`."""
     rows = AuditedRows.of(dataset, split, samples)
     tables: dict[str, pd.DataFrame] = {}
     tables["shared"], findings = shared_ids(dataset, split)
@@ -143,56 +132,31 @@ def audit_split(
 
 
 def shared_ids(dataset: Dataset, split: pd.DataFrame) -> tuple[pd.DataFrame, list[Finding]]:
-    """Count the test images whose patient or lesion is also in train, or in train or validation.
-
-    Return a table `what` (patient, lesion), `class` (`all` or a label), `images` (of the test split), `train` and
-    `train_or_val` (shares), only of what the data set names; and a finding for each of the two.
-    """
+    """Count, overall and by class, the test images whose patient or lesion is also in train, or train or validation."""
     strict = leakage(dataset, split)
     # Validation counted as seen: then the shares by class count it too.
     wide = leakage(dataset, split.assign(split=split["split"].replace("val", "train")))
-    rows = split[["image_id", "split"]].merge(dataset.table, on="image_id", how="left", validate="one_to_one")
-    test = rows["split"] == "test"
-    counted, findings = [], []
-    for what in ("patient", "lesion"):
-        check, column = f"{what}s_on_two_sides", f"{what}_id"
-        if strict[what] is None:
-            message = f"the data set names no {what}: whether a {what} crosses the split is unknown"
-            findings.append(Finding("WARN", check, message))
+    tested = split.loc[split["split"] == "test", "label"]
+    counted = []
+    for what, leak in strict.items():
+        if leak is None:
             continue
-        train, both = strict[what]["train"], wide[what]["train"]
-        counted.append((what, "all", int(test.sum()), train, both))
+        counted.append((what, "all", len(tested), leak["train"], leak["train_or_val"]))
         for label in dataset.schema.classes:
-            if label in strict[what]["per_class"]:
-                shares = (strict[what]["per_class"][label], wide[what]["per_class"][label])
-                counted.append((what, label, int((rows.loc[test, "label"] == label).sum()), *shares))
-        seen = rows.loc[test & rows[column].isin(rows.loc[~test, column].dropna()), "image_id"]
-        unnamed = int((test & rows[column].isna()).sum())
-        but = f" ({unnamed:,} test images name no {what})" if unnamed else ""
-        if len(seen):
-            message = (
-                f"{train:.1%} of the test images show a {what} that is also in train ({both:.1%} counting "
-                f"validation){but}; every result on them is too good: use the protocol grouped"
-            )
-            findings.append(Finding("FAIL", check, message, tuple(seen[:MAX_EXAMPLES]), len(seen)))
-        else:
-            findings.append(Finding("PASS", check, f"no test image shows a {what} of train or validation{but}"))
-    return pd.DataFrame(counted, columns=["what", "class", "images", "train", "train_or_val"]), findings
+            if label in leak["per_class"]:
+                shares = (leak["per_class"][label], wide[what]["per_class"][label])
+                counted.append((what, label, int((tested == label).sum()), *shares))
+    table = pd.DataFrame(counted, columns=["what", "class", "images", "train", "train_or_val"])
+    return table, list(crossing_ids(dataset, split))
 
 
 def near_duplicate_findings(
     rows: AuditedRows, pairs: pd.DataFrame, compared: Sequence[str]
 ) -> tuple[pd.DataFrame, pd.DataFrame, list[Finding]]:
-    """Find the near-duplicates (of `near_pairs`) that cross a split, and those that show one image as two patients or
-    lesions.
+    """Find near-duplicates that cross the split, or show one image as two patients or lesions.
 
-    `pairs` are those of `near_pairs`, of which those with an image outside the split are left out; `compared` are the
-    ids of the images that have a fingerprint.
-
-    Returns:
-        The pairs with `group` (number), `sides` (splits), `labels` and `other` (what differs by the ids: `patient`,
-        `lesion`, `unnamed` or empty); a table `class` (`all` or a label), `images` (of the test split, compared),
-        `copies` (those with a near-duplicate in train or validation) and `share`; and the findings.
+    Returns the pairs with `group`, `sides`, `labels` and `other` (what differs by the ids); a table by class; the
+    findings.
     """
     table = rows.table.assign(side=rows.splits, unit=rows.groups).set_index("image_id")
     pairs = pairs[pairs["first"].isin(table.index) & pairs["second"].isin(table.index)].reset_index(drop=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from dualrefnet.analysis.gradcam import gradcam, overlay, too_coarse
 from dualrefnet.analysis.opened_run import OpenedRun
 from dualrefnet.analysis.shap import MISSING_FLAGS
-from dualrefnet.data.decode import read_mask
+from dualrefnet.data.images import read_mask
 from dualrefnet.display.figure import (
     FAINT,
     INK,
@@ -31,6 +31,7 @@ from dualrefnet.display.figure import (
     truncate,
 )
 from dualrefnet.models.inference import to_unit
+from dualrefnet.progress import track
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,15 +51,12 @@ class ChosenCase:
 
     @property
     def second(self) -> str:
-        """The second most probable class."""
         return sorted(self.probabilities, key=lambda name: -self.probabilities[name])[1]
 
 
 @dataclass(frozen=True)
 class ShownCase:
-    """A chosen image (S, S, 3) as the model sees it, with Grad-CAM (S, S) by class (none if its maps are too coarse),
-    its mask (S, S), and the (field, value, SHAP value) of the fields that moved the predicted class most.
-    """
+    """A chosen image as the model sees it, its saliency by class (none if too coarse), mask, and top SHAP values."""
 
     chosen: ChosenCase
     image: NDArray[np.uint8]
@@ -70,9 +68,7 @@ class ShownCase:
 def choose_cases(
     predictions: pd.DataFrame, groups: ArrayLike, classes: Sequence[str], each: int = 2
 ) -> list[ChosenCase]:
-    """Choose, of every class, the most confident right and the most confident wrong predictions of predictions.csv,
-    `each` of them where there are so many, and each group (patient) once for each class and kind.
-    """
+    """Choose each class's most confident right and wrong predictions, `each` of both, and each group once for both."""
     columns = [f"prob_{name}" for name in classes]
     table = predictions.assign(group=np.asarray(groups), confidence=predictions[columns].max(axis=1))
     # Ties by id, so that the order of the rows doesn't matter.
@@ -94,17 +90,13 @@ def show_cases(
     label: str | None = None,
     attributions: Mapping[str, list[tuple[str, str, float]]] | None = None,
     masks: Mapping[str, Path] | None = None,
-    progress: Callable[[int, int], None] | None = None,
 ) -> list[ShownCase]:
-    """Compute Grad-CAM of the predicted, the true and the second class of test images, and of `label` if given.
-
-    `attributions`: image id -> what moved the prediction; `masks`: image id -> mask file.
-    """
+    """Compute Grad-CAM of the predicted, the true and the second class of test images, and of `label` if given."""
     examples, shown = opened.image_examples("test"), []
     places = {image_id: row for row, image_id in enumerate(examples.image_ids)}
     paths = opened.dataset.table.set_index("image_id")["image_path"]
     section, coarse = opened.recipe.image, too_coarse(opened)
-    for case in cases:
+    for case in track(cases, "Grad-CAM of the gallery"):
         batch = examples.batch(np.array([places[case.image_id]]))
         images = opened.images(batch)
         assert images is not None
@@ -120,8 +112,6 @@ def show_cases(
         file = (masks or {}).get(case.image_id)
         mask = read_mask(file, Path(paths.loc[case.image_id]), section.size, section.fit) if file else None
         shown.append(ShownCase(case, image, saliency, mask, (attributions or {}).get(case.image_id, [])))
-        if progress:
-            progress(len(shown), len(cases))
     return shown
 
 
@@ -135,9 +125,7 @@ NAME, MAP_NAME, LETTER = 12, 9, 0.042
 
 @styled
 def draw_gallery(cases: Sequence[ShownCase], label: str, name: str, unit: str) -> ReportFigure:
-    """Draw the cases of one class, one a row: image, Grad-CAM of the predicted class, probabilities and attributions;
-    `name` is what the class stands for, or empty, and `unit` of what each is shown once.
-    """
+    """Draw the cases of one class, one a row: image, Grad-CAM of the predicted class, probabilities, attributions."""
     maps = 1 if any(case.saliency for case in cases) else 0
     figure, axes = new_figure(ROW * len(cases), len(cases), 2 + maps, WIDTH, width_ratios=(1.0, *[1.0] * maps, 1.75))
     letters = max(len(truncate(one, NAME)) for case in cases for one, _ in _top(case.chosen))
@@ -183,7 +171,8 @@ def _write_prediction(axis: Axes, case: ShownCase, left: float) -> None:
         axis.text(left + 0.02 + longest * value, place, text, va="center", fontsize=7, color=INK)
         place += 0.15
     place += 0.02
-    for name, given, value in case.attributions:
+    # Half a percentage point is nothing to read.
+    for name, given, value in (one for one in case.attributions if abs(one[2]) >= 0.005):
         text = f"fields missing: {given}" if name == MISSING_FLAGS else f"{name} = {given}"
         sign = "−" if value < 0 else "+"
         for line in textwrap.wrap(f"{sign}{abs(100 * value):.0f}  {text}", LETTERS, subsequent_indent="     "):

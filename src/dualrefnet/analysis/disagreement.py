@@ -23,13 +23,10 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Disagreement:
-    """How two runs predicted the same test images.
+    """How two runs predicted the test images that both have.
 
-    `table`: image_id, label, predicted_a, predicted_b, p_true_a, p_true_b (probability of the true class) and kind (one
-    of `KINDS`), in the order of A. `chosen`: rows of it to be shown, first those that only A gets right, then those
-    that only B does; the largest difference in the probability of the true class first. `difference`: A - B in balanced
-    accuracy, its interval over patients; `per_class`: the same class by class, see `class_differences`. `only_a`,
-    `only_b`: test images of one that the other wasn't tested on, and which are left out.
+    `table` is in the order of A, with the probability of the true class and the kind (of `KINDS`); `chosen` are rows of
+    it to be shown; `difference` is A - B in balanced accuracy; `only_a`, `only_b` count test images of one run alone.
     """
 
     table: pd.DataFrame
@@ -46,20 +43,15 @@ class Disagreement:
 
 
 def find_disagreement(a: Run, b: Run, cases: int = 6, samples: int = 1000, seed: int = 0) -> Disagreement:
-    """Compare what two finished runs predicted for the test images that both have; choose `cases` of each kind.
-
-    RunError: a run isn't finished; they share no test image, or differ in labels, classes or patients.
-    """
-    tested = [_test_predictions(run) for run in (a, b)]
-    columns = [[name for name in map(str, frame.columns) if name.startswith("prob_")] for frame in tested]
-    if set(columns[0]) != set(columns[1]):
+    """Compare what two finished runs predicted for the test images that both have; choose `cases` of each kind."""
+    tested, classes = [run.test.rows for run in (a, b)], list(a.model["classes"])
+    if set(classes) != set(b.model["classes"]):
         raise RunError(f"{a.path} and {b.path} know different classes and can't be compared")
     both = shared_images(*tested)
     labels, patients = both["label"].to_numpy(), both["group"].to_numpy()
     aligned = [frame.set_index("image_id").loc[both["image_id"]] for frame in tested]
-    scores = [frame[columns[0]].to_numpy(dtype=float) for frame in aligned]
+    scores = [frame[[f"prob_{name}" for name in classes]].to_numpy(dtype=float) for frame in aligned]
     predicted = [frame["predicted"].to_numpy() for frame in aligned]
-    classes = [name.removeprefix("prob_") for name in columns[0]]
     truth = np.array([classes.index(label) for label in labels])
     table = pd.DataFrame(
         {
@@ -90,11 +82,7 @@ def find_disagreement(a: Run, b: Run, cases: int = 6, samples: int = 1000, seed:
 
 
 def shared_images(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
-    """Return image_id, label and group of the test images that two runs share, in the order of the first.
-
-    RunError: there is none; an image has another label in the other run, or is grouped with other images; or all are of
-    one patient.
-    """
+    """Return image_id, label and group of the test images that two runs share, in the order of the first."""
     columns = ["image_id", "label", "group"]
     both = a[columns].merge(b[columns], on="image_id", how="inner", suffixes=("", "_b"), validate="one_to_one")
     if both.empty:
@@ -110,17 +98,8 @@ def shared_images(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
     return both[columns]
 
 
-def _test_predictions(run: Run) -> pd.DataFrame:
-    """Return the predictions of the test split with each image's patient as `group`."""
-    predictions = run.predictions
-    rows = predictions[predictions["split"] == "test"].reset_index(drop=True)
-    return rows.assign(group=rows["image_id"].map(run.split.set_index("image_id")["patient_id"]))
-
-
 def _choose_disagreements(table: pd.DataFrame, patients: np.ndarray, cases: int) -> pd.DataFrame:
-    """Choose `cases` rows of each kind of disagreement: classes in turn, the largest differences first, each patient
-    once.
-    """
+    """Choose `cases` rows of each kind: classes in turn, the largest differences first, each patient once."""
     found = table.assign(patient=patients, gap=(table["p_true_a"] - table["p_true_b"]).abs())
     found = found[found["kind"].isin(["only_a_right", "only_b_right"])]
     # Of each patient the one image with the largest difference, of whichever kind: A and B are treated alike.

@@ -15,23 +15,25 @@ and 0.7 of the size .80 are then found, of those at 0.4 .51; PAD-UFES-20 at 192 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from zipfile import BadZipFile
 
 import imagehash
 import numpy as np
 import pandas as pd
+import PIL
 from numpy.typing import NDArray
 from PIL import Image
 
-from dualrefnet.data.decode import decode_image
-from dualrefnet.data.store import map_ahead
-from dualrefnet.errors import ImageError
-from dualrefnet.progress import progress_bar
+import dualrefnet
+from dualrefnet.data.images import decode_image
+from dualrefnet.data.store import default_cache, map_ahead
+from dualrefnet.errors import DualRefNetError, ImageError
+from dualrefnet.files import atomic_path, sha256_of_json
+from dualrefnet.progress import warn
 from dualrefnet.runtime.images import MAX_BYTES
 
 # 16 x 16 low frequencies of a 64 x 64 image.
@@ -77,36 +79,58 @@ def fingerprint(image: NDArray[np.uint8]) -> tuple[NDArray[np.uint64], NDArray[n
     return np.packbits(np.stack(hashes).reshape(ORIENTATIONS, -1), axis=1).view(np.uint64), small
 
 
-def fingerprint_files(table: pd.DataFrame, workers: int | None = None) -> Fingerprints:
-    """Read every image of a table (`image_id`, `image_path`) once, with `workers` threads; None is one a core."""
+def fingerprint_files(table: pd.DataFrame, workers: int | None = None, cache: Path | None = None) -> Fingerprints:
+    """Read every image of a table (`image_id`, `image_path`) once, with `workers` threads; None is one a core.
+
+    Decoding takes nearly all of the time, so fingerprints are kept in the cache, by the SHA-256 of the file's bytes.
+    """
     ids, paths = [str(value) for value in table["image_id"]], list(table["image_path"])
-    kept, unreadable, threads = [], {}, _threads(workers)
-    with closing(map_ahead(_read, paths, threads, 4 * threads)) as results, progress_bar("reading images") as show:
-        for done, (image_id, result) in enumerate(zip(ids, results, strict=True), start=1):
-            if isinstance(result, str):
-                unreadable[image_id] = result
-            else:
-                kept.append((image_id, *result))
-            show(done, len(ids))
-    return Fingerprints(
+    versions = [dualrefnet.__version__, PIL.__version__, imagehash.__version__]
+    file = (cache or default_cache()) / "fingerprints" / f"{sha256_of_json([*versions, *map(str, paths)])}.npz"
+    before = _kept(file)
+    kept, unreadable = [], {}
+    results = map_ahead(partial(_read, before=before), paths, workers, label="reading images")
+    for image_id, result in zip(ids, results, strict=True):
+        if isinstance(result, str):
+            unreadable[image_id] = result
+        else:
+            kept.append((image_id, *result))
+    found = Fingerprints(
         tuple(image_id for image_id, *_ in kept),
         np.array([hashes for _, _, hashes, _ in kept], dtype=np.uint64).reshape(-1, ORIENTATIONS, 4),
         np.array([small for *_, small in kept], dtype=np.uint8).reshape(-1, SMALL_SIDE, SMALL_SIDE),
         tuple(sha256 for _, sha256, _, _ in kept),
         unreadable,
     )
+    if not before.keys() >= set(found.sha256):
+        try:
+            with atomic_path(file) as temporary, temporary.open("wb") as out:
+                np.savez(out, sha256=np.array(found.sha256), hashes=found.hashes, small=found.small)
+        except DualRefNetError as error:
+            warn(f"the next audit reads all images again: {error}")
+    return found
 
 
-def _threads(workers: int | None) -> int:
-    return workers or min(16, os.cpu_count() or 1)
+Fingerprint = tuple[NDArray[np.uint64], NDArray[np.uint8]]
 
 
-def _read(path: str) -> tuple[str, NDArray[np.uint64], NDArray[np.uint8]] | str:
+def _kept(file: Path) -> dict[str, Fingerprint]:
+    """Return the fingerprints of an earlier call, by the hash of the bytes; none if there are none that can be read."""
+    try:
+        with np.load(file) as parts:
+            each = zip(parts["hashes"], parts["small"], strict=True)
+            return dict(zip(parts["sha256"].tolist(), each, strict=True))
+    except (OSError, ValueError, KeyError, BadZipFile):
+        return {}
+
+
+def _read(path: str, before: dict[str, Fingerprint]) -> tuple[str, NDArray[np.uint64], NDArray[np.uint8]] | str:
     """Return the hash of the bytes and the fingerprint, or why the file can't be read."""
     try:
         with Path(path).open("rb") as file:
             data = file.read(MAX_BYTES + 1)
-        return hashlib.sha256(data).hexdigest(), *fingerprint(decode_image(data))
+        digest = hashlib.sha256(data).hexdigest()
+        return digest, *(before.get(digest) or fingerprint(decode_image(data)))
     except OSError as error:
         return str(error.strerror)
     except ImageError as error:
@@ -114,23 +138,18 @@ def _read(path: str) -> tuple[str, NDArray[np.uint64], NDArray[np.uint8]] | str:
 
 
 def near_pairs(fingerprints: Fingerprints, workers: int | None = None) -> pd.DataFrame:
-    """Compare all pairs of images: 25,331 images take about six seconds on two cores, and memory stays flat.
-
-    Return `first`, `second` (image ids), `distance` (bits), `correlation`, `turned` (mirrored or turned); the nearest
-    first. `workers` are threads; None is one a core.
-    """
-    count, small = len(fingerprints.image_ids), fingerprints.small
+    """Compare all pairs of images (25,331 take six seconds on two cores) and return those alike, the nearest first."""
+    small = fingerprints.small
     # (8, 4, N): each word of a hash in one run of memory.
     words = np.ascontiguousarray(fingerprints.hashes.transpose(1, 2, 0))
-    starts, found = range(0, count, BLOCK), []
-    with ThreadPoolExecutor(_threads(workers)) as pool, progress_bar("comparing images") as show:
-        blocks = pool.map(lambda start: list(_candidates(words, start)), starts)
-        for start, candidates in zip(starts, blocks, strict=True):
-            for first, second, orientation, distance in candidates:
-                correlation = _correlation(small[first], orientations(small[second])[orientation])
-                if correlation >= MIN_CORRELATION:
-                    found.append((first, second, distance, correlation, orientation > 0))
-            show(min(start + BLOCK, count), count)
+    starts, found = range(0, len(small), BLOCK), []
+    for candidates in map_ahead(
+        lambda start: list(_candidates(words, start)), starts, workers, label="comparing images"
+    ):
+        for first, second, orientation, distance in candidates:
+            correlation = _correlation(small[first], orientations(small[second])[orientation])
+            if correlation >= MIN_CORRELATION:
+                found.append((first, second, distance, correlation, orientation > 0))
     pairs = pd.DataFrame(found, columns=["first", "second", "distance", "correlation", "turned"])
     # An image that is its own mirror image is found in several orientations.
     pairs = pairs.sort_values(["distance", "first", "second"], kind="stable")

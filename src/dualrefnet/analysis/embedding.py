@@ -20,7 +20,7 @@ from sklearn.metrics import pairwise_distances_chunked, silhouette_samples
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # comes with scikit-learn
 
 from dualrefnet.analysis.disagreement import shared_images
-from dualrefnet.analysis.opened_run import OpenedRun, Progress, in_batches, sample_rows
+from dualrefnet.analysis.opened_run import OpenedRun, in_batches, sample_rows
 from dualrefnet.data.loader import Examples
 from dualrefnet.display.figure import (
     FAINT,
@@ -65,9 +65,7 @@ ROUNDING = 1e-5
 
 @dataclass(frozen=True)
 class Features:
-    """The fused features (N, D) and hidden activations (N, H) of N test images, the same array in a network without a
-    layer between; `groups` are patients or lesions (`unit`).
-    """
+    """The fused features (N, D) and hidden activations (N, H) of N test images; equal where no layer is between."""
 
     name: str
     classes: tuple[str, ...]
@@ -79,7 +77,6 @@ class Features:
     unit: str = "patient"
 
     def vectors(self) -> dict[str, NDArray[np.float32]]:
-        """Return the arrays by the keys of `VECTORS`."""
         return {"fused": self.fused, "hidden": self.hidden}
 
 
@@ -87,10 +84,8 @@ class Features:
 class Embedding:
     """A map of test images, and how well the classes are apart in the vectors that it was made from.
 
-    `table`: image_id, class, vector (of `VECTORS`; the fused one alone where no run has a hidden layer), x, y, run; a
-    sample of the test `images` (in a comparison: of those in both). `separation`: `MEASURES` of the run, and of the
-    other one in a comparison; intervals resample the `unit`, and an image keeps its neighbours in them. `dimensions`:
-    of each vector, without constant ones.
+    In a comparison `separation` holds both runs; intervals resample the `unit`, and an image keeps its neighbours in
+    them.
     """
 
     name: str
@@ -104,12 +99,10 @@ class Embedding:
 
     @property
     def vectors(self) -> list[str]:
-        """Which of `VECTORS` were looked at."""
         return list(self.dimensions)
 
     @property
     def test_images(self) -> int:
-        """Images in the map."""
         return len(self.table) // len(self.dimensions)
 
     def value(self, measure: str, vector: str) -> Estimate:
@@ -137,42 +130,22 @@ class EmbeddingComparison:
         return (self.first if (found.low > 0) != (measure in LESS_IS_BETTER) else self.second).name
 
 
-def embed(
-    opened: OpenedRun,
-    images: int = 2000,
-    samples: int = 1000,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Embedding:
-    """Map at most `images` test images of a run, each class in proportion, and measure how well it separates them.
-
-    Raises:
-        RunError: there are too few images, classes or patients; or the features are constant or not finite.
-    """
+def embed(opened: OpenedRun, images: int = 2000, samples: int = 1000, seed: int = 0) -> Embedding:
+    """Map at most `images` test images of a run, each class in proportion, and measure how well it separates them."""
     examples = opened.examples("test")
     rows = sample_rows(examples.labels, images, seed)
     if examples.folds is not None:
         # Features of different members lie in different spaces: those of one, on the fold that it hasn't seen.
         rows = np.flatnonzero(examples.folds == 0)
         rows = rows[sample_rows(examples.labels[rows], images, seed)]
-    features = _read(opened, opened.run.path.resolve().name, examples, rows, progress)
+    features = _read(opened, opened.run.path.resolve().name, examples, rows)
     return embed_features([features], len(examples), samples, seed)[0]
 
 
 def compare_embeddings(
-    first: OpenedRun,
-    second: OpenedRun,
-    names: tuple[str, str],
-    images: int = 2000,
-    samples: int = 1000,
-    seed: int = 0,
-    progress: Progress | None = None,
+    first: OpenedRun, second: OpenedRun, names: tuple[str, str], images: int = 2000, samples: int = 1000, seed: int = 0
 ) -> EmbeddingComparison:
-    """Map the images that two runs of different names were both tested on, and compare how well they separate the
-    classes.
-
-    RunError: see `embed`; they share no test image, or differ in labels or patients.
-    """
+    """Map the images that two runs were both tested on, and compare how well they separate the classes."""
     runs = (first, second)
     tested = [opened.examples("test") for opened in runs]
     frames = [_frame(opened, examples) for opened, examples in zip(runs, tested, strict=True)]
@@ -186,21 +159,14 @@ def compare_embeddings(
     codes = np.array([first.classes.index(label) for label in both["label"]])
     chosen = both["image_id"].to_numpy()[sample_rows(codes, images, seed)]
     features = []
-    for place, (opened, name, examples) in enumerate(zip(runs, names, tested, strict=True)):
+    for opened, name, examples in zip(runs, names, tested, strict=True):
         rows = pd.Index(examples.image_ids).get_indexer(pd.Index(chosen))
-
-        def show(done: int, images: int, before: int = place * len(chosen)) -> None:
-            if progress is not None:
-                progress(before + done, 2 * images)
-
-        features.append(_read(opened, name, examples, rows, show))
+        features.append(_read(opened, name, examples, rows))
     return EmbeddingComparison(*embed_features(features, len(both), samples, seed))
 
 
 def embed_features(runs: Sequence[Features], images: int, samples: int = 1000, seed: int = 0) -> list[Embedding]:
-    """Map and measure the vectors of a sample of `images`; several runs of other names on the same images with the same
-    resamples.
-    """
+    """Map and measure the vectors of a sample of `images`; several runs on the same images and resamples."""
     labels, groups = runs[0].labels, runs[0].groups
     counts = np.unique(labels, return_counts=True)[1]
     if len(labels) < FEWEST or len(counts) < 2 or counts.max() < 2 or len(set(groups)) < 2:
@@ -233,14 +199,12 @@ def _frame(opened: OpenedRun, examples: Examples) -> pd.DataFrame:
 
 
 @torch.inference_mode()
-def _read(
-    opened: OpenedRun, name: str, examples: Examples, rows: NDArray[np.int64], progress: Progress | None
-) -> Features:
+def _read(opened: OpenedRun, name: str, examples: Examples, rows: NDArray[np.int64]) -> Features:
     """Run the model over rows of examples and keep what it classifies."""
     fused, hidden = [], []
-    for some in in_batches(rows, opened.recipe.evaluation.batch_size, progress):
-        batch = examples.batch(some)
-        output = opened.model(opened.encode(batch), batch.metadata.to(opened.device))
+    for some in in_batches(rows, opened.recipe.evaluation.batch_size, f"features of {name}"):
+        metadata = torch.from_numpy(examples.metadata[some]).to(opened.device)
+        output = opened.model(opened.encode_rows(examples, some), metadata)
         fused.append(output.features.float().cpu().numpy())
         hidden.append(output.hidden.float().cpu().numpy())
     chosen = _frame(opened, examples).iloc[rows]
@@ -277,12 +241,9 @@ def measure_separation(
 ) -> PooledBootstrap:
     """Measure how well the classes are apart in spaces (name -> (N, D)), each with the same resamples of patients.
 
-    The silhouette (Rousseeuw 1987) of an image says whether it is nearer to its own class than to the nearest other
-    one, from -1 to 1, by the mean Euclidean distance; that of a class's only image is 0. The variance within classes is
-    the mean squared distance to the mean of the class, as a share of that to the mean of all. These and
-    `neighbours_right` are computed once for every image, and the intervals resample these numbers by patient: an image
-    keeps its neighbours.
-    Return `MEASURES` of every space; a class of which no image was drawn is left out of that sample.
+    The silhouette (Rousseeuw 1987) lies in -1..1, 0 for a class's only image. The variance within classes is a share of
+    that about the mean of all. Both and `neighbours_right` are computed once an image, and intervals resample these
+    numbers.
     """
     codes = group_codes(groups)
     patients, classes = int(codes.max()) + 1, int(labels.max()) + 1
@@ -311,9 +272,7 @@ def measure_separation(
 
 
 def _squared_distances(space: Floats, labels: NDArray[np.int64]) -> Floats:
-    """Return (N,): the squared distance to the mean of the own class, divided by the mean of those to the mean of all
-    images.
-    """
+    """Return (N,): squared distance to the mean of the own class, over the mean of those to the mean of all."""
     centres = np.stack(
         [
             space[labels == label].mean(axis=0) if (labels == label).any() else np.zeros(space.shape[1])
@@ -326,9 +285,7 @@ def _squared_distances(space: Floats, labels: NDArray[np.int64]) -> Floats:
 
 
 def _measure(sums: list[Floats], weights: Floats) -> dict[str, Floats]:
-    """Return every measure of resamples (S, G), (S,) each, from counts, silhouettes, squared distances and right
-    neighbours, (G, C).
-    """
+    """Return every measure of resamples (S, G), from counts, silhouettes, distances, right neighbours, (G, C)."""
     counts, silhouettes, distances, right = (weights @ part for part in sums)
 
     def over_classes(totals: Floats) -> Floats:
@@ -345,9 +302,7 @@ def _measure(sums: list[Floats], weights: Floats) -> dict[str, Floats]:
 
 
 def neighbours_right(points: Floats, labels: NDArray[np.int64], groups: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return (N,) whether most of an image's nearest images from other patients have its class; of a tie the nearest
-    counts.
-    """
+    """Return (N,) whether most of the nearest images of other patients have the image's class; ties: the nearest."""
     count = min(NEIGHBOURS, len(points) - 1)
 
     def vote(distances: Floats, start: int) -> NDArray[np.bool_]:
@@ -376,9 +331,7 @@ _KNN = "knn_balanced_accuracy"
 
 @styled
 def draw_embedding(a: Embedding, b: Embedding | None = None) -> ReportFigure:
-    """Draw the maps of a run's test images, or of two runs' on the same images one above the other: a column for each
-    vector.
-    """
+    """Draw the maps of a run's test images, or of two runs' one above the other, a column for each vector."""
     maps = [a] if b is None else [a, b]
     vectors = a.vectors
     shown = [name for name in a.classes if (a.table["class"] == name).any()]
@@ -475,7 +428,6 @@ def draw_separation(comparison: EmbeddingComparison) -> ReportFigure:
 
 
 def separation_table(comparison: EmbeddingComparison) -> PrintedTable:
-    """Return the measures of two runs and their differences."""
     runs = (comparison.first, comparison.second)
     rows = []
     for vector in runs[0].vectors:

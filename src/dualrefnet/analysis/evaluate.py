@@ -42,7 +42,7 @@ from dualrefnet.evaluation.calibration import (
 from dualrefnet.evaluation.comparison import metrics_with_intervals, pooled_bootstrap
 from dualrefnet.evaluation.metrics import HEADLINE_MEASURES, compute_metrics, no_metrics
 from dualrefnet.files import write_csv, write_json
-from dualrefnet.progress import progress_bar, track
+from dualrefnet.progress import track
 from dualrefnet.run import Run
 from dualrefnet.runtime.availability import (
     ALWAYS_RECORDED,
@@ -72,7 +72,6 @@ class InputPredictions:
 
     @property
     def draws(self) -> int:
-        """D."""
         return len(self.probabilities)
 
     def of(self, rows: NDArray[np.bool_]) -> InputPredictions:
@@ -108,9 +107,7 @@ class SplitPredictions(NamedTuple):
 
 
 def predict_split(opened: OpenedRun, split: str, examples: Examples, effects: bool) -> SplitPredictions:
-    """Predict the examples of a split (`val` or `test`) as recorded and with less, and measure the effects of fields,
-    if asked to; every image is encoded once.
-    """
+    """Predict a split as recorded and with less; `effects`: also with each field left out."""
     rows, encoder = opened.rows(split), opened.metadata
     recorded = encoder.encode(rows)
     inputs = _inputs(opened, rows, recorded)
@@ -118,9 +115,8 @@ def predict_split(opened: OpenedRun, split: str, examples: Examples, effects: bo
     without = [encoder.encode(without_fields(rows, [field.name])).values for field in left_out]
     beside = [one for one in inputs if one.image or not opened.model.reads_image]
     alone = [one for one in inputs if opened.model.reads_image and not one.image]
-    with progress_bar(f"predicting {split}") as show:
-        versions = [*(one.metadata.values for one in beside), *without]
-        predicted, vectors = predict_with_metadata(opened, examples, versions, show)
+    versions = [*(one.metadata.values for one in beside), *without]
+    predicted, vectors = predict_with_metadata(opened, examples, versions, f"predicting {split}")
     predicted_alone = predict_without_image(opened, examples, [one.metadata.values for one in alone])
     field_effects = {}
     for index, (field, probabilities) in enumerate(zip(left_out, predicted[len(beside) :], strict=True)):
@@ -171,10 +167,9 @@ def draw_present(
     group: Availability,
     generator: np.random.Generator,
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Draw for each case which of its recorded fields, (N, F), are left, so that it belongs to a group.
+    """Draw which recorded fields (N, F) are left, so that each case belongs to a group; and (N,) which cases can.
 
-    `patterns`, (F,) each, are fields that are known together somewhere. Return (N, F) what is left, and (N,) whether
-    the case has enough recorded fields for the group; what is left of the others is nothing.
+    `patterns`, (F,) each, are fields that are known together somewhere.
     """
     count, fields = recorded.shape
     amounts = np.arange(fields + 1)
@@ -204,17 +199,10 @@ def measure_availability(
     bootstrap: Bootstrap,
     by_fold: CalibrationByFold = (),
 ) -> dict[str, Any]:
-    """Measure a calibrated run's test split by what is given. Intervals are 95%, over patients, given the calibration.
+    """Measure a calibrated run's test split by what is given; intervals are given the calibration.
 
-    Inputs, labels (N,) and resamples are of the test split; for `by_fold` see `measure_calibrated`.
-
-    Returns:
-        `inputs`: named input -> measures; `groups`: of each group of availability its `name`, `group`, `temperature`,
-            `referral_threshold`, `remarks` and measures. The measures are `images`, `fields` (mean share with a value),
-            `balanced_accuracy`, `auc_macro_ovr`, `malignant_auc`; by the thresholds of each input's group `coverage`
-            and `mean_size` of the sets, `cancers_referred` and `benign_referred`; and, at the temperature and threshold
-            of the inputs as recorded, `mean_malignancy` over all cases and `cancers_at_recorded_threshold`: what a
-            missingness shortcut takes away.
+    At the temperature and threshold of the inputs as recorded, `mean_malignancy` over all cases and
+    `cancers_at_recorded_threshold` show what a missingness shortcut takes away.
     """
     measured = {
         name: _measure(by_fold or [(np.ones(len(labels), dtype=bool), calibration)], inputs[name], labels, bootstrap)
@@ -283,8 +271,7 @@ def evaluate_run(
     """Predict validation and test, write `predictions.csv`, `calibration.json` and `metrics.json`, return the metrics.
 
     The calibration is fitted on the validation split alone; of a cross-fitted run on all out-of-fold predictions, and
-    each fold is measured with one that was fitted on the others. `aggregate` (`lesion` or `patient`): the metrics also
-    of those, see `measure_aggregated`. Other arguments and errors are those of `open_run`.
+    each fold is measured with one that was fitted on the others.
     """
     opened = open_run(run, root, dataset, cache, device)
     recipe, schema = opened.recipe, opened.dataset.schema
@@ -303,15 +290,13 @@ def evaluate_run(
         probabilities = predicted[split].inputs[AS_RECORDED].probabilities[0]
         tables.append(prediction_table(examples.image_ids, split, examples.labels, probabilities, classes))
         arrays[split] = (examples.labels, probabilities, Bootstrap(patients, wanted.bootstrap, seed))
-        with progress_bar("bootstrap") as show:
-            bootstrap = Bootstrap(patients, wanted.bootstrap, seed, progress=show)
-            measured[split] = metrics_with_intervals(examples.labels, probabilities, bootstrap, classes, malignant)
+        bootstrap = Bootstrap(patients, wanted.bootstrap, seed, label="bootstrap")
+        measured[split] = metrics_with_intervals(examples.labels, probabilities, bootstrap, classes, malignant)
     write_csv(run.path / "predictions.csv", pd.concat(tables, ignore_index=True))
     validation, test = predicted[fitted_on], predicted[measured_on]
     labels, probabilities, resampled = arrays[measured_on]
 
     def fit(rows: NDArray[np.bool_], samples: int) -> Calibration:
-        """Fit on some rows of the split that isn't trained on."""
         truth, scores, bootstrap = arrays[fitted_on]
         targets = wanted.coverage, wanted.referral_sensitivity
         thresholds = []
@@ -372,9 +357,7 @@ def measure_folds(
     classes: Sequence[str],
     malignant: Sequence[str],
 ) -> dict[str, Any]:
-    """Return the headline measures of each fold (N,), with mean and standard deviation over the folds where a measure
-    is defined; None: in none of them, or in one alone.
-    """
+    """Return the headline measures of each fold (N,), with mean and standard deviation over those where defined."""
     each = [
         compute_metrics(labels[folds == one], probabilities[folds == one], classes, malignant)
         for one in np.unique(folds)
@@ -405,14 +388,7 @@ def measure_aggregated(
 ) -> dict[str, Any]:
     """Measure lesions or patients instead of images: each counts once, with the mean of its images' probabilities.
 
-    `rows` of the lesion table, `labels` (N,), `probabilities` (N, C) and `bootstrap` are of the same images. One whose
-    images have different labels is left out, and an image without an id counts alone.
-
-    Returns:
-        As `metrics_with_intervals`, and `by`, `images` and `left_out`, the number of lesions or patients.
-
-    Raises:
-        DataError: no row names a lesion or patient, or less than two groups are left.
+    One whose images have different labels is left out, and an image without an id counts alone.
     """
     refuse_unnamed(by, rows)
     named = rows[f"{by}_id"].notna().to_numpy()

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dualrefnet.analysis.opened_run import OpenedRun, Progress, in_batches, sample_rows
-from dualrefnet.data.decode import find_masks, read_mask
+from dualrefnet.analysis.opened_run import OpenedRun, in_batches, sample_rows
+from dualrefnet.data.images import find_masks, read_mask
 from dualrefnet.data.loader import Examples
 from dualrefnet.display.figure import (
     COLOURS,
@@ -72,11 +72,9 @@ _TIE = 1e-6
 
 
 class SaliencyMaps(NamedTuple):
-    """Grad-CAM of a batch, not negative.
+    """Grad-CAM of a batch: `saliency` (B, S, S), and each encoder's map (B, h, w) before it was enlarged.
 
-    `saliency` (B, S, S) is as large as the images. Of one encoder it is in units of the class's score; of several it is
-    the mean over the encoders of saliency / its maximum, in 0..1. Zero everywhere: nothing in the image speaks for the
-    class. `maps`: of each encoder (B, h, w), before it was enlarged.
+    Of one encoder it is in units of the class's score; of several the mean of saliency / its maximum, in 0..1.
     """
 
     saliency: Tensor
@@ -84,12 +82,7 @@ class SaliencyMaps(NamedTuple):
 
 
 def gradcam(model: Method, images: Tensor, metadata: Tensor, targets: Tensor) -> SaliencyMaps:
-    """Return where images (B, 3, S, S), normalised for the first encoder, with metadata (B, M) speak for `targets`
-    (B,).
-
-    The model computes as in evaluation and is left as it was: modes, hooks, `requires_grad`, and no gradient on a
-    parameter. RunError: the method reads no image.
-    """
+    """Return where images (B, 3, S, S) with metadata (B, M) speak for `targets` (B,); the model is left as it was."""
     if not model.reads_image:
         raise RunError(f"{model.title} reads no image, so there is no Grad-CAM of it")
     # Where an encoder does nothing at all, its map is the image itself, and captum would mark the caller's tensor.
@@ -122,15 +115,12 @@ def map_sides(opened: OpenedRun) -> tuple[int, ...]:
 
 
 def too_coarse(opened: OpenedRun) -> bool:
-    """Whether the maps have too few places to show where the model looks."""
     return min(map_sides(opened)) < FEWEST_PLACES
 
 
 @contextmanager
 def _frozen_evaluation(model: Method) -> Iterator[None]:
-    """Evaluate a model with no parameter that asks for a gradient: captum asks for that of the layer alone, and nothing
-    before the layer has to be kept.
-    """
+    """Evaluate a model whose parameters ask for no gradient: captum asks for that of the layer alone."""
     modes = [(module, module.training) for module in model.modules()]
     # A map is that of the image as it is, not of its flipped copies.
     views = [(module, module.views) for module in model.modules() if isinstance(module, Method)]
@@ -174,11 +164,8 @@ def _target_layer(encoder: Encoder, side: int) -> Iterator[nn.Module]:
 class Localisation:
     """How much of the saliency lies in lesions, beside a centred Gaussian that looks at no image.
 
-    `table` has one row an image: image_id, label, predicted; energy (NaN if there is no saliency) and pointing of
-    Grad-CAM; energy_baseline and pointing_baseline of the Gaussian; area, the lesion's share of the image. `summary`
-    has one row a measure and class (first `ALL_IMAGES`) with means over the same images: value of Grad-CAM, baseline of
-    the Gaussian, difference of the two, area for uniform saliency, each with low and high (NaN if fewer than two
-    patients are behind it); images, patients.
+    `table` has a row an image (energy is NaN without saliency), `summary` one a measure and class with means over the
+    same images: Grad-CAM, the Gaussian, their difference, and the lesion's area (uniform saliency).
     """
 
     table: pd.DataFrame
@@ -197,18 +184,9 @@ class Localisation:
 
 
 def localise(
-    opened: OpenedRun,
-    masks: Path | None = None,
-    images: int = 500,
-    samples: int = 1000,
-    seed: int = 0,
-    progress: Progress | None = None,
+    opened: OpenedRun, masks: Path | None = None, images: int = 500, samples: int = 1000, seed: int = 0
 ) -> Localisation:
-    """Measure where Grad-CAM of the predicted class looks on at most `images` test images that have a mask.
-
-    `masks` is a folder of `<image id>.png`; None: `masks` in the data set's folder. DataError: there are no masks, or
-    none of the test images has one that marks a lesion.
-    """
+    """Measure where Grad-CAM of the predicted class looks on at most `images` test images that have a mask."""
     if not opened.model.reads_image:
         raise RunError(f"{opened.model.title} reads no image, so there is nothing to localise")
     files = find_masks(opened.dataset.root, masks)
@@ -219,7 +197,7 @@ def localise(
     chosen = masked[sample_rows(examples.labels[masked], images, seed)]
     section, paths = opened.recipe.image, opened.rows("test")["image_path"]
     parts: list[pd.DataFrame] = []
-    for rows in in_batches(chosen, BATCH, progress):
+    for rows in in_batches(chosen, BATCH, "Grad-CAM and masks"):
         masks_of = {
             row: read_mask(files[examples.image_ids[row]], Path(paths.iloc[row]), section.size, section.fit)
             for row in rows
@@ -252,11 +230,7 @@ def energy_inside(saliency: Floats, masks: NDArray[np.bool_]) -> Floats:
 
 
 def pointing_game(saliency: Floats, masks: NDArray[np.bool_]) -> Floats:
-    """Return (B,) 1 where the maximum of the saliency (B, S, S) lies in the mask (B, S, S), 0 where not or without
-    saliency.
-
-    Of several maxima the share in the mask counts, so that uniform saliency scores the lesion's share of the image.
-    """
+    """Return (B,) 1 where the maximum of the saliency lies in the mask; of several maxima the share that does."""
     largest = saliency.max(axis=(1, 2), keepdims=True)
     maxima = (saliency >= largest * (1 - _TIE)) & (largest > 0)
     hits = (maxima & masks).sum(axis=(1, 2)).astype(np.float64)
@@ -273,10 +247,7 @@ def centred_gaussian(side: int) -> Floats:
 def summarise(
     table: pd.DataFrame, patients: NDArray[np.object_], classes: tuple[str, ...], samples: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
-    """Return `Localisation.summary` of `Localisation.table`: percentile intervals from a bootstrap over patients.
-
-    A class without an image gets no row; a resample without any image of a class is left out for that class.
-    """
+    """Return `Localisation.summary` of its `table`; a resample without any image of a class is left out for it."""
     rows: list[dict[str, object]] = []
     for name in (ALL_IMAGES, *(name for name in classes if (table["label"] == name).any())):
         of_class = np.ones(len(table), dtype=bool) if name == ALL_IMAGES else (table["label"] == name).to_numpy()
@@ -341,11 +312,7 @@ def overlay(image: NDArray[np.uint8], saliency: NDArray[Any]) -> NDArray[np.uint
 
 @styled
 def draw_gradcam(cases: Sequence[ShownCase], choice: str, label: str | None = None, encoders: int = 1) -> ReportFigure:
-    """Draw images, one a row, beside the saliency of the predicted and of another class.
-
-    `choice` is one sentence that says how they were chosen; `label` the class of the last column (None: the true class,
-    or the second likeliest where the prediction is right).
-    """
+    """Draw images, one a row, beside the saliency of the predicted and of another class (`label`, or the true one)."""
     rows = len(cases)
     figure, axes = new_figure(rows * (WIDTH / 3 + 0.3) + 0.6, rows, 3)
     drawn: list[dict[str, Any]] = []

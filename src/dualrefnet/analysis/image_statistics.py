@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from functools import partial
-from os import cpu_count
 
 import cv2
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dualrefnet.data.decode import decode_image
+from dualrefnet.data.images import decode_image
 from dualrefnet.data.protocols import split_counts
 from dualrefnet.data.store import map_ahead
 from dualrefnet.display.figure import COLOURS, INK, ReportFigure, new_figure, styled
@@ -29,30 +27,17 @@ SIDE = 256
 
 
 def colour_statistics(image: NDArray[np.uint8]) -> tuple[float, float]:
-    """Return brightness and colour cast of (H, W, 3) RGB: mean L* (0 to 100), and the distance of the mean colour from
-    grey, sqrt(mean a*^2 + mean b*^2), both in CIE LAB.
-    """
+    """Return brightness (mean L*, 0 to 100) and colour cast (chroma of the mean colour, CIE LAB) of (H, W, 3) RGB."""
     lab = cv2.cvtColor(to_square(image, SIDE, "squash").astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
     lightness, a, b = lab.reshape(-1, 3).mean(axis=0, dtype=np.float64)
     return float(lightness), float(np.hypot(a, b))
 
 
-def measure_images(
-    table: pd.DataFrame,
-    settings: ImageSection,
-    workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> pd.DataFrame:
-    """Return image_id, class, stage, brightness, cast: a row for each readable image of a lesion table and each step of
-    `STAGES` that the settings have.
-    """
-    rows, threads = [], workers or min(16, cpu_count() or 1)
+def measure_images(table: pd.DataFrame, settings: ImageSection, workers: int | None = None) -> pd.DataFrame:
+    """Return image_id, class, stage, brightness and cast of each readable image and step of `STAGES`."""
     images = list(zip(table["image_id"], table["label"], table["image_path"], strict=True))
-    with closing(map_ahead(partial(_measure, settings=settings), images, threads, 4 * threads)) as results:
-        for done, found in enumerate(results, start=1):
-            rows += found
-            if progress is not None:
-                progress(done, len(images))
+    found = map_ahead(partial(_measure, settings=settings), images, workers, label="brightness and colour")
+    rows = [row for image in found for row in image]
     if not rows:
         raise DataError("no image can be read, so brightness and colour cast can't be measured")
     return pd.DataFrame(rows, columns=["image_id", "class", "stage", *MEASURES])

@@ -72,7 +72,6 @@ class AuditedRows:
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
-        """The classes that have a row."""
         return tuple(label for label in self.schema.classes if (self.table["label"] == label).any())
 
     @cached_property
@@ -83,17 +82,14 @@ class AuditedRows:
 
     @cached_property
     def labels(self) -> Integers:
-        """(N,) indices into `classes`."""
         return pd.Index(self.classes).get_indexer(pd.Index(self.table["label"])).astype(np.int64)
 
     @cached_property
     def is_malignant(self) -> Mask:
-        """(N,)."""
         return np.asarray(self.table["label"].isin(self.malignant))
 
     @cached_property
     def bootstrap(self) -> Bootstrap:
-        """Resamples of the patients."""
         return Bootstrap(self.groups, self.samples, SEED)
 
     @property
@@ -153,10 +149,7 @@ def _estimate(values: Floats, bootstrap: Bootstrap) -> Estimate:
 
 
 def _image_and_group_folds(learner: Any, features: Floats, rows: AuditedRows) -> list[Estimate]:
-    """Return the balanced accuracy in folds of images, in folds of patients, and the paired difference.
-
-    A model that recognises patients by their metadata is better in folds of images.
-    """
+    """Return the balanced accuracy in folds of images, in folds of patients, and the paired difference."""
     images, grouped = (
         balanced_accuracy(
             rows.labels,
@@ -194,7 +187,6 @@ class Block:
 
     @property
     def name(self) -> str:
-        """What it is called in tables."""
         shown = ", ".join(self.fields[:2]) + (f" and {len(self.fields) - 2} more" if len(self.fields) > 2 else "")
         return f"{shown} = {self.code}" if self.code else f"{shown} empty"
 
@@ -221,12 +213,7 @@ def find_blocks(rows: AuditedRows) -> list[Block]:
 
 
 def missingness(rows: AuditedRows) -> tuple[pd.DataFrame, pd.DataFrame, list[Finding]]:
-    """Measure which fields are missing together, for which classes, and what missingness alone predicts.
-
-    Return a table of blocks: `block`, `rows`, `share`, one column a class (the share of its rows), `malignant_missing`,
-    `malignant_present` (share of cancers among the rows with and without); a table of models: `mask` (a block, `all
-    empty cells`, `all`), `rows`, and `MEASURES`, each with `_low` and `_high`; and the findings.
-    """
+    """Return which fields are missing together (by class), what missingness alone predicts, and the findings."""
     blocks = find_blocks(rows)
     if not blocks:
         message = "no metadata cell is missing" if rows.schema.fields else "there is no metadata"
@@ -321,12 +308,7 @@ FREE_TEXT = 200
 
 
 def label_leaking_columns(rows: AuditedRows) -> tuple[pd.DataFrame, list[Finding]]:
-    """Measure how well every metadata field and every other published column alone predicts the class.
-
-    Return a table `column`, `feature` (whether models see it), `rows` (recorded), `MEASURES` with `_low` and `_high`,
-    `settles` (how many rows hold a value that determines malignancy or class) and `verdict`, the strongest first; and a
-    finding for each column that isn't PASS, and one for the rest.
-    """
+    """Measure how well every metadata field and every other published column alone predicts the class."""
     fields = [(field.name, rows.table[field.name], True) for field in rows.schema.fields]
     examined, findings = [], []
     for name, column, feature in [*fields, *((str(name), rows.others[name], False) for name in rows.others.columns)]:
@@ -392,10 +374,7 @@ def _examine(
 
 
 def _determining_values(values: pd.Series, known: AuditedRows, at_least: float) -> tuple[list[str], int]:
-    """Return the values that always or never go with cancer, or always with one class, where chance can't explain it.
-
-    Patients are counted, not rows: images of one patient share the value and often the class.
-    """
+    """Return the values that settle malignancy or class where chance can't explain it; counted by patient."""
     cancer, labels = known.table["label"].isin(known.schema.malignant).to_numpy(), known.labels
     # How the class is distributed where the column is recorded: what an uninformative value would show.
     share = float(cancer.mean())
@@ -437,10 +416,7 @@ def group_folds(unit: str) -> str:
 
 
 def encoded_metadata(rows: AuditedRows, tier: str) -> Floats:
-    """Return the literature's zero-filled columns, (N, M): UNK a category of its own, numbers as they are.
-
-    Nothing is learned from the rows but the categories that the schema doesn't name.
-    """
+    """Return the literature's zero-filled columns, (N, M): UNK a category of its own, numbers as they are."""
     section = MetadataSection.model_validate(
         {"tier": tier, "imputation": "zero", "unknown": "level", "scale": "raw", "merge_aliases": False}
     )
@@ -448,7 +424,6 @@ def encoded_metadata(rows: AuditedRows, tier: str) -> Floats:
 
 
 def feature_sets(rows: AuditedRows) -> dict[str, Floats]:
-    """Return the sets of columns that the data set has, each (N, M)."""
     sets: dict[str, Floats] = {}
     empty = [block.mask for block in find_blocks(rows) if not block.code]
     if any(field.tier == "M1" for field in rows.schema.fields):
@@ -472,11 +447,7 @@ NEAREST = make_pipeline(StandardScaler(), KNeighborsClassifier(1))
 def metadata_alone(rows: AuditedRows, forests: bool) -> tuple[pd.DataFrame, list[Finding]]:
     """Measure what models predict without the image: every learner on every set of columns, in four ways.
 
-    Random `forests` need most of the time.
-
-    Returns:
-        Table `features`, `learner`, `measured`, `balanced_accuracy`, `low`, `high`, and `patients_recognised` (folds of
-        images minus folds of patients, in the rows of the former) with `_low` and `_high`. And a finding.
+    `patients_recognised` is folds of images minus folds of patients, in the rows of the former.
     """
     sets, grouped = feature_sets(rows), group_folds(rows.schema.unit)
     named = rows.schema.unit != "image"
@@ -545,10 +516,7 @@ def _alone_finding(measured: list[dict[str, Any]], rows: AuditedRows) -> Finding
 
 
 def reidentification(rows: AuditedRows) -> tuple[pd.DataFrame, list[Finding]]:
-    """Measure how often the nearest metadata, as a vector of standardised columns, are of the same patient.
-
-    Return a table `question`, `value`, `low`, `high` (NaN where there is no interval), and the findings.
-    """
+    """Measure how often the nearest metadata, as a vector of standardised columns, are of the same patient."""
     if not rows.schema.fields:
         return pd.DataFrame(), [Finding("PASS", "reidentification", "there is no metadata")]
     if rows.schema.unit == "image":

@@ -15,19 +15,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dualrefnet.analysis.opened_run import OpenedRun
-from dualrefnet.analysis.perturbations import (
-    Floats,
-    keep_fields,
-    predict_with_metadata,
-    predict_without_image,
-)
+from dualrefnet.analysis.perturbations import Floats, keep_fields, predict_with_metadata, predict_without_image
 from dualrefnet.data.schema import DatasetSchema
 from dualrefnet.display.figure import COLOURS, INK, MARKERS, ReportFigure, label_rows, new_figure, styled
 from dualrefnet.display.format import MEASURE_NAMES, Cell, PrintedTable, interval, number
 from dualrefnet.errors import DataError
 from dualrefnet.evaluation.bootstrap import Bootstrap, images_of, percentile_interval
 from dualrefnet.evaluation.comparison import PooledBootstrap, pooled_bootstrap
-from dualrefnet.progress import progress_bar
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 MEASURES = ("balanced_accuracy", "auc_macro_ovr")
@@ -55,11 +49,7 @@ class Pattern:
 
 
 def find_patterns(rows: pd.DataFrame, schema: DatasetSchema) -> list[Pattern]:
-    """Return patterns of missing fields, from all fields to none.
-
-    These are: nothing missing; what 1% of the training `rows` or more miss; all but the fields of tier M1; all but
-    those that make subgroups (age, sex and so on); everything missing. Patterns that remove the same fields are one.
-    """
+    """Return patterns of missing fields, from all to none: those of 1% of the training rows, and some named ones."""
     names = [field.name for field in schema.fields]
     missing = rows[names].isna()
     found: dict[tuple[str, ...], Pattern] = {(): Pattern(ALL_FIELDS, (), float((~missing.any(axis=1)).mean()))}
@@ -94,13 +84,10 @@ def _list_missing(removed: tuple[str, ...], named: int = NAMED) -> str:
 
 @dataclass(frozen=True)
 class MissingMetadata:
-    """How a run does with missing metadata.
+    """How a run does with missing metadata: `curve` by the share of values kept, `patterns` by fields removed.
 
-    `curve` has a row an input (`photograph`: `with image`, `without image`), share and measure: photograph, share (of
-    the recorded values that were kept), answers_kept (on average), draws, measure, value (mean over draws), low, high;
-    difference, difference_low, difference_high from all fields with the same input. `patterns` has a row an input,
-    pattern and measure: photograph, pattern (its name), removed (the fields, with `; ` between), training_share (see
-    `Pattern`), answers_kept, measure, value and so on.
+    Both have a row an input (`photograph`: `with image`, `without image`) and measure, with the difference from all
+    fields.
     """
 
     name: str
@@ -120,17 +107,7 @@ class MissingMetadata:
 def measure_missing_metadata(
     opened: OpenedRun, draws: int = 5, samples: int = 1000, seed: int = 0, name: str | None = None
 ) -> MissingMetadata:
-    """Measure a trained run on its test split with fewer and fewer fields, with and without the image.
-
-    Of a single-modality method only what it reads is removed.
-
-    Args:
-        opened: the run.
-        draws: random choices for each share between 0 and 1, at least 1 (else ValueError).
-        samples: bootstrap samples, drawn over patients.
-        seed: of choices and bootstrap.
-        name: of the run; None: its method's.
-    """
+    """Measure a trained run on its test split with fewer and fewer fields, with and without the image."""
     if draws < 1:
         raise ValueError(f"draws must be at least 1, not {draws}")
     rows, groups, schema = opened.rows("test"), opened.patients("test"), opened.dataset.schema
@@ -146,8 +123,8 @@ def measure_missing_metadata(
     kept |= {_input(removed=pattern.fields): [recorded & ~np.isin(names, pattern.removed)] for pattern in patterns}
     predictions = _predict(opened, rows, kept)
     labels = pd.Index(opened.classes).get_indexer(pd.Index(rows["label"]))
-    with progress_bar("intervals") as show:
-        full = pooled_bootstrap(labels, predictions, Bootstrap(groups, samples, seed, LEVEL, show), opened.classes)
+    resamples = Bootstrap(groups, samples, seed, LEVEL, "intervals")
+    full = pooled_bootstrap(labels, predictions, resamples, opened.classes)
     # Only the measures that are looked at are kept in memory for comparisons.
     bootstrap = replace(full, points=_slim(full.points), drawn=_slim(full.drawn))
     counts = {key: float(np.mean([part.sum(axis=1).mean() for part in parts])) for key, parts in kept.items()}
@@ -186,9 +163,7 @@ def _input(share: float = 1, removed: str = "") -> str:
 
 
 def draw_orders(opened: OpenedRun, draws: int, seed: int) -> NDArray[np.float64]:
-    """Draw in which order each row of the data set loses its values, the same for every run: (draws, N, F + 1) in 0..1;
-    the last number says how a part of a value is rounded.
-    """
+    """Draw in which order each row loses its values, (draws, N, F + 1) in 0..1, the same for every run."""
     table = opened.dataset.table
     numbers = np.random.default_rng(seed).random((draws, len(table), len(opened.dataset.schema.fields) + 1))
     places = pd.Index(table["image_id"]).get_indexer(pd.Index(opened.rows("test")["image_id"]))
@@ -196,10 +171,10 @@ def draw_orders(opened: OpenedRun, draws: int, seed: int) -> NDArray[np.float64]
 
 
 def keep_share(recorded: NDArray[np.bool_], order: NDArray[np.float64], share: float) -> NDArray[np.bool_]:
-    """Return which of the recorded values, (N, F), are kept; a larger share keeps those of a smaller one.
+    """Return which recorded values (N, F) are kept; a larger share keeps those of a smaller one.
 
-    Of `order`, (N, F + 1), see `draw_orders`: of each row the values with the smallest numbers are kept longest, and
-    the last number rounds: half a value is one for half of the rows, so that on average exactly the share is kept.
+    Of `order` (N, F + 1) the last number rounds: half a value is one for half of the rows, so that on average exactly
+    the share is kept.
     """
     rank = np.where(recorded, order[:, :-1], np.inf).argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
     wanted = np.floor(share * recorded.sum(axis=1) + order[:, -1])
@@ -218,11 +193,10 @@ def _predict(
         versions = [
             opened.metadata.encode(keep_fields(rows, names, part)).values for parts in kept.values() for part in parts
         ]
-        with progress_bar("predicting without image") as show:
-            found[WITHOUT_IMAGE] = predict_without_image(opened, examples, versions, show)
+        found[WITHOUT_IMAGE] = predict_without_image(opened, examples, versions, "predicting without image")
     if opened.model.reads_image:
-        with progress_bar("predicting with fewer fields") as show:
-            found[WITH_IMAGE] = predict_with_metadata(opened, examples, versions, show).probabilities
+        predicted = predict_with_metadata(opened, examples, versions, "predicting with fewer fields")
+        found[WITH_IMAGE] = predicted.probabilities
     result = {}
     for image, given in found.items():
         remaining = iter(given)
@@ -237,7 +211,6 @@ def _slim(values: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _measured(bootstrap: PooledBootstrap, image: str, key: str, start: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a row a measure, `start` first."""
     rows, own, full = [], image + key, image + _input()
     for measure in MEASURES:
         value, difference = bootstrap.value(own, measure), bootstrap.difference(own, full, measure)
@@ -246,14 +219,9 @@ def _measured(bootstrap: PooledBootstrap, image: str, key: str, start: dict[str,
 
 
 def compare_missing_metadata(first: MissingMetadata, second: MissingMetadata) -> pd.DataFrame:
-    """Compare two runs at every share and pattern, on the same images, with the same values and the same resamples.
+    """Compare two runs at every share and pattern, on the same images, values and resamples.
 
     A run that reads no image predicts the same with one as without: that is compared with the other's with an image.
-    A row an input and measure: photograph, share (NaN for a pattern), pattern and removed (empty for a share), measure,
-    first, second, difference (first - second), low, high.
-
-    Raises:
-        DataError: they weren't measured on the same images, or with other draws, samples or seed.
     """
     for attribute in ("image_ids", "groups", "samples", "draws", "seed"):
         if getattr(first, attribute) != getattr(second, attribute):
@@ -294,7 +262,6 @@ def missing_metadata_table(measured: MissingMetadata) -> PrintedTable:
 
 
 def missing_pattern_table(measured: MissingMetadata) -> PrintedTable:
-    """Return balanced accuracy by patterns of missing fields."""
     starts = {}
     for row in measured.patterns.to_dict("records"):
         share = "" if pd.isna(row["training_share"]) else f"{row['training_share']:.0%}"
@@ -352,11 +319,7 @@ MOST = 4
 
 @styled
 def draw_missing_metadata(runs: Sequence[MissingMetadata]) -> ReportFigure:
-    """Draw balanced accuracy against the share of the recorded values that are kept, with 95% bands.
-
-    One run is one panel with a line with and one without image; of two to four runs, measured on the same test images,
-    there is a panel for each of the two.
-    """
+    """Draw balanced accuracy against the share of the values kept; of several runs a panel an input."""
     from matplotlib.ticker import PercentFormatter
 
     data, first = _to_draw(runs, [run.curve for run in runs]), runs[0]
@@ -428,7 +391,6 @@ def draw_missing_patterns(runs: Sequence[MissingMetadata]) -> ReportFigure:
 
 
 def _to_draw(runs: Sequence[MissingMetadata], tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Return the rows of balanced accuracy of all runs."""
     if not 1 <= len(runs) <= MOST:
         raise ValueError(f"one figure holds 1 to {MOST} runs, not {len(runs)}")
     every = pd.concat([table.assign(run=run.name) for run, table in zip(runs, tables, strict=True)], ignore_index=True)

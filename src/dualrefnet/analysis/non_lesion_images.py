@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dualrefnet.data.decode import decode_image, read_mask
+from dualrefnet.data.images import decode_image, read_mask
 
 Pixels = NDArray[np.uint8]
 Random = np.random.Generator
@@ -34,8 +34,7 @@ CROPS = 8
 def crop_skin(image: Path, mask: Path) -> tuple[Pixels, Pixels] | None:
     """Crop the largest square beside the lesion, and one of the same size around it, each (Q, Q, 3) RGB; None: no room.
 
-    Healthy skin is the hardest of all: camera, light and patient are the same. A crop is also an enlargement, so each
-    has its counterpart around the lesion for comparison. None if no lesion is marked, or there is no room beside it.
+    Healthy skin is the hardest of all: camera, light and patient are the same; its counterpart is enlarged as much.
     """
     marked = read_mask(mask, image, GRID, "squash")
     if marked is None:
@@ -118,7 +117,6 @@ LETTERS = np.frombuffer(b"aaaabcdeeeeefghiiiklmnnnoooprrrsssttttuuvwxyz", dtype=
 
 
 def _draw_table(random: Random) -> Pixels:
-    """Draw a table of numbers with a coloured head."""
     page = _sheet(random, 800, 1000)
     columns, rows = int(random.integers(4, 8)), int(random.integers(10, 19))
     xs, ys = np.linspace(40, 960, columns + 1).astype(int), np.linspace(60, 760, rows + 1).astype(int)
@@ -135,7 +133,6 @@ def _draw_table(random: Random) -> Pixels:
 
 
 def _draw_line_chart(random: Random) -> Pixels:
-    """Draw a chart with coloured lines over a grid."""
     page = _sheet(random, 700, 1000)
     for y in range(100, 601, 100):
         cv2.line(page, (100, y), (950, y), (205, 205, 205), 1)
@@ -150,7 +147,6 @@ def _draw_line_chart(random: Random) -> Pixels:
 
 
 def _draw_window(random: Random) -> Pixels:
-    """Draw a screenshot: windows with bars, text and buttons on a coloured desktop."""
     page = np.full((800, 1280, 3), _colour(random), dtype=np.uint8)
     for _ in range(int(random.integers(1, 4))):
         left, top = int(random.integers(20, 500)), int(random.integers(20, 250))
@@ -165,7 +161,6 @@ def _draw_window(random: Random) -> Pixels:
 
 
 def _draw_bar_code(random: Random) -> Pixels:
-    """Draw a label with a bar code."""
     page = _sheet(random, 500, 800)
     widths = random.integers(1, 5, 110) * 2
     x = 60
@@ -178,13 +173,11 @@ def _draw_bar_code(random: Random) -> Pixels:
 
 
 def _draw_gradient(random: Random) -> Pixels:
-    """Draw an area that passes from one colour to another."""
     ends, along = random.uniform(0, 255, (2, 3)), np.linspace(0, 1, 640)[None, :, None]
     return _bytes(np.broadcast_to((1 - along) * ends[0] + along * ends[1], (480, 640, 3)))
 
 
 def _draw_noise(random: Random) -> Pixels:
-    """Draw noise, coarse or fine: a damaged image."""
     grain = int(random.choice((1, 4, 16)))
     small = random.integers(0, 256, (480 // grain, 640 // grain, 3)).astype(np.uint8)
     return np.asarray(cv2.resize(small, (640, 480), interpolation=cv2.INTER_NEAREST), dtype=np.uint8)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dualrefnet.data.decode import MASK_FOLDER, find_masks
+from dualrefnet.data.images import MASK_FOLDER, find_masks
 from dualrefnet.data.loader import Batch, Examples, fill_recipe_store, make_examples, read_dataset, split_rows
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.schema import Dataset
@@ -22,7 +22,7 @@ from dualrefnet.data.store import DerivedStore, ImageStore
 from dualrefnet.errors import DataError, RunError
 from dualrefnet.models.base import Method
 from dualrefnet.models.cross_fitted import CrossFitted
-from dualrefnet.models.encoders import Encoded
+from dualrefnet.models.encoders import Encoded, EncoderOutput
 from dualrefnet.models.inference import (
     Normalisation,
     encoded,
@@ -33,10 +33,12 @@ from dualrefnet.models.inference import (
     to_unit,
 )
 from dualrefnet.models.registry import load_run_model
+from dualrefnet.progress import progress_bar
 from dualrefnet.recipe import Recipe, load_recipe
 from dualrefnet.run import Run
 
-Progress = Callable[[int, int], None]
+# Images whose vectors are held: about 5 kB each.
+MOST_IMAGES = 50_000
 
 
 class Fit(NamedTuple):
@@ -49,11 +51,7 @@ class Fit(NamedTuple):
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """What predicting again, measuring and explaining need; make one with `open_run`.
-
-    `recipe` has the present location of the data; `model` is the best epoch, in evaluation mode, on `device`;
-    `normalisation` is the mean and std that the (first) image encoder expects; `store` is None for a method that reads
-    no image; `cache` holds the image stores (None: the user's cache folder).
+    """What predicting again, measuring and explaining need: the best epoch in evaluation mode, with the present data.
 
     Of a cross-fitted run every row is in all splits, and `encode` is by the member that hasn't been trained on it.
     """
@@ -71,7 +69,6 @@ class OpenedRun:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Labels in the order of the outputs."""
         return self.dataset.schema.classes
 
     @property
@@ -108,9 +105,7 @@ class OpenedRun:
         return patients
 
     def fits(self, train: Examples, tested: int) -> list[Fit]:
-        """Return what is trained on and tested with what: one pair, or of a cross-fitted run one a member; `tested` is
-        the number of examples that are.
-        """
+        """Return what is trained on and tested with what: one pair, or of a cross-fitted run one a member."""
         if train.folds is None:
             return [Fit(train, np.arange(len(train)), np.arange(tested))]
         return [
@@ -137,10 +132,7 @@ class OpenedRun:
         return normalise(to_unit(batch.images.to(self.device), self.recipe.image.size), self.normalisation)
 
     def encode(self, batch: Batch) -> Encoded | None:
-        """Return the encoders' outputs for a batch, stored ones where there are; None if the method reads no image.
-
-        Of a cross-fitted run they are those of the member that hasn't been trained on the image.
-        """
+        """Return the encoders' outputs for a batch, stored or held-out ones where there are; None: no image is read."""
         folds = None if batch.folds is None else batch.folds.to(self.device)
         if batch.features:
             return encoded(batch.features, self.device)._replace(folds=folds)
@@ -152,24 +144,44 @@ class OpenedRun:
         assert isinstance(self.model, CrossFitted)
         return self.model.encode_held_out(images, folds)
 
+    @cached_property
+    def _vectors(self) -> dict[tuple[str, int], list[Tensor]]:
+        """Image id and member -> what each encoder gave, so that whoever looks at an image again finds it read."""
+        return {}
+
     @torch.inference_mode()
-    def vectors(
-        self, examples: Examples, rows: NDArray[np.int64], progress: Progress | None = None
-    ) -> NDArray[np.float32]:
-        """Return the encoders' vectors of the examples at `rows`, concatenated if there are several, (N, D)."""
-        kept = []
-        for part in in_batches(rows, self.recipe.evaluation.batch_size, progress):
-            read = self.encode(examples.batch(part))
+    def encode_rows(self, examples: Examples, rows: NDArray[np.int64]) -> Encoded | None:
+        """Return `encode` of examples; an image of which the model reads vectors alone is encoded once."""
+        method = self.model.parts[0] if isinstance(self.model, CrossFitted) else self.model
+        whole = method.reads_taps or method.maps(self.recipe.model)
+        if whole or not method.reads_image or examples.features:
+            return self.encode(examples.batch(rows))
+        if len(self._vectors) > MOST_IMAGES:
+            self._vectors.clear()
+        members = np.zeros(len(examples), dtype=np.int64) if examples.folds is None else examples.folds
+        keys = [(examples.image_ids[row], int(members[row])) for row in rows]
+        new = [place for place, key in enumerate(keys) if key not in self._vectors]
+        if new:
+            read = self.encode(examples.batch(rows[new]))
             assert read is not None
-            kept.append(joined_vectors(read))
-        return np.concatenate(kept)
+            for place, *vectors in zip(new, *(output.vector for output in read.outputs), strict=True):
+                self._vectors[keys[place]] = vectors
+        columns = zip(*(self._vectors[key] for key in keys), strict=True)
+        folds = None if examples.folds is None else torch.from_numpy(members[rows]).to(self.device)
+        return Encoded(tuple(EncoderOutput(None, torch.stack(column)) for column in columns), folds)
+
+    @torch.inference_mode()
+    def vectors(self, examples: Examples, rows: NDArray[np.int64], label: str = "") -> NDArray[np.float32]:
+        """Return the encoders' vectors of the examples at `rows`, concatenated if there are several, (N, D)."""
+        found = []
+        for part in in_batches(rows, self.recipe.evaluation.batch_size, label):
+            read = self.encode_rows(examples, part)
+            assert read is not None
+            found.append(joined_vectors(read))
+        return np.concatenate(found)
 
     def masks(self, folder: Path | None = None) -> dict[str, Path]:
-        """Return test image id -> mask of the lesion; none if no folder was named and the data set has none in `masks`.
-
-        Raises:
-            DataError: `folder` doesn't exist, or holds no mask of a test image.
-        """
+        """Return test image id -> mask of the lesion; none if no folder was named and the data set has none."""
         if folder is None and not (self.dataset.root / MASK_FOLDER).is_dir():
             return {}
         found = find_masks(self.dataset.root, folder)
@@ -180,9 +192,7 @@ class OpenedRun:
 
     @torch.inference_mode()
     def blank(self, examples: Examples) -> Callable[[NDArray[np.int64]], Encoded | None]:
-        """Return a function that gives, for rows of examples, what stands for missing images: the model's learned
-        token, or the encoders' output for their mean colour. None for a method that reads no image.
-        """
+        """Return what stands for missing images of rows of examples: the learned token, or the mean colour encoded."""
         folds = None if examples.folds is None else torch.from_numpy(examples.folds).to(self.device)
         read = Encoded(())
         if self.model.reads_image:
@@ -204,12 +214,12 @@ class OpenedRun:
         return select
 
 
-def in_batches(rows: NDArray[np.int64], size: int, progress: Progress | None = None) -> Iterator[NDArray[np.int64]]:
-    """Yield `size` rows at a time; `progress` is called with (rows done, rows in all) when they have been used."""
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
-        if progress is not None:
-            progress(min(start + size, len(rows)), len(rows))
+def in_batches(rows: NDArray[np.int64], size: int, label: str = "") -> Iterator[NDArray[np.int64]]:
+    """Yield `size` rows at a time, with a bar of that label if there is one."""
+    with progress_bar(label, bool(label)) as show:
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
+            show(min(start + size, len(rows)), len(rows))
 
 
 def open_run(
@@ -219,11 +229,7 @@ def open_run(
     cache: Path | None = None,
     device: torch.device | None = None,
 ) -> OpenedRun:
-    """Open a trained run; `root` is the folder of the data, if it isn't the recipe's.
-
-    Raises:
-        RunError: images of the split are missing, the classes have changed, or the run holds no trained model.
-    """
+    """Open a trained run; `root` is the folder of the data, if it isn't the recipe's."""
     overrides = {"data.root": str(root)} if root is not None else {}
     recipe, split, description = load_recipe(run.recipe, overrides), run.split, run.model
     dataset = dataset or read_dataset(recipe)
@@ -249,10 +255,9 @@ def open_run(
 
 
 def sample_rows(labels: np.ndarray, at_most: int, seed: int) -> np.ndarray:
-    """Return the places of all rows, or of `at_most` with each class of `labels` (N,) in proportion, ascending.
+    """Return, ascending, the places of at most `at_most` rows with each class in proportion (largest remainder).
 
-    Every class gets its share, rounded up or down (largest remainder); classes whose share is less than one row get
-    one, and the others share what is left. ValueError: `at_most` is less than the number of classes.
+    Classes whose share is less than one row get one, and the others share what is left.
     """
     names, counts = np.unique(labels, return_counts=True)
     if len(labels) <= at_most:

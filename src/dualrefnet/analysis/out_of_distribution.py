@@ -33,7 +33,7 @@ from dualrefnet.evaluation.metrics import Ranking
 from dualrefnet.files import write_tensors
 from dualrefnet.models.cross_fitted import CrossFitted
 from dualrefnet.models.inference import joined_vectors, normalise, to_unit
-from dualrefnet.progress import progress_bar, track
+from dualrefnet.progress import track
 from dualrefnet.runtime.out_of_distribution import (
     FORMAT,
     QUANTILES,
@@ -59,17 +59,11 @@ SKIN, CLOSE_LESION = "healthy skin beside the lesion", "lesion, crop of the same
 
 
 def fit_score(training: NDArray[np.floating], validation: NDArray[np.floating]) -> OutOfDistributionScore:
-    """Fit the score on vectors of training images, (N, D), and of images that weren't trained on, (V, D).
-
-    The latter set scales and limit, since the network has adapted to those that it was trained on. Rows that aren't
-    finite are left out; fewer than 2 in a split, or splits that differ in D, are a ValueError.
-    """
+    """Fit the score on vectors of training images (N, D) and, for scales and limit, of held-out images (V, D)."""
     return fit_scores([(training, validation)])
 
 
-def fit_scores(
-    members: Sequence[tuple[NDArray[np.floating], NDArray[np.floating]]],
-) -> OutOfDistributionScore:
+def fit_scores(members: Sequence[tuple[NDArray[np.floating], NDArray[np.floating]]]) -> OutOfDistributionScore:
     """Fit the score of a model of several members, each on vectors of its own; see `fit_score`. The limit is common."""
     distances, measured, training = [], [], 0
     for both in members:
@@ -143,19 +137,14 @@ def save_score(score: OutOfDistributionScore, path: Path) -> None:
 
 
 def fit_run(opened: OpenedRun, validation: NDArray[np.float32], test: NDArray[np.float32] | None) -> dict[str, Any]:
-    """Fit the score on the training images, write `out_of_scope.safetensors`, return its part of metrics.json.
-
-    `validation` and `test` are vectors of these splits, in their order; without `test` nothing is measured. The limit
-    of a cross-fitted run is that of the images that each member hasn't been trained on.
-    """
+    """Fit the score on the training images, write `out_of_scope.safetensors`, return its part of metrics.json."""
     examples, seed = opened.examples("train"), opened.recipe.seed
     members = []
-    with progress_bar("out-of-distribution score") as show:
-        for fit in opened.fits(examples, len(validation)):
-            rows = fit.rows
-            if len(rows) > AT_MOST:
-                rows = np.sort(np.random.default_rng(seed).choice(rows, AT_MOST, replace=False))
-            members.append((opened.vectors(fit.train, rows, show), validation[fit.tested]))
+    for fit in opened.fits(examples, len(validation)):
+        rows = fit.rows
+        if len(rows) > AT_MOST:
+            rows = np.sort(np.random.default_rng(seed).choice(rows, AT_MOST, replace=False))
+        members.append((opened.vectors(fit.train, rows, "out-of-distribution score"), validation[fit.tested]))
     score = fit_scores(members)
     save_score(score, opened.run.out_of_scope_file)
     fitted = {"training": score.training, "validation": score.validation, "intended_false_alarm_rate": FALSE_ALARMS}
@@ -183,12 +172,7 @@ def score_rows(score: OutOfDistributionScore, vectors: NDArray[np.floating], fol
 
 @dataclass(frozen=True)
 class OutOfDistributionMeasured:
-    """How well the score separates other images from test images of lesions.
-
-    `scores` has a row an image: `group`, `source` (patient or file), `score` (more than 1 warns). `table` has a row a
-    group: `group`, `pictures`, `sources`, `auroc` against the test images (NaN for these), `flagged` (share beyond the
-    limit), and both with `_low` and `_high` (NaN for fewer than `FEW_SOURCES` sources).
-    """
+    """How well the score separates other images from test images of lesions, by image and by group."""
 
     scores: pd.DataFrame
     table: pd.DataFrame
@@ -203,15 +187,7 @@ class OutOfDistributionMeasured:
 def measure_out_of_distribution(
     opened: OpenedRun, masks: Path | None = None, images: int = 500, samples: int = 1000, seed: int = 0
 ) -> OutOfDistributionMeasured:
-    """Measure the run's score against everyday images that it was not chosen with, and harder groups.
-
-    Args:
-        opened: the run; a method that reads no image is a DataError, a run without a score a RunError.
-        masks: folder of lesion masks; None: `masks` in the data set's folder, and no skin if there is none.
-        images: test images to look at, each class in proportion.
-        samples: bootstrap samples, of patients and of the other images' sources.
-        seed: of all that is drawn.
-    """
+    """Measure the run's score against everyday images that it was not chosen with, and harder groups."""
     if not opened.model.reads_image:
         raise DataError("this method reads no image, so there is nothing to score")
     score = opened.run.out_of_scope
@@ -231,8 +207,7 @@ def measure_out_of_distribution(
             folds = examples.folds[chosen]
         return pd.DataFrame({"group": group, "source": list(source), "score": score_rows(score, vectors, folds)})
 
-    with progress_bar("test images") as show:
-        parts = [table(LESIONS, groups.loc[list(files)], opened.vectors(examples, chosen, show))]
+    parts = [table(LESIONS, groups.loc[list(files)], opened.vectors(examples, chosen, "test images"))]
     for start in track(range(0, len(others), BATCH), "images without a lesion"):
         part = others[start : start + BATCH]
         vectors = _encode(opened, [item.pixels for item in part])
@@ -269,7 +244,6 @@ def _encode(opened: OpenedRun, images: Sequence[NDArray[np.uint8]]) -> NDArray[n
 
 
 def summarise(scores: pd.DataFrame, samples: int, seed: int) -> pd.DataFrame:
-    """Return the `table` of `OutOfDistributionMeasured` for its `scores`."""
     everyday = (PHOTOGRAPHS, DOCUMENTS, PLAIN)
     members = {name: (name,) for name in (LESIONS, *everyday)} | {EVERYDAY: everyday}
     members |= {name: (name,) for name in (MEDICAL, SKIN, CLOSE_LESION)}
@@ -294,9 +268,7 @@ def _flagged_share(flagged: NDArray[np.bool_], groups: ArrayLike, samples: int, 
 
 
 def _auroc(lesions: pd.DataFrame, others: pd.DataFrame, samples: int, seed: int) -> Estimate:
-    """Return how often another image scores higher than a lesion, and the interval over patients and sources: patients
-    are drawn from patients and sources from sources; crops of patients' images are drawn with their patient.
-    """
+    """Return how often another image scores higher than a lesion; patients and sources are resampled apart."""
     both = pd.concat([lesions, others])
     codes = group_codes(both["source"])
     patients = int(codes[: len(lesions)].max()) + 1
@@ -316,7 +288,6 @@ TICKS, COLUMN = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000), 0.012
 
 @styled
 def draw_out_of_distribution(measured: OutOfDistributionMeasured) -> ReportFigure:
-    """Draw the scores, one strip a group, with the limit."""
     from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
     rows = [row for row in measured.table.to_dict("records") if row["group"] != EVERYDAY]

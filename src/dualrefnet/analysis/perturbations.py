@@ -6,7 +6,7 @@ prediction of the test split. Nothing is kept of an image but its predictions an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -18,18 +18,18 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from dualrefnet.analysis.opened_run import OpenedRun, in_batches
-from dualrefnet.data.decode import read_mask
+from dualrefnet.data.images import read_mask
 from dualrefnet.data.loader import Examples
 from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.errors import DataError
 from dualrefnet.evaluation.bootstrap import group_codes
 from dualrefnet.models.encoders import Encoded
 from dualrefnet.models.inference import check_finite, joined_vectors
+from dualrefnet.progress import track
 
 Floats = NDArray[np.float64]
 # (N, M), encoded.
 Metadata = NDArray[np.float32]
-Progress = Callable[[int, int], None]
 Image = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 # In the order of `perturb_image`.
@@ -47,40 +47,31 @@ class Predictions(NamedTuple):
 
 
 def predict_with_metadata(
-    opened: OpenedRun, examples: Examples, versions: Sequence[Metadata], progress: Progress | None = None
+    opened: OpenedRun, examples: Examples, versions: Sequence[Metadata], label: str = ""
 ) -> Predictions:
-    """Predict each of N images with several versions of the metadata, (N, M) each; `progress` counts images."""
+    """Predict each of N images with several versions of the metadata, (N, M) each; `label` is of the bar."""
     probabilities = [np.empty((len(examples), len(opened.classes))) for _ in versions]
     vectors: list[NDArray[np.float32]] = []
-    done = 0
-    for batch in examples.in_order(opened.recipe.evaluation.batch_size):
+    for rows in in_batches(np.arange(len(examples)), opened.recipe.evaluation.batch_size, label):
         with torch.inference_mode():
-            encoded = opened.encode(batch)
+            encoded = opened.encode_rows(examples, rows)
             if encoded is not None and encoded.outputs:
                 vectors.append(joined_vectors(encoded))
             for result, version in zip(probabilities, versions, strict=True):
-                result[batch.rows] = _predict(opened, encoded, version[batch.rows])
-        done += len(batch.rows)
-        if progress:
-            progress(done, len(examples))
+                result[rows] = _predict(opened, encoded, version[rows])
     return Predictions(probabilities, np.concatenate(vectors) if vectors else np.empty((len(examples), 0), np.float32))
 
 
 def predict_without_image(
-    opened: OpenedRun, examples: Examples, versions: Sequence[Metadata], progress: Progress | None = None
+    opened: OpenedRun, examples: Examples, versions: Sequence[Metadata], label: str = ""
 ) -> list[Floats]:
-    """Return (N, C) probabilities a version of the examples' metadata (N, M) alone; `progress` counts versions.
-
-    For a method that reads images stands in for them what stands for a missing image in this run.
-    """
+    """Return (N, C) probabilities a version of the metadata alone; a missing image's stand-in is read."""
     size, blank = opened.recipe.evaluation.batch_size, opened.blank(examples)
     probabilities = []
     with torch.inference_mode():
-        for number, version in enumerate(versions, 1):
+        for version in track(versions, label):
             parts = [_predict(opened, blank(rows), version[rows]) for rows in in_batches(np.arange(len(version)), size)]
             probabilities.append(np.concatenate(parts))
-            if progress:
-                progress(number, len(versions))
     return probabilities
 
 
@@ -91,14 +82,12 @@ def _predict(opened: OpenedRun, encoded: Encoded | None, metadata: Metadata) -> 
 
 
 def permute_across_groups(groups: ArrayLike, generator: np.random.Generator) -> NDArray[np.int64]:
-    """Permute N rows so that each gets a row of another group (patient); every row is given once.
-
-    Raises:
-        DataError: one group has more than half of the rows, so there is no such permutation.
-    """
+    """Permute N rows so that each gets a row of another group (patient); every row is given once."""
     codes = group_codes(groups)
     if 2 * np.bincount(codes).max() > len(codes):
-        raise DataError("one patient has more than half of the images: nothing can be permuted across patients")
+        raise DataError(
+            "one group (patient or lesion) has more than half of the images: nothing can be permuted across groups"
+        )
     given = generator.permutation(len(codes))
     while True:
         own = np.flatnonzero(codes[given] == codes)
@@ -122,9 +111,7 @@ def keep_fields(rows: pd.DataFrame, names: Sequence[str], kept: NDArray[np.bool_
 
 
 def find_missing(rows: pd.DataFrame, encoder: MetadataEncoder) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return (N, F) which values are missing to the encoder, and (N, F) which of the others say "not known" (a missing
-    code that is a category of its own).
-    """
+    """Return (N, F) which values are missing to the encoder, and which of the others say "not known"."""
     missing = encoder.encode(rows).missing
     not_known = np.zeros_like(missing)
     for index, field in enumerate(encoder.fields):
@@ -135,10 +122,7 @@ def find_missing(rows: pd.DataFrame, encoder: MetadataEncoder) -> tuple[NDArray[
 def replace_values(
     rows: pd.DataFrame, encoder: MetadataEncoder, groups: ArrayLike, generator: np.random.Generator
 ) -> pd.DataFrame:
-    """Replace every value by that of another patient's row in the same field, each field by itself.
-
-    What is missing stays missing and what is "not known" stays so: nothing else is true in the result.
-    """
+    """Replace every value by another patient's in the same field; missing and "not known" stay as they are."""
     codes = group_codes(groups)
     missing, not_known = find_missing(rows, encoder)
     result = rows.copy()
@@ -184,7 +168,6 @@ class Outlines:
 
 
 def read_outlines(opened: OpenedRun, examples: Examples, masks: dict[str, Path]) -> Outlines:
-    """Read the outlines (image id -> mask file) of the test images."""
     assert examples.store is not None
     paths, side = opened.rows("test")["image_path"], examples.store.side
     having = [place for place, image_id in enumerate(examples.image_ids) if image_id in masks]
@@ -197,20 +180,13 @@ def read_outlines(opened: OpenedRun, examples: Examples, masks: dict[str, Path])
 
 
 def predict_perturbed(
-    opened: OpenedRun,
-    examples: Examples,
-    outlines: Outlines,
-    versions: Sequence[Metadata],
-    progress: Progress | None = None,
+    opened: OpenedRun, examples: Examples, outlines: Outlines, versions: Sequence[Metadata]
 ) -> dict[str, list[Floats]]:
-    """Predict P outlined images with the lesion blurred, filled, and all but the lesion filled.
-
-    Return for each of `CHANGES` the probabilities (P, C) with each of the versions of the metadata (P, M).
-    """
-    size, count = opened.recipe.evaluation.batch_size, len(outlines.places)
+    """Return for each of `CHANGES` the probabilities (P, C) with each version of the metadata (P, M)."""
+    size, places = opened.recipe.evaluation.batch_size, np.arange(len(outlines.places))
     parts: dict[str, list[list[Floats]]] = {change: [[] for _ in versions] for change in CHANGES}
-    for start in range(0, count, size):
-        batch = examples.batch(outlines.places[start : start + size])
+    for some in in_batches(places, size, "images without the lesion"):
+        batch = examples.batch(outlines.places[some])
         assert batch.images is not None
         originals = np.ascontiguousarray(batch.images.permute(0, 2, 3, 1).numpy())
         changed = [
@@ -220,17 +196,12 @@ def predict_perturbed(
             for change, alike in zip(CHANGES, zip(*changed, strict=True), strict=True):
                 encoded = opened.encode(replace(batch, images=torch.from_numpy(np.stack(alike)).permute(0, 3, 1, 2)))
                 for kept, version in zip(parts[change], versions, strict=True):
-                    kept.append(_predict(opened, encoded, version[start : start + size]))
-        if progress:
-            progress(min(start + size, count), count)
+                    kept.append(_predict(opened, encoded, version[some]))
     return {change: [np.concatenate(kept) for kept in of_change] for change, of_change in parts.items()}
 
 
 def perturb_image(image: Image, mask: Mask) -> tuple[Image, Image, Image]:
-    """Return an image (S, S, 3) with its lesion blurred, with the lesion filled, and with all but the lesion filled.
-
-    The fill is the mean colour of the skin in a ring around the lesion; the mask (S, S) doesn't cover the image.
-    """
+    """Return an image (S, S, 3) with its lesion blurred, its lesion filled with skin, and all but its lesion filled."""
     side = len(image)
     grown = grow(mask)
     inside = np.maximum(cv2.GaussianBlur(grown.astype(np.float32), (0, 0), BORDER * side), mask)[:, :, None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +10,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from dualrefnet.analysis.opened_run import OpenedRun, sample_rows
+from dualrefnet.analysis.opened_run import OpenedRun, in_batches, sample_rows
 from dualrefnet.data.loader import Examples
 from dualrefnet.display.figure import INK, PRIMARY, SECONDARY, WIDTH, ReportFigure, new_figure, show_image, styled
 from dualrefnet.errors import RunError
@@ -28,9 +27,7 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class ReconstructedImage:
-    """One image (S, S, 3) of the auxiliary task, with target and reconstruction (2S, 2S, 3), all uint8. `measures`:
-    `psnr` in dB and `ssim`; `psnr_flat` and `ssim_flat` of a uniform area of the target's mean colour, the baseline.
-    """
+    """An image, its target and its reconstruction, with PSNR and SSIM, also of the target's mean colour."""
 
     image_id: str
     image: NDArray[np.uint8]
@@ -41,9 +38,7 @@ class ReconstructedImage:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How well test images are reconstructed: a `table` of the measures of a sample, and images `shown` at equal steps
-    of rank by PSNR, from the 10th to the 90th percentile. `kind` is the target (`model.target`).
-    """
+    """Measures of a sample of test images, and some `shown` at equal steps of rank by PSNR."""
 
     table: pd.DataFrame
     shown: tuple[ReconstructedImage, ...]
@@ -51,16 +46,8 @@ class Reconstruction:
     kind: str
 
 
-def reconstruct(
-    opened: OpenedRun,
-    images: int = 200,
-    show: int = 3,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> Reconstruction:
-    """Reconstruct and measure at most `images` test images, each class in proportion; RunError: the run has no
-    decoder.
-    """
+def reconstruct(opened: OpenedRun, images: int = 200, show: int = 3, seed: int = 0) -> Reconstruction:
+    """Reconstruct and measure at most `images` test images, each class in proportion."""
     recipe = opened.recipe
     if not recipe.rebuilds_image or opened.store is None:
         raise RunError(f"{opened.run.path} was trained without the auxiliary task: there is no reconstruction to show")
@@ -68,11 +55,8 @@ def reconstruct(
     examples = replace(opened.image_examples("test"), targets=targets)
     chosen = sample_rows(examples.labels, images, seed)
     rows = []
-    for start in range(0, len(chosen), BATCH):
-        batch = _reconstruct(opened, examples, chosen[start : start + BATCH])
-        rows += [{"image_id": case.image_id, **case.measures} for case in batch]
-        if progress:
-            progress(min(start + BATCH, len(chosen)), len(chosen))
+    for some in in_batches(chosen, BATCH, "super-resolution"):
+        rows += [{"image_id": case.image_id, **case.measures} for case in _reconstruct(opened, examples, some)]
     table = pd.DataFrame(rows)
     # By rank: bad, middling and good ones alike.
     steps = np.linspace(0.1, 0.9, show) * (len(chosen) - 1)
@@ -151,7 +135,7 @@ def draw_reconstruction_history(history: pd.DataFrame) -> ReportFigure:
         axis.plot(history["epoch"], history[column], color=colour, marker="o", markersize=2.5)
         axis.set_title(label)
         axis.set_xlabel("epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
         end = (last["epoch"], last[column])
         style: Any = {"textcoords": "offset points", "ha": "right", "color": INK, "fontsize": 7.5}
         axis.annotate(f"{last[column]:.3g}", end, xytext=(0, 5), **style)

@@ -50,7 +50,6 @@ from dualrefnet.display.format import MEASURE_NAMES, Cell, PrintedTable, interva
 from dualrefnet.errors import DataError
 from dualrefnet.evaluation.bootstrap import Bootstrap, Estimate, images_of, percentile_interval
 from dualrefnet.evaluation.comparison import PooledBootstrap, pooled_bootstrap
-from dualrefnet.progress import progress_bar
 
 MEASURES = ("balanced_accuracy", "auc_macro_ovr", "malignant.auc")
 BALANCED = MEASURES[0]
@@ -91,13 +90,10 @@ _SUMMARY = ("gaps", "background_alone", "other_photographs", "other_forms", "pho
 
 @dataclass(frozen=True)
 class Shortcuts:
-    """What a run's score depends on.
+    """What a run's score depends on: a row of `table` for each probe and measure.
 
-    `table` has a row a probe and measure: probe, input (in words), trained (True for the single-modality baselines),
-    trained_probe (name of the input's baseline), compared_with; measure, chance, value, low, high; difference,
-    difference_low, difference_high from `compared_with` on the same images and resamples; lead, lead_low, lead_high,
-    the share of its gain over chance that is left (NaN where that gain isn't significant); images, patients, repeats
-    (of which the value is the mean).
+    `trained` marks the single-modality baselines; `lead` is the share that is left of the full model's gain over
+    chance, NaN where that gain isn't significant; `repeats` are permutations, of which the value is the mean.
     """
 
     table: pd.DataFrame
@@ -113,19 +109,7 @@ class Shortcuts:
 def probe_shortcuts(
     opened: OpenedRun, masks: Path | None = None, permutations: int = 10, samples: int = 1000, seed: int = 0
 ) -> Shortcuts:
-    """Predict a trained run's test split with changed inputs.
-
-    Args:
-        opened: the run.
-        masks: folder of outlines `<image id>.png`; None: `masks` in the data set's folder, if it is there.
-        permutations: how often inputs are permuted across patients, at least 1; the mean is reported.
-        samples: bootstrap samples, drawn over patients.
-        seed: of permutations, choice of training images and bootstrap.
-
-    Raises:
-        DataError: `masks` isn't there or has none of the test images.
-        ImageError: a mask can't be read.
-    """
+    """Predict a trained run's test split with changed inputs; `masks` as for `OpenedRun.masks`."""
     if permutations < 1:
         raise ValueError(f"permutations must be at least 1, not {permutations}")
     model, unit = opened.model, opened.dataset.schema.unit
@@ -133,11 +117,12 @@ def probe_shortcuts(
     masked = opened.masks(masks) if model.reads_image else {}
     read = probe.fit_baselines(probe.predict_metadata())
     labels = probe.examples.labels
-    measured = [measure_probes(opened, labels, probe.predictions, FULL, Bootstrap(probe.groups, samples, seed))]
+    bootstrap = Bootstrap(probe.groups, samples, seed, label="intervals")
+    measured = [measure_probes(opened, labels, probe.predictions, FULL, bootstrap)]
     if model.reads_image:
         places, perturbed = probe.predict_outlined(masked)
         if perturbed:
-            bootstrap = Bootstrap(probe.groups[places], samples, seed)
+            bootstrap = Bootstrap(probe.groups[places], samples, seed, label="intervals")
             measured.append(measure_probes(opened, labels[places], perturbed, FULL_OUTLINED, bootstrap))
     table = pd.concat(measured, ignore_index=True)
     texts = {name: text.format(unit=unit) for name, (text, _) in PROBES.items()} | BASELINES
@@ -180,10 +165,8 @@ class _Probe:
             self.remarks.append("the run reads no image: probes of the image were left out")
         if opened.reads_metadata:
             self._add_missingness(beside, alone)
-        with progress_bar("predicting with changed metadata") as show:
-            predicted = predict_with_metadata(
-                opened, self.examples, [one for versions in beside.values() for one in versions], show
-            )
+        every = [one for versions in beside.values() for one in versions]
+        predicted = predict_with_metadata(opened, self.examples, every, "predicting with changed metadata")
         remaining = iter(predicted.probabilities)
         found = {name: [next(remaining) for _ in versions] for name, versions in beside.items()}
         # An image beside the metadata of another is a probe of either of the two: row i had metadata `order[i]`.
@@ -225,9 +208,7 @@ class _Probe:
                 self.remarks.append("missing fields hold 0 in this run, so they show even where the flags are hidden")
 
     def predict_outlined(self, masks: dict[str, Path]) -> tuple[NDArray[np.int64], dict[str, list[Floats]]]:
-        """Return the places (P,) of the examples that have an outline, and by probe the predictions without the lesion,
-        or without all but the lesion; none if there are too few.
-        """
+        """Return the places of outlined examples, and predictions without the lesion, or with it alone."""
         outlines = read_outlines(self.opened, self.examples, masks)
         places = outlines.places
         if outlines.left_out:
@@ -238,8 +219,7 @@ class _Probe:
         own = self.examples.metadata[places]
         orders = self._permute(self.groups[places], 3) if self.opened.reads_metadata else []
         versions = [own, *(own[order] for order in orders)]
-        with progress_bar("images without the lesion") as show:
-            perturbed = predict_perturbed(self.opened, self.examples, outlines, versions, show)
+        perturbed = predict_perturbed(self.opened, self.examples, outlines, versions)
         found = {FULL_OUTLINED: [self.predictions[FULL][0][places]]}
         found |= {change: predicted[:1] for change, predicted in perturbed.items()}
         if orders:
@@ -266,8 +246,7 @@ class _Probe:
             if opened.model.reads_image:
                 places = fit.rows[sample_rows(train.labels[fit.rows], TRAIN_IMAGES, self.seed)]
                 read = max(read, len(places))
-                with progress_bar("training images") as show:
-                    vectors = opened.vectors(fit.train, places, show)
+                vectors = opened.vectors(fit.train, places, "training images")
                 found["trained_photograph"][fit.tested] = fit_baseline(
                     vectors, train.labels[places], predicted.vectors[fit.tested], len(opened.classes)
                 )
@@ -292,10 +271,7 @@ class _Probe:
 def fit_baseline(
     train: NDArray[np.float32], labels: NDArray[np.int64], test: NDArray[np.float32], classes: int
 ) -> Floats:
-    """Return the probabilities (T, C) of `test` (T, D) by a logistic regression fitted to `train` (N, D).
-
-    Classes are balanced and columns standardised; a class without a training row has probability 0.
-    """
+    """Return (T, C) probabilities of `test` by a balanced, standardised logistic regression on `train`."""
     regression = LogisticRegression(class_weight="balanced", max_iter=ITERATIONS)
     fitted = make_pipeline(StandardScaler(), regression).fit(train.astype(np.float64), labels)
     result = np.zeros((len(test), classes))
@@ -320,11 +296,8 @@ def measure_probes(
     full: str,
     resamples: Bootstrap,
 ) -> pd.DataFrame:
-    """Measure probes (name -> one (N, C) array of probabilities a repeat, of which the mean is taken) and compare them
-    with the probe `full`, all on the same resamples of patients; see `Shortcuts.table`.
-    """
-    with progress_bar("intervals") as resamples.progress:
-        bootstrap = pooled_bootstrap(labels, predictions, resamples, opened.classes, opened.dataset.schema.malignant)
+    """Measure probes (name -> (N, C) probabilities a repeat) and compare them with `full` on the same resamples."""
+    bootstrap = pooled_bootstrap(labels, predictions, resamples, opened.classes, opened.dataset.schema.malignant)
     # A resample without any image of a class is one of fewer classes.
     sensitivities = [bootstrap.drawn[full][f"per_class.{name}.sensitivity"] for name in opened.classes]
     present = (~np.isnan(sensitivities)).sum(axis=0)

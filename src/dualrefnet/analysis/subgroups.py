@@ -29,7 +29,6 @@ from dualrefnet.display.format import interval, number
 from dualrefnet.errors import DataError
 from dualrefnet.evaluation.bootstrap import NAN, Bootstrap, Floats, divide, percentile_interval, wilson_interval
 from dualrefnet.evaluation.metrics import WeightedMetrics, check_predictions
-from dualrefnet.progress import progress_bar
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,10 +57,9 @@ MINIMUM_IMAGES, MINIMUM_PATIENTS, MINIMUM_OF_CLASS = 20, 10, 5
 
 
 def field_categories(values: pd.Series, field: MetadataField) -> tuple[pd.Series, list[str]]:
-    """Return the category of every row, and all categories in order, those that the field declares included.
+    """Return the category of every row, and all categories in order; missing and unknown values come last.
 
-    Years are divided into bands (below 40, 40-59, 60-79, 80 and over), other numbers at the terciles of these rows.
-    Missing and unknown values are a category of their own, the last.
+    Years are divided into bands, other numbers at the terciles of these rows.
     """
     if field.kind == "numeric":
         numbers = values.astype(float)
@@ -98,13 +96,10 @@ def _bands(known: pd.Series, field: MetadataField) -> tuple[list[float], list[st
 class Subgroups:
     """Results by category.
 
-    `levels` has a row a category: `field`, `level` (the category), `images`, `patients`, `malignant` (images; NaN if no
-    class is), `measured` (whether it has results), `missing` (classes of the test split that it lacks, separated by
-    commas). Categories that the schema names and no image has are there with 0 images. `table` has a row a measured
-    category and measure: `field`, `level`, `measure`, `value`, `low`, `high`, `others` (the value of the images that it
-    is compared with), `gap` (value - others), `gap_low`, `gap_high`, `flagged` (0 lies outside the gap's interval),
-    `counted` (False: a comparison of the same images stands above, such as women with men for men with women),
-    `classes` (over which the measure runs). NaN: undefined, too few patients, or no interval.
+    `levels` has a row a category, also those that the schema names and no image has. `table` has one a measured
+    category and measure; `others` is the value of the images that it is compared with, `gap` the difference, `flagged`
+    if 0 lies outside its interval; `counted` is false where the same comparison stands above (men with women). NaN:
+    undefined, or too few.
     """
 
     levels: pd.DataFrame
@@ -118,7 +113,6 @@ class Subgroups:
 
     @property
     def looked_at(self) -> int:
-        """Number of gaps with an interval."""
         return int((self.table["counted"] & self.table["gap_low"].notna()).sum())
 
     @property
@@ -172,7 +166,6 @@ class _Part:
         return len(np.unique(self.bootstrap.codes[mask]))
 
     def support(self) -> dict[str, object]:
-        """Return columns of `Subgroups.levels`."""
         images, target = int(self.mask.sum()), self.target
         missing = sorted(set(target) - set(target[self.mask])) if images else []
         return {
@@ -200,9 +193,7 @@ class _Part:
 
 
 def _compare(one: _Part, other: _Part | None, measure: str) -> dict[str, object]:
-    """Return one measure of a category, and its gap to the images that it is compared with, as columns of
-    `Subgroups.table`.
-    """
+    """Return one measure of a category and its gap to others, as columns of `Subgroups.table`."""
     result: dict[str, object] = dict.fromkeys(("value", "low", "high", "others", "gap", "gap_low", "gap_high"), NAN)
     result |= {"flagged": False, "classes": ""}
     keys = [measure]
@@ -257,16 +248,8 @@ def measure_subgroups(
 ) -> Subgroups:
     """Measure every category of every field with `subgroup`, and how far it is from the others.
 
-    Args:
-        predictions: rows of `predictions.csv`, of the test split: `image_id`, `label` and `prob_<CLASS>`.
-        rows: the lesion table's rows; those of other images don't matter.
-        groups: image id -> patient or lesion (`schema.unit`).
-        schema: of the lesion table.
-        samples: bootstrap samples.
-        seed: of the resamples.
-
-    Raises:
-        DataError: no field is marked with `subgroup`, or rows or groups of images are missing.
+    `predictions` are rows of `predictions.csv`, of the test split; `groups`: image id -> patient or lesion
+    (`schema.unit`).
     """
     fields = [field for field in schema.fields if field.subgroup]
     if not fields:
@@ -280,7 +263,7 @@ def measure_subgroups(
     rows = rows.set_index("image_id").loc[ids]
     labels = predictions["label"].map({name: index for index, name in enumerate(schema.classes)})
     columns = predictions[[f"prob_{name}" for name in schema.classes]]
-    bootstrap = Bootstrap(groups.loc[ids].to_numpy(), samples, seed, LEVEL)
+    bootstrap = Bootstrap(groups.loc[ids].to_numpy(), samples, seed, LEVEL, "subgroups")
     target, scores = check_predictions(labels.to_numpy(dtype=np.int64), columns.to_numpy(dtype=float))
 
     def part(mask: NDArray[np.bool_]) -> _Part:
@@ -301,8 +284,7 @@ def measure_subgroups(
                 seen.add(pair)
     parts = [one for pair in pairs for one in pair[2:4] if isinstance(one, _Part)]
     models = {index: one.metrics() for index, one in enumerate(parts)}
-    with progress_bar("subgroups") as bootstrap.progress:
-        drawn = bootstrap.resample_each({index: model.measure for index, model in models.items()})
+    drawn = bootstrap.resample_each({index: model.measure for index, model in models.items()})
     for index, one in enumerate(parts):
         one.point, one.drawn = models[index].measure(bootstrap.unit_weights), drawn[index]
     total = part(np.ones(len(ids), dtype=bool)).metrics().measure(bootstrap.unit_weights)
@@ -322,7 +304,6 @@ def measure_subgroups(
 
 
 def subgroups_of_run(opened: OpenedRun, samples: int = 1000, seed: int = 0) -> Subgroups:
-    """Measure the subgroups of a run's test split; see `measure_subgroups`."""
     test = opened.run.predictions.query("split == 'test'")
     rows = opened.rows("test")
     groups = pd.Series(opened.patients("test"), rows["image_id"])
@@ -336,10 +317,7 @@ LETTERS, TITLE_LETTERS = 22, 28
 
 
 def draw_subgroups(subgroups: Subgroups, measure: str, unit: str = "patients") -> ReportFigure:
-    """Draw a measure of `NAMES` of every category with its interval, and a line at that of the whole test split.
-
-    `unit` is what was resampled, in the plural; a measure of which no category has a value is a DataError.
-    """
+    """Draw a measure of `NAMES` of every category with its interval, and a line at that of the whole test split."""
     name = NAMES[measure]
     text = "Dot: {0} of the category (in brackets: its test images); line: {1}. {2}Dashed: the whole test split."
     return _draw(subgroups, measure, unit, "value", f"Subgroups: {name}", text)

@@ -9,6 +9,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
@@ -48,6 +49,14 @@ def _holding(*names: str) -> Callable[[Path], Path]:
     return check
 
 
+def existing(paths: Path | list[Path] | None) -> Path | list[Path] | None:
+    """Refuse files and folders that aren't there, before their command imports torch."""
+    for path in [paths] if isinstance(paths, Path) else paths or []:
+        if not path.exists():
+            raise DataError(f"there is no file or folder {path}")
+    return paths
+
+
 RunFolder = Annotated[
     Path, typer.Argument(metavar="RUN", help="A finished run's folder.", callback=_holding("recipe.yaml"))
 ]
@@ -71,7 +80,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Change the recipe: training.epochs=3 data.root=DIR"),
 ]
-Root = Annotated[Path | None, typer.Option("--root", metavar="DIR", help="Where the data are now, if they have moved.")]
+Root = Annotated[
+    Path | None,
+    typer.Option("--root", metavar="DIR", help="Where the data are now, if they have moved.", callback=existing),
+]
 Description = Annotated[
     Path | None, typer.Option("--description", metavar="YAML", help="csv_table: its columns; default: dataset.yaml.")
 ]
@@ -79,7 +91,13 @@ Cache = Annotated[
     Path | None, typer.Option("--cache", metavar="DIR", help="Folder of the prepared images; else $DUALREFNET_CACHE.")
 ]
 Masks = Annotated[
-    Path | None, typer.Option("--masks", metavar="DIR", help="Lesion masks, IMAGE_ID.png; default: masks/ of the data.")
+    Path | None,
+    typer.Option(
+        "--masks",
+        metavar="DIR",
+        help="Lesion masks, IMAGE_ID.png; default: masks/ of the data.",
+        callback=existing,
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU if there is one.")]
 PredictionDevice = Annotated[str, typer.Option(help="cpu, cuda, ...")]
@@ -136,6 +154,15 @@ def refuse_without_effect(context: typer.Context, reason: str, *names: str) -> N
         source = context.get_parameter_source(str(option.name))
         if option.name in names and source is not None and source.name == "COMMANDLINE":
             raise DataError(f"{option.opts[0]} has no effect {reason}; leave it out")
+
+
+@contextmanager
+def resumable(how: str) -> Iterator[None]:
+    """Say in one line what Ctrl-C has left, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise DualRefNetError(f"interrupted; {how} goes on") from None
 
 
 def _stop(message: str) -> None:

@@ -14,7 +14,11 @@ Root = Annotated[
     Path | None, typer.Option("--root", metavar="DIR", help="The data set's folder; default: in $DUALREFNET_DATA.")
 ]
 Protocol = Annotated[
-    str, typer.Option(help="paper (Table 1 to the row; leaks), grouped (patient-disjoint), grouped-cv or own (yours).")
+    str,
+    typer.Option(
+        help="paper (Table 1 to the row; leaks), grouped (no patient in two splits; no lesion, where no patients are "
+        "named), grouped-cv, cross-fitted or own (yours)."
+    ),
 ]
 SplitFile = Annotated[
     Path | None,
@@ -37,10 +41,8 @@ def sample(
     Not clinical: for trying the software without any download.
     """
     from dualrefnet.data.synthetic import make_synthetic
-    from dualrefnet.progress import progress_bar
 
-    with progress_bar("drawing") as show:
-        make_synthetic(folder, images=count, seed=seed, progress=show)
+    make_synthetic(folder, images=count, seed=seed)
     typer.echo(f"{count} synthetic images with metadata are in {folder}")
 
 
@@ -82,10 +84,8 @@ def check(
     """
     from dualrefnet.data.check import check_dataset
     from dualrefnet.files import write_json
-    from dualrefnet.progress import progress_bar
 
-    with progress_bar("reading images") as show:
-        report = check_dataset(dataset, root, description, workers, show)
+    report = check_dataset(dataset, root, description, workers)
     print_findings(report.findings)
     result = report.to_json()
     if csv_file:
@@ -102,12 +102,10 @@ def _image_statistics(
     from dualrefnet.analysis.image_statistics import measure_images, statistics_table, summarise
     from dualrefnet.data.adapters import load_dataset
     from dualrefnet.files import write_csv
-    from dualrefnet.progress import progress_bar
     from dualrefnet.recipe import ImageSection
 
     loaded = load_dataset(dataset, root, description)
-    with progress_bar("brightness and colour") as show:
-        measured = measure_images(loaded.with_image, ImageSection(), workers, show)
+    measured = measure_images(loaded.with_image, ImageSection(), workers)
     write_csv(csv_file, measured)
     print_table(statistics_table(measured, loaded.schema.classes))
     summary = summarise(measured, loaded.schema.classes)
@@ -129,10 +127,11 @@ def split(
 ) -> None:
     """Divide a data set into train, validation and test, and say what leaks. Works from the CSVs alone."""
     from dualrefnet.data.adapters import load_dataset
-    from dualrefnet.data.protocols import leakage, missing_classes, split_counts, split_dataset
-    from dualrefnet.display.format import PrintedTable, text_rows
+    from dualrefnet.data.check import crossing_ids
+    from dualrefnet.data.protocols import missing_classes, split_counts, split_dataset
+    from dualrefnet.display.format import PrintedTable, protocol_name, text_rows
     from dualrefnet.files import write_csv
-    from dualrefnet.progress import note, warn
+    from dualrefnet.progress import warn
 
     _check_protocol(context)
     loaded = load_dataset(dataset, root, description)
@@ -140,24 +139,14 @@ def split(
         warn(message)
     # What leaks is said below; `train` refuses it.
     rows = split_dataset(loaded, protocol, fold, folds, seed, split_file, allow_leak=True)
-    counts = text_rows(split_counts(rows, loaded.schema.classes).itertuples(name=None))
-    title = f"{loaded.schema.title}, protocol {protocol}"
+    counts = split_counts(rows, loaded.schema.classes)
+    title = f"{loaded.schema.title}, protocol {protocol}: {protocol_name(protocol, loaded.schema.unit)}"
     there = int(rows["image_id"].isin(loaded.with_image["image_id"]).sum())
-    print_table(PrintedTable(title, ("class", "train", "val", "test"), counts))
+    print_table(PrintedTable(title, ("class", *counts), text_rows(counts.itertuples(name=None))))
     typer.echo(f"{there:,} of these rows have their image here, {len(rows) - there:,} don't")
     for message in missing_classes(rows, loaded.schema.classes):
         warn(message)
-    for name, shares in leakage(loaded, rows).items():
-        if shares is None:
-            note(f"the data set names no {name}, so whether a {name} is in two splits can't be seen")
-        elif shares["train"] or shares["train_or_val"]:
-            worst = max(shares["per_class"], key=shares["per_class"].get)
-            warn(
-                f"{shares['train']:.1%} of the test images show a {name} that is also in train "
-                f"({shares['train_or_val']:.1%} with validation); worst class: {worst} {shares['per_class'][worst]:.1%}"
-            )
-        else:
-            note(f"no test image shows a {name} of train or validation")
+    print_findings(list(crossing_ids(loaded, rows)))
     if out:
         write_csv(out, rows)
         typer.echo(out)
@@ -193,11 +182,16 @@ def audit(
     """
     from rich.text import Text
 
-    from dualrefnet.analysis.audit import audit_dataset, printed_tables
+    from dualrefnet.data.adapters import find_root
+    from dualrefnet.display.format import protocol_name
     from dualrefnet.files import write_json
     from dualrefnet.progress import output
 
     _check_protocol(context)
+    find_root(dataset, root)
+    # scikit-learn takes a second to import.
+    from dualrefnet.analysis.audit import audit_dataset, printed_tables
+
     result = audit_dataset(
         dataset,
         root,
@@ -215,7 +209,8 @@ def audit(
     for table in printed_tables(result).values():
         print_table(table)
     verdict = (result.verdict, COLOURS[result.verdict])
-    output().print(Text.assemble(f"{result.dataset}, protocol {result.protocol}: ", verdict))
+    split_by = f"protocol {result.protocol}, {protocol_name(result.protocol, result.group)}"
+    output().print(Text.assemble(f"{result.dataset}, {split_by}: ", verdict))
     if out:
         write_json(out, result.to_json())
     raise typer.Exit(1 if result.failed else 0)

@@ -1,13 +1,34 @@
-"""Commands that take a trained model elsewhere: export, serve."""
+"""Commands that use a trained model: predict, export, serve."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dualrefnet.cli import Cache, ModelFolder, PredictionDevice, Root, RunFolder, Variant, app
+from dualrefnet.cli import (
+    Cache,
+    ModelFolder,
+    PredictionDevice,
+    RayAddress,
+    Root,
+    RunFolder,
+    Variant,
+    Workers,
+    app,
+    existing,
+    print_table,
+    refuse_without_effect,
+    resumable,
+)
+from dualrefnet.errors import DataError, DualRefNetError
+
+if TYPE_CHECKING:
+    from dualrefnet.deploy.batch import Case
+    from dualrefnet.deploy.predictor import Predictor
 
 Accept = Annotated[
     bool,
@@ -17,6 +38,119 @@ Accept = Annotated[
         "measured so. Model card, /v1/model and page then warn of it.",
     ),
 ]
+
+
+@app.command()
+def predict(
+    context: typer.Context,
+    model: ModelFolder,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="CSV",
+            help="image, predicted, prob_CLASS, malignancy, warnings, error. Needless for one image: the prediction is "
+            "printed.",
+        ),
+    ] = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option("--images", metavar="PATH", help="An image or a folder of them; or several.", callback=existing),
+    ] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            "--csv",
+            metavar="CSV",
+            help="Instead of --images: one row a case, its file in column image, or the one that a dataset.yaml beside "
+            "it names (absolute, or relative to the table), metadata in the others. Without such a column: metadata "
+            "alone, for models that need no image.",
+            callback=existing,
+        ),
+    ] = None,
+    metadata: Annotated[
+        Path | None,
+        typer.Option(
+            "--metadata",
+            metavar="CSV",
+            help="Beside --images: column image (file name or id) and fields.",
+            callback=existing,
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted call of these arguments.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 32,
+    workers: Workers = None,
+    device: PredictionDevice = "cpu",
+    variant: Variant = "float32",
+    ray: RayAddress = None,
+) -> None:
+    """Classify images, a few or a million, with a trained run or an exported bundle.
+
+    Missing metadata make the prediction sets larger and refer more cases: each prediction uses the thresholds fitted
+    for what is given. A row that can't be predicted, or has a value unknown to the model, says why in its column error.
+    Memory doesn't grow with the number of images.
+    """
+    from dualrefnet.deploy.batch import Cases, ImageCases, ModelFolder, TableCases, Work, predict_chunks, predict_to_csv
+
+    if out is None:
+        refuse_without_effect(context, "without --out", "resume", "batch", "workers", "ray")
+    if bool(images) == (table is not None) or (table is not None and metadata is not None):
+        raise DualRefNetError("give --images, with --metadata if you have them, or --csv, a table with both")
+    folder = ModelFolder(model, device, variant)
+    # On Ray the actors have the devices; this process only asks what the model reads.
+    predictor = (folder if ray is None else ModelFolder(model, "cpu", variant)).load()
+    cases: Cases = TableCases(table, predictor) if table is not None else ImageCases(images or [], metadata, predictor)
+    if cases.total == 1:
+        _print_prediction(predictor, next(iter(cases)))
+    if out is None:
+        if cases.total > 1:
+            raise DualRefNetError(f"name the file for the {cases.total:,} predictions with --out")
+        return
+    if ray is None:
+        work: Work = partial(predict_chunks, predictor, batch=batch, workers=workers)
+    else:
+        from dualrefnet.deploy.ray_batch import ray_work
+
+        work = ray_work(folder, ray, batch, workers)
+    with resumable(f"what is done is kept beside {out}, and the same command with --resume"):
+        done = predict_to_csv(folder, predictor.classes, cases, out, work, batch=batch, resume=resume)
+    resumed = f" ({done.resumed} of these rows were there before)" if done.resumed else ""
+    typer.echo(
+        f"{done.classified} rows classified, {done.failed} not, for the reason in their column error{resumed}: {out}"
+    )
+    raise typer.Exit(2 if done.failed and not done.classified else 0)
+
+
+def _print_prediction(predictor: Predictor, case: Case) -> None:
+    """Print what the model says of one case."""
+    from dualrefnet.display.format import PrintedTable, text_rows
+    from dualrefnet.progress import warn
+
+    if case.error:
+        raise DataError(f"{case.name}: {case.error}")
+    found = predictor.predict(case.path, case.metadata)
+    columns: dict[str, Callable[[str], str]] = {
+        "class": str,
+        "name": lambda name: predictor.class_names.get(name, "–"),
+        "malignant": lambda name: "yes" if name in predictor.malignant else "–",
+        "in the set": lambda name: "yes" if name in found.likely else "–",
+        "probability": lambda name: f"{found.probabilities[name]:.1%}",
+    }
+    if not predictor.class_names:
+        del columns["name"]
+    names = sorted(found.probabilities, key=lambda name: -found.probabilities[name])
+    rows = text_rows(tuple(value(name) for value in columns.values()) for name in names)
+    print_table(PrintedTable(f"{case.name}: {found.label}", tuple(columns), rows, left=len(columns) - 1))
+    if found.likely and predictor.coverage is not None:
+        typer.echo(f"set of classes with a nominal coverage of {predictor.coverage:.0%}: {', '.join(found.likely)}")
+    if found.malignancy is not None:
+        advice = {True: "; referral is advised", False: "; below the referral threshold", None: ""}[found.refer]
+        typer.echo(f"malignancy: {found.malignancy:.1%}{advice}")
+    if found.out_of_scope is not None:
+        typer.echo(f"out-of-distribution score: {found.out_of_scope:.2f} (above 1: unlike the training images)")
+    for sentence in found.warnings:
+        warn(sentence)
+    typer.echo("Not a medical device: for research and teaching.")
 
 
 @app.command()
@@ -93,7 +227,6 @@ def serve(
     """
     from pydantic import ValidationError
 
-    from dualrefnet.errors import DataError
     from dualrefnet.service.server import Served
     from dualrefnet.service.server import serve as run_server
     from dualrefnet.service.settings import ServiceSettings

@@ -17,8 +17,10 @@ from dualrefnet.cli import (
     RunFolder,
     RunOrSuite,
     app,
+    existing,
     print_table,
     refuse_without_effect,
+    resumable,
 )
 from dualrefnet.errors import DualRefNetError
 
@@ -47,11 +49,17 @@ def explain(
     context: typer.Context,
     run: RunFolder,
     image: Annotated[
-        Path | None, typer.Option("--image", metavar="PATH", help="Explain the prediction of this image alone.")
+        Path | None,
+        typer.Option("--image", metavar="PATH", help="Explain the prediction of this image alone.", callback=existing),
     ] = None,
     metadata: Annotated[
         Path | None,
-        typer.Option("--metadata", metavar="CSV", help="Beside --image: column image (file name or id) and fields."),
+        typer.Option(
+            "--metadata",
+            metavar="CSV",
+            help="Beside --image: column image (file name or id) and fields.",
+            callback=existing,
+        ),
     ] = None,
     against: Against = None,
     out: Out = None,
@@ -103,7 +111,10 @@ def _explain_image(run: Path, image: Path, metadata: Path | None, label: str | N
     rows = text_rows((name, case.metadata[name], f"{100 * change:+.1f}") for name, change in fields)
     title = f"{image}: {explanation.label}, probability {explanation.probability:.1%}"
     note = "Points: of the probability, in percent, that are gone without the value; if negative, it speaks against."
-    print_table(PrintedTable(title, ("field", "value", "points"), rows, (note,) if rows else (), left=2))
+    if rows:
+        print_table(PrintedTable(title, ("field", "value", "points"), rows, (note,), left=2))
+    else:
+        typer.echo(f"{title}; no metadata were given")
     files = explanation.save(out / f"{image.stem}.png")
     typer.echo(f"files: {', '.join(map(str, files))}")
 
@@ -197,7 +208,6 @@ def suite(
     from dualrefnet.progress import note
     from dualrefnet.recipe import parse_overrides
     from dualrefnet.suite.grid import check_names, expand, load_suite, prepare
-    from dualrefnet.suite.runner import run_suite
 
     chosen, values = load_suite(name), parse_overrides(overrides or [])
     folder = out or Path("suites") / (f"{chosen.name}-smoke" if smoke else chosen.name)
@@ -211,12 +221,10 @@ def suite(
             cells, [f"{split.recipe.data.dataset}, protocol {split.recipe.data.protocol}" for split in chosen.splits]
         )
         return
-    try:
+    from dualrefnet.suite.runner import run_suite
+
+    with resumable(f"what is finished is kept in {folder}, and the same command"):
         outcome = run_suite(chosen, folder, workers, cache, ray, cores, not discard_models)
-    except KeyboardInterrupt:
-        raise DualRefNetError(
-            f"interrupted; what is finished is kept in {folder}, and the same command goes on"
-        ) from None
     for reason in dict.fromkeys(failure.error for failure in outcome.failed.values()):
         runs = [run for run, failure in outcome.failed.items() if failure.error == reason]
         typer.echo(f"failed: {', '.join(runs)}: {reason}")
@@ -262,12 +270,8 @@ def paper(
     if dry_run:
         print_table(plan_table(suites))
         return
-    try:
+    with resumable(f"what is finished is kept in {folder}, and the same command"):
         outcomes = run_paper(suites, folder, workers, cache)
-    except KeyboardInterrupt:
-        raise DualRefNetError(
-            f"interrupted; what is finished is kept in {folder}, and the same command goes on"
-        ) from None
     from dualrefnet.report.paper_report import write_paper_report
 
     images, shap_images, each = (60, 20, 1) if smoke else (500, 200, 2)
@@ -288,9 +292,10 @@ def tables(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A suite f
 
     Prints the tables; the files are in DIR/tables.
     """
-    from dualrefnet.suite.tables import printed_tables, read_suite, write_tables
+    from dualrefnet.suite.results import aggregate
+    from dualrefnet.suite.tables import printed_tables, write_tables
 
-    found = read_suite(folder)
+    found = aggregate(folder)
     files = write_tables(folder, found)
     for _, table in printed_tables(found):
         print_table(table)

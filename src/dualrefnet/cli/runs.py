@@ -1,4 +1,4 @@
-"""Commands about runs: doctor, demo, methods, recipes, prepare, train, tune, evaluate, probe, predict."""
+"""Commands about runs: doctor, demo, methods, recipes, prepare, train, tune, distil, evaluate, probe."""
 
 from __future__ import annotations
 
@@ -14,22 +14,20 @@ from dualrefnet.cli import (
     Masks,
     ModelFolder,
     Overrides,
-    PredictionDevice,
     RayAddress,
     Root,
     RunFolder,
-    Variant,
     Workers,
     app,
     print_findings,
     print_table,
     refuse_without_effect,
+    resumable,
 )
-from dualrefnet.errors import DualRefNetError
+from dualrefnet.errors import DualRefNetError, RunError
 
 if TYPE_CHECKING:
-    from dualrefnet.deploy.batch import Case
-    from dualrefnet.deploy.predictor import Predictor
+    from dualrefnet.recipe import Recipe
     from dualrefnet.run import Run
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe (`recipes`).")]
@@ -70,9 +68,25 @@ def demo(
 
     Needs the extra `explain`.
     """
-    from dualrefnet.demo import run_demo
+    # Says at once, and not after the training, if an extra isn't installed.
+    import dualrefnet.report.explanations  # noqa: F401
+    from dualrefnet.data.synthetic import make_synthetic
+    from dualrefnet.progress import note
+    from dualrefnet.recipe import load_recipe
+    from dualrefnet.report import ReportOptions
+    from dualrefnet.report.run_report import write_report
+    from dualrefnet.training.train import train_recipe
 
-    run, page = run_demo(out)
+    if out.is_dir() and any(child.name not in ("data", "run", "cache") for child in out.iterdir()):
+        raise RunError(f"{out} holds other things; name another folder with --out")
+    note("making the synthetic sample: invented images, not clinical ones")
+    make_synthetic(out / "data", images=420)
+    recipe = load_recipe("sample", {"data.root": str(out / "data")})
+    # Goes on where it was interrupted.
+    run = train_recipe(recipe, out / "run", resume=True, cache=out / "cache")
+    note("writing the report")
+    # Enough for a look; `dualrefnet report` takes more images.
+    page = write_report(run, options=ReportOptions(shap_images=40, cache=out / "cache"))
     _print_metrics(run.metrics, run.unit)
     typer.echo(
         f"The run folder is {run.path}; try: dualrefnet predict {run.path} --images {out}/data/images "
@@ -158,10 +172,13 @@ def prepare(
     ] = False,
 ) -> None:
     """Decode and preprocess a recipe's images once, into the image store. `train` does it too if it wasn't done."""
-    from dualrefnet.data.loader import fill_recipe_store, read_dataset
+    from dualrefnet.data.adapters import find_root
     from dualrefnet.recipe import load_recipe, parse_overrides
 
     checked = load_recipe(recipe, parse_overrides(overrides or []))
+    find_root(checked.data.dataset, checked.data.root)
+    from dualrefnet.data.loader import fill_recipe_store, read_dataset
+
     store = fill_recipe_store(checked, read_dataset(checked), cache, workers, verify)
     typer.echo(f"{len(store.image_ids) - len(store.broken)} images of {store.side} px are in {store.path}")
 
@@ -204,20 +221,30 @@ def train(
         refuse_without_effect(context, "without --folds", "jobs", "ray")
     # pandas takes half a second to import, and torch seconds.
     from dualrefnet.run import new_folder
+
+    _train(checked, out or new_folder(checked.name, resume, overwrite), resume, overwrite, cache, workers, jobs, ray)
+
+
+def _train(
+    recipe: Recipe,
+    folder: Path,
+    resume: bool,
+    overwrite: bool,
+    cache: Path | None,
+    workers: int | None,
+    jobs: int = 1,
+    ray: str | None = None,
+) -> None:
+    """Train a recipe that can begin, and print its measures."""
     from dualrefnet.training.preflight import check_start
 
-    folder = out or new_folder(checked.name, resume, overwrite)
-    check_start(checked, folder, resume, overwrite)
-    from dualrefnet.training.train import train_recipe
-
-    try:
-        run = train_recipe(checked, folder, resume, cache, workers, jobs, ray, overwrite=overwrite)
-    except KeyboardInterrupt:
-        raise DualRefNetError(
-            f"interrupted; the last whole epoch is kept, and the command with --out {folder} --resume goes on"
-        ) from None
+    dataset = check_start(recipe, folder, resume, overwrite)
     from accelerate import PartialState
 
+    from dualrefnet.training.train import train_recipe
+
+    with resumable(f"the last whole epoch is kept, and the command with --out {folder} --resume"):
+        run = train_recipe(recipe, folder, resume, cache, workers, jobs, ray, overwrite=overwrite, dataset=dataset)
     if PartialState().is_main_process:
         _print_metrics(run.metrics, run.unit)
         _print_departures(run)
@@ -244,13 +271,12 @@ def tune(
     split; but over all folds every patient is on a validation side once.
     """
     from dualrefnet.recipe import load_recipe, parse_overrides
-    from dualrefnet.suite.tuning import printed_trials, tune_recipe
 
     checked = load_recipe(recipe, parse_overrides(overrides or []))
-    try:
+    from dualrefnet.suite.tuning import printed_trials, tune_recipe
+
+    with resumable(f"what is finished is kept in {out}, and the same command"):
         table = tune_recipe(checked, out, trials, folds, jobs, ray, cache)
-    except KeyboardInterrupt:
-        raise DualRefNetError(f"interrupted; what is finished is kept in {out}, and the same command goes on") from None
     print_table(printed_trials(table))
     if not (out / "best.yaml").is_file():
         raise DualRefNetError(f"no trial was trained to its end; {out / 'trials.csv'} and {out / 'logs'} say why")
@@ -282,12 +308,7 @@ def distil(
         raise DualRefNetError(f"{run} isn't a cross-fitted run: `dualrefnet train RECIPE --folds 5` makes one")
     given = {"name": f"{teacher.recipe.name[:190]}-distilled", "data.protocol": "all", "loss.teacher": str(run)}
     checked = load_recipe(teacher.recipe, given | parse_overrides(overrides or []))
-    from dualrefnet.training.train import train_recipe
-
-    folder = out or run.with_name(f"{run.resolve().name}-distilled")
-    student = train_recipe(checked, folder, resume, cache, workers, overwrite=overwrite)
-    _print_metrics(student.metrics, student.unit)
-    typer.echo(f"run folder: {student.path}")
+    _train(checked, out or run.with_name(f"{run.resolve().name}-distilled"), resume, overwrite, cache, workers)
 
 
 @app.command()
@@ -375,131 +396,6 @@ def probe(
     for table in write_probes(Run(run), others, out, options, permutations, draws):
         print_table(table)
     typer.echo(f"the probes: {out}")
-
-
-@app.command()
-def predict(
-    context: typer.Context,
-    model: ModelFolder,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            metavar="CSV",
-            help="image, predicted, prob_CLASS, malignancy, warnings, error. Needless for one image: the prediction is "
-            "printed.",
-        ),
-    ] = None,
-    images: Annotated[
-        list[Path] | None, typer.Option("--images", metavar="PATH", help="An image or a folder of them; or several.")
-    ] = None,
-    table: Annotated[
-        Path | None,
-        typer.Option(
-            "--csv",
-            metavar="CSV",
-            help="Instead of --images: one row a case, its file in column image, or the one that a dataset.yaml beside "
-            "it names (absolute, or relative to the table), metadata in the others. Without such a column: metadata "
-            "alone, for models that need no image.",
-        ),
-    ] = None,
-    metadata: Annotated[
-        Path | None,
-        typer.Option("--metadata", metavar="CSV", help="Beside --images: column image (file name or id) and fields."),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted call of these arguments.")] = False,
-    batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 32,
-    workers: Workers = None,
-    device: PredictionDevice = "cpu",
-    variant: Variant = "float32",
-    ray: RayAddress = None,
-) -> None:
-    """Classify images, a few or a million, with a trained run or an exported bundle.
-
-    Missing metadata make the prediction sets larger and refer more cases: each prediction uses the thresholds fitted
-    for what is given. A row that can't be predicted, or has a value unknown to the model, says why in its column error.
-    Memory doesn't grow with the number of images.
-    """
-    from functools import partial
-
-    from dualrefnet.deploy.batch import (
-        Cases,
-        ImageCases,
-        ModelFolder,
-        TableCases,
-        Work,
-        predict_chunks,
-        predict_to_csv,
-    )
-    from dualrefnet.progress import progress_bar
-
-    if out is None:
-        refuse_without_effect(context, "without --out", "resume", "batch", "workers", "ray")
-    if bool(images) == (table is not None) or (table is not None and metadata is not None):
-        raise DualRefNetError("give --images, with --metadata if you have them, or --csv, a table with both")
-    folder = ModelFolder(model, device, variant)
-    # On Ray the actors have the devices; this process only asks what the model reads.
-    predictor = (folder if ray is None else ModelFolder(model, "cpu", variant)).load()
-    cases: Cases = TableCases(table, predictor) if table is not None else ImageCases(images or [], metadata, predictor)
-    if cases.total == 1:
-        _print_prediction(predictor, next(iter(cases)))
-    if out is None:
-        if cases.total > 1:
-            raise DualRefNetError(f"name the file for the {cases.total:,} predictions with --out")
-        return
-    if ray is None:
-        work: Work = partial(predict_chunks, predictor, batch=batch, workers=workers)
-    else:
-        from dualrefnet.deploy.ray_batch import ray_work
-
-        work = ray_work(folder, ray, batch, workers)
-    try:
-        with progress_bar("predicting") as show:
-            done = predict_to_csv(
-                folder, predictor.classes, cases, out, work, batch=batch, resume=resume, progress=show
-            )
-    except KeyboardInterrupt:
-        raise DualRefNetError(
-            f"interrupted; what is done is kept beside {out}, and the same command with --resume goes on"
-        ) from None
-    resumed = f" ({done.resumed} of these rows were there before)" if done.resumed else ""
-    typer.echo(
-        f"{done.classified} rows classified, {done.failed} not, for the reason in their column error{resumed}: {out}"
-    )
-    raise typer.Exit(2 if done.failed and not done.classified else 0)
-
-
-def _print_prediction(predictor: Predictor, case: Case) -> None:
-    """Print what the model says of one case."""
-    from dualrefnet.display.format import PrintedTable, text_rows
-    from dualrefnet.errors import DataError
-    from dualrefnet.progress import warn
-
-    if case.error:
-        raise DataError(f"{case.name}: {case.error}")
-    found = predictor.predict(case.path, case.metadata)
-    rows = [
-        (
-            name,
-            predictor.class_names.get(name, "–"),
-            "yes" if name in predictor.malignant else "–",
-            "yes" if name in found.likely else "–",
-            f"{share:.1%}",
-        )
-        for name, share in sorted(found.probabilities.items(), key=lambda item: -item[1])
-    ]
-    columns = ("class", "name", "malignant", "in the set", "probability")
-    print_table(PrintedTable(f"{case.name}: {found.label}", columns, text_rows(rows), left=4))
-    if found.likely and predictor.coverage is not None:
-        typer.echo(f"set of classes with a nominal coverage of {predictor.coverage:.0%}: {', '.join(found.likely)}")
-    if found.malignancy is not None:
-        advice = {True: "; referral is advised", False: "; below the referral threshold", None: ""}[found.refer]
-        typer.echo(f"malignancy: {found.malignancy:.1%}{advice}")
-    if found.out_of_scope is not None:
-        typer.echo(f"out-of-distribution score: {found.out_of_scope:.2f} (above 1: unlike the training images)")
-    for sentence in found.warnings:
-        warn(sentence)
-    typer.echo("Not a medical device: for research and teaching.")
 
 
 def _print_departures(run: Run) -> None:

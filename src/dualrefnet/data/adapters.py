@@ -33,6 +33,12 @@ def load_dataset(name: str, root: Path | str | None = None, description: Path | 
     Raises:
         DataError: the adapter is unknown, the folder or a file in it is missing, or the table is not what it must be.
     """
+    folder = find_root(name, root)
+    return ADAPTERS[name](folder, Path(description) if description else None)
+
+
+def find_root(name: str, root: Path | str | None = None) -> Path:
+    """Return the folder of a data set, which must be there; see `load_dataset`."""
     if name not in ADAPTERS:
         raise DataError(f"no data set adapter is called {name!r}; there are: {', '.join(ADAPTERS)}")
     if root is None:
@@ -48,4 +54,4 @@ def load_dataset(name: str, root: Path | str | None = None, description: Path | 
         hint = f"; `dualrefnet fetch {name} --root {root}` downloads it"
         hints = {"sample": f"; `dualrefnet sample {root}` makes it", "csv_table": ""}
         raise DataError(f"there is no folder {root}{hints.get(name, hint)}")
-    return ADAPTERS[name](root, Path(description) if description else None)
+    return root

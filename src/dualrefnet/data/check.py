@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dualrefnet.data.adapters import load_dataset
-from dualrefnet.data.decode import decode_image
-from dualrefnet.data.images import is_image, list_files
+from dualrefnet.data.images import decode_image, is_image, list_files
+from dualrefnet.data.protocols import leakage
 from dualrefnet.data.schema import BOOLEAN_VALUES, Dataset, MetadataField, unnamed_patients
 from dualrefnet.data.store import map_ahead
 from dualrefnet.errors import ImageError
 from dualrefnet.runtime.images import MAX_BYTES
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Level = Literal["PASS", "WARN", "FAIL"]
 
@@ -52,12 +51,16 @@ def finding_or_pass(level: Level, check: str, ids: Sequence[str], problem: str, 
 
 def identical_images(images: Iterable[tuple[str, str, str]]) -> Iterator[Finding]:
     """Report byte-identical images, given id, label and hash of the bytes (empty: unknown) of every image."""
+    import pandas as pd
+
     table = pd.DataFrame(images, columns=["image_id", "label", "sha256"])
+    # A group of pandas takes longer than decoding a small image, and nearly every image is alone.
+    copies = table[(table["sha256"] != "") & table["sha256"].duplicated(keep=False)]
     other_label, same_label = [], []
-    for _, group in table[table["sha256"] != ""].groupby("sha256", sort=False):
+    for _, group in copies.groupby("sha256", sort=False):
         if group["label"].nunique() > 1:
             other_label.append(" = ".join(group["image_id"] + " (" + group["label"] + ")"))
-        elif len(group) > 1:
+        else:
             same_label.append(" = ".join(group["image_id"]))
     problem = "byte-identical images under different labels (at least one label is wrong), groups"
     otherwise = "no images of different labels are identical"
@@ -82,30 +85,49 @@ class CheckReport:
 
 
 def check_dataset(
-    name: str,
-    root: Path | None,
-    description: Path | None = None,
-    workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    name: str, root: Path | None, description: Path | None = None, workers: int | None = None
 ) -> CheckReport:
-    """Check the table, the metadata and every image of a data set; `progress` is called with (images done, in all)."""
+    """Check the table, the metadata and every image of a data set."""
     dataset = load_dataset(name, root, description)
     table = dataset.with_image
     rows = list(zip(table["image_id"], table["label"], table["image_path"], strict=True))
-    threads, images = workers or min(16, os.cpu_count() or 1), []
     findings = check_table(dataset)
     # Of each decoded image only its hash and size are kept, so memory doesn't grow with the images.
-    with closing(map_ahead(_read_image, rows, threads, 4 * threads)) as results:
-        for done, image in enumerate(results, start=1):
-            images.append(image)
-            if progress is not None:
-                progress(done, len(rows))
+    images = list(map_ahead(_read_image, rows, workers, label="reading images"))
     return CheckReport(name, dataset.root, [*findings, *_images(images)])
 
 
 def check_table(dataset: Dataset) -> list[Finding]:
     """Check the table, the metadata and which images are there; none is read."""
     return [*_rows(dataset), *_patients(dataset), *_metadata(dataset), *_missing_images(dataset)]
+
+
+def crossing_ids(dataset: Dataset, split: pd.DataFrame) -> Iterator[Finding]:
+    """Report the test images whose patient, and those whose lesion, is also in train or validation."""
+    rows = split[["image_id", "split"]].merge(dataset.table, on="image_id", how="left", validate="one_to_one")
+    test = rows["split"] == "test"
+    for what, leak in leakage(dataset, split).items():
+        check, ids = f"{what}s_on_two_sides", rows[f"{what}_id"]
+        if leak is None:
+            level: Level = "WARN"
+            message = f"the data set names no {what}: whether a {what} crosses the split is unknown"
+            if what == "lesion" and dataset.schema.unit == "patient":
+                level, message = "PASS", "the data set names no lesion; each is of one patient"
+            yield Finding(level, check, message)
+            continue
+        seen = rows.loc[test & ids.isin(ids[~test].dropna()), "image_id"]
+        unnamed = int((test & ids.isna()).sum())
+        but = f" ({unnamed:,} test images name no {what})" if unnamed else ""
+        if seen.empty:
+            yield Finding("PASS", check, f"no test image shows a {what} of train or validation{but}")
+            continue
+        worst = max(leak["per_class"], key=leak["per_class"].get)
+        message = (
+            f"{leak['train']:.1%} of the test images show a {what} that is also in train ({leak['train_or_val']:.1%} "
+            f"counting validation; of class {worst} {leak['per_class'][worst]:.1%}){but}; every result on them is too "
+            "good: use the protocol grouped"
+        )
+        yield Finding("FAIL", check, message, tuple(seen[:MAX_EXAMPLES]), len(seen))
 
 
 def _rows(dataset: Dataset) -> Iterator[Finding]:

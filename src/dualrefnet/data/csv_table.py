@@ -11,13 +11,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dualrefnet.data.images import ImageIndex, image_id, list_files
+from dualrefnet.data.images import NamedImages, image_id
 from dualrefnet.data.schema import (
     Dataset,
     DatasetSchema,
@@ -33,7 +32,10 @@ from dualrefnet.errors import DataError, RecipeError
 from dualrefnet.files import parse_yaml, read_yaml_text, sha256_of_file
 from dualrefnet.progress import warn
 from dualrefnet.recipe import ClassName
-from dualrefnet.runtime.metadata import read_cell, read_number
+from dualrefnet.runtime.metadata import by_fold, fold, read_cell, read_number
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 DEFAULT_DESCRIPTION = "dataset.yaml"
 SEPARATORS = ",;\t|"
@@ -67,7 +69,6 @@ class TableDescription(BaseModel):
     licence: str = ""  # of the data
 
     def image_folders(self, root: Path) -> tuple[Path, ...]:
-        """Return the folders of images of a data set in the folder `root`."""
         parts = [self.images] if isinstance(self.images, str) else self.images
         return tuple(dict.fromkeys((root / part).resolve() for part in parts))
 
@@ -113,12 +114,18 @@ def load(root: Path, description_file: Path | None = None) -> Dataset:
         raise DataError(f"{int(names.isna().sum())} rows of {file} name no image")
     # Columns that group the images: an empty one names nobody.
     named = [column for column in optional if raw[column].map(read_cell).notna().any()]
+    classes = description.classes or one_hot or classes_of(label)
+    usual = by_fold({name: name for name in classes})
+
+    def spelt(name: str) -> str:
+        return name if name in classes else usual.get(fold(name), name)
+
     schema = DatasetSchema(
         name="csv_table",
         title=description.title,
-        classes=description.classes or one_hot or classes_of(label),
-        malignant=description.malignant,
-        class_names=description.class_names,
+        classes=classes,
+        malignant=tuple(map(spelt, description.malignant)),
+        class_names={spelt(name): text for name, text in description.class_names.items()},
         fields=description.metadata,
         group_by=(
             "patient_id" if description.patient in named else "lesion_id" if description.lesion in named else "image_id"
@@ -151,10 +158,9 @@ def load(root: Path, description_file: Path | None = None) -> Dataset:
 
 
 def read_one_hot(table: pd.DataFrame, columns: Sequence[str], image: str, what: str) -> pd.Series:
-    """Return the class of each row, of which one of the columns holds 1 (or True) and the others 0 (or False).
+    """Return the class of each row, of which one of the columns holds 1 (or True) and the others 0 (or False)."""
+    import pandas as pd
 
-    `image` is the column that names a row in the DataError, and `what` the table.
-    """
     # Other text becomes NaN, which is no label.
     cells = table[list(columns)].replace({"True": "1", "False": "0"})
     values = cells.apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float)
@@ -199,25 +205,21 @@ def _if_readable(property_of: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def find_images(names: pd.Series, folders: Sequence[Path]) -> pd.Series:
-    """Return the file that each name means, a path below one of the folders; None if there is none."""
+    """Return the file that each name means, a path below one of the folders or its end; None if there is none."""
+    import pandas as pd
+
     index, paths = None, []
     for name in names:
         files = [str(folder / name) for folder in folders if os.path.isfile(folder / name)]
         if len(files) != 1:
-            below = ((os.path.relpath(file, folder), file) for folder in folders for file in list_files(folder))
-            index = index or ImageIndex(below)
+            index = index or NamedImages(folders)
             files = [path] if (path := index.find(name)) else []
         paths.append(files[0] if files else None)
     return pd.Series(paths, index=names.index, dtype=object)
 
 
 def describe(table: pd.DataFrame, columns: list[str]) -> tuple[MetadataField, ...]:
-    """Guess the metadata fields of a table; refuse a column of free text (over 50 values) or of unclear numbers.
-
-    A column with only yes/no values is boolean; one of numbers with more than ten values is numeric; others are
-    categorical, their values learned from the training rows. Results are compared between the values of age, sex, skin
-    type, ethnicity and body site, if a column is called so.
-    """
+    """Guess the metadata fields of a table; refuse a column of free text (over 50 values) or of unclear numbers."""
     refuse_forbidden_features(columns)
     require_columns(table, columns, "the table")
     fields = []
@@ -284,8 +286,12 @@ def _encoding(path: Path) -> str:
 
 def read_csv(path: Path) -> pd.DataFrame:
     """Read a CSV whose cells are text, NaN where they are empty."""
+    import pandas as pd
+
+    # Equal cells are one string: a million rows of words that repeat would take gigabytes.
+    known: dict[str, str] = {}
     with open_csv(path) as reader:
-        rows = [row for row in reader if any(cell.strip() for cell in row)]
+        rows = [[known.setdefault(cell, cell) for cell in row] for row in reader if any(cell.strip() for cell in row)]
     if not rows:
         raise DataError(f"{path} is empty")
     if len(rows) == 1:
@@ -311,6 +317,5 @@ def other_columns(published: pd.DataFrame, known: Iterable[str]) -> pd.DataFrame
 
 
 def shared_lesions(table: pd.DataFrame) -> tuple[str, ...]:
-    """Return the lesion ids that several patients use."""
     owners = table.groupby("lesion_id")["patient_id"].nunique()
     return tuple(map(str, owners.index[owners > 1]))

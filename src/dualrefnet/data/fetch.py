@@ -113,10 +113,10 @@ class _NotTheFileError(Exception):
 
 
 def fetch_dataset(name: str, root: Path, *, accept_licence: bool) -> list[Path]:
-    """Download and unpack a data set; running it again resumes, and repeats only what isn't done.
+    """Download and unpack a data set, and return its files; running it again resumes what isn't done.
 
-    A file that already lies in `root` under its own name is verified and used. Archives stay after unpacking. What was
-    fetched is recorded in `fetched.json`. Returns the files and folders that make up the data set.
+    A file that already lies in `root` under its own name is verified and used. What was fetched stands in
+    `fetched.json`.
     """
     if name not in RELEASES:
         hint = "; `dualrefnet sample DIR` makes it" if name == "sample" else ""
@@ -269,10 +269,7 @@ def _ask(url: str, headers: dict[str, str]) -> requests.Response:
 
 
 def _request(source: Source, partial: Path, show: Callable[[int], None]) -> None:
-    """Request once what is missing of `partial`, and append it.
-
-    Beside it lies the validator (RFC 9110, 8.8) of the version that was begun; without one nothing can be resumed.
-    """
+    """Request once what is missing of `partial`, and append it, if the version is that begun (RFC 9110, 8.8)."""
     version = _version_of(partial)
     if not version.is_file():
         partial.unlink(missing_ok=True)
@@ -343,8 +340,7 @@ def _size(path: Path) -> int:
 def unpack(archive: Path, folder: Path) -> list[Path]:
     """Unpack a zip of unknown origin, and the zips in it one level deep: all of it, or a DataError is raised.
 
-    One folder that wraps a whole release (it holds `metadata.csv`) is taken off. What macOS adds is left out. Returns
-    the top-level files and folders that were written.
+    One folder that wraps a whole release (it holds `metadata.csv`) is taken off, and what macOS adds is left out.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # On the same disk, so that moving is renaming.

@@ -1,4 +1,4 @@
-"""Find image files by the ids that tables give them."""
+"""Image files by the ids that tables give them, their pixels, and lesion masks."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ import os
 import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from dualrefnet.errors import DataError
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from dualrefnet.errors import DataError, ImageError
 from dualrefnet.runtime import images
+from dualrefnet.runtime.preprocessing import to_square
 
 # What is listed as an image; whether it can be decoded is seen when it is read.
 IMAGE_SUFFIXES = (
@@ -17,6 +23,7 @@ IMAGE_SUFFIXES = (
 )
 # Columns that may name the image of a row.
 IMAGE_COLUMNS = ("image", "image_id", "img_id", "isic_id", "file", "filename")
+MASK_FOLDER = "masks"
 
 
 def image_path(name: str) -> str:
@@ -96,3 +103,68 @@ class ImageIndex:
         """From what means one file to what may mean several."""
         path, stem = image_path(name), image_id(name)
         return [("path", path), ("any case", path.casefold()), ("id", stem), ("id in any case", stem.casefold())]
+
+
+class NamedImages:
+    """The images of some files and folders by the names that a table gives them: paths below one, or ends of paths.
+
+    Folders that don't exist hold none.
+    """
+
+    def __init__(self, sources: Iterable[Path]) -> None:
+        self._files = [
+            (file.relative_to(source if source.is_dir() else source.parent).as_posix(), str(file))
+            for source in sources
+            if source.exists()
+            for file in (map(Path, list_files(source)) if source.is_dir() else [source])
+        ]
+        self._below = ImageIndex(self._files)
+        # Number of parts of a name -> the images by that many last parts of their paths.
+        self._ends: dict[int, ImageIndex] = {}
+
+    def find(self, name: str) -> str | None:
+        """Return the path of an image, None if there is none; refuse a name that means two."""
+        found = self._below.find(name)
+        if found is not None:
+            return found
+        parts = image_path(name).count("/") + 1
+        if parts not in self._ends:
+            self._ends[parts] = ImageIndex(
+                ("/".join(Path(path).absolute().as_posix().split("/")[-parts:]), path) for _, path in self._files
+            )
+        return self._ends[parts].find(name)
+
+
+def decode_image(source: Path | str | bytes, **limits: Any) -> NDArray[np.uint8]:
+    """Decode an image of unknown origin to (H, W, 3); see `dualrefnet.runtime.images.decode_image`."""
+    try:
+        return images.decode_image(source, **limits)
+    except images.DecodingError as error:
+        raise ImageError(str(error)) from None
+
+
+def find_masks(root: Path, folder: Path | None = None) -> dict[str, Path]:
+    """Return image id -> mask file of `folder` (None: `masks` in the data set's folder `root`)."""
+    where = root / MASK_FOLDER if folder is None else folder
+    if not where.is_dir():
+        needed = "it must hold <image id>.png for some images, white in the lesion"
+        raise DataError(f"there is no folder of masks {where}; {needed}")
+    masks = {path.stem: path for path in sorted(where.glob("[!.]*.png")) if path.is_file()}
+    if not masks:
+        raise DataError(f"{where} holds no mask; name them <image id>.png")
+    return masks
+
+
+def read_mask(path: Path, image: Path, side: int, fit: str) -> NDArray[np.bool_] | None:
+    """Read a mask (over 127 is lesion) as the (S, S) square that the model sees; None if no lesion is marked there."""
+    values = decode_image(path, min_side=1).max(axis=2)
+    if 0 < values.max() <= 127:
+        brightest = f"the brightest pixel of the mask {path.name} is {values.max()}"
+        raise DataError(f"{brightest}, and lesion is over 127; write 0 and 255")
+    marked = np.where(values > 127, np.uint8(255), np.uint8(0))
+    if fit == "crop":
+        # The middle is cut out of the image, so the mask must have its shape first.
+        height, width = decode_image(image).shape[:2]
+        marked = np.asarray(cv2.resize(marked, (width, height), interpolation=cv2.INTER_NEAREST), dtype=np.uint8)
+    mask = to_square(marked, side, fit) > 127
+    return mask if mask.any() else None

@@ -64,13 +64,11 @@ SCHEMA = DatasetSchema(
 
 
 def image_folders(root: Path) -> tuple[Path, ...]:
-    """Return the folders below `root` that may hold images."""
     names = ("ISIC_2019_Training_Input", "ISIC_2019_Training_Input/ISIC_2019_Training_Input", "images")
     return tuple(root / name for name in names if (root / name).is_dir())
 
 
 def load(root: Path) -> Dataset:
-    """Read ISIC-2019: the two CSVs joined, in the order of the ground truth."""
     truth = read_csv(root / GROUND_TRUTH)
     metadata = read_csv(root / METADATA)
     require_columns(truth, ["image", *CLASSES], str(root / GROUND_TRUTH))

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -23,7 +23,6 @@ from dualrefnet.data.metadata import MetadataEncoder
 from dualrefnet.data.protocols import (
     FOLD,
     leak_remarks,
-    leakage,
     member_split,
     missing_classes,
     split_dataset,
@@ -34,6 +33,9 @@ from dualrefnet.data.store import DerivedStore, ImageStore, delete_if_changed, f
 from dualrefnet.errors import DataError, SplitError
 from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import AugmentationSection, Recipe
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,14 @@ class Batch:
     targets: Tensor | None = None  # (B, 3, 2S, 2S) uint8, the auxiliary task's stored targets
     folds: Tensor | None = None  # (B,) of a cross-fitted run: the only member that hasn't been trained on the image
     soft_labels: Tensor | None = None  # (B, C) float32, a teacher's probabilities
+
+    def parts(self, count: int) -> Iterator[Batch]:
+        """Yield the batch in so many parts of about the same size."""
+        for rows in np.array_split(np.arange(len(self.rows)), count):
+            part = slice(rows[0], rows[-1] + 1)
+            kept: dict[str, Any] = {name: value if value is None else value[part] for name, value in vars(self).items()}
+            kept["features"] = tuple({name: value[part] for name, value in each.items()} for each in self.features)
+            yield Batch(**kept)
 
 
 @dataclass(frozen=True)
@@ -108,9 +118,9 @@ class Examples:
         return map_ahead(self.batch, batches, workers=1, ahead=3)
 
 
-def read_dataset(recipe: Recipe) -> Dataset:
-    """Read the recipe's data set, with the classes that it is about, and show its warnings."""
-    dataset = load_dataset(recipe.data.dataset, recipe.data.root, recipe.data.description)
+def read_dataset(recipe: Recipe, loaded: Dataset | None = None) -> Dataset:
+    """Read the recipe's data set, unless it is `loaded`, with the classes that it is about; show its warnings."""
+    dataset = loaded or load_dataset(recipe.data.dataset, recipe.data.root, recipe.data.description)
     for message in dataset.warnings:
         warn(message)
     task = dataset.of_task(recipe.data.keep, recipe.data.classes)
@@ -121,18 +131,11 @@ def read_dataset(recipe: Recipe) -> Dataset:
 
 
 def recipe_split(recipe: Recipe, dataset: Dataset, store: ImageStore | None, tested: bool = True) -> pd.DataFrame:
-    """Return the recipe's split of the rows that it can use, and report what was left out; only where the run is not
-    `tested` may no image of the test split be left.
-    """
+    """Return the recipe's split of its usable rows, and report others; unless `tested` no test image is needed."""
     data = recipe.data
     split = split_dataset(
         dataset, data.protocol, data.fold, data.folds, data.split_seed, data.split_file, data.allow_leak
     )
-    if data.protocol == "paper":
-        for unit, shares in leakage(dataset, split).items():
-            if shares is not None:
-                share = f"{shares['train']:.1%}"
-                warn(f"the paper's split leaks: {share} of the test images show a {unit} seen in training")
     if data.allow_leak:
         for message in leak_remarks(split, dataset.schema.unit):
             warn(message)
@@ -146,7 +149,7 @@ def recipe_split(recipe: Recipe, dataset: Dataset, store: ImageStore | None, tes
         parts |= {"test": split["split"] == "test"}
     for name, rows in parts.items():
         if not rows.any() and (tested or name != "test"):
-            hint = f"`dualrefnet check {data.dataset}` says which are missing"
+            hint = f"`dualrefnet check {data.dataset} --root {dataset.root}` says which are missing"
             raise SplitError(f"the {name} split has no image left; {hint}")
     trainings = [split]
     if FOLD in split:
@@ -163,10 +166,7 @@ def recipe_split(recipe: Recipe, dataset: Dataset, store: ImageStore | None, tes
 
 
 def split_rows(dataset: Dataset, split: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Return the lesion table's rows of the split `name`, in the split's order.
-
-    Of a cross-fitted run every row is in all splits: each is trained on by some members and tests another.
-    """
+    """Return the lesion table's rows of one split, in its order; of a cross-fitted run every row is in all splits."""
     ids = split["image_id"] if FOLD in split else split.loc[split["split"] == name, "image_id"]
     return dataset.table.set_index("image_id", drop=False).loc[ids].reset_index(drop=True)
 
@@ -181,12 +181,11 @@ def fill_recipe_store(
 ) -> ImageStore:
     """Fill the image store that a recipe needs, and warn of broken images; `verify`: compare it with the files."""
     if len(dataset.with_image) == 0:
-        raise DataError(f"{dataset.no_image}; `dualrefnet check {recipe.data.dataset}` says more")
+        raise DataError(f"{dataset.no_image}; `dualrefnet check {recipe.data.dataset} --root {dataset.root}` says more")
     with progress_bar("preparing images") as show:
         store = fill_store(dataset.with_image, recipe.image, stored_size(recipe), cache, workers, show)
     if verify:
-        with progress_bar("comparing images") as show:
-            changed = delete_if_changed(store, dataset.with_image, recipe.image, workers, show)
+        changed = delete_if_changed(store, dataset.with_image, recipe.image, workers)
         if changed:
             note(f"{len(changed)} images have changed and are prepared again, the first: {changed[0]}")
             return fill_recipe_store(recipe, dataset, cache, workers)
@@ -228,7 +227,6 @@ class AugmentationDraw:
 
 
 def draw(count: int, section: AugmentationSection, seed: int, epoch: int) -> AugmentationDraw:
-    """Draw the choices for `count` images of one epoch."""
     # Each choice has its own stream, so changing one setting leaves the other choices as they were.
     uniform = [np.random.default_rng([seed, epoch, number]).random(count) for number in range(10)]
     flip_x = np.where(uniform[0] < section.horizontal_flip, -1.0, 1.0)

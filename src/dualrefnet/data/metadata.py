@@ -11,10 +11,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from dualrefnet.data.schema import BOOLEAN_VALUES, DatasetSchema, MetadataField, invalid_warning
@@ -22,6 +21,9 @@ from dualrefnet.errors import DataError
 from dualrefnet.recipe import MetadataSection
 from dualrefnet.runtime import metadata as runtime
 from dualrefnet.runtime.metadata import MetadataTransform, NeuralImputer, Observed, Span
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -55,10 +57,9 @@ class MetadataEncoder(MetadataTransform):
 
     @classmethod
     def fit(cls, rows: pd.DataFrame, schema: DatasetSchema, section: MetadataSection, seed: int = 0) -> MetadataEncoder:
-        """Learn categories, means, standard deviations and the imputer from training rows.
+        """Learn categories, means, deviations and the imputer from training rows; `seed` is the imputer's."""
+        import pandas as pd
 
-        The label isn't read (but by the imputation `label_leaking`); `seed` is the imputer's.
-        """
         tiers = {"M0": (), "M1": ("M1",), "M2": ("M1", "M2"), "M3": ("M1", "M2")}[section.tier]
         fields = tuple(field for field in schema.fields if field.tier in tiers)
         if not fields and section.tier != "M0":

@@ -105,7 +105,6 @@ def image_folders(root: Path) -> tuple[Path, ...]:
 
 
 def load(root: Path, schema: DatasetSchema = SCHEMA) -> Dataset:
-    """Read PAD-UFES-20, or a data set in its layout (`schema`)."""
     raw = read_csv(root / "metadata.csv")
     require_columns(raw, ["img_id", "patient_id", "lesion_id", "diagnostic"], str(root / "metadata.csv"))
     folders = image_folders(root)

@@ -11,9 +11,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from dualrefnet.data.csv_table import read_csv
 from dualrefnet.data.images import IMAGE_COLUMNS, ImageIndex
@@ -21,6 +19,9 @@ from dualrefnet.data.schema import Dataset, groups, require_columns
 from dualrefnet.errors import SplitError
 from dualrefnet.progress import note
 from dualrefnet.runtime.metadata import read_cell
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PROTOCOLS = ("paper", "grouped", "grouped-cv", "cross-fitted", "all", "own")
 SPLITS = ("train", "val", "test")
@@ -67,6 +68,8 @@ def split_dataset(
         SplitError: the protocol doesn't exist for the data set, a class has too few groups to be in every split, or
             `own` names an unknown image or split, or has a patient in several.
     """
+    import pandas as pd
+
     check_protocol(dataset, protocol, fold, folds, split_file, allow_leak)
     columns = list(SPLIT_COLUMNS)
     fold_of = pd.Series(0, index=dataset.table.index)
@@ -122,6 +125,8 @@ def check_protocol(
 
 def _own_split(dataset: Dataset, file: Path | str | None, allow_leak: bool) -> pd.Series:
     """Return the splits that the user names; None for rows that are in none."""
+    import pandas as pd
+
     ids, title = dataset.table["image_id"], dataset.schema.title
     if file is not None:
         table = read_csv(Path(file))
@@ -179,6 +184,7 @@ def _check_published(dataset: Dataset) -> None:
 
 def _paper_split(dataset: Dataset) -> pd.Series:
     """Return train / val / test as in Table 1; None for rows that the paper dropped."""
+    import pandas as pd
     from sklearn.model_selection import StratifiedKFold, train_test_split
 
     table = dataset.table
@@ -202,9 +208,11 @@ def _paper_split(dataset: Dataset) -> pd.Series:
 def member_split(split: pd.DataFrame, fold: int, chooses: bool) -> pd.DataFrame:
     """Return the split of the model that is tested on a fold, from the split of a `cross-fitted` run.
 
-    It trains on all other folds and is watched on its own (`val`). One that `chooses` something by validation, such as
-    the epoch, does so on the next fold, and its own stays unseen (`test`).
+    It is watched on its own fold (`val`). One that `chooses` by validation does so on the next fold, and its own stays
+    unseen.
     """
+    import pandas as pd
+
     folds = int(split[FOLD].max()) + 1
     names = pd.Series("train", index=split.index)
     names[split[FOLD] == fold] = "test" if chooses else "val"
@@ -215,6 +223,8 @@ def member_split(split: pd.DataFrame, fold: int, chooses: bool) -> pd.DataFrame:
 
 def _grouped_split(dataset: Dataset, fold: int, folds: int, seed: int) -> pd.Series:
     """Return splits that no group crosses; classes are as even as the groups allow."""
+    import pandas as pd
+
     fold_of = _folds(dataset, folds, seed)
     splits = pd.Series("train", index=fold_of.index, dtype=object)
     splits[fold_of == fold] = "test"
@@ -230,6 +240,7 @@ def _grouped_split(dataset: Dataset, fold: int, folds: int, seed: int) -> pd.Ser
 
 def _folds(dataset: Dataset, folds: int, seed: int) -> pd.Series:
     """Return the fold of every row; no group is in two, and classes are as even as the groups allow."""
+    import pandas as pd
     from sklearn.model_selection import StratifiedGroupKFold
 
     table, group = dataset.table, groups(dataset.table, dataset.schema)
@@ -279,6 +290,8 @@ def split_parts(split: pd.DataFrame) -> dict[str, pd.Series]:
 
 def split_counts(split: pd.DataFrame, classes: tuple[str, ...]) -> pd.DataFrame:
     """Count images: one row a class (and `total`), columns train, val, test, or the folds."""
+    import pandas as pd
+
     counts = pd.DataFrame({name: split.loc[rows, "label"].value_counts() for name, rows in split_parts(split).items()})
     counts = counts.reindex(index=list(classes)).fillna(0).astype(int)
     counts.loc["total"] = counts.sum()
@@ -296,8 +309,7 @@ def missing_classes(split: pd.DataFrame, classes: tuple[str, ...]) -> list[str]:
 def leakage(dataset: Dataset, split: pd.DataFrame) -> dict[str, Any]:
     """Measure which share of the test images shows a patient, and which a lesion, that is also in train.
 
-    `{"patient": {"train": .493, "train_or_val": .554, "per_class": {"MEL": .78, ...}}, "lesion": ...}`, with validation
-    counted as seen in the second; None for what the data set doesn't name.
+    `train_or_val` counts validation as seen; None stands for what the data set doesn't name.
     """
     table = split.drop(columns=["patient_id", "label"])
     table = table.merge(dataset.table, on="image_id", how="left", validate="one_to_one")

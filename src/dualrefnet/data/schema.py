@@ -7,15 +7,17 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dualrefnet.errors import DataError, RecipeError
 from dualrefnet.recipe import suggestion
 from dualrefnet.runtime.metadata import MetadataError, by_fold, fold, normalise_value, parse_number, read_cell
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Kind = Literal["numeric", "boolean", "categorical"]
 FieldTier = Literal["M1", "M2"]
@@ -105,6 +107,12 @@ class DatasetSchema(BaseModel):
         return {field.name: field for field in self.fields}[name]
 
 
+def _no_columns() -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame()
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """A data set as its adapter read it."""
@@ -118,7 +126,7 @@ class Dataset:
     notes: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     # the published columns that are neither ids nor label nor metadata field, as text, with the index of `table`: never
     # features, but an audit looks at them
-    other_columns: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
+    other_columns: pd.DataFrame = dataclasses.field(default_factory=_no_columns)
     image_folders: tuple[Path, ...] = ()  # where its images lie
     shared_lesions: tuple[str, ...] = ()  # published lesion ids that several patients use
     own_split: pd.Series | None = None  # the user's split of each row, with the index of `table`
@@ -150,13 +158,7 @@ class Dataset:
         )
 
     def group_classes(self, grouped: Mapping[str, Sequence[str]]) -> Dataset:
-        """Return the data set with groups of its classes as classes (`data.classes`).
-
-        A group is malignant if all its classes are; if one mixes both, none is, since no cancer is told apart there.
-
-        Raises:
-            RecipeError: there is one group, or a class doesn't exist, is in no group or in two.
-        """
+        """Return the data set with groups of its classes as classes; one is malignant if all its classes are."""
         schema, members = self.schema, [name for group in grouped.values() for name in group]
         self._refuse_unknown("data.classes", members)
         twice = sorted(name for name, count in Counter(members).items() if count > 1)
@@ -195,12 +197,10 @@ class Dataset:
 
     @property
     def with_image(self) -> pd.DataFrame:
-        """The rows whose image is on this disk."""
         return self.table[self.table["image_path"].notna()]
 
     @property
     def no_image(self) -> str:
-        """What to say where no row has its image."""
         folder = next(iter(self.image_folders), self.root / "images")
         tried = folder / f"{self.table['image_id'].iloc[0]}.jpg"
         return (
@@ -241,17 +241,21 @@ def require_columns(table: pd.DataFrame, columns: list[str], what: str) -> None:
     """Raise a DataError that names the `columns` that `what`, a table, lacks or has twice."""
     missing = [column for column in columns if column not in table.columns]
     if missing:
-        raise DataError(f"{what} has no column {', '.join(missing)}; it has: {', '.join(map(str, table.columns))}")
+        there = list(map(str, table.columns))
+        near = next(filter(None, (suggestion(column, there) for column in missing)), "")
+        raise DataError(f"{what} has no column {', '.join(missing)}; it has: {', '.join(there)}{near}")
     repeated = [column for column in columns if (table.columns == column).sum() > 1]
     if repeated:
         raise DataError(f"{what} has several columns called {', '.join(repeated)}; keep one, or rename them")
 
 
 def groups(table: pd.DataFrame, schema: DatasetSchema) -> pd.Series:
-    """Return the group of every row that must stay within one split: all that a patient, a lesion or equal files join.
+    """Return the group of every row that must stay in one split: all that a patient, a lesion or equal files join.
 
     A group is called after its (first) patient, else after its lesion, else `image:<image_id>`.
     """
+    import pandas as pd
+
     known = [column for column in ("patient_id", "lesion_id", "same_file") if column in table]
     group = pd.Series(np.arange(len(table), dtype=float), index=table.index)
     while True:
@@ -279,8 +283,7 @@ def usual_spelling(words: pd.Series) -> pd.Series:
 def normalise(table: pd.DataFrame, schema: DatasetSchema) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
     """Bring a raw table to the lesion table's types, and check it; return it with notes (see `Dataset`).
 
-    Numbers become float64 with NaN for missing; all else becomes text with NaN for missing. Missing codes (`UNK`) are
-    kept, since the metadata encoder decides what they mean. Columns are in the schema's order, the index is 0..n-1.
+    Missing codes (`UNK`) are kept: the metadata encoder decides what they mean.
     """
     wanted = [*ID_COLUMNS, *(field.name for field in schema.fields)]
     require_columns(table, wanted, f"the table of {schema.title}")
@@ -343,6 +346,8 @@ def normalise_field(values: pd.Series, field: MetadataField) -> tuple[pd.Series,
 
 
 def _normalise_numbers(cells: pd.Series, field: MetadataField) -> tuple[pd.Series, list[str]]:
+    import pandas as pd
+
     parsed, text = [], 0
     for cell in cells:
         try:

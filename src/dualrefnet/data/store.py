@@ -15,17 +15,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
-from dualrefnet.data.decode import decode_image
+from dualrefnet.data.images import decode_image
 from dualrefnet.errors import DataError, ImageError
 from dualrefnet.files import FULL, locked, make_folder, read_csv, read_json, sha256_of_json, write_csv, write_json
+from dualrefnet.progress import progress_bar
 from dualrefnet.recipe import ImageSection
 from dualrefnet.runtime.preprocessing import preprocess
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CACHE_VARIABLE = "DUALREFNET_CACHE"
 # The layout of the folder and the meaning of the settings; part of the fingerprint.
@@ -61,7 +64,6 @@ class ImageStore:
         return np.array([position[image_id] for image_id in image_ids], dtype=np.int64)
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Return (len(rows), S, S, 3)."""
         return _read(self.path / "images.u8", "uint8", (len(self.image_ids), self.side, self.side, 3), rows)
 
 
@@ -105,15 +107,14 @@ def fill_store(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> ImageStore:
-    """Return the store of the table's images (`image_id`, existing `image_path`), filling what is missing.
+    """Return the store of the table's images, filling what is missing; the side is `section.size` unless given."""
+    import pandas as pd
 
-    The side is `section.size` unless given; `progress` is called with (images done, images in all).
-    """
     size = side or section.size
     folder = (cache or default_cache()) / "stores" / f"{_fingerprint(table, section, size)}-{size}px"
 
     def fill(partial: Path) -> None:
-        broken = _fill_images(partial, table, section, size, workers or os.cpu_count() or 1, progress)
+        broken = _fill_images(partial, table, section, size, workers, progress)
         reasons = {"image_id": list(broken), "reason": list(broken.values())}
         write_csv(partial / "broken.csv", pd.DataFrame(reasons, dtype=object))
         index = {"format": FORMAT, "side": size, "settings": section.model_dump(mode="json")}
@@ -123,13 +124,8 @@ def fill_store(
     return open_store(folder)
 
 
-def delete_if_changed(
-    store: ImageStore, table: pd.DataFrame, section: ImageSection, workers: int | None, progress: Progress | None
-) -> list[str]:
-    """Read every image again; return the ids of those that differ from the store, which is then deleted.
-
-    So is all that was derived from images: its name doesn't tell from which.
-    """
+def delete_if_changed(store: ImageStore, table: pd.DataFrame, section: ImageSection, workers: int | None) -> list[str]:
+    """Read every image again; if some differ from the store, delete it and all derived ones, and name them."""
 
     def differs(row: int) -> bool:
         was_broken = store.image_ids[row] in store.broken
@@ -139,13 +135,8 @@ def delete_if_changed(
             return not was_broken
         return was_broken or not np.array_equal(image, store.read(np.array([row]))[0])
 
-    changed, count, threads = [], len(table), workers or os.cpu_count() or 1
-    with closing(map_ahead(differs, range(count), threads, 4 * threads)) as results:
-        for done, (image_id, different) in enumerate(zip(store.image_ids, results, strict=True), start=1):
-            if different:
-                changed.append(image_id)
-            if progress:
-                progress(done, count)
+    results = map_ahead(differs, range(len(table)), workers or os.cpu_count(), label="comparing images")
+    changed = [image_id for image_id, different in zip(store.image_ids, results, strict=True) if different]
     if changed:
         shutil.rmtree(store.path)
         shutil.rmtree(store.path.parent.parent / "derived", ignore_errors=True)
@@ -153,7 +144,6 @@ def delete_if_changed(
 
 
 def open_store(path: Path) -> ImageStore:
-    """Open a filled image store; a DataError if it is damaged."""
     try:
         index = read_json(path / "index.json")
         broken = read_csv(path / "broken.csv", dtype=str, keep_default_na=False)
@@ -180,7 +170,7 @@ def _fingerprint(table: pd.DataFrame, section: ImageSection, side: int) -> str:
 
 
 def _fill_images(
-    partial: Path, table: pd.DataFrame, section: ImageSection, side: int, workers: int, progress: Progress | None
+    partial: Path, table: pd.DataFrame, section: ImageSection, side: int, workers: int | None, progress: Progress | None
 ) -> dict[str, str]:
     """Fill the rows that an interrupted filling has left; return image id -> reason for the broken ones."""
     ids, paths = table["image_id"].astype(str).tolist(), table["image_path"].tolist()
@@ -202,7 +192,7 @@ def _fill_images(
     with (
         (partial / "images.u8").open("r+b") as images,
         marks.open("r+b") as status,
-        closing(map_ahead(work, todo, workers, 4 * workers)) as results,
+        closing(map_ahead(work, todo, workers or os.cpu_count())) as results,
     ):
         for done, (row, result) in enumerate(zip(todo, results, strict=True), start=count - len(todo) + 1):
             if isinstance(result, ImageError):
@@ -229,10 +219,7 @@ def fill_derived_store(
     batch: int = 32,
     progress: Progress | None = None,
 ) -> DerivedStore:
-    """Return the store of what `compute` makes of (B, S, S, 3) images, computing what is missing.
-
-    The `parts` are (B, *shape) each; `settings` are the plain JSON values on which they depend, besides the images.
-    """
+    """Return the store of what `compute` makes of (B, S, S, 3) images; `settings` are what it depends on."""
     count = len(source.image_ids)
     key = sha256_of_json({"format": FORMAT, "source": source.path.name, "settings": dict(settings)})[:20]
     folder = source.path.parent.parent / "derived" / f"{name}-{key}"
@@ -307,21 +294,28 @@ def _reserve(path: Path, size: int, extra: int = 0) -> bool:
 
 
 def map_ahead(
-    work: Callable[[Item], Result], items: Sequence[Item], workers: int, ahead: int
+    work: Callable[[Item], Result],
+    items: Sequence[Item],
+    workers: int | None = None,
+    ahead: int | None = None,
+    label: str = "",
 ) -> Generator[Result, None, None]:
     """Yield `work` of each item in order, computed in threads at most `ahead` items before the reader.
 
-    Memory stays flat for any number of items, and closing the generator early waits for the running ones only.
+    `workers` None: one a core, at most 16; a `label` shows a bar.
     """
+    threads = workers or min(16, os.cpu_count() or 1)
     coming: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(threads) as pool, progress_bar(label, bool(label)) as show:
         try:
-            for item in items:
+            for done, item in enumerate(items):
                 coming.append(pool.submit(work, item))
-                if len(coming) >= ahead:
+                if len(coming) >= (ahead or 4 * threads):
                     yield coming.popleft().result()
+                    show(done + 1 - len(coming), len(items))
             while coming:
                 yield coming.popleft().result()
+                show(len(items) - len(coming), len(items))
         finally:
             for future in coming:
                 future.cancel()

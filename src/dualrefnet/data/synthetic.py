@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from itertools import count, islice
 from pathlib import Path
@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -118,14 +117,13 @@ _EVEN_ROUNDS = 4
 _DECK = (*("ACK", "BCC") * 5, *("NEV", "SEK") * 3, *("MEL", "SCC") * 2)
 
 
-def make_synthetic(
-    root: Path, images: int = 420, seed: int = 0, side: int = 192, progress: Callable[[int, int], None] | None = None
-) -> Path:
+def make_synthetic(root: Path, images: int = 420, seed: int = 0, side: int = 192) -> Path:
     """Make the synthetic sample in a new or empty folder, or that of an earlier sample, which is replaced.
 
-    One seed gives the same bytes with the same versions of NumPy, OpenCV and Pillow, and the images of a smaller sample
-    are the first images of a larger one. `progress` is called after each image with the number done and `images`.
+    One seed gives the same bytes, and a smaller sample's images are the first of a larger one.
     """
+    import pandas as pd
+
     if images < MINIMUM_IMAGES:
         raise DataError(f"at least {MINIMUM_IMAGES} images, not {images}, give patients of every class in every split")
     if side < MINIMUM_SIDE:
@@ -137,13 +135,11 @@ def make_synthetic(
     # The README goes first, so that an interrupted call can be repeated; the table last: a part can't be read.
     write_text(root / README, _readme(images, seed, side))
     planned = list(islice(_plan(seed), images))
-    with closing(map_ahead(lambda image: _render(image, seed, side), planned, workers=4, ahead=32)) as rendered:
-        for done, (image, files) in enumerate(zip(planned, rendered, strict=True), start=1):
+    with closing(map_ahead(lambda image: _render(image, seed, side), planned, 4, 32, "drawing")) as rendered:
+        for image, files in zip(planned, rendered, strict=True):
             for folder, content in zip(_FOLDERS, files, strict=True):
                 with atomic_path(root / folder / str(image.row["img_id"])) as path:
                     path.write_bytes(content)
-            if progress is not None:
-                progress(done, images)
     write_csv(root / "metadata.csv", pd.DataFrame([image.row for image in planned], columns=COLUMNS))
     return root
 
@@ -209,7 +205,6 @@ def _labels(seed: int) -> Iterator[str]:
 
 
 def _draw_patient(label: str, rng: np.random.Generator) -> tuple[dict[str, str], int]:
-    """Return what all rows of one patient share, and the Fitzpatrick type."""
     skin_type = int(rng.choice(6, p=[0.11, 0.48, 0.25, 0.09, 0.05, 0.02])) + 1
     father, mother = (str(origin) for origin in rng.choice(list(_ORIGINS), 2, p=list(_ORIGINS.values())))
     piped = rng.random() < 0.62
@@ -258,7 +253,6 @@ def _render(image: _Image, seed: int, side: int) -> tuple[bytes, bytes]:
 
 
 def _png(pixels: NDArray[np.uint8] | NDArray[np.bool_], **options: int) -> bytes:
-    """Return the bytes of a PNG; booleans become 0 and 255, a bit each."""
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, format="PNG", **options)
     return content.getvalue()
@@ -368,11 +362,7 @@ def draw_lesion(label: str, rng: Random) -> Lesion:
 def render_lesion(
     lesion: Lesion, skin_type: int, radius: float, hairs: float, rng: Random, side: int
 ) -> NDArray[np.uint8]:
-    """Render a lesion on skin of a Fitzpatrick type, 1..6; return (side, side, 3) RGB.
-
-    `radius` is the lesion's mean radius as a share of the side, before framing; `hairs` the expected number of hairs;
-    `rng` draws framing, skin, light, focus and noise.
-    """
+    """Render a lesion on skin of a Fitzpatrick type, (side, side, 3); `radius` is a share of the side."""
     frame = _framing(radius, rng, side)
     melanin, blood, blue = cv2.split(cv2.warpAffine(lesion.pigments, frame, (side, side), flags=cv2.INTER_LINEAR))
     scale, crust, height = cv2.split(cv2.warpAffine(lesion.surface, frame, (side, side), flags=cv2.INTER_LINEAR))
@@ -400,10 +390,7 @@ def render_lesion(
 
 
 def lesion_mask(lesion: Lesion, radius: float, rng: Random, side: int) -> NDArray[np.bool_]:
-    """Return the true mask, (300, 300), of the lesion in the image that `render_lesion` makes with the same stream.
-
-    True within the middle of the lesion's border, missing patches included.
-    """
+    """Return the true mask, (300, 300), of the lesion that `render_lesion` draws with the same stream."""
     # The framing is the first thing that `render_lesion` draws. Pixels are counted from the middle of the first one.
     frame = _framing(radius, rng, side) * (MASK_SIDE / side)
     frame[:, 2] += (MASK_SIDE / side - 1) / 2

@@ -28,7 +28,16 @@ from numpy.typing import NDArray
 
 import dualrefnet
 from dualrefnet.data.csv_table import DEFAULT_DESCRIPTION, open_csv, read_description
-from dualrefnet.data.images import IMAGE_COLUMNS, IMAGE_SUFFIXES, ImageIndex, files_in, image_path, is_image, list_files
+from dualrefnet.data.images import (
+    IMAGE_COLUMNS,
+    IMAGE_SUFFIXES,
+    ImageIndex,
+    NamedImages,
+    files_in,
+    image_path,
+    is_image,
+    list_files,
+)
 from dualrefnet.deploy.predictor import Predictor
 from dualrefnet.errors import DataError, ImageError
 from dualrefnet.files import (
@@ -42,7 +51,7 @@ from dualrefnet.files import (
     sha256_of_json,
     write_json,
 )
-from dualrefnet.progress import warn
+from dualrefnet.progress import progress_bar, warn
 from dualrefnet.runtime.prediction import Prediction
 
 if TYPE_CHECKING:
@@ -56,6 +65,7 @@ _DECISIVE = (
     *("model.json", "model.safetensors", "calibration.json", "out_of_scope.safetensors"),
     *("bundle.json", "model.onnx", "model.int8.onnx"),
 )
+_NO_IMAGES = "{} has no column {}, so every row is predicted without an image; if a column names them, call it so"
 _AFTER = ("malignancy", "refer", "out_of_scope", "warnings", "error")
 
 
@@ -125,8 +135,7 @@ class MetadataTable:
 class ImageCases:
     """Image files and folders, and a table of metadata that is joined by the image's path.
 
-    Folders are walked again for each pass rather than kept; a folder's own names are sorted in memory. What a table
-    says of the images is held in memory: about 300 bytes an image, and 1 kB while it is read.
+    Folders are walked again for each pass; what a table says of the images is held in memory, about 300 bytes an image.
     """
 
     def __init__(self, sources: Sequence[Path], metadata: Path | None, predictor: Predictor) -> None:
@@ -172,46 +181,19 @@ class ImageCases:
                 self._metadata[path] = tuple(sys.intern(values.get(name, "")) for name in self._fields)
 
 
-class NamedImages:
-    """The images of some sources by the names that a table gives them: paths below a source, or ends of paths."""
-
-    def __init__(self, sources: Sequence[Path]) -> None:
-        self._sources = sources
-        self._below = ImageIndex(
-            (path.relative_to(source if source.is_dir() else source.parent).as_posix(), str(path))
-            for source in sources
-            for path in walk_images([source])
-        )
-        # Number of parts of a name -> the images by that many last parts of their paths.
-        self._ends: dict[int, ImageIndex] = {}
-
-    def find(self, name: str) -> str | None:
-        """Return the path of an image, None if there is none; refuse a name that means two."""
-        found = self._below.find(name)
-        if found is not None:
-            return found
-        parts = image_path(name).count("/") + 1
-        if parts not in self._ends:
-            paths = [str(path) for path in walk_images(self._sources)]
-            ends = ("/".join(Path(path).absolute().as_posix().split("/")[-parts:]) for path in paths)
-            self._ends[parts] = ImageIndex(zip(ends, paths, strict=True))
-        return self._ends[parts].find(name)
-
-
 class TableCases:
-    """A CSV with a row a case: one column is the image's path, others are metadata.
-
-    That column is the one that `dataset.yaml` beside the CSV names, else `image`; a path is absolute, or relative to
-    the CSV or to the description's folder of images.
+    """A CSV with a row a case: one column is the image's path (as `dataset.yaml` names it, else `image`), others
+    metadata.
     """
 
     def __init__(self, path: Path, predictor: Predictor) -> None:
         """Read the CSV once, to count its rows and to check that all of it can be read."""
-        self._folders = [path.parent]
+        self._folder = path.parent
+        self._described: tuple[Path, ...] = ()
         columns: tuple[str, ...] = IMAGE_COLUMNS[:1]
         if (path.parent / DEFAULT_DESCRIPTION).is_file():
             description = read_description(path.parent / DEFAULT_DESCRIPTION)
-            self._folders += description.image_folders(path.parent)
+            self._described = description.image_folders(path.parent)
             columns = (description.image, *columns)
         self._table = MetadataTable(path, [field.name for field in predictor.fields], columns)
         self._reads, self._needs = predictor.reads_image, predictor.needs_image
@@ -221,6 +203,8 @@ class TableCases:
                 "a model that does without (metadata.imputation=token, or model.method=metadata_only); the columns "
                 f"are: {', '.join(self._table.columns)}"
             )
+        if self._table.image_column is None and self._reads:
+            warn(_NO_IMAGES.format(path, columns[0]))
         self.total = sum(1 for _ in self._table.rows())
         if not self.total:
             raise DataError(f"{path} has no rows")
@@ -228,14 +212,18 @@ class TableCases:
 
     def __iter__(self) -> Iterator[Case]:
         images_in = lru_cache(maxsize=8)(lambda folder: ImageIndex(files_in([folder])))
+        named: NamedImages | None = None
         for number, (image, values, error) in enumerate(self._table.rows(), start=1):
             if not error and not image and self._needs:
                 values, error = {}, "the row names no image, and this model needs one"
             path = None
             if image and self._reads and not error:
                 try:
-                    found = (_find_below(folder, image, images_in) for folder in self._folders)
-                    path = next(filter(None, found), self._folders[0] / image)
+                    found = (_find_below(folder, image, images_in) for folder in (self._folder, *self._described))
+                    path = next(filter(None, found), None)
+                    if path is None:
+                        named = named or NamedImages(self._described)
+                        path = Path(named.find(image) or self._folder / image)
                 except DataError as ambiguous:
                     error = str(ambiguous)
             yield Case(image or str(number), path, values, error)
@@ -298,16 +286,11 @@ def predict_to_csv(
     *,
     batch: int = BATCH,
     resume: bool = False,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
-    """Classify every case; `work` predicts chunks: `predict_chunks`, or `ray_work`.
-
-    `resume` skips chunks that an interrupted call with the same model and arguments finished; of a finished result
-    there is nothing left to do.
-    """
+    """Classify every case; `work` is `predict_chunks` or `ray_work`. `resume` skips chunks that were finished."""
     rows, folder = batch * CHUNK, out.with_name(f"{out.name}.chunks")
     head = csv_lines([["image", "predicted", "likely", *(f"prob_{name}" for name in classes), *_AFTER]])
-    with _locked(folder, out):
+    with _locked(folder, out), progress_bar("predicting") as show:
         about = {**model.fingerprint, **cases.fingerprint, "rows": cases.total, "batch": batch}
         if resume and out.is_file() and not (folder / "about.json").is_file():
             summary = _finished(out, head, cases.total)
@@ -317,8 +300,7 @@ def predict_to_csv(
         files = [folder / f"{number:08}.csv" for number in range(-(-cases.total // rows))]
         finished = {number for number, file in enumerate(files) if file.is_file()}
         done = resumed = sum(min(rows, cases.total - number * rows) for number in finished)
-        if progress:
-            progress(done, cases.total)
+        show(done, cases.total)
         for number, lines in work(_unfinished(cases, rows, finished)) if len(finished) < len(files) else ():
             # Without this a machine that loses its power may keep a finished file's name, and not its content.
             with atomic_path(files[number]) as temporary, temporary.open("wb") as file:
@@ -326,8 +308,7 @@ def predict_to_csv(
                 file.flush()
                 os.fsync(file.fileno())
             done += min(rows, cases.total - number * rows)
-            if progress:
-                progress(done, cases.total)
+            show(done, cases.total)
         if done < cases.total:
             raise DataError(f"there were {cases.total} rows and now are fewer; the list was changed meanwhile")
         failed = _join_chunks(files, out, head)
@@ -404,6 +385,8 @@ def predict_table(predictor: Predictor, table: pd.DataFrame) -> pd.DataFrame:
     named = IMAGE_COLUMNS[0] in table.columns
     if not named and predictor.needs_image:
         raise DataError(f"the table has no column {IMAGE_COLUMNS[0]}; it has: {', '.join(map(str, table.columns))}")
+    if not named and predictor.reads_image:
+        warn(_NO_IMAGES.format("the table", IMAGE_COLUMNS[0]))
     ignored = [str(name) for name in table.columns if name not in (*fields, IMAGE_COLUMNS[0])]
     if ignored:
         warn(f"columns of the table that the model doesn't read: {', '.join(ignored)}")

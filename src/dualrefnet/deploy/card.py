@@ -102,9 +102,7 @@ def model_card(bundle: Mapping[str, Any], run: Run, files: Sequence[str]) -> str
 
 
 def data_licence(dataset: Mapping[str, Any], earlier: Sequence[Mapping[str, str]] = ()) -> str:
-    """Return the bundle's DATA_LICENCE.md for a data set with title, licence and citation; `earlier`: those of the runs
-    from which the model started, `dataset` being the title.
-    """
+    """Return DATA_LICENCE.md for a data set and those of `earlier` runs, from which the model started."""
     learned = [dataset, *({**one, "title": one["dataset"]} for one in earlier)]
     titles = " and ".join(f"**{_plain_text(one['title'])}**" for one in learned)
     also = " The model started from the parameters of another run, so all of these apply:" if earlier else ""
@@ -142,7 +140,6 @@ def _terms(licence: str) -> str:
 
 
 def _header(bundle: Mapping[str, Any], reads_metadata: bool) -> dict[str, Any]:
-    """Return the YAML that the Hub reads."""
     stated = {bundle["dataset"]["licence"], *(one["licence"] for one in bundle.get("trained_on", ()))}
     # Several licences apply together, and the Hub takes one.
     licence = {"license": LICENCES.get(stated.pop(), ("other", ""))[0] if len(stated) == 1 else "other"}
@@ -173,7 +170,6 @@ def _example(metadata: Mapping[str, Any], at_most: int = 4) -> dict[str, Any]:
 
 
 def _measures(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Return name, value and interval of the measures over all classes."""
     malignant = metrics.get("malignant") or {}
     found = [(key, metrics, key) for key in HEADLINES]
     found += [(f"malignant_{key}", malignant, key) for key in MALIGNANT if key in malignant]

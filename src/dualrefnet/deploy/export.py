@@ -38,7 +38,7 @@ from dualrefnet.errors import DataError, RunError
 from dualrefnet.files import atomic_folder, sha256_of_file, write_json, write_text
 from dualrefnet.models.base import Architecture
 from dualrefnet.models.registry import trained_on
-from dualrefnet.progress import note, progress_bar, warn
+from dualrefnet.progress import note, warn
 from dualrefnet.recipe import ImageSection
 from dualrefnet.run import Run
 from dualrefnet.runtime.availability import missingness_shortcut
@@ -61,8 +61,7 @@ def export_run(
 ) -> dict[str, Any]:
     """Write the bundle of a finished run's best epoch, and return the content of `bundle.json`.
 
-    `out` is replaced if it is a bundle already. `int8`: the int8 network too; None: if the run's images are available.
-    `accept_missingness_shortcut`: export it though missing metadata keep it from referring cancers, with a warning.
+    `int8`: the int8 network too; None: if the run's images are available.
     """
     check_target(out)
     if not run.finished:
@@ -164,7 +163,6 @@ def metadata_schema(metadata: MetadataEncoder, name: str, reads_metadata: bool =
 
 
 def check_target(out: Path) -> None:
-    """Refuse to replace anything but a bundle."""
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file; name a folder for the bundle with --out")
     if out.is_dir() and any(out.iterdir()) and not hub.is_bundle(out):
@@ -207,8 +205,7 @@ def _write_float32(
     write_onnx(program, model, onnx_file, {"dualrefnet": dualrefnet.__version__, "notice": NOTICE})
     write_program(program, program_file)
     tokens = not model.method.needs_image
-    with progress_bar("comparing with torch") as show:
-        parity = check_parity(trained, OnnxNetwork(onnx_file), cases, tokens, show)
+    parity = check_parity(trained, OnnxNetwork(onnx_file), cases, tokens)
     of_program = check_parity(trained, ProgramNetwork(program_file, model.inputs), cases.part(0, BATCH), tokens)
     for name, found in (("ONNX", parity), ("torch.export", of_program)):
         if not found["max_probability_difference"] <= LIMIT:
@@ -227,26 +224,16 @@ def _write_float32(
 
 
 def _write_int8(folder: Path, run: Run, validation: Cases, training: Cases) -> dict[str, Any]:
-    """Write the int8 network, measure it on validation cases, and describe it."""
     float32, file = folder / "model.onnx", folder / "model.int8.onnx"
-    with progress_bar("int8: calibrating ranges") as show:
-        quantise(float32, file, training, show)
+    quantise(float32, file, training)
     score = run.out_of_scope if run.out_of_scope_file.is_file() else None
     classes = tuple(run.model["classes"])
     # Which says how much int8 changes, not how good the model is.
     images = "images that all members but one were trained on" if run.members else "validation images"
-    with progress_bar("int8: measuring") as show:
-        measured, verdict, recommended = measure_int8(
-            OnnxNetwork(float32), OnnxNetwork(file), validation, classes, score, images, show
-        )
+    networks = OnnxNetwork(float32), OnnxNetwork(file)
+    measured, verdict, recommended = measure_int8(*networks, validation, classes, score, images)
     (note if recommended else warn)(f"int8: {verdict}")
-    return {
-        **_file(file),
-        "setting": SETTING,
-        "calibrated_on": len(training),
-        "measured": measured,
-        "verdict": verdict,
-    }
+    return {**_file(file), "setting": SETTING, "calibrated_on": len(training), "measured": measured, "verdict": verdict}
 
 
 def _file(file: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ The model predicts as it is deployed: calibrated, with conformal sets and referr
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.evaluation.comparison import metrics_with_intervals
 from dualrefnet.files import write_csv, write_json
 from dualrefnet.models.inference import resolve_device
-from dualrefnet.progress import note, progress_bar, warn
+from dualrefnet.progress import note, warn
 from dualrefnet.recipe import suggestion
 from dualrefnet.run import Run
 from dualrefnet.runtime.metadata import MetadataError, by_fold, fold
@@ -71,21 +70,8 @@ def evaluate_external(
 ) -> dict[str, Any]:
     """Predict a data set and measure it; write `predictions.csv`, `metrics.json` and, if there are, `subgroups.csv`.
 
-    Args:
-        model: a finished run, or a bundle.
-        dataset: as `load_external` reads it.
-        out: folder; None: `external/<name>` in the run folder.
-        mapping: CLASS=LABEL: a class of the model and what the data set calls it; others go by their names.
-        allow_seen: measure also images and patients of the training, which the result then says.
-        aggregate: `lesion` or `patient`: count several images once too.
-        device: cpu, cuda, ...; None: of a run a GPU if there is one.
-        workers: threads that read images; None: one a core.
-
-    Returns:
-        The metrics.
-
-    Raises:
-        DataError: nothing can be measured, `mapping` names what isn't there, or the model was trained on its images.
+    `mapping` holds CLASS=LABEL: a class of the model and what the data set calls it. With `allow_seen` images and
+    patients of the training are measured too, which the result then says.
     """
     run, schema = None if is_bundle(model) else Run(model), dataset.schema
     if out is None and run is None:
@@ -117,8 +103,7 @@ def evaluate_external(
         remarks.append(f"labels that are no class of the model are left out: {counts}; --map CLASS=LABEL names one")
     if absent:
         remarks.append(f"{schema.title} has no {', '.join(absent)}: missing for every image")
-    threads = workers or min(16, os.cpu_count() or 1)
-    predictions = predict_rows(predictor, list(rows["image_path"]), records, threads)
+    predictions = predict_rows(predictor, list(rows["image_path"]), records, workers)
     failed = np.array([isinstance(one, str) for one in predictions])
     if failed.any():
         first = f"{rows['image_id'][failed].iloc[0]}: {next(one for one in predictions if isinstance(one, str))}"
@@ -131,9 +116,8 @@ def evaluate_external(
     scores = table[[f"prob_{name}" for name in predictor.classes]].to_numpy(dtype=float)
     samples, seed = (run.recipe.evaluation.bootstrap, run.recipe.seed) if run is not None else (SAMPLES, 0)
     classes = predictor.classes, predictor.malignant
-    with progress_bar("bootstrap") as show:
-        bootstrap = Bootstrap(group, samples, seed, progress=show)
-        metrics = metrics_with_intervals(labels, scores, bootstrap, *classes)
+    bootstrap = Bootstrap(group, samples, seed, label="bootstrap")
+    metrics = metrics_with_intervals(labels, scores, bootstrap, *classes)
     metrics |= {
         "remarks": [*metrics["remarks"], *remarks],
         "protocol": "external",
@@ -171,11 +155,7 @@ def map_classes(
     grouped: Mapping[str, Sequence[str]],
     given: Sequence[str] = (),
 ) -> dict[str, str]:
-    """Return label of the data set -> class of the model, for the labels that have one.
-
-    It is the class of that name, or whose name in words is that of the label, or the group (`data.classes`) of a class
-    of that name; `given`, CLASS=LABEL, come first.
-    """
+    """Return label of the data set -> class of the model: as `given` (CLASS=LABEL), else by name, words or group."""
     chosen: dict[str, str] = {}
     for text in given:
         name, equals, label = (part.strip() for part in text.partition("="))
@@ -205,10 +185,7 @@ def map_classes(
 
 
 def find_seen(run: Run | None, dataset: Dataset, rows: pd.DataFrame, group: pd.Series) -> Seen:
-    """Find the rows whose image or patient the run, or one that it started from, was trained on or chose its epoch by.
-
-    Images are compared by the bytes of their files, and within one data set by ids, as patients are.
-    """
+    """Find the rows that the run, or one it started from, was trained on: by bytes, within a data set by ids."""
     seen = Seen(np.zeros(len(rows), dtype=bool), np.zeros(len(rows), dtype=bool))
     if run is None:
         return seen._replace(unknown="a bundle doesn't tell which images it was trained on: none is known to be new")
@@ -296,7 +273,7 @@ def read_records(
 
 
 def predict_rows(
-    predictor: Predictor, paths: Sequence[str | None], records: Sequence[Mapping[str, Any]], workers: int
+    predictor: Predictor, paths: Sequence[str | None], records: Sequence[Mapping[str, Any]], workers: int | None
 ) -> list[Prediction | str]:
     """Predict every row in batches; the reason where the image can't be read."""
 
@@ -315,16 +292,14 @@ def predict_rows(
             result[place] = prediction
         waiting.clear()
 
-    with progress_bar("predicting") as show:
-        for place, image in enumerate(map_ahead(prepare, list(paths), workers, 2 * BATCH)):
-            result.append(image if isinstance(image, str) else "")
-            if not isinstance(image, str):
-                waiting.append((place, image))
-            if len(waiting) == BATCH:
-                predict()
-            show(place + 1, len(paths))
-        if waiting:
+    for place, image in enumerate(map_ahead(prepare, list(paths), workers, 2 * BATCH, "predicting")):
+        result.append(image if isinstance(image, str) else "")
+        if not isinstance(image, str):
+            waiting.append((place, image))
+        if len(waiting) == BATCH:
             predict()
+    if waiting:
+        predict()
     return result
 
 

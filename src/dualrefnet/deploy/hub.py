@@ -116,7 +116,6 @@ def push_bundle(folder: Path, repository: str, **options: Any) -> str:
 
 
 def is_bundle(folder: Path) -> bool:
-    """Return whether a folder is a bundle."""
     return (folder / DESCRIPTION).is_file()
 
 

@@ -57,7 +57,6 @@ class TorchNetwork:
 
 
 def run_parts(run: Path | str | Run, device: str) -> dict[str, Any]:
-    """Return the arguments of `dualrefnet.deploy.predictor.Predictor` for a run."""
     run = run if isinstance(run, Run) else Run(Path(run))
     about = run.model
     model = load_run_model(run)
@@ -87,7 +86,6 @@ def run_parts(run: Path | str | Run, device: str) -> dict[str, Any]:
 
 
 def normalisation_of(about: Mapping[str, Any]) -> Normalisation:
-    """Return mean and std of the encoder's weights from a run's `model.json`."""
     mean, std = (tuple(about["preprocessing"][name]) for name in ("mean", "std"))
     return mean, std
 
@@ -102,7 +100,6 @@ def describe_dataset(about: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
 
 
 def vector_length(model: Method) -> int:
-    """D, the length of the encoders' vectors, concatenated."""
     return sum(encoder.features for encoder in model.encoders if isinstance(encoder, Encoder))
 
 
@@ -120,11 +117,7 @@ def _find_score(run: Run, model: Method) -> OutOfDistributionScore | None:
 
 
 class ExportedModel(nn.Module):
-    """A method with its normalisation inside and without its decoder, in evaluation mode.
-
-    `inputs` of `forward` that it reads: `image` if the method reads images, `absent` if it has learned tokens too,
-    `metadata` if M > 0. `outputs`: `logits`, and `vector` if it reads images.
-    """
+    """A method with its normalisation inside and without its decoder; `inputs` and `outputs` are those that it has."""
 
     def __init__(self, method: Method, architecture: Architecture, normalisation: Normalisation) -> None:
         super().__init__()
@@ -154,8 +147,8 @@ class ExportedModel(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Classify images (N, S, S, 3) uint8 RGB, preprocessed, with metadata (N, M) float32 (NaN is missing).
 
-        `absent` (N,) says which images are missing, whatever `image` holds. Return logits (N, C), and the encoders'
-        vectors side by side (N, D), NaN where the image is missing; the logits alone if no image is read.
+        `absent` (N,) says which images are missing. Return logits (N, C), and the encoders' vectors (N, D), NaN where
+        the image is missing.
         """
         if metadata is None:
             assert image is not None
@@ -198,7 +191,6 @@ class ProgramNetwork:
     def __init__(self, file: Path, inputs: tuple[str, ...]) -> None:
         self._module, self._inputs = torch.export.load(file).module(), inputs
 
-    @torch.inference_mode()
     @torch.inference_mode()
     def __call__(
         self, images: Image | None, missing: NDArray[np.bool_] | None, metadata: NDArray[np.float32]

@@ -6,7 +6,7 @@ import logging
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from dualrefnet.data.schema import BOOLEAN_VALUES
 from dualrefnet.data.synthetic import STYLES, draw_lesion, render_lesion
 from dualrefnet.errors import DependencyError, RunError, install_hint
 from dualrefnet.evaluation.metrics import compute_metrics
+from dualrefnet.progress import track
 from dualrefnet.runtime.calibration import softmax
 from dualrefnet.runtime.classifier import Network, NetworkOutput
 from dualrefnet.runtime.out_of_distribution import OutOfDistributionScore
@@ -62,7 +63,6 @@ SETTING = {
     "left in float": "normalisation, metadata network, fusion, head",
 }
 
-Progress = Callable[[int, int], None]
 Logits = NDArray[np.floating]
 
 
@@ -76,7 +76,6 @@ class Cases:
         return len(self.metadata)
 
     def part(self, start: int, stop: int) -> Cases:
-        """Return some of the cases, without labels."""
         return Cases(None if self.images is None else self.images[start:stop], self.metadata[start:stop])
 
 
@@ -118,27 +117,21 @@ def synthetic_cases(count: int, image: ImageSettings | None, metadata: MetadataE
 
 
 def predict_cases(
-    network: Network,
-    cases: Cases,
-    missing: NDArray[np.bool_] | None = None,
-    advance: Callable[[int], None] | None = None,
+    network: Network, cases: Cases, missing: NDArray[np.bool_] | None = None, label: str = ""
 ) -> NetworkOutput:
-    """Return a network's output for all cases; `missing`: (N,) images to leave out, `advance` gets a batch's size."""
+    """Return a network's output for all cases, with a bar of that label; `missing`: (N,) images to leave out."""
     logits, vectors = [], []
     missing = np.zeros(len(cases), dtype=bool) if missing is None else missing
-    for start in range(0, len(cases), BATCH):
+    for start in track(range(0, len(cases), BATCH), label):
         part = cases.part(start, start + BATCH)
         output = network(part.images, missing[start : start + BATCH], part.metadata)
         logits.append(output.logits)
         if output.vectors is not None:
             vectors.append(output.vectors)
-        if advance is not None:
-            advance(len(part))
     return NetworkOutput(np.concatenate(logits), np.concatenate(vectors) if vectors else None)
 
 
 def compare(first: Logits, second: Logits) -> dict[str, Any]:
-    """Compare the probabilities and labels of two networks' logits (N, C)."""
     if first.shape != second.shape or not len(first):
         raise ValueError(f"logits of the shapes {first.shape} and {second.shape} can't be compared")
     one, other = softmax(first), softmax(second)
@@ -155,35 +148,20 @@ def compare(first: Logits, second: Logits) -> dict[str, Any]:
     }
 
 
-def check_parity(
-    first: Network, second: Network, cases: Cases, learned_tokens: bool, progress: Progress | None = None
-) -> dict[str, Any]:
+def check_parity(first: Network, second: Network, cases: Cases, learned_tokens: bool) -> dict[str, Any]:
     """Compare two networks that must be equal; with learned tokens also with missing images. See `compare`."""
     rounds: list[NDArray[np.bool_] | None] = [None]
     if learned_tokens and cases.images is not None:
         # In one batch: a missing image must not change its neighbour's prediction.
         rounds.append(np.arange(len(cases)) % 2 == 0)
-    advance = _counter(progress, 2 * len(rounds) * len(cases))
     outputs = [
-        np.concatenate([predict_cases(network, cases, missing, advance).logits for missing in rounds])
+        np.concatenate([predict_cases(network, cases, one, "comparing with torch").logits for one in rounds])
         for network in (first, second)
     ]
     return compare(*outputs)
 
 
-def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total)
-
-    return advance
-
-
-def quantise(file: Path, out: Path, training: Cases, progress: Progress | None = None) -> None:
+def quantise(file: Path, out: Path, training: Cases) -> None:
     """Write a copy of an ONNX file whose image encoders compute with 8-bit integers, calibrated on training images."""
     if training.images is None or not len(training):
         raise ValueError("ranges are calibrated on images, and there are none")
@@ -199,7 +177,7 @@ def quantise(file: Path, out: Path, training: Cases, progress: Progress | None =
         quantize_static(
             str(simplified),
             str(out),
-            _TrainingImages(training, {one.name for one in graph.input}, progress),
+            _TrainingImages(training, {one.name for one in graph.input}),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=list(OPERATIONS),
             nodes_to_quantize=[node.name for node in nodes if node.op_type in OPERATIONS],
@@ -220,19 +198,18 @@ def quantise(file: Path, out: Path, training: Cases, progress: Progress | None =
 class _TrainingImages(CalibrationDataReader):  # type: ignore[misc]
     """The batches on which onnxruntime calibrates the ranges."""
 
-    def __init__(self, cases: Cases, names: set[str], progress: Progress | None) -> None:
-        self._batches = self._read(cases, names, _counter(progress, len(cases)))
+    def __init__(self, cases: Cases, names: set[str]) -> None:
+        self._batches = self._read(cases, names)
 
     def get_next(self) -> dict[str, Any] | None:
         return next(self._batches, None)
 
     @staticmethod
-    def _read(cases: Cases, names: set[str], advance: Callable[[int], None]) -> Iterator[dict[str, Any]]:
-        for start in range(0, len(cases), BATCH):
+    def _read(cases: Cases, names: set[str]) -> Iterator[dict[str, Any]]:
+        for start in track(range(0, len(cases), BATCH), "int8: calibrating ranges"):
             part = cases.part(start, start + BATCH)
             given = {"image": part.images, "absent": np.zeros(len(part), dtype=bool), "metadata": part.metadata}
             yield {name: value for name, value in given.items() if name in names}
-            advance(len(part))
 
 
 def encoder_nodes(graph: Any) -> set[str]:
@@ -255,17 +232,11 @@ def measure_int8(
     classes: tuple[str, ...],
     score: OutOfDistributionScore | None,
     images: str = "validation images",
-    progress: Progress | None = None,
 ) -> tuple[dict[str, Any], str, bool]:
-    """Measure an int8 network beside the float32 network that it was made from; `images` says on which.
-
-    `score` is the out-of-distribution score, whose false alarms are counted. Return the measures, a sentence about
-    them, and whether int8 is recommended.
-    """
+    """Return an int8 network's measures beside the float32 network's, a sentence, and whether it is recommended."""
     if cases.labels is None:
         raise ValueError("synthetic images have no labels to compare with")
-    advance = _counter(progress, 2 * len(cases))
-    outputs = [predict_cases(network, cases, advance=advance) for network in (float32, int8)]
+    outputs = [predict_cases(network, cases, label="int8: measuring") for network in (float32, int8)]
     measured = compare(outputs[0].logits, outputs[1].logits)
     for name, output in zip(("float32", "int8"), outputs, strict=True):
         metrics = compute_metrics(cases.labels, softmax(output.logits), list(classes))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import ImageOps
 from PIL.Image import Image as PillowImage
 
-from dualrefnet.data.decode import decode_image
+from dualrefnet.data.images import decode_image
 from dualrefnet.deploy.hub import BundleMixin, check_bundle, is_bundle
 from dualrefnet.errors import DataError, DependencyError, RunError, install_hint
 from dualrefnet.progress import warn
@@ -104,7 +104,7 @@ class Predictor(BundleMixin, Classifier):
     def decode(
         self, source: Path | str | bytes, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS
     ) -> NDArray[np.uint8]:
-        """Decode an image of unknown origin to (H, W, 3); see `dualrefnet.data.decode.decode_image`.
+        """Decode an image of unknown origin to (H, W, 3); see `dualrefnet.data.images.decode_image`.
 
         Raises:
             ImageError: it can't be decoded, or is beyond the limits.

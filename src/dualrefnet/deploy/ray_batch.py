@@ -25,8 +25,6 @@ RETRIES = 3
 
 
 class _Actor:
-    """A process of the cluster that holds the model."""
-
     def __init__(self, model: ModelFolder, batch: int, workers: int) -> None:
         self._predictor, self._batch, self._workers = model.load(), batch, workers
 
@@ -36,9 +34,7 @@ class _Actor:
 
 
 def ray_work(model: ModelFolder, address: str, batch: int = BATCH, workers: int | None = None) -> Work:
-    """Return the `work` of `dualrefnet.deploy.batch.predict_to_csv` on Ray: a cluster (`auto`, `ray://...`,
-    `host:port`), or `local`. Every actor loads the model and decodes with `workers` CPUs (None: one).
-    """
+    """Return the `work` of `predict_to_csv` on Ray; every actor decodes with `workers` CPUs (None: one)."""
     # A remote machine has another working directory.
     model, cpus = replace(model, path=model.path.resolve()), workers or 1
 

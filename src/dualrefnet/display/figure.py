@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
@@ -26,6 +25,7 @@ from dualrefnet.errors import DependencyError, install_hint
 from dualrefnet.files import atomic_path, write_csv
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -154,7 +154,6 @@ def file_stem(text: str) -> str:
 
 
 def truncate(text: str, letters: int) -> str:
-    """Cut a text to so many letters, the last of which is an ellipsis."""
     return text if len(text) <= letters else text[: letters - 1] + "…"
 
 
@@ -172,16 +171,13 @@ def label_rows(axis: Axes, places: ArrayLike, labels: Sequence[str], numbers: Se
 
 
 def show_image(axis: Axes, image: NDArray[np.uint8], title: str) -> None:
-    """Fill an axis with an image and a small title."""
     axis.imshow(image, interpolation="none")
     axis.set_title(title, fontsize=7, fontweight="normal")
     axis.set_axis_off()
 
 
 def beeswarm_offsets(values: NDArray[np.float32], width: float) -> NDArray[np.float64]:
-    """Return heights within -0.4..0.4 at which points of about the same value stand side by side, from the middle
-    outwards.
-    """
+    """Return heights within -0.4..0.4 at which points of about the same value stand side by side."""
     bins = np.round(values / width).astype(int)
     heights = np.zeros(len(values))
     for each in np.unique(bins):
@@ -204,11 +200,7 @@ def save_figure(drawn: ReportFigure, folder: Path) -> list[Path]:
 
 
 def inline_svg(drawn: ReportFigure) -> str:
-    """Return the figure as an `<svg>` element for a page that defines the CSS variables `--ink`, `--faint` and
-    `--paper`.
-
-    Its letters are text in the page's own font: they can be searched and read aloud, and no font has to be fetched.
-    """
+    """Return the figure as an `<svg>` that takes the page's colours and font, so that its text can be searched."""
     buffer = io.StringIO()
     with _style(**{"svg.fonttype": "none", "svg.hashsalt": drawn.name}):
         _settle(drawn.figure)
@@ -232,9 +224,7 @@ def inline_svg(drawn: ReportFigure) -> str:
 
 
 def _settle(figure: Figure) -> None:
-    """Lay a figure out once: matplotlib would move its parts a little with every drawing, and page and files would
-    differ.
-    """
+    """Lay a figure out once: matplotlib would move its parts a little with every drawing."""
     engine, dpi = figure.get_layout_engine(), figure.dpi
     if engine is None:
         return

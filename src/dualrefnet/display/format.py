@@ -6,14 +6,16 @@ as metrics.json holds them, the 95% interval of `auc` as `auc_ci95`.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from dualrefnet.runtime.availability import ALWAYS_RECORDED, AS_RECORDED, IMAGE_ONLY, METADATA_ONLY
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Values = Mapping[str, Any]
 
@@ -72,38 +74,31 @@ AVAILABILITY_NAMES = {
 
 
 def number(value: float | None, form: str = ".3f") -> str:
-    """Return a value; a dash if it is undefined."""
-    return UNDEFINED if value is None or pd.isna(value) else format(value, form).replace("-", "−")
+    return UNDEFINED if value is None or math.isnan(value) else format(value, form).replace("-", "−")
 
 
 def millions(value: float | None) -> str:
-    """Return a number of parameters in millions."""
     return number(None if value is None else value / 1e6, ".2f")
 
 
 def billions(value: float | None) -> str:
-    """Return a number of multiply-adds in billions."""
     return number(None if value is None else value / 1e9, ".2f")
 
 
 def interval(low: float | None, high: float | None, form: str = ".2f") -> str:
-    """Return an interval in brackets; empty if there is none."""
-    return "" if low is None or pd.isna(low) else f"[{low:{form}}, {high:{form}}]".replace("-", "−")
+    return "" if low is None or math.isnan(low) else f"[{low:{form}}, {high:{form}}]".replace("-", "−")
 
 
 def estimate(value: float | None, low: float | None, high: float | None, form: str = ".3f") -> str:
-    """Return a value with its interval, both in one format."""
     return f"{number(value, form)} {interval(low, high, form)}".strip()
 
 
 def interval_of(values: Values, key: str, form: str = ".2f", level: float = 0.95) -> str:
-    """Return the interval of a value of metrics.json; empty if it has none."""
     low, high = values.get(f"{key}_ci{100 * level:g}") or (None, None)
     return interval(low, high, form)
 
 
 def percent(values: Values, key: str) -> str:
-    """Return a fraction of metrics.json in percent with its interval."""
     low, high = values.get(f"{key}_ci95") or (None, None)
     return estimate(values[key], low, high, ".0%")
 
@@ -120,7 +115,7 @@ def protocol_name(protocol: str, unit: str = "group") -> str:
         "grouped": f"{unit}-disjoint split" if unit != "image" else "split by image",
         "grouped-cv": f"{unit}-disjoint cross-validation" if unit != "image" else "cross-validation by image",
         "cross-fitted": f"{unit}-disjoint cross-fitting" if unit != "image" else "cross-fitting by image",
-        "all": "all patients, none for a test",
+        "all": f"all {unit}s, none for a test",
         "own": "the user's own split",
     }
     return names.get(protocol, protocol)
@@ -144,12 +139,10 @@ _MARKDOWN = re.compile(r"([\\`*<|~]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:]))")
 
 
 def escape_latex(text: str) -> str:
-    """Return text that LaTeX prints as it is."""
     return text.translate(_LATEX)
 
 
 def escape_markdown(text: str) -> str:
-    """Return text that Markdown shows as it is."""
     return _MARKDOWN.sub(r"\\\1", text)
 
 
@@ -164,7 +157,6 @@ class Cell:
 
     @property
     def undefined(self) -> bool:
-        """Whether the cell holds no value."""
         return self.text in ("", UNDEFINED) and not self.small
 
     @classmethod
@@ -176,22 +168,18 @@ class Cell:
         form: str = ".3f",
         bounds: str = ".2f",
     ) -> Cell:
-        """Return a value with its interval, in the formats `form` and `bounds`."""
         return cls(number(value, form), interval(low, high, bounds))
 
     @classmethod
     def of(cls, values: Values, key: str, form: str = ".3f", bounds: str = ".2f") -> Cell:
-        """Return a value of metrics.json with its interval."""
         return cls(number(values.get(key), form), interval_of(values, key, bounds))
 
     def markdown(self) -> str:
-        """Return the cell as Markdown."""
         text = escape_markdown(self.text)
         text = (f"**{text}**" if self.bold and text else text) + escape_markdown(self.mark)
         return f"{text} {escape_markdown(self.small)}".strip()
 
     def latex(self) -> str:
-        """Return the cell as LaTeX."""
         text = rf"\textbf{{{escape_latex(self.text)}}}" if self.bold and self.text else escape_latex(self.text)
         mark = f"\\textsuperscript{{{escape_latex(self.mark)}}}" if self.mark else ""
         # Braces: a cell that begins with [ would be read as an option of the \\ before it.
@@ -226,7 +214,6 @@ class PrintedTable:
         return replace(self, columns=columns, rows=[[row[place] for place in used] for row in kept], notes=notes)
 
     def markdown(self, heading: bool = True) -> str:
-        """Return heading, table and notes as Markdown."""
         lines = [f"### {escape_markdown(self.title)}", ""] if heading else []
         lines += [_row([escape_markdown(name) for name in self.columns])]
         lines += ["|" + ":--|" * self.left + "--:|" * (len(self.columns) - self.left)]
@@ -255,13 +242,11 @@ SIGNIFICANT = 0.05
 
 def p_value(p: float) -> str:
     """Return a corrected p with its sign of equality; empty if there is none."""
-    return "" if pd.isna(p) else "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    return "" if math.isnan(p) else "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def class_difference_table(rows: pd.DataFrame, names: tuple[str, str], title: str, family: int) -> PrintedTable:
-    """Return how far the first of two systems is above the second in each class, from `corrected_classes`; `family` is
-    the number of comparisons of a measure for which p is corrected.
-    """
+    """Return how far a system is above another in each class; p is corrected for `family` comparisons."""
     measures = list(dict.fromkeys(rows["measure"]))
     lines = []
     for name, group in rows.groupby("class", sort=False):
@@ -288,7 +273,6 @@ def class_difference_table(rows: pd.DataFrame, names: tuple[str, str], title: st
 
 
 def text_rows(rows: Iterable[Sequence[object]]) -> list[list[Cell]]:
-    """Return rows of plain text."""
     return [[Cell(str(value)) for value in row] for row in rows]
 
 

@@ -38,7 +38,6 @@ class Section:
 
     @property
     def figures(self) -> list[ReportFigure]:
-        """The figures among the items."""
         return [item for item in self.items if isinstance(item, ReportFigure)]
 
 
@@ -76,7 +75,6 @@ def render_page(
     photographs: bool,
     verdict: Verdict | None = None,
 ) -> str:
-    """Return the page."""
     try:
         import jinja2
     except ImportError:

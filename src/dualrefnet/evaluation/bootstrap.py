@@ -14,8 +14,9 @@ from statistics import NormalDist
 from typing import Any, TypeVar
 
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike, NDArray
+
+from dualrefnet.progress import track
 
 Floats = NDArray[np.float64]
 Name = TypeVar("Name", bound=Hashable)
@@ -72,27 +73,19 @@ class Bootstrap:
     """Resamples of the patients of a test set; equal arguments draw the same patients for every statistic.
 
     `groups`, (N,), names the patient of every image, each unknown one by a name of its own, and becomes `codes`, 0 to
-    G-1; without `samples` there are no intervals; `progress` is called with (samples done, samples in all).
+    G-1; `label` names the bar of the resamples, if there is to be one.
     """
 
-    def __init__(
-        self,
-        groups: ArrayLike,
-        samples: int,
-        seed: int = 0,
-        level: float = 0.95,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:
+    def __init__(self, groups: ArrayLike, samples: int, seed: int = 0, level: float = 0.95, label: str = "") -> None:
         _check_level(level)
         if samples < 0:
             raise ValueError(f"samples must be at least 0, not {samples}")
         self.codes = group_codes(groups)
         self.images, self.groups = len(self.codes), int(self.codes.max()) + 1
-        self.samples, self.seed, self.level, self.progress = samples, seed, level, progress
+        self.samples, self.seed, self.level, self.label = samples, seed, level, label
 
     @property
     def unit_weights(self) -> Floats:
-        """Weights of the test set itself, (1, G)."""
         return np.ones((1, self.groups))
 
     def resample(self, statistic: Callable[[Floats], Floats]) -> Floats:
@@ -103,7 +96,7 @@ class Bootstrap:
         self, models: Mapping[Name, Callable[[Floats], dict[str, Floats]]]
     ) -> dict[Name, dict[str, Floats]]:
         """Return the statistics of several models on the same resamples, each (samples, ...)."""
-        draws = draw_counts(self.groups, self.samples, self.seed, self.progress)
+        draws = draw_counts(self.groups, self.samples, self.seed, self.label)
         chunks = [{name: measure(weights) for name, measure in models.items()} for weights in draws]
         if not chunks:
             unit = {name: measure(self.unit_weights) for name, measure in models.items()}
@@ -114,7 +107,6 @@ class Bootstrap:
         }
 
     def sums(self, values: ArrayLike) -> Floats:
-        """Return (G, K): the sum of each patient's rows of (N, K)."""
         return group_sums(values, self.codes, self.groups)
 
     def estimate(self, value: float, resampled: Floats) -> Estimate:
@@ -123,19 +115,14 @@ class Bootstrap:
         return Estimate(value, *(interval or (NAN, NAN)))
 
     def proportion(self, value: float, resampled: Floats, patients: int) -> Estimate:
-        """Return a proportion with its interval.
-
-        At 0 and 1 all resamples agree, which would feign certainty: there the interval is Wilson's, each patient
-        counting as one case.
-        """
+        """Return a proportion with its interval: at 0 and 1, where all resamples agree, Wilson's over patients."""
         if self.samples and value in (0, 1):
             return Estimate(value, *wilson_interval(int(value) * patients, patients, self.level))
         return self.estimate(value, resampled)
 
     def ratios(self, amounts: ArrayLike, included: ArrayLike, proportions: bool = True) -> list[Estimate]:
-        """Divide sums of `amounts`, (N, K), by counts of the images `included`, (N, K): one value a column.
-
-        It is NaN where no image counts; resamples without such an image are skipped.
+        """Divide sums of `amounts` by counts of the images `included`, (N, K) both: one value a column, NaN without
+        images.
         """
         counted = np.asarray(included, dtype=bool)
         numerator = self.sums(np.where(counted, np.asarray(amounts, dtype=np.float64), 0.0))
@@ -154,22 +141,19 @@ class Bootstrap:
         return text
 
 
-def draw_counts(
-    groups: int, samples: int, seed: int, progress: Callable[[int, int], None] | None = None
-) -> Iterator[Floats]:
+def draw_counts(groups: int, samples: int, seed: int, label: str = "") -> Iterator[Floats]:
     """Draw groups with replacement: yield how often each was drawn, (at most `CHUNK` samples, groups) at a time."""
     generator = np.random.default_rng(seed)
-    for done in range(0, samples, CHUNK):
+    for done in track(range(0, samples, CHUNK), label):
         size = min(CHUNK, samples - done)
-        yield np.stack(
-            [np.bincount(generator.integers(groups, size=groups), minlength=groups) for _ in range(size)]
-        ).astype(np.float64)
-        if progress is not None:
-            progress(done + size, samples)
+        drawn = [np.bincount(generator.integers(groups, size=groups), minlength=groups) for _ in range(size)]
+        yield np.stack(drawn).astype(np.float64)
 
 
 def group_codes(groups: ArrayLike) -> NDArray[np.int64]:
     """Number the groups, at least 2 and none missing (else ValueError), 0..G-1 in the order of their first image."""
+    import pandas as pd
+
     codes, names = pd.factorize(np.asarray(groups))
     if (codes < 0).any():
         missing = int((codes < 0).sum())
@@ -228,10 +212,7 @@ def wilson_interval(successes: int, total: int, level: float = 0.95) -> tuple[fl
 
 
 def two_sided_p(differences: Floats) -> float:
-    """Return twice the smaller tail of bootstrap differences beyond 0, NaN left out.
-
-    Each tail has one sample added, so that p is never 0.
-    """
+    """Return twice the smaller tail of differences beyond 0, each with one sample added, so that p is never 0."""
     defined = differences[~np.isnan(differences)]
     tail = min(int((defined <= 0).sum()), int((defined >= 0).sum()))
     return min(1.0, 2 * (tail + 1) / (len(defined) + 1))

@@ -48,9 +48,8 @@ ALMOST_ALL = 1 - 1e-6
 def fit_temperature(labels: ArrayLike, probabilities: ArrayLike) -> float:
     """Return the temperature, in `LOWEST`..`HIGHEST`, at which the log loss of probabilities (N, C) is smallest.
 
-    The log loss is convex in 1/T, so its slope changes sign once, which bisection finds. If every image is right, the
-    log loss falls for ever as T falls to 0; that says that there are too few images, not that the model may be certain
-    of everything, so T is 1.
+    The log loss is convex in 1/T: bisection finds where its slope changes sign. If every image is right, it falls for
+    ever with T; there are too few images then, and T is 1.
     """
     target, scores = check_predictions(labels, probabilities)
     if not _wrong(target, scores).any():
@@ -72,10 +71,10 @@ def at_bound(temperature: float) -> bool:
 def temperature_interval(
     labels: ArrayLike, probabilities: ArrayLike, bootstrap: Bootstrap
 ) -> tuple[float, float] | None:
-    """Return the percentile interval of the temperature over resampled patients; None if every resample was skipped.
+    """Return the percentile interval of the temperature over resampled patients; None if all were skipped.
 
-    A resample in which every image is right has no temperature and is skipped. Between the temperatures of a fine grid
-    the slope of the log loss is interpolated.
+    A resample in which every image is right is skipped. Between the temperatures of a fine grid the slope is
+    interpolated.
     """
     target, scores = check_predictions(labels, probabilities)
     logits, positions = to_logits(scores), np.log(_GRID)
@@ -142,10 +141,7 @@ def referral_threshold(malignant: NDArray[np.bool_], score: Floats, sensitivity:
 def threshold_interval(
     malignant: NDArray[np.bool_], score: Floats, sensitivity: float, bootstrap: Bootstrap
 ) -> tuple[float, float] | None:
-    """Return the percentile interval of `referral_threshold` over resampled patients; None if no image is malignant.
-
-    Resamples without a malignant image are skipped.
-    """
+    """Return the percentile interval of `referral_threshold` over patients; None if no image is malignant."""
     places = np.flatnonzero(malignant)
     places = places[np.argsort(-score[places], kind="stable")]
     if not len(places):
@@ -172,7 +168,6 @@ class Calibration(Decision):
     remarks: tuple[str, ...] = ()  # weaknesses of the fit
 
     def to_json(self) -> dict[str, Any]:
-        """Return the content of `calibration.json`."""
         referral = None
         if self.referral is not None:
             threshold = Estimate(self.referral, *(self.referral_interval or ()))
@@ -230,11 +225,7 @@ def fit_calibration(
     availability: Sequence[Thresholds] = (),
     field_effects: Mapping[str, float] | None = None,
 ) -> Calibration:
-    """Fit temperature, conformal thresholds and the referral threshold on validation images.
-
-    `coverage`: how often a set shall hold the right class; `sensitivity`: share of cancers that shall be referred;
-    `availability`: from `fit_thresholds`, for each group of inputs.
-    """
+    """Fit temperature, conformal thresholds and the referral threshold on validation images."""
     check_classes(classes, malignant)
     target, scores = check_predictions(labels, probabilities, len(classes))
     cancer = np.isin(classes, malignant)
@@ -285,11 +276,9 @@ def fit_thresholds(
     sensitivity: float,
     draws: int = 1,
 ) -> Thresholds:
-    """Fit the thresholds of one availability group on such inputs of validation images.
+    """Fit the thresholds of one availability group on `draws` such inputs of each validation image.
 
-    Each image has `draws` inputs, so that labels are (N * draws,). The referral threshold is conformal too: the largest
-    one that refers a new cancer with the wanted probability, if it is exchangeable with those of validation; 0 (refer
-    everybody) if these are too few for that.
+    The referral threshold is conformal too; 0 (refer everybody) if there are too few cancers for that.
     """
     check_classes(classes, malignant)
     target, scores = check_predictions(labels, probabilities, len(classes))
@@ -320,8 +309,7 @@ def measure_calibrated(
 ) -> dict[str, Any]:
     """Measure a calibration on images that had no part in it; intervals are over patients, given the calibration.
 
-    `probabilities`, (N, C), are uncalibrated. The calibration of a cross-fitted run has seen all images; they are
-    measured with those `by_fold`. The result is `calibrated` of metrics.json.
+    The calibration of a cross-fitted run has seen all images; they are measured with those `by_fold`.
     """
     classes = calibration.classes
     target, scores = check_predictions(labels, probabilities, len(classes))
@@ -363,12 +351,7 @@ def measure_sets(
     classes: Sequence[str],
     coverage: float,
 ) -> dict[str, Any]:
-    """Measure conformal sets (N, C) of images that had no part in the thresholds.
-
-    `singletons` is the share of sets of one class, `filled` the number of sets that would have been empty, `sizes` the
-    number of images with a set of 1, 2, ... classes. `promise` is `within` if the wanted coverage lies in the interval,
-    `missed` if the interval lies below it, `exceeded` if above; None without an interval.
-    """
+    """Measure conformal sets (N, C) of images with no part in the thresholds; `filled`: they would have been empty."""
     level = bootstrap.level
     size, held = sets.sum(axis=1), sets[np.arange(len(labels)), labels]
     # All images, and those of each class.
@@ -400,10 +383,7 @@ def measure_sets(
 def measure_referral(
     malignant: NDArray[np.bool_], referred: NDArray[np.bool_], bootstrap: Bootstrap, target: float
 ) -> dict[str, Any]:
-    """Measure referral, (N,), on images that had no part in the choice of the threshold; `target`: wanted sensitivity.
-
-    `missed` cancers aren't referred, nor are `spared` benign ones; None is what is undefined.
-    """
+    """Measure referral, (N,), on images that had no part in the choice of the threshold."""
     amounts = np.stack([referred, ~referred, referred], axis=1)
     included = np.stack([malignant, ~malignant, np.ones(len(malignant), dtype=bool)], axis=1)
     estimates = bootstrap.ratios(amounts, included)
@@ -422,10 +402,7 @@ def measure_referral(
 def compare_errors(
     labels: NDArray[np.int64], before: Floats, after: Floats, bootstrap: Bootstrap
 ) -> dict[str, dict[str, Any]]:
-    """Measure the calibration of probabilities (N, C) `before` and `after` a change, and its `difference`.
-
-    `ece_by_chance` and `adaptive_ece_by_chance` are mean and 95% quantile if the probabilities were true.
-    """
+    """Measure the calibration of probabilities (N, C) `before` and `after` a change, and its `difference`."""
     errors = {
         name: CalibrationErrors(labels, scores, bootstrap.codes, bootstrap.groups)
         for name, scores in (("before", before), ("after", after))

@@ -92,9 +92,7 @@ COMPARED_BY_CLASS = ("sensitivity", "ppv")
 
 
 def class_differences(bootstrap: PooledBootstrap, system: str, reference: str, classes: Sequence[str]) -> pd.DataFrame:
-    """Return class, images, measure, value, reference_value, difference, low, high, p: how far `system` is above
-    `reference` in the sensitivity and the precision (PPV) of each class.
-    """
+    """Return a row a class and measure: how far `system` is above `reference` in sensitivity and precision."""
     rows = []
     for measure in COMPARED_BY_CLASS:
         for name in classes:
@@ -128,12 +126,7 @@ def metrics_with_intervals(
     classes: Sequence[str],
     malignant: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return `compute_metrics`, and behind every value its interval, if it has one: the content of metrics.json.
-
-    `accuracy` is followed by `accuracy_ci95` ([low, high]; `_ci90` at level 0.9), also inside `per_class` and
-    `malignant`. `bootstrap` tells how the intervals were drawn; its `samples_without` counts the resamples without an
-    image of a class of the test set. Where they are many, the intervals of that class are too narrow.
-    """
+    """Return `compute_metrics`, and behind every value its interval (`accuracy_ci95`): the content of metrics.json."""
     metrics = compute_metrics(labels, probabilities, classes, malignant)
     if not bootstrap.samples:
         return metrics

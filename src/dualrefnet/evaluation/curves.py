@@ -56,11 +56,7 @@ FEW = 10
 
 @dataclass(frozen=True)
 class Curve:
-    """One curve over `GRID`: sensitivity or precision (101,), with its band.
-
-    `area` is AUC or average precision. `decision` is (x, y) of the decision for the most probable class, which needn't
-    lie on the curve; y is NaN for the precision of a class that was never predicted.
-    """
+    """One curve over `GRID`, (101,), with its band; `decision` (x, y) of the most probable class needn't lie on it."""
 
     y: Floats
     low: Floats
@@ -92,12 +88,7 @@ class Curves:
     notes: tuple[str, ...]  # which curves are missing, and which bands are too narrow
 
     def frame(self, kind: Kind) -> pd.DataFrame:
-        """Return the curves of one kind as a tidy table.
-
-        Columns are `class`, `curve` (the kind), `part`, `x`, `y`, `low`, `high`. `part` is `curve` (101 rows), `area`
-        (y: AUC or average precision), `decision` (for the most probable class) or, for precision-recall, `chance` (y:
-        the precision of guessing).
-        """
+        """Return the curves of one kind as a tidy table; `part` is `curve`, `area`, `decision` or `chance`."""
         rows: list[tuple[object, ...]] = []
         for one in self.of:
             curve: Curve = getattr(one, kind)
@@ -113,12 +104,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Reliability:
-    """A reliability diagram's numbers, and the expected calibration error over the same bins.
-
-    `table` has one row a bin of equal width: `low`, `high` (edges; low is outside the bin, high inside), `confidence`
-    and `accuracy` (means in the bin; NaN where it is empty), `count`, `patients`, `accuracy_low` and `accuracy_high`
-    (NaN where there is no interval).
-    """
+    """A reliability diagram: a row of `table` for each bin of equal width, and the expected calibration error."""
 
     table: pd.DataFrame
     ece: float
@@ -147,11 +133,7 @@ def class_curves(
     classes: Sequence[str],
     malignant: Sequence[str] = (),
 ) -> Curves:
-    """Compute ROC and precision-recall curves with pointwise bands; `notes` names what has no curve.
-
-    `malignant` adds the curves `ALL_MALIGNANT` (score: the sum of the malignant classes' probabilities; decision:
-    whether the most probable class is one of them).
-    """
+    """Compute ROC and precision-recall curves with pointwise bands; `notes` names what has no curve."""
     check_classes(classes, malignant)
     target, scores = check_predictions(labels, probabilities, len(classes))
     predicted = scores.argmax(axis=1)
@@ -199,9 +181,7 @@ def compute_reliability(
 ) -> Reliability:
     """Compute the reliability of the top label, with an interval of each bin's accuracy over patients.
 
-    A resample without images in a bin is skipped for it. Where all of a bin's images are right, or none, the interval
-    is Wilson's over its patients (see `Bootstrap.proportion`). For the same reason a bin with the images of a single
-    patient, some of them right, has no interval.
+    A bin with the images of a single patient, some of them right, has no interval: all resamples would agree.
     """
     target, scores = check_predictions(labels, probabilities)
     errors, confidence = CalibrationErrors(target, scores, bootstrap.codes, bootstrap.groups, bins), scores.max(axis=1)

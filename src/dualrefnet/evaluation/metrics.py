@@ -39,7 +39,7 @@ def check_predictions(
 ) -> tuple[NDArray[np.int64], Floats]:
     """Check labels (N,) and probabilities (N, C), and return them as int64 and float64 arrays; ValueError if wrong.
 
-    The probabilities keep their values: rows aren't scaled to sum 1, since that could break or make ties between rows.
+    Rows aren't scaled to sum 1, since that could break or make ties between rows.
     """
     target = np.asarray(labels)
     scores = np.asarray(probabilities, dtype=np.float64)
@@ -83,9 +83,8 @@ def check_classes(classes: Sequence[str], malignant: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Images in descending order of a score, with the `groups` (N,) of the images and a binary target, `positive` (N,).
-
-    `ends` (T,) are the positions of the last image at or above each distinct threshold: ties share one.
+    """Images in descending order of a score; `ends` (T,) are the last images of each distinct threshold: ties share
+    one.
     """
 
     groups: NDArray[np.int64]
@@ -99,9 +98,8 @@ class Ranking:
         return cls(groups[order], positive[order], np.append(np.flatnonzero(np.diff(score[order])), len(score) - 1))
 
     def counts(self, weights: Floats) -> tuple[Floats, Floats]:
-        """Return true and false positives at each threshold, (S, T + 1) each; in front, none is called positive.
-
-        They are whole numbers, so sums and comparisons of them are exact.
+        """Return true and false positives at each threshold, (S, T + 1), as exact whole numbers; in front none is
+        called.
         """
         drawn = weights[:, self.groups]
         called, true = (
@@ -192,11 +190,7 @@ class CalibrationErrors:
 
 
 class WeightedMetrics:
-    """The metrics of one model's predictions, as functions of weights.
-
-    `groups`, (N,), numbers the group of every image, 0..G-1 (None: all images are one), of which these images may hold
-    a part; `size` is G (None: the largest number + 1).
-    """
+    """The metrics of one model's predictions as functions of weights; `groups`, (N,), may be a part of `size` ones."""
 
     def __init__(
         self,
@@ -240,10 +234,7 @@ class WeightedMetrics:
 
 
 def confusion_metrics(matrices: Floats, classes: Sequence[str], malignant: Sequence[str] = ()) -> dict[str, Floats]:
-    """Return the metrics that need counts only, (S,) of matrices (S, C, C), NaN where undefined.
-
-    Keys are `accuracy`, `per_class.MEL.sensitivity`, `malignant.ppv` and the like.
-    """
+    """Return what needs counts only, such as `per_class.MEL.sensitivity`, (S,) of matrices (S, C, C)."""
     total, support, predicted = matrices.sum(axis=(1, 2)), matrices.sum(axis=2), matrices.sum(axis=1)
     hits = np.diagonal(matrices, axis1=1, axis2=2)
     by_class = _binary_metrics(hits, support, predicted, total[:, None])
@@ -280,22 +271,10 @@ def confusion_metrics(matrices: Floats, classes: Sequence[str], malignant: Seque
 def compute_metrics(
     labels: ArrayLike, probabilities: ArrayLike, classes: Sequence[str], malignant: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Measure predictions.
+    """Measure predictions: labels (N,) are indices into `classes`, rows of probabilities (N, C) sum to 1.
 
-    Args:
-        labels: true class of every image, (N,), indices into `classes`.
-        probabilities: (N, C), rows sum to 1.
-        classes: names in the order of the columns.
-        malignant: the classes that are cancer; empty: no `malignant` metrics.
-
-    Returns:
-        `HEADLINE_MEASURES`; `per_class` (class -> `CLASS_MEASURES`, one class versus the rest); `malignant`
-        (`MALIGNANT_MEASURES` of malignant versus benign: the score is the sum of the malignant classes' probabilities,
-        the decision is whether the predicted class is malignant), if asked for; `confusion_matrix` (rows are the
-        target, columns the prediction); `remarks`, on what is undefined. Ready for strict JSON.
-
-    Raises:
-        ValueError: see `check_predictions` and `check_classes`.
+    Returns `HEADLINE_MEASURES`, `per_class`, `malignant` (by the sum of the malignant classes' probabilities),
+    `confusion_matrix` (rows are the target) and `remarks` on what is undefined, ready for strict JSON.
     """
     model, unit = WeightedMetrics(labels, probabilities, None, classes, malignant), np.ones((1, 1))
     values = model.measure(unit) | model.errors.measure(unit)
@@ -313,10 +292,7 @@ def no_metrics(classes: Sequence[str], malignant: Sequence[str], remark: str) ->
 
 
 def metrics_from_confusion(matrix: ArrayLike, classes: Sequence[str], malignant: Sequence[str] = ()) -> dict[str, Any]:
-    """Return those values of `compute_metrics` that need counts only.
-
-    `matrix`, (C, C), has the target in rows and the prediction in columns, in the order of `classes`.
-    """
+    """Return the values of `compute_metrics` that need counts only, of a matrix (C, C) with the target in rows."""
     check_classes(classes, malignant)
     counts = np.asarray(matrix)
     if counts.shape != (len(classes), len(classes)):

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from dualrefnet.display.figure import COLOURS, FAINT, INK, PRIMARY, ReportFigure, new_figure, styled
@@ -21,6 +20,7 @@ from dualrefnet.evaluation.bootstrap import NAN, Bootstrap, Estimate, Floats, di
 from dualrefnet.evaluation.metrics import check_predictions
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
 
 # Thresholds of the referral curve: 0, 0.01, ..., 1.
@@ -55,10 +55,9 @@ def referral_curve(
     target: float,
     chosen_interval: tuple[float, float] | None = None,
 ) -> ReferralCurve:
-    """Compute the curve of images by their malignancy `score`, (N,), with pointwise bands over patients.
+    """Compute the curve of images by their malignancy `score`, (N,); `chosen` is the threshold in use."""
+    import pandas as pd
 
-    `chosen` is the threshold in use, for which `target` was the wanted sensitivity.
-    """
     if malignant.all() or not malignant.any():
         raise ValueError("there is nothing to draw: all images are malignant, or none is")
     thresholds = np.append(np.arange(STEPS + 1) / STEPS, chosen)
@@ -81,10 +80,7 @@ def referral_curve(
 class Selective:
     """Selective prediction on a test set: one row of `table` a coverage.
 
-    Columns are `percent` (wanted), `images` (predicted), `share` (of all images), `threshold` (lowest confidence
-    predicted), `accuracy` and `balanced_accuracy` among the predicted, each with `_low` and `_high`, and
-    `answered:<CLASS>`, the number of images of each class that get a prediction. Balanced accuracy is NaN where a class
-    of the test set gets none: leaving out a class must not raise it.
+    Balanced accuracy is NaN where a class of the test set gets no prediction: leaving out a class must not raise it.
     """
 
     table: pd.DataFrame
@@ -93,7 +89,6 @@ class Selective:
     bootstrap: Bootstrap
 
     def to_json(self) -> dict[str, Any]:
-        """Return AURC and table as values that strict JSON knows."""
         level, rows = self.bootstrap.level, []
         for row in self.table.to_dict("records"):
             one = {key: row[key] for key in ("percent", "images", "share", "threshold")}
@@ -111,6 +106,8 @@ def measure_selective(
     percents: Sequence[int] = CURVE,
 ) -> Selective:
     """Measure selective prediction at coverages, whole numbers 1..100, with pointwise bands over patients."""
+    import pandas as pd
+
     target, scores = check_predictions(labels, probabilities, len(classes))
     wanted = np.asarray(percents, dtype=np.int64)
     if not len(wanted) or wanted.min() < 1 or wanted.max() > 100:

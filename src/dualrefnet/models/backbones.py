@@ -16,11 +16,10 @@ TIMM = "timm:"
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """One architecture: its name in timm and in tables; `kind`, cnn or transformer (built for one image size); D
-    `features`; millions of parameters without a classifier; `stride`, side of the image / side of the map; whether the
-    vector is the class token, not the mean of the map; and `taps`, which of timm's intermediate maps are given on
-    request: the ends of the last stages before the map (CNNs, Swin), or the blocks after a quarter, a half and three
-    quarters of the network.
+    """One architecture: names, `kind` (cnn or transformer), D `features`, parameters in millions, `stride`, `taps`.
+
+    `taps` are the ends of the last stages before the map, or of ViT-like networks the blocks at a quarter, half and
+    three quarters.
     """
 
     timm_name: str

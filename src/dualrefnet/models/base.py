@@ -17,11 +17,9 @@ from dualrefnet.recipe import ModelSection
 
 
 class Output(NamedTuple):
-    """Result of a forward pass: `logits` (B, C) before the softmax; `features` (B, D), the fused vector of image and
-    metadata, as it enters the first layer of classification; `hidden` (B, H), what enters the last one (the features
-    themselves where there is no layer between); `reconstruction` (B, 3, 2H, 2W) in about 0..1, None without an
-    auxiliary task and outside training; `heads`, logits of additional heads, by name, each with a cross-entropy term of
-    its own.
+    """Result of a forward pass: `logits` (B, C) before the softmax; `features` (B, D), the fused vector; `hidden` (B,
+    H), what enters the last layer; `reconstruction` (B, 3, 2H, 2W) in training with an auxiliary task; `heads`, logits
+    of further heads by name.
     """
 
     logits: Tensor
@@ -32,9 +30,7 @@ class Output(NamedTuple):
 
 
 class Head(nn.Module):
-    """Features -> 256 hidden units -> class scores, the two layers in the sum of equation 4: the rows of `hidden` are
-    W_before, those of `classifier` W_cls.
-    """
+    """Features -> 256 hidden units -> class scores: W_before (`hidden`) and W_cls (`classifier`) of equation 4."""
 
     def __init__(self, features: int, hidden: int, classes: int, dropout: float) -> None:
         super().__init__()
@@ -44,18 +40,15 @@ class Head(nn.Module):
         self.classifier = nn.Linear(hidden, classes)
 
     def forward(self, features: Tensor) -> Output:
-        """Classify fused features (B, D)."""
         hidden = self.hidden(self.drop_features(features)).relu()
         return Output(self.classifier(self.drop_hidden(hidden)), features, hidden, None, {})
 
 
 class MissingInputs(nn.Module):
-    """What a method reads in place of what is missing: learned tokens, all zero at first (for a standardised number its
-    mean, for categories none).
+    """Learned tokens, zero at first, in place of what is missing.
 
-    `columns` (M,): one number for each column of the encoded metadata. `places`: for each encoder (D,), in place of its
-    vector and of every place of its map; none if an image is never missing. `taps`: for each tap (C_k,), in place of
-    every place of that map.
+    `columns` (M,) one number for each column; `places`, `taps`: for each encoder (D,) and each tap (C_k,) at every
+    place.
     """
 
     def __init__(self, metadata_width: int, encoders: Sequence[Encoder]) -> None:
@@ -118,9 +111,7 @@ def _turn_back(values: Tensor, turned: bool, flipped: tuple[int, ...]) -> Tensor
 
 
 class Architecture(BaseModel):
-    """All that is needed to build a model again, weights apart; stands in `model.json`. `missing_image`: one of the
-    learned tokens stands for an image, so that the model answers without one.
-    """
+    """All that is needed to build a model again, weights apart; stands in `model.json`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -133,14 +124,14 @@ class Architecture(BaseModel):
 
     @property
     def backbones(self) -> tuple[str, ...]:
-        """The image encoders that the method may have, in order."""
         return self.section.backbones
 
 
 class Method(nn.Module, ABC):
     """Base of all methods: built from its `Architecture` and its encoders, it says in `classify` what it does with
-    image and metadata. `title`, `reads_image` and `reads_metadata` are those of `METHODS`; `missing` is None where
-    every image and every column must be there.
+    both.
+
+    `missing` is None where every image and every column must be there.
     """
 
     title: ClassVar[str]
@@ -167,7 +158,6 @@ class Method(nn.Module, ABC):
 
     @property
     def encoder(self) -> Encoder:
-        """The first image encoder."""
         encoder = self.encoders[0]
         assert isinstance(encoder, Encoder)
         return encoder
@@ -178,12 +168,7 @@ class Method(nn.Module, ABC):
         return False
 
     def forward(self, image: Tensor | Encoded | None, metadata: Tensor) -> Output:
-        """Classify images (B, 3, H, W), normalised for the first encoder, or what the encoders have made of them, with
-        metadata (B, M).
-
-        With `missing`, NaN in metadata is a missing value and an image of NaN a missing image. `image` is None for a
-        method that reads none.
-        """
+        """Classify images (B, 3, H, W), or what encoders have made of them, with metadata (B, M); NaN is missing."""
         images = Encoded(()) if image is None else self.encode(image)
         output = self.answer(images, metadata)
         # The rebuilt image is only needed for its error, so inference doesn't pay for it.
@@ -197,14 +182,10 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def classify(self, images: Encoded, metadata: Tensor) -> Output:
-        """Do what the method does with images that were read and metadata (B, M) in which nothing is missing; see
-        `forward`.
-        """
+        """Do what the method does with images that were read and metadata (B, M) in which nothing is missing."""
 
     def encode(self, image: Tensor | Encoded) -> Encoded:
-        """Read images (B, 3, H, W) with all encoders; `forward` takes the result in their place, so that what depends
-        on the metadata alone can be computed many times. What was encoded before passes through.
-        """
+        """Read images (B, 3, H, W) with all encoders, so that the rest can be repeated."""
         if isinstance(image, Encoded):
             return image
         # Training encodes every image and drops some afterwards, so none is missing here.
@@ -220,7 +201,6 @@ class Method(nn.Module, ABC):
         return self.reads_image and (self.missing is None or not len(self.missing.places))
 
     def read(self, image: Tensor) -> Encoded:
-        """Read (B, 3, H, W) images with all encoders."""
         return Encoded(tuple(encoder(image) for encoder in self.encoders))
 
     def read_views(self, image: Tensor) -> Encoded:
@@ -234,9 +214,7 @@ class Method(nn.Module, ABC):
         return Encoded.join(reads, lambda several: torch.stack(list(several)).mean(dim=0))
 
     def reconstruct(self, image: Tensor | Encoded) -> Tensor | None:
-        """Return the (B, 3, 2H, 2W) image, in about 0..1, that the auxiliary task's decoder rebuilds; None without
-        decoder.
-        """
+        """Return the (B, 3, 2H, 2W) image, in about 0..1, that the decoder rebuilds; None without one."""
         return None
 
     @property
@@ -246,8 +224,8 @@ class Method(nn.Module, ABC):
 
 
 class VectorMethod(Method):
-    """A method of the image as one vector of `features` numbers, `places` of them a channel: its mean, or of VGG with
-    `vgg_head: flatten` every place of the last map (25,088 at 224 px), as in the public code of MetaBlock's authors.
+    """A method of the image as one vector of `features` numbers; of VGG with `vgg_head: flatten` every place of its
+    map.
     """
 
     def __init__(self, architecture: Architecture, encoders: list[Encoder]) -> None:
@@ -262,7 +240,6 @@ class VectorMethod(Method):
         return section.vgg_head == "flatten" and section.backbone == "vgg13"
 
     def vector(self, images: Encoded) -> Tensor:
-        """Return the vector, (B, features)."""
         read = images.first
         if not self.flattens:
             return read.vector

@@ -21,9 +21,7 @@ TOKEN_WIDTH, TOKEN_HEADS, TOKEN_LAYERS = 64, 4, 2
 
 
 def create_metadata_network(kind: str, metadata_width: int, widths: Sequence[int]) -> nn.Module:
-    """Return a network (B, M) -> (B, widths[-1]): `mlp` (the paper's), `attention` or `transformer` (its ablations).
-    The transformer takes the last width alone.
-    """
+    """Return a network (B, M) -> (B, widths[-1]): `mlp` (the paper's), `attention` or `transformer`."""
     if kind == "transformer":
         return MetadataTransformer(metadata_width, widths[-1])
     if kind == "attention":
@@ -32,9 +30,7 @@ def create_metadata_network(kind: str, metadata_width: int, widths: Sequence[int
 
 
 def metadata_mlp(metadata_width: int, widths: Sequence[int]) -> nn.Sequential:
-    """Build phi_meta of the paper, (B, M) -> (B, widths[-1]): fully connected layers, ReLU after every one but the
-    last.
-    """
+    """Build phi_meta of the paper, (B, M) -> (B, widths[-1]): linear layers, ReLU after each but the last."""
     layers: list[nn.Module] = []
     for narrow, wide in pairwise([metadata_width, *widths]):
         layers += [nn.Linear(narrow, wide), nn.ReLU()]
@@ -50,10 +46,7 @@ def normalised_layers(widths: Sequence[int], dropout: float, activation: type[nn
 
 
 class ColumnAttention(nn.Module):
-    """The ablation's "dynamic" weighting: x -> x * sigmoid(W2 relu(W1 x)), (B, M) -> (B, M).
-
-    Two layers and a sigmoid are stated; that both are M wide is our reading.
-    """
+    """The ablation's "dynamic" weighting: x * sigmoid(W2 relu(W1 x)), (B, M); that both are M wide is our reading."""
 
     def __init__(self, metadata_width: int) -> None:
         super().__init__()
@@ -65,7 +58,6 @@ class ColumnAttention(nn.Module):
         )
 
     def forward(self, metadata: Tensor) -> Tensor:
-        """Weight each column by all columns."""
         return metadata * self.weights(metadata)  # type: ignore[no-any-return]
 
 
@@ -88,7 +80,6 @@ class MetadataTransformer(nn.Module):
         self.last = nn.Sequential(nn.LayerNorm(TOKEN_WIDTH), nn.Linear(TOKEN_WIDTH, features))
 
     def forward(self, metadata: Tensor) -> Tensor:
-        """Map (B, M) to (B, features)."""
         tokens = metadata.unsqueeze(2) * self.directions + self.places
         tokens = torch.cat([self.gatherer.expand(len(metadata), -1, -1), tokens], dim=1)
         return self.last(self.layers(tokens)[:, 0])  # type: ignore[no-any-return]
@@ -105,14 +96,11 @@ class Concatenation(nn.Module):
         self.features = image_features + metadata_features
 
     def forward(self, encoded: EncoderOutput, metadata: Tensor) -> Tensor:
-        """Fuse the image vector with (B, E)."""
         return torch.cat([encoded.vector, metadata], dim=1)
 
 
 class Hadamard(nn.Module):
-    """FV = (W FV_image) (.) FV_meta: the other reading of AuxNet's product; the projection makes both vectors E
-    long.
-    """
+    """FV = (W FV_image) (.) FV_meta: the other reading of AuxNet's product, both vectors E long."""
 
     def __init__(self, image_features: int, metadata_features: int) -> None:
         super().__init__()
@@ -120,7 +108,6 @@ class Hadamard(nn.Module):
         self.projection = nn.Linear(image_features, metadata_features)
 
     def forward(self, encoded: EncoderOutput, metadata: Tensor) -> Tensor:
-        """Fuse the image vector with (B, E)."""
         return self.projection(encoded.vector) * metadata  # type: ignore[no-any-return]
 
 
@@ -141,7 +128,6 @@ class CrossAttention(nn.Module):
         self.attention = nn.MultiheadAttention(ATTENTION_WIDTH, ATTENTION_HEADS, batch_first=True)
 
     def forward(self, encoded: EncoderOutput, metadata: Tensor) -> Tensor:
-        """Fuse the map's places and the vector with (B, E)."""
         assert encoded.map is not None
         tokens = torch.cat([encoded.vector.unsqueeze(1), encoded.map.flatten(2).transpose(1, 2)], dim=1)
         places, question = self.places(tokens), self.question(metadata)
@@ -163,9 +149,7 @@ STEPS = 12
 
 
 class DecisionFusion(nn.Module):
-    """p = sum_k w_k softmax(z_k), with weights (K,) that are equal until chosen on validation, and travel with the
-    parameters.
-    """
+    """p = sum_k w_k softmax(z_k); the weights (K,) are equal until chosen on validation, and saved with the model."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
         super().__init__()
@@ -179,20 +163,14 @@ class DecisionFusion(nn.Module):
         return weighted.logsumexp(dim=0)
 
     def output(self, logits: dict[str, Tensor], features: Tensor, hidden: Tensor, training: bool) -> Output:
-        """Return a model's output for the logits (B, C) of every head, in the order of `names`.
-
-        In training the first head's scores stand in `logits` and the others in `heads`, so that each has a
-        cross-entropy of its own; afterwards `logits` is the fused answer and `heads` holds all of them.
-        """
+        """Return the output for the logits (B, C) of every head; in training each has a cross-entropy of its own."""
         if training:
             first, *others = self.names
             return Output(logits[first], features, hidden, None, {name: logits[name] for name in others})
         return Output(self(torch.stack([logits[name] for name in self.names])), features, hidden, None, logits)
 
     def choose(self, logits: Tensor, labels: Tensor) -> None:
-        """Choose the weights with the best balanced accuracy for logits (K, N, C) of validation; of equals the most
-        even ones.
-        """
+        """Choose the weights with the best balanced accuracy for logits (K, N, C); of equals the most even ones."""
         # Prediction needs none of it.
         from sklearn.metrics import recall_score
 
@@ -272,7 +250,6 @@ class _Planes(nn.Module):
     """
 
     def forward(self, features: Tensor) -> Tensor:
-        """Shuffle."""
         batch, _, height, width = features.shape
         subpixels = features.view(batch, 3, 8, 8, height, width)
         return subpixels.permute(0, 1, 4, 2, 5, 3).reshape(batch, 3, 8 * height, 8 * width)
@@ -285,11 +262,7 @@ def _equal_subpixels(convolution: nn.Conv2d, upscale: int) -> None:
 
 
 def _start_grey(layer: nn.Conv2d | nn.ConvTranspose2d) -> None:
-    """Start with an almost even grey image.
-
-    Targets lie in 0..1, so 0.5 in the bias spares the encoder the first steps that would only move the mean; small
-    weights keep the first error at the variance of the target.
-    """
+    """Start with an almost even grey image, which spares the encoder steps that only move the mean."""
     nn.init.normal_(layer.weight, std=0.02)
     assert layer.bias is not None
     nn.init.constant_(layer.bias, 0.5)

@@ -11,11 +11,7 @@ from dualrefnet.models.encoders import Encoded, Encoder
 
 
 def reduced_features(metadata_width: int, combination_factor: float) -> int:
-    """Return n = c_f d / (1 - c_f): image features such that their share of the fused vector is c_f, for metadata of
-    width d.
-
-    The rule is inferred from the one pair in public code: n = 324 for d = 81 and c_f = .8.
-    """
+    """Return n = c_f d / (1 - c_f), inferred from the one pair in public code: n = 324 for d = 81, c_f = .8."""
     return max(1, round(combination_factor * metadata_width / (1 - combination_factor)))
 
 

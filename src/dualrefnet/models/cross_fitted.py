@@ -19,8 +19,7 @@ Result = TypeVar("Result")
 class CrossFitted(Method):
     """The mean of the members' probabilities, of which the logits are the logarithm.
 
-    An image of the run's own data, whose fold is known (`Encoded.folds`), is classified by the one member that hasn't
-    been trained on it. All members are of one method and size, and read the same metadata columns.
+    An image whose fold is known (`Encoded.folds`) is classified by the one member that hasn't been trained on it.
     """
 
     def __init__(self, members: Sequence[Method]) -> None:
@@ -34,12 +33,10 @@ class CrossFitted(Method):
 
     @property
     def parts(self) -> list[Method]:
-        """The members."""
         return [member for member in self.members if isinstance(member, Method)]
 
     @property
     def encoders(self) -> list[nn.Module]:  # type: ignore[override]
-        """The encoders of all members, in their order."""
         return [encoder for member in self.parts for encoder in member.encoders]
 
     @property
@@ -56,7 +53,6 @@ class CrossFitted(Method):
         return None
 
     def read(self, image: Tensor) -> Encoded:
-        """Read (B, 3, H, W) images with the encoders of all members."""
         return Encoded(tuple(output for member in self.parts for output in member.read_views(image).outputs))
 
     def encode_held_out(self, image: Tensor, folds: Tensor) -> Encoded:
@@ -65,9 +61,7 @@ class CrossFitted(Method):
         return Encoded.join(parts, lambda several: torch.cat(list(several))[order])._replace(folds=folds)
 
     def answer(self, images: Encoded, metadata: Tensor) -> Output:
-        """Classify with the mean of all members, or each image with that of its fold; `features` and `hidden` are those
-        of the members that classify, side by side.
-        """
+        """Classify with the mean of all members, or each image with that of its fold."""
         if images.folds is not None:
             outputs, order = self._each_fold(
                 images.folds, lambda member, rows: member.answer(images.rows(rows), metadata[rows])
@@ -87,7 +81,6 @@ class CrossFitted(Method):
         return self.answer(images, metadata)
 
     def reconstruct(self, image: Tensor | Encoded) -> Tensor | None:
-        """Return the mean of what the members rebuild; see `Method`."""
         images: Sequence[Tensor | Encoded] = [image] * len(self.members)
         if isinstance(image, Encoded):
             images = self._own(image)
@@ -101,9 +94,7 @@ class CrossFitted(Method):
         return [Encoded(images.outputs[k * count : (k + 1) * count]) for k in range(len(self.members))]
 
     def _each_fold(self, folds: Tensor, compute: Callable[[Method, Tensor], Result]) -> tuple[list[Result], Tensor]:
-        """Let each member compute something of the rows of its fold; return that, and the order that puts the rows of
-        all results, one after the other, back into place.
-        """
+        """Let each member compute the rows of its fold; return that, and the order that puts them back."""
         rows = [(folds == fold).nonzero()[:, 0] for fold in range(len(self.members))]
         results = [compute(member, own) for member, own in zip(self.parts, rows, strict=True) if len(own)]
         return results, torch.cat(rows).argsort()

@@ -25,15 +25,12 @@ class DeepMetadataFusion(nn.Module):
         self.norm = nn.LayerNorm(features)
 
     def forward(self, vector: Tensor, metadata: Tensor) -> Tensor:
-        """Fuse (B, D) with (B, E) to (B, D + E)."""
         both = torch.cat([vector, metadata], dim=1)
         return self.norm(both * self.decompress(self.compress(both)) + both)  # type: ignore[no-any-return]
 
 
 class MetadataConvolution(nn.Module):
-    """Metadata (B, M) as a signal of M steps -> convolutions of width 3 to 32 and 64 channels, ReLU -> Linear -> (B,
-    E).
-    """
+    """Metadata (B, M) as a signal -> convolutions of width 3 to 32 and 64 channels, ReLU -> Linear -> (B, E)."""
 
     def __init__(self, metadata_width: int, features: int) -> None:
         super().__init__()
@@ -43,7 +40,6 @@ class MetadataConvolution(nn.Module):
         self.last = nn.Linear(64 * metadata_width, features)
 
     def forward(self, metadata: Tensor) -> Tensor:
-        """Encode (B, M)."""
         return self.last(self.convolutions(metadata.unsqueeze(1)).flatten(1))  # type: ignore[no-any-return]
 
 

@@ -80,17 +80,10 @@ RANDOM = "random, not pretrained"
 
 
 def resolve_weights(backbone: str, weights: str) -> tuple[WeightsSource, Path | None]:
-    """Find weights for a backbone and the file that holds them; on the hub they are downloaded, or taken from its
-    cache.
+    """Find weights for a backbone and the file that holds them; from the hub they are downloaded.
 
-    Args:
-        backbone: paper name, a key of `dualrefnet.models.backbones.BACKBONES`, or `timm:NAME`.
-        weights: `auto` (a file in the folder $DUALREFNET_WEIGHTS, an installed package, the hub: the first that there
-            is), `hub`, `none` (random), or a file.
-
-    Raises:
-        RecipeError: the backbone is unknown.
-        WeightsError: there are none; the message says what was tried and what to do.
+    `weights` is `auto` (a file in $DUALREFNET_WEIGHTS, an installed package, the hub: the first), `hub`, `none`
+    (random), or a file.
     """
     config = _timm_config(backbone)
     if weights == "none":
@@ -117,10 +110,10 @@ def resolve_weights(backbone: str, weights: str) -> tuple[WeightsSource, Path | 
 
 
 def load_weights(module: nn.Module, backbone: str, source: WeightsSource, path: Path) -> None:
-    """Fill a timm model without classifier.
+    """Fill a timm model without classifier: all that it has must be there, and all that is there be wanted.
 
-    Every parameter and buffer must be in the file (but for the counters of batch normalisation), and every tensor of
-    the file must be wanted, except a classifier's. Position embeddings are resampled to the model's image size.
+    Exempt are counters of batch normalisation and a classifier. Position embeddings are resampled to the model's image
+    size.
     """
     tensors = read_tensors(path)
     if source.kind == "package":
@@ -136,9 +129,7 @@ def load_weights(module: nn.Module, backbone: str, source: WeightsSource, path: 
 
 
 def fill_network(module: nn.Module, tensors: Mapping[str, Tensor], complaint: str) -> None:
-    """Load a state dict that must fit, but for the counters of batch normalisation; a WeightsError begins with
-    `complaint` and names the first differences of each kind.
-    """
+    """Load a state dict that must fit; a WeightsError begins with `complaint` and names the first differences."""
     wanted = module.state_dict()
     shared = {name: (wanted[name], tensors[name]) for name in wanted.keys() & tensors.keys()}
     differences = {
@@ -187,7 +178,6 @@ def find_weights(names: Iterable[str]) -> Path | None:
 
 
 def given_file(weights: str) -> Path:
-    """Return the weights file that a recipe names."""
     path = Path(weights).expanduser()
     if not path.is_file():
         raise WeightsError(f"there is no weights file {path}; give a file, or auto, hub or none (from scratch)")
@@ -216,11 +206,7 @@ def no_weights(name: str, tried: Iterable[str], error: Exception, file: str, oth
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a state dict, floats as float32; nesting (`state_dict`, `model`) and prefixes (`module.`, `model.`) are
-    undone.
-
-    WeightsError: the file is damaged, or holds something else, such as a pickled program.
-    """
+    """Read a state dict, floats as float32, without nesting and prefixes; what isn't one is a WeightsError."""
     if path.suffix not in SUFFIXES:
         raise WeightsError(f"weights must be a file {', '.join(SUFFIXES)}, not {path.name}")
     try:
@@ -348,9 +334,8 @@ STRIDES = (16, 32)
 
 
 class EncoderOutput(NamedTuple):
-    """What an encoder gives: `map` (B,D,h,w), h = H / stride; `vector` (B,D); `taps`, maps (B,C_k,h_k,w_k) from inside.
+    """What an encoder gives: `map` (B,D,h,w), `vector` (B,D), and `taps`, maps (B,C_k,h_k,w_k) from inside.
 
-    Of CNNs and Swin the vector is the map's mean, so a gradient of any output with respect to the map is Grad-CAM's.
     The map is None if it was not kept (frozen encoders).
     """
 
@@ -360,10 +345,7 @@ class EncoderOutput(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Images that the encoders have read: what each of them gave, in the order of the model's encoders.
-
-    `folds` (B,) of a cross-fitted model: the only member that may classify the image, and whose encoders have read it.
-    """
+    """What each encoder gave; `folds` (B,): the only member of a cross-fitted model that may classify the image."""
 
     outputs: tuple[EncoderOutput, ...]
     folds: Tensor | None = None
@@ -432,9 +414,7 @@ class Encoder(nn.Module):
         self.train(False)
 
     def freeze_stages(self, count: int) -> None:
-        """Take the stem and the first stages out of the training: those of timm's `group_matcher`, which are the blocks
-        of transformers and the layers of VGG.
-        """
+        """Take the stem and the first stages out of the training: those of timm's `group_matcher`."""
         if not hasattr(self.body, "group_matcher"):
             raise RecipeError(f"training.freeze_stages: {self.name} has no stages; see training.encoder=frozen")
         matcher = self.body.group_matcher(coarse=True)
@@ -458,10 +438,7 @@ class Encoder(nn.Module):
         return self
 
     def forward(self, image: Tensor | Encoded) -> EncoderOutput:
-        """Encode images (B,3,H,W), normalised with `mean` and `std`; what was encoded before passes through.
-
-        H and W are multiples of `stride`, and for transformers the size that the encoder was made for.
-        """
+        """Encode images (B,3,H,W), normalised with `mean` and `std`; what was encoded before passes through."""
         if isinstance(image, Encoded):
             return image.outputs[self.position]
         taps: list[Tensor] = []
@@ -484,20 +461,7 @@ class Encoder(nn.Module):
 def create_encoder(
     name: str, weights: str | WeightsSource = "auto", image_size: int = 224, taps: bool = False, position: int = 0
 ) -> Encoder:
-    """Build an encoder and load its weights.
-
-    Args:
-        name: paper name, or `timm:NAME`.
-        weights: auto, hub, none or a file; see `dualrefnet.models.encoders.resolve_weights`. Or the record of a trained
-            encoder, to build it again; its parameters are then random, since the run's own file has them.
-        image_size: side of the images, pixels; a multiple of the encoder's stride.
-        taps: give maps from inside the network too.
-        position: place among the encoders of its model.
-
-    Raises:
-        RecipeError: the name is unknown, or the size isn't legal for it.
-        WeightsError: the weights are not available.
-    """
+    """Build an encoder and load its weights: see `resolve_weights`, or the record of a trained encoder."""
     check_image_size(name, image_size)
     source, path = (weights, None) if isinstance(weights, WeightsSource) else resolve_weights(name, weights)
     if name.startswith(TIMM):
@@ -523,10 +487,7 @@ def _as_map(features: Tensor, body: Any) -> Tensor:
 
 
 def _examined(name: str, image_size: int, options: Mapping[str, str]) -> tuple[nn.Module, BackboneSpec]:
-    """Build a network of timm and find out what it gives; what has no part in its last map is taken off.
-
-    RecipeError: it can't be built for images of that size, or has no last map of a 16th or 32nd of their side.
-    """
+    """Build a network of timm and find out what it gives; what has no part in its last map is taken off."""
     model = timm_name(name)
     arguments: dict[str, Any] = dict(options)
     config = _timm_config(name)

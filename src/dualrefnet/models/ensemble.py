@@ -14,25 +14,20 @@ METADATA_FEATURES, HIDDEN, ATTENTION_KERNEL = 128, 256, 5
 
 
 class EfficientChannelAttention(nn.Module):
-    """v * sigmoid(conv1d(v)): a gate a channel from its neighbours' means (ECA, Wang et al. 2020).
-
-    The original gates a map by its own means; gating the mean itself gives the same numbers.
-    """
+    """v * sigmoid(conv1d(v)) (ECA, Wang et al. 2020); gating the mean itself gives the same numbers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.convolution = nn.Conv1d(1, 1, ATTENTION_KERNEL, padding=ATTENTION_KERNEL // 2, bias=False)
 
     def forward(self, vector: Tensor) -> Tensor:
-        """Gate (B, D)."""
         return vector * self.convolution(vector.unsqueeze(1)).squeeze(1).sigmoid()  # type: ignore[no-any-return]
 
 
 class Member(nn.Module):
-    """One encoder's part: [ECA(v) || CNN(metadata)] (D + 128) -> 256, ReLU -> C.
+    """One encoder's part: [ECA(v)
 
-    The CNN: the metadata as a signal of M steps -> 64 channels, normalisation, ReLU, half the steps -> 128 channels,
-    ReLU, mean.
+    CNN(metadata)] (D + 128) -> 256, ReLU -> C; the CNN has 64 and 128 channels.
     """
 
     def __init__(self, features: int, classes: int, dropout: float) -> None:

@@ -16,9 +16,7 @@ FUNNELS = {1280: (512, 256, 64), 1792: (1024, 512, 256)}
 
 
 class HyperparametricBlock(nn.Module):
-    """out = SiLU(.7 LeakyReLU(v * t1) + .3 t2), t_k = BN(A_k u + b_k): two numbers from the metadata u (d) for each of
-    v (D).
-    """
+    """out = SiLU(.7 LeakyReLU(v * t1) + .3 t2), t_k = BN(A_k u + b_k) from the metadata u (d)."""
 
     def __init__(self, features: int, metadata_width: int) -> None:
         super().__init__()
@@ -26,7 +24,6 @@ class HyperparametricBlock(nn.Module):
         self.shift = nn.Sequential(nn.Linear(metadata_width, features), nn.BatchNorm1d(features))
 
     def forward(self, vector: Tensor, metadata: Tensor) -> Tensor:
-        """Fuse (B, D) with (B, d) to (B, D)."""
         image = functional.leaky_relu(vector * self.scale(metadata))
         return functional.silu(IMAGE_SHARE * image + METADATA_SHARE * self.shift(metadata))
 

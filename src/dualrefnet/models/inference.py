@@ -25,10 +25,7 @@ Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 
 def to_unit(images: Tensor, size: int) -> Tensor:
-    """Turn (B, 3, S, S) bytes into (B, 3, size, size) numbers in 0..1.
-
-    A store of twice the size (kept for native super-resolution targets) is averaged over 2 x 2 pixels.
-    """
+    """Turn (B, 3, S, S) bytes into (B, 3, size, size) in 0..1; a store of twice the size is averaged over 2 x 2."""
     unit = images.float().div(255)
     return functional.avg_pool2d(unit, 2) if images.shape[-1] == 2 * size else unit
 
@@ -44,8 +41,10 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """Turn `auto` into `bf16` where the hardware computes it natively, else `fp32`."""
+def resolve_precision(precision: str, device: torch.device, trained: nn.Module | None = None) -> str:
+    """Turn `auto` into `bf16` where the hardware computes it natively and a training of `trained` gains by it, else
+    `fp32`.
+    """
     if precision != "auto":
         return precision
     if device.type == "cuda":
@@ -53,8 +52,15 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     else:
         # Older processors emulate bf16, and are slower with it than without.
         capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+        native = capabilities.get("amx_bf16", False)
+        if capabilities.get("avx512_bf16"):
+            # Without matrix tiles the backward pass of depthwise convolutions loses more than dense layers gain.
+            native = native or trained is None or not any(map(_is_depthwise, trained.modules()))
     return "bf16" if native else "fp32"
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
 
 
 def resolve_device(name: str | None) -> torch.device:
@@ -72,10 +78,7 @@ def resolve_device(name: str | None) -> torch.device:
 
 
 def check_finite(logits: Tensor) -> Tensor:
-    """Return logits (B, C) as they are; RunError if a network computes something else than numbers.
-
-    Their first class would be taken for an answer.
-    """
+    """Return logits (B, C) as they are; RunError if they aren't numbers, which would read as the first class."""
     wrong = int((~logits.isfinite()).any(dim=1).sum())
     if wrong:
         raise RunError(
@@ -87,9 +90,7 @@ def check_finite(logits: Tensor) -> Tensor:
 
 
 class Predicted(NamedTuple):
-    """What a model says of N images: logits (N, C) float32 on the CPU, the labels of the batches, and logits of further
-    heads.
-    """
+    """What a model says of N images: logits (N, C) on the CPU, labels, and logits of further heads."""
 
     logits: Tensor
     labels: Tensor
@@ -142,9 +143,7 @@ def joined_vectors(read: Encoded) -> NDArray[np.float32]:
 
 
 def fill_features(recipe: Recipe, model: Method, store: ImageStore, device: torch.device) -> tuple[DerivedStore, ...]:
-    """Return what each (untrained) encoder makes of every image; computed once for all runs that share encoder and
-    images.
-    """
+    """Return what each (untrained) encoder makes of every image; computed once for all runs that share both."""
     keep_map = model.maps(recipe.model)
     return tuple(
         _fill(encoder, store, recipe.image.size, keep_map, device)

@@ -27,7 +27,6 @@ class MutualAttention(nn.Module):
         )
 
     def forward(self, image: Tensor, metadata: Tensor) -> Tensor:
-        """Fuse (B, d) and (B, d) to (B, 2 d)."""
         enhanced_image = image + image * self.self_image(image) * self.image_by_metadata(metadata)
         enhanced_metadata = metadata + metadata * self.self_metadata(metadata) * self.metadata_by_image(image)
         return torch.cat([enhanced_image, enhanced_metadata], dim=1)

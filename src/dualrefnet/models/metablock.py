@@ -14,9 +14,7 @@ GROUP = 32
 
 
 class MetaBlock(nn.Module):
-    """out = sigmoid(tanh(V * t1) + t2), t_k = BN(A_k u + b_k): two numbers from the metadata u (d) for each of m maps
-    of n values.
-    """
+    """out = sigmoid(tanh(V * t1) + t2), t_k = BN(A_k u + b_k) from the metadata u (d) for each of m maps."""
 
     def __init__(self, maps: int, metadata_width: int) -> None:
         super().__init__()
@@ -24,7 +22,6 @@ class MetaBlock(nn.Module):
         self.shift = nn.Sequential(nn.Linear(metadata_width, maps), nn.BatchNorm1d(maps))
 
     def forward(self, maps: Tensor, metadata: Tensor) -> Tensor:
-        """Fuse (B, m, n) with (B, d) to (B, m, n)."""
         scale, shift = self.scale(metadata).unsqueeze(2), self.shift(metadata).unsqueeze(2)
         return ((maps * scale).tanh() + shift).sigmoid()  # type: ignore[no-any-return]
 

@@ -24,10 +24,7 @@ NEUTRAL = (0.5, 0.5, 0.5)
 
 @dataclass
 class MethodInfo:
-    """A method of the comparison: its name in tables, where it was published, module and class of the network;
-    `reconstruction`, what isn't known of the published system and was filled in here (None if it is known); what it
-    reads; and whether it also works without metadata (tier M0).
-    """
+    """A method: title, reference, module and class; `reconstruction`: what was filled in here, None if it is known."""
 
     title: str
     reference: str
@@ -46,10 +43,7 @@ class MethodInfo:
 
 METHODS = {
     "dualrefnet": MethodInfo(
-        "DualRefNet",
-        "Khurshid, Singh, Vatsa, Scientific Reports 2025",
-        "dualrefnet.DualRefNet",
-        needs_metadata=False,
+        "DualRefNet", "Khurshid, Singh, Vatsa, Scientific Reports 2025", "dualrefnet.DualRefNet", needs_metadata=False
     ),
     "auxnet": MethodInfo(
         "AuxNet",
@@ -111,10 +105,7 @@ METHODS = {
 
 
 def check_method(recipe: Recipe) -> MethodInfo:
-    """Return the method of a recipe.
-
-    RecipeError: there is no such method or encoder, it can't read images of that size, or needs metadata.
-    """
+    """Return the method of a recipe; RecipeError: method, encoder, image size and metadata don't fit each other."""
     name = recipe.model.method
     if name not in METHODS:
         raise RecipeError(
@@ -133,11 +124,7 @@ def trained_on(weights: Iterable[Mapping[str, Any]]) -> list[Mapping[str, str]]:
 
 
 def new_model(recipe: Recipe, metadata_width: int, classes: int) -> tuple[Method, Architecture, list[dict[str, Any]]]:
-    """Build the model of a recipe with the weights it starts from, for metadata of M columns.
-
-    Return the model, its description, and the record of each encoder's weights (with `mean` and `std`); a method that
-    reads no image has one record that says so.
-    """
+    """Build the model of a recipe for M columns of metadata; return it, its description, and its weights' records."""
     from dualrefnet.models.base import Architecture
     from dualrefnet.models.encoders import WeightsSource, create_encoder
     from dualrefnet.models.transfer import SourceRun
@@ -187,9 +174,7 @@ def load_run_model(run: Run) -> Method:
 
 
 def load_model(description: Mapping[str, Any], weights_file: Path) -> Method:
-    """Build a trained model from the run's `model.json` and its `model.safetensors`; RunError: they aren't there, or
-    don't fit.
-    """
+    """Build a trained model from the run's `model.json` and its `model.safetensors`."""
     from dualrefnet.models.base import Architecture
     from dualrefnet.models.encoders import WeightsSource, create_encoder, fill_network, read_tensors
     from dualrefnet.run import Run

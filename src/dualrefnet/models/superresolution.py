@@ -23,26 +23,21 @@ from dualrefnet.recipe import Recipe
 
 
 def make_target(kind: str, image: Tensor) -> Tensor:
-    """Enlarge images (B,3,H,W) in 0..1 by two, `bilinear` or `bicubic`, without antialiasing; clamped to 0..1, since
-    bicubic interpolation overshoots at edges.
-    """
+    """Enlarge images (B,3,H,W) in 0..1 by two, `bilinear` or `bicubic`, clamped: the latter overshoots."""
     return F.interpolate(image, scale_factor=2, mode=kind, align_corners=False, antialias=False).clamp(0.0, 1.0)
 
 
 def split_native(image: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide images (B,3,2H,2W) of twice the input's size into the model's input (B,3,H,W), each pixel the mean of 2x2,
-    and its target, which is the image itself.
-    """
+    """Divide (B,3,2H,2W) into the model's input (B,3,H,W), each pixel the mean of 2x2, and its target, itself."""
     return F.avg_pool2d(image, 2), image
 
 
 def input_and_target(
     images: Tensor, stored: Tensor | None, kind: str | None, size: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Divide what is stored of an image, (B,3,S,S) in 0..1, into what the model reads and what it is to rebuild.
+    """Divide what is stored of an image, (B,3,S,S) in 0..1, into what the model reads and what it rebuilds.
 
-    S is `size`, or twice that for native targets; `stored` (B,3,2S,2S) are a network's targets. Return the input
-    (B,3,size,size) and the target of twice its side; None if nothing is rebuilt (`kind` None).
+    S is `size`, or twice that for native targets; `stored` (B,3,2S,2S) are a network's targets.
     """
     if images.shape[-1] == 2 * size:
         return split_native(images)
@@ -52,21 +47,14 @@ def input_and_target(
 
 
 def psnr(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return (B,) the peak signal-to-noise ratio of each image (B,3,H,W), in dB, for the data range 0..1.
-
-    PSNR = 10 log10(1 / MSE), MSE being the mean over the image's channels and pixels; infinite if they are equal.
-    """
+    """Return (B,) PSNR = 10 log10(1 / MSE) of each image (B,3,H,W), in dB, for the data range 0..1."""
     # In half precision a small error squared would vanish.
     error = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
     return -10.0 * torch.log10(error)
 
 
 def ssim(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return (B,) the structural similarity of each image (B,3,H,W) (Wang et al. 2004), for the data range 0..1.
-
-    As in that paper: Gaussian window of sd 1.5, K1 = .01, K2 = .03; the mean over the image's channels and pixels.
-    Sides are at least 11 (else ValueError).
-    """
+    """Return (B,) the structural similarity (Wang et al. 2004: Gaussian of sd 1.5, K1 = .01, K2 = .03) of (B,3,H,W)."""
     pairs = zip(prediction.float().cpu().numpy(), target.float().cpu().numpy(), strict=True)
     values = [
         structural_similarity(  # type: ignore[no-untyped-call]
@@ -80,9 +68,7 @@ def ssim(prediction: Tensor, target: Tensor) -> Tensor:
 def fill_targets(
     recipe: Recipe, store: ImageStore, device: torch.device
 ) -> tuple[DerivedStore | None, dict[str, Any] | None]:
-    """Return the enlarged images (part `target`, (2S, 2S, 3) bytes) and the record of the network's weights; both None
-    if the recipe's target isn't a network's, or nothing is rebuilt.
-    """
+    """Return the enlarged images and the record of the network's weights; both None if no network makes them."""
     name = recipe.model.target
     if not recipe.rebuilds_image or name not in NETWORKS:
         return None, None

@@ -46,7 +46,6 @@ class Body(nn.Module):
         self.body = nn.Sequential(*layers)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Apply the layers."""
         result: Tensor = self.body(features)
         return result
 
@@ -55,7 +54,6 @@ class Residual(Body):
     """x + f(x), f being the layers."""
 
     def forward(self, features: Tensor) -> Tensor:
-        """Apply the layers beside a skip."""
         return features + super().forward(features)
 
 
@@ -73,10 +71,7 @@ def mean_shift(factor: float) -> nn.Conv2d:
 
 
 class EDSR(nn.Module):
-    """EDSR by two (Lim et al. 2017, arXiv:1707.02921): residual blocks without normalisation, then a pixel shuffle.
-
-    Inside, images are in 0..255. The skip over all blocks ends after the last convolution of `body`.
-    """
+    """EDSR by two (Lim et al. 2017, arXiv:1707.02921); inside, images are in 0..255, and the skip spans `body`."""
 
     def __init__(self, blocks: int, features: int) -> None:
         super().__init__()
@@ -90,7 +85,6 @@ class EDSR(nn.Module):
         self.tail = nn.Sequential(shuffle, convolution(features, 3))
 
     def forward(self, image: Tensor) -> Tensor:
-        """Enlarge (B,3,H,W) in 0..1 to (B,3,2H,2W), not clamped."""
         features = self.head(self.sub_mean(255 * image))
         result: Tensor = self.add_mean(self.tail(features + self.body(features))) / 255
         return result
@@ -99,8 +93,7 @@ class EDSR(nn.Module):
 class CARNM(nn.Module):
     """CARN-M by two (Ahn et al. 2018, arXiv:1803.08664): three cascading blocks that cascade themselves.
 
-    The published network enlarges by two, three and four. All three ends are here, since its state dict holds them, but
-    `forward` uses the one for two: 0.25 of the 0.41 M parameters.
+    All three published ends (x2, x3, x4) are here, since its state dict holds them; `forward` uses the first.
     """
 
     def __init__(self, features: int = 64, groups: int = 4) -> None:
@@ -121,7 +114,6 @@ class CARNM(nn.Module):
         self.exit = convolution(features, 3)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Enlarge (B,3,H,W) in 0..1 to (B,3,2H,2W), not clamped."""
         features = self.entry(self.sub_mean(image))
         features = _cascade(features, (self.b1, self.b2, self.b3), (self.c1, self.c2, self.c3))
         result: Tensor = self.add_mean(self.exit(self.upsample["up2"](features)))
@@ -157,9 +149,7 @@ class _GroupedBlock(Residual):
 
 
 def _cascade(features: Tensor, blocks: Iterable[nn.Module], fusions: Iterable[nn.Module]) -> Tensor:
-    """Run blocks in a row; after each, the cascade's input and all blocks' outputs so far are fused into the next
-    input.
-    """
+    """Run blocks in a row; after each, the input and all outputs so far are fused into the next input."""
     gathered = features
     for block, fusion in zip(blocks, fusions, strict=True):
         gathered = torch.cat([gathered, block(features)], dim=1)
@@ -194,7 +184,6 @@ class NinaSR(nn.Module):
         self.tail = nn.Sequential(nn.Conv2d(features, 3 * 2 * 2, 3, padding=1), nn.PixelShuffle(2), _AddMean(1))
 
     def forward(self, image: Tensor) -> Tensor:
-        """Enlarge (B,3,H,W) in 0..1 to (B,3,2H,2W), not clamped."""
         features = self.head(image)
         result: Tensor = self.tail(features + self.body(features))
         return result
@@ -212,10 +201,7 @@ class _AddMean(nn.Module):
 
 
 class _NinaBlock(Body):
-    """x + 2 s f(x / sd): f is two 3x3 convolutions that double and halve the channels, with attention between them.
-
-    The 2 makes up for the attention, which halves its input before it has learnt anything.
-    """
+    """x + 2 s f(x / sd): two 3x3 convolutions about an attention, which the 2 makes up for before it has learnt."""
 
     def __init__(self, features: int, in_scale: float, out_scale: float) -> None:
         middle = 2 * features
@@ -233,9 +219,7 @@ class _NinaBlock(Body):
 
 
 class _LocalAttention(Body):
-    """Squeeze and excitation of 16x16 tiles: a tile's channels are weighted by the means of the 31x31 pixels about its
-    first; pixels outside the image don't count.
-    """
+    """Squeeze and excitation of 16x16 tiles by the means of the 31x31 pixels about a tile's first."""
 
     def __init__(self, features: int, reduction: int = 4, stride: int = 16) -> None:
         super().__init__(
@@ -267,7 +251,6 @@ class NetworkSpec:
 
     @property
     def url(self) -> str:
-        """Address of the published state dict."""
         return f"{self.page}/{self.folder}/{self.filename}"
 
     @property
@@ -290,23 +273,16 @@ NETWORKS = {
     "ninasr_b1": NetworkSpec("NinaSR-B1", 1.02, lambda: NinaSR(26, 32), *_TORCHSR, "ninasr_b1_x2.pt"),
     "edsr": NetworkSpec("EDSR baseline", 1.37, lambda: EDSR(16, 64), *_TORCHSR, "edsr64_x2.pt"),
     "carn_m": NetworkSpec(
-        "CARN-M",
-        0.41,
-        CARNM,
-        *_CARN,
-        "carn_m.pth",
-        "d48a759a84509351facb6b7c6d5bd6edec98b98519b8c464ee4ab44d2ba964ff",
+        "CARN-M", 0.41, CARNM, *_CARN, "carn_m.pth", "d48a759a84509351facb6b7c6d5bd6edec98b98519b8c464ee4ab44d2ba964ff"
     ),
 }
 
 
 def load_network(name: str, weights: str = "auto") -> tuple[nn.Module, WeightsSource]:
-    """Build a network (a key of `NETWORKS`) and fill it with published weights: (B,3,H,W) in 0..1 -> (B,3,2H,2W), not
-    clamped; on the CPU, in evaluation mode, its parameters without gradients.
+    """Build a network and fill it with published weights: (B,3,H,W) in 0..1 -> (B,3,2H,2W), not clamped.
 
-    `weights` is `auto` (a file in the folder $DUALREFNET_WEIGHTS, under the network's name or the published one; the
-    cache of downloads; the published address: the first that there is), `none` (random), or a file. `mean` and `std` of
-    the record change nothing: the network takes images in 0..1 and subtracts its mean itself.
+    `weights` is `auto` (a file in $DUALREFNET_WEIGHTS, the cache, the published address: the first), `none` (random),
+    or a file.
     """
     spec = NETWORKS[name]
     # Whether a teacher is loaded must not change what the caller draws next.

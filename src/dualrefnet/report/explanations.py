@@ -7,13 +7,7 @@ from functools import cached_property
 
 from dualrefnet.analysis.cases import ChosenCase, ShownCase, choose_cases, draw_gallery, show_cases
 from dualrefnet.analysis.disagreement import find_disagreement
-from dualrefnet.analysis.embedding import (
-    compare_embeddings,
-    draw_embedding,
-    draw_separation,
-    embed,
-    separation_table,
-)
+from dualrefnet.analysis.embedding import compare_embeddings, draw_embedding, draw_separation, embed, separation_table
 from dualrefnet.analysis.gradcam import (
     ALL_IMAGES,
     FEWEST_PLACES,
@@ -38,7 +32,7 @@ from dualrefnet.display.figure import ReportFigure
 from dualrefnet.display.format import PrintedTable, class_difference_table, estimate, listed
 from dualrefnet.display.page import Section
 from dualrefnet.errors import DataError
-from dualrefnet.progress import note, progress_bar
+from dualrefnet.progress import note
 from dualrefnet.report import ReportOptions
 from dualrefnet.report.provenance import run_names
 from dualrefnet.report.suite_report import case_figures, read_images
@@ -70,8 +64,7 @@ class Explanations:
         if not self.opened.reads_metadata or not self.options.photographs:
             return None
         image_ids = [case.image_id for case in self.cases]
-        with progress_bar("SHAP of the gallery") as show:
-            return explain_metadata(self.opened, image_ids=image_ids, seed=self.options.seed, progress=show)
+        return explain_metadata(self.opened, image_ids=image_ids, seed=self.options.seed)
 
     @cached_property
     def shown(self) -> list[ShownCase]:
@@ -82,8 +75,7 @@ class Explanations:
         if self.gallery_shap is not None:
             for row, (image_id, case) in enumerate(zip(self.gallery_shap.image_ids, self.cases, strict=True)):
                 values[image_id] = self.gallery_shap.top_groups(row, case.predicted, GALLERY_VALUES)
-        with progress_bar("Grad-CAM of the gallery") as show:
-            return show_cases(self.opened, self.cases, self.options.label, values, self.masks, show)
+        return show_cases(self.opened, self.cases, self.options.label, values, self.masks)
 
     def gallery(self) -> Section:
         schema = self.opened.dataset.schema
@@ -126,8 +118,7 @@ class Explanations:
         if not self.masks:
             intro.append("Without lesion masks (--masks) the saliency inside the lesion is not measured.")
             return Section("gradcam", "Grad-CAM", intro, figures)
-        with progress_bar("Grad-CAM and masks") as show:
-            found = localise(opened, options.masks, options.images, SAMPLES, options.seed, show)
+        found = localise(opened, options.masks, options.images, SAMPLES, options.seed)
         figures.append(draw_localisation(found))
         summary = found.summary
         row = summary[(summary["class"] == ALL_IMAGES) & (summary["measure"] == "energy")].iloc[0]
@@ -135,10 +126,9 @@ class Explanations:
 
     def shap(self) -> Section:
         opened, options, gallery = self.opened, self.options, self.gallery_shap
-        results, seed = [], options.seed
-        for by in ("field", "column"):
-            with progress_bar(f"SHAP by {by}") as show:
-                results.append(explain_metadata(opened, images=options.shap_images, by=by, seed=seed, progress=show))
+        results = [
+            explain_metadata(opened, images=options.shap_images, by=by, seed=options.seed) for by in ("field", "column")
+        ]
         figures = [draw_importance(result) for result in results]
         if gallery is not None:
             # The first malignant case, or the first if no class is malignant.
@@ -158,8 +148,7 @@ class Explanations:
         return Section("shap", "SHAP", intro, figures, findings=findings)
 
     def tsne(self) -> Section:
-        with progress_bar("features") as show:
-            found = embed(self.opened, self.options.images, SAMPLES, self.options.seed, show)
+        found = embed(self.opened, self.options.images, SAMPLES, self.options.seed)
         intro = [
             "t-SNE of the fused features, the input of the classification layers, and of the hidden activations that "
             "the last one reads. The scores are measured on these vectors, as distances in the figure are distorted."
@@ -167,8 +156,7 @@ class Explanations:
         return Section("tsne", "t-SNE", intro, [draw_embedding(found)])
 
     def superresolution(self) -> Section:
-        with progress_bar("super-resolution") as show:
-            found = reconstruct(self.opened, min(self.options.images, 200), seed=self.options.seed, progress=show)
+        found = reconstruct(self.opened, min(self.options.images, 200), seed=self.options.seed)
         psnr, flat = found.table["psnr"].mean(), found.table["psnr_flat"].mean()
         intro = [
             "In training a decoder reconstructs the image at twice its resolution from the encoder's last feature map; "
@@ -202,8 +190,7 @@ def comparison_section(first: OpenedRun, second: OpenedRun, options: ReportOptio
     """Compare two runs on the test images they share: accuracy, disagreement, separation of the classes."""
     names = run_names(first.run, second.run)
     found = find_disagreement(first.run, second.run, CASES, SAMPLES, options.seed)
-    with progress_bar("features of both") as show:
-        comparison = compare_embeddings(first, second, names, options.images, SAMPLES, options.seed, show)
+    comparison = compare_embeddings(first, second, names, options.images, SAMPLES, options.seed)
     figures: list[ReportFigure] = [draw_embedding(comparison.first, comparison.second), draw_separation(comparison)]
     if options.photographs and first.model.reads_image and len(found.chosen):
         images = read_images(first.run, found.chosen["image_id"].tolist(), options)
@@ -218,7 +205,7 @@ def comparison_section(first: OpenedRun, second: OpenedRun, options: ReportOptio
     intro = [
         f"On the {len(found.table):,} test images that both share{left_out}, the balanced accuracy is "
         f"{found.balanced_accuracy_a:.3f} for {names[0]}, {found.balanced_accuracy_b:.3f} for {names[1]}; difference "
-        f"{difference}, p = {found.difference.p:.3f}: {verdict}.",
+        f"{difference}, p = {found.difference.p:.3f}: {verdict}."
     ]
     title = f"By class: {names[0]} and {names[1]}"
     table = class_difference_table(found.per_class, names, title, len(first.classes))

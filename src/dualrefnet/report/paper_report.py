@@ -20,7 +20,7 @@ from dualrefnet.evaluation.bootstrap import NAN, Difference, Estimate
 from dualrefnet.files import write_text
 from dualrefnet.models.backbones import BACKBONES
 from dualrefnet.models.registry import METHODS
-from dualrefnet.progress import note, progress_bar, warn
+from dualrefnet.progress import note, warn
 from dualrefnet.report import ReportOptions
 from dualrefnet.report.suite_figures import draw_ablation, draw_systems
 from dualrefnet.report.suite_report import pair_sections
@@ -115,17 +115,12 @@ class _Part:
 
 
 def write_paper_report(out: Path, options: ReportOptions | None = None, samples: int = 1000) -> Path:
-    """Write the page about all suites of the paper that the folder holds, finished or not, and its figures in
-    `pictures/` beside it; return the page.
-
-    RunError: it holds none of them.
-    """
+    """Write the page about all suites of the paper that the folder holds, and its figures; return the page."""
     options = options or ReportOptions()
     parts: dict[str, _Part] = {}
     for name in PARTS:
         if (out / name / "suite.yaml").is_file():
-            with progress_bar(f"bootstrap of {name}") as show:
-                parts[name] = _Part(name, aggregate(out / name, samples, show))
+            parts[name] = _Part(name, aggregate(out / name, samples, f"bootstrap of {name}"))
     if not parts:
         raise RunError(f"{out} holds no suite of the paper; `dualrefnet paper --out {out}` trains them")
     results = {name: part.found for name, part in parts.items()}
@@ -182,7 +177,7 @@ def _summary(parts: Mapping[str, _Part], judged: Sequence[Claim]) -> Section:
 def _claims(judged: Sequence[Claim]) -> Section:
     rows = []
     for claim in judged:
-        small = f"{interval(claim.ours.low, claim.ours.high, '.3f')} {p_value(claim.ours.p)}".strip()
+        small = f"{interval(claim.ours.low, claim.ours.high, '.3f')}\n{p_value(claim.ours.p)}".strip()
         title = SCHEMAS[claim.dataset].title if claim.dataset in SCHEMAS else claim.dataset
         rows.append(
             [
@@ -193,16 +188,14 @@ def _claims(judged: Sequence[Claim]) -> Section:
             ]
         )
     limits = dict.fromkeys(text for claim in judged for text in claim.limits)
-    notes = [
+    intro = [
         "Differences in favour of the claim, in balanced accuracy unless it says otherwise; 95% interval of the paired "
         "bootstrap, p after the Holm correction of the suite. Reproduced: the whole interval is above zero. "
         "Contradicted: it is below zero, or below the paper's difference. Otherwise it holds zero.",
         *([f"Not the paper's experiment: {'; '.join(limits)}."] if limits else []),
     ]
-    columns = ("claim", "ours", "paper", "verdict")
-    return Section(
-        "claims", "Claims", [], [PrintedTable("Claims about differences", columns, rows, tuple(notes))], folded=False
-    )
+    table = PrintedTable("Claims about differences", ("claim", "ours", "paper", "verdict"), rows)
+    return Section("claims", "Claims", intro, [table], folded=False)
 
 
 def _table1(part: _Part, options: ReportOptions) -> Iterator[Section]:
@@ -256,7 +249,7 @@ def _table3(part: _Part, options: ReportOptions) -> Iterator[Section]:
             lines.append(line)
     heads = ("", *(BACKBONES[name].title for name in backbones))
     notes = part.notes(*caveats(dataset, table, list(methods)))
-    yield Section(part.name, TITLES[part.name], [], [PrintedTable(TITLES[part.name], heads, lines, notes)])
+    yield Section(part.name, TITLES[part.name], [], [PrintedTable("ACC, BACC and AUC by encoder", heads, lines, notes)])
 
 
 def _table4(part: _Part, options: ReportOptions) -> Iterator[Section]:
@@ -272,7 +265,7 @@ def _table4(part: _Part, options: ReportOptions) -> Iterator[Section]:
             line.append(replace(cell, small=f"{cell.small}\n{average[1:]}".strip()))
         lines.append(line)
     notes = part.notes(*caveats("pad_ufes_20", "4", list(methods)))
-    table = PrintedTable(TITLES["table4"], ("system", "accuracy", "precision", "recall", "F1"), lines, notes)
+    table = PrintedTable("Averages as in the paper", ("system", "accuracy", "precision", "recall", "F1"), lines, notes)
     yield Section("table4", TITLES["table4"], [], [table])
 
 
@@ -291,10 +284,7 @@ def _ablations(part: _Part, options: ReportOptions) -> Iterator[Section]:
                 part.cell(part.row(dataset, MEASURE, variant=variant), printed.value if printed else None, digits)
             )
         lines.append(line)
-    heads = (
-        "DualRefNet",
-        *(f"{SCHEMAS[dataset].title}, {BACKBONES[name].title}" for dataset, name in BEST.items()),
-    )
+    heads = ("DualRefNet", *(f"{SCHEMAS[dataset].title}, {BACKBONES[name].title}" for dataset, name in BEST.items()))
     notes = part.notes(*(text for dataset in BEST for text in caveats(dataset, "text", ["dualrefnet"])))
     title = "Balanced accuracy of other metadata encoders and another fusion"
     yield Section("ablations", TITLES["ablations"], [], [PrintedTable(title, heads, lines, notes)])
@@ -321,7 +311,8 @@ def _figure7(part: _Part, options: ReportOptions) -> Iterator[Section]:
             replace(item, name=f"figure7_{item.name}") if isinstance(item, ReportFigure) else item
             for item in section.items
         ]
-        yield replace(section, key=f"figure7-{section.key}", title=f"Figure 7: {section.title.lower()}", items=items)
+        title = f"Figure 7: {section.title.lower()}"
+        yield replace(section, key=f"figure7-{section.key}", title=title, items=items, folded=True)
 
 
 _MAKERS: dict[str, Callable[[_Part, ReportOptions], Iterator[Section]]] = {
@@ -396,8 +387,7 @@ def _model_sections(
         if theirs is None or not theirs.runs:
             raise RunError("the run of AuxNet isn't finished")
         pair = (explained().opened, opened(theirs.runs[0].run))
-        with progress_bar("features of both") as show:
-            both = compare_embeddings(*pair, ("DualRefNet", "AuxNet"), options.images, 1000, options.seed, show)
+        both = compare_embeddings(*pair, ("DualRefNet", "AuxNet"), options.images, 1000, options.seed)
         found = both.difference("within_class_variance", "hidden")
         fewer = Difference(-found.value, -found.high, -found.low, found.p)
         limits = tuple(dict.fromkeys([*ours.departures, *theirs.departures]))

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from dualrefnet.analysis.reconstruction import draw_reconstruction_history
 from dualrefnet.display.figure import (
@@ -24,21 +23,14 @@ from dualrefnet.display.figure import (
     new_figure,
     styled,
 )
-from dualrefnet.display.format import (
-    CLASS_COLUMNS,
-    MEASURE_NAMES,
-    Cell,
-    PrintedTable,
-    availability_table,
-    number,
-)
+from dualrefnet.display.format import CLASS_COLUMNS, MEASURE_NAMES, Cell, PrintedTable, availability_table, number
 from dualrefnet.display.page import Section
 from dualrefnet.evaluation.bootstrap import Bootstrap, images_of
 from dualrefnet.evaluation.curves import KINDS, class_curves, draw_curves
-from dualrefnet.progress import progress_bar
 from dualrefnet.report.verdict import judge_leak, judge_missingness
-from dualrefnet.run import Run
+from dualrefnet.run import Run, TestSplit
 from dualrefnet.suite.results import caveats, departures, other_experiment, reported, reported_class
+from dualrefnet.training.loop import selection_value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,19 +59,16 @@ FEW_IMAGES = 20
 
 @dataclass(frozen=True)
 class Measured:
-    """The test split of a run, read from its folder."""
+    """A finished run, read from its folder."""
 
     run: Run
     metrics: dict[str, Any]
     classes: tuple[str, ...]
     malignant: tuple[str, ...]
-    labels: NDArray[np.int64]
-    probabilities: NDArray[np.float64]
-    groups: NDArray[np.object_]
+    test: TestSplit
 
     @property
     def unit(self) -> str:
-        """`patients`, `lesions` or `images`."""
         return f"{self.run.unit}s"
 
     @cached_property
@@ -89,19 +78,8 @@ class Measured:
 
 
 def read_measured(run: Run) -> Measured:
-    """Read a finished run."""
-    metrics, description, predictions = run.metrics, run.model, run.predictions
-    classes = tuple(description["classes"])
-    test = predictions[predictions["split"] == "test"].reset_index(drop=True)
-    return Measured(
-        run,
-        metrics,
-        classes,
-        tuple(description["malignant"]),
-        pd.Index(classes).get_indexer(test["label"]).astype(np.int64),
-        test[[f"prob_{name}" for name in classes]].to_numpy(dtype=float),
-        run.split.set_index("image_id")["patient_id"].loc[test["image_id"]].to_numpy(dtype=object),
-    )
+    description = run.model
+    return Measured(run, run.metrics, tuple(description["classes"]), tuple(description["malignant"]), run.test)
 
 
 def summary_section(measured: Measured) -> Section:
@@ -116,7 +94,7 @@ def summary_section(measured: Measured) -> Section:
 
 
 def _headline_table(measured: Measured) -> PrintedTable:
-    metrics, recipe = measured.metrics, measured.run.recipe
+    metrics, recipe, test = measured.metrics, measured.run.recipe, measured.test
     values = metrics | {f"malignant_{key}": value for key, value in metrics.get("malignant", {}).items()}
     measures = [measure for measure in HEADLINE if measure in values]
     table = PAPER_TABLES.get(recipe.data.dataset, ("", ""))[0] if recipe.data.protocol == "paper" else ""
@@ -127,7 +105,7 @@ def _headline_table(measured: Measured) -> PrintedTable:
             paper[measure] = found.value
     rows = [[Cell(MEASURE_NAMES[measure]), Cell.of(values, measure)] for measure in measures]
     notes = [
-        f"{images_of(len(measured.labels), len(set(measured.groups)), measured.unit)}. In brackets: 95% interval from "
+        f"{images_of(len(test.labels), len(set(test.groups)), measured.unit)}. In brackets: 95% interval from "
         f"a bootstrap over {measured.unit}.",
         "Expected calibration error and Brier score: lower is better.",
     ]
@@ -140,7 +118,6 @@ def _headline_table(measured: Measured) -> PrintedTable:
 
 
 def class_section(measured: Measured) -> Section:
-    """Return the table of the classes."""
     recipe, per_class = measured.run.recipe, measured.metrics["per_class"]
     names = measured.run.model["dataset"].get("class_names", {})
     rows, paper_rows = [], []
@@ -171,16 +148,13 @@ def class_section(measured: Measured) -> Section:
 
 
 def curve_section(measured: Measured, samples: int, seed: int) -> Section:
-    """Return the ROC and precision-recall curves."""
-    with progress_bar("curves") as show:
-        bootstrap = Bootstrap(measured.groups, samples, seed, progress=show)
-        curves = class_curves(measured.labels, measured.probabilities, bootstrap, measured.classes, measured.malignant)
+    test, bootstrap = measured.test, Bootstrap(measured.test.groups, samples, seed, label="curves")
+    curves = class_curves(test.labels, test.probabilities, bootstrap, measured.classes, measured.malignant)
     figures = [draw_curves(curves, kind, measured.unit) for kind in KINDS]
     return Section("curves", "ROC and precision-recall", [], figures)
 
 
 def history_section(measured: Measured) -> Section:
-    """Return the training history."""
     history, selection = measured.run.history, measured.run.recipe.training.selection
     epoch = selected_epoch(history, selection)
     criterion = "lowest loss" if selection == "loss" else f"highest {selection.replace('_', ' ')}"
@@ -262,18 +236,10 @@ TERMS = {"train_total": "total loss", "train_reconstruction": "reconstruction lo
 
 def selected_epoch(history: pd.DataFrame, selection: str) -> int:
     """Return the epoch whose parameters were kept, as training chose it."""
-    if selection == "last":
-        return int(history["epoch"].iloc[-1])
-    if f"val_{selection}" not in history:
+    if selection != "last" and f"val_{selection}" not in history:
         raise ValueError(f"the history has no column val_{selection}")
-    best: list[float] | None = None
-    epoch = 0
-    for row in history.to_dict("records"):
-        value = [-row["val_loss"]] if selection == "loss" else [row[f"val_{selection}"], -row["val_loss"]]
-        # The comparison of training, also where a value isn't a number.
-        if best is None or value > best:
-            best, epoch = value, int(row["epoch"])
-    return epoch
+    best = max(history.to_dict("records"), key=lambda row: selection_value(row, selection))  # type: ignore[arg-type]
+    return int(best["epoch"])
 
 
 @styled

@@ -44,7 +44,6 @@ TERMS = (
 
 
 def run_title(run: Run) -> tuple[str, str]:
-    """Return the title of a run's report and the line below it."""
     recipe, description = run.recipe, run.model
     method, architecture = METHODS[recipe.model.method], Architecture.model_validate(description["architecture"])
     backbones = " + ".join(backbone_title(name) for name in architecture.backbones)
@@ -145,5 +144,4 @@ def provenance_section(run: Run) -> Section:
 
 
 def terms_table(terms: tuple[tuple[str, str], ...]) -> PrintedTable:
-    """Return the glossary."""
     return PrintedTable("Terms", ("term", "meaning"), text_rows(terms), left=2)

@@ -35,13 +35,7 @@ from dualrefnet.files import make_folder, write_csv, write_json, write_text
 from dualrefnet.models.inference import resolve_device
 from dualrefnet.progress import note, warn
 from dualrefnet.report import ReportOptions
-from dualrefnet.report.performance import (
-    class_section,
-    curve_section,
-    history_section,
-    read_measured,
-    summary_section,
-)
+from dualrefnet.report.performance import class_section, curve_section, history_section, read_measured, summary_section
 from dualrefnet.report.provenance import provenance_section, run_names, run_notes, run_title
 from dualrefnet.report.trust import (
     audit_section,
@@ -71,22 +65,7 @@ Part: TypeAlias = tuple[str, Callable[[], Section]]
 def write_explanations(
     run: Run, out: Path | None = None, against: Run | None = None, options: ReportOptions | None = None
 ) -> list[Path]:
-    """Explain the predictions of a run's model: figures and their numbers as files.
-
-    Args:
-        run: a finished run.
-        out: folder; None: `explanations` in the run folder.
-        against: a second run to compare it with.
-        options: how many images, which class, which masks.
-
-    Returns:
-        The files.
-
-    Raises:
-        RunError: a run isn't finished, the two can't be compared, or images of patients are to be left out and are in
-            `out` already.
-        DataError: an option is invalid for these data.
-    """
+    """Explain the predictions of a run's model, beside those of `against`: figures and their numbers as files."""
     options, out = options or ReportOptions(), out or run.path / "explanations"
     _check(run, against, options, out)
     parts, files = _model_parts(run, against, options), []
@@ -105,22 +84,8 @@ def write_report(
 ) -> Path:
     """Write the report of a run, one HTML page, and its figures and their numbers in `pictures/` beside it.
 
-    A section that can't be made says why in its place.
-
-    Args:
-        run: a finished run.
-        out: folder; None: `report` in the run folder.
-        against: a second run to compare it with.
-        options: how many images, which class, which masks.
-        explained: include the sections that need the model and the data; without them the extra `explain` isn't needed.
-
-    Returns:
-        The page.
-
-    Raises:
-        RunError: a run isn't finished, the two can't be compared, or images of patients are to be left out and are in
-            `out` already.
-        DataError: an option is invalid for these data.
+    A section that can't be made says why in its place. Sections of the model and the data are left out unless
+    `explained`; these need the extra `explain`.
     """
     options, out = options or ReportOptions(), out or run.path / "report"
     _check(run, against, options, out / "pictures")
@@ -151,7 +116,9 @@ def write_report(
     title, subtitle = run_title(run)
     of_patients = explained and options.photographs and not measured.metrics["drawn"]
     verdict = make_verdict(measured.metrics, len(measured.classes), done)
-    write_text(out / PAGE, render_page(title, subtitle, run_notes(run), done, of_patients, verdict))
+    said = " ".join(line.text for line in verdict.lines)
+    notes = [text for text in run_notes(run) if text not in said]
+    write_text(out / PAGE, render_page(title, subtitle, notes, done, of_patients, verdict))
     return out / PAGE
 
 
@@ -242,7 +209,7 @@ def _examination_parts(opened: OpenedRun, options: ReportOptions) -> list[Part]:
 def _audit(opened: OpenedRun) -> Audit:
     # Of the files, not of the stored images, which colour constancy and CLAHE have changed.
     used = opened.dataset.with_image[opened.dataset.with_image["image_id"].isin(opened.split["image_id"])]
-    fingerprints = fingerprint_files(used) if len(used) else None
+    fingerprints = fingerprint_files(used, cache=opened.cache) if len(used) else None
     # Without the forests, which take minutes; the command `audit` has them.
     split, protocol = opened.split, opened.recipe.data.protocol
     if FOLD in split:
@@ -277,10 +244,7 @@ def write_probes(
     permutations: int = 10,
     draws: int = 5,
 ) -> list[PrintedTable]:
-    """Probe a run: tables as CSV, settings as JSON, and figures if matplotlib is installed; return tables to print.
-
-    `permutations` are across patients, `draws` are random selections of fields for each share.
-    """
+    """Probe a run: tables as CSV, settings as JSON, and figures if matplotlib is installed; return tables to print."""
     options, out = options or ReportOptions(), out or run.path / "probes"
     seed = options.seed
     _check_probes(run, against)

@@ -37,8 +37,8 @@ _PAPER: dict[str, Any] = {"color": INK, "fillstyle": "none", "markersize": 4.5, 
 
 
 class Panel(NamedTuple):
-    """Systems that share a pair of axes: `rows` with their place `y` from the top in slots, and for every line of the
-    panel (y, label, whether it is the reference's) in `ticks`.
+    """Systems that share axes: `rows` with their place `y` in slots, and (y, label, reference?) of each line in
+    `ticks`.
     """
 
     title: str
@@ -100,7 +100,6 @@ def sizes(rows: pd.DataFrame) -> str:
 
 
 def units(rows: pd.DataFrame) -> str:
-    """Return what the intervals resample."""
     return " or ".join(f"{unit}s" for unit in dict.fromkeys(rows["unit"]) if unit) or "groups"
 
 
@@ -117,7 +116,6 @@ def names(some: pd.DataFrame, rows: pd.DataFrame | None = None, most: int = NAME
 
 
 def by_flag(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return every flag with the systems that have it."""
     flags = dict.fromkeys(flag for flags in rows["flags"] for flag in flags)
     return {flag: rows[[flag in flags for flags in rows["flags"]]] for flag in flags}
 

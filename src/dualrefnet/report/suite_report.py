@@ -33,7 +33,7 @@ from dualrefnet.display.page import Section, render_page
 from dualrefnet.errors import DataError, RecipeError, RunError
 from dualrefnet.files import write_text
 from dualrefnet.models.backbones import BACKBONES
-from dualrefnet.progress import note, progress_bar, warn
+from dualrefnet.progress import note, warn
 from dualrefnet.recipe import load_recipe
 from dualrefnet.report import ReportOptions, provenance
 from dualrefnet.report.suite_figures import by_flag, describe, draw_ablation, draw_systems, names, sizes, units
@@ -104,28 +104,12 @@ def write_suite_report(
     cache: Path | None = None,
     samples: int = 1000,
 ) -> Path:
-    """Write the report of a suite, and its figures with their data in `pictures/` beside it.
+    """Write the report of a suite, and its figures with their data in `pictures/`; return the page.
 
     Only what the runs left is read, and the data for a few images; so `--discard-models` does not matter.
-
-    Args:
-        folder: of the suite, whether all its runs are finished or not.
-        out: folder; None: `report` in the suite folder.
-        photographs: show images on which two systems differ; without them the data are not needed.
-        root: where the data are now, if not where the recipes say.
-        cache: where prepared images are; None: the user's cache folder.
-        samples: bootstrap samples.
-
-    Returns:
-        The page.
-
-    Raises:
-        RunError: it is not the folder of a suite, or nothing of it is finished.
-        RecipeError: one root for two data sets.
     """
     out = out or folder / "report"
-    with progress_bar("bootstrap") as show:
-        found = aggregate(folder, samples, show)
+    found = aggregate(folder, samples)
     if not len(found.splits) and not any(system.runs for system in found.members):
         failed = int((found.missing["state"] == "failed").sum())
         why = f" ({failed} failed: {folder / 'failures'} says why)" if failed else ""
@@ -313,12 +297,10 @@ def pair_sections(found: SuiteResults, options: ReportOptions, samples: int) -> 
 
 
 def choose_pairs(found: SuiteResults) -> Iterator[Pair]:
-    """Choose two systems of each data set and protocol.
+    """Choose two systems of each data set and protocol, none with label-leaking imputation.
 
-    First is the reference; of several, or of all systems where there is none, the one that is best in the suite's first
-    measure. Second is the image-only baseline; without one the system that is farthest from the first in that measure.
-    Of one method on CNNs and transformers (Figure 7) it is the best CNN and the best transformer. Systems whose
-    metadata were imputed from the diagnosis are passed over.
+    First is the reference, or the best system; second the image-only baseline, or the system farthest from the first.
+    Of one method on CNNs and transformers (Figure 7) it is the best of each.
     """
     if not found.members:
         return
@@ -418,11 +400,7 @@ def case_figures(
 def draw_cases(
     cases: pd.DataFrame, images: Mapping[str, NDArray[np.uint8]], names: tuple[str, str], stem: str
 ) -> ReportFigure:
-    """Draw images (S, S, 3) by id that one system classifies correctly and the other not, below what both predicted.
-
-    `cases` has `image_id`, `label`, and of both systems (`_a`, `_b`) `predicted`, `p_predicted` and `p_true`, the
-    probabilities of the predicted and of the true class; at least one, all of one kind.
-    """
+    """Draw images (S, S, 3) by id that one system classifies correctly and the other not, below both predictions."""
     rows, titles, texts = [], [], []
     for case in cases.to_dict("records"):
         lines, text = textwrap.wrap(f"true: {case['label']}", LETTERS), []

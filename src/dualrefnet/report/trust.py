@@ -45,7 +45,6 @@ from dualrefnet.evaluation.bootstrap import Bootstrap
 from dualrefnet.evaluation.calibration import Calibration
 from dualrefnet.evaluation.curves import compute_reliability, draw_reliability
 from dualrefnet.evaluation.referral import draw_referral, draw_selective, measure_selective, referral_curve
-from dualrefnet.progress import progress_bar
 from dualrefnet.report import ReportOptions
 from dualrefnet.report.performance import Measured
 from dualrefnet.report.verdict import (
@@ -73,12 +72,12 @@ def calibration_section(measured: Measured, samples: int, seed: int) -> Section:
     """Return reliability diagram and calibration errors, without and with the temperature if the run has one."""
 
     def reliability(probabilities: Any) -> ReportFigure:
-        bootstrap = Bootstrap(measured.groups, samples, seed)
-        return draw_reliability(compute_reliability(measured.labels, probabilities, bootstrap), measured.unit)
+        bootstrap = Bootstrap(measured.test.groups, samples, seed)
+        return draw_reliability(compute_reliability(measured.test.labels, probabilities, bootstrap), measured.unit)
 
     findings = judge_calibration(measured.metrics)
     if not measured.run.calibration_file.is_file():
-        figure = reliability(measured.probabilities)
+        figure = reliability(measured.test.probabilities)
         return Section("calibration", "Calibration", [], [figure], findings=findings)
     calibration, values = measured.run.calibration, measured.metrics["calibrated"]
     low, high = calibration.temperature_interval or (None, None)
@@ -87,7 +86,7 @@ def calibration_section(measured: Measured, samples: int, seed: int) -> Section:
         effect = "as the interval includes 1, no change of confidence is clearly needed"
     temperature = estimate(calibration.temperature, low, high, ".2f")
     intro = [f"The temperature fitted on the validation split is {temperature}; {effect}."]
-    after = reliability(calibration.probabilities(measured.probabilities))
+    after = reliability(calibration.probabilities(measured.test.probabilities))
     after = replace(after, title="Reliability after temperature scaling")
     return Section("calibration", "Calibration", intro, [after, _error_table(values)], findings=findings)
 
@@ -112,11 +111,11 @@ def _error_table(values: Row) -> PrintedTable:
 def conformal_section(measured: Measured, samples: int, seed: int) -> Section:
     """Return what conformal sets, referral and selective prediction achieve on the test split."""
     calibration, values = measured.run.calibration, measured.metrics["calibrated"]
-    calibrated = calibration.probabilities(measured.probabilities)
-    bootstrap = Bootstrap(measured.groups, samples, seed)
-    selective = measure_selective(measured.labels, calibrated, bootstrap, measured.classes)
+    calibrated = calibration.probabilities(measured.test.probabilities)
+    bootstrap = Bootstrap(measured.test.groups, samples, seed)
+    selective = measure_selective(measured.test.labels, calibrated, bootstrap, measured.classes)
     figures = [draw_selective(selective, measured.unit)]
-    malignant = calibration.cancer[measured.labels]
+    malignant = calibration.cancer[measured.test.labels]
     if calibration.referral is not None and 0 < malignant.sum() < len(malignant):
         threshold = (calibration.referral, calibration.sensitivity, calibration.referral_interval)
         scores = malignancy(calibrated, calibration.cancer)
@@ -164,12 +163,11 @@ GAP_MEASURES = ("balanced_accuracy", "malignant.sensitivity", "overconfidence")
 
 
 def subgroups_section(subgroups: Subgroups, unit: str = "patients") -> Section:
-    """Return the results by category of each subgroup field."""
     table = subgroups.table
     flagged = table[table["flagged"] & table["counted"]]
     intro = [
         f"The {subgroups.images:,} test images by {listed(list(subgroups.descriptions))}; each category is compared "
-        "with all others. A gap shows that results differ, not why.",
+        "with all others. A gap shows that results differ, not why."
     ]
     items: list[PrintedTable | ReportFigure] = [_category_table(subgroups, unit)]
     if len(flagged):
@@ -220,7 +218,6 @@ def _gap_table(flagged: pd.DataFrame) -> PrintedTable:
 
 
 def out_of_distribution_section(measured: OutOfDistributionMeasured, unit: str = "patient") -> Section:
-    """Return how well images without a lesion are detected."""
     rows: dict[str, Row] = {row["group"]: row for row in measured.table.to_dict("records")}
     lesions, everyday = rows[LESIONS], rows[EVERYDAY]
     intro = [
@@ -265,7 +262,6 @@ def shortcuts_section(shortcuts: Shortcuts) -> Section:
 
 
 def missing_metadata_section(availability: MissingMetadata) -> Section:
-    """Return the performance with fewer metadata and without the image."""
     table = availability.curve[availability.curve["measure"] == BALANCED]
     least = table["share"].min()
     kept = "no metadata" if least == 0 else f"{least:.0%} of the fields"
@@ -308,8 +304,7 @@ def images_section(opened: OpenedRun, options: ReportOptions) -> Section:
     if len(table):
         labels = pd.Categorical(table["label"], categories=opened.classes).codes.astype(np.int64)
         chosen = table.iloc[sample_rows(labels, options.images, options.seed)]
-        with progress_bar("brightness and colour") as show:
-            measured = measure_images(chosen, opened.recipe.image, progress=show)
+        measured = measure_images(chosen, opened.recipe.image)
         items += [draw_statistics(measured, opened.classes), statistics_table(measured, opened.classes)]
         if len(chosen) < len(table):
             intro.append(

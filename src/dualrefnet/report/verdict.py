@@ -17,7 +17,7 @@ from dualrefnet.data.check import Finding, Level
 from dualrefnet.data.schema import unnamed_patients
 from dualrefnet.display.format import estimate, interval_of, listed, number, percent, sentence
 from dualrefnet.display.page import Line, Result, Section, Verdict
-from dualrefnet.runtime.availability import missingness_shortcut
+from dualrefnet.runtime.availability import AS_RECORDED, IMAGE_ONLY, missingness_shortcut
 
 if TYPE_CHECKING:
     from dualrefnet.analysis.audit import Audit
@@ -53,9 +53,7 @@ BY_CHANCE = 1.64
 def judge_leak(
     leakage: Mapping[str, Mapping[str, Any] | None], unit: str = "patient", imputed_from_label: bool = False
 ) -> list[Finding]:
-    """Judge which test images show a patient or a lesion of training, as metrics.json counts them; `unit` is what the
-    data set names.
-    """
+    """Judge which test images show a patient or a lesion of training, as metrics.json counts them."""
     findings: list[Finding] = []
     if imputed_from_label:
         findings.append(Finding("FAIL", LEAK, "missing metadata were imputed from the diagnosis"))
@@ -88,9 +86,14 @@ def judge_audit(audit: Audit) -> list[Finding]:
 def judge_missingness(metrics: Mapping[str, Any]) -> list[Finding]:
     """Judge whether the model takes missing metadata for a sign of benign."""
     shortcut = missingness_shortcut(metrics)
-    if shortcut is None:
+    if shortcut is not None:
+        return [Finding("FAIL", SHORTCUT, f"not to be used where metadata may be missing: {shortcut}")]
+    inputs = metrics["availability"]["inputs"]
+    full, without = (inputs.get(name, {}).get("cancers_referred") for name in (AS_RECORDED, IMAGE_ONLY))
+    if full is None or without is None:
         return []
-    return [Finding("FAIL", SHORTCUT, f"not to be used where metadata may be missing: {shortcut}")]
+    text = f"without metadata {without:.0%} of the cancers are referred, with them {full:.0%}"
+    return [Finding("PASS", SHORTCUT, text)]
 
 
 def judge_shortcuts(shortcuts: Shortcuts) -> list[Finding]:
@@ -109,9 +112,7 @@ def judge_shortcuts(shortcuts: Shortcuts) -> list[Finding]:
 
 
 def judge_flags(importance: Mapping[str, float], flags: str) -> list[Finding]:
-    """Judge whether the flags of missing fields move the probabilities more than any field; `importance` in percentage
-    points.
-    """
+    """Judge whether the flags of missing fields move the probabilities more than any field."""
     most = max((name for name in importance if name != flags), key=lambda name: importance[name], default=None)
     if flags not in importance or most is None:
         return []

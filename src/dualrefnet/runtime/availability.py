@@ -86,7 +86,6 @@ class Thresholds:
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Return one group of `calibration.json`."""
         return {
             "name": self.group.name,
             "group": self.group._asdict(),

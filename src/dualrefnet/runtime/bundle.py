@@ -76,10 +76,7 @@ def one_line(error: Exception) -> str:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """Return the content of `bundle.json`, after a check of what it says and of every file against its SHA-256.
-
-    A bundle of an earlier version has the sums of its networks alone. Raises ValueError or OSError.
-    """
+    """Return the content of `bundle.json`, after a check of it and of every file against its SHA-256."""
     file = folder / DESCRIPTION
     try:
         description = json.loads(file.read_text(encoding="utf-8"))
@@ -130,10 +127,7 @@ def _check_description(description: dict[str, Any]) -> None:
 
 
 def bundle_parts(folder: Path, description: dict[str, Any], variant: str, device: str) -> dict[str, Any]:
-    """Return the arguments of `Classifier` for a bundle of that description, with which it has predicted once.
-
-    Raises ValueError or OSError.
-    """
+    """Return the arguments of `Classifier` for a bundle of that description, with which it has predicted once."""
     networks = description["networks"]
     if variant not in networks:
         raise ValueError(f"the bundle has no variant {variant!r}; it has: {', '.join(networks)}")
@@ -163,5 +157,4 @@ def bundle_parts(folder: Path, description: dict[str, Any], variant: str, device
 
 
 def load_bundle(folder: Path, variant: str = "float32", device: str = "cpu") -> Classifier:
-    """Load a bundle; see `bundle_parts`."""
     return Classifier(**bundle_parts(folder, read_description(folder), variant, device))

@@ -57,14 +57,10 @@ class Decision:
         return np.isin(self.classes, self.malignant)
 
     def probabilities(self, probabilities: ArrayLike) -> Floats:
-        """Return the model's probabilities (N, C) at the temperature."""
         return apply_temperature(probabilities, self.temperature)
 
     def decide(self, probabilities: ArrayLike, image: ArrayLike, share: ArrayLike) -> Decisions:
-        """Decide about N inputs with the model's probabilities (N, C), by the thresholds of the group that holds them.
-
-        An input of a group for which nothing was fitted has all classes in its set and is referred.
-        """
+        """Decide about N inputs (N, C) by the thresholds of their groups; without any: all classes, referred."""
         scores = np.asarray(probabilities, dtype=np.float64)
         fitted = [*self.availability, self._unfitted]
         group = np.full(len(scores), len(self.availability))
@@ -116,7 +112,6 @@ class Decision:
 
 
 def softmax(logits: ArrayLike) -> Floats:
-    """Return probabilities (N, C)."""
     scores = np.asarray(logits, dtype=np.float64)
     powers = np.exp(scores - scores.max(axis=1, keepdims=True))
     return np.asarray(powers / powers.sum(axis=1, keepdims=True))

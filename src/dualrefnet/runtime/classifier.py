@@ -36,9 +36,7 @@ class Network(Protocol):
 
 
 class Classifier:
-    """A trained model with its preprocessing, its fitted metadata encoder, the out-of-distribution score and the
-    thresholds of sets and referral (None: there are none). `learned_tokens`: it predicts without an image.
-    """
+    """A trained model with preprocessing, encoder, out-of-distribution score and thresholds (None: there are none)."""
 
     def __init__(
         self,
@@ -66,12 +64,10 @@ class Classifier:
 
     @property
     def size(self) -> int:
-        """S, side of the images that the network reads, pixels."""
         return self.image.size
 
     @property
     def fields(self) -> tuple[Field, ...]:
-        """The metadata fields that the model reads."""
         return self.encoder.fields if self.reads_metadata else ()
 
     def categories(self, name: str) -> tuple[str, ...]:
@@ -88,13 +84,9 @@ class Classifier:
     def classify(
         self, lesions: Sequence[Sequence[Image | None]], metadata: Sequence[Mapping[str, Any]]
     ) -> list[Prediction]:
-        """Classify lesions, each with images from `prepare_array` (None: missing) and any subset of the fields.
+        """Classify lesions with images from `prepare_array` (None: missing) and any subset of the fields.
 
         Probabilities are averaged over the images; temperature, set and referral then act on the mean.
-
-        Raises:
-            MetadataError: a field is unknown, or a value is invalid.
-            ValueError: a lesion has no image though the model needs one, or the lengths differ.
         """
         if len(lesions) != len(metadata):
             raise ValueError(f"{len(lesions)} lesions and {len(metadata)} records of metadata: give each lesion one")
@@ -238,4 +230,5 @@ class Classifier:
         how = "imputed" if self.encoder.imputer is not None else "taken as zero"
         if self.encoder.section.imputation == "token":
             how = "replaced by a learned token"
-        return [f"missing and {how}: {', '.join(names)}"] if names else []
+        listed = "all metadata" if len(names) == len(self.fields) else ", ".join(names)
+        return [f"missing and {how}: {listed}"] if names else []

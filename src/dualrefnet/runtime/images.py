@@ -149,11 +149,7 @@ def _heif_opener(name: str, avif: bool) -> type[ImageFile.ImageFile]:
 
 
 def _silence_pillow() -> None:
-    """Ignore Pillow's warnings about damaged EXIF tags; its warnings about size are another category and stay.
-
-    `warnings.catch_warnings` isn't safe with threads, so the filter stays; the check keeps it from being set again and
-    again, which would make Python forget which warnings it has shown once.
-    """
+    """Ignore Pillow's warnings about damaged EXIF tags, for all threads; those about size stay."""
     first = warnings.filters[0] if warnings.filters else None
     if first is None or first[0] != "ignore" or getattr(first[3], "pattern", None) != r"PIL\.":
         warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
@@ -207,10 +203,7 @@ def _check_png(name: str, data: bytes) -> None:
 
 
 def _check_scans(data: bytes, image: ImageFile.ImageFile, ends: list[int]) -> None:
-    """Refuse a JPEG in which the data of a scan end early: its decoder fills up with grey, and tells nobody.
-
-    In a complete image further data at the end of a scan change nothing.
-    """
+    """Refuse a JPEG whose scans end early: its decoder fills up with grey, and tells nobody."""
     restarts = [found[1][0] for found in _RESTART.finditer(data, data.find(b"\xff\xda"), ends[-1])]
     if len(ends) == 1 and any(marker != 0xD0 + place % 8 for place, marker in enumerate(restarts)):
         raise EOFError("parts of its pixels are missing")

@@ -108,10 +108,7 @@ class ParsedValue(NamedTuple):
 
 
 def read_cell(value: object, declared: Collection[str] = ()) -> str | None:
-    """Return a cell as text without space around it, None if it says nothing; all cells are read by this.
-
-    A word that means an empty cell (`NA`) counts as a word where it is `declared`, as a class for instance.
-    """
+    """Return a cell as stripped text, None if it says nothing, as `NA` does where that isn't `declared` as a word."""
     if _is_none(value):
         return None
     text = unicodedata.normalize("NFC", " ".join(str(value).translate(INVISIBLE).split()))

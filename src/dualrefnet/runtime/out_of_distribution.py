@@ -27,10 +27,7 @@ TYPES = {"F64": "<f8", "F32": "<f4", "I64": "<i8", "I32": "<i4", "U8": "u1"}
 
 @dataclass(frozen=True)
 class Distance:
-    """A squared Mahalanobis distance from the `mean` (D,) of the training images: `variances` (K,) along the
-    orthonormal `directions` (K, D) in which they vary most, `rest` along every other; `scale` is its std over
-    validation images.
-    """
+    """A squared Mahalanobis distance: `variances` (K,) along `directions` (K, D), `rest` along every other."""
 
     mean: NDArray[np.float32]
     directions: NDArray[np.float32]
@@ -81,10 +78,7 @@ class OutOfDistributionScore:
         return sum(len(vector.mean) for vector, _ in self.distances)
 
     def score(self, vectors: NDArray[np.floating]) -> Floats:
-        """Return the sum of the two distances over the limit, (N,): more than 1 is out-of-distribution.
-
-        `vectors` (N, D) are the encoders', concatenated; one that isn't finite (a missing image) scores NaN.
-        """
+        """Return the sum of the two distances over the limit, (N,): NaN for a missing image."""
         if vectors.ndim != 2 or vectors.shape[1] != self.length:
             raise ValueError(f"vectors must have the shape (N, {self.length}), not {vectors.shape}")
         parts = np.split(vectors, len(self.distances), axis=1)

@@ -69,9 +69,9 @@ class Explanation:
 
     label: str
     probability: float
-    saliency: NDArray[np.float32] | None
+    saliency: NDArray[np.float32] | None = field(repr=False)
     fields: dict[str, float]
-    image: NDArray[np.uint8] | None = None
+    image: NDArray[np.uint8] | None = field(default=None, repr=False)
 
     def save(self, path: Path | str) -> list[Path]:
         """Write the saliency over the image as a PNG file, and the table of the fields beside it; return the files."""

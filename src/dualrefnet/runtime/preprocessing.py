@@ -80,8 +80,7 @@ def shades_of_gray(image: Image, p: float = 6.0, gamma: float | None = None) -> 
 
 
 def clahe_lightness(image: Image, clip: float = 1.0, grid: int = 12, channel_order: str = "correct") -> Image:
-    """Equalise the lightness of (H, W, 3) RGB in `grid` x `grid` tiles with limited contrast; a and b of CIE LAB are
-    untouched.
+    """Equalise the lightness of (H, W, 3) RGB with limited contrast; a and b of CIE LAB are untouched.
 
     `hm_compat` computes LAB from swapped red and blue, as released code of the paper's lineage does.
     """

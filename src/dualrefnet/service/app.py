@@ -40,11 +40,7 @@ MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript
 
 
 def create_app(predictor: Predictor, settings: ServiceSettings, explainer: Predictor | None = None) -> FastAPI:
-    """Return the service as an ASGI application.
-
-    With an `explainer`, a second copy of the model, explanations don't delay predictions. Raises a RunError if the
-    model must not be served; see `refuse_shortcut`.
-    """
+    """Return the service as an ASGI application; with an `explainer` explanations don't delay predictions."""
     refuse_shortcut(predictor.shortcut, predictor.name, settings.accept_missingness_shortcut)
     metrics = Metrics()
     inference = Inference(predictor, settings, metrics, explainer)

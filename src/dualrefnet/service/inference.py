@@ -51,9 +51,7 @@ class Limiter:
 
 
 class Reservation:
-    """What a request takes of a limiter: before its body is read a place and the bytes that it declares, or `Busy` is
-    raised. Leaving the block gives everything back.
-    """
+    """A place and the declared bytes of a request, taken before its body is read, or `Busy`; given back at the end."""
 
     def __init__(self, limiter: Limiter, declared: int) -> None:
         limiter.change(1, declared)

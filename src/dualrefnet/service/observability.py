@@ -113,7 +113,6 @@ class Metrics:
         return observe
 
     def render(self) -> bytes:
-        """Return all metrics in Prometheus' text format."""
         if not self._folder:
             return generate_latest(self._registry)
         together = CollectorRegistry()

@@ -50,8 +50,6 @@ class RayService(BaseModel):
 
 
 def build_service(options: RayService) -> Application:
-    """Return the application for `ray.serve.run`."""
-
     # Called in each replica: neither the model nor a key travels.
     def make_app() -> FastAPI:
         from dualrefnet.deploy.predictor import Predictor

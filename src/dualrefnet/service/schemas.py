@@ -148,7 +148,6 @@ class ModelBody(BaseModel):
 
 
 def prediction_body(prediction: Prediction, model: str, images: int, request_id: str) -> dict[str, Any]:
-    """Return the fields of a `PredictionBody`."""
     return {**vars(prediction), "request_id": request_id, "model": model, "images": images, "notice": NOTICE}
 
 
@@ -224,7 +223,6 @@ def error_responses(
 
 
 def request_body(predictor: Predictor, settings: ServiceSettings, *, explained: bool) -> dict[str, Any]:
-    """Return the OpenAPI description of a request's body."""
     properties: dict[str, Any] = {}
     required: list[str] = []
     if predictor.reads_image:
@@ -254,7 +252,6 @@ def request_body(predictor: Predictor, settings: ServiceSettings, *, explained: 
 
 
 def describe(app: FastAPI, settings: ServiceSettings) -> dict[str, Any]:
-    """Return the OpenAPI description of the service."""
     openapi = get_openapi(title=app.title, version=app.version, description=NOTICE, routes=app.routes)
     if settings.root_path:
         openapi["servers"] = [{"url": settings.root_path}]

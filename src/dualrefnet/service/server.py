@@ -57,10 +57,7 @@ class Served(BaseModel):
 
 
 def serve(served: Served) -> int:
-    """Serve until a signal, and answer every accepted request first; return 1 if some had to be given up.
-
-    SIGTERM, SIGINT and SIGHUP stop the service within `settings.grace` seconds; with one worker, a second one at once.
-    """
+    """Serve until a signal, and answer every accepted request first; return 1 if some had to be given up."""
     if served.host not in LOCAL and not read_keys(served.api_key_file):
         warn(
             f"the service listens on {served.host} without an API key: whoever reaches this machine may use it. "
@@ -104,10 +101,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def uvicorn_options(served: Served) -> dict[str, Any]:
-    """Return uvicorn's settings.
-
-    What it doesn't bound - slow headers, silent connections - is a reverse proxy's work: see deployment/nginx.conf.
-    """
+    """Return uvicorn's settings; slow headers are a reverse proxy's work: see deployment/nginx.conf."""
     return {
         # The parser and the loop of every install, so that limits and errors are the same everywhere.
         "http": HalfClosedProtocol,

@@ -39,11 +39,7 @@ class _Parser(MultiPartParser):
 async def read_upload(
     request: Request, reservation: Reservation, settings: ServiceSettings, *, explained: bool = False
 ) -> Upload:
-    """Read a request with parts `images`, `metadata` and (`explained`) `label`; file names are ignored.
-
-    The middleware bounds the size of the whole body and its time; `reservation` counts the bytes that are held. Raises
-    a Refusal, or Busy if too many bytes are held already.
-    """
+    """Read a request with parts `images`, `metadata` and (`explained`) `label`; file names are ignored."""
     limits = {"images": (settings.max_images, settings.max_image), "metadata": (1, settings.max_metadata)}
     if explained:
         limits |= {"images": (1, settings.max_image), "label": (1, MAX_LABEL)}
@@ -98,10 +94,7 @@ async def _read_parts(request: Request, reservation: Reservation, max_parts: int
 
 
 def parse_metadata(raw: bytes) -> dict[str, Any]:
-    """Parse metadata: strict JSON, an object of strings, numbers, true, false and null.
-
-    Raises a Refusal: 400 if it isn't strict JSON (no NaN, no duplicate name, no number out of range), 422 if not flat.
-    """
+    """Parse metadata, an object of strings, numbers, true, false and null; else a Refusal: 400, or 422 if not flat."""
     try:
         metadata = json.loads(
             raw.decode("utf-8"),

@@ -90,7 +90,6 @@ class Suite(Section):
     grid: tuple[Block, ...] = ()
 
     def reference_of(self, dataset: str) -> str | None:
-        """Return what the systems of a data set are compared with."""
         return self.reference.get(dataset) if isinstance(self.reference, dict) else self.reference
 
 
@@ -110,9 +109,9 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """One point of the grid: one training and test. `name` is unique in the suite; `run` is the folder under `runs/`,
-    the cell's own or that of an earlier cell with the same recipe; `paper` says where the paper prints its numbers
-    (None: in the suite's table), and `reading` which keys of the recipe those numbers are of.
+    """One point of the grid: one training and test. `run` is its folder, or that of an earlier cell of the same recipe.
+
+    `paper` says where the paper prints its numbers, and `reading` which keys of the recipe those numbers are of.
     """
 
     name: str
@@ -132,7 +131,6 @@ class Cell:
 
 
 def shipped_suites() -> list[str]:
-    """Return the names of the suites inside the package, sorted."""
     folder = resources.files("dualrefnet") / "recipes" / "suites"
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
@@ -166,10 +164,7 @@ def with_recipes(suite: Suite, folder: Path = Path()) -> Suite:
 
 
 def override(suite: Suite, overrides: Mapping[str, Any]) -> Suite:
-    """Return the suite with keys of its recipes changed in every run.
-
-    An axis of the grid takes one value or a list: `{"seed": [0, 1, 2]}` trains everything three times.
-    """
+    """Return the suite with keys of its recipes changed in every run; an axis of the grid takes a list too."""
     axes = {AXES[key]: value if isinstance(value, list) else [value] for key, value in overrides.items() if key in AXES}
     plain = {key: value for key, value in overrides.items() if key not in AXES}
 
@@ -200,9 +195,7 @@ def same_training(recipe: Recipe) -> str:
 
 
 def prepare(suite: Suite, overrides: Mapping[str, Any], sample: Path | None = None) -> tuple[Suite, list[str]]:
-    """Return a suite with overrides, as a smoke test if there is a folder for its `sample` data, and remarks on what
-    that replaces.
-    """
+    """Return a suite with overrides, as a smoke test if there is a `sample` folder, and what that replaces."""
     remarks: list[str] = []
     if sample is not None:
         suite, remarks = smoke(suite, sample)
@@ -285,11 +278,7 @@ _NETWORK_TARGETS = ("carn_m", "ninasr_b0", "ninasr_b1", "edsr")
 
 
 def smoke(suite: Suite, root: Path) -> tuple[Suite, list[str]]:
-    """Return the suite as a test of the machinery that takes minutes on a CPU, and notes on what it replaces.
-
-    Methods and variants stay; data set (the synthetic sample at `root`), recipe, CNNs, size and length become the
-    cheapest; folds and seeds the first.
-    """
+    """Return the suite as a test of the machinery that takes minutes on a CPU, and notes on what it replaces."""
     from dualrefnet.models.backbones import BACKBONES
 
     notes = ["a smoke test: synthetic images, random weights, one epoch; its numbers mean nothing"]

@@ -51,10 +51,7 @@ def paper_suites(
 def run_paper(
     suites: Mapping[str, Suite], out: Path, workers: int = 1, cache: Path | None = None
 ) -> dict[str, Outcome]:
-    """Train what the folders of the suites in `out` lack; equal recipes of several suites are trained once.
-
-    A part that can't begin, such as one whose data are not there, is recorded as failed, and the others go on.
-    """
+    """Train what the folders of the suites in `out` lack; a part that can't begin is recorded as failed."""
     outcomes: dict[str, Outcome] = {}
     elsewhere: dict[str, Path] = {}
     for place, (name, suite) in enumerate(suites.items(), 1):
@@ -72,9 +69,7 @@ def run_paper(
 
 
 def verdict_on_number(printed: float, ours: Estimate, digits: int) -> Verdict:
-    """Judge a number that is printed with so many decimals: the same when ours is rounded, in our 95% interval, or
-    neither.
-    """
+    """Judge a printed number: the same when ours is rounded, in our 95% interval, or neither."""
     if np.isnan(ours.value) or np.isnan(printed):
         return UNMEASURED
     if abs(ours.value - printed) <= 0.5 * 10**-digits + 1e-9:
@@ -122,7 +117,6 @@ class Claim:
 
 
 def claims(results: Mapping[str, SuiteResults]) -> list[Claim]:
-    """Judge the paper's claims by the suites that have been measured."""
     found = []
     for claim in paper()["claims"]:
         for dataset in claim["datasets"]:
@@ -185,7 +179,6 @@ def _of(rows: pd.DataFrame, found: SuiteResults, dataset: str, of: Mapping[str, 
 
 
 def system_of(found: SuiteResults, row: pd.Series) -> System | None:
-    """Return the system that a row of the tables is about."""
     key = Key(*(str(row[name]) for name in Key._fields))
     return next((system for system in found.members if system.key == key), None)
 
@@ -198,8 +191,6 @@ def _reference_of(found: SuiteResults, row: pd.Series) -> System | None:
     return None
 
 
-# Rows of metadata that a network is built for where its cost is estimated: those of PAD-UFES-20, zero-filled.
-COLUMNS = 81
 # What the machine's speed is measured with.
 RESNET = load_recipe(
     {"name": "cost"}, {"model.method": "no_metadata", "model.backbone": "resnet50", "model.weights": "none"}
@@ -208,7 +199,7 @@ RESNET = load_recipe(
 
 def plan_table(suites: Mapping[str, Suite]) -> PrintedTable:
     """Return runs, hours of training on this machine and disk of every part; a run that an earlier part has is free."""
-    rate = _operations_per_second()
+    rate = _multiply_adds_per_second()
     seen: set[str] = set()
     stores: set[tuple[object, ...]] = set()
     rows, totals = [], [0, 0, 0.0, 0.0]
@@ -218,11 +209,11 @@ def plan_table(suites: Mapping[str, Suite]) -> PrintedTable:
         seen |= set(new)
         seconds = gigabytes = 0.0
         for recipe in new.values():
-            parameters, operations = _network_cost(recipe)
+            cost = _network_cost(recipe)
             train, val, total = _images(recipe)
             # The backward pass costs about two forward passes.
-            seconds += recipe.training.epochs * (3 * train + val) * operations / rate
-            gigabytes += 4 * parameters / 1e9
+            seconds += recipe.training.epochs * (3 * train + val) * cost["multiply_adds"] / rate
+            gigabytes += 4 * cost["parameters"] / 1e9
             for store, bytes_each in _stores(recipe).items():
                 if store not in stores:
                     stores.add(store)
@@ -246,7 +237,6 @@ def _plan_cells(values: list[float]) -> list[Cell]:
 
 
 def _images(recipe: Recipe) -> tuple[int, int, int]:
-    """Return the images of training, validation and all of a recipe's data set."""
     counts = {part: sum(classes.values()) for part, classes in reported_splits(recipe.data.dataset).items()}
     if not counts:
         return SMOKE_IMAGES * 3 // 5, SMOKE_IMAGES // 5, SMOKE_IMAGES
@@ -264,35 +254,27 @@ def _stores(recipe: Recipe) -> dict[tuple[object, ...], int]:
 
 
 @cache
-def _cost_of(text: str) -> tuple[int, int]:
-    """Return the parameters of a model, and the operations of one image's forward pass in training."""
+def _cost_of(text: str) -> dict[str, int]:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils.flop_counter import FlopCounterMode
 
-    from dualrefnet.models.registry import METHODS, new_model
+    from dualrefnet.models.registry import new_model
+    from dualrefnet.training.cost import CLASSES, COLUMNS, network_cost
 
-    recipe = Recipe.model_validate_json(text)
-    reads_image, size = METHODS[recipe.model.method].reads_image, recipe.image.size
     # Nothing is computed: first parameters without content, then tensors that only know their shape.
     with torch.device("meta"):
-        model, _, _ = new_model(recipe, COLUMNS, 8)
+        model, architecture, _ = new_model(Recipe.model_validate_json(text), COLUMNS, CLASSES)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")
-        image = torch.zeros(2, 3, size, size) if reads_image else None
-        with FlopCounterMode(display=False) as counter:
-            model.train()(image, torch.zeros(2, COLUMNS))
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-    return parameters, counter.get_total_flops() // 2
+        return network_cost(model.to_empty(device="cpu"), architecture, training=True)
 
 
-def _network_cost(recipe: Recipe) -> tuple[int, int]:
+def _network_cost(recipe: Recipe) -> dict[str, int]:
     model = recipe.model.model_copy(update={"weights": "none", "target": "bicubic"})
     plain = Recipe(name="cost", model=model, image=recipe.image, metadata=recipe.metadata)
     return _cost_of(plain.model_dump_json())
 
 
-def _operations_per_second() -> float:
+def _multiply_adds_per_second() -> float:
     """Time a step of ResNet-50 on the device that trains."""
     import time
 
@@ -311,4 +293,4 @@ def _operations_per_second() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.monotonic() - start)
-    return 3 * batch * _cost_of(RESNET.model_dump_json())[1] / min(seconds)
+    return 3 * batch * _network_cost(RESNET)["multiply_adds"] / min(seconds)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -34,7 +34,7 @@ from dualrefnet.evaluation.comparison import (
 from dualrefnet.files import read_csv, read_json, sha256_of_json
 from dualrefnet.models.registry import METHODS
 from dualrefnet.recipe import Recipe, changes, load_recipe, shipped_recipes
-from dualrefnet.run import Run
+from dualrefnet.run import Run, TestSplit
 from dualrefnet.suite.grid import Cell, Key, Lookup, Suite, expand, load_suite
 
 LABEL_LEAKING = "LABEL-LEAKING IMPUTATION: missing metadata was imputed from the diagnosis; not a valid result"
@@ -64,9 +64,7 @@ CLASS_MEASURES = ("sensitivity", "specificity", "ppv", "npv", "f1", "auc")
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run, with its `test` split (image_id, label, group) in the order of the image ids and its
-    probabilities (N, C). `weights`: `kind` and `description` of what each encoder started from.
-    """
+    """A finished run; `weights`: `kind` and `description` of what each encoder started from."""
 
     run: Run
     fold: int
@@ -78,15 +76,12 @@ class FinishedRun:
     classes: tuple[str, ...]
     malignant: tuple[str, ...]
     split: pd.DataFrame
-    test: pd.DataFrame
-    probabilities: NDArray[np.float64]
+    test: TestSplit
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The test splits (image_id, label, group) of all folds of a system put together, in the order of the ids, with one
-    (N, C) array of probabilities a seed.
-    """
+    """The test splits of all folds of a system put together, in the order of the ids, with one (N, C) array a seed."""
 
     test: pd.DataFrame
     seeds: list[NDArray[np.float64]]
@@ -100,9 +95,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class System:
-    """All runs of one system; `pool` is None if there is no run, or (`problem`) they cannot be pooled. `departures`: in
-    what they aren't the experiment that the paper's numbers for it are of.
-    """
+    """All runs of one system; `pool` is None without runs, or where they cannot be pooled (`problem`)."""
 
     key: Key
     planned: int
@@ -114,12 +107,10 @@ class System:
 
     @property
     def unit(self) -> str:
-        """What the bootstrap resamples: `patient`, `lesion` or `image`; empty without any run."""
         return self.runs[0].run.unit if self.runs else ""
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """What limits the validity of the system's numbers."""
         recipes, image = [run.recipe for run in self.runs], reads_image(self.key.method)
         # The recipes of one system differ in name, fold and seed only.
         alike = {"name": "", "description": "", "seed": 0}
@@ -144,13 +135,8 @@ class System:
 
 @dataclass(frozen=True)
 class SuiteResults:
-    """Everything a suite folder holds, as tidy tables.
-
-    `missing`: cell, run, state (`failed`, `unfinished`, `not started`, `unreadable`) and error of every cell without a
-    result. `systems`: one row per system and measure; `flags` is a tuple of texts. `comparisons`: one row per system,
-    reference and measure. `per_class`: one row per system, class and measure, and `class_comparisons`: one per system,
-    reference, class and measure; both are empty unless the suite asks for them.
-    `splits`: one row per counted split, part of it and class.
+    """Everything a suite folder holds, as tidy tables: a row a cell, system, comparison, class or split, each by
+    measure.
     """
 
     suite: Suite
@@ -185,10 +171,7 @@ def paper() -> dict[str, Any]:
 def reported(
     dataset: str, table: str, method: str, backbone: str, measure: str, metric: str | None = None
 ) -> Reported | None:
-    """Return the paper's number in a table (`3a`, `3b`, `4`, `text`), or None if it has none.
-
-    `metric` is the paper's name of the measure, where it isn't the usual one: the ablations of the text.
-    """
+    """Return the paper's number in a table (`3a`, `3b`, `4`, `text`), or None; `metric` is its name there."""
     usual = "auc" if measure == "auc_macro_ovr" else measure.removesuffix("_macro").removesuffix("_weighted")
     metric = metric or usual
     # Kappa is in no table.
@@ -221,8 +204,7 @@ def departures(
 ) -> list[str]:
     """Say in what a run isn't the experiment that the paper's numbers are of; empty: they may stand side by side.
 
-    Its images (`split`: label, split) are compared with Table 1, its recipe with the one that ships as the paper's,
-    changed by `reading`: keys that the paper's number itself is of, in an ablation.
+    `reading`: keys of the recipe that the paper's number itself is of, in an ablation.
     """
     name = f"{recipe.data.dataset}_paper"
     if name not in shipped_recipes():
@@ -260,16 +242,11 @@ def caveats(dataset: str, table: str, methods: Collection[str]) -> list[str]:
 
 
 def reads_image(method: str) -> bool:
-    """Return False for a method of the metadata alone."""
     return method not in METHODS or METHODS[method].reads_image
 
 
-def aggregate(suite_dir: Path, samples: int = 1000, progress: Callable[[int, int], None] | None = None) -> SuiteResults:
-    """Read a suite folder and measure its systems; more samples are drawn where the number of comparisons asks for it.
-
-    Raises:
-        RunError: it is not a suite folder, or a measure of the suite does not exist.
-    """
+def aggregate(suite_dir: Path, samples: int = 1000, label: str = "bootstrap") -> SuiteResults:
+    """Read a suite folder and measure its systems; more samples are drawn for many comparisons."""
     if not (suite_dir / "suite.yaml").is_file():
         raise RunError(
             f"{suite_dir} has no suite.yaml: it isn't a suite's folder; "
@@ -281,7 +258,7 @@ def aggregate(suite_dir: Path, samples: int = 1000, progress: Callable[[int, int
     # The smallest p that B samples can give is 2 / (B + 1), and Holm multiplies it by the number of comparisons.
     compared = [len(system.runs[0].classes) for system, reference in pairs if reference is not None and system.runs]
     samples = max(samples, 100 * (sum(compared) if suite.per_class else len(compared)))
-    drawn = _bootstraps(systems, samples, progress)
+    drawn = _bootstraps(systems, samples, label)
     for bootstrap in drawn.values():
         known = next(iter(bootstrap.points.values()))
         unknown = [measure for measure in suite.measures if measure not in known]
@@ -351,11 +328,7 @@ def _load(suite_dir: Path, cell: Cell) -> FinishedRun | tuple[str, str]:
             return "failed", str(read_json(failure)["error"])
         return "unfinished" if run.path.is_dir() else "not started", ""
     try:
-        description, predictions = run.model, run.predictions
-        rows = predictions[predictions["split"] == "test"].sort_values("image_id", kind="stable")
-        split = run.split
-        groups = split.set_index("image_id")["patient_id"].loc[rows["image_id"]]
-        test = rows[["image_id", "label"]].reset_index(drop=True).assign(group=groups.to_numpy())
+        description = run.model
         return FinishedRun(
             run,
             cell.fold,
@@ -366,20 +339,15 @@ def _load(suite_dir: Path, cell: Cell) -> FinishedRun | tuple[str, str]:
             description.get("cost", {}),
             tuple(description["classes"]),
             tuple(description["malignant"]),
-            split,
-            test,
-            rows[[f"prob_{name}" for name in description["classes"]]].to_numpy(dtype=np.float64),
+            run.split,
+            run.test,
         )
     except (DualRefNetError, OSError, KeyError, ValueError) as error:
         return "unreadable", f"{' '.join(str(error).split())}; remove {run.path} and run the suite again"
 
 
 def pool_runs(runs: Sequence[FinishedRun]) -> Pool:
-    """Put the test splits of all folds together, once per seed.
-
-    Where runs are missing, the seeds that have the most folds are taken: all seeds must be measured on the same images.
-    RunError: folds share test images, or seeds have different ones.
-    """
+    """Put the test splits of all folds together, once per seed; the seeds that have the most folds are taken."""
     seeds: dict[int, list[FinishedRun]] = {}
     for run in sorted(runs, key=lambda run: run.fold):
         seeds.setdefault(run.seed, []).append(run)
@@ -387,12 +355,12 @@ def pool_runs(runs: Sequence[FinishedRun]) -> Pool:
     chosen = max(folds.values(), key=lambda some: (len(some), list(folds.values()).count(some)))
     pools = []
     for seed in sorted(seed for seed in seeds if folds[seed] == chosen):
-        test = pd.concat([run.test for run in seeds[seed]], ignore_index=True)
+        test = pd.concat([run.test.rows for run in seeds[seed]], ignore_index=True)[["image_id", "label", "group"]]
         shared = int(test["image_id"].duplicated().sum())
         if shared:
             raise RunError(f"not pooled: {shared} test images are in more than one fold of seed {seed}")
         order = np.argsort(test["image_id"].to_numpy(dtype=str), kind="stable")
-        scores = np.concatenate([run.probabilities for run in seeds[seed]])
+        scores = np.concatenate([run.test.probabilities for run in seeds[seed]])
         pools.append((test.iloc[order].reset_index(drop=True), scores[order]))
     if any(not test.equals(pools[0][0]) for test, _ in pools):
         raise RunError("not pooled: the seeds have different test images")
@@ -402,9 +370,8 @@ def pool_runs(runs: Sequence[FinishedRun]) -> Pool:
 def reference_of(system: System, systems: list[System], suite: Suite) -> System | None:
     """Return what a system is compared with; None: it is the reference, or there is none.
 
-    The reference has the same data set and protocol, and the same method (of a reference variant) and backbone if there
-    is one; a reference that exists with one backbone only is taken for systems with others. A reference encoder is that
-    of the same method and variant.
+    The reference has the same data set and protocol, and the same method and backbone if there is one; if it exists
+    with one backbone only, it is taken for others too. A reference encoder is that of the same method and variant.
     """
     key, reference = system.key, suite.reference_of(system.key.dataset)
     if not reference:
@@ -430,9 +397,7 @@ def reference_of(system: System, systems: list[System], suite: Suite) -> System 
     return rivals[0]
 
 
-def _bootstraps(
-    systems: list[System], samples: int, progress: Callable[[int, int], None] | None
-) -> dict[Key, PooledBootstrap]:
+def _bootstraps(systems: list[System], samples: int, label: str) -> dict[Key, PooledBootstrap]:
     """Measure all systems; those on the same test images share one bootstrap."""
     test_sets: dict[str, list[System]] = {}
     for system in systems:
@@ -444,7 +409,7 @@ def _bootstraps(
         assert pool is not None
         labels = np.array([first.classes.index(label) for label in pool.test["label"]])
         seeds = {system.key.name: system.pool.seeds for system in members if system.pool}
-        bootstrap = Bootstrap(pool.test["group"].to_numpy(), samples, progress=progress)
+        bootstrap = Bootstrap(pool.test["group"].to_numpy(), samples, label=label)
         drawn = pooled_bootstrap(labels, seeds, bootstrap, first.classes, first.malignant)
         result |= {system.key: drawn for system in members}
     return result

@@ -31,9 +31,7 @@ SMOKE_IMAGES, SMOKE_SIZE = 120, 64
 
 @dataclass
 class Outcome:
-    """What a call has done: runs of the suite, those that an earlier call had finished, those that this one finished,
-    and why others failed.
-    """
+    """What a call has done: all runs, those finished before, those that this call finished, and why others failed."""
 
     total: int
     skipped: int
@@ -51,16 +49,9 @@ def run_suite(
     keep_models: bool = True,
     elsewhere: Mapping[str, Path] | None = None,
 ) -> Outcome:
-    """Train what a suite folder lacks.
+    """Train what a suite folder lacks, `workers` runs at a time here, or as Ray has room at `ray_address`.
 
-    `workers` runs at the same time on this machine, or as Ray has room at `ray_address` (a cluster's, or `local`), each
-    with `cores` (None: the machine's, shared by the workers; on Ray: 1). Without `keep_models` the parameters of
-    finished runs are removed: the tables need only their predictions. `elsewhere`: finished runs of other suites, by
-    `same_training`, that are taken over.
-
-    Raises:
-        DualRefNetError: the folder is in use or holds something else; Ray is not available; nothing can be read.
-        KeyboardInterrupt: the workers have been stopped; the same call resumes.
+    `elsewhere`: finished runs of other suites, by `same_training`, that are taken over.
     """
     if ray_address is not None:
         require_ray()
@@ -182,8 +173,7 @@ def _draw_sample(roots: Collection[str | None]) -> None:
     if (root / "metadata.csv").is_file():
         return
     note("writing the sample data set: synthetic images, not clinical ones")
-    with progress_bar("images") as show:
-        make_synthetic(root, images=SMOKE_IMAGES, side=SMOKE_SIZE, progress=show)
+    make_synthetic(root, images=SMOKE_IMAGES, side=SMOKE_SIZE)
 
 
 def _count_splits(out: Path, suite: Suite) -> None:

@@ -27,7 +27,6 @@ from dualrefnet.display.format import (
 from dualrefnet.evaluation.bootstrap import images_of
 from dualrefnet.files import write_csv, write_text
 from dualrefnet.models.registry import METHODS
-from dualrefnet.progress import progress_bar
 from dualrefnet.suite.grid import Key, Suite
 from dualrefnet.suite.results import (
     LABEL_LEAKING,
@@ -51,20 +50,9 @@ NAMED = 12
 _CLASS_TABLES = {"pad_ufes_20": "2a", "isic_2019": "2b"}
 
 
-def read_suite(suite_dir: Path) -> SuiteResults:
-    """Measure a suite's systems, with a bar of the bootstrap."""
-    with progress_bar("bootstrap") as show:
-        return aggregate(suite_dir, progress=show)
-
-
 def write_tables(suite_dir: Path, found: SuiteResults | None = None) -> list[Path]:
-    """Write `SUITE_DIR/tables/`: systems, comparisons, per_class, class_comparisons, splits and missing as CSV (each if
-    it has rows), table.md, table.tex; return these files. Not all cells need be finished; `found`: measured before.
-
-    Raises:
-        RunError: it isn't the folder of a suite, or the suite names a measure that doesn't exist.
-    """
-    found = found or read_suite(suite_dir)
+    """Write `SUITE_DIR/tables/`: a CSV for each table with rows, table.md and table.tex; return the files."""
+    found = found or aggregate(suite_dir)
     folder, written = suite_dir / "tables", []
     for name in ("systems", "comparisons", "per_class", "class_comparisons", "splits", "missing"):
         path, rows = folder / f"{name}.csv", getattr(found, name)
@@ -108,7 +96,6 @@ def printed_tables(found: SuiteResults) -> list[tuple[Kind, PrintedTable]]:
 
 
 def _group_tables(found: SuiteResults, rows: pd.DataFrame) -> Iterator[tuple[Kind, PrintedTable]]:
-    """Yield the tables of one data set and protocol."""
     suite, measures = found.suite, found.suite.measures
     columns = [MEASURE_NAMES.get(measure, measure) for measure in measures]
     cells, compared = _by_key(rows), _by_key(found.comparisons)
@@ -194,7 +181,6 @@ def _by_key(table: pd.DataFrame) -> dict[tuple[Key, str], dict[str, Any]]:
 
 
 def _row_name(key: Key, row: dict[str, Any], suite: Suite, keys: list[Key]) -> list[Cell]:
-    """Return the cells of the first two columns."""
     method = METHODS.get(key.method)
     title = method.title if method else key.method
     parts = [title, key.variant]

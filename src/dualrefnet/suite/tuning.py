@@ -57,13 +57,7 @@ def tune_recipe(
 ) -> pd.DataFrame:
     """Search until the folder holds so many trials; write `trials.csv` and `best.yaml`, and return the former.
 
-    `folds`: train a trial on so many folds (None: all of `data.folds`; 1: on the recipe's own split). `jobs` trials are
-    trained at the same time, on this machine or a Ray cluster. Running it again goes on, to the same trials if they
-    were trained one at a time.
-
-    Raises:
-        DualRefNetError: there is nothing to tune or not in this way, the folder is of something else, no trial ended.
-        KeyboardInterrupt: the trainings have been stopped; the same call goes on.
+    `folds` a trial: None: all of `data.folds`; 1: the recipe's own split. Running it again goes on.
     """
     optuna = require_optuna()
     kinds = {key: _kind(recipe, key, wanted) for key, wanted in recipe.tune.items()}
@@ -224,7 +218,6 @@ def _suggest(trial: Any, key: str, kind: str, wanted: TuneRange) -> Any:
 
 
 def printed_trials(table: pd.DataFrame, at_most: int = 10) -> PrintedTable:
-    """Return the best trials for the terminal."""
     shown = table.drop(columns="mean").head(at_most)
     rows = [
         tuple(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row)

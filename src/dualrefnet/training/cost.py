@@ -28,9 +28,7 @@ BYTES = 4
 
 
 def measure_costs(backbones: Sequence[str], methods: Sequence[str] = tuple(METHODS)) -> pd.DataFrame:
-    """Measure the methods with each of the encoders, the ensemble with its published ones; one row each: method,
-    backbone, `parameters`, `multiply_adds`, `training_bytes` and `milliseconds` (one image on this machine's CPU).
-    """
+    """Measure the methods with each of the encoders: size, multiply-adds, memory of training, time on this CPU."""
     for backbone in backbones:
         check_image_size(backbone, load_recipe(RECIPE).image.size)
     rows = []
@@ -49,7 +47,7 @@ def measure_costs(backbones: Sequence[str], methods: Sequence[str] = tuple(METHO
             recipe = load_recipe(RECIPE, keys)
             model, architecture, _ = new_model(recipe, COLUMNS, CLASSES)
             milliseconds = prediction_time(model, architecture)
-            cost = prediction_cost(model, architecture)
+            cost = network_cost(model, architecture)
             training = training_memory(model, architecture, recipe)
             rows.append(
                 {"method": method, "backbone": name}
@@ -59,21 +57,25 @@ def measure_costs(backbones: Sequence[str], methods: Sequence[str] = tuple(METHO
     return pd.DataFrame(rows)
 
 
-def prediction_cost(model: Method, architecture: Architecture) -> dict[str, int]:
-    """Return the `parameters` that a prediction needs, so not the decoder's, and the `multiply_adds` of one image."""
-    training = model.training
-    model.eval()
+def network_cost(model: Method, architecture: Architecture, training: bool = False) -> dict[str, int]:
+    """Return the `parameters` and `multiply_adds` of one image's forward pass: of a prediction, which needs no decoder,
+    or of training. Fake tensors, which have shapes alone, will do.
+    """
+    # Batch normalisation can't train on one image.
+    before, images = model.training, 2 if training else 1
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(*_inputs(model, architecture, 1))
-    model.train(training)
-    names = dict(model.named_parameters())
-    parameters = sum(value.numel() for name, value in names.items() if not name.startswith("decoder."))
-    return {"parameters": parameters, "multiply_adds": counter.get_total_flops() // 2}
+        model.train(training)(*_inputs(model, architecture, images))
+    model.train(before)
+    counted = (value for name, value in model.named_parameters() if training or not name.startswith("decoder."))
+    # An operation of the counter is a multiplication or an addition.
+    return {
+        "parameters": sum(value.numel() for value in counted),
+        "multiply_adds": counter.get_total_flops() // (2 * images),
+    }
 
 
 def training_memory(model: Method, architecture: Architecture, recipe: Recipe) -> int:
-    """Return the bytes that a training step of the recipe's batch holds at once, in float32: parameters, gradients, the
-    optimizer's state, and what autograd keeps for the backward pass. Kernels need some workspace besides.
+    """Return the bytes of a training step: parameters, gradients, optimizer and what autograd keeps.
 
     What autograd keeps grows evenly with the images: it is measured on few, and reckoned up.
     """
@@ -109,7 +111,6 @@ def _kept_for_backward(model: Method, architecture: Architecture, recipe: Recipe
 
 
 def prediction_time(model: Method, architecture: Architecture) -> float:
-    """Return the milliseconds of one prediction, the median of some."""
     model.eval()
     inputs, seconds = _inputs(model, architecture, 1), []
     with torch.inference_mode():
@@ -121,6 +122,6 @@ def prediction_time(model: Method, architecture: Architecture) -> float:
 
 
 def _inputs(model: Method, architecture: Architecture, count: int) -> tuple[Tensor | None, Tensor]:
-    side = architecture.image_size
-    image = torch.zeros(count, 3, side, side) if model.reads_image else None
-    return image, torch.zeros(count, architecture.metadata_width)
+    side, device = architecture.image_size, next(model.parameters()).device
+    image = torch.zeros(count, 3, side, side, device=device) if model.reads_image else None
+    return image, torch.zeros(count, architecture.metadata_width, device=device)

@@ -69,6 +69,7 @@ def create_optimizer(model: Method, section: TrainingSection) -> optim.Optimizer
     matrices = [parameter for parameter in learning if parameter.ndim > 1]
     vectors = [parameter for parameter in learning if parameter.ndim <= 1]
     parts = [{"params": matrices, "weight_decay": section.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    # Not fused: the fused kernel takes no heed of the layout of a state that comes from a checkpoint.
     return optim.AdamW([*parts, *layers], section.learning_rate)
 
 
@@ -201,7 +202,7 @@ class Trainer:
         self.device = self.accelerator.device
         self.frozen = section.encoder == "frozen"
         # Small layers on stored features gain nothing from half precision.
-        self.precision = "fp32" if self.frozen else resolve_precision(section.precision, self.device)
+        self.precision = "fp32" if self.frozen else resolve_precision(section.precision, self.device, model)
         self._best: dict[str, Tensor] = {}
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -213,7 +214,9 @@ class Trainer:
         self.model.to(self.device).to(memory_format=torch.channels_last)
         shares = modality_shares(model, recipe.modality_dropout)
         self.views = ModalityViews(model, list(shares))
-        self.loss = DualRefNetLoss(recipe.loss, counts, shares, self.accelerator.num_processes).to(self.device)
+        # Parts of a batch are averaged, as processes are.
+        together = self.accelerator.num_processes * section.accumulate
+        self.loss = DualRefNetLoss(recipe.loss, counts, shares, together).to(self.device)
         self.optimizer = create_optimizer(model, section)
         # Its own decay rises from 0, or the first, random parameters would stay in the average for long.
         self.average = ModelEmaV3(model, decay=section.ema, use_warmup=True) if section.ema is not None else None
@@ -229,9 +232,10 @@ class Trainer:
         """
         section, accelerator = self.recipe.training, self.accelerator
         world, rank = accelerator.num_processes, accelerator.process_index
-        if min(section.batch_size, len(train)) < 2 * world:
+        if min(section.batch_size, len(train)) < 2 * world * section.accumulate:
             raise RunError(
-                f"a batch of {min(section.batch_size, len(train))} images is too small for {world} processes"
+                f"a batch of {min(section.batch_size, len(train))} images is too small for {world} processes and "
+                f"training.accumulate={section.accumulate}"
             )
         steps = train.steps(section.batch_size)
         schedule = create_schedule(self.optimizer, section, steps * section.epochs)
@@ -274,8 +278,10 @@ class Trainer:
                         _refuse_divergence(losses["total"])
                     show(step + 1, steps)
             row = {"epoch": epoch + 1, "learning_rate": self.optimizer.param_groups[0]["lr"]}
-            for name, values in losses.items():
-                row[f"train_{name}"] = sum(value / steps for value in torch.stack(values).tolist())
+            # Each process has seen its share of every batch.
+            each = accelerator.reduce(torch.stack([torch.stack(values) for values in losses.values()]), "mean")
+            for name, values in zip(losses, each.tolist(), strict=True):
+                row[f"train_{name}"] = sum(value / steps for value in values)
             row |= self._validate(val)
             row |= self._rebuild(rebuilt) if rebuilt is not None else {}
             row |= {f"l1_{name}": value for name, value in head_norms(self.kept).items()}
@@ -294,6 +300,22 @@ class Trainer:
         self, wrapped: Any, batch: Batch, draws: AugmentationDraw | None, hidden: NDArray[np.bool_] | None = None
     ) -> dict[str, Tensor]:
         """Take one optimisation step; return the loss terms, which stay on the device."""
+        count = self.recipe.training.accumulate
+        sums: dict[str, Tensor] = {}
+        for part in batch.parts(count) if count > 1 else (batch,):
+            terms = self._losses(wrapped, part, draws, hidden)
+            self.accelerator.backward(terms["total"] / count)
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value.detach() / count
+        if self.recipe.training.gradient_clip is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.training.gradient_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return sums
+
+    def _losses(
+        self, wrapped: Any, batch: Batch, draws: AugmentationDraw | None, hidden: NDArray[np.bool_] | None
+    ) -> dict[str, Tensor]:
         labels, metadata = batch.labels.to(self.device), batch.metadata.to(self.device)
         image, target = self._inputs(batch, draws)
         if hidden is not None:
@@ -302,12 +324,7 @@ class Trainer:
             output, single = wrapped(image, metadata)
         soft = None if batch.soft_labels is None else batch.soft_labels.to(self.device)
         terms: dict[str, Tensor] = self.loss(output, labels, target, self.model.penalised, single, soft)
-        self.accelerator.backward(terms["total"])
-        if self.recipe.training.gradient_clip is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.training.gradient_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return {name: value.detach() for name, value in terms.items()}
+        return terms
 
     def _inputs(self, batch: Batch, draws: AugmentationDraw | None) -> tuple[Tensor | Encoded | None, Tensor | None]:
         """Return the augmented, normalised images (or stored features) and the x2 target of the same crop, unshaded."""

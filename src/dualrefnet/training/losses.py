@@ -14,10 +14,7 @@ from dualrefnet.recipe import LossSection
 
 
 def class_weights(counts: Tensor, kind: Literal["inverse", "none", "logit_adjustment"]) -> Tensor:
-    """Return the weights w_c of the cross-entropy, (C,), from the training images of each class (C,).
-
-    `inverse`: N / n_c; otherwise ones. A class without images gets 0.
-    """
+    """Return the weights w_c of the cross-entropy, (C,): `inverse`: N / n_c, 0 without images; otherwise ones."""
     if kind != "inverse":
         return torch.ones(len(counts))
     return torch.where(counts > 0, counts.sum() / counts.clamp(min=1), torch.zeros(())).float()
@@ -69,9 +66,7 @@ class ClassFrequencyPenalty(nn.Module):
         self.strength, self.assignment, self.reduction = strength, assignment, reduction
 
     def hidden_coefficients(self, classifier: Tensor, hidden: int, labels: Tensor) -> Tensor:
-        """Return f_i of the hidden units, (hidden,), for the weights W_cls (C, hidden) and the labels (B,) of the
-        batch.
-        """
+        """Return f_i of the hidden units for the weights W_cls (C, hidden) and the batch's labels."""
         classes = len(self.f)
         unit = torch.arange(hidden, device=self.f.device)
         if self.assignment == "constant":
@@ -86,9 +81,7 @@ class ClassFrequencyPenalty(nn.Module):
         return (self.f @ use) / use.sum(dim=0).clamp(min=torch.finfo(use.dtype).tiny)
 
     def forward(self, hidden: Tensor, classifier: Tensor, labels: Tensor) -> Tensor:
-        """Return R, a scalar, of W_before (256, D) and W_cls (C, 256); `labels` (B,) are used by the reading `batch`
-        alone.
-        """
+        """Return R, a scalar, of W_before (256, D) and W_cls (C, 256), for the batch's labels."""
         per_unit = self.hidden_coefficients(classifier, len(hidden), labels) * hidden.abs().sum(dim=1)
         per_class = self.f * classifier.abs().sum(dim=1)
         if self.reduction == "mean":
@@ -177,10 +170,7 @@ class DualRefNetLoss(nn.Module):
         return {name: self.cross_entropy(logits, labels, soft_labels) for name, logits in named.items()}
 
     def cross_entropy(self, logits: Tensor, labels: Tensor, soft_labels: Tensor | None = None) -> Tensor:
-        """Return the cross-entropy of (B, C) logits and (B,) labels, divided by the weights of the labels.
-
-        A share of it is that with the soft labels (B, C) of a teacher (Hinton et al. 2015).
-        """
+        """Return the cross-entropy of (B, C) logits, with a share of soft labels (Hinton et al. 2015)."""
         logits, weights = logits.float() + self.log_frequency, self.class_weights
         hard = functional.cross_entropy(logits, labels, weights, label_smoothing=self.section.label_smoothing)
         if soft_labels is None:

@@ -46,9 +46,7 @@ def draw_missing(
 
 
 def modality_shares(method: Method, section: ModalityDropoutSection) -> dict[str, float]:
-    """Return the share of the classification loss that each single modality has; none for a method that reads one
-    modality.
-    """
+    """Return the share of the classification loss that each single modality has; none if one is read."""
     if method.missing is None or not method.reads_metadata or not method.reads_image:
         return {}
     shares = {IMAGE_ONLY: section.metadata, METADATA_ONLY: section.image}
@@ -56,10 +54,7 @@ def modality_shares(method: Method, section: ModalityDropoutSection) -> dict[str
 
 
 class ModalityViews(nn.Module):
-    """A method that classifies every case of a batch with both modalities, and with each of some modalities alone.
-
-    A module of its own, since data-parallel training wants one forward pass a step.
-    """
+    """A method that classifies with both modalities and each alone: one module, one pass for data parallelism."""
 
     def __init__(self, method: Method, modalities: Sequence[str]) -> None:
         super().__init__()

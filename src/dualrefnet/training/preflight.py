@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dualrefnet.data.adapters import load_dataset
-from dualrefnet.data.check import check_table
+from dualrefnet.data.check import check_table, crossing_ids, identical_images
+from dualrefnet.data.csv_table import same_files
 from dualrefnet.data.metadata import missingness_warning
-from dualrefnet.data.protocols import check_protocol
+from dualrefnet.data.protocols import check_protocol, split_dataset
 from dualrefnet.data.schema import Dataset
 from dualrefnet.errors import DataError, WeightsError
 from dualrefnet.models.registry import METHODS, check_method
@@ -17,37 +18,51 @@ from dualrefnet.progress import warn
 from dualrefnet.recipe import Recipe
 from dualrefnet.run import Run, refuse_taken
 
-# Findings in a line.
+# Findings of `check` in a line.
 SHOWN = 3
 
 
-def check_start(recipe: Recipe, out: Path, resume: bool = False, overwrite: bool = False) -> None:
-    """Refuse a training that can't begin or go on (DualRefNetError says why), and warn of what may spoil it."""
+def check_start(recipe: Recipe, out: Path, resume: bool = False, overwrite: bool = False) -> Dataset | None:
+    """Refuse a training that can't begin or go on, warn of what may spoil it; return the data set, if it was read."""
     check_method(recipe)
     # Of several processes the first one has made the folder, perhaps, and one warning is enough.
     first = os.environ.get("RANK", "0") == "0"
     if first:
         refuse_taken(out, resume, overwrite)
-    if not (resume and Run(out).finished):
-        dataset = check_recipe(recipe)
-        for message in _findings(recipe, dataset) if first else ():
-            warn(message)
+    if resume and Run(out).finished:
+        return None
+    dataset = check_recipe(recipe)
+    for message in _findings(recipe, dataset) if first else ():
+        warn(message)
+    return dataset
 
 
 def _findings(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
-    """Yield what `check` and `audit` find without reading an image, in three lines at most, the worst first."""
+    """Yield what `audit` and `check` find without decoding an image, in three lines at most, the worst first."""
+    data = recipe.data
+    task = dataset.of_task(data.keep, data.classes)
     if METHODS[recipe.model.method].reads_metadata:
-        shortcut = missingness_warning(recipe.metadata, dataset.table, dataset.schema)
+        shortcut = missingness_warning(recipe.metadata, task.table, task.schema)
         if shortcut is not None:
             yield shortcut
+    if data.protocol == "paper":
+        leaks = crossing_ids(task, split_dataset(task, "paper"))
+        yield f"`dualrefnet audit` finds {'; '.join(leak.message for leak in leaks)}"
+    there = dataset.with_image
+    hashes = there["same_file"] if "same_file" in there else same_files(there["image_path"])
+    copies = identical_images(zip(there["image_id"], there["label"], hashes.fillna(""), strict=True))
     # Notes of the adapter are told when the data are read for the training.
     told = {check for check, _ in dataset.notes}
-    findings = [finding for finding in check_table(dataset) if finding.check not in told]
-    for level in ("FAIL", "WARN"):
-        found = [f"{finding.check}: {finding.message}" for finding in findings if finding.level == level]
-        if found:
-            more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-            yield f"`dualrefnet check` finds {'; '.join(found[:SHOWN])}{more}"
+    findings = [finding for finding in (*check_table(dataset), *copies) if finding.check not in told]
+    found = [
+        f"{finding.check}: {finding.message}"
+        for level in ("FAIL", "WARN")
+        for finding in findings
+        if finding.level == level
+    ]
+    if found:
+        more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        yield f"`dualrefnet check` finds {'; '.join(found[:SHOWN])}{more}"
 
 
 def check_recipe(recipe: Recipe) -> Dataset:
@@ -58,7 +73,7 @@ def check_recipe(recipe: Recipe) -> Dataset:
     whole = load_dataset(data.dataset, data.root, data.description)
     dataset = whole.of_task(data.keep, data.classes)
     if (method.reads_image or data.rows == "with_image") and len(dataset.with_image) == 0:
-        raise DataError(f"{dataset.no_image}; `dualrefnet check {data.dataset}` says more")
+        raise DataError(f"{dataset.no_image}; `dualrefnet check {data.dataset} --root {dataset.root}` says more")
     if len(dataset.schema.classes) < 2:
         raise DataError(f"{dataset.schema.title} has one class, {dataset.schema.classes[0]}, and nothing to learn")
     check_protocol(dataset, data.protocol, data.fold, data.folds, data.split_file, data.allow_leak)

@@ -44,10 +44,7 @@ def require_tracker(name: str) -> None:
 
 
 class Tracker:
-    """The tracker of a run, as a context; without one in the recipe it does nothing.
-
-    What a tracker refuses later than at the start is a warning: it mustn't end a training.
-    """
+    """The tracker of a run, as a context, or nothing; what it refuses later than at the start is a warning."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.recipe = run, run.recipe
@@ -88,7 +85,6 @@ class Tracker:
                 self._lost("its end", failure)
 
     def log(self, values: Mapping[str, float], epoch: int) -> None:
-        """Log an epoch: losses, learning rate and validation measures."""
         self._step = epoch
         if self._accelerator is not None:
             try:
@@ -127,13 +123,9 @@ class Tracker:
     def _figures(self) -> Iterator[tuple[str, Any]]:
         """Yield the ROC and precision-recall curves of the test split."""
         classes, malignant = (tuple(self.run.model[name]) for name in ("classes", "malignant"))
-        predictions = self.run.predictions
-        test = predictions[predictions["split"] == "test"]
-        groups = self.run.split.set_index("image_id")["patient_id"].loc[test["image_id"]].to_numpy(dtype=object)
-        bootstrap = Bootstrap(groups, self.recipe.evaluation.bootstrap, self.recipe.seed)
-        labels = pd.Index(classes).get_indexer(pd.Index(test["label"])).astype(np.int64)
-        probabilities = test[[f"prob_{name}" for name in classes]].to_numpy(dtype=float)
-        curves = class_curves(labels, probabilities, bootstrap, classes, malignant)
+        test = self.run.test
+        bootstrap = Bootstrap(test.groups, self.recipe.evaluation.bootstrap, self.recipe.seed)
+        curves = class_curves(test.labels, test.probabilities, bootstrap, classes, malignant)
         for kind in KINDS:
             yield kind, draw_curves(curves, kind, f"{self.run.unit}s").figure
 

@@ -32,7 +32,7 @@ from dualrefnet.models.transfer import SourceRun
 from dualrefnet.progress import note, progress_bar, warn
 from dualrefnet.recipe import CROSS_FITTED, Recipe, load_recipe
 from dualrefnet.run import MEMBERS, Run, fingerprint, refuse_taken, run_lock, start_run, write_split
-from dualrefnet.training.cost import prediction_cost
+from dualrefnet.training.cost import network_cost
 from dualrefnet.training.loop import Trainer
 from dualrefnet.training.tracking import Tracker, require_tracker
 from dualrefnet.training.workers import Job, available_cores, work
@@ -79,14 +79,12 @@ def train_recipe(
     *,
     overwrite: bool = False,
     tested: bool = True,
+    dataset: Dataset | None = None,
 ) -> Run:
     """Train and evaluate a checked recipe into the folder `out`; return the finished run.
 
-    `resume` goes on with an unfinished run in `out`, and returns a finished one as it is; `overwrite` replaces either.
-    `cache` is the folder of the image stores (None: the user's cache folder); `workers` threads prepare images (None:
-    one a core). Of a cross-fitted run `jobs` members are trained at the same time, or those for which a Ray cluster has
-    room. Without `tested` nothing is predicted for the test split, which may have no image, and the run stays
-    unfinished, with its checkpoint.
+    Of a cross-fitted run `jobs` members are trained at the same time. Without `tested` nothing is predicted for the
+    test split, and the run stays unfinished, with its checkpoint. `dataset`: what `check_start` has read.
     """
     check_method(recipe)
     require_tracker(recipe.training.tracker)
@@ -106,7 +104,7 @@ def train_recipe(
             run = start_run(out, recipe, resume, overwrite) if state.is_main_process else Run(out)
             if run.finished and resume and _mend(run, cache, state.device):
                 return run
-            prepared = _prepare(run, cache, workers, state.is_main_process, tested)
+            prepared = _prepare(run, cache, workers, state.is_main_process, tested, dataset)
         if recipe.data.protocol == CROSS_FITTED:
             _train_members(run, prepared, cache, workers, jobs, ray_address)
         # The members of a cross-fitted run have trackers of their own.
@@ -163,11 +161,13 @@ def _mend(run: Run, cache: Path | None, device: torch.device) -> bool:
     return False
 
 
-def _prepare(run: Run, cache: Path | None, workers: int | None, shown: bool, tested: bool) -> Prepared:
+def _prepare(
+    run: Run, cache: Path | None, workers: int | None, shown: bool, tested: bool, loaded: Dataset | None
+) -> Prepared:
     """Read the data, divide them and fit the encoder of the metadata; warn, if `shown`, of what is odd about them."""
     recipe = run.recipe
     method = METHODS[recipe.model.method]
-    dataset = read_dataset(recipe)
+    dataset = read_dataset(recipe, loaded)
     store = None
     if method.reads_image or recipe.data.rows == "with_image":
         store = fill_recipe_store(recipe, dataset, cache, workers)
@@ -199,7 +199,7 @@ def _train_members(
     if state.is_main_process:
         model, architecture, sources = _new_model(recipe, prepared)
         about = model_description(recipe, architecture, prepared.encoder, prepared.dataset.schema, sources)
-        cost = {name: len(run.members) * value for name, value in prediction_cost(model, architecture).items()}
+        cost = {name: len(run.members) * value for name, value in network_cost(model, architecture).items()}
         write_json(run.path / "model.json", about | {"members": len(run.members), "cost": cost})
         del model
     if jobs == 1 and ray_address is None:
@@ -269,7 +269,7 @@ def _train(run: Run, prepared: Prepared, state: PartialState, tracker: Tracker) 
     recipe, (dataset, store, split, encoder) = run.recipe, prepared
     model, architecture, sources = _new_model(recipe, prepared)
     # Before any part of it is moved to a GPU.
-    cost = prediction_cost(model, architecture)
+    cost = network_cost(model, architecture)
     frozen = recipe.training.encoder == "frozen" and METHODS[recipe.model.method].reads_image
     with state.main_process_first():
         features = fill_features(recipe, model, store, state.device) if frozen and store is not None else ()
@@ -307,9 +307,7 @@ def _train(run: Run, prepared: Prepared, state: PartialState, tracker: Tracker) 
 
 
 def taught(teacher: str, image_ids: Sequence[str], classes: Sequence[str]) -> NDArray[np.float32]:
-    """Return what a cross-fitted run says of images that its members haven't seen, (N, C); RunError: it says nothing of
-    some of them, or knows other classes.
-    """
+    """Return what a cross-fitted run says of images that its members haven't seen, (N, C)."""
     run = Run(Path(teacher))
     if not run.members:
         raise RunError(f"loss.teacher: {teacher} isn't a cross-fitted run (`dualrefnet train RECIPE --folds 5`)")

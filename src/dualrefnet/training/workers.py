@@ -52,10 +52,7 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """One run to be trained, ready to be sent to another process or machine: its name and recipe, its folder, and the
-    folder (absolute) that holds `logs` and locks. `fold`: a member of the cross-fitted run in `folder`. `tested`: False
-    for a run whose test split stays unseen.
-    """
+    """One run to be trained, ready to be sent elsewhere; `fold`: a member of the cross-fitted run in `folder`."""
 
     run: str
     recipe: Recipe
@@ -72,10 +69,7 @@ class Job:
 
 
 def work(jobs: Iterable[Job], workers: int, ray_address: str | None) -> Generator[Event]:
-    """Do jobs, `workers` at a time on this machine, or on a Ray cluster; closing the iterator ends them.
-
-    `jobs` may be a deque, from which they are taken, and to which more are added when an event has been seen.
-    """
+    """Do jobs (a deque may be added to), `workers` at a time here, or on Ray; closing the iterator ends them."""
     jobs = jobs if isinstance(jobs, deque) else deque(jobs)
     return work_on_ray(jobs, ray_address) if ray_address else work_locally(jobs, workers)
 
@@ -222,11 +216,7 @@ def work_locally(waiting: deque[Job], workers: int) -> Generator[Event]:
 def work_on_ray(jobs: deque[Job], address: str) -> Generator[Event]:
     """Do jobs as Ray tasks, as many at a time as the cluster has room for; closing the iterator cancels them.
 
-    A job takes `threads` CPUs, and a GPU if the cluster has any and the recipe may use it. `address` is that of a
-    cluster (`auto`, `ray://...`, `host:port`), or `local` to start Ray on this machine.
-
-    Raises:
-        RunError: no cluster answers, or it has too few CPUs for one run.
+    A job takes `threads` CPUs, and a GPU if the cluster has any and the recipe may use it.
     """
     # Where data, weights and prepared images are, which the machines of a cluster cannot know.
     variables = {name: value for name, value in os.environ.items() if name.startswith("DUALREFNET_")}
