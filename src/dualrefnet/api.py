@@ -136,7 +136,7 @@ def fit(
     apart = f"no {group} in two splits" if group else "images divided one by one, since no group was given"
     note(
         f"{len(description.classes)} classes; {apart}; {chosen.model.backbone} at {chosen.image.size} px, "
-        f"{chosen.training.epochs} epochs"
+        f"{chosen.training.epochs} epoch{'s' * (chosen.training.epochs != 1)}"
     )
     return _train(chosen, out, resume, overwrite)
 

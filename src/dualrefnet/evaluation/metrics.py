@@ -274,7 +274,8 @@ def compute_metrics(
     """Measure predictions: labels (N,) are indices into `classes`, rows of probabilities (N, C) sum to 1.
 
     Returns `HEADLINE_MEASURES`, `per_class`, `malignant` (by the sum of the malignant classes' probabilities),
-    `confusion_matrix` (rows are the target) and `remarks` on what is undefined, ready for strict JSON.
+    `confusion_matrix` (rows are the target) and `remarks` on what is undefined, ready for strict JSON. ValueError: see
+    `check_predictions` and `check_classes`.
     """
     model, unit = WeightedMetrics(labels, probabilities, None, classes, malignant), np.ones((1, 1))
     values = model.measure(unit) | model.errors.measure(unit)
