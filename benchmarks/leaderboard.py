@@ -1,7 +1,8 @@
 """The leaderboard of cross-fitted systems, recomputed from their out-of-fold probabilities without any training.
 
 `python benchmarks/leaderboard.py` reads docs/results/cross_fitted/, and writes docs/results/leaderboard.csv and the
-paired differences beside it. `--add NAME=RUN` takes a finished cross-fitted run in first.
+paired differences beside it. `--add NAME=RUN` takes a finished cross-fitted run in first; `--average NAME=A+B` adds the
+mean of the probabilities of several systems, none of which has seen the patient.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ COMPARED = ("balanced_accuracy", "auc_macro_ovr", "malignant.auc")
 # At which the sensitivity for melanoma is read: 90% specificity.
 FALSE_POSITIVE_RATE = 0.1
 # Keys that say what a run is called, where it ran, or that have columns of their own.
-ELSEWHERE = ("name", "description", "data.", "training.device", "training.precision")
+ELSEWHERE = ("name", "data.", "training.device", "training.precision", "model.init_")
 
 
 def take(name: str, folder: Path, to: Path) -> dict[str, Any]:
@@ -106,6 +107,7 @@ def compare(pooled: PooledBootstrap, systems: list[str], reference: str) -> pd.D
 
 def main(
     add: list[str] = typer.Option([], help="NAME=RUN, a cross-fitted run to take in (again)"),
+    average: list[str] = typer.Option([], help="NAME=A+B, systems whose probabilities are averaged"),
     reference: str = typer.Option("dualrefnet", help="the system that the others are compared with"),
     resamples: int = 2000,
     results: Path = RESULTS,
@@ -114,12 +116,13 @@ def main(
     folder = results / "cross_fitted"
     index = folder / "systems.csv"
     systems: list[dict[Any, Any]] = pd.read_csv(index).to_dict("records") if index.exists() else []
-    for one in add:
-        name, _, run = one.partition("=")
-        row = take(name, Path(run), folder)
+    for one in [*add, *average]:
+        name, _, of = one.partition("=")
+        row = take(name, Path(of), folder) if one in add else {"system": name, "mean_of": of}
         systems = [other for other in systems if other["system"] != name] + [row]
-        write_csv(index, pd.DataFrame(systems))
-    tables = {str(system["system"]): pd.read_csv(folder / f"{system['system']}.csv") for system in systems}
+    write_csv(index, pd.DataFrame(systems).convert_dtypes())
+    single = [str(system["system"]) for system in systems if pd.isna(system.get("mean_of"))]
+    tables = {name: pd.read_csv(folder / f"{name}.csv") for name in single}
     first = tables[reference]
     classes = [str(column).removeprefix("prob_") for column in first if str(column).startswith("prob_")]
     labels = pd.Index(classes).get_indexer(pd.Index(first["label"])).astype(np.int64)
@@ -129,15 +132,18 @@ def main(
             raise SystemExit(f"{name}.csv has other images or labels than {reference}.csv")
         values = table.filter(like="prob_").to_numpy()
         scores[name] = values / values.sum(axis=1, keepdims=True)
+    averaged = {str(system["system"]): str(system.get("mean_of")).split("+") for system in systems}
+    for name in averaged.keys() - scores.keys():
+        scores[name] = np.mean([scores[part] for part in averaged[name]], axis=0)
 
     bootstrap = Bootstrap(first["patient_id"], resamples, 0)
     measured = []
     for system in track(systems, "measuring"):
         name = str(system["system"])
-        folds = tables[name]["fold"].to_numpy()
+        folds = tables[name if name in tables else averaged[name][0]]["fold"].to_numpy()
         measured.append(system | measure(labels, scores[name], folds, bootstrap, classes))
     leaderboard = pd.DataFrame(measured).sort_values("balanced_accuracy", ascending=False)
-    write_csv(results / "leaderboard.csv", leaderboard.round(4))
+    write_csv(results / "leaderboard.csv", leaderboard.round(4).convert_dtypes())
     seeds = {name: [values] for name, values in scores.items()}
     pooled = pooled_bootstrap(labels, seeds, bootstrap, classes, MALIGNANT)
     against = compare(pooled, list(leaderboard["system"]), reference)

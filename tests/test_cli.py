@@ -234,7 +234,7 @@ def test_text_stands_on_the_terminal_as_it_is(capsys: pytest.CaptureFixture[str]
 def test_no_word_and_no_interval_of_a_table_is_cut(
     width: int, tiny_run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr("dualrefnet.progress.PIPED", width)
     metrics = tiny_run.metrics
     for table in (*metrics_tables(metrics), availability_table(metrics["availability"])):
         print_table(dataclasses.replace(table, notes=()))

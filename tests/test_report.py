@@ -207,6 +207,7 @@ def test_tables_and_sentences_hold_the_measures(full: Page, tiny_run: Run) -> No
     for name in HEADLINE:
         bounds = flat.get(f"{name}_ci95")
         expected = f"{flat[name]:.3f}" + (f" [{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else "")
+        expected = expected.replace("-", "−")
         assert table[MEASURE_NAMES[name]] == [expected]
     table = full.table("Each class versus the rest, with 95% intervals")
     assert table.pop("head") == ["class", "sensitivity", "specificity", "PPV", "NPV", "AUC"]

@@ -20,7 +20,7 @@ from dualrefnet.errors import DualRefNetError, RunError
 from dualrefnet.files import read_json, write_csv, write_json
 from dualrefnet.report.performance import class_section, read_measured, summary_section
 from dualrefnet.report.provenance import provenance_section, run_notes, run_title
-from dualrefnet.run import Run
+from dualrefnet.run import Run, start_run
 from dualrefnet.training.train import train_recipe
 
 LEAVES = (None, "x", -1, 1e9, [], {}, True, float("nan"))
@@ -219,3 +219,11 @@ def test_the_test_split_is_the_one_that_was_measured(tiny_run: Run) -> None:
     split = pd.read_csv(tiny_run.path / "split.csv", dtype=str).query("split == 'test'")
     found = dict(zip(test.rows["image_id"], test.groups, strict=True))
     assert found == dict(zip(split["image_id"], split["patient_id"], strict=True))
+
+
+def test_other_words_of_a_recipe_are_no_other_recipe(run: Run) -> None:
+    described = run.recipe.model_copy(update={"description": "in other words"})
+    start_run(run.path, described, resume=True)
+    assert run.recipe == described
+    with pytest.raises(RunError, match="seed: 0 there, 1 now"):
+        start_run(run.path, described.model_copy(update={"seed": 1}), resume=True)

@@ -279,9 +279,11 @@ def write_csv(path: Path | str, table: pd.DataFrame) -> None:
 
 
 def read_csv(path: Path | str, **options: Any) -> pd.DataFrame:
-    """Read what `write_csv` wrote; `options` are those of pandas."""
+    """Read what `write_csv` wrote; `options` are those of pandas, with the columns' own names."""
     import pandas as pd
 
+    if isinstance(options.get("dtype"), dict):
+        options["dtype"] = {escape_cell(name): kind for name, kind in options["dtype"].items()}
     return _map_cells(pd.read_csv(path, **options), _unescape_cell)
 
 

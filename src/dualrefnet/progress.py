@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,9 +30,12 @@ console = terminal(stderr=True)
 
 
 def output() -> Console:
-    """Return the console of results: as wide as the terminal or $COLUMNS, or as a page where there is neither."""
+    """Return the console of results: as wide as the terminal, or as a page where there is none.
+
+    $COLUMNS isn't asked where there is none: readline leaves one to the children of every process that imports it.
+    """
     found = terminal()
-    return found if found.is_terminal or "COLUMNS" in os.environ else terminal(width=PIPED)
+    return found if found.is_terminal else terminal(width=PIPED)
 
 
 class ShowProgress(Protocol):

@@ -508,10 +508,14 @@ def differences(old: BaseModel, new: BaseModel) -> list[str]:
 
 
 def changes(old: BaseModel, new: BaseModel) -> dict[str, tuple[Any, Any]]:
-    """Return the dotted keys in which two recipes or suites differ, each with its value in both."""
+    """Return the dotted keys in which two recipes or suites differ, each with its value in both; words that only
+    describe them aren't compared.
+    """
     before, after = (dotted(each.model_dump(mode="json")) for each in (old, new))
     pairs = {key: (before.get(key), after.get(key)) for key in {**before, **after}}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    return {
+        key: pair for key, pair in pairs.items() if pair[0] != pair[1] and not key.endswith(("description", "title"))
+    }
 
 
 def dotted(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -371,10 +371,9 @@ def start_run(path: Path, recipe: Recipe, resume: bool = False, overwrite: bool 
     if not refuse_taken(path, resume, overwrite):
         for name in FILES:
             shutil.rmtree(path / name) if (path / name).is_dir() else (path / name).unlink(missing_ok=True)
-    elif run.recipe != recipe:
-        changed = ", ".join(differences(run.recipe, recipe)[:3])
+    elif changed := differences(run.recipe, recipe):
         fix = "replace it with --overwrite, or name another folder with --out"
-        raise RunError(f"{path} was started with another recipe ({changed}); {fix}")
+        raise RunError(f"{path} was started with another recipe ({', '.join(changed[:3])}); {fix}")
     write_yaml(path / "recipe.yaml", recipe.model_dump(mode="json"))
     return run
 

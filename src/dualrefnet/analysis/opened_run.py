@@ -160,12 +160,12 @@ class OpenedRun:
             self._vectors.clear()
         members = np.zeros(len(examples), dtype=np.int64) if examples.folds is None else examples.folds
         keys = [(examples.image_ids[row], int(members[row])) for row in rows]
-        new = [place for place, key in enumerate(keys) if key not in self._vectors]
-        if new:
-            read = self.encode(examples.batch(rows[new]))
-            assert read is not None
-            for place, *vectors in zip(new, *(output.vector for output in read.outputs), strict=True):
-                self._vectors[keys[place]] = vectors
+        for key, row in zip(keys, rows, strict=True):
+            if key not in self._vectors:
+                # One at a time: in a batch the last digits depend on the images beside it, so on who asked first.
+                read = self.encode(examples.batch(np.array([row])))
+                assert read is not None
+                self._vectors[key] = [output.vector[0] for output in read.outputs]
         columns = zip(*(self._vectors[key] for key in keys), strict=True)
         folds = None if examples.folds is None else torch.from_numpy(members[rows]).to(self.device)
         return Encoded(tuple(EncoderOutput(None, torch.stack(column)) for column in columns), folds)

@@ -123,8 +123,7 @@ def _open_folder(out: Path, suite: Suite, cells: list[Cell]) -> None:
             )
     elif any(not child.name.startswith(".") for child in out.iterdir()):
         raise RunError(f"{out} isn't empty and isn't a suite folder; name another one with --out")
-    else:
-        write_yaml(file, suite.model_dump(mode="json"))
+    write_yaml(file, suite.model_dump(mode="json"))
     rows = [(cell.name, cell.run, *cell.key, cell.fold, cell.seed) for cell in cells]
     write_csv(out / "cells.csv", pd.DataFrame(rows, columns=["cell", "run", *Key._fields, "fold", "seed"]))
 
