@@ -289,28 +289,19 @@ def read_csv(path: Path | str, **options: Any) -> pd.DataFrame:
 
 def write_tensors(path: Path | str, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
     """Write torch tensors as a safetensors file, atomically; equal tensors and metadata give equal bytes."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    # safetensors refuses tensors that share memory or are not contiguous (channels_last weights are not).
+    # safetensors refuses tensors that share memory or are not contiguous (channels_last weights are not). If it wrote
+    # the file itself, a process that is killed would leave one of a random name, which nobody sweeps.
     copies = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
-    with atomic_path(path) as temporary:
-        try:
-            save_file(copies, str(temporary), metadata=dict(metadata or {}))
-            _sort_header(temporary)
-        except SafetensorError as error:
-            # It tells the system's error in words only: "... I/O error: No space left on device (os error 28)".
-            number = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
-
-
-def _sort_header(path: Path) -> None:
-    """Sort a safetensors file's header, whose metadata have a random order: the same run must give the same bytes."""
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.dumps(json.loads(file.read(size)), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        file.seek(8)
-        file.write(header.encode().ljust(size))
+    content = memoryview(save(copies, metadata=dict(metadata or {})))
+    start = 8 + int.from_bytes(content[:8], "little")
+    # The metadata of a header have a random order: the same run must give the same bytes.
+    header = json.dumps(json.loads(bytes(content[8:start])), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.write(content[:8])
+        file.write(header.encode().ljust(start - 8))
+        file.write(content[start:])
 
 
 def sha256_of_file(path: Path | str) -> str:
