@@ -227,3 +227,7 @@ def test_other_words_of_a_recipe_are_no_other_recipe(run: Run) -> None:
     assert run.recipe == described
     with pytest.raises(RunError, match="seed: 0 there, 1 now"):
         start_run(run.path, described.model_copy(update={"seed": 1}), resume=True)
+    # This one names a file, which says what the columns mean.
+    other = described.data.model_copy(update={"description": "other.yaml"})
+    with pytest.raises(RunError, match=r"data\.description: None there, other\.yaml now"):
+        start_run(run.path, described.model_copy(update={"data": other}), resume=True)

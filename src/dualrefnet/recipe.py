@@ -6,6 +6,7 @@ A key that a recipe doesn't name has the default below; a key that doesn't exist
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -507,15 +508,17 @@ def differences(old: BaseModel, new: BaseModel) -> list[str]:
     return [f"{key}: {before} there, {after} now" for key, (before, after) in changes(old, new).items()]
 
 
+# What only describes a recipe, a suite, or a recipe that is written into one; `data.description` names a file.
+_WORDS = re.compile(r"(grid\.\d+\.recipe\.)?(title|description)")
+
+
 def changes(old: BaseModel, new: BaseModel) -> dict[str, tuple[Any, Any]]:
     """Return the dotted keys in which two recipes or suites differ, each with its value in both; words that only
     describe them aren't compared.
     """
     before, after = (dotted(each.model_dump(mode="json")) for each in (old, new))
     pairs = {key: (before.get(key), after.get(key)) for key in {**before, **after}}
-    return {
-        key: pair for key, pair in pairs.items() if pair[0] != pair[1] and not key.endswith(("description", "title"))
-    }
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and not _WORDS.fullmatch(key)}
 
 
 def dotted(value: Any, prefix: str = "") -> dict[str, Any]:
