@@ -40,8 +40,8 @@ def take(name: str, folder: Path, to: Path) -> dict[str, Any]:
     """Write a run's out-of-fold probabilities as `to/NAME.csv`, and return its row of `systems.csv`."""
     run = Run(folder)
     recipe, fingerprint = run.recipe, run.fingerprint
-    rows = run.split[["image_id", "patient_id", "fold"]]
-    table = run.predictions.drop(columns="split").merge(rows, on="image_id", validate="one_to_one")
+    folds = run.split[["image_id", "fold"]]
+    table = run.test.rows.rename(columns={"group": "patient_id"}).merge(folds, on="image_id", validate="one_to_one")
     probabilities = [str(column) for column in table if str(column).startswith("prob_")]
     columns = ["image_id", "patient_id", "fold", "label", "predicted", *probabilities]
     write_csv(to / f"{name}.csv", table[columns].sort_values("image_id").round(6))
